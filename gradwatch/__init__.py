@@ -1,0 +1,30 @@
+"""gradwatch: know what the gradients do while a PyTorch model trains."""
+
+from gradwatch.control.clip import ClipByNorm, ClipByValue
+from gradwatch.control.policy import ClipDecision, ClipPolicy
+from gradwatch.errors import AccumulationError, NonFiniteGradientError
+from gradwatch.history import History
+from gradwatch.record.batch import RecordBatch
+from gradwatch.record.event import Event
+from gradwatch.record.sinks import GradwatchWarning, Sink
+from gradwatch.record.step import StepRecord
+from gradwatch.watcher import Watcher, watch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AccumulationError",
+    "ClipByNorm",
+    "ClipByValue",
+    "ClipDecision",
+    "ClipPolicy",
+    "Event",
+    "GradwatchWarning",
+    "History",
+    "NonFiniteGradientError",
+    "RecordBatch",
+    "Sink",
+    "StepRecord",
+    "Watcher",
+    "watch",
+]

@@ -1,0 +1,1 @@
+"""What to do: clipping policies, accumulation, skipping, and the optimizer-step boundary."""

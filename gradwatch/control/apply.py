@@ -1,0 +1,54 @@
+"""Changing gradients in place: the only place where gradwatch writes into a tensor of the user."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def scale_(gradients: Sequence[Tensor], coefficient: float) -> None:
+    """Multiplies every gradient with one number, in place.
+
+    Args:
+        gradients: Tensors of any shape and dtype, dense or sparse.
+        coefficient: The factor; one that a float32 holds exactly gives the bits that
+            ``torch.nn.utils.clip_grad_norm_`` gives.
+    """
+    dense = [gradient for gradient in gradients if gradient.layout is torch.strided]
+    if dense:
+        torch._foreach_mul_(dense, coefficient)
+    for gradient in gradients:
+        if gradient.layout is not torch.strided:
+            gradient.mul_(coefficient)
+
+
+def clamp_(gradients: Sequence[Tensor], limit: float) -> None:
+    """Limits every element of every gradient to ``[-limit, limit]``, in place; NaN stays NaN.
+
+    Args:
+        gradients: Tensors of any shape and real dtype, dense or sparse.
+        limit: The largest magnitude allowed.
+
+    Raises:
+        TypeError: If a gradient is complex: its elements have no order.
+    """
+    for gradient in gradients:
+        if gradient.is_complex():
+            raise TypeError("ClipByValue cannot limit a complex gradient; use ClipByNorm.")
+    dense = [gradient for gradient in gradients if gradient.layout is torch.strided]
+    if dense:
+        torch._foreach_clamp_min_(dense, -limit)
+        torch._foreach_clamp_max_(dense, limit)
+    for gradient in gradients:
+        if gradient.layout is not torch.strided:
+            _clamp_sparse_(gradient, limit)
+
+
+def _clamp_sparse_(gradient: Tensor, limit: float) -> None:
+    # Duplicate indices add up, so the limit is for their sums.
+    coalesced = gradient.coalesce()
+    coalesced.values().clamp_(-limit, limit)
+    if coalesced is not gradient:
+        gradient.copy_(coalesced)

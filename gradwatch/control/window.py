@@ -1,0 +1,285 @@
+"""Window: the micro-batches of one optimizer step, from the first backward to the decision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradwatch.control.apply import clamp_, scale_
+from gradwatch.control.loss_scale import LossScale
+from gradwatch.control.policy import ClipDecision, ClipPolicy
+from gradwatch.observe.arrivals import Backward
+from gradwatch.observe.measurement import Measurement, measure
+from gradwatch.observe.nonfinite import NonFiniteCount, count_nonfinite
+from gradwatch.observe.parameters import ParameterTable
+from gradwatch.observe.snapshot import GradientSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Offender:
+    """The first parameter in backward order whose gradient went bad in a window.
+
+    Attributes:
+        index: Its index in the parameter table.
+        micro_batch: The micro-batch in which it was seen, counted from 1.
+        counts: Its NaN and Inf elements.
+        affected: How many parameters were bad at that moment.
+    """
+
+    index: int
+    micro_batch: int
+    counts: NonFiniteCount
+    affected: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Both sides of the clip of one step, in true units.
+
+    Attributes:
+        before: The measurement before the clip.
+        after: The measurement after the user's own clip; ``before`` itself where nothing was done.
+        before_scale: What to multiply ``before`` with to have true units.
+        after_scale: The same for ``after``.
+        coefficient: The factor that gradwatch multiplied the gradients with on top; 1.0 for none.
+        threshold: The limit of the clipping policy; NaN without one.
+        loss_scale: The loss scale in force.
+    """
+
+    before: Measurement
+    after: Measurement
+    before_scale: float = 1.0
+    after_scale: float = 1.0
+    coefficient: float = 1.0
+    threshold: float = math.nan
+    loss_scale: float = 1.0
+
+    @property
+    def grad_norm(self) -> float:
+        """The total norm before any clip."""
+        return self.before.total_value * self.before_scale
+
+    @property
+    def clip_coef(self) -> float:
+        """The factor between both sides; 1.0 where there was no gradient."""
+        if self.untouched or self.grad_norm == 0:
+            return self.coefficient
+        return self.after.total_value * self.after_scale / self.grad_norm * self.coefficient
+
+    @property
+    def grad_norm_clipped(self) -> float:
+        """The total norm after every clip."""
+        if self.untouched:
+            return self.grad_norm * self.coefficient
+        return self.after.total_value * self.after_scale * self.coefficient
+
+    @property
+    def clipped(self) -> bool:
+        """Whether a clip changed the gradients: gradwatch's own, or one that shows in the norm."""
+        return self.coefficient < 1.0 or (not self.untouched and self.clip_coef < 1.0 - 1e-6)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody but gradwatch changed the gradients after the last backward."""
+        return self.after is self.before
+
+
+@dataclass(slots=True)
+class Window:
+    """What has come since the last step of one optimizer.
+
+    Attributes:
+        table: All watched parameters.
+        indices: Those of this optimizer, in model order.
+        norm_type: The p of the norms.
+        micro_batches: Backwards whose gradients are in the window.
+        weight: Sum of their weights.
+        arrived: Indices that received a gradient.
+        offender: The first that went bad; None while all is finite.
+        expected_weight: The sum of weights that the losses were divided by; None where the loop
+            weighs its losses itself.
+    """
+
+    table: ParameterTable
+    indices: list[int]
+    norm_type: float = 2.0
+    micro_batches: int = 0
+    weight: float = 0.0
+    arrived: set[int] = field(default_factory=set)
+    offender: Offender | None = None
+    expected_weight: float | None = None
+    _before: Measurement | None = None
+    _snapshot: GradientSnapshot | None = None
+
+    def reset(self) -> None:
+        """Empties the window: a step was taken, or the gradients were thrown away."""
+        self.micro_batches = 0
+        self.weight = 0.0
+        self.arrived = set()
+        self.offender = None
+        self.expected_weight = None
+        self._before = None
+        self._snapshot = None
+
+    def add(self, backward: Backward, weight: float = 1.0) -> Measurement | None:
+        """Takes in a backward that has ended: one batched pass over the gradients.
+
+        Args:
+            backward: What arrived in it.
+            weight: Weight of the micro-batch.
+
+        Returns:
+            The norms, in the units of the gradients; None where none of the window's parameters
+            received a gradient.
+        """
+        arrived = set(backward.arrived)
+        if arrived.isdisjoint(self.indices):
+            return None
+        if self._discarded(backward, arrived):
+            self.reset()
+        if not backward.continues or self.micro_batches == 0:
+            self.micro_batches += 1
+            self.weight += weight
+        self.arrived |= arrived
+        indices, gradients = self.gradients()
+        self._before = measure(indices, gradients, self.norm_type)
+        self._snapshot = GradientSnapshot(gradients)
+        self._look_for_offender(self._before, gradients, backward.arrived)
+        return self._before
+
+    def gradients(self) -> tuple[list[int], list[Tensor]]:
+        """Lists the gradients that are there now, with the indices of their parameters."""
+        tensors = self.table.tensors
+        pairs = [(i, g) for i in self.indices if (g := tensors[i].grad) is not None]
+        return [index for index, _ in pairs], [gradient for _, gradient in pairs]
+
+    def latest(self) -> Window:
+        """Makes a window that holds the newest backward only, as a step of its own."""
+        offender = self.offender and replace(self.offender, micro_batch=1)
+        return replace(self, micro_batches=1, weight=1.0, offender=offender)
+
+    def split(self, indices: Sequence[int]) -> Window:
+        """Makes the window of an optimizer that holds some of the parameters.
+
+        Args:
+            indices: Those of the optimizer, ascending.
+
+        Returns:
+            A window with what has come so far; this one keeps the other parameters.
+        """
+        mine = set(indices)
+        part = Window(self.table, list(indices), self.norm_type)
+        part.arrived = self.arrived & mine
+        if part.arrived:
+            part.micro_batches, part.weight = self.micro_batches, self.weight
+        if self.offender is not None and self.offender.index in mine:
+            part.offender = self.offender
+        if self._before is not None and self._snapshot is not None and part.arrived:
+            part._before = self._before.subset(indices, self.norm_type)
+            part._snapshot = self._snapshot.subset([i in mine for i in self._before.indices])
+        self._leave(mine)
+        return part
+
+    def settle(
+        self, optimizer: Optimizer | None, policy: ClipPolicy | None, scale: LossScale
+    ) -> Settled:
+        """Looks at the gradients that a step is about to use, and clips them.
+
+        They are measured once more only where something wrote into them since the backward: the
+        loop's own clip, or the scaler.
+
+        Args:
+            optimizer: Whose step it is.
+            policy: The clipping rule; None to leave the gradients alone. It is not asked where
+                they are not finite.
+            scale: The loss scale of the run.
+
+        Returns:
+            Both sides of the clip.
+        """
+        indices, gradients = self.gradients()
+        before, after = self._measure_again(indices, gradients)
+        left, correction = scale.left_in(optimizer), self._correction()
+        loss_scale = scale.value()
+        settled = Settled(
+            before,
+            after,
+            before_scale=correction / (left if after is before else loss_scale),
+            after_scale=correction / left,
+            loss_scale=loss_scale,
+        )
+        if not after.finite:
+            return settled
+        decision = (
+            ClipDecision() if policy is None else policy.decide(_times(after, correction / left))
+        )
+        coefficient = 1.0 if decision.coefficient is None else decision.coefficient.item()
+        settled = replace(settled, coefficient=coefficient, threshold=decision.threshold)
+        if coefficient * correction != 1.0:
+            scale_(gradients, coefficient * correction)
+        if decision.clip_value is None:
+            return settled
+        clamp_(gradients, decision.clip_value * left)
+        clamped = measure(indices, gradients, self.norm_type)
+        return replace(settled, after=clamped, after_scale=1.0 / left)
+
+    def _correction(self) -> float:
+        """Returns the factor that turns a sum over the window into its weighted mean."""
+        if self.expected_weight is None or self.weight == 0:
+            return 1.0
+        return self.expected_weight / self.weight
+
+    def _measure_again(
+        self, indices: list[int], gradients: list[Tensor]
+    ) -> tuple[Measurement, Measurement]:
+        if self._before is not None and self._snapshot is not None:
+            if self._snapshot.matches(gradients):
+                return self._before, self._before
+            after = measure(indices, gradients, self.norm_type)
+            self._look_for_offender(after, gradients, ())
+            return self._before, after
+        after = measure(indices, gradients, self.norm_type)
+        self._look_for_offender(after, gradients, ())
+        return after, after
+
+    def _discarded(self, backward: Backward, arrived: set[int]) -> bool:
+        if self._snapshot is None or self._before is None or backward.create_graph:
+            return False
+        if backward.continues:
+            return False
+        tensors = [self.table.tensors[i].grad for i in self._before.indices]
+        return self._snapshot.was_discarded(tensors, [i in arrived for i in self._before.indices])
+
+    def _look_for_offender(
+        self, measurement: Measurement, gradients: list[Tensor], order: Sequence[int]
+    ) -> None:
+        if measurement.finite or measurement.overflowed or self.offender is not None:
+            return
+        where = {index: place for place, index in enumerate(measurement.indices)}
+        counts = {i: count_nonfinite(gradients[where[i]]) for i in measurement.nonfinite_indices()}
+        bad = {index: count for index, count in counts.items() if count}
+        if bad:
+            first = next((index for index in order if index in bad), min(bad))
+            self.offender = Offender(first, self.micro_batches, bad[first], len(bad))
+
+    def _leave(self, others: set[int]) -> None:
+        """Gives parameters away to another window."""
+        self.indices = [index for index in self.indices if index not in others]
+        self.arrived -= others
+        if self.offender is not None and self.offender.index in others:
+            self.offender = None
+        if self._before is not None and self._snapshot is not None:
+            keep = [index not in others for index in self._before.indices]
+            self._before = self._before.subset(self.indices, self.norm_type)
+            self._snapshot = self._snapshot.subset(keep)
+        if not self.arrived:
+            self.reset()
+
+
+def _times(measurement: Measurement, factor: float) -> Tensor:
+    # A multiplication by one would cost a call; the policy must see the very bits of the norm.
+    return measurement.total if factor == 1.0 else measurement.total * factor

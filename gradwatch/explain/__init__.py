@@ -1,0 +1,1 @@
+"""What it means: events made from measured numbers."""

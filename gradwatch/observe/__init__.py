@@ -1,0 +1,1 @@
+"""What happened: arrival marks on parameters, the end of a backward, norms and statistics."""

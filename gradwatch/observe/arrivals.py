@@ -1,0 +1,196 @@
+"""Arrivals: which parameters received a gradient in a backward, in what order, and when it ended.
+
+The hook of a parameter is ``operator.setitem`` bound to a dict, so that an arrival costs no Python
+frame at all; the insertion order of the dict is the backward order. Only the first arrival of a
+backward must run Python, to ask the autograd engine for a callback at its end: between backwards
+the dict has a class whose ``__setitem__`` is written in Python, and swaps it for dict's own.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import setitem
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import _engine_run_backward
+from torch.utils.hooks import RemovableHandle
+
+_engine = torch.autograd.Variable._execution_engine
+_ENGINE_CODE = _engine_run_backward.__code__
+_FUNCTION_CODE = BackwardCFunction.apply.__code__
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """A backward that has ended.
+
+    Attributes:
+        arrived: Indices of the parameters that received a gradient, in backward order.
+        continues: Whether it belongs to the micro-batch of the backward before it: a backward
+            inside another one, as reentrant checkpointing runs it, may end by itself.
+        create_graph: Whether it recorded a graph of itself; gradients are then added up into new
+            tensors, not in place.
+    """
+
+    arrived: Sequence[int]
+    continues: bool
+    create_graph: bool
+
+
+class Arrivals(dict[int, Tensor]):
+    """The parameters that arrived in the backward under way: index -> tensor, in backward order.
+
+    It holds parameters, never gradients: a reference to a gradient would keep it alive.
+    """
+
+    __slots__ = ("_handles", "_on_end", "_open", "_open_task", "_token")
+
+    def __init__(self, on_end: Callable[[Backward], None]) -> None:
+        """Starts with no parameter hooked.
+
+        Args:
+            on_end: Called at the end of each backward: every ``.grad`` is final then, and no code
+                of the user has run yet.
+        """
+        super().__init__()
+        self._handles: dict[int, RemovableHandle] = {}
+        self._on_end = on_end
+        self._open: set[int] = set()
+        self._open_task = -1
+        self._token = 0
+        self._arm()
+
+    def hook(self, index: int, tensor: Tensor) -> None:
+        """Hangs the arrival mark on a tensor, once.
+
+        Args:
+            index: What the tensor is called in the report at the end of the backward.
+            tensor: A leaf tensor that requires a gradient.
+        """
+        if index not in self._handles:
+            self._handles[index] = _register(tensor, partial(setitem, self, index))
+
+    def hooked(self, index: int) -> bool:
+        """Tells whether the tensor with this index carries the mark."""
+        return index in self._handles
+
+    def unhook(self) -> None:
+        """Takes every mark off; safe to call again."""
+        for handle in self._handles.values():
+            handle.remove()
+        self._handles.clear()
+        self._arm()
+
+    def _arm(self) -> None:
+        self.clear()
+        self._token += 1
+        self.__class__ = _ArmedArrivals
+
+    def _begin(self) -> None:
+        self.__class__ = Arrivals
+        _engine.queue_callback(_BackwardEnd(self, self._token))
+
+    def _abandon(self, token: int) -> None:
+        if token == self._token:
+            self._arm()
+
+    def _finish(self, end: _BackwardEnd) -> None:
+        if end.token != self._token:
+            return
+        arrived = list(self)
+        self._arm()
+        continues = self._continues(arrived, end.task, end.nested)
+        self._on_end(Backward(arrived, continues, end.create_graph))
+
+    def _continues(self, arrived: Sequence[int], task: int, nested: bool) -> bool:
+        """Decides whether a backward that ended belongs to the micro-batch of the one before.
+
+        An outer backward has a lower task number than the nested ones that ended before it. Two
+        nested ones share the outer one unless a parameter arrives again.
+        """
+        same = task < self._open_task or (nested and self._open.isdisjoint(arrived))
+        continues = bool(self._open) and same
+        before = self._open if continues else set()
+        self._open = before.union(arrived) if nested else set()
+        self._open_task = task
+        return continues
+
+
+class _ArmedArrivals(Arrivals):
+    """Arrivals between two backwards: the first mark begins a backward."""
+
+    __slots__ = ()
+
+    def __setitem__(self, index: int, tensor: Tensor) -> None:
+        self._begin()
+        self[index] = tensor
+
+
+class _BackwardEnd:
+    """The callback at the end of a backward.
+
+    It queues itself once more from inside the callback: DDP and FSDP2 finish their reduction in
+    callbacks of the first level, which run before those of the second. A backward that fails runs
+    no callback at all; the engine then drops this object, and its arrivals with it.
+    """
+
+    __slots__ = ("_arrivals", "_finished", "create_graph", "nested", "task", "token")
+
+    def __init__(self, arrivals: Arrivals, token: int) -> None:
+        self._arrivals = arrivals
+        self._finished = False
+        self.token = token
+        self.task: int = torch._C._current_graph_task_id()
+        self.nested = _inside_another_backward(sys._getframe())
+        self.create_graph = torch.is_grad_enabled()
+
+    def __call__(self) -> None:
+        _engine.queue_callback(self._finish)
+
+    def _finish(self) -> None:
+        self._finished = True
+        self._arrivals._finish(self)
+
+    def __del__(self) -> None:
+        if not self._finished:
+            self._arrivals._abandon(self.token)
+
+
+def _inside_another_backward(frame: FrameType | None) -> bool:
+    """Tells from the call stack whether the engine was entered from a backward that it runs itself."""
+    entered = False
+    while frame is not None:
+        if frame.f_code is _ENGINE_CODE:
+            if entered:
+                return True
+            entered = True
+        elif entered and frame.f_code is _FUNCTION_CODE:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _register(tensor: Tensor, mark: Callable[[Tensor], None]) -> RemovableHandle:
+    # torch leaves this method without annotations.
+    handle: RemovableHandle = tensor.register_post_accumulate_grad_hook(mark)  # type: ignore[no-untyped-call]
+    return handle
+
+
+def is_watched(tensor: Tensor) -> bool:
+    """Tells whether a tensor carries an arrival mark of some watcher.
+
+    Args:
+        tensor: Any tensor.
+
+    Returns:
+        True while a watcher is attached to it.
+    """
+    hooks: dict[int, Any] = getattr(tensor, "_post_accumulate_grad_hooks", None) or {}
+    return any(isinstance(h, partial) and isinstance(h.args[0], Arrivals) for h in hooks.values())

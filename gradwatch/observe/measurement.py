@@ -1,0 +1,88 @@
+"""Measurement: the norms of one set of gradients at one moment, and where they are bad."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gradwatch.observe.norms import gradient_norms, total_norm, wide_norms
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Norms of some gradients, taken in one batched pass.
+
+    Attributes:
+        indices: Index in the parameter table of each gradient, ascending.
+        norms: float array ``[len(indices)]``: the norm of each.
+        total: Tensor ``[]``: the norm of all together, as the clipping policy gets it.
+        total_value: The same as a number.
+        overflowed: Whether the elements are finite but their float32 norm was not; the numbers
+            are then float64 ones.
+    """
+
+    indices: Sequence[int]
+    norms: NDArray[np.floating[Any]]
+    total: Tensor
+    total_value: float
+    overflowed: bool = False
+
+    @property
+    def finite(self) -> bool:
+        """Whether the total norm is a finite number."""
+        return math.isfinite(self.total_value)
+
+    def nonfinite_indices(self) -> list[int]:
+        """Lists the indices whose norm is NaN or Inf."""
+        return [self.indices[i] for i in np.flatnonzero(~np.isfinite(self.norms)).tolist()]
+
+    def subset(self, indices: Sequence[int], norm_type: float) -> Measurement:
+        """Keeps some of the parameters.
+
+        Args:
+            indices: Those to keep, ascending.
+            norm_type: The p of the norms.
+
+        Returns:
+            The measurement that a pass over those alone would have given.
+        """
+        wanted = set(indices)
+        keep = [i for i, index in enumerate(self.indices) if index in wanted]
+        norms = self.norms[keep]
+        total = total_norm(torch.from_numpy(norms), norm_type)
+        kept = [self.indices[i] for i in keep]
+        return Measurement(kept, norms, total, float(total), self.overflowed)
+
+
+def measure(indices: Sequence[int], gradients: Sequence[Tensor], norm_type: float) -> Measurement:
+    """Measures gradients in one batched pass.
+
+    Args:
+        indices: Index in the parameter table of each gradient, ascending.
+        gradients: The gradients.
+        norm_type: The p of the norm, positive or ``math.inf``.
+
+    Returns:
+        The norms. Where the float32 norm of finite gradients overflows they are taken once more
+        in float64, so that the true number stands there and a clip can still work with it.
+    """
+    norms = gradient_norms(gradients, norm_type)
+    total = total_norm(norms, norm_type)
+    value = total.item()
+    if math.isfinite(value) or not all(map(_all_finite, gradients)):
+        return Measurement(indices, norms.cpu().numpy(), total, value)
+    norms = wide_norms(gradients, norm_type)
+    total = total_norm(norms, norm_type)
+    return Measurement(indices, norms.cpu().numpy(), total, total.item(), overflowed=True)
+
+
+def _all_finite(gradient: Tensor) -> bool:
+    values = gradient if gradient.layout is torch.strided else gradient.coalesce().values()
+    return bool(torch.isfinite(values).all())

@@ -1,0 +1,99 @@
+"""Norms of many gradients in one batched pass: pure functions of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_LOW_PRECISION = (torch.float16, torch.bfloat16)
+
+
+def gradient_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    """Takes the p-norm of each gradient, float16 and bfloat16 accumulated in float32.
+
+    On finite float32 gradients every value equals, bit for bit, the one that
+    ``torch.nn.utils.clip_grad_norm_`` sums up.
+
+    Args:
+        gradients: Any number of tensors: any shapes, real or complex dtypes, dense or sparse.
+        norm_type: The p of the norm, positive; ``math.inf`` for the largest magnitude.
+
+    Returns:
+        Tensor ``[len(gradients)]`` on the device of the first one, float32 or, where a gradient
+        has double precision, float64.
+    """
+    if not gradients:
+        return torch.zeros(0)
+    values = [_values(gradient) for gradient in gradients]
+    norms: list[Tensor] = [values[0]] * len(values)
+    for indices, dtype in _groups(values):
+        group = [values[i] for i in indices]
+        for index, norm in zip(indices, _foreach_norm(group, norm_type, dtype), strict=True):
+            norms[index] = norm
+    device = norms[0].device
+    return torch.stack([norm if norm.device == device else norm.to(device) for norm in norms])
+
+
+def total_norm(norms: Tensor, norm_type: float = 2.0) -> Tensor:
+    """Combines the norms of parts into the norm of the whole.
+
+    Args:
+        norms: Tensor ``[n]`` of p-norms.
+        norm_type: The same p.
+
+    Returns:
+        Tensor ``[]`` of the same dtype; 0 where ``n`` is 0.
+    """
+    if norms.numel() == 0:
+        return norms.new_zeros(())
+    total: Tensor = torch.linalg.vector_norm(norms, norm_type)
+    return total
+
+
+def wide_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    """Takes the same norms with float64 accumulation, for gradients whose float32 norm overflows.
+
+    Args:
+        gradients: As for :func:`gradient_norms`.
+        norm_type: As for :func:`gradient_norms`.
+
+    Returns:
+        Tensor ``[len(gradients)]``, float64.
+    """
+    norms = [torch.linalg.vector_norm(_values(g).to(_wide(g.dtype)), norm_type) for g in gradients]
+    return torch.stack(norms)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def _values(gradient: Tensor) -> Tensor:
+    if gradient.layout is torch.strided:
+        return gradient
+    # Duplicate indices of a sparse gradient add up: its norm is that of the sums.
+    return gradient.coalesce().values()
+
+
+def _groups(values: Sequence[Tensor]) -> list[tuple[Sequence[int], torch.dtype | None]]:
+    """Splits into what one batched call can take, each with the dtype to accumulate in."""
+    first = (values[0].device, values[0].dtype)
+    keys = [(value.device, value.dtype) for value in values]
+    if keys.count(first) == len(keys):
+        return [(range(len(values)), _accumulator(first[1]))]
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    return [(indices, _accumulator(dtype)) for (_, dtype), indices in groups.items()]
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype | None:
+    return torch.float32 if dtype in _LOW_PRECISION else None
+
+
+def _foreach_norm(
+    group: list[Tensor], norm_type: float, dtype: torch.dtype | None
+) -> Sequence[Tensor]:
+    return torch._foreach_norm(group, norm_type, dtype)

@@ -1,0 +1,114 @@
+"""Recorder: takes finished steps, keeps the newest, and passes them on to the sinks."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+
+import numpy as np
+
+from gradwatch.record.batch import RecordBatch
+from gradwatch.record.buffer import Entry, RingBuffer
+from gradwatch.record.event import Event
+from gradwatch.record.hub import SinkHub
+from gradwatch.record.step import StepRecord
+
+KEPT_EVENTS = 10_000
+
+
+class Recorder:
+    """The memory of a watcher: ring buffer, events, sinks.
+
+    Where no optimizer has stepped yet, nobody knows whether a backward is a step of its own. Such
+    entries are held: they are read like all others, but reach the sinks only when it is settled
+    (:meth:`commit`), or are taken back when an optimizer steps after all (:meth:`retract`).
+    """
+
+    def __init__(self, buffer: RingBuffer, hub: SinkHub) -> None:
+        """Starts empty.
+
+        Args:
+            buffer: Keeps the newest steps.
+            hub: Hands them to the sinks.
+        """
+        self._buffer = buffer
+        self._hub = hub
+        self._events: deque[Event] = deque(maxlen=KEPT_EVENTS)
+        self._undelivered: list[Event] = []
+        self._held: list[Entry] = []
+        self.last: StepRecord | None = None
+
+    def add(self, entry: Entry) -> None:
+        """Keeps a finished step, and delivers when it is time.
+
+        Args:
+            entry: The step.
+        """
+        self._buffer.append(entry)
+        self.last = entry.record
+        self.note(entry.events)
+        if self._hub.add(urgent=any(event.nonfinite for event in entry.events)):
+            self.flush()
+
+    def note(self, events: tuple[Event, ...]) -> None:
+        """Keeps events, of a step or of none.
+
+        Args:
+            events: What happened.
+        """
+        self._events.extend(events)
+        if self._hub:
+            self._undelivered.extend(events)
+
+    def hold(self, entry: Entry) -> int:
+        """Keeps a backward of which nobody knows yet whether it is a step.
+
+        Args:
+            entry: The backward as a step of its own.
+
+        Returns:
+            How many are held now.
+        """
+        self._held.append(entry)
+        self.last = entry.record
+        return len(self._held)
+
+    def commit(self) -> None:
+        """Turns the held backwards into steps."""
+        held, self._held = self._held, []
+        for entry in held:
+            self.add(entry)
+
+    def retract(self) -> None:
+        """Forgets the held backwards: they belong to the window of an optimizer."""
+        if self._held:
+            self._held = []
+            self.last = None
+
+    def flush(self) -> None:
+        """Delivers what the sinks have not seen."""
+        events, self._undelivered = tuple(self._undelivered), []
+        self._hub.deliver(lambda count: self._buffer.batch(count, events))
+
+    def close(self) -> None:
+        """Delivers the rest and closes the sinks."""
+        self.flush()
+        self._hub.close()
+
+    def batch(self) -> RecordBatch:
+        """Copies out all that is kept, the held backwards included."""
+        events = tuple(self._events)
+        if not self._held:
+            return self._buffer.batch(events=events)
+        held = RingBuffer(self._buffer.layout, len(self._held))
+        for entry in self._held:
+            held.append(entry)
+            events += entry.events
+        old, new = self._buffer.batch(), held.batch()
+        return replace(
+            new,
+            steps=[*old.steps, *new.steps],
+            norms=np.concatenate([old.norms, new.norms]),
+            clipped_norms=np.concatenate([old.clipped_norms, new.clipped_norms]),
+            events=events,
+        )

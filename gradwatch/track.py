@@ -1,0 +1,307 @@
+"""Track: one optimizer being watched, from its window to its records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradwatch.control.accumulate import check_window
+from gradwatch.control.loss_scale import LossScale
+from gradwatch.control.window import Settled, Window
+from gradwatch.errors import NonFiniteGradientError
+from gradwatch.explain import detectors
+from gradwatch.observe.arrivals import Arrivals, Backward
+from gradwatch.observe.parameters import ParameterTable, optimizer_parameters
+from gradwatch.observe.sampler import StatisticsSampler
+from gradwatch.options import Options
+from gradwatch.overhead import Stopwatch
+from gradwatch.record.buffer import Entry
+from gradwatch.record.event import Event
+from gradwatch.record.step import Outcome, StepRecord
+from gradwatch.recorder import Recorder
+
+RAISED = (
+    '{event} on_nonfinite="raise" stopped the training before any weight changed. Look at the '
+    'batch and at the loss of this step; with on_nonfinite="skip" the step is left out instead.'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What all tracks of a watcher share."""
+
+    table: ParameterTable
+    options: Options
+    scale: LossScale
+    recorder: Recorder
+    stopwatch: Stopwatch
+    arrivals: Arrivals
+    global_step: Callable[[int], int]
+
+
+class Track:
+    """Listens to the steps of one optimizer; see :class:`~gradwatch.control.boundary.StepListener`.
+
+    Attributes:
+        label: Name of the optimizer in the records.
+        optimizer: The optimizer; None where each backward is a step.
+        window: What has come since its last step.
+        step: Its steps so far.
+        last_window: Set by a managed loop whose short last window is to be stepped all the same.
+    """
+
+    def __init__(
+        self, label: str, optimizer: Optimizer | None, window: Window, run: Run, step: int = 0
+    ) -> None:
+        """Starts with a window.
+
+        Args:
+            label: Name of the optimizer in the records.
+            optimizer: The optimizer; None where each backward is a step.
+            window: What has come so far.
+            run: What all tracks share.
+            step: Steps that were taken before this session.
+        """
+        self.label = label
+        self.optimizer = optimizer
+        self.window = window
+        self.step = step
+        self.last_window = False
+        self._run = run
+        self._options = run.options
+        self._sampler = StatisticsSampler(run.options.statistics, run.options.every, len(run.table))
+        self._losses: list[tuple[object, float]] = []
+        self._settled: Settled | None = None
+        self._outcome: Outcome = "applied"
+        self._lr = math.nan
+        self._told: set[int] = set()
+        self._held_parameters = 0 if optimizer is None else len(optimizer_parameters(optimizer))
+        self.before_begin: Callable[[], None] = lambda: None
+
+    @property
+    def applied(self) -> bool:
+        """Whether the last step was applied."""
+        return self._outcome == "applied"
+
+    def add(self, backward: Backward, weight: float) -> bool:
+        """Takes in a backward that has ended.
+
+        Args:
+            backward: What arrived in it.
+            weight: Weight of the micro-batch.
+
+        Returns:
+            Whether any of the optimizer's parameters received a gradient.
+        """
+        if self.window.add(backward, weight) is None:
+            return False
+        if self._sampler.due(self.step + 1):
+            self._sampler.see_gradients(*self.window.gradients(), 1.0 / self._run.scale.value())
+        return True
+
+    def entry_of_backward(self) -> Entry:
+        """Makes a step of the newest backward, where no optimizer steps.
+
+        Returns:
+            Its record and its row.
+        """
+        whole, self.window = self.window, self.window.latest()
+        self.step += 1
+        entry = self._entry(self.window.settle(None, None, self._run.scale))
+        self.window = whole
+        return entry
+
+    def require_optimizer(self) -> Optimizer:
+        """Returns the optimizer of a track that has one."""
+        assert self.optimizer is not None, "a track without an optimizer is never stepped"
+        return self.optimizer
+
+    def add_loss(self, loss: Tensor, weight: float) -> None:
+        """Takes note of the loss of a micro-batch.
+
+        Args:
+            loss: Tensor ``[]``, not yet divided or scaled.
+            weight: Weight of the micro-batch.
+        """
+        self._losses.append((loss.detach(), weight))
+
+    def begin(self, optimizer: Optimizer, has_closure: bool) -> None:
+        """A step begins."""
+        self.before_begin()
+        self._settled = None
+        self._outcome = "applied"
+        self._lr = float(optimizer.param_groups[0]["lr"]) if _has_lr(optimizer) else math.nan
+        held = sum(len(group["params"]) for group in optimizer.param_groups)
+        if held != self._held_parameters:
+            self._held_parameters = held
+            self.window.indices = self._run.table.indices_of(optimizer_parameters(optimizer))
+        if has_closure:
+            self._losses = []
+
+    def settle(self, optimizer: Optimizer, loss: object) -> bool:
+        """Measures, decides and clips; raises where that was asked for."""
+        with self._run.stopwatch, torch.no_grad():
+            if not self.last_window:
+                check_window(self.label, self.window.micro_batches, self._options.accumulate)
+            if loss is not None:
+                self._losses = [(loss, 1.0)]
+            self._settled = self.window.settle(optimizer, self._options.clip, self._run.scale)
+            self._outcome = self._judge(optimizer, self._settled)
+            if self._outcome == "applied" and self._sampler.due(self.step + 1):
+                self._sampler.before_step(self.window.indices, self._parameters())
+            return self._outcome != "skipped_nonfinite"
+
+    def finish(self, optimizer: Optimizer) -> None:
+        """Records the step that is over."""
+        with self._run.stopwatch, torch.no_grad():
+            settled = self._settled
+            if settled is None:  # the optimizer never called the closure that it was given
+                settled = self.window.settle(optimizer, None, self._run.scale)
+            self.step += 1
+            self._run.recorder.add(self._entry(settled))
+            self.window.reset()
+            self._losses = []
+            self._settled = None
+
+    def skipped_by_scaler(self) -> None:
+        """Records a step that the scaler left out without calling the optimizer."""
+        self._settled = self.window.settle(None, None, self._run.scale)
+        self._outcome = "skipped_scaler"
+        self.finish(self.require_optimizer())
+
+    def _judge(self, optimizer: Optimizer, settled: Settled) -> Outcome:
+        if LossScale.found_inf(optimizer):
+            return "skipped_scaler"
+        if settled.after.finite or settled.after.overflowed:
+            return "applied"
+        if self._options.on_nonfinite == "raise":
+            self._raise(settled)
+        return "skipped_nonfinite" if self._options.on_nonfinite == "skip" else "applied"
+
+    def _raise(self, settled: Settled) -> None:
+        record = self._record(settled, self.step + 1)
+        events = self._nonfinite_events(record)
+        self._run.recorder.note(events)
+        self._run.recorder.flush()
+        raise nonfinite_error(record, events)
+
+    def _entry(self, settled: Settled) -> Entry:
+        record = self._record(settled, self.step)
+        before, after = settled.before, settled.after
+        statistics = self._sampler.after_step(self.window.indices, self._parameters())
+        entry = Entry(
+            record,
+            before.indices,
+            before.norms if settled.before_scale == 1.0 else before.norms * settled.before_scale,
+            statistics=statistics,
+            events=self._events(record, settled),
+        )
+        if settled.untouched:
+            return entry
+        factor = settled.after_scale * settled.coefficient
+        return entry.with_clipped(after.indices, after.norms * factor)
+
+    def _record(self, settled: Settled, step: int) -> StepRecord:
+        offender, coefficient = self.window.offender, settled.clip_coef
+        return StepRecord(
+            step=step,
+            optimizer=self.label,
+            time_s=self._run.stopwatch.elapsed(),
+            micro_batches=self.window.micro_batches,
+            weight=self.window.weight,
+            grad_norm=settled.grad_norm,
+            grad_norm_clipped=settled.grad_norm_clipped,
+            clip_coef=coefficient,
+            clip_threshold=settled.threshold,
+            clipped=settled.clipped,
+            outcome=self._outcome,
+            nonfinite_parameters=0 if offender is None else offender.affected,
+            loss=_mean_loss(self._losses),
+            lr=self._lr,
+            loss_scale=settled.loss_scale,
+            global_step=self._run.global_step(step),
+        )
+
+    def _events(self, record: StepRecord, settled: Settled) -> tuple[Event, ...]:
+        table, limit = self._run.table, self._options.exploding_norm
+        events = [*self._nonfinite_events(record)]
+        if settled.before.overflowed:
+            events.append(detectors.overflow_event(record, settled.before, table))
+        if limit is not None and record.grad_norm > limit:
+            events.append(detectors.exploding_event(record, settled.before, table, limit))
+        if record.outcome != "applied":
+            events.append(detectors.skipped_event(record))
+        return (*events, *detectors.no_gradient_events(record, self._missing(), table))
+
+    def _nonfinite_events(self, record: StepRecord) -> tuple[Event, ...]:
+        offender = self.window.offender
+        if offender is None:
+            return ()
+        return (detectors.nonfinite_event(record, offender, self._run.table),)
+
+    def _missing(self) -> list[int]:
+        """Lists the parameters that received no gradient in the window, each once per run."""
+        arrived, indices = self.window.arrived, self.window.indices
+        if not self.window.micro_batches or len(arrived) >= len(indices):
+            return []
+        tensors, hooked = self._run.table.tensors, self._run.arrivals.hooked
+        missing = [
+            index
+            for index in indices
+            if index not in arrived
+            and index not in self._told
+            and tensors[index].requires_grad
+            and hooked(index)
+        ]
+        self._told.update(missing)
+        return missing
+
+    def _parameters(self) -> list[Tensor]:
+        return [self._run.table.tensors[index] for index in self.window.indices]
+
+
+def nonfinite_error(record: StepRecord, events: tuple[Event, ...]) -> NonFiniteGradientError:
+    """Makes the error that ``on_nonfinite="raise"`` raises.
+
+    Args:
+        record: The step that is not taken.
+        events: What was found in it.
+
+    Returns:
+        The error, with the whole story in its text.
+    """
+    if not events:
+        return NonFiniteGradientError(
+            RAISED.format(event=f"The gradient norm of step {record.step} is not finite."),
+            step=record.step,
+        )
+    event = events[0]
+    return NonFiniteGradientError(
+        RAISED.format(event=event.message),
+        step=event.step,
+        micro_batch=event.micro_batch,
+        parameter=event.parameter,
+        nan_count=event.nan_count,
+        inf_count=event.inf_count,
+    )
+
+
+def _has_lr(optimizer: Optimizer) -> bool:
+    return bool(optimizer.param_groups) and "lr" in optimizer.param_groups[0]
+
+
+def _mean_loss(losses: list[tuple[object, float]]) -> float:
+    numbers = [(_number(loss), weight) for loss, weight in losses]
+    total = sum(weight for _, weight in numbers)
+    return sum(loss * weight for loss, weight in numbers) / total if total else math.nan
+
+
+def _number(loss: object) -> float:
+    if isinstance(loss, Tensor):
+        return float(loss.detach()) if loss.numel() == 1 else math.nan
+    return float(loss) if isinstance(loss, (int, float)) else math.nan
