@@ -35,4 +35,4 @@ class NonFiniteGradientError(RuntimeError):
 
 
 class AccumulationError(RuntimeError):
-    """The optimizer was stepped, or a backward added, against the number of micro-batches asked for."""
+    """A step or a backward came against the number of micro-batches that was asked for."""

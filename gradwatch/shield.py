@@ -14,8 +14,8 @@ from gradwatch.record.sinks import warn_safely
 T = TypeVar("T")
 
 STOPPED = (
-    "gradwatch stopped watching after an error of its own, {error}. The training goes on untouched; "
-    "please report this."
+    "gradwatch stopped watching after an error of its own, {error}. The training goes on "
+    "untouched; please report this."
 )
 
 

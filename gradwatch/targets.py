@@ -24,8 +24,8 @@ NOTHING_TO_WATCH = (
     "(requires_grad_(True)) before watching."
 )
 WATCHED_ALREADY = (
-    'watch() was given "{name}", which another watcher is attached to. Leave the with block of that '
-    "one (or call its close()) first."
+    'watch() was given "{name}", which another watcher is attached to. Leave the with block of '
+    "that one (or call its close()) first."
 )
 FOREIGN_PARAMETERS = (
     "{optimizer} holds {foreign} of {total} parameters that are not the model's, so its gradient "

@@ -1,4 +1,4 @@
-"""Test doubles that users may use too: a sink that keeps everything, a model with known gradients."""
+"""Test doubles for users too: a sink that keeps all, a model with known gradients."""
 
 from __future__ import annotations
 

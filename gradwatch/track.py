@@ -118,7 +118,8 @@ class Track:
 
     def require_optimizer(self) -> Optimizer:
         """Returns the optimizer of a track that has one."""
-        assert self.optimizer is not None, "a track without an optimizer is never stepped"
+        if self.optimizer is None:
+            raise RuntimeError("gradwatch has a bug: a track without an optimizer was stepped.")
         return self.optimizer
 
     def add_loss(self, loss: Tensor, weight: float) -> None:

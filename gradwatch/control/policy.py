@@ -28,13 +28,11 @@ class ClipDecision:
 
 @runtime_checkable
 class ClipPolicy(Protocol):
-    """A clipping rule. It never sees a gradient, and never a norm that is not finite.
+    """A clipping rule. It never sees a gradient, and never a norm that is not finite."""
 
-    Attributes:
-        norm_type: The p of the norm that it wants, and that is recorded.
-    """
-
-    norm_type: float
+    @property
+    def norm_type(self) -> float:
+        """The p of the norm that it wants, and that is recorded."""
 
     def decide(self, total_norm: Tensor) -> ClipDecision:
         """Decides about one step.

@@ -13,8 +13,9 @@ from gradwatch.record.event import Event
 from gradwatch.record.step import StepRecord
 
 NONFINITE = (
-    "{what} in the gradient of {parameter} ({nan} NaN and {inf} Inf of {total} elements), the first "
-    "in backward order, in micro-batch {micro_batch} of step {step}; {affected} parameter(s) affected."
+    "{what} in the gradient of {parameter} ({nan} NaN and {inf} Inf of {total} elements), the "
+    "first in backward order, in micro-batch {micro_batch} of step {step}; {affected} parameter(s) "
+    "affected."
 )
 OVERFLOW = (
     "The gradients of step {step} are finite, but their norm {value:.3g} is beyond float32; the "

@@ -164,7 +164,7 @@ class _BackwardEnd:
 
 
 def _inside_another_backward(frame: FrameType | None) -> bool:
-    """Tells from the call stack whether the engine was entered from a backward that it runs itself."""
+    """Tells from the call stack whether a backward was started by a backward."""
     entered = False
     while frame is not None:
         if frame.f_code is _ENGINE_CODE:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class NonFiniteCount(NamedTuple):
-    """How many elements of a gradient are NaN and Inf, exactly; a complex one with both is a NaN."""
+    """How many elements of a gradient are NaN and Inf; a complex one with both is a NaN."""
 
     nan: int
     inf: int

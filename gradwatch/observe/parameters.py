@@ -73,9 +73,10 @@ def _named_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[st
     if isinstance(model, Mapping):
         yield from model.items()
         return
-    while isinstance(model, _WRAPPERS):
-        model = model.module
-    yield from model.named_parameters(remove_duplicate=False)
+    module: nn.Module = model
+    while isinstance(module, _WRAPPERS):
+        module = module.module
+    yield from module.named_parameters(remove_duplicate=False)
 
 
 def _clean(name: str) -> str:

@@ -1,4 +1,4 @@
-"""GradientSnapshot: tells whether gradients changed since they were measured, holding none of them."""
+"""GradientSnapshot: tells whether gradients changed since they were measured; holds none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""pandas frames of records; the only module of the core that needs pandas, and loads it when used."""
+"""pandas frames of records; pandas is loaded here only, and only when used."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class StepRecord:
         loss: Weighted mean of the window's losses where gradwatch saw them, else NaN.
         lr: Learning rate of the first parameter group during the step.
         loss_scale: Scale of a ``GradScaler`` during the step; 1.0 without one.
-        noise_scale: Gradient noise scale (B_simple) in micro-batches; NaN where it was not measured.
+        noise_scale: Gradient noise scale; NaN where it was not measured.
         global_step: The x-axis of loggers: ``step``, or the framework's own count.
     """
 
