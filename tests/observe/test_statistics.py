@@ -1,0 +1,65 @@
+"""Statistics per parameter against numpy in float64."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gradwatch.observe.sampler import StatisticsSampler
+from gradwatch.observe.statistics import gradient_statistics, update_ratios, weight_norms
+
+NAMES = ("max", "mean", "std", "zeros")
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**31), st.integers(1, 50), st.floats(0.25, 64.0))
+def test_statistics_equal_numpy(seed, size, scale):
+    """Largest magnitude, mean, population deviation and share of zeros, in true units."""
+    values = np.random.default_rng(seed).normal(size=size).astype(np.float32)
+    values[::3] = 0
+    taken = gradient_statistics([torch.from_numpy(values)], NAMES, 1 / scale)
+    wide = values.astype(np.float64) / scale
+    expected = [np.abs(wide).max(), wide.mean(), wide.std(), np.mean(wide == 0)]
+    for name, value in zip(NAMES, expected, strict=True):
+        assert taken[name][0] == pytest.approx(value, rel=1e-5, abs=1e-6)
+
+
+def test_half_precision_and_empty_and_complex():
+    """Odd dtypes and sizes have statistics too."""
+    taken = gradient_statistics(
+        [torch.ones(70_000, dtype=torch.float16), torch.zeros(0), torch.tensor([3 - 4j])],
+        NAMES,
+        1.0,
+    )
+    assert taken["mean"].tolist() == [1.0, 0.0, -0.5]
+    assert taken["max"].tolist() == [1.0, 0.0, 4.0]
+
+
+def test_update_ratio():
+    """The size of the change over the size of the weights; NaN where the weights were zero."""
+    before = [torch.tensor([3.0, 4.0]), torch.zeros(2)]
+    after = [torch.tensor([3.0, 4.5]), torch.ones(2)]
+    ratios = update_ratios(before, after)
+    assert ratios[0] == pytest.approx(0.1)
+    assert np.isnan(ratios[1])
+    assert weight_norms(before).tolist() == [5.0, 0.0]
+
+
+def test_sampler_takes_every_nth_step():
+    """Costly statistics are due at steps 1, 1 + every, ..."""
+    sampler = StatisticsSampler(("norm", "max"), every=3, columns=2)
+    assert [step for step in range(1, 10) if sampler.due(step)] == [1, 4, 7]
+    assert not StatisticsSampler(("norm",), every=1, columns=2).due(1)
+
+
+def test_sampler_fills_rows_over_all_columns():
+    """A row has NaN where the optimizer has no parameter."""
+    sampler = StatisticsSampler(("max", "weight_norm"), every=1, columns=3)
+    sampler.see_gradients([1], [torch.tensor([-2.0])], 1.0)
+    sampler.before_step([1], [torch.tensor([5.0])])
+    rows = sampler.after_step([1], [torch.tensor([5.0])])
+    assert rows["max"][1] == 2.0
+    assert rows["weight_norm"][1] == 5.0
+    assert np.isnan(rows["max"][[0, 2]]).all()
+    assert sampler.after_step([1], []) == {}

@@ -1,0 +1,61 @@
+"""What a step costs, counted exactly: ATen calls that do not grow with the model."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gradwatch
+
+
+class CountCalls(TorchDispatchMode):
+    """Counts every ATen call that is made under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def _calls(parameters, watched, **options):
+    tensors = {f"p{i}": torch.ones(2, requires_grad=True) for i in range(parameters)}
+    optimizer = torch.optim.SGD(tensors.values(), lr=0.1)
+    watcher = gradwatch.watch(tensors, optimizer, **options)
+    if watched:
+        watcher.attach()
+    with CountCalls() as counter:
+        torch.stack(torch._foreach_norm(list(tensors.values()))).sum().backward()
+        optimizer.step()
+    watcher.close()
+    return counter.calls
+
+
+def _added(parameters, **options):
+    added = _calls(parameters, True, **options)
+    added.subtract(_calls(parameters, False, **options))
+    return sum(added.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [({}, 5), ({"clip": 1e9}, 10), ({"clip": 1e-3}, 11), ({"on_nonfinite": "skip"}, 5)],
+    ids=["watch", "clip, nothing clipped", "clip, clipped", "skip"],
+)
+def test_calls_do_not_grow_with_the_model(options, limit):
+    """10 and 1,000 parameters cost the same number of ATen calls, at most 12."""
+    assert _added(10, **options) == _added(1_000, **options) == limit <= 12
+
+
+def test_an_accumulated_window_is_measured_once_per_micro_batch():
+    """The step itself adds no pass where nothing changed since the last backward."""
+    x = torch.ones(3, requires_grad=True)
+    optimizer = torch.optim.SGD([x], lr=0.1)
+    with gradwatch.watch({"x": x}, optimizer), CountCalls() as counter:
+        for _ in range(4):
+            x.sum().backward()
+        optimizer.step()
+    assert counter.calls["aten._foreach_norm.Scalar"] == 4
