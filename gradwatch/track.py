@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class Track:
         self._lr = math.nan
         self._told: set[int] = set()
         self._held_parameters = 0 if optimizer is None else len(optimizer_parameters(optimizer))
-        self.before_begin: Callable[[], None] = lambda: None
+        self.on_parameters_added: Callable[[Sequence[int]], list[int]] = lambda indices: []
 
     @property
     def applied(self) -> bool:
@@ -98,6 +98,9 @@ class Track:
         Returns:
             Whether any of the optimizer's parameters received a gradient.
         """
+        late = self._refresh()
+        if late:
+            backward = replace(backward, arrived=[*backward.arrived, *late])
         if self.window.add(backward, weight) is None:
             return False
         if self._sampler.due(self.step + 1):
@@ -116,6 +119,21 @@ class Track:
         self.window = whole
         return entry
 
+    def _refresh(self) -> list[int]:
+        """Takes in the parameters of groups that were added to the optimizer since.
+
+        Returns:
+            Those of them that have a gradient already.
+        """
+        if self.optimizer is None:
+            return []
+        held = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        if held == self._held_parameters:
+            return []
+        self._held_parameters = held
+        self.window.indices = self._run.table.indices_of(optimizer_parameters(self.optimizer))
+        return self.on_parameters_added(self.window.indices)
+
     def require_optimizer(self) -> Optimizer:
         """Returns the optimizer of a track that has one."""
         if self.optimizer is None:
@@ -133,14 +151,10 @@ class Track:
 
     def begin(self, optimizer: Optimizer, has_closure: bool) -> None:
         """A step begins."""
-        self.before_begin()
+        self._refresh()
         self._settled = None
         self._outcome = "applied"
         self._lr = float(optimizer.param_groups[0]["lr"]) if _has_lr(optimizer) else math.nan
-        held = sum(len(group["params"]) for group in optimizer.param_groups)
-        if held != self._held_parameters:
-            self._held_parameters = held
-            self.window.indices = self._run.table.indices_of(optimizer_parameters(optimizer))
         if has_closure:
             self._losses = []
 
@@ -208,7 +222,6 @@ class Track:
         return entry.with_clipped(after.indices, after.norms * factor)
 
     def _record(self, settled: Settled, step: int) -> StepRecord:
-        offender, coefficient = self.window.offender, settled.clip_coef
         return StepRecord(
             step=step,
             optimizer=self.label,
@@ -217,11 +230,11 @@ class Track:
             weight=self.window.weight,
             grad_norm=settled.grad_norm,
             grad_norm_clipped=settled.grad_norm_clipped,
-            clip_coef=coefficient,
+            clip_coef=settled.clip_coef,
             clip_threshold=settled.threshold,
             clipped=settled.clipped,
             outcome=self._outcome,
-            nonfinite_parameters=0 if offender is None else offender.affected,
+            nonfinite_parameters=self.window.nonfinite,
             loss=_mean_loss(self._losses),
             lr=self._lr,
             loss_scale=settled.loss_scale,

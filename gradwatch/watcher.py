@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -227,7 +228,7 @@ class Watcher:
             self._shield.run(lambda: self._add(backward), None)
 
     def _add(self, backward: Backward) -> None:
-        self._hook_trainable()
+        backward = replace(backward, arrived=[*backward.arrived, *self._hook_trainable()])
         for track in self._tracks:
             track.add(backward, self._managed.weight)
         if self._unclaimed is not None:
@@ -243,20 +244,29 @@ class Watcher:
     def _track(self, optimizer: Optimizer, window: Window) -> None:
         label = _label(optimizer, [track.label for track in self._tracks])
         track = Track(label, optimizer, window, self._run, self._steps.get(label, 0))
-        track.before_begin = self._hook_trainable
+        track.on_parameters_added = self._watch_also
         self._tracks.append(track)
         may_refuse = self._options.on_nonfinite != "record"
         listener = ShieldedListener(track, self._shield)
         self._boundaries.append(StepBoundary(optimizer, listener, may_refuse))
 
-    def _hook_trainable(self) -> None:
-        """Hangs marks on the parameters that require a gradient by now."""
-        if not self._unhooked:
-            return
+    def _hook_trainable(self) -> list[int]:
+        """Hangs marks on the parameters that require a gradient by now.
+
+        Returns:
+            Those of them that have a gradient already: they arrived before they had a mark.
+        """
         tensors = self._run.table.tensors
-        for index in [i for i in self._unhooked if tensors[i].requires_grad]:
+        thawed = [index for index in self._unhooked if tensors[index].requires_grad]
+        for index in thawed:
             self._arrivals.hook(index, tensors[index])
             self._unhooked.remove(index)
+        return [index for index in thawed if tensors[index].grad is not None]
+
+    def _watch_also(self, indices: Sequence[int]) -> list[int]:
+        unmarked = [index for index in indices if not self._arrivals.hooked(index)]
+        self._unhooked = sorted({*self._unhooked, *unmarked})
+        return self._hook_trainable()
 
     def _detach(self) -> None:
         if self._discovery is not None:

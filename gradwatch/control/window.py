@@ -27,13 +27,11 @@ class Offender:
         index: Its index in the parameter table.
         micro_batch: The micro-batch in which it was seen, counted from 1.
         counts: Its NaN and Inf elements.
-        affected: How many parameters were bad at that moment.
     """
 
     index: int
     micro_batch: int
     counts: NonFiniteCount
-    affected: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +98,7 @@ class Window:
         weight: Sum of their weights.
         arrived: Indices that received a gradient.
         offender: The first that went bad; None while all is finite.
+        nonfinite: How many parameters were bad at the worst moment.
         expected_weight: The sum of weights that the losses were divided by; None where the loop
             weighs its losses itself.
     """
@@ -111,6 +110,7 @@ class Window:
     weight: float = 0.0
     arrived: set[int] = field(default_factory=set)
     offender: Offender | None = None
+    nonfinite: int = 0
     expected_weight: float | None = None
     _before: Measurement | None = None
     _snapshot: GradientSnapshot | None = None
@@ -121,6 +121,7 @@ class Window:
         self.weight = 0.0
         self.arrived = set()
         self.offender = None
+        self.nonfinite = 0
         self.expected_weight = None
         self._before = None
         self._snapshot = None
@@ -177,7 +178,7 @@ class Window:
         if part.arrived:
             part.micro_batches, part.weight = self.micro_batches, self.weight
         if self.offender is not None and self.offender.index in mine:
-            part.offender = self.offender
+            part.offender, part.nonfinite = self.offender, self.nonfinite
         if self._before is not None and self._snapshot is not None and part.arrived:
             part._before = self._before.subset(indices, self.norm_type)
             part._snapshot = self._snapshot.subset([i in mine for i in self._before.indices])
@@ -257,14 +258,15 @@ class Window:
     def _look_for_offender(
         self, measurement: Measurement, gradients: list[Tensor], order: Sequence[int]
     ) -> None:
-        if measurement.finite or measurement.overflowed or self.offender is not None:
+        if measurement.finite or measurement.overflowed:
             return
         where = {index: place for place, index in enumerate(measurement.indices)}
         counts = {i: count_nonfinite(gradients[where[i]]) for i in measurement.nonfinite_indices()}
         bad = {index: count for index, count in counts.items() if count}
-        if bad:
+        self.nonfinite = max(self.nonfinite, len(bad))
+        if bad and self.offender is None:
             first = next((index for index in order if index in bad), min(bad))
-            self.offender = Offender(first, self.micro_batches, bad[first], len(bad))
+            self.offender = Offender(first, self.micro_batches, bad[first])
 
     def _leave(self, others: set[int]) -> None:
         """Gives parameters away to another window."""

@@ -53,7 +53,7 @@ def nonfinite_event(record: StepRecord, offender: Offender, table: ParameterTabl
         total=table.tensors[offender.index].numel(),
         micro_batch=offender.micro_batch,
         step=record.step,
-        affected=offender.affected,
+        affected=record.nonfinite_parameters,
     )
     return Event(
         step=record.step,

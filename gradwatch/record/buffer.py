@@ -139,6 +139,7 @@ class RingBuffer:
         """Goes over to float64 where a norm comes that a float32 cannot hold exactly."""
         if entry.norms.dtype != np.float64 or self._norms.dtype == np.float64:
             return
-        self._norms = self._norms.astype(np.float64)
+        with np.errstate(invalid="ignore"):  # rows that nothing was written to yet
+            self._norms = self._norms.astype(np.float64)
         if self._clipped is not None:
             self._clipped = self._clipped.astype(np.float64)

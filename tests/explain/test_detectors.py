@@ -12,13 +12,13 @@ from gradwatch.observe.parameters import ParameterTable
 from gradwatch.record.step import StepRecord
 
 TABLE = ParameterTable.of({"a.w": torch.ones(4, requires_grad=True), "b.w": torch.ones(2)})
-RECORD = StepRecord(step=7, optimizer="Adam", grad_norm=5.0, global_step=70)
+RECORD = StepRecord(step=7, optimizer="Adam", grad_norm=5.0, nonfinite_parameters=2, global_step=70)
 
 
 @pytest.mark.parametrize(("counts", "kind"), [((2, 1), "nan"), ((0, 3), "inf")])
 def test_nonfinite_event_names_the_offender(counts, kind):
     """Parameter, micro-batch, exact counts and how far it spread."""
-    event = detectors.nonfinite_event(RECORD, Offender(0, 3, NonFiniteCount(*counts), 2), TABLE)
+    event = detectors.nonfinite_event(RECORD, Offender(0, 3, NonFiniteCount(*counts)), TABLE)
     assert (event.kind, event.parameter, event.module, event.micro_batch) == (kind, "a.w", "a", 3)
     assert (event.nan_count, event.inf_count) == counts
     assert event.value == (counts[0] or counts[1])
