@@ -86,7 +86,7 @@ class ManagedLoop:
         finally:
             track.last_window = False
         if track.step == before:
-            track.skipped_by_scaler()
+            track.abandon_window()
         return track.applied
 
     def _shared(self, loss: Tensor, weight: float | None) -> Tensor:

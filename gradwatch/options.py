@@ -46,8 +46,21 @@ def check_options(
     scaler: torch.amp.GradScaler | None = None,
     sinks: Iterable[Sink] = (),
     exploding_norm: float | None = None,
+    caller: str = "watch",
 ) -> Options:
-    """Checks the arguments of :func:`gradwatch.watch`.
+    """Checks the arguments of :func:`gradwatch.watch`, or of an adapter that hands them on.
+
+    Args:
+        clip: As for ``watch``, like all others.
+        accumulate: As for ``watch``.
+        on_nonfinite: As for ``watch``.
+        statistics: As for ``watch``.
+        every: As for ``watch``.
+        buffer_size: As for ``watch``.
+        scaler: As for ``watch``.
+        sinks: As for ``watch``.
+        exploding_norm: As for ``watch``.
+        caller: What the user called, for the text of errors.
 
     Returns:
         The options.
@@ -57,31 +70,33 @@ def check_options(
         ValueError: If an argument is out of bounds.
     """
     if exploding_norm is not None:
-        check_positive("watch(exploding_norm=)", exploding_norm)
+        check_positive(f"{caller}(exploding_norm=)", exploding_norm)
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-        raise TypeError(f"watch(scaler=) must be a torch.amp.GradScaler, got {_described(scaler)}.")
+        raise TypeError(
+            f"{caller}(scaler=) must be a torch.amp.GradScaler, got {_described(scaler)}."
+        )
     return Options(
-        clip=_clip_policy(clip),
-        accumulate=_positive_int("accumulate", accumulate),
-        on_nonfinite=_choice("on_nonfinite", on_nonfinite, ON_NONFINITE),
-        statistics=_statistics(statistics),
-        every=_positive_int("every", every),
-        buffer_size=_positive_int("buffer_size", buffer_size),
+        clip=_clip_policy(f"{caller}(clip=)", clip),
+        accumulate=_positive_int(f"{caller}(accumulate=)", accumulate),
+        on_nonfinite=_choice(f"{caller}(on_nonfinite=)", on_nonfinite, ON_NONFINITE),
+        statistics=_statistics(f"{caller}(statistics=)", statistics),
+        every=_positive_int(f"{caller}(every=)", every),
+        buffer_size=_positive_int(f"{caller}(buffer_size=)", buffer_size),
         scaler=scaler,
-        sinks=_sinks(sinks),
+        sinks=_sinks(f"{caller}(sinks=)", sinks),
         exploding_norm=exploding_norm,
     )
 
 
-def _clip_policy(clip: object) -> ClipPolicy | None:
+def _clip_policy(name: str, clip: object) -> ClipPolicy | None:
     if clip is None:
         return None
     if isinstance(clip, (int, float)) and not isinstance(clip, bool):
-        check_positive("watch(clip=)", clip)
+        check_positive(name, clip)
         return ClipByNorm(float(clip))
     if isinstance(clip, type) or not isinstance(clip, ClipPolicy):
         raise (ValueError if isinstance(clip, str) else TypeError)(
-            f"watch(clip=) must be a positive number or a clipping policy, got {_described(clip)}. "
+            f"{name} must be a positive number or a clipping policy, got {_described(clip)}. "
             "Write clip=1.0 to clip by the global L2 norm, or clip=ClipByNorm(1.0, norm_type=...) "
             "or clip=ClipByValue(...)."
         )
@@ -90,47 +105,45 @@ def _clip_policy(clip: object) -> ClipPolicy | None:
 
 def _positive_int(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"watch({name}=) must be an integer of at least 1, got {_described(value)}."
-        )
+        raise TypeError(f"{name} must be an integer of at least 1, got {_described(value)}.")
     if value < 1:
-        raise ValueError(f"watch({name}=) must be at least 1, got {value}.")
+        raise ValueError(f"{name} must be at least 1, got {value}.")
     return value
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"watch({name}=) must be one of {choices}, got {_described(value)}.")
+        raise TypeError(f"{name} must be one of {choices}, got {_described(value)}.")
     if value not in choices:
-        raise ValueError(f"watch({name}=) must be one of {choices}, got {value!r}.")
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
     return value
 
 
-def _statistics(names: object) -> tuple[str, ...]:
+def _statistics(name: str, names: object) -> tuple[str, ...]:
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise TypeError(
-            f"watch(statistics=) must be a sequence of names, got {_described(names)}. "
+            f"{name} must be a sequence of names, got {_described(names)}. "
             f'Write statistics=("norm", "max"), for instance.'
         )
     chosen = tuple(names)
-    for name in chosen:
-        _choice("statistics", name, STATISTICS)
+    for statistic in chosen:
+        _choice(name, statistic, STATISTICS)
     return chosen
 
 
-def _sinks(sinks: object) -> tuple[Sink, ...]:
+def _sinks(name: str, sinks: object) -> tuple[Sink, ...]:
     if isinstance(sinks, Sink):
         raise TypeError(
-            f"watch(sinks=) must be a sequence of sinks, got one {type(sinks).__name__}. "
+            f"{name} must be a sequence of sinks, got one {type(sinks).__name__}. "
             "Write sinks=[...] around it."
         )
     if isinstance(sinks, str) or not isinstance(sinks, Iterable):
-        raise TypeError(f"watch(sinks=) must be a sequence of sinks, got {_described(sinks)}.")
+        raise TypeError(f"{name} must be a sequence of sinks, got {_described(sinks)}.")
     chosen = tuple(sinks)
     for sink in chosen:
         if isinstance(sink, type) or not isinstance(sink, Sink):
             raise TypeError(
-                f"watch(sinks=) takes objects with the methods write(batch) and close(), got "
+                f"{name} takes objects with the methods write(batch) and close(), got "
                 f"{_described(sink)}."
             )
     return chosen

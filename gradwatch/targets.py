@@ -12,16 +12,16 @@ from gradwatch.observe.arrivals import is_watched
 from gradwatch.observe.parameters import ParameterTable, optimizer_parameters
 
 NOT_A_MODEL = (
-    "watch() got {value!r} of type {kind} as its model. It watches a torch.nn.Module, or a mapping "
+    "watch(model=) got {value!r} of type {kind}. It watches a torch.nn.Module, or a mapping "
     'from names to leaf tensors: watch({{"x": x}}).'
 )
 NOT_A_LEAF = (
-    'watch() cannot watch "{name}": the tensor is the result of an operation, so that a backward '
+    'watch(model=) got "{name}", which cannot be watched: the tensor is the result of an operation, so that a backward '
     "leaves no .grad in it. Pass the leaf tensors that it was computed from."
 )
 NOTHING_TO_WATCH = (
-    "watch() found no tensor that requires a gradient in {what}. Unfreeze a parameter "
-    "(requires_grad_(True)) before watching."
+    "watch(model=) got {what}, in which no tensor requires a gradient: there is nothing to watch. "
+    "Unfreeze a parameter (requires_grad_(True)) before watching."
 )
 WATCHED_ALREADY = (
     'watch() was given "{name}", which another watcher is attached to. Leave the with block of '
@@ -98,8 +98,8 @@ def optimizer_list(
     optimizers = list(given)
     if not optimizers:
         raise ValueError(
-            "watch(optimizer=) is an empty sequence. Leave it out to have the optimizers found at "
-            "their first step."
+            f"watch(optimizer=) is empty, got {given!r}. Leave it out to have the optimizers found "
+            "at their first step."
         )
     for position, one in enumerate(optimizers):
         if not isinstance(one, Optimizer):
@@ -112,9 +112,11 @@ def optimizer_list(
 
 def _check_entry(name: object, tensor: object) -> None:
     if not isinstance(name, str):
-        raise TypeError(f"watch() takes names that are strings, got {name!r} as a key.")
+        raise TypeError(f"watch(model=) takes names that are strings, got {name!r} as a key.")
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f'watch() got {tensor!r} of type {type(tensor).__name__} under "{name}".')
+        raise TypeError(
+            f'watch(model=) got {tensor!r} of type {type(tensor).__name__} under "{name}".'
+        )
     if not tensor.is_leaf:
         raise ValueError(NOT_A_LEAF.format(name=name))
 

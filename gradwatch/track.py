@@ -79,6 +79,7 @@ class Track:
         self._settled: Settled | None = None
         self._outcome: Outcome = "applied"
         self._lr = math.nan
+        self._scale_at_backward = 1.0
         self._told: set[int] = set()
         self._held_parameters = 0 if optimizer is None else len(optimizer_parameters(optimizer))
         self.on_parameters_added: Callable[[Sequence[int]], list[int]] = lambda indices: []
@@ -101,8 +102,11 @@ class Track:
         late = self._refresh()
         if late:
             backward = replace(backward, arrived=[*backward.arrived, *late])
+        if self.window.discarded_before(backward):
+            self.abandon_window()
         if self.window.add(backward, weight) is None:
             return False
+        self._scale_at_backward = self._run.scale.value()
         if self._sampler.due(self.step + 1):
             self._sampler.see_gradients(*self.window.gradients(), 1.0 / self._run.scale.value())
         return True
@@ -183,11 +187,17 @@ class Track:
             self._losses = []
             self._settled = None
 
-    def skipped_by_scaler(self) -> None:
-        """Records a step that the scaler left out without calling the optimizer."""
-        self._settled = self.window.settle(None, None, self._run.scale)
-        self._outcome = "skipped_scaler"
-        self.finish(self.require_optimizer())
+    def abandon_window(self) -> None:
+        """Records the step of a window that a scaler left out without calling the optimizer.
+
+        Does nothing for a window that holds nothing bad: its gradients were thrown away by the
+        loop.
+        """
+        settled = self.window.unapplied(self._scale_at_backward)
+        if settled is not None and self._run.scale.active and self.window.offender is not None:
+            self._settled = settled
+            self._outcome = "skipped_scaler"
+            self.finish(self.require_optimizer())
 
     def _judge(self, optimizer: Optimizer, settled: Settled) -> Outcome:
         if LossScale.found_inf(optimizer):

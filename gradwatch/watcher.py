@@ -108,6 +108,8 @@ class Watcher:
             return
         self._state = "closed"
         self._detach()
+        for track in self._tracks:
+            self._shield.run(track.abandon_window, None)
         if self._unclaimed is not None and not self._tracks:
             self._unclaimed.commit()
         self._run.stopwatch.stop()
@@ -205,8 +207,14 @@ class Watcher:
             state: What :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If the state is of another version, or is none.
+            TypeError: If the state is no mapping.
+            ValueError: If the state is of another version.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"load_state_dict() takes what state_dict() returned, got {state!r} of type "
+                f"{type(state).__name__}."
+            )
         if state.get("version") != STATE_VERSION:
             raise ValueError(
                 f"load_state_dict() got a state of version {state.get('version')!r}, this "

@@ -20,6 +20,11 @@ class LossScale:
         """
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
 
+    @property
+    def active(self) -> bool:
+        """Whether there is a scaler, and so steps may be left out by it."""
+        return self._scaler is not None
+
     def value(self) -> float:
         """Returns the factor that the loss, and so each gradient, is multiplied with now."""
         return 1.0 if self._scaler is None else float(self._scaler.get_scale())

@@ -140,7 +140,7 @@ class Window:
         arrived = set(backward.arrived)
         if arrived.isdisjoint(self.indices):
             return None
-        if self._discarded(backward, arrived):
+        if self.discarded_before(backward):
             self.reset()
         if not backward.continues or self.micro_batches == 0:
             self.micro_batches += 1
@@ -151,6 +151,19 @@ class Window:
         self._snapshot = GradientSnapshot(gradients)
         self._look_for_offender(self._before, gradients, backward.arrived)
         return self._before
+
+    def discarded_before(self, backward: Backward) -> bool:
+        """Tells whether the window's gradients were thrown away before a backward.
+
+        Args:
+            backward: The backward, which has ended.
+        """
+        before, snapshot = self._before, self._snapshot
+        if before is None or snapshot is None or backward.create_graph or backward.continues:
+            return False
+        arrived = set(backward.arrived)
+        tensors = [self.table.tensors[index].grad for index in before.indices]
+        return snapshot.was_discarded(tensors, [index in arrived for index in before.indices])
 
     def gradients(self) -> tuple[list[int], list[Tensor]]:
         """Lists the gradients that are there now, with the indices of their parameters."""
@@ -202,21 +215,24 @@ class Window:
         Returns:
             Both sides of the clip.
         """
+        left, loss_scale, correction = scale.left_in(optimizer), scale.value(), self._correction()
+        # Unscaling moves no version counter: what was measured at the end of the backward has the
+        # unit of the scaled loss, whatever the scaler has done to the gradients since.
+        unit_before = left if self._before is None else loss_scale
         indices, gradients = self.gradients()
         before, after = self._measure_again(indices, gradients)
-        left, correction = scale.left_in(optimizer), self._correction()
-        loss_scale = scale.value()
+        unit_after = unit_before if after is before else left
         settled = Settled(
             before,
             after,
-            before_scale=correction / (left if after is before else loss_scale),
-            after_scale=correction / left,
+            before_scale=correction / unit_before,
+            after_scale=correction / unit_after,
             loss_scale=loss_scale,
         )
         if not after.finite:
             return settled
         decision = (
-            ClipDecision() if policy is None else policy.decide(_times(after, correction / left))
+            ClipDecision() if policy is None else policy.decide(_times(after, settled.after_scale))
         )
         coefficient = 1.0 if decision.coefficient is None else decision.coefficient.item()
         settled = replace(settled, coefficient=coefficient, threshold=decision.threshold)
@@ -227,6 +243,20 @@ class Window:
         clamp_(gradients, decision.clip_value * left)
         clamped = measure(indices, gradients, self.norm_type)
         return replace(settled, after=clamped, after_scale=1.0 / left)
+
+    def unapplied(self, loss_scale: float) -> Settled | None:
+        """Returns the numbers of a window that no step has used, gradients gone or not.
+
+        Args:
+            loss_scale: The loss scale at its last backward.
+
+        Returns:
+            Both sides of no clip; None where the window is empty.
+        """
+        if self._before is None:
+            return None
+        scale = 1.0 / loss_scale
+        return Settled(self._before, self._before, scale, scale, loss_scale=loss_scale)
 
     def _correction(self) -> float:
         """Returns the factor that turns a sum over the window into its weighted mean."""
@@ -246,14 +276,6 @@ class Window:
         after = measure(indices, gradients, self.norm_type)
         self._look_for_offender(after, gradients, ())
         return after, after
-
-    def _discarded(self, backward: Backward, arrived: set[int]) -> bool:
-        if self._snapshot is None or self._before is None or backward.create_graph:
-            return False
-        if backward.continues:
-            return False
-        tensors = [self.table.tensors[i].grad for i in self._before.indices]
-        return self._snapshot.was_discarded(tensors, [i in arrived for i in self._before.indices])
 
     def _look_for_offender(
         self, measurement: Measurement, gradients: list[Tensor], order: Sequence[int]
