@@ -141,12 +141,16 @@ def _sinks(name: str, sinks: object) -> tuple[Sink, ...]:
         raise TypeError(f"{name} must be a sequence of sinks, got {_described(sinks)}.")
     chosen = tuple(sinks)
     for sink in chosen:
-        if isinstance(sink, type) or not isinstance(sink, Sink):
+        if isinstance(sink, type) or not _is_sink(sink):
             raise TypeError(
                 f"{name} takes objects with the methods write(batch) and close(), got "
                 f"{_described(sink)}."
             )
     return chosen
+
+
+def _is_sink(value: object) -> bool:
+    return all(callable(getattr(value, name, None)) for name in ("write", "close"))
 
 
 def _described(value: object) -> str:

@@ -16,7 +16,7 @@ NOT_A_MODEL = (
     'from names to leaf tensors: watch({{"x": x}}).'
 )
 NOT_A_LEAF = (
-    'watch(model=) got "{name}", which cannot be watched: the tensor is the result of an operation, so that a backward '
+    'watch(model=) got "{name}", which is the result of an operation, so that a backward '
     "leaves no .grad in it. Pass the leaf tensors that it was computed from."
 )
 NOTHING_TO_WATCH = (

@@ -52,6 +52,7 @@ class Track:
         optimizer: The optimizer; None where each backward is a step.
         window: What has come since its last step.
         step: Its steps so far.
+        stepping: Whether a step is under way.
         last_window: Set by a managed loop whose short last window is to be stepped all the same.
     """
 
@@ -72,6 +73,7 @@ class Track:
         self.window = window
         self.step = step
         self.last_window = False
+        self.stepping = False
         self._run = run
         self._options = run.options
         self._sampler = StatisticsSampler(run.options.statistics, run.options.every, len(run.table))
@@ -156,6 +158,7 @@ class Track:
     def begin(self, optimizer: Optimizer, has_closure: bool) -> None:
         """A step begins."""
         self._refresh()
+        self.stepping = True
         self._settled = None
         self._outcome = "applied"
         self._lr = float(optimizer.param_groups[0]["lr"]) if _has_lr(optimizer) else math.nan
@@ -182,10 +185,15 @@ class Track:
             if settled is None:  # the optimizer never called the closure that it was given
                 settled = self.window.settle(optimizer, None, self._run.scale)
             self.step += 1
+            self.stepping = False
             self._run.recorder.add(self._entry(settled))
             self.window.reset()
             self._losses = []
             self._settled = None
+
+    def shares(self, indices: Sequence[int]) -> bool:
+        """Tells whether the optimizer holds any of some parameters."""
+        return not set(indices).isdisjoint(self.window.indices)
 
     def abandon_window(self) -> None:
         """Records the step of a window that a scaler left out without calling the optimizer.

@@ -62,19 +62,21 @@ class Unclaimed:
         if entry.record.nonfinite_parameters and self._raises:
             raise nonfinite_error(entry.record, entry.events)
 
-    def claim(self, indices: Sequence[int]) -> Window:
-        """Gives parameters to an optimizer that is about to step them.
+    @property
+    def window(self) -> Window:
+        """What has come for the parameters that no optimizer has stepped."""
+        return self._track.window
+
+    def give_up(self, indices: Sequence[int]) -> None:
+        """Leaves parameters to an optimizer that is about to step them.
 
         Args:
             indices: Its parameters.
-
-        Returns:
-            Their window, with the backwards that came before this step.
         """
         if not self._by_backward:
             self._run.recorder.retract()
             self._track.step = 0
-        return self._track.window.split(indices)
+        self._track.window.leave(indices)
 
     def commit(self) -> None:
         """Settles that each backward was a step."""

@@ -243,11 +243,15 @@ class Watcher:
             self._unclaimed.add(backward, self._managed.weight, alone=not self._tracks)
 
     def _on_optimizer_found(self, optimizer: Optimizer) -> None:
-        claimed = {index for track in self._tracks for index in track.window.indices}
+        if self._unclaimed is None:
+            return
         indices = self._run.table.indices_of(optimizer_parameters(optimizer))
-        free = [index for index in indices if index not in claimed]
-        if free and self._unclaimed is not None:
-            self._track(optimizer, self._unclaimed.claim(free))
+        if any(track.stepping and track.shares(indices) for track in self._tracks):
+            return  # an optimizer that another one calls, as SAM does: one step, not two
+        windows = [self._unclaimed.window, *(track.window for track in self._tracks)]
+        parts = [window.part(indices) for window in windows]
+        self._unclaimed.give_up(indices)
+        self._track(optimizer, max(parts, key=lambda part: len(part.arrived)))
 
     def _track(self, optimizer: Optimizer, window: Window) -> None:
         label = _label(optimizer, [track.label for track in self._tracks])

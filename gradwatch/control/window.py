@@ -176,14 +176,15 @@ class Window:
         offender = self.offender and replace(self.offender, micro_batch=1)
         return replace(self, micro_batches=1, weight=1.0, offender=offender)
 
-    def split(self, indices: Sequence[int]) -> Window:
-        """Makes the window of an optimizer that holds some of the parameters.
+    def part(self, indices: Sequence[int]) -> Window:
+        """Makes the window of an optimizer that was found while this one was filling.
 
         Args:
-            indices: Those of the optimizer, ascending.
+            indices: Parameters of the optimizer, ascending.
 
         Returns:
-            A window with what has come so far; this one keeps the other parameters.
+            A window with what has come so far. What was measured is in it where this window has
+            all of the parameters; else the step will measure.
         """
         mine = set(indices)
         part = Window(self.table, list(indices), self.norm_type)
@@ -192,10 +193,10 @@ class Window:
             part.micro_batches, part.weight = self.micro_batches, self.weight
         if self.offender is not None and self.offender.index in mine:
             part.offender, part.nonfinite = self.offender, self.nonfinite
-        if self._before is not None and self._snapshot is not None and part.arrived:
+        complete = mine.issubset(self.indices) and part.arrived
+        if self._before is not None and self._snapshot is not None and complete:
             part._before = self._before.subset(indices, self.norm_type)
             part._snapshot = self._snapshot.subset([i in mine for i in self._before.indices])
-        self._leave(mine)
         return part
 
     def settle(
@@ -290,8 +291,13 @@ class Window:
             first = next((index for index in order if index in bad), min(bad))
             self.offender = Offender(first, self.micro_batches, bad[first])
 
-    def _leave(self, others: set[int]) -> None:
-        """Gives parameters away to another window."""
+    def leave(self, indices: Sequence[int]) -> None:
+        """Gives parameters away to another window.
+
+        Args:
+            indices: The parameters.
+        """
+        others = set(indices)
         self.indices = [index for index in self.indices if index not in others]
         self.arrived -= others
         if self.offender is not None and self.offender.index in others:
