@@ -226,7 +226,9 @@ class Track:
     def _entry(self, settled: Settled) -> Entry:
         record = self._record(settled, self.step)
         before, after = settled.before, settled.after
-        statistics = self._sampler.after_step(self.window.indices, self._parameters())
+        statistics = {}
+        if self._sampler.due(record.step):
+            statistics = self._sampler.after_step(self.window.indices, self._parameters())
         entry = Entry(
             record,
             before.indices,

@@ -7,16 +7,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_EXACT = {torch.float32, torch.float64}
 
-def scale_(gradients: Sequence[Tensor], coefficient: float) -> None:
+
+def scale_(gradients: Sequence[Tensor], coefficient: float | Tensor) -> None:
     """Multiplies every gradient with one number, in place.
 
     Args:
         gradients: Tensors of any shape and dtype, dense or sparse.
-        coefficient: The factor; one that a float32 holds exactly gives the bits that
-            ``torch.nn.utils.clip_grad_norm_`` gives.
+        coefficient: The factor, a number or a tensor ``[]``; one that a float32 holds exactly
+            gives the bits that ``torch.nn.utils.clip_grad_norm_`` gives.
     """
     dense = [gradient for gradient in gradients if gradient.layout is torch.strided]
+    dtypes = {gradient.dtype for gradient in dense}
+    if isinstance(coefficient, Tensor) and not dtypes <= _EXACT:
+        # A tensor is the faster factor, but would be rounded to a half-precision dtype.
+        coefficient = coefficient.item()
     if dense:
         torch._foreach_mul_(dense, coefficient)
     for gradient in gradients:

@@ -168,8 +168,11 @@ class Window:
     def gradients(self) -> tuple[list[int], list[Tensor]]:
         """Lists the gradients that are there now, with the indices of their parameters."""
         tensors = self.table.tensors
-        pairs = [(i, g) for i in self.indices if (g := tensors[i].grad) is not None]
-        return [index for index, _ in pairs], [gradient for _, gradient in pairs]
+        gradients = [tensors[index].grad for index in self.indices]
+        present = [gradient for gradient in gradients if gradient is not None]
+        if len(present) == len(gradients):
+            return self.indices, present
+        return [i for i, g in zip(self.indices, gradients, strict=True) if g is not None], present
 
     def latest(self) -> Window:
         """Makes a window that holds the newest backward only, as a step of its own."""
@@ -237,8 +240,10 @@ class Window:
         )
         coefficient = 1.0 if decision.coefficient is None else decision.coefficient.item()
         settled = replace(settled, coefficient=coefficient, threshold=decision.threshold)
-        if coefficient * correction != 1.0:
+        if correction != 1.0:
             scale_(gradients, coefficient * correction)
+        elif decision.coefficient is not None and coefficient != 1.0:
+            scale_(gradients, decision.coefficient)
         if decision.clip_value is None:
             return settled
         clamp_(gradients, decision.clip_value * left)

@@ -61,7 +61,7 @@ class Measurement:
         return Measurement(kept, norms, total, float(total), self.overflowed)
 
 
-def measure(indices: Sequence[int], gradients: Sequence[Tensor], norm_type: float) -> Measurement:
+def measure(indices: Sequence[int], gradients: list[Tensor], norm_type: float) -> Measurement:
     """Measures gradients in one batched pass.
 
     Args:

@@ -10,7 +10,7 @@ from torch import Tensor
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
-def gradient_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+def gradient_norms(gradients: list[Tensor], norm_type: float = 2.0) -> Tensor:
     """Takes the p-norm of each gradient, float16 and bfloat16 accumulated in float32.
 
     On finite float32 gradients every value equals, bit for bit, the one that
@@ -26,14 +26,25 @@ def gradient_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tenso
     """
     if not gradients:
         return torch.zeros(0)
+    dtypes = {gradient.dtype for gradient in gradients}
+    if len(dtypes) == 1:
+        try:
+            norms = torch._foreach_norm(gradients, norm_type, _accumulator(dtypes.pop()))
+            return torch.stack(norms)
+        except (NotImplementedError, RuntimeError):
+            pass  # some are sparse, or on another device
+    return _norms_of_groups(gradients, norm_type)
+
+
+def _norms_of_groups(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
     values = [_values(gradient) for gradient in gradients]
-    norms: list[Tensor] = [values[0]] * len(values)
+    norms = [torch.zeros((), device=v.device) for v in values]  # what no element adds up to
     for indices, dtype in _groups(values):
         group = [values[i] for i in indices]
-        for index, norm in zip(indices, _foreach_norm(group, norm_type, dtype), strict=True):
+        taken = torch._foreach_norm(group, norm_type, dtype)
+        for index, norm in zip(indices, taken, strict=True):
             norms[index] = norm
-    device = norms[0].device
-    return torch.stack([norm if norm.device == device else norm.to(device) for norm in norms])
+    return torch.stack([norm.to(norms[0].device) for norm in norms])
 
 
 def total_norm(norms: Tensor, norm_type: float = 2.0) -> Tensor:
@@ -79,21 +90,13 @@ def _values(gradient: Tensor) -> Tensor:
 
 def _groups(values: Sequence[Tensor]) -> list[tuple[Sequence[int], torch.dtype | None]]:
     """Splits into what one batched call can take, each with the dtype to accumulate in."""
-    first = (values[0].device, values[0].dtype)
-    keys = [(value.device, value.dtype) for value in values]
-    if keys.count(first) == len(keys):
-        return [(range(len(values)), _accumulator(first[1]))]
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
+    for index, value in enumerate(values):
+        if value.numel() == 0:
+            continue  # has no largest element
+        groups.setdefault((value.device, value.dtype), []).append(index)
     return [(indices, _accumulator(dtype)) for (_, dtype), indices in groups.items()]
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype | None:
     return torch.float32 if dtype in _LOW_PRECISION else None
-
-
-def _foreach_norm(
-    group: list[Tensor], norm_type: float, dtype: torch.dtype | None
-) -> Sequence[Tensor]:
-    return torch._foreach_norm(group, norm_type, dtype)

@@ -80,14 +80,10 @@ class RingBuffer:
         self._added += 1
         self._records[slot] = entry.record
         self._widen_for(entry)
-        row = self._norms[slot]
-        row[:] = NO_GRADIENT
-        row[entry.columns] = entry.norms
+        _fill(self._norms[slot], entry.columns, entry.norms)
         self._explicit[slot] = entry.clipped_norms is not None
         if entry.clipped_norms is not None:
-            clipped = self._clipped_plane()[slot]
-            clipped[:] = NO_GRADIENT
-            clipped[entry.clipped_columns] = entry.clipped_norms
+            _fill(self._clipped_plane()[slot], entry.clipped_columns, entry.clipped_norms)
         self._append_statistics(slot, entry.statistics)
 
     def batch(self, newest: int | None = None, events: tuple[Event, ...] = ()) -> RecordBatch:
@@ -143,3 +139,11 @@ class RingBuffer:
             self._norms = self._norms.astype(np.float64)
         if self._clipped is not None:
             self._clipped = self._clipped.astype(np.float64)
+
+
+def _fill(row: Row, columns: Sequence[int], values: Row) -> None:
+    if len(columns) == len(row):
+        row[:] = values
+    else:
+        row[:] = NO_GRADIENT
+        row[columns] = values
