@@ -1,0 +1,66 @@
+# Everything runs in .venv, which the first target to need it creates. PYTHON=... names another one.
+
+PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11 python3.10 python,\
+            $(if $(shell $(name) -c $(AT_LEAST_310) 2>/dev/null && echo yes),$(name))))
+AT_LEAST_310 := 'import sys; sys.exit(sys.version_info < (3, 10))'
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+WORKERS ?= 2
+# One thread per test process: the workers share the cores.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format bench clean
+
+help: ## Lists the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## Trains a small GPT under gradwatch, about a minute, with one poisoned batch
+	$(BIN)/python examples/plain_loop.py --logdir runs/plain_loop --poison-step 150
+	@echo
+	@echo "The norms in TensorBoard:  $(BIN)/tensorboard --logdir runs"
+	@echo "The loop that you ran:     examples/plain_loop.py"
+	@echo "Without the clip:          $(BIN)/python examples/plain_loop.py --clip 0"
+
+test: $(VENV)/.dev ## Runs the tests, all but the slow ones
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.dev ## Runs the slow tests
+	$(PYTEST) -m slow
+
+lint: $(VENV)/.dev ## Checks style, types and the direction of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev ## Rewrites the files as `make lint` wants them
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.dev ## Measures what gradwatch adds to a training step
+	$(BIN)/python benchmarks/overhead.py
+
+clean: ## Removes the environment and everything that was generated
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps below say what .venv holds, so that a second call installs nothing.
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "gradwatch needs Python 3.10 or newer, and found none on the PATH." \
+	  "Install it from your package manager or python.org, or name one: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@$(PYTHON) -c $(AT_LEAST_310) || { echo "gradwatch needs Python 3.10 or newer, but $(PYTHON) is" \
+	  "$$($(PYTHON) --version 2>&1)." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/.created
+	@echo "Setting up $(VENV) (a few minutes the first time: PyTorch is large) ..."
+	$(PIP_INSTALL) --editable '.[tensorboard]' tqdm
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.created
+	@echo "Setting up $(VENV) (a few minutes the first time: PyTorch is large) ..."
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@ $(VENV)/.demo

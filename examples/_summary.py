@@ -1,0 +1,46 @@
+"""The table that both examples end with."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+import gradwatch
+
+
+def print_summary(watcher: gradwatch.Watcher, logdir: str) -> None:
+    """Prints what a run left behind, and what to open next.
+
+    Args:
+        watcher: The watcher of the run, closed or not.
+        logdir: The folder that TensorBoard is to be given.
+    """
+    rows = {
+        **_norm_rows(watcher.history.steps()),
+        "events": _count_kinds(watcher.history.events()),
+        "gradwatch took": f"{watcher.overhead.share:.1%} of the time",
+    }
+    width = max(map(len, rows))
+    print()
+    for name, value in rows.items():
+        print(f"  {name:<{width}}  {value}")
+    if watcher.events:
+        print(f"\nFirst event: {watcher.events[0].message}")
+    print(f"\nNext, see the norms over time: tensorboard --logdir {logdir}")
+
+
+def _norm_rows(steps: pd.DataFrame) -> dict[str, str]:
+    if steps.empty:
+        return {"steps": "0"}
+    norms = steps["grad_norm"]
+    rows = {"steps": f"{len(steps)}", "skipped": f"{(steps['outcome'] != 'applied').sum()}"}
+    finite = norms[norms < float("inf")]
+    if not finite.empty:
+        rows["median norm"] = f"{finite.median():.3g}"
+        rows["largest norm"] = f"{finite.max():.3g} (step {finite.idxmax()})"
+    rows["clipped"] = f"{steps['clipped'].mean():.0%} of the steps"
+    return rows
+
+
+def _count_kinds(events: pd.DataFrame) -> str:
+    counts = events["kind"].value_counts()
+    return ", ".join(f"{number} {kind}" for kind, number in counts.items()) or "none"

@@ -1,0 +1,14 @@
+"""gradwatch in Lightning: a callback that watches the gradients of a Trainer's fit."""
+
+try:
+    from gradwatch_lightning.monitor import GradientMonitor
+except ModuleNotFoundError as exc:
+    if exc.name != "lightning":
+        raise
+    raise ModuleNotFoundError(
+        "gradwatch_lightning needs Lightning, which is not installed. "
+        "Run: pip install 'gradwatch[lightning]'",
+        name="lightning",
+    ) from exc
+
+__all__ = ["GradientMonitor"]

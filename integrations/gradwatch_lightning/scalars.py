@@ -1,0 +1,70 @@
+"""Scalars: the few numbers of a step that go to every logger, and their tags."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from lightning.pytorch import Trainer
+
+from gradwatch.record.step import StepRecord
+
+GROUP = "gradwatch"
+"""Tags of the first optimizer begin with it, as those of ``gradwatch_tensorboard`` do."""
+
+
+def step_scalars(records: Iterable[StepRecord], first: str) -> dict[str, float]:
+    """Lists what is logged for the steps of one batch.
+
+    ======================================  ======================================================
+    tag                                     meaning
+    ======================================  ======================================================
+    ``gradwatch/grad_norm``                 total gradient norm before the clip, in true units
+    ``gradwatch/grad_norm_clipped``         the same after the clip
+    ``gradwatch/clip_coef``                 factor between both; 1 where nothing was clipped
+    ``gradwatch/nonfinite_parameters``      parameters whose gradient holds a NaN or an Inf
+    ``gradwatch/loss_scale``                scale of the GradScaler, where there is one
+    ======================================  ======================================================
+
+    Each further optimizer has a group of its own, ``gradwatch_Adam-1/grad_norm`` say.
+
+    Args:
+        records: The newest step of each optimizer that stepped.
+        first: Label of the optimizer whose group has no suffix.
+
+    Returns:
+        Tag to value.
+    """
+    scalars: dict[str, float] = {}
+    for record in records:
+        suffix = "" if record.optimizer == first else f"_{record.optimizer.replace('/', '_')}"
+        values = _values(record)
+        scalars |= {f"{GROUP}{suffix}/{name}": value for name, value in values.items()}
+    return scalars
+
+
+def retire_scalars(trainer: Trainer, fresh: Collection[str]) -> None:
+    """Keeps Lightning from logging a value again at a batch that brought no new one.
+
+    Lightning repeats what was logged once at each later batch of the epoch. In manual optimization,
+    where every batch is a step on the x-axis, a norm would stand at batches without any step.
+
+    Args:
+        trainer: The Trainer, in ``on_train_batch_end``.
+        fresh: The tags that this batch logs.
+    """
+    results = getattr(trainer, "_results", None) or {}  # private: without it values are repeated
+    for metric in results.values():
+        if metric.meta.name.startswith(GROUP) and metric.meta.name not in fresh:
+            metric.reset()
+
+
+def _values(record: StepRecord) -> dict[str, float]:
+    values = {
+        "grad_norm": record.grad_norm,
+        "grad_norm_clipped": record.grad_norm_clipped,
+        "clip_coef": record.clip_coef,
+        "nonfinite_parameters": float(record.nonfinite_parameters),
+    }
+    if record.loss_scale != 1.0:
+        values["loss_scale"] = record.loss_scale
+    return values

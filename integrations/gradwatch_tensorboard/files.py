@@ -1,0 +1,179 @@
+"""Files: where the values go, an event file of our own or the user's SummaryWriter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch.utils.tensorboard import FileWriter, SummaryWriter
+
+FLUSH_SECS = 5
+"""TensorBoard looks for new data as often."""
+
+MAX_QUEUE = 1024
+"""Events that may wait for the disk: several batches, so that training does not wait for it."""
+
+SUFFIX = ".gradwatch"
+"""Ends the names of our own files."""
+
+_NOT_A_TARGET = (
+    "log_dir_or_writer must be a folder (str or PathLike) or a "
+    "torch.utils.tensorboard.SummaryWriter, got {what}: the values of a step go out in one Event, "
+    "which other writers do not take. Write TensorBoardWriter('runs/my_run'), or "
+    "TensorBoardWriter(summary_writer); of a Lightning TensorBoardLogger that is logger.experiment."
+)
+_NO_FOLDER = (
+    "log_dir_or_writer must name a folder, got {what}. Write TensorBoardWriter('runs/my_run')."
+)
+_CLOSED_BEFORE = (
+    "log_dir_or_writer must be open, got a SummaryWriter that was closed. "
+    "Make a new one: TensorBoardWriter(SummaryWriter({log_dir!r}))."
+)
+_CLOSED_SINCE = (
+    "The SummaryWriter of {log_dir!r} was closed while gradwatch still writes to it, and what "
+    "follows is lost. Close it after the `with gradwatch.watch(...)` block."
+)
+
+
+class EventFile(Protocol):
+    """An event file and who closes it."""
+
+    @property
+    def log_dir(self) -> str:
+        """The folder that TensorBoard shows as the run."""
+
+    def writer(self, first_step: int) -> Any:
+        """Gives the ``FileWriter``, made now where there is none yet.
+
+        Args:
+            first_step: Step of the value that is about to be written.
+        """
+
+    def flush(self) -> None:
+        """Waits until everything is on the disk."""
+
+    def close(self) -> None:
+        """Leaves everything on the disk, and the file closed where it is ours."""
+
+
+class OwnFile:
+    """An event file of our own, made when the first value arrives.
+
+    Only then is the first step known, and with it from where on a resumed run takes over from the
+    one before it in the same folder; and a process that never writes leaves no empty file behind,
+    which TensorBoard's Python loader would follow instead of the full one.
+    """
+
+    def __init__(self, log_dir: str) -> None:
+        """Makes the folder.
+
+        Args:
+            log_dir: The folder, or an address like ``gs://...`` that TensorBoard can write to.
+        """
+        self.log_dir = log_dir
+        if "://" not in log_dir:
+            Path(log_dir).mkdir(parents=True, exist_ok=True)
+        self._writer: SummaryWriter | None = None
+
+    def writer(self, first_step: int) -> Any:
+        """See :class:`EventFile`."""
+        if self._writer is None:
+            self._writer = SummaryWriter(
+                self.log_dir,
+                purge_step=first_step if self._is_ours() else None,
+                max_queue=MAX_QUEUE,
+                flush_secs=FLUSH_SECS,
+                filename_suffix=SUFFIX,
+            )
+        return self._writer.file_writer
+
+    def _is_ours(self) -> bool:
+        """Whether the folder holds nothing but files of ours.
+
+        Only then a restart is announced, which hides all values of the run from that step on, and
+        in a new run too: TensorBoard's Python loader takes no heed of the first one.
+        """
+        if "://" in self.log_dir:
+            return False
+        return all(path.name.endswith(SUFFIX) for path in Path(self.log_dir).glob("*tfevents*"))
+
+    def flush(self) -> None:
+        """See :class:`EventFile`."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """See :class:`EventFile`. The thread behind the file ends even if the disk is gone."""
+        if self._writer is None:
+            return
+        file_writer: Any = self._writer.file_writer
+        try:
+            file_writer.flush()
+        finally:
+            file_writer.close()
+
+
+class SharedFile:
+    """The event file of the user's SummaryWriter, which stays open."""
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        """Takes the writer.
+
+        Args:
+            writer: An open one.
+        """
+        self._writer = writer
+
+    @property
+    def log_dir(self) -> str:
+        """See :class:`EventFile`."""
+        return str(self._writer.log_dir)
+
+    def writer(self, first_step: int) -> FileWriter:
+        """See :class:`EventFile`.
+
+        Raises:
+            RuntimeError: If the user closed it; torch would quietly begin a second file.
+        """
+        file_writer: FileWriter | None = self._writer.file_writer
+        if file_writer is None:
+            raise RuntimeError(_CLOSED_SINCE.format(log_dir=self.log_dir))
+        return file_writer
+
+    def flush(self) -> None:
+        """See :class:`EventFile`."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """See :class:`EventFile`."""
+        self._writer.flush()
+
+
+def event_file(log_dir_or_writer: object) -> EventFile:
+    """Takes what the user named as the place to write to.
+
+    Args:
+        log_dir_or_writer: A folder or a SummaryWriter.
+
+    Returns:
+        The file behind it.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If it names no folder, or is closed.
+    """
+    if isinstance(log_dir_or_writer, SummaryWriter):
+        if log_dir_or_writer.file_writer is None:
+            raise ValueError(_CLOSED_BEFORE.format(log_dir=str(log_dir_or_writer.log_dir)))
+        return SharedFile(log_dir_or_writer)
+    if not isinstance(log_dir_or_writer, str | os.PathLike):
+        kind = type(log_dir_or_writer)
+        raise TypeError(_NOT_A_TARGET.format(what=f"{kind.__module__}.{kind.__qualname__}"))
+    log_dir = os.fspath(log_dir_or_writer)
+    if not isinstance(log_dir, str):
+        raise TypeError(_NOT_A_TARGET.format(what="a path of bytes"))
+    if not log_dir or Path(log_dir).is_file():
+        what = f"{log_dir!r}, which is a file" if log_dir else "an empty one"
+        raise ValueError(_NO_FOLDER.format(what=what))
+    return OwnFile(log_dir)

@@ -1,0 +1,109 @@
+"""Step scalars: the handful of numbers that stand for one optimizer step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from gradwatch.record.step import StepRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    """One series of numbers.
+
+    Attributes:
+        meaning: What TensorBoard shows when its user asks about the chart.
+        thin: Turns the values since the last written step into the one that is written.
+    """
+
+    meaning: str
+    thin: Callable[[Sequence[float]], float]
+
+
+def largest(values: Sequence[float]) -> float:
+    """Takes the largest value; a NaN among them wins, so that thinning never hides one."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def smallest(values: Sequence[float]) -> float:
+    """Takes the smallest value; a NaN among them wins, so that thinning never hides one."""
+    return math.nan if any(map(math.isnan, values)) else min(values)
+
+
+def middle(values: Sequence[float]) -> float:
+    """Takes the median of the values that are numbers."""
+    numbers = sorted(value for value in values if not math.isnan(value))
+    return numbers[len(numbers) // 2] if numbers else math.nan
+
+
+def newest(values: Sequence[float]) -> float:
+    """Takes the last value."""
+    return values[-1]
+
+
+STEP_SCALARS = {
+    "grad_norm": Scalar("Total L2 gradient norm before the clip, in true units.", largest),
+    "grad_norm_clipped": Scalar("Total gradient norm after the clip.", largest),
+    "clip_coef": Scalar("Factor that the clip multiplied gradients with; 1: no clip.", smallest),
+    "norm_p05": Scalar("5th percentile over the parameters' norms before the clip.", smallest),
+    "norm_p50": Scalar("Median over the parameters' norms before the clip.", middle),
+    "norm_p95": Scalar("95th percentile over the parameters' norms before the clip.", largest),
+    "norm_max": Scalar("Largest finite norm of a parameter before the clip.", largest),
+    "nonfinite_steps_total": Scalar("Steps so far with a NaN or Inf gradient.", newest),
+    "skipped_steps_total": Scalar("Steps so far that were not applied.", newest),
+    "loss": Scalar("Weighted mean of the losses of the step.", newest),
+    "lr": Scalar("Learning rate of the first parameter group.", newest),
+    "loss_scale": Scalar("Scale of the GradScaler.", newest),
+}
+"""Every scalar of a step by its name, in the order in which they are written."""
+
+
+@dataclass(slots=True)
+class StepScalars:
+    """Turns the records of one optimizer into its step scalars.
+
+    Attributes:
+        nonfinite_steps: Steps so far with a NaN or an Inf in a gradient.
+        skipped_steps: Steps so far that were not applied.
+        scaled: Whether a loss scale other than 1 was seen.
+    """
+
+    nonfinite_steps: int = field(default=0, init=False)
+    skipped_steps: int = field(default=0, init=False)
+    scaled: bool = field(default=False, init=False)
+
+    def of(self, record: StepRecord, spread: Sequence[float]) -> dict[str, float]:
+        """Lists the scalars of one step.
+
+        Args:
+            record: The step.
+            spread: The four percentiles of :func:`~gradwatch_tensorboard.spread.norm_spread`.
+
+        Returns:
+            Name to value. A loss or learning rate that is not a finite number is left out, and so
+            is a loss scale as long as it was never anything but 1.
+        """
+        self.nonfinite_steps += record.nonfinite_parameters > 0
+        self.skipped_steps += record.outcome != "applied"
+        self.scaled = self.scaled or record.loss_scale != 1.0
+        p05, p50, p95, maximum = spread
+        row = {
+            "grad_norm": record.grad_norm,
+            "grad_norm_clipped": record.grad_norm_clipped,
+            "clip_coef": record.clip_coef,
+            "norm_p05": p05,
+            "norm_p50": p50,
+            "norm_p95": p95,
+            "norm_max": maximum,
+            "nonfinite_steps_total": float(self.nonfinite_steps),
+            "skipped_steps_total": float(self.skipped_steps),
+        }
+        if math.isfinite(record.loss):
+            row["loss"] = record.loss
+        if math.isfinite(record.lr):
+            row["lr"] = record.lr
+        if self.scaled:
+            row["loss_scale"] = record.loss_scale
+        return row

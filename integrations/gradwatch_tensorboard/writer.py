@@ -1,0 +1,217 @@
+"""TensorBoardWriter: a sink for TensorBoard's stock dashboards.
+
+What it writes, all values of a step in one Event, whatever the number of parameters:
+
+=====================================  ==========================================================
+tag                                    meaning and unit
+=====================================  ==========================================================
+``gradwatch/grad_norm``                total L2 gradient norm before the clip, in true units:
+                                       unscaled, reduced over ranks
+``gradwatch/grad_norm_clipped``        the same after the clip
+``gradwatch/clip_coef``                factor that the gradients were multiplied with, 1: no clip
+``gradwatch/norm_p05, _p50, _p95``     percentiles over the parameters' norms, before the clip;
+                                       finite norms only, parameters without a gradient left out
+``gradwatch/norm_max``                 the largest of those norms
+``gradwatch/nonfinite_steps_total``    steps with a NaN or an Inf since this writer was made
+``gradwatch/skipped_steps_total``      steps that were not applied since this writer was made
+``gradwatch/loss``                     weighted mean loss of the step; steps where gradwatch saw a
+                                       finite one
+``gradwatch/lr``                       learning rate of the first parameter group
+``gradwatch/loss_scale``               scale of the ``GradScaler``; from the first one that is not 1
+``gradwatch/nonfinite_event``          number of parameters with a NaN or an Inf; written at such
+                                       steps only, so that down-sampling does not lose them
+``gradwatch_blocks/<module>``          L2 norm before the clip over the parameters of one of at most
+                                       20 parts of the model; ``layers.0-3`` are layers 0 to 3
+``gradwatch/events``                   text: the first 20 events
+``custom_scalars__config__``           layout of the Custom Scalars dashboard, once
+=====================================  ==========================================================
+
+The x-axis is ``StepRecord.global_step``. Optimizers after the first write the same names under
+``gradwatch-<optimizer>/`` and ``gradwatch-<optimizer>_blocks/``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from gradwatch.record.batch import Layout, RecordBatch
+from gradwatch.record.step import StepRecord
+from gradwatch_tensorboard.blocks import Blocks
+from gradwatch_tensorboard.files import event_file
+from gradwatch_tensorboard.layout import chart_layout
+from gradwatch_tensorboard.protos import ScalarEvents, text_summary
+from gradwatch_tensorboard.series import OptimizerSeries, Point
+from gradwatch_tensorboard.spread import norm_spread
+from gradwatch_tensorboard.text import EventText
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class TensorBoardWriter:
+    """Writes gradient norms, clipping and events where TensorBoard's own dashboards show them.
+
+    The module's docstring lists every tag. An error of the disk leaves :meth:`write`: the watcher
+    reports it once and goes on without this sink.
+
+    >>> import tempfile
+    >>> writer = TensorBoardWriter(tempfile.mkdtemp(), every=10)
+    >>> writer.close()
+    """
+
+    def __init__(
+        self,
+        log_dir_or_writer: str | os.PathLike[str] | SummaryWriter,
+        *,
+        every: int = 1,
+        block_every: int = 10,
+        step_scalars: bool = True,
+        layout: bool = True,
+    ) -> None:
+        """Takes a folder or an open writer; writes nothing yet.
+
+        Args:
+            log_dir_or_writer: A folder, for an event file of its own that :meth:`close` closes; or
+                a ``SummaryWriter`` to share, which stays open and holds one run in one file. Make
+                that one with ``max_queue=1000``: torch's default of 10 is less than a batch, and
+                the training then waits for its thread.
+            every: Steps between two values of a scalar. The largest norm and the smallest clip
+                coefficient since the last one are written, and a step with an event always is.
+            block_every: The same for the norms of module blocks, which are most of the bytes.
+            step_scalars: Whether to write the step scalars; without them only blocks, events and
+                layout are written.
+            layout: Whether to write a layout for the Custom Scalars dashboard. A run has one, so
+                say False where you write your own.
+
+        Raises:
+            TypeError: If an argument is of the wrong type.
+            ValueError: If a number is below 1, or there is no folder or open writer.
+        """
+        self._every = _checked_count("every", every)
+        self._block_every = _checked_count("block_every", block_every)
+        self._step_scalars = step_scalars
+        self._layout = layout
+        self._file = event_file(log_dir_or_writer)
+        self._series: dict[str, OptimizerSeries] = {}
+        self._scalar_events = ScalarEvents()
+        self._text = EventText()
+        self._text_step = -1
+        self._blocks: tuple[Layout, Blocks] | None = None
+        self._newest_time = 0.0
+        self._begun = False
+        self._closed = False
+
+    @property
+    def log_dir(self) -> str:
+        """The folder that TensorBoard shows as the run."""
+        return self._file.log_dir
+
+    def write(self, batch: RecordBatch) -> None:
+        """Takes some consecutive steps, oldest first, and their events.
+
+        Args:
+            batch: The records.
+
+        Raises:
+            OSError: If the disk does not take them.
+            RuntimeError: If this writer, or the SummaryWriter that it shares, is closed.
+        """
+        if self._closed:
+            raise RuntimeError(
+                f"The TensorBoardWriter of {self.log_dir!r} is closed and takes no more steps. "
+                "Make a new one for a new run."
+            )
+        if batch.steps:
+            self._begin(batch.steps[0].global_step)
+            self._write_steps(batch)
+        if batch.events:
+            self._begin(batch.events[0].global_step)
+            self._write_text(batch)
+        if any(event.nonfinite for event in batch.events):
+            self._file.flush()
+
+    def close(self) -> None:
+        """Writes what thinning still holds and releases the file; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            for series in self._series.values():
+                self._write_point(series, series.rest())
+        finally:
+            self._file.close()
+
+    def _begin(self, first_step: int) -> None:
+        if self._begun:
+            return
+        file_writer = self._file.writer(first_step)
+        if self._layout:
+            file_writer.add_summary(chart_layout(step_scalars=self._step_scalars), 0)
+        self._begun = True
+
+    def _write_steps(self, batch: RecordBatch) -> None:
+        # Without the scalars nobody reads the percentiles: those of no parameters cost nothing.
+        spreads = norm_spread(batch.norms[:, : None if self._step_scalars else 0]).tolist()
+        blocks = self._blocks_of(batch.layout)
+        block_norms = blocks.norms(batch.norms).tolist()
+        eventful = {(event.optimizer, event.step) for event in batch.events}
+        attached = time.time() - batch.steps[-1].time_s
+        for record, spread, norms in zip(batch.steps, spreads, block_norms, strict=True):
+            series = self._series_of(record.optimizer)
+            # Batches wait for different times before they get here; the wall time must still rise.
+            self._newest_time = max(self._newest_time, attached + record.time_s)
+            before = series.take(
+                record,
+                self._newest_time,
+                spread,
+                blocks.present(norms),
+                notable=_is_notable(record) or (record.optimizer, record.step) in eventful,
+            )
+            self._write_point(series, before)
+        for series in self._series.values():
+            self._write_point(series, series.settled())
+
+    def _blocks_of(self, layout: Layout) -> Blocks:
+        if self._blocks is None or self._blocks[0] != layout:
+            self._blocks = layout, Blocks.of(layout.modules)
+        return self._blocks[1]
+
+    def _series_of(self, optimizer: str) -> OptimizerSeries:
+        series = self._series.get(optimizer)
+        if series is None:
+            series = self._series[optimizer] = OptimizerSeries(
+                optimizer if self._series else "",
+                every=self._every,
+                block_every=self._block_every,
+                step_scalars=self._step_scalars,
+            )
+        return series
+
+    def _write_point(self, series: OptimizerSeries, point: Point | None) -> None:
+        if point is not None and point.values:
+            event = self._scalar_events.fill(point.values, series.meaning)
+            self._file.writer(point.step).add_event(event, point.step, point.time)
+
+    def _write_text(self, batch: RecordBatch) -> None:
+        text = self._text.add(batch.events, next(iter(self._series), ""))
+        if text is None:
+            return
+        # One tag for all optimizers and events: a step that is taken already is moved by one.
+        newest = max(event.global_step for event in batch.events)
+        self._text_step = max(self._text_step + 1, newest)
+        file_writer = self._file.writer(self._text_step)
+        file_writer.add_summary(text_summary("gradwatch/events", text), self._text_step)
+
+
+def _is_notable(record: StepRecord) -> bool:
+    return record.nonfinite_parameters > 0 or record.outcome != "applied"
+
+
+def _checked_count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, a number of steps, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+    return value

@@ -1,0 +1,173 @@
+"""Files: whose they are, what is refused, and what a failing disk does."""
+
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from gradwatch_tensorboard import TensorBoardWriter
+
+
+def test_path_makes_one_file(run, read, tmp_path):
+    """A folder that does not exist is made; it holds one file, which close() leaves complete."""
+    folder = tmp_path / "a" / "b"
+    writer = TensorBoardWriter(str(folder))
+    assert writer.log_dir == str(folder)
+    writer.write(run.batch(range(1, 4)))
+    writer.close()
+    assert len(list(folder.iterdir())) == 1
+    assert read(folder).steps("gradwatch/grad_norm") == [1, 2, 3]
+
+
+def test_nothing_written_leaves_no_file(tmp_path):
+    """A process that takes no steps leaves no empty file for TensorBoard to follow."""
+    TensorBoardWriter(tmp_path).close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_close_ends_the_thread(run, tmp_path):
+    """No thread of a closed writer is left."""
+    before = threading.active_count()
+    writer = TensorBoardWriter(tmp_path)
+    writer.write(run.batch(range(1, 4)))
+    assert threading.active_count() == before + 1
+    writer.close()
+    assert threading.active_count() == before
+
+
+def test_close_twice(run, tmp_path):
+    """The second close does nothing."""
+    writer = TensorBoardWriter(tmp_path)
+    writer.write(run.batch(range(1, 4)))
+    writer.close()
+    writer.close()
+
+
+def test_shared_writer_stays_open(run, read, tmp_path):
+    """With the user's writer there is one file and one run, and the user goes on writing to it."""
+    with SummaryWriter(tmp_path) as summary_writer:
+        summary_writer.add_scalar("loss", 3.0, 1)
+        writer = TensorBoardWriter(summary_writer)
+        writer.write(run.batch(range(1, 4)))
+        writer.close()
+        assert writer.log_dir == str(tmp_path)
+        assert read(tmp_path).steps("gradwatch/grad_norm") == [1, 2, 3]
+        summary_writer.add_scalar("loss", 2.0, 2)
+    assert read(tmp_path).steps("loss") == [1, 2]
+    assert len(read(tmp_path).files) == 1
+
+
+def test_nonfinite_steps_reach_the_disk_at_once(run, read, tmp_path):
+    """A NaN can be read before anything is closed, and before the next flush is due."""
+    summary_writer = SummaryWriter(tmp_path, flush_secs=3600)
+    writer = TensorBoardWriter(summary_writer)
+    writer.write(run.nan_step(5))
+    assert read(tmp_path).steps("gradwatch/nonfinite_event") == [5]
+    summary_writer.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_deleted_folder_raises(run, tmp_path):
+    """A folder that is gone is an error out of write(), so that the watcher can report it."""
+    folder = tmp_path / "run"
+    before = threading.active_count()
+    writer = TensorBoardWriter(folder)
+    writer.write(run.nan_step(1))
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError):
+        writer.write(run.nan_step(2))
+    with pytest.raises(FileNotFoundError):
+        writer.close()
+    assert threading.active_count() == before
+
+
+def test_closed_writer_raises(run, tmp_path):
+    """A writer takes nothing after close()."""
+    writer = TensorBoardWriter(tmp_path)
+    writer.close()
+    with pytest.raises(RuntimeError, match="is closed and takes no more steps"):
+        writer.write(run.batch(range(1, 2)))
+
+
+def test_shared_writer_that_was_closed_raises(run, tmp_path):
+    """No second file is begun behind the back of a user who closed the first."""
+    summary_writer = SummaryWriter(tmp_path)
+    writer = TensorBoardWriter(summary_writer)
+    writer.write(run.batch(range(1, 2)))
+    summary_writer.close()
+    with pytest.raises(RuntimeError, match="was closed while gradwatch still writes to it"):
+        writer.write(run.batch(range(2, 3)))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("target", [None, 3, b"runs", object(), ["runs"]])
+def test_refuses_other_targets(target):
+    """What is neither folder nor SummaryWriter is refused with what to write instead."""
+    with pytest.raises(TypeError) as error:
+        TensorBoardWriter(target)
+    assert re.match(r"log_dir_or_writer must be .*, got ", str(error.value))
+    assert "Write TensorBoardWriter('runs/my_run')" in str(error.value)
+
+
+def test_refuses_a_path_of_bytes(tmp_path):
+    """A PathLike of bytes is refused like bytes."""
+
+    class BytesPath:
+        def __fspath__(self):
+            return bytes(tmp_path)
+
+    with pytest.raises(TypeError, match="a path of bytes"):
+        TensorBoardWriter(BytesPath())
+
+
+def test_refuses_an_empty_path():
+    """An empty string is no folder; torch would make one up."""
+    with pytest.raises(ValueError, match="must name a folder, got an empty one"):
+        TensorBoardWriter("")
+
+
+def test_refuses_a_file(tmp_path):
+    """A path to a file is refused before the first step."""
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(ValueError, match="which is a file"):
+        TensorBoardWriter(path)
+
+
+def test_refuses_a_closed_summary_writer(tmp_path):
+    """A writer that is closed already is refused before the first step."""
+    summary_writer = SummaryWriter(tmp_path)
+    summary_writer.close()
+    with pytest.raises(ValueError, match="got a SummaryWriter that was closed"):
+        TensorBoardWriter(summary_writer)
+
+
+@pytest.mark.parametrize("name", ["every", "block_every"])
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)]
+)
+def test_refuses_bad_counts(tmp_path, name, value, error):
+    """A number of steps is an integer of at least 1; the message shows name and value."""
+    with pytest.raises(error, match=f"{name} must be .*got {value}"):
+        TensorBoardWriter(tmp_path, **{name: value})
+
+
+def test_missing_tensorboard_says_what_to_install(tmp_path):
+    """Without tensorboard the import names the command that brings it."""
+    code = (
+        "import sys; sys.modules['tensorboard'] = None\n"
+        "try:\n    import gradwatch_tensorboard\n"
+        "except ModuleNotFoundError as exc:\n    print(exc.name, exc)\n"
+    )
+    path = [str(Path(name)) for name in sys.path if name]
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:] = {path!r}\n{code}"],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert result.stdout.startswith("tensorboard gradwatch_tensorboard needs TensorBoard")
+    assert "pip install 'gradwatch[tensorboard]'" in result.stdout
