@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+from pathlib import Path
+
 import pandas as pd
 
 import gradwatch
 
 
-def print_summary(watcher: gradwatch.Watcher, logdir: str) -> None:
+def print_summary(watcher: gradwatch.Watcher, logdir: Path) -> None:
     """Prints what a run left behind, and what to open next.
 
     Args:
@@ -25,7 +30,7 @@ def print_summary(watcher: gradwatch.Watcher, logdir: str) -> None:
         print(f"  {name:<{width}}  {value}")
     if watcher.events:
         print(f"\nFirst event: {watcher.events[0].message}")
-    print(f"\nNext, see the norms over time: tensorboard --logdir {logdir}")
+    print(f"\nNext, see the norms over time: {_tensorboard()} --logdir {logdir}")
 
 
 def _norm_rows(steps: pd.DataFrame) -> dict[str, str]:
@@ -44,3 +49,10 @@ def _norm_rows(steps: pd.DataFrame) -> dict[str, str]:
 def _count_kinds(events: pd.DataFrame) -> str:
     counts = events["kind"].value_counts()
     return ", ".join(f"{number} {kind}" for kind, number in counts.items()) or "none"
+
+
+def _tensorboard() -> str:
+    """Names the command as it can be typed here: the environment may not be activated."""
+    if shutil.which("tensorboard"):
+        return "tensorboard"
+    return os.path.relpath(Path(sys.executable).with_name("tensorboard"))

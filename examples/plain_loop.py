@@ -28,7 +28,7 @@ CONTEXT = 64
 BATCH = 16
 WIDTH = 128
 HEADS = 4
-LAYERS = 4
+LAYERS = 3
 
 
 class Block(nn.Module):
@@ -159,7 +159,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate")
     parser.add_argument("--clip", type=float, default=0.6, help="largest total norm; 0: no clip")
     parser.add_argument(
@@ -185,6 +185,9 @@ def main() -> None:
     """Trains, and prints what was seen."""
     args = parse_arguments()
     torch.manual_seed(args.seed)
+    torch.set_num_threads(
+        1
+    )  # the model is small: threads would wait for each other on a busy machine
     training, held_out = read_library()
     model = GPT()
     print(

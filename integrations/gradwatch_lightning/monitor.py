@@ -89,6 +89,7 @@ class GradientMonitor(Callback):
             buffer_size=buffer_size,
             sinks=sinks,
             exploding_norm=exploding_norm,
+            caller="GradientMonitor",
         )
         self._log = log
         self._watcher: Watcher | None = None

@@ -25,7 +25,7 @@ def step_scalars(records: Iterable[StepRecord], first: str) -> dict[str, float]:
     ``gradwatch/loss_scale``                scale of the GradScaler, where there is one
     ======================================  ======================================================
 
-    Each further optimizer has a group of its own, ``gradwatch_Adam-1/grad_norm`` say.
+    Each further optimizer has a group of its own, ``gradwatch-Adam-1/grad_norm`` say.
 
     Args:
         records: The newest step of each optimizer that stepped.
@@ -36,7 +36,7 @@ def step_scalars(records: Iterable[StepRecord], first: str) -> dict[str, float]:
     """
     scalars: dict[str, float] = {}
     for record in records:
-        suffix = "" if record.optimizer == first else f"_{record.optimizer.replace('/', '_')}"
+        suffix = "" if record.optimizer == first else f"-{record.optimizer.replace('/', '_')}"
         values = _values(record)
         scalars |= {f"{GROUP}{suffix}/{name}": value for name, value in values.items()}
     return scalars

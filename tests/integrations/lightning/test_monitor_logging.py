@@ -72,7 +72,7 @@ def test_each_optimizer_has_its_own_tags(kit):
     kit.trainer(monitor, logger=logger).fit(kit.Gan(), kit.loader(3))
 
     steps = monitor.history.steps()
-    for label, tag in [("Adam", "gradwatch"), ("Adam-1", "gradwatch_Adam-1")]:
+    for label, tag in [("Adam", "gradwatch"), ("Adam-1", "gradwatch-Adam-1")]:
         logged = logger.of(f"{tag}/grad_norm")
         assert [step for step, _ in logged] == [0, 1, 2]
         expected = steps[steps.optimizer == label].grad_norm.tolist()
@@ -86,7 +86,7 @@ def test_an_optimizer_that_rests_is_not_logged(kit):
     kit.trainer(monitor, logger=logger).fit(kit.Gan(discriminator_every=2), kit.loader(5))
 
     assert [step for step, _ in logger.of("gradwatch/grad_norm")] == [0, 1, 2, 3, 4]
-    assert [step for step, _ in logger.of("gradwatch_Adam-1/grad_norm")] == [0, 2, 4]
+    assert [step for step, _ in logger.of("gradwatch-Adam-1/grad_norm")] == [0, 2, 4]
 
 
 def test_an_optimizer_that_rests_at_the_logged_batches_is_logged(kit):
@@ -98,7 +98,7 @@ def test_an_optimizer_that_rests_at_the_logged_batches_is_logged(kit):
 
     steps = monitor.history.steps()
     expected = steps[steps.optimizer == "Adam-1"].grad_norm.tolist()
-    logged = logger.of("gradwatch_Adam-1/grad_norm")
+    logged = logger.of("gradwatch-Adam-1/grad_norm")
     assert [step for step, _ in logged] == [1, 3, 5]
     assert [value for _, value in logged] == pytest.approx(expected, rel=1e-6)
 
@@ -181,7 +181,7 @@ def test_tensorboard_with_two_optimizers(kit, tmp_path):
     kit.trainer(monitor, logger=logger).fit(kit.Gan(), kit.loader(4))
 
     board = read_board(logger)
-    for tag in ("gradwatch/grad_norm", "gradwatch_Adam-1/grad_norm"):
+    for tag in ("gradwatch/grad_norm", "gradwatch-Adam-1/grad_norm"):
         assert [event.step for event in board.Scalars(tag)] == [0, 1, 2, 3]
 
 
