@@ -16,12 +16,10 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 help: ## Lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(VENV)/.demo ## Trains a small GPT under gradwatch, about a minute, with one poisoned batch
+demo: $(VENV)/.demo ## Trains a small GPT under gradwatch in a minute or less, with one poisoned batch
 	$(BIN)/python examples/plain_loop.py --logdir runs/plain_loop --poison-step 150
-	@echo
-	@echo "The norms in TensorBoard:  $(BIN)/tensorboard --logdir runs"
-	@echo "The loop that you ran:     examples/plain_loop.py"
-	@echo "Without the clip:          $(BIN)/python examples/plain_loop.py --clip 0"
+	@echo "Then read the loop that you ran, examples/plain_loop.py, and try it without the clip:"
+	@echo "$(BIN)/python examples/plain_loop.py --clip 0"
 
 test: $(VENV)/.dev ## Runs the tests, all but the slow ones
 	$(PYTEST) -m "not slow"

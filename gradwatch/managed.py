@@ -86,7 +86,7 @@ class ManagedLoop:
         finally:
             track.last_window = False
         if track.step == before:
-            track.abandon_window()
+            track.abandon_window(left_out=True)
         return track.applied
 
     def _shared(self, loss: Tensor, weight: float | None) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from gradwatch.observe.arrivals import is_watched
@@ -18,6 +19,10 @@ NOT_A_MODEL = (
 NOT_A_LEAF = (
     'watch(model=) got "{name}", which is the result of an operation, so that a backward '
     "leaves no .grad in it. Pass the leaf tensors that it was computed from."
+)
+LAZY = (
+    'watch(model=) got "{name}", a lazy parameter that has no shape yet. Run one forward of the '
+    "model before watching it."
 )
 NOTHING_TO_WATCH = (
     "watch(model=) got {what}, in which no tensor requires a gradient: there is nothing to watch. "
@@ -54,6 +59,9 @@ def parameter_table(model: nn.Module | Mapping[str, Tensor]) -> ParameterTable:
         for name, tensor in model.items():
             _check_entry(name, tensor)
     table = ParameterTable.of(model)
+    for name, tensor in zip(table.names, table.tensors, strict=True):
+        if is_lazy(tensor):
+            raise ValueError(LAZY.format(name=name))
     if not any(tensor.requires_grad for tensor in table.tensors):
         what = type(model).__name__ if isinstance(model, nn.Module) else f"{list(model)}"
         raise ValueError(NOTHING_TO_WATCH.format(what=what))

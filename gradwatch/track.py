@@ -105,7 +105,7 @@ class Track:
         if late:
             backward = replace(backward, arrived=[*backward.arrived, *late])
         if self.window.discarded_before(backward):
-            self.abandon_window()
+            self.abandon_window(self.left_out_by_scaler)
         if self.window.add(backward, weight) is None:
             return False
         self._scale_at_backward = self._run.scale.value()
@@ -168,6 +168,8 @@ class Track:
     def settle(self, optimizer: Optimizer, loss: object) -> bool:
         """Measures, decides and clips; raises where that was asked for."""
         with self._run.stopwatch, torch.no_grad():
+            if self._run.arrivals and not self.window.filled:
+                self.window.add_unfinished()
             if not self.last_window:
                 check_window(self.label, self.window.micro_batches, self._options.accumulate)
             if loss is not None:
@@ -195,14 +197,20 @@ class Track:
         """Tells whether the optimizer holds any of some parameters."""
         return not set(indices).isdisjoint(self.window.indices)
 
-    def abandon_window(self) -> None:
+    @property
+    def left_out_by_scaler(self) -> bool:
+        """Whether a scaler has lowered its scale since the last backward: its step was left out."""
+        return self._run.scale.value() < self._scale_at_backward
+
+    def abandon_window(self, left_out: bool) -> None:
         """Records the step of a window that a scaler left out without calling the optimizer.
 
-        Does nothing for a window that holds nothing bad: its gradients were thrown away by the
-        loop.
+        Args:
+            left_out: Whether it did. Else the loop threw the gradients away, or the run ended in
+                the middle of the window: that is no step.
         """
         settled = self.window.unapplied(self._scale_at_backward)
-        if settled is not None and self._run.scale.active and self.window.offender is not None:
+        if settled is not None and left_out and self.window.offender is not None:
             self._settled = settled
             self._outcome = "skipped_scaler"
             self.finish(self.require_optimizer())
@@ -280,9 +288,10 @@ class Track:
 
     def _missing(self) -> list[int]:
         """Lists the parameters that received no gradient in the window, each once per run."""
-        arrived, indices = self.window.arrived, self.window.indices
-        if not self.window.micro_batches or len(arrived) >= len(indices):
+        filled, indices = self.window.filled, self.window.indices
+        if not filled or len(filled[0][0]) >= len(indices):
             return []
+        arrived = self.window.arrived
         tensors, hooked = self._run.table.tensors, self._run.arrivals.hooked
         missing = [
             index

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -109,7 +110,7 @@ class Watcher:
         self._state = "closed"
         self._detach()
         for track in self._tracks:
-            self._shield.run(track.abandon_window, None)
+            self._shield.run(partial(track.abandon_window, track.left_out_by_scaler), None)
         if self._unclaimed is not None and not self._tracks:
             self._unclaimed.commit()
         self._run.stopwatch.stop()
@@ -236,7 +237,9 @@ class Watcher:
             self._shield.run(lambda: self._add(backward), None)
 
     def _add(self, backward: Backward) -> None:
-        backward = replace(backward, arrived=[*backward.arrived, *self._hook_trainable()])
+        thawed = self._hook_trainable()
+        if thawed:
+            backward = replace(backward, arrived=[*backward.arrived, *thawed])
         for track in self._tracks:
             track.add(backward, self._managed.weight)
         if self._unclaimed is not None:

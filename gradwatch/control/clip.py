@@ -49,8 +49,11 @@ class ClipByNorm:
 
     def decide(self, total_norm: Tensor) -> ClipDecision:
         """Computes the factor for a norm; see :class:`~gradwatch.control.policy.ClipPolicy`."""
+        threshold = float(self.max_norm)
+        if _surely_below(total_norm, threshold):
+            return ClipDecision(threshold=threshold)
         coefficient = torch.clamp(self.max_norm / (total_norm + 1e-6), max=1.0)
-        return ClipDecision(coefficient=coefficient, threshold=float(self.max_norm))
+        return ClipDecision(coefficient=coefficient, threshold=threshold)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns nothing: the rule has no memory."""
@@ -97,6 +100,11 @@ class ClipByValue:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes nothing: the rule has no memory."""
+
+
+def _surely_below(norm: Tensor, limit: float) -> bool:
+    """Tells where no rounding can make the factor less than 1, and so no arithmetic is needed."""
+    return norm.device.type == "cpu" and norm.item() < limit * (1 - 1e-5) - 2e-6
 
 
 def check_positive(name: str, value: object) -> None:

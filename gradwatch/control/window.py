@@ -94,9 +94,7 @@ class Window:
         table: All watched parameters.
         indices: Those of this optimizer, in model order.
         norm_type: The p of the norms.
-        micro_batches: Backwards whose gradients are in the window.
-        weight: Sum of their weights.
-        arrived: Indices that received a gradient.
+        filled: For each micro-batch the indices that received a gradient in it, and its weight.
         offender: The first that went bad; None while all is finite.
         nonfinite: How many parameters were bad at the worst moment.
         expected_weight: The sum of weights that the losses were divided by; None where the loop
@@ -106,20 +104,32 @@ class Window:
     table: ParameterTable
     indices: list[int]
     norm_type: float = 2.0
-    micro_batches: int = 0
-    weight: float = 0.0
-    arrived: set[int] = field(default_factory=set)
+    filled: list[tuple[set[int], float]] = field(default_factory=list)
     offender: Offender | None = None
     nonfinite: int = 0
     expected_weight: float | None = None
     _before: Measurement | None = None
     _snapshot: GradientSnapshot | None = None
+    _tensors: list[Tensor] = field(default_factory=list)
+
+    @property
+    def micro_batches(self) -> int:
+        """Backwards whose gradients are in the window."""
+        return len(self.filled)
+
+    @property
+    def weight(self) -> float:
+        """Sum of their weights."""
+        return sum(weight for _, weight in self.filled)
+
+    @property
+    def arrived(self) -> set[int]:
+        """Indices that received a gradient."""
+        return set().union(*(arrived for arrived, _ in self.filled))
 
     def reset(self) -> None:
         """Empties the window: a step was taken, or the gradients were thrown away."""
-        self.micro_batches = 0
-        self.weight = 0.0
-        self.arrived = set()
+        self.filled = []
         self.offender = None
         self.nonfinite = 0
         self.expected_weight = None
@@ -142,11 +152,13 @@ class Window:
             return None
         if self.discarded_before(backward):
             self.reset()
-        if not backward.continues or self.micro_batches == 0:
-            self.micro_batches += 1
-            self.weight += weight
-        self.arrived |= arrived
         indices, gradients = self.gradients()
+        if not gradients:
+            return None  # an optimizer inside the backward has used and freed them
+        if backward.continues and self.filled:
+            self.filled[-1][0].update(arrived)
+        else:
+            self.filled.append((arrived, weight))
         self._before = measure(indices, gradients, self.norm_type)
         self._snapshot = GradientSnapshot(gradients)
         self._look_for_offender(self._before, gradients, backward.arrived)
@@ -165,10 +177,15 @@ class Window:
         tensors = [self.table.tensors[index].grad for index in before.indices]
         return snapshot.was_discarded(tensors, [index in arrived for index in before.indices])
 
+    def add_unfinished(self) -> None:
+        """Takes in a backward that is still under way: an optimizer steps inside it."""
+        self.filled.append((set(self.indices), 1.0))
+
     def gradients(self) -> tuple[list[int], list[Tensor]]:
         """Lists the gradients that are there now, with the indices of their parameters."""
-        tensors = self.table.tensors
-        gradients = [tensors[index].grad for index in self.indices]
+        if len(self._tensors) != len(self.indices):
+            self._tensors = [self.table.tensors[index] for index in self.indices]
+        gradients = [tensor.grad for tensor in self._tensors]
         present = [gradient for gradient in gradients if gradient is not None]
         if len(present) == len(gradients):
             return self.indices, present
@@ -177,7 +194,7 @@ class Window:
     def latest(self) -> Window:
         """Makes a window that holds the newest backward only, as a step of its own."""
         offender = self.offender and replace(self.offender, micro_batch=1)
-        return replace(self, micro_batches=1, weight=1.0, offender=offender)
+        return replace(self, filled=self.filled[-1:], offender=offender)
 
     def part(self, indices: Sequence[int]) -> Window:
         """Makes the window of an optimizer that was found while this one was filling.
@@ -191,12 +208,13 @@ class Window:
         """
         mine = set(indices)
         part = Window(self.table, list(indices), self.norm_type)
-        part.arrived = self.arrived & mine
-        if part.arrived:
-            part.micro_batches, part.weight = self.micro_batches, self.weight
+        part.filled = [(arrived & mine, w) for arrived, w in self.filled if arrived & mine]
         if self.offender is not None and self.offender.index in mine:
-            part.offender, part.nonfinite = self.offender, self.nonfinite
-        complete = mine.issubset(self.indices) and part.arrived
+            before = self.filled[: self.offender.micro_batch]
+            number = sum(bool(arrived & mine) for arrived, _ in before)
+            part.offender = replace(self.offender, micro_batch=number)
+            part.nonfinite = self.nonfinite
+        complete = mine.issubset(self.indices) and part.filled
         if self._before is not None and self._snapshot is not None and complete:
             part._before = self._before.subset(indices, self.norm_type)
             part._snapshot = self._snapshot.subset([i in mine for i in self._before.indices])
@@ -219,7 +237,8 @@ class Window:
         Returns:
             Both sides of the clip.
         """
-        left, loss_scale, correction = scale.left_in(optimizer), scale.value(), self._correction()
+        left, correction = scale.left_in(optimizer), self._correction()
+        loss_scale = scale.value() if scale.active else left
         # Unscaling moves no version counter: what was measured at the end of the backward has the
         # unit of the scaled loss, whatever the scaler has done to the gradients since.
         unit_before = left if self._before is None else loss_scale
@@ -273,15 +292,14 @@ class Window:
     def _measure_again(
         self, indices: list[int], gradients: list[Tensor]
     ) -> tuple[Measurement, Measurement]:
-        if self._before is not None and self._snapshot is not None:
-            if self._snapshot.matches(gradients):
-                return self._before, self._before
-            after = measure(indices, gradients, self.norm_type)
-            self._look_for_offender(after, gradients, ())
-            return self._before, after
+        snapshot = self._snapshot
+        if self._before is not None and snapshot is not None and snapshot.matches(gradients):
+            return self._before, self._before
         after = measure(indices, gradients, self.norm_type)
+        if self._before is not None and after.total_value == 0 != self._before.total_value:
+            self.reset()  # zero_grad came after the last backward
         self._look_for_offender(after, gradients, ())
-        return after, after
+        return self._before or after, after
 
     def _look_for_offender(
         self, measurement: Measurement, gradients: list[Tensor], order: Sequence[int]
@@ -304,14 +322,14 @@ class Window:
         """
         others = set(indices)
         self.indices = [index for index in self.indices if index not in others]
-        self.arrived -= others
+        self.filled = [(arrived - others, w) for arrived, w in self.filled if arrived - others]
         if self.offender is not None and self.offender.index in others:
             self.offender = None
         if self._before is not None and self._snapshot is not None:
             keep = [index not in others for index in self._before.indices]
             self._before = self._before.subset(self.indices, self.norm_type)
             self._snapshot = self._snapshot.subset(keep)
-        if not self.arrived:
+        if not self.filled:
             self.reset()
 
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from itertools import compress
-from operator import is_
+from operator import attrgetter
 
 import torch
 from torch import Tensor
+
+_WITNESSES = 64
+_version = attrgetter("_version")
 
 
 class GradientSnapshot:
     """The identity and the version counter of every gradient at one moment.
 
-    Weak references stand for the tensors: an ``id`` may be given to the next gradient when this
-    one is freed, and a real reference would keep it in memory.
+    A reference to the gradients would keep them in memory. An ``id`` alone may be given to the
+    next tensor when a gradient is freed, so weak references to some of them, all of them in small
+    models, tell whether that has happened.
     """
 
-    __slots__ = ("_references", "_versions")
+    __slots__ = ("_ids", "_references", "_versions")
 
     def __init__(self, gradients: Sequence[Tensor]) -> None:
         """Looks at the gradients as they are now.
@@ -26,8 +30,10 @@ class GradientSnapshot:
         Args:
             gradients: Those of the parameters that have one, in a fixed order.
         """
-        self._references = [weakref.ref(gradient) for gradient in gradients]
-        self._versions = [gradient._version for gradient in gradients]
+        stride = 1 + len(gradients) // _WITNESSES
+        self._references = [weakref.ref(gradient) for gradient in gradients[::stride]]
+        self._ids = list(map(id, gradients))
+        self._versions = list(map(_version, gradients))
 
     def subset(self, keep: Sequence[bool]) -> GradientSnapshot:
         """Returns the snapshot of some of the gradients.
@@ -36,7 +42,8 @@ class GradientSnapshot:
             keep: For each gradient whether it stays.
         """
         part = GradientSnapshot(())
-        part._references = list(compress(self._references, keep))
+        part._references = list(self._references)
+        part._ids = list(compress(self._ids, keep))
         part._versions = list(compress(self._versions, keep))
         return part
 
@@ -49,7 +56,11 @@ class GradientSnapshot:
         Returns:
             False as soon as one was replaced, written to, added or taken away.
         """
-        return self._same_tensors(gradients) and self._versions == [g._version for g in gradients]
+        return (
+            self._ids == list(map(id, gradients))
+            and self._versions == list(map(_version, gradients))
+            and self._alive()
+        )
 
     def was_discarded(self, gradients: Sequence[Tensor | None], grew: Sequence[bool]) -> bool:
         """Tells whether the gradients of this moment were thrown away before a backward added more.
@@ -64,17 +75,15 @@ class GradientSnapshot:
         Returns:
             True where every dense gradient that grew had been reset.
         """
+        alive = self._alive()
         resets = [
-            reference() is not gradient or gradient._version > version + 1
-            for reference, version, gradient, added in zip(
-                self._references, self._versions, gradients, grew, strict=True
+            not alive or identity != id(gradient) or gradient._version > version + 1
+            for identity, version, gradient, added in zip(
+                self._ids, self._versions, gradients, grew, strict=True
             )
             if added and gradient is not None and gradient.layout is torch.strided
         ]
         return bool(resets) and all(resets)
 
-    def _same_tensors(self, gradients: Sequence[Tensor]) -> bool:
-        references = self._references
-        return len(references) == len(gradients) and all(
-            map(is_, [reference() for reference in references], gradients)
-        )
+    def _alive(self) -> bool:
+        return all(reference() is not None for reference in self._references)

@@ -1,0 +1,147 @@
+"""Sinks get every step once and never harm the training."""
+
+import warnings
+from typing import Any
+
+import pytest
+
+import gradwatch
+from gradwatch.testing import CapturingSink
+
+from . import reference
+from .lives import (
+    Stop,
+    model_and_optimizer,
+    train,
+)
+
+
+class _Failing:
+    """A sink that keeps what it gets until its `fails_at`-th write, or its close, fails."""
+
+    def __init__(self, fails_at: int = 0, *, close: bool = False) -> None:
+        self.fails_at, self.fails_to_close = fails_at, close
+        self.writes = self.closed = 0
+
+    def write(self, batch: Any) -> None:
+        self.writes += 1
+        if self.writes == self.fails_at:
+            raise OSError("disk full")
+
+    def close(self) -> None:
+        self.closed += 1
+        if self.fails_to_close:
+            raise OSError("folder gone")
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_a_sink_that_raises_is_told_once_and_left_out(clip: float | None, fails_at: int) -> None:
+    """A failing sink is one warning that names it; the others get everything, the weights are the same."""
+    weights = []
+    for broken in (False, True):
+        case, optimizer = model_and_optimizer("AdamW")
+        failing, whole = _Failing(fails_at if broken else 0), CapturingSink()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with gradwatch.watch(
+                case.model, optimizer, clip=clip, sinks=[failing, whole]
+            ) as watcher:
+                for _ in range(6):
+                    train(case, optimizer, 1)
+                    watcher.flush()
+        assert [step.step for step in whole.steps] == [1, 2, 3, 4, 5, 6]
+        assert len(caught) == (1 if broken else 0)
+        if broken:
+            assert issubclass(caught[0].category, gradwatch.GradwatchWarning)
+            assert "_Failing" in str(caught[0].message)
+            assert "disk full" in str(caught[0].message)
+            assert failing.writes == fails_at
+        weights.append(reference.snapshot(case.model))
+    assert reference.identical(*weights)
+
+
+def test_a_sink_that_cannot_close_is_told() -> None:
+    """A failing close is a warning, and the sinks after it are closed all the same."""
+    case, optimizer = model_and_optimizer()
+    failing, after = _Failing(close=True), _Failing()
+    with (
+        pytest.warns(gradwatch.GradwatchWarning, match="folder gone"),
+        gradwatch.watch(case.model, optimizer, sinks=[failing, after]),
+    ):
+        train(case, optimizer, 2)
+    assert after.closed == 1
+    assert after.writes == 1
+
+
+def test_a_failing_sink_does_not_hide_the_loops_own_error() -> None:
+    """The exception that ends the block is the loop's, not the sink's."""
+    case, optimizer = model_and_optimizer()
+    with (  # noqa: PT012, PT031
+        pytest.warns(gradwatch.GradwatchWarning),
+        pytest.raises(Stop),
+        gradwatch.watch(case.model, optimizer, sinks=[_Failing(1, close=True)]),
+    ):
+        train(case, optimizer, 2)
+        raise Stop
+
+
+def test_a_failing_sink_under_warnings_as_errors() -> None:
+    """Where the user's filters turn warnings into errors the training still goes on (this suite does so)."""
+    case, optimizer = model_and_optimizer()
+    with (
+        warnings.catch_warnings(),
+        gradwatch.watch(case.model, optimizer, sinks=[_Failing(1)]) as watcher,
+    ):
+        warnings.simplefilter("error")
+        train(case, optimizer, 1)
+        watcher.flush()
+        train(case, optimizer, 2)
+        watcher.flush()
+    assert list(watcher.history.steps().index) == [1, 2, 3]
+
+
+def test_sinks_get_every_step_once_in_order_and_are_closed() -> None:
+    """A sink gets each step and event exactly once, oldest first, though the buffer is smaller than the run."""
+    case, optimizer = model_and_optimizer()
+    sink, counting = CapturingSink(), _Failing()
+    with gradwatch.watch(
+        case.model, optimizer, sinks=[sink, counting], buffer_size=4, on_nonfinite="skip"
+    ) as watcher:
+        for index in range(23):
+            loss = case.loss(case.model, case.batch(index))
+            (loss * float("nan") if index in (3, 20) else loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert [step.step for step in sink.steps] == list(range(1, 24))
+    assert [(event.step, event.kind) for event in sink.events if event.kind == "nan"] == [
+        (4, "nan"),
+        (21, "nan"),
+    ]
+    assert counting.closed == 1
+    assert list(watcher.history.steps().index) == [20, 21, 22, 23]
+
+
+def test_sinks_get_the_rest_when_the_loop_breaks() -> None:
+    """On an exception the sinks are still given what was recorded, and closed."""
+    case, optimizer = model_and_optimizer()
+    sink, counting = CapturingSink(), _Failing()
+    with (  # noqa: PT012
+        pytest.raises(KeyboardInterrupt),
+        gradwatch.watch(case.model, optimizer, sinks=[sink, counting]),
+    ):
+        train(case, optimizer, 3)
+        raise KeyboardInterrupt
+    assert [step.step for step in sink.steps] == [1, 2, 3]
+    assert counting.closed == 1
+
+
+def test_sinks_and_history_say_the_same() -> None:
+    """What a sink got equals the rows of history.steps()."""
+    case, optimizer = model_and_optimizer()
+    sink = CapturingSink()
+    with gradwatch.watch(case.model, optimizer, sinks=[sink], clip=0.2) as watcher:
+        train(case, optimizer, 5)
+    steps = watcher.history.steps()
+    for field in ("grad_norm", "grad_norm_clipped", "clip_coef", "lr", "outcome", "micro_batches"):
+        assert list(steps[field]) == [getattr(step, field) for step in sink.steps]

@@ -1,0 +1,189 @@
+"""The buffer, the tables, imports and public names."""
+
+import gc
+import inspect
+import os
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradwatch
+
+from .lives import model_and_optimizer, train
+
+
+@pytest.mark.parametrize("found", [False, True], ids=["named", "found"])
+def test_the_buffer_is_bounded(found: bool) -> None:
+    """Only the newest buffer_size steps are kept; the step numbers go on."""
+    case, optimizer = model_and_optimizer()
+    with gradwatch.watch(case.model, None if found else optimizer, buffer_size=8) as watcher:
+        train(case, optimizer, 50)
+    steps = watcher.history.steps()
+    assert list(steps.index) == list(range(43, 51))
+    assert set(watcher.history.parameters()["step"]) == set(range(43, 51))
+
+
+def test_the_buffer_is_bounded_without_an_optimizer() -> None:
+    """The same where each backward is a step."""
+    x = torch.tensor(2.0, requires_grad=True)
+    with gradwatch.watch({"x": x}, buffer_size=3) as watcher:
+        for index in range(10):
+            x.grad = None
+            (x * index).backward()
+    assert list(watcher.history.steps()["grad_norm"]) == [7.0, 8.0, 9.0]
+    assert list(watcher.history.steps().index) == [8, 9, 10]
+
+
+def test_memory_is_flat() -> None:
+    """Four thousand further steps, take no further memory once the buffers are full."""
+    x = torch.tensor(2.0, requires_grad=True)
+    optimizer = torch.optim.SGD([x], lr=0.0)
+    with gradwatch.watch({"x": x}, optimizer, buffer_size=64, clip=1.0) as watcher:
+        tracemalloc.start()
+        try:
+            held = []
+            for _ in range(2):
+                for _ in range(4000):
+                    (x * 3).backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+                gc.collect()
+                held.append(tracemalloc.get_traced_memory()[0])
+        finally:
+            tracemalloc.stop()
+    assert held[1] - held[0] < 20_000
+    assert len(watcher.history.steps()) == 64
+
+
+def test_a_frame_that_was_read_is_the_readers_own() -> None:
+    """Reading in the middle costs nothing, and changing a frame changes no record."""
+    case, optimizer = model_and_optimizer()
+    with gradwatch.watch(case.model, optimizer) as watcher:
+        train(case, optimizer, 2)
+        frame = watcher.history.steps()
+        norm = frame.loc[1, "grad_norm"]
+        frame.loc[:, "grad_norm"] = -1.0
+        parameters = watcher.history.parameters()
+        parameters.loc[:, "grad_norm"] = -1.0
+        train(case, optimizer, 2)
+    assert watcher.history.steps().loc[1, "grad_norm"] == norm
+    assert (watcher.history.parameters()["grad_norm"] > 0).all()
+    assert list(watcher.history.steps().index) == [1, 2, 3, 4]
+
+
+COLUMNS = [
+    "optimizer", "time_s", "micro_batches", "weight", "grad_norm", "grad_norm_clipped", "clip_coef",
+    "clip_threshold", "clipped", "outcome", "nonfinite_parameters", "loss", "lr", "loss_scale",
+    "noise_scale",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_the_tables_have_the_columns_of_the_contract(steps: int) -> None:
+    """steps(), parameters() and events() have their columns with and without rows."""
+    case, optimizer = model_and_optimizer()
+    with gradwatch.watch(case.model, optimizer) as watcher:
+        train(case, optimizer, steps)
+    table = watcher.history.steps()
+    assert table.index.name == "step"
+    assert list(table.columns[: len(COLUMNS)]) == COLUMNS
+    assert len(table) == steps
+    parameters = watcher.history.parameters()
+    assert list(parameters.columns[:3]) == ["step", "parameter", "grad_norm"]
+    assert len(parameters) == 6 * steps
+    assert list(watcher.history.events().columns[:8]) == [
+        "step", "micro_batch", "kind", "parameter", "module", "value", "rank", "message",
+    ]  # fmt: skip
+
+
+def _python(code: str, folder: Path) -> str:
+    source = Path(gradwatch.__file__).parent.parent
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(source)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return result.stdout
+
+
+def test_import_loads_nothing_heavy(tmp_path: Path) -> None:
+    """`import gradwatch` loads no pandas, no framework, no plotting; nor does a watched step."""
+    code = """
+import sys, torch, gradwatch
+heavy = {"pandas", "lightning", "pytorch_lightning", "tensorboard", "matplotlib", "gradwatch_lightning", "gradwatch_tensorboard"}
+print(sorted(heavy & set(sys.modules)))
+w = torch.ones(2, requires_grad=True)
+with gradwatch.watch({"w": w}, torch.optim.SGD([w], lr=0.1), clip=1.0) as watcher:
+    w.sum().backward()
+print(sorted(heavy & set(sys.modules)))
+"""
+    assert _python(code, tmp_path).split("\n")[:2] == ["[]", "[]"]
+
+
+def test_import_is_quick(tmp_path: Path) -> None:
+    """`import gradwatch` adds at most 100 ms of processor time to `import torch` (the best of three)."""
+    code = """
+import time, torch
+start = time.process_time()
+import gradwatch
+print(time.process_time() - start)
+"""
+    assert any(float(_python(code, tmp_path)) <= 0.1 for _ in range(3))
+
+
+PUBLIC = [
+    "AccumulationError", "ClipByNorm", "ClipByValue", "ClipDecision", "ClipPolicy", "Event",
+    "GradwatchWarning", "History", "NonFiniteGradientError", "RecordBatch", "Sink", "StepRecord",
+    "Watcher", "watch",
+]  # fmt: skip
+
+
+def test_the_public_names_are_these() -> None:
+    """`__all__` is frozen: a new or missing name is a decision."""
+    assert sorted(gradwatch.__all__) == PUBLIC
+    public = {name for name, value in vars(gradwatch).items() if not name.startswith("_")}
+    assert {n for n in public if not inspect.ismodule(getattr(gradwatch, n))} == set(PUBLIC)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_documented(name: str) -> None:
+    """Each public name, and each public method and property of a class, has a docstring of its own."""
+    thing = getattr(gradwatch, name)
+    assert thing.__doc__
+    assert thing.__doc__.strip()
+    if inspect.isclass(thing):
+        for member, value in vars(thing).items():
+            described = inspect.isroutine(value) or isinstance(value, property)
+            if described and not member.startswith("_"):
+                assert (value.__doc__ or "").strip(), f"{name}.{member}"
+
+
+def test_watch_has_the_signature_of_the_contract() -> None:
+    """The names, order and defaults of watch()'s arguments."""
+    signature = inspect.signature(gradwatch.watch)
+    defaults = {
+        "clip": None, "accumulate": 1, "on_nonfinite": "record", "statistics": ("norm",), "every": 1,
+        "buffer_size": 1024, "scaler": None, "sinks": (), "exploding_norm": None,
+    }  # fmt: skip
+    positional = [
+        p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    assert positional == ["model", "optimizer"]
+    assert signature.parameters["optimizer"].default is None
+    by_name = {p.name: p.default for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert by_name == defaults
+
+
+def test_the_readme_example_of_watch_holds() -> None:
+    """`watcher.last` of the x-example is the norm 7."""
+    x = torch.tensor(2.0, requires_grad=True)
+    with gradwatch.watch({"x": x}) as watcher:
+        (x**2 + 3 * x + 1).backward()
+    assert watcher.last.grad_norm == 7.0
