@@ -1,22 +1,23 @@
 """Measures the time that gradwatch adds to a training step, against that of clip_grad_norm_.
 
-Every way to train gets its own copy of the model. They take turns of a few steps within one
-process, so that whatever else the machine does meets all of them alike; what a way adds is the
-median, over the turns, of its step time less that of the bare loop in the same turn.
+All ways to train take turns of a few steps on one model within one process, so that whatever else
+the machine does meets all of them alike. What a way adds is the median, over the rounds, of its
+step time less that of the bare loop in the same round.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import platform
+import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,8 @@ import gradwatch
 from gradwatch.record import hub
 from gradwatch_tensorboard import TensorBoardWriter
 
-TURN = 4  # steps of one way before the next has its turn
-WARM_UP_TURNS = 3
+TURN = 4  # timed steps of one way before the next has its turn
+DELIVERIES = 6  # to TensorBoard, of hub.FLUSH_STEPS steps each
 LIMITS = {"nothing clipped": 1e6, "every step clipped": 1e-3}  # max_norm
 
 BARE = ("bare loop", "")
@@ -39,6 +40,8 @@ WATCH_CLIP_TENSORBOARD = "watch(clip=) + TensorBoard"
 Key = tuple[str, str]  # what runs, and under which of LIMITS
 
 LossOf = Callable[[nn.Module], Tensor]
+Step = Callable[[], None]
+Way = Callable[[], AbstractContextManager[Step]]
 Clock = Callable[[], float]  # seconds
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
@@ -118,18 +121,18 @@ WORKLOADS = {
 class DrainedTensorBoard:
     """A TensorBoardWriter whose background thread is waited for.
 
-    Else its work would fall into the turn of another way.
+    Else its work would fall into the steps of another way.
     """
 
-    def __init__(self, writer: SummaryWriter) -> None:
-        """Wraps a writer.
+    def __init__(self, folder: str) -> None:
+        """Opens the writer.
 
         Args:
-            writer: What to write with; the benchmark closes it.
+            folder: Where to write.
         """
         self.deliveries = 0
-        self._writer = writer
-        self._sink = TensorBoardWriter(writer)
+        self._writer = SummaryWriter(folder)
+        self._sink = TensorBoardWriter(self._writer)
 
     def write(self, batch: gradwatch.RecordBatch) -> None:
         """Writes, and waits until the file has it."""
@@ -138,118 +141,123 @@ class DrainedTensorBoard:
         self.deliveries += 1
 
     def close(self) -> None:
-        """Closes the sink."""
+        """Closes the file."""
         self._sink.close()
+        self._writer.close()
 
 
-@dataclass
-class Lane:
-    """One way to train, with its own copy of the model.
+class Training:
+    """One model and its optimizer, which all ways train in turn.
 
-    Attributes:
-        step: Takes one step.
-        deliveries: Tells how often the sinks have been written to.
-        turns: Seconds of the steps without a delivery, one list per turn.
-        delivering: Seconds of the steps with one.
+    A copy for each would not do: where a copy lies in memory changes the time of its steps by as
+    much as what is measured here.
     """
 
-    step: Callable[[], object]
-    deliveries: Callable[[], int] = lambda: 0
-    turns: list[list[float]] = field(default_factory=list)
-    delivering: list[float] = field(default_factory=list)
-
-    def take_turn(self, clock: Clock) -> None:
-        """Takes a few steps and notes their times.
+    def __init__(self, workload: Workload) -> None:
+        """Builds the model.
 
         Args:
-            clock: What to time them with.
-        """
-        ordinary = []
-        for _ in range(TURN):
-            before = self.deliveries()
-            start = clock()
-            self.step()
-            seconds = clock() - start
-            (ordinary if self.deliveries() == before else self.delivering).append(seconds)
-        self.turns.append(ordinary)
-
-    def forget(self) -> None:
-        """Drops the times so far."""
-        self.turns.clear()
-        self.delivering.clear()
-
-
-class Lanes:
-    """Builds the ways to train one workload; what they hold is released by the stack."""
-
-    def __init__(self, workload: Workload, stack: ExitStack) -> None:
-        """Builds the model that all of them copy.
-
-        Args:
-            workload: The workload.
-            stack: Leaves what the lanes enter.
+            workload: What to train.
         """
         torch.manual_seed(0)
-        self._model, self._loss_of = workload.build()
-        self._stack = stack
+        self.model, self._loss_of = workload.build()
+        # Too little to get anywhere: the gradients of the last step are like those of the first.
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-7)
 
-    def build(self) -> dict[Key, Lane]:
-        """Returns all lanes."""
-        lanes = {BARE: self._lane(), WATCH: self._watched(None)}
+    def step(self) -> None:
+        """Takes one step of the bare loop."""
+        self._loss_of(self.model).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def clipped_step(self, max_norm: float) -> None:
+        """Takes one step, clipped by PyTorch."""
+        self._loss_of(self.model).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @contextmanager
+    def bare(self) -> Iterator[Step]:
+        """Lends the step of the bare loop."""
+        yield self.step
+
+    @contextmanager
+    def clipped(self, max_norm: float) -> Iterator[Step]:
+        """Lends the step that PyTorch clips."""
+        yield partial(self.clipped_step, max_norm)
+
+    @contextmanager
+    def watched(
+        self, max_norm: float | None = None, *, tensorboard: bool = False
+    ) -> Iterator[Step]:
+        """Lends the bare step while a watcher is attached."""
+        with tempfile.TemporaryDirectory() as folder:
+            sinks = [DrainedTensorBoard(folder)] if tensorboard else []
+            with gradwatch.watch(self.model, self.optimizer, clip=max_norm, sinks=sinks):
+                yield self.step
+
+    def ways(self) -> dict[Key, Way]:
+        """Returns all the ways that are compared."""
+        ways: dict[Key, Way] = {BARE: self.bare, WATCH: self.watched}
         for regime, max_norm in LIMITS.items():
-            lanes[CLIP, regime] = self._lane(max_norm)
-            lanes[WATCH_CLIP, regime] = self._watched(max_norm)
-            lanes[WATCH_CLIP_TENSORBOARD, regime] = self._watched(max_norm, self._tensorboard())
-        return lanes
-
-    def _lane(self, max_norm: float | None = None) -> Lane:
-        model, optimizer = self._copy()
-
-        def step() -> None:
-            self._loss_of(model).backward()
-            if max_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return Lane(step)
-
-    def _watched(self, max_norm: float | None, sink: DrainedTensorBoard | None = None) -> Lane:
-        model, optimizer = self._copy()
-        sinks = [] if sink is None else [sink]
-        self._stack.enter_context(gradwatch.watch(model, optimizer, clip=max_norm, sinks=sinks))
-
-        def step() -> None:
-            self._loss_of(model).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return Lane(step) if sink is None else Lane(step, lambda: sink.deliveries)
-
-    def _copy(self) -> tuple[nn.Module, torch.optim.Optimizer]:
-        model = copy.deepcopy(self._model)
-        return model, torch.optim.AdamW(model.parameters(), lr=1e-6)
-
-    def _tensorboard(self) -> DrainedTensorBoard:
-        folder = self._stack.enter_context(tempfile.TemporaryDirectory())
-        return DrainedTensorBoard(self._stack.enter_context(SummaryWriter(folder)))
+            ways[CLIP, regime] = partial(self.clipped, max_norm)
+            ways[WATCH_CLIP, regime] = partial(self.watched, max_norm)
+            ways[WATCH_CLIP_TENSORBOARD, regime] = partial(self.watched, max_norm, tensorboard=True)
+        return ways
 
 
-def measure(lanes: Sequence[Lane], rounds: int, clock: Clock) -> None:
-    """Lets all lanes take their turns.
+Times = list[list[float]]  # seconds of each step, one list per turn
+
+
+def measure(ways: Mapping[Key, Way], rounds: int, clock: Clock) -> dict[Key, Times]:
+    """Lets all ways take their turns.
 
     Args:
-        lanes: Those to run.
+        ways: What to compare.
         rounds: How many turns each has.
         clock: What to time the steps with.
+
+    Returns:
+        The times of each way.
     """
-    for number in range(-WARM_UP_TURNS, rounds):
-        if number == 0:
-            for lane in lanes:
-                lane.forget()
-        for position in range(len(lanes)):
-            # Nobody always follows the same neighbour's cold start.
-            lanes[(position + number) % len(lanes)].take_turn(clock)
+    times: dict[Key, Times] = {key: [] for key in ways}
+    order = list(ways)
+    for _ in range(rounds):
+        random.shuffle(order)  # nobody always follows the same neighbour
+        for key in order:
+            with ways[key]() as step:
+                step()  # the first after a change pays for the change
+                times[key].append([_timed(step, clock) for _ in range(TURN)])
+    return times
+
+
+def delivery_time(training: Training, clock: Clock) -> float:
+    """Measures what a delivery of records to TensorBoard adds to the step it falls into.
+
+    Args:
+        training: What to train.
+        clock: What to time the steps with.
+
+    Returns:
+        Seconds for a batch of ``hub.FLUSH_STEPS`` steps, the background thread's work included.
+    """
+    ordinary, delivering = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        sink = DrainedTensorBoard(folder)
+        with gradwatch.watch(training.model, training.optimizer, clip=1.0, sinks=[sink]):
+            while sink.deliveries < DELIVERIES:
+                before = sink.deliveries
+                seconds = _timed(training.step, clock)
+                (ordinary if sink.deliveries == before else delivering).append(seconds)
+    # The first one opens the file and writes the layout, once in a run.
+    return statistics.median(delivering[1:]) - statistics.median(ordinary)
+
+
+def _timed(step: Step, clock: Clock) -> float:
+    start = clock()
+    step()
+    return clock() - start
 
 
 @dataclass(frozen=True)
@@ -260,47 +268,37 @@ class Added:
     error: float
 
 
-def added_time(lane: Lane, bare: Lane) -> Added:
-    """Compares a lane with the bare loop.
+def added_time(mine: Times, bare: Times) -> Added:
+    """Compares a way with the bare loop.
 
     Args:
-        lane: A lane that was measured.
-        bare: The bare loop, measured with it.
+        mine: The times of the way.
+        bare: Those of the bare loop in the same rounds.
 
     Returns:
-        The median difference over the turns, plus a delivery's share of one step.
+        The median over the rounds of the difference between the median steps of a turn.
     """
     differences = [
-        statistics.median(mine) - statistics.median(theirs)
-        for mine, theirs in zip(lane.turns, bare.turns, strict=True)
-        if mine
+        statistics.median(turn) - statistics.median(bare_turn)
+        for turn, bare_turn in zip(mine, bare, strict=True)
     ]
     low, middle, high = statistics.quantiles(differences, n=4)
-    error = 1.57 * (high - low) / math.sqrt(len(differences))
-    return Added(middle + _delivery(lane) / hub.FLUSH_STEPS, error)
+    return Added(middle, 1.57 * (high - low) / math.sqrt(len(differences)))
 
 
-def _delivery(lane: Lane) -> float:
-    """Returns the seconds that a delivery to the sinks adds to the step it falls into."""
-    if not lane.delivering:
-        return 0.0
-    return statistics.median(lane.delivering) - typical_step(lane)
-
-
-def typical_step(lane: Lane) -> float:
-    """Returns the median seconds of a step, over the turns."""
-    return statistics.median(statistics.median(turn) for turn in lane.turns if turn)
-
-
-def report(workload: Workload, lanes: Mapping[Key, Lane]) -> None:
+def report(workload: Workload, times: Mapping[Key, Times], delivery_s: float) -> None:
     """Prints the table of one workload.
 
     Args:
         workload: The workload.
-        lanes: Its lanes, measured.
+        times: The times of all ways.
+        delivery_s: Seconds of one delivery to TensorBoard.
     """
-    bare_s = typical_step(lanes[BARE])
-    added = {key: added_time(lane, lanes[BARE]) for key, lane in lanes.items() if key != BARE}
+    bare_s = statistics.median(map(statistics.median, times[BARE]))
+    added = {key: added_time(mine, times[BARE]) for key, mine in times.items()}
+    for key in [key for key in added if key[0] == WATCH_CLIP_TENSORBOARD]:
+        seconds = added[key].seconds + delivery_s / hub.FLUSH_STEPS
+        added[key] = replace(added[key], seconds=seconds)
     print(f"\n{workload.title}: {bare_s * 1e3:.1f} ms for a bare step")
     print(f"  {'':27} {'added ms':>15} {'of the step':>12} {'ratio':>13}  target")
     share, error = added[WATCH].seconds / bare_s, added[WATCH].error / bare_s
@@ -341,7 +339,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--workload", choices=[*WORKLOADS, "all"], default="all")
-    parser.add_argument("--rounds", type=int, default=64, help=f"turns of {TURN} steps per way")
+    parser.add_argument(
+        "--rounds", type=int, default=64, help=f"turns of {TURN} timed steps per way"
+    )
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="threads of PyTorch"
     )
@@ -358,15 +358,15 @@ def main() -> None:
     """Measures the workloads and prints a table for each."""
     args = parse_arguments()
     torch.set_num_threads(args.threads)
-    # The turns of the others stretch the time between two deliveries; steps are what counts here.
-    hub.FLUSH_SECONDS = math.inf
+    hub.FLUSH_SECONDS = math.inf  # a step on a slow machine still counts as one of 64
+    random.seed(0)
     threads = f"{args.threads} thread" + "s" * (args.threads != 1)
     print(f"torch {torch.__version__}, {platform.machine()}, {threads}, {args.clock} time")
     for name in WORKLOADS if args.workload == "all" else [args.workload]:
-        with ExitStack() as stack:
-            lanes = Lanes(WORKLOADS[name], stack).build()
-            measure(list(lanes.values()), args.rounds, CLOCKS[args.clock])
-            report(WORKLOADS[name], lanes)
+        training = Training(WORKLOADS[name])
+        clock = CLOCKS[args.clock]
+        delivery_s = delivery_time(training, clock)
+        report(WORKLOADS[name], measure(training.ways(), args.rounds, clock), delivery_s)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 
 from gradwatch.control.accumulate import check_window
 from gradwatch.control.loss_scale import LossScale
-from gradwatch.control.window import Settled, Window
+from gradwatch.control.settled import Settled
+from gradwatch.control.window import Window
 from gradwatch.errors import NonFiniteGradientError
 from gradwatch.explain import detectors
 from gradwatch.observe.arrivals import Arrivals, Backward

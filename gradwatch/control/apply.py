@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
+_dtype, _layout = attrgetter("dtype"), attrgetter("layout")
 _EXACT = {torch.float32, torch.float64}
 
 
-def scale_(gradients: Sequence[Tensor], coefficient: float | Tensor) -> None:
+def scale_(gradients: list[Tensor], coefficient: float | Tensor) -> None:
     """Multiplies every gradient with one number, in place.
 
     Args:
@@ -18,13 +20,17 @@ def scale_(gradients: Sequence[Tensor], coefficient: float | Tensor) -> None:
         coefficient: The factor, a number or a tensor ``[]``; one that a float32 holds exactly
             gives the bits that ``torch.nn.utils.clip_grad_norm_`` gives.
     """
-    dense = [gradient for gradient in gradients if gradient.layout is torch.strided]
-    dtypes = {gradient.dtype for gradient in dense}
+    dense = gradients
+    if set(map(_layout, gradients)) != {torch.strided}:
+        dense = [gradient for gradient in gradients if gradient.layout is torch.strided]
+    dtypes = set(map(_dtype, dense))
     if isinstance(coefficient, Tensor) and not dtypes <= _EXACT:
         # A tensor is the faster factor, but would be rounded to a half-precision dtype.
         coefficient = coefficient.item()
     if dense:
         torch._foreach_mul_(dense, coefficient)
+    if dense is gradients:
+        return
     for gradient in gradients:
         if gradient.layout is not torch.strided:
             gradient.mul_(coefficient)

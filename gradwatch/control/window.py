@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import repeat
+from operator import attrgetter, is_
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,78 +13,12 @@ from torch.optim import Optimizer
 from gradwatch.control.apply import clamp_, scale_
 from gradwatch.control.loss_scale import LossScale
 from gradwatch.control.policy import ClipDecision, ClipPolicy
+from gradwatch.control.settled import Offender, Settled
 from gradwatch.observe.arrivals import Backward
 from gradwatch.observe.measurement import Measurement, measure
-from gradwatch.observe.nonfinite import NonFiniteCount, count_nonfinite
+from gradwatch.observe.nonfinite import count_nonfinite
 from gradwatch.observe.parameters import ParameterTable
 from gradwatch.observe.snapshot import GradientSnapshot
-
-
-@dataclass(frozen=True, slots=True)
-class Offender:
-    """The first parameter in backward order whose gradient went bad in a window.
-
-    Attributes:
-        index: Its index in the parameter table.
-        micro_batch: The micro-batch in which it was seen, counted from 1.
-        counts: Its NaN and Inf elements.
-    """
-
-    index: int
-    micro_batch: int
-    counts: NonFiniteCount
-
-
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """Both sides of the clip of one step, in true units.
-
-    Attributes:
-        before: The measurement before the clip.
-        after: The measurement after the user's own clip; ``before`` itself where nothing was done.
-        before_scale: What to multiply ``before`` with to have true units.
-        after_scale: The same for ``after``.
-        coefficient: The factor that gradwatch multiplied the gradients with on top; 1.0 for none.
-        threshold: The limit of the clipping policy; NaN without one.
-        loss_scale: The loss scale in force.
-    """
-
-    before: Measurement
-    after: Measurement
-    before_scale: float = 1.0
-    after_scale: float = 1.0
-    coefficient: float = 1.0
-    threshold: float = math.nan
-    loss_scale: float = 1.0
-
-    @property
-    def grad_norm(self) -> float:
-        """The total norm before any clip."""
-        return self.before.total_value * self.before_scale
-
-    @property
-    def clip_coef(self) -> float:
-        """The factor between both sides; 1.0 where there was no gradient."""
-        if self.untouched or self.grad_norm == 0:
-            return self.coefficient
-        return self.after.total_value * self.after_scale / self.grad_norm * self.coefficient
-
-    @property
-    def grad_norm_clipped(self) -> float:
-        """The total norm after every clip."""
-        if self.untouched:
-            return self.grad_norm * self.coefficient
-        return self.after.total_value * self.after_scale * self.coefficient
-
-    @property
-    def clipped(self) -> bool:
-        """Whether a clip changed the gradients: gradwatch's own, or one that shows in the norm."""
-        return self.coefficient < 1.0 or (not self.untouched and self.clip_coef < 1.0 - 1e-6)
-
-    @property
-    def untouched(self) -> bool:
-        """Whether nobody but gradwatch changed the gradients after the last backward."""
-        return self.after is self.before
 
 
 @dataclass(slots=True)
@@ -185,11 +120,11 @@ class Window:
         """Lists the gradients that are there now, with the indices of their parameters."""
         if len(self._tensors) != len(self.indices):
             self._tensors = [self.table.tensors[index] for index in self.indices]
-        gradients = [tensor.grad for tensor in self._tensors]
-        present = [gradient for gradient in gradients if gradient is not None]
-        if len(present) == len(gradients):
-            return self.indices, present
-        return [i for i, g in zip(self.indices, gradients, strict=True) if g is not None], present
+        gradients = list(map(_grad, self._tensors))
+        if not any(map(is_, gradients, repeat(None))):
+            return self.indices, gradients
+        pairs = zip(self.indices, gradients, strict=True)
+        return [i for i, g in pairs if g is not None], [g for g in gradients if g is not None]
 
     def latest(self) -> Window:
         """Makes a window that holds the newest backward only, as a step of its own."""
@@ -322,6 +257,7 @@ class Window:
         """
         others = set(indices)
         self.indices = [index for index in self.indices if index not in others]
+        self._tensors = []
         self.filled = [(arrived - others, w) for arrived, w in self.filled if arrived - others]
         if self.offender is not None and self.offender.index in others:
             self.offender = None
@@ -331,6 +267,9 @@ class Window:
             self._snapshot = self._snapshot.subset(keep)
         if not self.filled:
             self.reset()
+
+
+_grad = attrgetter("grad")
 
 
 def _times(measurement: Measurement, factor: float) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradwatch.control.window import Offender
+from gradwatch.control.settled import Offender
 from gradwatch.observe.measurement import Measurement
 from gradwatch.observe.parameters import ParameterTable
 from gradwatch.record.event import Event

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
+_dtype = attrgetter("dtype")
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -26,7 +28,7 @@ def gradient_norms(gradients: list[Tensor], norm_type: float = 2.0) -> Tensor:
     """
     if not gradients:
         return torch.zeros(0)
-    dtypes = {gradient.dtype for gradient in gradients}
+    dtypes = set(map(_dtype, gradients))
     if len(dtypes) == 1:
         try:
             norms = torch._foreach_norm(gradients, norm_type, _accumulator(dtypes.pop()))

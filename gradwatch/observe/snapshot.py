@@ -10,7 +10,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-_WITNESSES = 64
+_WITNESSES = 16
 _version = attrgetter("_version")
 
 

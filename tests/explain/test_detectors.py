@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradwatch.control.window import Offender
+from gradwatch.control.settled import Offender
 from gradwatch.explain import detectors
 from gradwatch.observe.measurement import Measurement
 from gradwatch.observe.nonfinite import NonFiniteCount
