@@ -7,7 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
-# One thread per test process: the workers share the cores.
+# One thread each: small matrices gain little from a second one, and threads of several processes
+# that wait for each other on the same cores lose a lot.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
@@ -17,7 +18,7 @@ help: ## Lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Trains a small GPT under gradwatch in a minute or less, with one poisoned batch
-	$(BIN)/python examples/plain_loop.py --logdir runs/plain_loop --poison-step 150
+	OMP_NUM_THREADS=1 $(BIN)/python examples/plain_loop.py --logdir runs/plain_loop --poison-step 150
 	@echo "Then read the loop that you ran, examples/plain_loop.py, and try it without the clip:"
 	@echo "$(BIN)/python examples/plain_loop.py --clip 0"
 

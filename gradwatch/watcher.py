@@ -21,6 +21,7 @@ from gradwatch.history import History
 from gradwatch.managed import ManagedLoop
 from gradwatch.observe.arrivals import Arrivals, Backward
 from gradwatch.observe.parameters import ParameterTable, optimizer_parameters
+from gradwatch.observe.ranks import rank
 from gradwatch.options import Options, check_options
 from gradwatch.overhead import Overhead, Stopwatch
 from gradwatch.record.batch import Layout
@@ -302,11 +303,12 @@ class Watcher:
             aliases=table.aliases,
         )
         buffer = RingBuffer(layout, options.buffer_size)
+        sinks = options.sinks if rank() == 0 else ()  # the ranks would write the same numbers
         return Run(
             table=table,
             options=options,
             scale=LossScale(options.scaler),
-            recorder=Recorder(buffer, SinkHub(options.sinks, options.buffer_size)),
+            recorder=Recorder(buffer, SinkHub(sinks, options.buffer_size)),
             stopwatch=Stopwatch(),
             arrivals=self._arrivals,
             global_step=lambda step: step if self.global_step is None else self.global_step(),
@@ -351,7 +353,8 @@ def watch(
         every: Take those at every so many steps.
         buffer_size: Steps kept in memory.
         scaler: The ``GradScaler`` of the loop, so that norms are in true units.
-        sinks: Receive all records: objects with ``write(batch)`` and ``close()``.
+        sinks: Receive all records: objects with ``write(batch)`` and ``close()``; of several ranks
+            the first one's do.
         exploding_norm: A total norm above it is an ``exploding`` event; None for no limit.
 
     Returns:

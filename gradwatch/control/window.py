@@ -18,6 +18,7 @@ from gradwatch.observe.arrivals import Backward
 from gradwatch.observe.measurement import Measurement, measure
 from gradwatch.observe.nonfinite import count_nonfinite
 from gradwatch.observe.parameters import ParameterTable
+from gradwatch.observe.ranks import is_distributed
 from gradwatch.observe.snapshot import GradientSnapshot
 
 
@@ -108,6 +109,8 @@ class Window:
         before, snapshot = self._before, self._snapshot
         if before is None or snapshot is None or backward.create_graph or backward.continues:
             return False
+        if is_distributed():
+            return False  # a reduction over ranks writes into gradients, and replaces them, as well
         arrived = set(backward.arrived)
         tensors = [self.table.tensors[index].grad for index in before.indices]
         return snapshot.was_discarded(tensors, [index in arrived for index in before.indices])

@@ -9,6 +9,7 @@ import numpy as np
 from gradwatch.control.settled import Offender
 from gradwatch.observe.measurement import Measurement
 from gradwatch.observe.parameters import ParameterTable
+from gradwatch.observe.ranks import rank
 from gradwatch.record.event import Event
 from gradwatch.record.step import StepRecord
 
@@ -62,7 +63,7 @@ def nonfinite_event(record: StepRecord, offender: Offender, table: ParameterTabl
         parameter=name,
         module=table.modules[offender.index],
         value=float(nan or inf),
-        rank=0,
+        rank=rank(),
         message=message,
         nan_count=nan,
         inf_count=inf,
@@ -154,7 +155,7 @@ def _event(
         parameter=parameter,
         module=module,
         value=value,
-        rank=0,
+        rank=rank(),
         message=message,
         optimizer=record.optimizer,
         global_step=record.global_step,

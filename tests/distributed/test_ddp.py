@@ -1,0 +1,121 @@
+"""DistributedDataParallel in real processes: reduced norms, one decision, one writer."""
+
+import copy
+import json
+import math
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import gradwatch
+from gradwatch.testing import CapturingSink
+
+RANKS, STEPS, POISONED = 2, 6, 3
+
+
+def _model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
+def _batch(rank, step, micro_batch):
+    seed = 100 * step + 10 * micro_batch + rank
+    return torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def _loss(model, rank, step, micro_batch):
+    loss = model(_batch(rank, step, micro_batch)).square().mean()
+    poisoned = (rank, step, micro_batch) == (1, POISONED, 1)
+    return loss * math.nan if poisoned else loss
+
+
+def _train(rank, port, bucket_view, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    model = DistributedDataParallel(_model(), gradient_as_bucket_view=bucket_view)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    sink = CapturingSink()
+    with gradwatch.watch(model, optimizer, on_nonfinite="skip", sinks=[sink]) as watcher:
+        for step in range(STEPS):
+            with model.no_sync():
+                _loss(model, rank, step, 0).backward()
+            _loss(model, rank, step, 1).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=step % 2 == 0)
+    steps = watcher.history.steps()
+    seen = {
+        "norms": steps["grad_norm"].tolist(),
+        "outcomes": steps["outcome"].tolist(),
+        "micro_batches": steps["micro_batches"].tolist(),
+        "names": sorted(set(watcher.history.parameters()["parameter"])),
+        "written": len(sink.steps),
+        "weights": [p.tolist() for p in model.parameters()],
+    }
+    (folder / f"{rank}.json").write_text(json.dumps(seen))
+    dist.destroy_process_group()
+
+
+def _reference():
+    """One process, float64: the mean over ranks of the sum over micro-batches; poison left out."""
+    model = copy.deepcopy(_model()).double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    norms = []
+    for step in range(STEPS):
+        if step == POISONED:
+            norms.append(math.nan)
+            continue
+        for rank in range(RANKS):
+            for micro_batch in range(2):
+                x = _batch(rank, step, micro_batch).double()
+                (model(x).square().mean() / RANKS).backward()
+        norms.append(math.hypot(*(p.grad.norm().item() for p in model.parameters())))
+        optimizer.step()
+        optimizer.zero_grad()
+    return norms
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["copied", "bucket_view"])
+def ranks(request, tmp_path_factory):
+    """What each rank saw."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_train, args=(port, request.param, folder), nprocs=RANKS)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def test_norms_are_the_reduced_ones_on_every_rank(ranks):
+    """Both ranks record the norm that one process with all the data has."""
+    expected = pytest.approx(_reference(), rel=1e-4, nan_ok=True)
+    assert ranks[0]["norms"] == expected
+    assert ranks[1]["norms"] == expected
+
+
+def test_ranks_skip_together(ranks):
+    """One rank's NaN is every rank's skipped step, and the weights stay equal."""
+    expected = ["skipped_nonfinite" if step == POISONED else "applied" for step in range(STEPS)]
+    assert ranks[0]["outcomes"] == ranks[1]["outcomes"] == expected
+    assert ranks[0]["weights"] == ranks[1]["weights"]
+
+
+def test_accumulation_without_sync_is_counted(ranks):
+    """Two backwards, of which one communicates, are two micro-batches."""
+    assert ranks[0]["micro_batches"] == [2] * STEPS
+
+
+def test_only_the_first_rank_writes(ranks):
+    """Sinks of other ranks get nothing."""
+    assert [seen["written"] for seen in ranks] == [STEPS, 0]
+
+
+def test_names_are_those_of_the_users_model(ranks):
+    """The wrapper's prefix is no part of a name."""
+    assert ranks[0]["names"] == ["0.bias", "0.weight", "2.bias", "2.weight"]
