@@ -95,15 +95,18 @@ class Recorder:
         self.flush()
         self._hub.close()
 
+    def events(self) -> tuple[Event, ...]:
+        """Returns the events that are kept, those of held backwards included, oldest first."""
+        return (*self._events, *(event for entry in self._held for event in entry.events))
+
     def batch(self) -> RecordBatch:
         """Copies out all that is kept, the held backwards included."""
-        events = tuple(self._events)
+        events = self.events()
         if not self._held:
             return self._buffer.batch(events=events)
         held = RingBuffer(self._buffer.layout, len(self._held))
         for entry in self._held:
             held.append(entry)
-            events += entry.events
         old, new = self._buffer.batch(), held.batch()
         return replace(
             new,

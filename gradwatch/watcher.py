@@ -172,7 +172,7 @@ class Watcher:
     @property
     def events(self) -> list[Event]:
         """What happened so far, oldest first; the newest 10,000."""
-        return list(self._run.recorder.batch().events)
+        return list(self._run.recorder.events())
 
     @property
     def last(self) -> StepRecord | None:
