@@ -29,7 +29,7 @@ from gradwatch.record import hub
 from gradwatch_tensorboard import TensorBoardWriter
 
 TURN = 4  # timed steps of one way before the next has its turn
-DELIVERIES = 6  # to TensorBoard, of hub.FLUSH_STEPS steps each
+DELIVERIES = 4  # to TensorBoard, of hub.FLUSH_STEPS steps each
 LIMITS = {"nothing clipped": 1e6, "every step clipped": 1e-3}  # max_norm
 
 BARE = ("bare loop", "")
