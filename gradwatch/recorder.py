@@ -13,7 +13,8 @@ from gradwatch.record.event import Event
 from gradwatch.record.hub import SinkHub
 from gradwatch.record.step import StepRecord
 
-KEPT_EVENTS = 10_000
+FIRST_EVENTS = 1_000
+NEWEST_EVENTS = 9_000
 
 
 class Recorder:
@@ -33,7 +34,8 @@ class Recorder:
         """
         self._buffer = buffer
         self._hub = hub
-        self._events: deque[Event] = deque(maxlen=KEPT_EVENTS)
+        self._first_events: list[Event] = []
+        self._events: deque[Event] = deque(maxlen=NEWEST_EVENTS)
         self._undelivered: list[Event] = []
         self._held: list[Entry] = []
         self.last: StepRecord | None = None
@@ -51,12 +53,14 @@ class Recorder:
             self.flush()
 
     def note(self, events: tuple[Event, ...]) -> None:
-        """Keeps events, of a step or of none.
+        """Keeps events, of a step or of none: the first ones for good, of the rest the newest.
 
         Args:
             events: What happened.
         """
-        self._events.extend(events)
+        room = FIRST_EVENTS - len(self._first_events)
+        self._first_events.extend(events[:room])
+        self._events.extend(events[room:])
         if self._hub:
             self._undelivered.extend(events)
 
@@ -97,7 +101,8 @@ class Recorder:
 
     def events(self) -> tuple[Event, ...]:
         """Returns the events that are kept, those of held backwards included, oldest first."""
-        return (*self._events, *(event for entry in self._held for event in entry.events))
+        held = (event for entry in self._held for event in entry.events)
+        return (*self._first_events, *self._events, *held)
 
     def batch(self) -> RecordBatch:
         """Copies out all that is kept, the held backwards included."""

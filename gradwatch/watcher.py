@@ -171,7 +171,7 @@ class Watcher:
 
     @property
     def events(self) -> list[Event]:
-        """What happened so far, oldest first; the newest 10,000."""
+        """What happened so far, oldest first: the first 1,000 and the newest 9,000."""
         return list(self._run.recorder.events())
 
     @property
