@@ -45,7 +45,9 @@ def test_close_twice(run, tmp_path):
     writer = TensorBoardWriter(tmp_path)
     writer.write(run.batch(range(1, 4)))
     writer.close()
+    sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     writer.close()
+    assert {path.name: path.stat().st_size for path in tmp_path.iterdir()} == sizes
 
 
 def test_shared_writer_stays_open(run, read, tmp_path):
