@@ -185,9 +185,8 @@ def main() -> None:
     """Trains, and prints what was seen."""
     args = parse_arguments()
     torch.manual_seed(args.seed)
-    torch.set_num_threads(
-        1
-    )  # the model is small: threads would wait for each other on a busy machine
+    # The model is small: threads would wait for each other on a busy machine.
+    torch.set_num_threads(1)
     training, held_out = read_library()
     model = GPT()
     print(

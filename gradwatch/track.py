@@ -105,13 +105,13 @@ class Track:
         late = self._refresh()
         if late:
             backward = replace(backward, arrived=[*backward.arrived, *late])
-        if self.window.discarded_before(backward):
+        if self._run.scale.active and self.window.discarded_before(backward):
             self.abandon_window(self.left_out_by_scaler)
         if self.window.add(backward, weight) is None:
             return False
         self._scale_at_backward = self._run.scale.value()
         if self._sampler.due(self.step + 1):
-            self._sampler.see_gradients(*self.window.gradients(), 1.0 / self._run.scale.value())
+            self._sampler.see_gradients(*self.window.gradients(), 1.0 / self._scale_at_backward)
         return True
 
     def entry_of_backward(self) -> Entry:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradwatch.observe.norms import gradient_norms, total_norm, wide_norms
+from gradwatch.observe.values import gradient_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,5 +85,4 @@ def measure(indices: Sequence[int], gradients: list[Tensor], norm_type: float) -
 
 
 def _all_finite(gradient: Tensor) -> bool:
-    values = gradient if gradient.layout is torch.strided else gradient.coalesce().values()
-    return bool(torch.isfinite(values).all())
+    return bool(torch.isfinite(gradient_values(gradient)).all())

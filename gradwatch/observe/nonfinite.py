@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradwatch.observe.values import gradient_values
+
 
 class NonFiniteCount(NamedTuple):
     """How many elements of a gradient are NaN and Inf; a complex one with both is a NaN."""
@@ -27,7 +29,7 @@ def count_nonfinite(gradient: Tensor) -> NonFiniteCount:
     Returns:
         The exact counts of NaN and of Inf elements.
     """
-    values = gradient if gradient.layout is torch.strided else gradient.coalesce().values()
+    values = gradient_values(gradient)
     nan = torch.isnan(values)
     inf = torch.isinf(values) & ~nan
     return NonFiniteCount(int(nan.sum()), int(inf.sum()))

@@ -8,6 +8,8 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
+from gradwatch.observe.values import gradient_values
+
 _dtype = attrgetter("dtype")
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -39,7 +41,7 @@ def gradient_norms(gradients: list[Tensor], norm_type: float = 2.0) -> Tensor:
 
 
 def _norms_of_groups(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
-    values = [_values(gradient) for gradient in gradients]
+    values = [gradient_values(gradient) for gradient in gradients]
     norms = [torch.zeros((), device=v.device) for v in values]  # what no element adds up to
     for indices, dtype in _groups(values):
         group = [values[i] for i in indices]
@@ -75,19 +77,15 @@ def wide_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     Returns:
         Tensor ``[len(gradients)]``, float64.
     """
-    norms = [torch.linalg.vector_norm(_values(g).to(_wide(g.dtype)), norm_type) for g in gradients]
+    norms = [
+        torch.linalg.vector_norm(gradient_values(g).to(_wide(g.dtype)), norm_type)
+        for g in gradients
+    ]
     return torch.stack(norms)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype.is_complex else torch.float64
-
-
-def _values(gradient: Tensor) -> Tensor:
-    if gradient.layout is torch.strided:
-        return gradient
-    # Duplicate indices of a sparse gradient add up: its norm is that of the sums.
-    return gradient.coalesce().values()
 
 
 def _groups(values: Sequence[Tensor]) -> list[tuple[Sequence[int], torch.dtype | None]]:

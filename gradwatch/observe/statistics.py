@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradwatch.observe.norms import gradient_norms
+from gradwatch.observe.values import gradient_values
 
 Row = NDArray[np.floating[Any]]
 
@@ -76,9 +77,7 @@ def update_ratios(before: Sequence[Tensor], after: Sequence[Tensor]) -> Row:
 
 
 def _elements(gradient: Tensor) -> Tensor:
-    values = gradient.detach()
-    if values.layout is not torch.strided:
-        values = values.coalesce().values()
+    values = gradient_values(gradient.detach())
     return torch.view_as_real(values) if values.is_complex() else values
 
 
