@@ -337,12 +337,12 @@ def test_training_with_clip_by_value(make: Any) -> None:
     assert reference.identical(*results)
 
 
-def test_lbfgs_with_a_closure_is_clipped_at_every_evaluation() -> None:
-    """Under LBFGS every evaluation of the closure is clipped, as if the closure had called clip_grad_norm_."""
+def _train_with_a_closure(make: Any, steps: int) -> list[Any]:
+    """Trains with gradwatch's clip, and with clip_grad_norm_ in the closure."""
     results = []
     for watched in (True, False):
         case = zoo.mlp()
-        optimizer = torch.optim.LBFGS(case.model.parameters(), lr=0.1, max_iter=4)
+        optimizer = make(case.model.parameters())
 
         def closure(
             case: zoo.Case = case, watched: bool = watched, optimizer: Any = optimizer
@@ -355,31 +355,19 @@ def test_lbfgs_with_a_closure_is_clipped_at_every_evaluation() -> None:
             return loss
 
         with gradwatch.watch(case.model, optimizer, clip=0.1) if watched else torch.enable_grad():
-            for _ in range(3):
+            for _ in range(steps):
                 optimizer.step(closure)
         results.append(reference.snapshot(case.model))
+    return results
+
+
+def test_lbfgs_with_a_closure_is_clipped_at_every_evaluation() -> None:
+    """Under LBFGS every evaluation of the closure is clipped, as if the closure had called clip_grad_norm_."""
+    results = _train_with_a_closure(lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=4), steps=3)
     assert reference.identical(*results)
 
 
 def test_an_ordinary_optimizer_with_a_closure_is_clipped() -> None:
     """A closure handed to an ordinary optimizer is clipped once, after its backward."""
-    results = []
-    for watched in (True, False):
-        case = zoo.mlp()
-        optimizer = torch.optim.SGD(case.model.parameters(), lr=0.5)
-
-        def closure(
-            case: zoo.Case = case, watched: bool = watched, optimizer: Any = optimizer
-        ) -> Tensor:
-            optimizer.zero_grad()
-            loss = case.loss(case.model, case.batch(0))
-            loss.backward()
-            if not watched:
-                nn.utils.clip_grad_norm_(case.model.parameters(), 0.1)
-            return loss
-
-        with gradwatch.watch(case.model, optimizer, clip=0.1) if watched else torch.enable_grad():
-            for _ in range(5):
-                optimizer.step(closure)
-        results.append(reference.snapshot(case.model))
+    results = _train_with_a_closure(lambda p: torch.optim.SGD(p, lr=0.5), steps=5)
     assert reference.identical(*results)
