@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from gradwatch.account import Account
 from gradwatch.record.batch import RecordBatch
 from gradwatch.record.buffer import Entry, RingBuffer
 from gradwatch.record.event import Event
@@ -37,8 +38,33 @@ class Recorder:
         self._first_events: list[Event] = []
         self._events: deque[Event] = deque(maxlen=NEWEST_EVENTS)
         self._undelivered: list[Event] = []
-        self._held: list[Entry] = []
-        self.last: StepRecord | None = None
+        self._expected: deque[Account] = deque()
+        self._held: list[Account] = []
+        self._last: StepRecord | None = None
+
+    @property
+    def last(self) -> StepRecord | None:
+        """The newest step, waited for where its numbers are on their way; None before the first."""
+        self.receive(wait=True)
+        return self._held[-1].entry().record if self._held else self._last
+
+    def expect(self, account: Account) -> None:
+        """Takes a finished step, and keeps it when its numbers have arrived.
+
+        Args:
+            account: The step.
+        """
+        self._expected.append(account)
+        self.receive()
+
+    def receive(self, wait: bool = False) -> None:
+        """Keeps the expected steps that have arrived, in order.
+
+        Args:
+            wait: Waits for those that have not.
+        """
+        while self._expected and (wait or self._expected[0].ready()):
+            self.add(self._expected.popleft().entry())
 
     def add(self, entry: Entry) -> None:
         """Keeps a finished step, and delivers when it is time.
@@ -47,7 +73,7 @@ class Recorder:
             entry: The step.
         """
         self._buffer.append(entry)
-        self.last = entry.record
+        self._last = entry.record
         self.note(entry.events)
         if self._hub.add(urgent=any(event.nonfinite for event in entry.events)):
             self.flush()
@@ -64,33 +90,31 @@ class Recorder:
         if self._hub:
             self._undelivered.extend(events)
 
-    def hold(self, entry: Entry) -> int:
+    def hold(self, account: Account) -> int:
         """Keeps a backward of which nobody knows yet whether it is a step.
 
         Args:
-            entry: The backward as a step of its own.
+            account: The backward as a step of its own.
 
         Returns:
             How many are held now.
         """
-        self._held.append(entry)
-        self.last = entry.record
+        self._held.append(account)
         return len(self._held)
 
     def commit(self) -> None:
         """Turns the held backwards into steps."""
         held, self._held = self._held, []
-        for entry in held:
-            self.add(entry)
+        for account in held:
+            self.expect(account)
 
     def retract(self) -> None:
         """Forgets the held backwards: they belong to the window of an optimizer."""
-        if self._held:
-            self._held = []
-            self.last = None
+        self._held = []
 
     def flush(self) -> None:
         """Delivers what the sinks have not seen."""
+        self.receive(wait=True)
         events, self._undelivered = tuple(self._undelivered), []
         self._hub.deliver(lambda count: self._buffer.batch(count, events))
 
@@ -101,7 +125,8 @@ class Recorder:
 
     def events(self) -> tuple[Event, ...]:
         """Returns the events that are kept, those of held backwards included, oldest first."""
-        held = (event for entry in self._held for event in entry.events)
+        self.receive(wait=True)
+        held = (event for account in self._held for event in account.entry().events)
         return (*self._first_events, *self._events, *held)
 
     def batch(self) -> RecordBatch:
@@ -110,8 +135,8 @@ class Recorder:
         if not self._held:
             return self._buffer.batch(events=events)
         held = RingBuffer(self._buffer.layout, len(self._held))
-        for entry in self._held:
-            held.append(entry)
+        for account in self._held:
+            held.append(account.entry())
         old, new = self._buffer.batch(), held.batch()
         return replace(
             new,

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradwatch.account import Account, Facts
 from gradwatch.control.accumulate import check_window
 from gradwatch.control.loss_scale import LossScale
 from gradwatch.control.settled import Settled
 from gradwatch.control.window import Window
 from gradwatch.errors import NonFiniteGradientError
-from gradwatch.explain import detectors
 from gradwatch.observe.arrivals import Arrivals, Backward
 from gradwatch.observe.parameters import ParameterTable, optimizer_parameters
-from gradwatch.observe.sampler import StatisticsSampler
+from gradwatch.observe.readings import Number, Reading, number, reading_of
+from gradwatch.observe.sampler import Sample, StatisticsSampler
+from gradwatch.observe.shards import Exchange, Shards
 from gradwatch.options import Options
 from gradwatch.overhead import Stopwatch
-from gradwatch.record.buffer import Entry
 from gradwatch.record.event import Event
 from gradwatch.record.step import Outcome, StepRecord
 from gradwatch.recorder import Recorder
@@ -37,6 +38,7 @@ class Run:
     """What all tracks of a watcher share."""
 
     table: ParameterTable
+    shards: Shards | None
     options: Options
     scale: LossScale
     recorder: Recorder
@@ -77,20 +79,23 @@ class Track:
         self.stepping = False
         self._run = run
         self._options = run.options
-        self._sampler = StatisticsSampler(run.options.statistics, run.options.every, len(run.table))
-        self._losses: list[tuple[object, float]] = []
+        self._sampler = StatisticsSampler(
+            run.options.statistics, run.options.every, len(run.table), run.shards
+        )
+        self._losses: list[tuple[Number, float]] = []
         self._settled: Settled | None = None
         self._outcome: Outcome = "applied"
-        self._lr = math.nan
-        self._scale_at_backward = 1.0
+        self._found_inf: Number = 0.0
+        self._lr: Number = math.nan
+        self._scale_at_backward: Number = 1.0
         self._told: set[int] = set()
         self._held_parameters = 0 if optimizer is None else len(optimizer_parameters(optimizer))
         self.on_parameters_added: Callable[[Sequence[int]], list[int]] = lambda indices: []
 
     @property
     def applied(self) -> bool:
-        """Whether the last step was applied."""
-        return self._outcome == "applied"
+        """Whether the last step was applied; waits where only the device knows."""
+        return self._outcome == "applied" and number(self._found_inf) == 0
 
     def add(self, backward: Backward, weight: float) -> bool:
         """Takes in a backward that has ended.
@@ -111,20 +116,16 @@ class Track:
             return False
         self._scale_at_backward = self._run.scale.value()
         if self._sampler.due(self.step + 1):
-            self._sampler.see_gradients(*self.window.gradients(), 1.0 / self._scale_at_backward)
+            self._sampler.see_gradients(*self.window.gradients(), self._scale_at_backward)
         return True
 
-    def entry_of_backward(self) -> Entry:
-        """Makes a step of the newest backward, where no optimizer steps.
-
-        Returns:
-            Its record and its row.
-        """
+    def account_of_backward(self) -> Account:
+        """Makes a step of the newest backward, where no optimizer steps."""
         whole, self.window = self.window, self.window.latest()
         self.step += 1
-        entry = self._entry(self.window.settle(None, None, self._run.scale))
+        account = self._account(self.window.settle(None, None, self._run.scale), self.step)
         self.window = whole
-        return entry
+        return account
 
     def _refresh(self) -> list[int]:
         """Takes in the parameters of groups that were added to the optimizer since.
@@ -154,7 +155,7 @@ class Track:
             loss: Tensor ``[]``, not yet divided or scaled.
             weight: Weight of the micro-batch.
         """
-        self._losses.append((loss.detach(), weight))
+        self._losses.append((_loss(loss), weight))
 
     def begin(self, optimizer: Optimizer, has_closure: bool) -> None:
         """A step begins."""
@@ -162,7 +163,8 @@ class Track:
         self.stepping = True
         self._settled = None
         self._outcome = "applied"
-        self._lr = float(optimizer.param_groups[0]["lr"]) if _has_lr(optimizer) else math.nan
+        self._found_inf = 0.0
+        self._lr = _learning_rate(optimizer)
         if has_closure:
             self._losses = []
 
@@ -174,11 +176,16 @@ class Track:
             if not self.last_window:
                 check_window(self.label, self.window.micro_batches, self._options.accumulate)
             if loss is not None:
-                self._losses = [(loss, 1.0)]
-            self._settled = self.window.settle(optimizer, self._options.clip, self._run.scale)
-            self._outcome = self._judge(optimizer, self._settled)
-            if self._outcome == "applied" and self._sampler.due(self.step + 1):
-                self._sampler.before_step(self.window.indices, self._parameters())
+                self._losses = [(_loss(loss), 1.0)]
+            sampled = self._sampler.due(self.step + 1)
+            if sampled:
+                self._sampler.see_weights(self.window.indices, self._parameters())
+            ride = self._sampler.exchange if sampled else _no_ride
+            self._settled = self.window.settle(optimizer, self._options.clip, self._run.scale, ride)
+            self._found_inf = LossScale.found_inf(optimizer)
+            self._outcome = self._judge(self._settled)
+            if self._outcome == "applied" and sampled:
+                self._sampler.before_step(self._parameters())
             return self._outcome != "skipped_nonfinite"
 
     def finish(self, optimizer: Optimizer) -> None:
@@ -189,7 +196,7 @@ class Track:
                 settled = self.window.settle(optimizer, None, self._run.scale)
             self.step += 1
             self.stepping = False
-            self._run.recorder.add(self._entry(settled))
+            self._run.recorder.expect(self._account(settled, self.step))
             self.window.reset()
             self._losses = []
             self._settled = None
@@ -201,7 +208,7 @@ class Track:
     @property
     def left_out_by_scaler(self) -> bool:
         """Whether a scaler has lowered its scale since the last backward: its step was left out."""
-        return self._run.scale.value() < self._scale_at_backward
+        return self._run.scale.lowered_since(self._scale_at_backward)
 
     def abandon_window(self, left_out: bool) -> None:
         """Records the step of a window that a scaler left out without calling the optimizer.
@@ -211,81 +218,55 @@ class Track:
                 the middle of the window: that is no step.
         """
         settled = self.window.unapplied(self._scale_at_backward)
-        if settled is not None and left_out and self.window.offender is not None:
+        if settled is None or not left_out:
+            return
+        if self._run.shards is not None or not settled.before.finite:
             self._settled = settled
             self._outcome = "skipped_scaler"
             self.finish(self.require_optimizer())
 
-    def _judge(self, optimizer: Optimizer, settled: Settled) -> Outcome:
-        if LossScale.found_inf(optimizer):
+    def _judge(self, settled: Settled) -> Outcome:
+        wanted, found = self._options.on_nonfinite, self._found_inf
+        if wanted == "record" and isinstance(found, Reading) and not found.at_hand:
+            return "applied"  # it will show in the account; nothing needs to be decided now
+        if number(found) > 0:
             return "skipped_scaler"
-        if settled.after.finite or settled.after.overflowed:
+        if wanted == "record" or settled.after.finite or settled.after.overflowed:
             return "applied"
-        if self._options.on_nonfinite == "raise":
+        if wanted == "raise":
             self._raise(settled)
-        return "skipped_nonfinite" if self._options.on_nonfinite == "skip" else "applied"
+        return "skipped_nonfinite"
 
     def _raise(self, settled: Settled) -> None:
-        record = self._record(settled, self.step + 1)
-        events = self._nonfinite_events(record)
+        entry = self._account(settled, self.step + 1).entry()
+        events = tuple(event for event in entry.events if event.nonfinite)
         self._run.recorder.note(events)
         self._run.recorder.flush()
-        raise nonfinite_error(record, events)
+        raise nonfinite_error(entry.record, events)
 
-    def _entry(self, settled: Settled) -> Entry:
-        record = self._record(settled, self.step)
-        before, after = settled.before, settled.after
-        statistics = {}
-        if self._sampler.due(record.step):
-            statistics = self._sampler.after_step(self.window.indices, self._parameters())
-        entry = Entry(
-            record,
-            before.indices,
-            before.norms if settled.before_scale == 1.0 else before.norms * settled.before_scale,
-            statistics=statistics,
-            events=self._events(record, settled),
-        )
-        if settled.untouched:
-            return entry
-        factor = settled.after_scale * settled.coefficient
-        return entry.with_clipped(after.indices, after.norms * factor)
-
-    def _record(self, settled: Settled, step: int) -> StepRecord:
-        return StepRecord(
+    def _account(self, settled: Settled, step: int) -> Account:
+        sample = Sample()
+        if self._sampler.due(step):
+            sample = self._sampler.after_step(self.window.indices, self._parameters())
+        facts = Facts(
             step=step,
             optimizer=self.label,
             time_s=self._run.stopwatch.elapsed(),
+            global_step=self._run.global_step(step),
             micro_batches=self.window.micro_batches,
             weight=self.window.weight,
-            grad_norm=settled.grad_norm,
-            grad_norm_clipped=settled.grad_norm_clipped,
-            clip_coef=settled.clip_coef,
-            clip_threshold=settled.threshold,
-            clipped=settled.clipped,
+            settled=settled,
             outcome=self._outcome,
-            nonfinite_parameters=self.window.nonfinite,
-            loss=_mean_loss(self._losses),
+            found_inf=self._found_inf,
+            offender=self.window.offender,
+            nonfinite=self.window.nonfinite,
+            late=self.window.late,
+            losses=self._losses,
             lr=self._lr,
-            loss_scale=settled.loss_scale,
-            global_step=self._run.global_step(step),
+            missing=self._missing(),
+            sample=sample,
         )
-
-    def _events(self, record: StepRecord, settled: Settled) -> tuple[Event, ...]:
-        table, limit = self._run.table, self._options.exploding_norm
-        events = [*self._nonfinite_events(record)]
-        if settled.before.overflowed:
-            events.append(detectors.overflow_event(record, settled.before, table))
-        if limit is not None and record.grad_norm > limit:
-            events.append(detectors.exploding_event(record, settled.before, table, limit))
-        if record.outcome != "applied":
-            events.append(detectors.skipped_event(record))
-        return (*events, *detectors.no_gradient_events(record, self._missing(), table))
-
-    def _nonfinite_events(self, record: StepRecord) -> tuple[Event, ...]:
-        offender = self.window.offender
-        if offender is None:
-            return ()
-        return (detectors.nonfinite_event(record, offender, self._run.table),)
+        return Account(facts, self._run.table, self._options.exploding_norm)
 
     def _missing(self) -> list[int]:
         """Lists the parameters that received no gradient in the window, each once per run."""
@@ -335,17 +316,17 @@ def nonfinite_error(record: StepRecord, events: tuple[Event, ...]) -> NonFiniteG
     )
 
 
-def _has_lr(optimizer: Optimizer) -> bool:
-    return bool(optimizer.param_groups) and "lr" in optimizer.param_groups[0]
+def _no_ride(exchange: Exchange) -> None:
+    """Adds nothing to an exchange between ranks."""
 
 
-def _mean_loss(losses: list[tuple[object, float]]) -> float:
-    numbers = [(_number(loss), weight) for loss, weight in losses]
-    total = sum(weight for _, weight in numbers)
-    return sum(loss * weight for loss, weight in numbers) / total if total else math.nan
+def _learning_rate(optimizer: Optimizer) -> Number:
+    groups = optimizer.param_groups
+    value = groups[0].get("lr", math.nan) if groups else math.nan
+    return reading_of(value) if isinstance(value, Tensor) else float(value)
 
 
-def _number(loss: object) -> float:
+def _loss(loss: object) -> Number:
     if isinstance(loss, Tensor):
-        return float(loss.detach()) if loss.numel() == 1 else math.nan
+        return reading_of(loss.reshape(())) if loss.numel() == 1 else math.nan
     return float(loss) if isinstance(loss, (int, float)) else math.nan

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gradwatch.account import Account
 from gradwatch.control.window import Window
 from gradwatch.observe.arrivals import Backward
-from gradwatch.record.buffer import Entry
 from gradwatch.track import Run, Track, nonfinite_error
 
 
@@ -26,7 +26,8 @@ class Unclaimed:
             norm_type: The p of the norms.
         """
         self._run = run
-        self._track = Track("none", None, Window(run.table, list(indices), norm_type), run)
+        window = Window(run.table, list(indices), norm_type, shards=run.shards)
+        self._track = Track("none", None, window, run)
         self._by_backward = False
         self._versions = -1
 
@@ -57,10 +58,10 @@ class Unclaimed:
         if not self._track.add(backward, weight) or not alone:
             return
         self._settle_how_steps_count()
-        entry = self._track.entry_of_backward()
-        self._keep(entry)
-        if entry.record.nonfinite_parameters and self._raises:
-            raise nonfinite_error(entry.record, entry.events)
+        account = self._track.account_of_backward()
+        self._keep(account)
+        if self._raises and account.entry().record.nonfinite_parameters:
+            raise nonfinite_error(account.entry().record, account.entry().events)
 
     @property
     def window(self) -> Window:
@@ -83,11 +84,11 @@ class Unclaimed:
         self._by_backward = True
         self._run.recorder.commit()
 
-    def _keep(self, entry: Entry) -> None:
+    def _keep(self, account: Account) -> None:
         recorder = self._run.recorder
         if self._by_backward:
-            recorder.add(entry)
-        elif recorder.hold(entry) >= self._run.options.buffer_size:
+            recorder.expect(account)
+        elif recorder.hold(account) >= self._run.options.buffer_size:
             self.commit()
 
     def _settle_how_steps_count(self) -> None:

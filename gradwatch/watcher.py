@@ -22,6 +22,7 @@ from gradwatch.managed import ManagedLoop
 from gradwatch.observe.arrivals import Arrivals, Backward
 from gradwatch.observe.parameters import ParameterTable, optimizer_parameters
 from gradwatch.observe.ranks import rank
+from gradwatch.observe.shards import Shards
 from gradwatch.options import Options, check_options
 from gradwatch.overhead import Overhead, Stopwatch
 from gradwatch.record.batch import Layout
@@ -306,6 +307,7 @@ class Watcher:
         sinks = options.sinks if rank() == 0 else ()  # the ranks would write the same numbers
         return Run(
             table=table,
+            shards=Shards.of(table.tensors),
             options=options,
             scale=LossScale(options.scaler),
             recorder=Recorder(buffer, SinkHub(sinks, options.buffer_size)),
@@ -319,7 +321,7 @@ class Watcher:
         return 2.0 if self._options.clip is None else self._options.clip.norm_type
 
     def _window(self, indices: Sequence[int]) -> Window:
-        return Window(self._run.table, list(indices), self._norm_type)
+        return Window(self._run.table, list(indices), self._norm_type, shards=self._run.shards)
 
 
 def watch(

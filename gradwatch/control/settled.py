@@ -1,4 +1,4 @@
-"""Settled: both sides of the clip of a step, and Offender: where its gradients went bad."""
+"""Settled: both sides of the clip of one step, and what was decided."""
 
 from __future__ import annotations
 
@@ -6,33 +6,19 @@ import math
 from dataclasses import dataclass
 
 from gradwatch.observe.measurement import Measurement
-from gradwatch.observe.nonfinite import NonFiniteCount
-
-
-@dataclass(frozen=True, slots=True)
-class Offender:
-    """The first parameter in backward order whose gradient went bad in a window.
-
-    Attributes:
-        index: Its index in the parameter table.
-        micro_batch: The micro-batch in which it was seen, counted from 1.
-        counts: Its NaN and Inf elements.
-    """
-
-    index: int
-    micro_batch: int
-    counts: NonFiniteCount
+from gradwatch.observe.readings import Number, Reading, number
 
 
 @dataclass(frozen=True, slots=True)
 class Settled:
-    """Both sides of the clip of one step, in true units.
+    """Both sides of the clip of one step; the properties are true units, and read the numbers.
 
     Attributes:
         before: The measurement before the clip.
         after: The measurement after the user's own clip; ``before`` itself where nothing was done.
-        before_scale: What to multiply ``before`` with to have true units.
-        after_scale: The same for ``after``.
+        unit_before: The loss scale that ``before`` still carries.
+        unit_after: The same for ``after``.
+        correction: The factor that turns a sum over the window into its weighted mean.
         coefficient: The factor that gradwatch multiplied the gradients with on top; 1.0 for none.
         threshold: The limit of the clipping policy; NaN without one.
         loss_scale: The loss scale in force.
@@ -40,35 +26,55 @@ class Settled:
 
     before: Measurement
     after: Measurement
-    before_scale: float = 1.0
-    after_scale: float = 1.0
-    coefficient: float = 1.0
+    unit_before: Number = 1.0
+    unit_after: Number = 1.0
+    correction: float = 1.0
+    coefficient: Number = 1.0
     threshold: float = math.nan
-    loss_scale: float = 1.0
+    loss_scale: Number = 1.0
+
+    def readings(self) -> list[Reading]:
+        """Lists what must be read before the properties can be."""
+        parts = [self.before.norms, self.before.total, self.after.norms, self.after.total]
+        numbers = [self.unit_before, self.unit_after, self.coefficient, self.loss_scale]
+        readings = [*parts, *(one for one in numbers if isinstance(one, Reading))]
+        return list({id(reading): reading for reading in readings}.values())
+
+    @property
+    def before_scale(self) -> float:
+        """What to multiply ``before`` with to have true units."""
+        return self.correction / number(self.unit_before)
+
+    @property
+    def after_scale(self) -> float:
+        """What to multiply ``after`` with to have true units."""
+        return self.correction / number(self.unit_after)
 
     @property
     def grad_norm(self) -> float:
         """The total norm before any clip."""
-        return self.before.total_value * self.before_scale
+        return self.before.total.value() * self.before_scale
 
     @property
     def clip_coef(self) -> float:
         """The factor between both sides; 1.0 where there was no gradient."""
         if self.untouched or self.grad_norm == 0:
-            return self.coefficient
-        return self.after.total_value * self.after_scale / self.grad_norm * self.coefficient
+            return number(self.coefficient)
+        return self.grad_norm_clipped / self.grad_norm
 
     @property
     def grad_norm_clipped(self) -> float:
         """The total norm after every clip."""
         if self.untouched:
-            return self.grad_norm * self.coefficient
-        return self.after.total_value * self.after_scale * self.coefficient
+            return self.grad_norm * number(self.coefficient)
+        return self.after.total.value() * self.after_scale * number(self.coefficient)
 
     @property
     def clipped(self) -> bool:
         """Whether a clip changed the gradients: gradwatch's own, or one that shows in the norm."""
-        return self.coefficient < 1.0 or (not self.untouched and self.clip_coef < 1.0 - 1e-6)
+        return number(self.coefficient) < 1.0 or (
+            not self.untouched and self.clip_coef < 1.0 - 1e-6
+        )
 
     @property
     def untouched(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from operator import attrgetter, is_
@@ -10,15 +10,18 @@ from operator import attrgetter, is_
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradwatch.control.apply import clamp_, scale_
+from gradwatch.control.apply import clip_
 from gradwatch.control.loss_scale import LossScale
-from gradwatch.control.policy import ClipDecision, ClipPolicy
-from gradwatch.control.settled import Offender, Settled
+from gradwatch.control.policy import ClipPolicy
+from gradwatch.control.settled import Settled
+from gradwatch.observe.agreement import Sides, agree
 from gradwatch.observe.arrivals import Backward
 from gradwatch.observe.measurement import Measurement, measure
-from gradwatch.observe.nonfinite import count_nonfinite
+from gradwatch.observe.offender import Look, Offender
 from gradwatch.observe.parameters import ParameterTable
 from gradwatch.observe.ranks import is_distributed
+from gradwatch.observe.readings import Number, number
+from gradwatch.observe.shards import Exchange, Shards, is_pending, local_part
 from gradwatch.observe.snapshot import GradientSnapshot
 
 
@@ -35,6 +38,8 @@ class Window:
         nonfinite: How many parameters were bad at the worst moment.
         expected_weight: The sum of weights that the losses were divided by; None where the loop
             weighs its losses itself.
+        shards: Knows which gradients this rank holds a part of; None where all are whole.
+        late: What was measured and could not be looked at yet.
     """
 
     table: ParameterTable
@@ -44,6 +49,8 @@ class Window:
     offender: Offender | None = None
     nonfinite: int = 0
     expected_weight: float | None = None
+    shards: Shards | None = None
+    late: list[Look] = field(default_factory=list)
     _before: Measurement | None = None
     _snapshot: GradientSnapshot | None = None
     _tensors: list[Tensor] = field(default_factory=list)
@@ -69,6 +76,7 @@ class Window:
         self.offender = None
         self.nonfinite = 0
         self.expected_weight = None
+        self.late = []
         self._before = None
         self._snapshot = None
 
@@ -96,7 +104,8 @@ class Window:
         else:
             self.filled.append((arrived, weight))
         self._before = measure(indices, gradients, self.norm_type)
-        self._snapshot = GradientSnapshot(gradients)
+        if self.shards is None:
+            self._snapshot = GradientSnapshot(gradients)
         self._look_for_offender(self._before, gradients, backward.arrived)
         return self._before
 
@@ -120,14 +129,20 @@ class Window:
         self.filled.append((set(self.indices), 1.0))
 
     def gradients(self) -> tuple[list[int], list[Tensor]]:
-        """Lists the gradients that are there now, with the indices of their parameters."""
+        """Lists the gradients that are there now, with the indices of their parameters.
+
+        Returns:
+            Both, of the same length; of sharded gradients the parts that this rank holds.
+        """
         if len(self._tensors) != len(self.indices):
             self._tensors = [self.table.tensors[index] for index in self.indices]
         gradients = list(map(_grad, self._tensors))
-        if not any(map(is_, gradients, repeat(None))):
-            return self.indices, gradients
-        pairs = zip(self.indices, gradients, strict=True)
-        return [i for i, g in pairs if g is not None], [g for g in gradients if g is not None]
+        if any(map(is_, gradients, repeat(None))):
+            pairs = [(i, g) for i, g in zip(self.indices, gradients, strict=True) if g is not None]
+            indices, gradients = [i for i, _ in pairs], [g for _, g in pairs]
+        else:
+            indices = self.indices
+        return indices, gradients if self.shards is None else list(map(local_part, gradients))
 
     def latest(self) -> Window:
         """Makes a window that holds the newest backward only, as a step of its own."""
@@ -145,7 +160,7 @@ class Window:
             all of the parameters; else the step will measure.
         """
         mine = set(indices)
-        part = Window(self.table, list(indices), self.norm_type)
+        part = Window(self.table, list(indices), self.norm_type, shards=self.shards)
         part.filled = [(arrived & mine, w) for arrived, w in self.filled if arrived & mine]
         if self.offender is not None and self.offender.index in mine:
             before = self.filled[: self.offender.micro_batch]
@@ -153,13 +168,19 @@ class Window:
             part.offender = replace(self.offender, micro_batch=number)
             part.nonfinite = self.nonfinite
         complete = mine.issubset(self.indices) and part.filled
-        if self._before is not None and self._snapshot is not None and complete:
+        if self._before is not None and complete:
+            part.late = [look for look in self.late if mine.issuperset(look.measurement.indices)]
             part._before = self._before.subset(indices, self.norm_type)
-            part._snapshot = self._snapshot.subset([i in mine for i in self._before.indices])
+            if self._snapshot is not None:
+                part._snapshot = self._snapshot.subset([i in mine for i in self._before.indices])
         return part
 
     def settle(
-        self, optimizer: Optimizer | None, policy: ClipPolicy | None, scale: LossScale
+        self,
+        optimizer: Optimizer | None,
+        policy: ClipPolicy | None,
+        scale: LossScale,
+        ride: Callable[[Exchange], None] = lambda exchange: None,
     ) -> Settled:
         """Looks at the gradients that a step is about to use, and clips them.
 
@@ -169,13 +190,14 @@ class Window:
         Args:
             optimizer: Whose step it is.
             policy: The clipping rule; None to leave the gradients alone. It is not asked where
-                they are not finite.
+                they are known not to be finite.
             scale: The loss scale of the run.
+            ride: Adds further numbers to the exchange between ranks, where there is one.
 
         Returns:
             Both sides of the clip.
         """
-        left, correction = scale.left_in(optimizer), self._correction()
+        left = scale.left_in(optimizer)
         loss_scale = scale.value() if scale.active else left
         # Unscaling moves no version counter: what was measured at the end of the backward has the
         # unit of the scaled loss, whatever the scaler has done to the gradients since.
@@ -183,43 +205,35 @@ class Window:
         indices, gradients = self.gradients()
         before, after = self._measure_again(indices, gradients)
         unit_after = unit_before if after is before else left
+        if self.shards is not None:
+            before, after = self._agree(self.shards, before, after, ride)
         settled = Settled(
-            before,
-            after,
-            before_scale=correction / unit_before,
-            after_scale=correction / unit_after,
-            loss_scale=loss_scale,
+            before, after, unit_before, unit_after, self._correction(), loss_scale=loss_scale
         )
-        if not after.finite:
+        if after.total.at_hand and not after.finite:
             return settled
-        decision = (
-            ClipDecision() if policy is None else policy.decide(_times(after, settled.after_scale))
-        )
-        coefficient = 1.0 if decision.coefficient is None else decision.coefficient.item()
-        settled = replace(settled, coefficient=coefficient, threshold=decision.threshold)
-        if correction != 1.0:
-            scale_(gradients, coefficient * correction)
-        elif decision.coefficient is not None and coefficient != 1.0:
-            scale_(gradients, decision.coefficient)
-        if decision.clip_value is None:
+        settled, limited = clip_(gradients, settled, policy, left)
+        if not limited:
             return settled
-        clamp_(gradients, decision.clip_value * left)
-        clamped = measure(indices, gradients, self.norm_type)
-        return replace(settled, after=clamped, after_scale=1.0 / left)
+        after = measure(indices, gradients, self.norm_type)
+        if self.shards is not None:
+            _, after = self._agree(self.shards, after, after)
+        # The correction has been multiplied in by now.
+        return replace(settled, after=after, unit_after=number(left) * settled.correction)
 
-    def unapplied(self, loss_scale: float) -> Settled | None:
+    def unapplied(self, loss_scale: Number) -> Settled | None:
         """Returns the numbers of a window that no step has used, gradients gone or not.
 
         Args:
             loss_scale: The loss scale at its last backward.
 
         Returns:
-            Both sides of no clip; None where the window is empty.
+            Both sides of no clip, of sharded gradients for the part of this rank; None where the
+            window is empty.
         """
         if self._before is None:
             return None
-        scale = 1.0 / loss_scale
-        return Settled(self._before, self._before, scale, scale, loss_scale=loss_scale)
+        return Settled(self._before, self._before, loss_scale, loss_scale, loss_scale=loss_scale)
 
     def _correction(self) -> float:
         """Returns the factor that turns a sum over the window into its weighted mean."""
@@ -234,7 +248,7 @@ class Window:
         if self._before is not None and snapshot is not None and snapshot.matches(gradients):
             return self._before, self._before
         after = measure(indices, gradients, self.norm_type)
-        if self._before is not None and after.total_value == 0 != self._before.total_value:
+        if self._before is not None and _zeroed(self._before, after):
             self.reset()  # zero_grad came after the last backward
         self._look_for_offender(after, gradients, ())
         return self._before or after, after
@@ -242,15 +256,30 @@ class Window:
     def _look_for_offender(
         self, measurement: Measurement, gradients: list[Tensor], order: Sequence[int]
     ) -> None:
-        if measurement.finite or measurement.overflowed:
+        look = Look(self.micro_batches, measurement, order)
+        if not measurement.total.at_hand:
+            self.late.append(look)
             return
-        where = {index: place for place, index in enumerate(measurement.indices)}
-        counts = {i: count_nonfinite(gradients[where[i]]) for i in measurement.nonfinite_indices()}
-        bad = {index: count for index, count in counts.items() if count}
+        bad = look.offenders(gradients)
         self.nonfinite = max(self.nonfinite, len(bad))
         if bad and self.offender is None:
-            first = next((index for index in order if index in bad), min(bad))
-            self.offender = Offender(first, self.micro_batches, bad[first])
+            self.offender = bad[0]
+
+    def _agree(
+        self,
+        shards: Shards,
+        before: Measurement,
+        after: Measurement,
+        ride: Callable[[Exchange], None] = lambda exchange: None,
+    ) -> tuple[Measurement, Measurement]:
+        gradients = {index: self.table.tensors[index].grad for index in after.indices}
+        pending = {
+            i: local_part(g) for i, g in gradients.items() if g is not None and is_pending(g)
+        }
+        mine = Sides(before, after, self.offender, self.nonfinite)
+        agreed = agree(shards, mine, pending, self.norm_type, ride)
+        self.offender, self.nonfinite = agreed.offender, agreed.nonfinite
+        return agreed.before, agreed.after
 
     def leave(self, indices: Sequence[int]) -> None:
         """Gives parameters away to another window.
@@ -264,10 +293,11 @@ class Window:
         self.filled = [(arrived - others, w) for arrived, w in self.filled if arrived - others]
         if self.offender is not None and self.offender.index in others:
             self.offender = None
-        if self._before is not None and self._snapshot is not None:
+        if self._before is not None:
             keep = [index not in others for index in self._before.indices]
             self._before = self._before.subset(self.indices, self.norm_type)
-            self._snapshot = self._snapshot.subset(keep)
+            if self._snapshot is not None:
+                self._snapshot = self._snapshot.subset(keep)
         if not self.filled:
             self.reset()
 
@@ -275,6 +305,5 @@ class Window:
 _grad = attrgetter("grad")
 
 
-def _times(measurement: Measurement, factor: float) -> Tensor:
-    # A multiplication by one would cost a call; the policy must see the very bits of the norm.
-    return measurement.total if factor == 1.0 else measurement.total * factor
+def _zeroed(before: Measurement, after: Measurement) -> bool:
+    return after.total.at_hand and after.total.value() == 0 != before.total.value()

@@ -6,18 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gradwatch.control.settled import Offender
 from gradwatch.observe.measurement import Measurement
+from gradwatch.observe.offender import Offender
 from gradwatch.observe.parameters import ParameterTable
 from gradwatch.observe.ranks import rank
 from gradwatch.record.event import Event
 from gradwatch.record.step import StepRecord
 
 NONFINITE = (
-    "{what} in the gradient of {parameter} ({nan} NaN and {inf} Inf of {total} elements), the "
+    "{what} in the gradient of {parameter} ({counts}), the "
     "first in backward order, in micro-batch {micro_batch} of step {step}; {affected} parameter(s) "
     "affected."
 )
+COUNTS = "{nan} NaN and {inf} Inf of {total} elements"
+NOT_COUNTED = "not counted: it was gone when its norm arrived from the device"
+UNKNOWN = -1
 OVERFLOW = (
     "The gradients of step {step} are finite, but their norm {value:.3g} is beyond float32; the "
     "largest is that of {parameter}."
@@ -44,14 +47,14 @@ def nonfinite_event(record: StepRecord, offender: Offender, table: ParameterTabl
     Returns:
         An event of kind ``nan``, or ``inf`` where the parameter had no NaN.
     """
-    nan, inf = offender.counts
+    nan, inf = (UNKNOWN, UNKNOWN) if offender.counts is None else offender.counts
     name = table.names[offender.index]
     message = NONFINITE.format(
-        what="NaN" if nan else "Inf",
+        what="NaN" if offender.is_nan else "Inf",
         parameter=name,
-        nan=nan,
-        inf=inf,
-        total=table.tensors[offender.index].numel(),
+        counts=COUNTS.format(nan=nan, inf=inf, total=table.tensors[offender.index].numel())
+        if offender.counts is not None
+        else NOT_COUNTED,
         micro_batch=offender.micro_batch,
         step=record.step,
         affected=record.nonfinite_parameters,
@@ -59,10 +62,10 @@ def nonfinite_event(record: StepRecord, offender: Offender, table: ParameterTabl
     return Event(
         step=record.step,
         micro_batch=offender.micro_batch,
-        kind="nan" if nan else "inf",
+        kind="nan" if offender.is_nan else "inf",
         parameter=name,
         module=table.modules[offender.index],
-        value=float(nan or inf),
+        value=offender.norm if offender.counts is None else float(nan or inf),
         rank=rank(),
         message=message,
         nan_count=nan,
@@ -139,9 +142,10 @@ def no_gradient_events(
 
 
 def _largest(measurement: Measurement, table: ParameterTable) -> tuple[str, str]:
-    if not len(measurement.norms):
+    norms = measurement.norms.array()
+    if not len(norms):
         return "", ""
-    index = measurement.indices[int(np.argmax(measurement.norms))]
+    index = measurement.indices[int(np.argmax(norms))]
     return table.names[index], table.modules[index]
 
 

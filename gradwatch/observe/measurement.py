@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gradwatch.observe.norms import gradient_norms, total_norm, wide_norms
+from gradwatch.observe.readings import Reading
 from gradwatch.observe.values import gradient_values
 
 
@@ -22,27 +21,25 @@ class Measurement:
 
     Attributes:
         indices: Index in the parameter table of each gradient, ascending.
-        norms: float array ``[len(indices)]``: the norm of each.
-        total: Tensor ``[]``: the norm of all together, as the clipping policy gets it.
-        total_value: The same as a number.
+        norms: Reading ``[len(indices)]``: the norm of each.
+        total: Reading ``[]``: the norm of all together.
         overflowed: Whether the elements are finite but their float32 norm was not; the numbers
-            are then float64 ones.
+            are then float64 ones. Found out only where they are at hand.
     """
 
     indices: Sequence[int]
-    norms: NDArray[np.floating[Any]]
-    total: Tensor
-    total_value: float
+    norms: Reading
+    total: Reading
     overflowed: bool = False
 
     @property
     def finite(self) -> bool:
         """Whether the total norm is a finite number."""
-        return math.isfinite(self.total_value)
+        return math.isfinite(self.total.value())
 
     def nonfinite_indices(self) -> list[int]:
         """Lists the indices whose norm is NaN or Inf."""
-        return [self.indices[i] for i in np.flatnonzero(~np.isfinite(self.norms)).tolist()]
+        return [self.indices[i] for i in np.flatnonzero(~np.isfinite(self.norms.array())).tolist()]
 
     def subset(self, indices: Sequence[int], norm_type: float) -> Measurement:
         """Keeps some of the parameters.
@@ -56,10 +53,10 @@ class Measurement:
         """
         wanted = set(indices)
         keep = [i for i, index in enumerate(self.indices) if index in wanted]
-        norms = self.norms[keep]
-        total = total_norm(torch.from_numpy(norms), norm_type)
+        norms = self.norms.tensor[keep]
+        total = total_norm(norms, norm_type)
         kept = [self.indices[i] for i in keep]
-        return Measurement(kept, norms, total, float(total), self.overflowed)
+        return Measurement(kept, Reading(norms), Reading(total), self.overflowed)
 
 
 def measure(indices: Sequence[int], gradients: list[Tensor], norm_type: float) -> Measurement:
@@ -72,16 +69,16 @@ def measure(indices: Sequence[int], gradients: list[Tensor], norm_type: float) -
 
     Returns:
         The norms. Where the float32 norm of finite gradients overflows they are taken once more
-        in float64, so that the true number stands there and a clip can still work with it.
+        in float64, so that the true number stands there and a clip can still work with it; not so
+        on an accelerator, where finding out would wait for it.
     """
     norms = gradient_norms(gradients, norm_type)
-    total = total_norm(norms, norm_type)
-    value = total.item()
-    if math.isfinite(value) or not all(map(_all_finite, gradients)):
-        return Measurement(indices, norms.cpu().numpy(), total, value)
+    total = Reading(total_norm(norms, norm_type))
+    if not total.at_hand or math.isfinite(total.value()) or not all(map(_all_finite, gradients)):
+        return Measurement(indices, Reading(norms), total)
     norms = wide_norms(gradients, norm_type)
-    total = total_norm(norms, norm_type)
-    return Measurement(indices, norms.cpu().numpy(), total, total.item(), overflowed=True)
+    total = Reading(total_norm(norms, norm_type))
+    return Measurement(indices, Reading(norms), total, overflowed=True)
 
 
 def _all_finite(gradient: Tensor) -> bool:

@@ -22,6 +22,8 @@ class StepRecord:
         weight: Sum of the micro-batch weights; equal to ``micro_batches`` where none were given.
         grad_norm: Total gradient norm BEFORE the clip.
         grad_norm_clipped: Total gradient norm AFTER the clip; ``clip_coef * grad_norm``.
+        grad_norm_local: Norm of this rank's own gradients just before the last reduction over the
+            ranks; NaN where there is none to be had.
         clip_coef: Factor that the gradients were multiplied with; 1.0 where nothing was clipped.
         clip_threshold: Norm (or element) limit of the clipping policy; NaN without one.
         clipped: Whether the clip changed any gradient.
@@ -41,6 +43,7 @@ class StepRecord:
     weight: float = 1.0
     grad_norm: float = 0.0
     grad_norm_clipped: float = 0.0
+    grad_norm_local: float = math.nan
     clip_coef: float = 1.0
     clip_threshold: float = math.nan
     clipped: bool = False

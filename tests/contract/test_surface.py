@@ -76,7 +76,8 @@ def test_a_frame_that_was_read_is_the_readers_own() -> None:
 
 
 COLUMNS = [
-    "optimizer", "time_s", "micro_batches", "weight", "grad_norm", "grad_norm_clipped", "clip_coef",
+    "optimizer", "time_s", "micro_batches", "weight", "grad_norm", "grad_norm_clipped",
+    "grad_norm_local", "clip_coef",
     "clip_threshold", "clipped", "outcome", "nonfinite_parameters", "loss", "lr", "loss_scale",
     "noise_scale",
 ]  # fmt: skip

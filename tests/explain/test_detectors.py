@@ -1,14 +1,16 @@
 """Events say where something began, in words."""
 
-import numpy as np
+import math
+
 import pytest
 import torch
 
-from gradwatch.control.settled import Offender
 from gradwatch.explain import detectors
 from gradwatch.observe.measurement import Measurement
 from gradwatch.observe.nonfinite import NonFiniteCount
+from gradwatch.observe.offender import Offender
 from gradwatch.observe.parameters import ParameterTable
+from gradwatch.observe.readings import Reading
 from gradwatch.record.step import StepRecord
 
 TABLE = ParameterTable.of({"a.w": torch.ones(4, requires_grad=True), "b.w": torch.ones(2)})
@@ -18,7 +20,9 @@ RECORD = StepRecord(step=7, optimizer="Adam", grad_norm=5.0, nonfinite_parameter
 @pytest.mark.parametrize(("counts", "kind"), [((2, 1), "nan"), ((0, 3), "inf")])
 def test_nonfinite_event_names_the_offender(counts, kind):
     """Parameter, micro-batch, exact counts and how far it spread."""
-    event = detectors.nonfinite_event(RECORD, Offender(0, 3, NonFiniteCount(*counts)), TABLE)
+    event = detectors.nonfinite_event(
+        RECORD, Offender(0, 3, math.nan, NonFiniteCount(*counts)), TABLE
+    )
     assert (event.kind, event.parameter, event.module, event.micro_batch) == (kind, "a.w", "a", 3)
     assert (event.nan_count, event.inf_count) == counts
     assert event.value == (counts[0] or counts[1])
@@ -27,9 +31,17 @@ def test_nonfinite_event_names_the_offender(counts, kind):
     assert (event.step, event.global_step, event.optimizer) == (7, 70, "Adam")
 
 
+@pytest.mark.parametrize(("norm", "kind"), [(math.nan, "nan"), (math.inf, "inf")])
+def test_what_was_gone_is_not_counted(norm, kind):
+    """Where the gradient was gone when its norm arrived, the norm tells what it was."""
+    event = detectors.nonfinite_event(RECORD, Offender(0, 3, norm, None), TABLE)
+    assert (event.kind, event.nan_count, event.inf_count) == (kind, -1, -1)
+    assert "not counted" in event.message
+
+
 def test_exploding_names_the_largest():
     """The parameter with the largest norm stands in the event."""
-    measurement = Measurement([0, 1], np.array([1.0, 4.9]), torch.tensor(5.0), 5.0)
+    measurement = Measurement([0, 1], Reading(torch.tensor([1.0, 4.9])), Reading(torch.tensor(5.0)))
     event = detectors.exploding_event(RECORD, measurement, TABLE, 2.0)
     assert (event.parameter, event.value) == ("b.w", 5.0)
     assert "above the limit 2" in event.message

@@ -7,9 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradwatch.observe.sampler import StatisticsSampler
-from gradwatch.observe.statistics import gradient_statistics, update_ratios, weight_norms
+from gradwatch.observe.statistics import gradient_rows, statistics_of, update_row, weight_row
 
 NAMES = ("max", "mean", "std", "zeros")
+
+
+def _statistics(gradients, unit=1.0):
+    rows = {name: row.numpy() for name, row in gradient_rows(gradients, NAMES).items()}
+    return statistics_of(NAMES, rows, unit)
 
 
 @settings(deadline=None, max_examples=40)
@@ -18,7 +23,7 @@ def test_statistics_equal_numpy(seed, size, scale):
     """Largest magnitude, mean, population deviation and share of zeros, in true units."""
     values = np.random.default_rng(seed).normal(size=size).astype(np.float32)
     values[::3] = 0
-    taken = gradient_statistics([torch.from_numpy(values)], NAMES, 1 / scale)
+    taken = _statistics([torch.from_numpy(values)], scale)
     wide = values.astype(np.float64) / scale
     expected = [np.abs(wide).max(), wide.mean(), wide.std(), np.mean(wide == 0)]
     for name, value in zip(NAMES, expected, strict=True):
@@ -27,10 +32,8 @@ def test_statistics_equal_numpy(seed, size, scale):
 
 def test_half_precision_and_empty_and_complex():
     """Odd dtypes and sizes have statistics too."""
-    taken = gradient_statistics(
-        [torch.ones(70_000, dtype=torch.float16), torch.zeros(0), torch.tensor([3 - 4j])],
-        NAMES,
-        1.0,
+    taken = _statistics(
+        [torch.ones(70_000, dtype=torch.float16), torch.zeros(0), torch.tensor([3 - 4j])]
     )
     assert taken["mean"].tolist() == [1.0, 0.0, -0.5]
     assert taken["max"].tolist() == [1.0, 0.0, 4.0]
@@ -40,10 +43,29 @@ def test_update_ratio():
     """The size of the change over the size of the weights; NaN where the weights were zero."""
     before = [torch.tensor([3.0, 4.0]), torch.zeros(2)]
     after = [torch.tensor([3.0, 4.5]), torch.ones(2)]
-    ratios = update_ratios(before, after)
-    assert ratios[0] == pytest.approx(0.1)
-    assert np.isnan(ratios[1])
-    assert weight_norms(before).tolist() == [5.0, 0.0]
+    rows = {
+        "squared_weights": weight_row(before).numpy(),
+        "squared_update": update_row(before, after).numpy(),
+    }
+    taken = statistics_of(("weight_norm", "update_ratio"), rows, 1.0)
+    assert taken["update_ratio"][0] == pytest.approx(0.1)
+    assert np.isnan(taken["update_ratio"][1])
+    assert taken["weight_norm"].tolist() == [5.0, 0.0]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**31), st.lists(st.integers(0, 9), min_size=1, max_size=4))
+def test_statistics_of_parts_add_up(seed, sizes):
+    """Rows of the parts of a gradient, added up, give the statistics of the whole."""
+    whole = np.random.default_rng(seed).normal(loc=3.0, size=sum(sizes) + 1)
+    parts = np.split(whole, np.cumsum(sizes))
+    rows = [gradient_rows([torch.from_numpy(part)], NAMES) for part in parts]
+    added = {name: sum(row[name].numpy() for row in rows) for name in rows[0]}
+    added["max"] = max(row["max"].numpy() for row in rows)
+    taken = statistics_of(NAMES, added, 1.0)
+    assert taken["mean"][0] == pytest.approx(whole.mean())
+    assert taken["std"][0] == pytest.approx(whole.std(), abs=1e-7)
+    assert taken["max"][0] == np.abs(whole).max()
 
 
 def test_sampler_takes_every_nth_step():
@@ -57,9 +79,9 @@ def test_sampler_fills_rows_over_all_columns():
     """A row has NaN where the optimizer has no parameter."""
     sampler = StatisticsSampler(("max", "weight_norm"), every=1, columns=3)
     sampler.see_gradients([1], [torch.tensor([-2.0])], 1.0)
-    sampler.before_step([1], [torch.tensor([5.0])])
-    rows = sampler.after_step([1], [torch.tensor([5.0])])
+    sampler.see_weights([1], [torch.tensor([5.0])])
+    rows = sampler.after_step([1], [torch.tensor([5.0])]).rows()
     assert rows["max"][1] == 2.0
     assert rows["weight_norm"][1] == 5.0
     assert np.isnan(rows["max"][[0, 2]]).all()
-    assert sampler.after_step([1], []) == {}
+    assert sampler.after_step([1], []).rows() == {}

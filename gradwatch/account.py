@@ -1,0 +1,171 @@
+"""Account: what is written down of a step, once its numbers are on the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from gradwatch.control.settled import Settled
+from gradwatch.explain import detectors
+from gradwatch.observe.offender import Look, Offender
+from gradwatch.observe.parameters import ParameterTable
+from gradwatch.observe.readings import Number, Reading, Transfer, number
+from gradwatch.observe.sampler import Sample
+from gradwatch.record.buffer import Entry
+from gradwatch.record.event import Event
+from gradwatch.record.step import Outcome, StepRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of a step when it ends; numbers may still be on their way from the device.
+
+    Attributes:
+        step: Its number.
+        optimizer: Label of its optimizer.
+        time_s: Seconds since the watcher was attached.
+        global_step: The x-axis of loggers.
+        micro_batches: Backwards in its window.
+        weight: Sum of their weights.
+        settled: Both sides of the clip.
+        outcome: What became of it.
+        found_inf: Above 0 where a scaler has made a fused optimizer leave it out.
+        offender: The first parameter that went bad.
+        nonfinite: How many parameters were bad at the worst moment.
+        late: What was measured and not looked at yet.
+        losses: Losses and weights of the micro-batches.
+        lr: Learning rate of the first parameter group.
+        missing: Parameters that received no gradient, for the first time.
+        local: The norm of this rank's own gradients before the reduction; NaN where there is none.
+        sample: Further statistics.
+    """
+
+    step: int
+    optimizer: str
+    time_s: float
+    global_step: int
+    micro_batches: int
+    weight: float
+    settled: Settled
+    outcome: Outcome
+    found_inf: Number = 0.0
+    offender: Offender | None = None
+    nonfinite: int = 0
+    late: Sequence[Look] = ()
+    losses: Sequence[tuple[Number, float]] = ()
+    lr: Number = math.nan
+    missing: Sequence[int] = ()
+    local: Number = math.nan
+    sample: Sample = field(default_factory=Sample)
+
+    def readings(self) -> list[Reading]:
+        """Lists the numbers that must have arrived before the step can be written down."""
+        singles = [self.found_inf, self.lr, self.local, *(loss for loss, _ in self.losses)]
+        looks = [r for look in self.late for r in (look.measurement.norms, look.measurement.total)]
+        readings = [
+            *self.settled.readings(),
+            *(one for one in singles if isinstance(one, Reading)),
+            *looks,
+            *self.sample.readings(),
+        ]
+        return list({id(reading): reading for reading in readings}.values())
+
+
+class Account:
+    """One step on its way into the records: there at once, or when a transfer has arrived."""
+
+    def __init__(self, facts: Facts, table: ParameterTable, exploding_norm: float | None) -> None:
+        """Sends for the numbers.
+
+        Args:
+            facts: What is known of the step.
+            table: The names of the parameters.
+            exploding_norm: A norm above it is an event; None for no limit.
+        """
+        self._facts = facts
+        self._table = table
+        self._exploding_norm = exploding_norm
+        self._transfer = Transfer(facts.readings())
+        self._entry: Entry | None = None
+
+    def ready(self) -> bool:
+        """Tells, without waiting, whether the step can be written down."""
+        return self._transfer.arrived()
+
+    def entry(self) -> Entry:
+        """Writes the step down; waits for its numbers where they have not arrived."""
+        if self._entry is None:
+            self._transfer.wait()
+            self._entry = self._make_entry()
+        return self._entry
+
+    def _make_entry(self) -> Entry:
+        facts, settled = self._facts, self._facts.settled
+        offender, nonfinite = self._offender()
+        record = self._record(nonfinite)
+        before, after = settled.before, settled.after
+        norms = before.norms.array()
+        if settled.before_scale != 1.0:
+            norms = norms * settled.before_scale
+        entry = Entry(
+            record,
+            before.indices,
+            norms,
+            statistics=facts.sample.rows(),
+            events=self._events(record, offender),
+        )
+        if settled.untouched:
+            return entry
+        factor = settled.after_scale * number(settled.coefficient)
+        return entry.with_clipped(after.indices, after.norms.array() * factor)
+
+    def _offender(self) -> tuple[Offender | None, int]:
+        """Looks at what could not be looked at in time."""
+        facts = self._facts
+        if not facts.late:
+            return facts.offender, facts.nonfinite
+        looks = [*facts.late, Look(facts.micro_batches, facts.settled.before, ())]
+        bad = [offenders for look in looks if (offenders := look.offenders(None))]
+        first = facts.offender or (bad[0][0] if bad else None)
+        return first, max(facts.nonfinite, *map(len, bad), 0)
+
+    def _record(self, nonfinite: int) -> StepRecord:
+        facts, settled = self._facts, self._facts.settled
+        return StepRecord(
+            step=facts.step,
+            optimizer=facts.optimizer,
+            time_s=facts.time_s,
+            micro_batches=facts.micro_batches,
+            weight=facts.weight,
+            grad_norm=settled.grad_norm,
+            grad_norm_clipped=settled.grad_norm_clipped,
+            grad_norm_local=number(facts.local),
+            clip_coef=settled.clip_coef,
+            clip_threshold=settled.threshold,
+            clipped=settled.clipped,
+            outcome="skipped_scaler" if number(facts.found_inf) > 0 else facts.outcome,
+            nonfinite_parameters=nonfinite,
+            loss=_mean(facts.losses),
+            lr=number(facts.lr),
+            loss_scale=number(settled.loss_scale),
+            global_step=facts.global_step,
+        )
+
+    def _events(self, record: StepRecord, offender: Offender | None) -> tuple[Event, ...]:
+        before, table, limit = self._facts.settled.before, self._table, self._exploding_norm
+        events = []
+        if offender is not None:
+            events.append(detectors.nonfinite_event(record, offender, table))
+        if before.overflowed:
+            events.append(detectors.overflow_event(record, before, table))
+        if limit is not None and record.grad_norm > limit:
+            events.append(detectors.exploding_event(record, before, table, limit))
+        if record.outcome != "applied":
+            events.append(detectors.skipped_event(record))
+        return (*events, *detectors.no_gradient_events(record, self._facts.missing, table))
+
+
+def _mean(losses: Sequence[tuple[Number, float]]) -> float:
+    total = sum(weight for _, weight in losses)
+    return sum(number(loss) * weight for loss, weight in losses) / total if total else math.nan

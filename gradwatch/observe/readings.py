@@ -1,0 +1,172 @@
+"""Reading: a number that a device computes, and its way to the host without a wait.
+
+On the CPU a number is there as soon as the call that computes it returns. On an accelerator, asking
+for it makes the host wait until the device has caught up, and then the device for the host. So
+numbers stay there as tensors, those of a step travel together in one asynchronous copy, and they
+are read when it has arrived.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.floating[Any]]
+
+_polls_until_arrival: int | None = None
+
+
+@contextmanager
+def late_readings(polls: int = 1) -> Iterator[None]:
+    """Treats the CPU like an accelerator, so that what a run does on one can be seen on the CPU.
+
+    Args:
+        polls: How often a copy is asked for before it has arrived.
+    """
+    global _polls_until_arrival  # noqa: PLW0603 - one process, one kind of machine
+    before, _polls_until_arrival = _polls_until_arrival, polls
+    try:
+        yield
+    finally:
+        _polls_until_arrival = before
+
+
+def is_at_hand(tensor: Tensor) -> bool:
+    """Tells whether the numbers of a tensor can be read without waiting for a device."""
+    return tensor.device.type == "cpu" and _polls_until_arrival is None
+
+
+class Reading:
+    """The numbers of a tensor of any shape; asking for them waits unless they are at hand.
+
+    Attributes:
+        tensor: Where they are computed; nothing may write into it later.
+    """
+
+    __slots__ = ("_array", "_value", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        """Takes a tensor of any shape, floating dtype and device."""
+        self.tensor = tensor
+        self._array: Array | None = None
+        self._value: float | None = None
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether asking does not wait."""
+        return self._array is not None or is_at_hand(self.tensor)
+
+    def array(self) -> Array:
+        """Returns the numbers in the shape of the tensor."""
+        if self._array is None:
+            self._array = _on_host(self.tensor).numpy()
+        return self._array
+
+    def value(self) -> float:
+        """Returns the number of a tensor with one element."""
+        if self._value is None:
+            arrived = self._array is not None
+            self._value = float(self.array()) if arrived else self.tensor.item()
+        return self._value
+
+    def arrive(self, array: Array) -> None:
+        """Takes the numbers that a transfer has brought."""
+        self._array = array
+
+
+Number = float | Reading
+
+
+def number(value: Number) -> float:
+    """Returns a number that may have to come from a device."""
+    return value.value() if isinstance(value, Reading) else value
+
+
+def reading_of(tensor: Tensor) -> Number:
+    """Reads a tensor ``[]`` where that costs nothing, else keeps a copy to be read later.
+
+    Args:
+        tensor: One that its owner may write into later, the scale of a ``GradScaler`` say.
+    """
+    tensor = tensor.detach()
+    return float(tensor) if is_at_hand(tensor) else Reading(tensor.clone())
+
+
+class Transfer:
+    """One asynchronous copy to the host of all numbers of a step."""
+
+    def __init__(self, readings: Sequence[Reading]) -> None:
+        """Starts the copy; there is nothing to do for readings that are at hand.
+
+        Args:
+            readings: What is to be read, on any devices.
+        """
+        groups: dict[torch.device, list[Reading]] = {}
+        for reading in readings:
+            if not reading.at_hand:
+                groups.setdefault(reading.tensor.device, []).append(reading)
+        self._copies = [_Copy(device, group) for device, group in groups.items()]
+
+    def arrived(self) -> bool:
+        """Tells, without waiting, whether all numbers can be read."""
+        if self._copies:
+            self._copies = [copy for copy in self._copies if not copy.delivered()]
+        return not self._copies
+
+    def wait(self) -> None:
+        """Waits until they can."""
+        for copy in self._copies:
+            copy.deliver()
+        self._copies = []
+
+
+class _Copy:
+    """The copy of a transfer from one device."""
+
+    def __init__(self, device: torch.device, readings: list[Reading]) -> None:
+        self._readings = readings
+        flat = torch.cat([reading.tensor.reshape(-1) for reading in readings])
+        self._event = _event(device)
+        self._polls = _polls_until_arrival or 0
+        if self._event is None:
+            self._host = flat.clone() if device.type == "cpu" else flat
+        else:
+            self._host = torch.empty_like(flat, device="cpu", pin_memory=True)
+            self._host.copy_(flat, non_blocking=True)
+            self._event.record()
+
+    def delivered(self) -> bool:
+        if self._event is None:
+            self._polls -= 1
+            here = self._polls < 0
+        else:
+            here = self._event.query()
+        if here:
+            self.deliver()
+        return here
+
+    def deliver(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+        numbers = self._host.cpu().numpy()
+        ends = np.cumsum([reading.tensor.numel() for reading in self._readings])
+        for reading, part in zip(self._readings, np.split(numbers, ends[:-1]), strict=True):
+            reading.arrive(part.reshape(tuple(reading.tensor.shape)))
+
+
+def _event(device: torch.device) -> Any:
+    """Makes an event of a device that can copy to the host by itself; None where it cannot."""
+    module = getattr(torch, device.type, None)
+    return module.Event() if device.type in ("cuda", "xpu") and module is not None else None
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu" and not is_at_hand(tensor):
+        tensor.new_zeros(()).item()  # on a device the copy below waits; here, show the same wait
+    return tensor.cpu()
