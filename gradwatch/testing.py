@@ -1,13 +1,16 @@
-"""Test doubles for users too: a sink that keeps all, a model with known gradients."""
+"""Test doubles for users too: a sink that keeps all, a model with known gradients, late numbers."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from gradwatch.observe.readings import late_readings
 from gradwatch.record.batch import RecordBatch
 from gradwatch.record.event import Event
 from gradwatch.record.step import StepRecord
+
+__all__ = ["CapturingSink", "LinearModel", "late_readings"]
 
 
 class CapturingSink:

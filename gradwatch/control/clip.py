@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.control.policy import ClipDecision
+from gradwatch.observe.readings import is_at_hand
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class ClipByValue:
 
 def _surely_below(norm: Tensor, limit: float) -> bool:
     """Tells where no rounding can make the factor less than 1, and so no arithmetic is needed."""
-    return norm.device.type == "cpu" and norm.item() < limit * (1 - 1e-5) - 2e-6
+    return is_at_hand(norm) and norm.item() < limit * (1 - 1e-5) - 2e-6
 
 
 def check_positive(name: str, value: object) -> None:

@@ -157,7 +157,8 @@ class _Copy:
         numbers = self._host.cpu().numpy()
         ends = np.cumsum([reading.tensor.numel() for reading in self._readings])
         for reading, part in zip(self._readings, np.split(numbers, ends[:-1]), strict=True):
-            reading.arrive(part.reshape(tuple(reading.tensor.shape)))
+            precision = np.float64 if reading.tensor.dtype == torch.float64 else np.float32
+            reading.arrive(part.reshape(tuple(reading.tensor.shape)).astype(precision))
 
 
 def _event(device: torch.device) -> Any:

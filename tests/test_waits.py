@@ -1,0 +1,131 @@
+"""On an accelerator nothing waits for the device: the CPU stands in for one, and waits are counted."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gradwatch
+from gradwatch.testing import late_readings
+
+STEPS, POISONED = 6, 3
+COLUMNS = ["grad_norm", "grad_norm_clipped", "clip_coef", "outcome", "loss_scale", "lr"]
+
+
+class CountWaits(TorchDispatchMode):
+    """Counts how often the host asks for a number of a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.waits += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def _train(watch, *, scaled=False, fused=False, poisoned=None):
+    """Trains six steps of two micro-batches; returns the waits, the watcher and the weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", 1024.0, growth_interval=2, enabled=scaled)
+    watcher = watch(model, optimizer, scaler)
+    with CountWaits() as counter:
+        for step in range(STEPS):
+            for _ in range(2):
+                loss = model(torch.randn(8, 4)).square().mean()
+                factor = math.inf if step == poisoned else 1.0
+                scaler.scale(loss * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    if watcher is not None:
+        watcher.close()
+    return counter.waits, watcher, [p.detach() for p in model.parameters()]
+
+
+def _watch(**options):
+    return lambda model, optimizer, scaler: gradwatch.watch(
+        model, optimizer, scaler=scaler, **options
+    ).attach()
+
+
+def _unwatched(model, optimizer, scaler):
+    return None
+
+
+STATISTICS = ("max", "mean", "std", "zeros", "weight_norm", "update_ratio")
+QUIET = [
+    ({}, {}),
+    ({"clip": 0.05}, {}),
+    ({"clip": gradwatch.ClipByNorm(0.05, norm_type=math.inf)}, {}),
+    ({"statistics": STATISTICS}, {}),
+    ({}, {"scaled": True}),
+    ({}, {"scaled": True, "fused": True}),
+    ({"clip": 0.05}, {"scaled": True, "fused": True, "poisoned": POISONED}),
+    ({}, {"poisoned": POISONED}),
+]
+
+
+@pytest.mark.parametrize(("options", "run"), QUIET)
+def test_nothing_waits_for_the_device(options, run):
+    """Watching, clipping, statistics and a fused optimizer's scaler add no host wait at all."""
+    with late_readings(polls=3):
+        watched, _, _ = _train(_watch(**options), **run)
+    unwatched, _, _ = _train(_unwatched, **run)
+    assert watched == unwatched
+
+
+@pytest.mark.parametrize(("options", "run"), QUIET)
+def test_numbers_that_come_late_are_the_same(options, run):
+    """Records, statistics and weights equal those of a run whose numbers are at hand."""
+    with late_readings(polls=3):
+        _, late, late_weights = _train(_watch(**options), **run)
+    _, prompt, weights = _train(_watch(**options), **run)
+    for one, other in zip(late_weights, weights, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    expected = prompt.history.steps()[COLUMNS]
+    if run.get("poisoned") is not None:  # a clip is not known to be none where the norm is NaN
+        expected = expected.drop(columns="clip_coef")
+    assert late.history.steps()[expected.columns].equals(expected)
+    assert late.history.parameters().equals(prompt.history.parameters())
+
+
+def test_what_went_bad_is_named_late():
+    """The parameter and the micro-batch are right; the count was gone with the gradient."""
+    with late_readings(polls=3):
+        _, late, _ = _train(_watch(), scaled=True, fused=True, poisoned=POISONED)
+    _, prompt, _ = _train(_watch(), scaled=True, fused=True, poisoned=POISONED)
+    told = ["step", "micro_batch", "kind", "parameter", "module"]
+    assert late.history.events()[told].equals(prompt.history.events()[told])
+    assert late.events[0].nan_count == -1
+    assert prompt.events[0].nan_count > 0
+
+
+def test_a_step_arrives_while_the_next_ones_run():
+    """Records come in order and late, and reading the newest one waits for it."""
+    with late_readings(polls=2):
+        x = torch.ones(1, requires_grad=True)
+        optimizer = torch.optim.SGD([x], lr=0.1)
+        sink = gradwatch.testing.CapturingSink()
+        with gradwatch.watch({"x": x}, optimizer, sinks=[sink]) as watcher:
+            for _ in range(3):
+                (2 * x).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert watcher.last.step == 3
+    assert [record.step for record in sink.steps] == [1, 2, 3]
+
+
+def test_skipping_looks_once_per_step():
+    """What decides about a step has to look: one wait for the norm, and the step is left out."""
+    run = {"fused": True, "poisoned": POISONED}
+    with late_readings(polls=3):
+        watched, watcher, weights = _train(_watch(on_nonfinite="skip"), **run)
+    unwatched, _, _ = _train(_unwatched, **run)
+    assert watched - unwatched == STEPS
+    assert list(watcher.history.steps()["outcome"]).count("skipped_nonfinite") == 1
+    assert all(torch.isfinite(weight).all() for weight in weights)
