@@ -37,7 +37,8 @@ class Facts:
         losses: Losses and weights of the micro-batches.
         lr: Learning rate of the first parameter group.
         missing: Parameters that received no gradient, for the first time.
-        local: The norm of this rank's own gradients before the reduction; NaN where there is none.
+        local: The norm of this rank's own gradients before the reduction, in the unit of the
+            measurement before the clip; None where there is none.
         sample: Further statistics.
     """
 
@@ -56,7 +57,7 @@ class Facts:
     losses: Sequence[tuple[Number, float]] = ()
     lr: Number = math.nan
     missing: Sequence[int] = ()
-    local: Number = math.nan
+    local: Reading | None = None
     sample: Sample = field(default_factory=Sample)
 
     def readings(self) -> list[Reading]:
@@ -140,7 +141,9 @@ class Account:
             weight=facts.weight,
             grad_norm=settled.grad_norm,
             grad_norm_clipped=settled.grad_norm_clipped,
-            grad_norm_local=number(facts.local),
+            grad_norm_local=math.nan
+            if facts.local is None
+            else facts.local.value() * settled.before_scale,
             clip_coef=settled.clip_coef,
             clip_threshold=settled.threshold,
             clipped=settled.clipped,

@@ -16,7 +16,8 @@ from gradwatch.control.loss_scale import LossScale
 from gradwatch.control.settled import Settled
 from gradwatch.control.window import Window
 from gradwatch.errors import NonFiniteGradientError
-from gradwatch.observe.arrivals import Arrivals, Backward
+from gradwatch.observe.arrivals import Backward
+from gradwatch.observe.model_hooks import ModelHooks
 from gradwatch.observe.parameters import ParameterTable, optimizer_parameters
 from gradwatch.observe.readings import Number, Reading, number, reading_of
 from gradwatch.observe.sampler import Sample, StatisticsSampler
@@ -43,7 +44,7 @@ class Run:
     scale: LossScale
     recorder: Recorder
     stopwatch: Stopwatch
-    arrivals: Arrivals
+    hooks: ModelHooks
     global_step: Callable[[int], int]
 
 
@@ -171,7 +172,7 @@ class Track:
     def settle(self, optimizer: Optimizer, loss: object) -> bool:
         """Measures, decides and clips; raises where that was asked for."""
         with self._run.stopwatch, torch.no_grad():
-            if self._run.arrivals and not self.window.filled:
+            if self._run.hooks.under_way and not self.window.filled:
                 self.window.add_unfinished()
             if not self.last_window:
                 check_window(self.label, self.window.micro_batches, self._options.accumulate)
@@ -264,9 +265,15 @@ class Track:
             losses=self._losses,
             lr=self._lr,
             missing=self._missing(),
+            local=self._local_norm(),
             sample=sample,
         )
         return Account(facts, self._run.table, self._options.exploding_norm)
+
+    def _local_norm(self) -> Reading | None:
+        local = self._run.hooks.local
+        total = None if local is None else local.total(self.window.indices)
+        return None if total is None else Reading(total)
 
     def _missing(self) -> list[int]:
         """Lists the parameters that received no gradient in the window, each once per run."""
@@ -274,7 +281,7 @@ class Track:
         if not filled or len(filled[0][0]) >= len(indices):
             return []
         arrived = self.window.arrived
-        tensors, hooked = self._run.table.tensors, self._run.arrivals.hooked
+        tensors, hooked = self._run.table.tensors, self._run.hooks.hooked
         missing = [
             index
             for index in indices

@@ -19,7 +19,8 @@ from gradwatch.control.policy import ClipPolicy
 from gradwatch.control.window import Window
 from gradwatch.history import History
 from gradwatch.managed import ManagedLoop
-from gradwatch.observe.arrivals import Arrivals, Backward
+from gradwatch.observe.arrivals import Backward
+from gradwatch.observe.model_hooks import ModelHooks
 from gradwatch.observe.parameters import ParameterTable, optimizer_parameters
 from gradwatch.observe.ranks import rank
 from gradwatch.observe.shards import Shards
@@ -54,13 +55,17 @@ class Watcher:
     """
 
     def __init__(
-        self, table: ParameterTable, optimizers: Sequence[Optimizer], options: Options
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        table: ParameterTable,
+        optimizers: Sequence[Optimizer],
+        options: Options,
     ) -> None:
         """Takes checked arguments; use :func:`watch`."""
         self.global_step: Callable[[], int] | None = None
         self._options = options
         self._optimizers = list(optimizers)
-        self._arrivals = Arrivals(self._on_backward)
+        self._hooks = ModelHooks(model, table, self._on_backward, self._on_arrived)
         self._run = self._make_run(table)
         self._managed = ManagedLoop(options)
         self._shield = Shield(options.acts, self._detach)
@@ -68,7 +73,6 @@ class Watcher:
         self._boundaries: list[StepBoundary] = []
         self._unclaimed: Unclaimed | None = None
         self._discovery: OptimizerDiscovery | None = None
-        self._unhooked: list[int] = []
         self._steps: dict[str, int] = {}
         self._state = "new"
 
@@ -88,18 +92,18 @@ class Watcher:
         check_unwatched(self._run.table)
         self._state = "attached"
         self._run.stopwatch.start()
+        watched = list(range(len(self._run.table)))
         if self._optimizers:
             for optimizer in self._optimizers:
                 indices = self._run.table.indices_of(optimizer_parameters(optimizer))
-                self._unhooked = sorted({*self._unhooked, *indices})
                 self._track(optimizer, self._window(indices))
+            watched = [index for track in self._tracks for index in track.window.indices]
         else:
-            self._unhooked = list(range(len(self._run.table)))
-            self._unclaimed = Unclaimed(self._run, self._unhooked, self._norm_type)
+            self._unclaimed = Unclaimed(self._run, watched, self._norm_type)
             self._unclaimed.steps = self._steps.get("none", 0)
             owned = set(self._run.table.positions())
             self._discovery = OptimizerDiscovery(owned, self._on_optimizer_found)
-        self._hook_trainable()
+        self._hooks.attach(watched, self._norm_type)
         return self
 
     def close(self) -> None:
@@ -233,13 +237,19 @@ class Watcher:
 
     # -- what the hooks call -----------------------------------------------------------------------
 
+    def _on_arrived(self) -> None:
+        local = self._hooks.local
+        if local is not None:
+            with self._run.stopwatch, torch.no_grad():
+                self._shield.run(local.take, None)
+
     def _on_backward(self, backward: Backward) -> None:
         with self._run.stopwatch, torch.no_grad():
             self._run.stopwatch.count_arrivals(len(backward.arrived))
             self._shield.run(lambda: self._add(backward), None)
 
     def _add(self, backward: Backward) -> None:
-        thawed = self._hook_trainable()
+        thawed = self._hooks.hook_thawed()
         if thawed:
             backward = replace(backward, arrived=[*backward.arrived, *thawed])
         for track in self._tracks:
@@ -261,37 +271,18 @@ class Watcher:
     def _track(self, optimizer: Optimizer, window: Window) -> None:
         label = _label(optimizer, [track.label for track in self._tracks])
         track = Track(label, optimizer, window, self._run, self._steps.get(label, 0))
-        track.on_parameters_added = self._watch_also
+        track.on_parameters_added = self._hooks.watch_also
         self._tracks.append(track)
         may_refuse = self._options.on_nonfinite != "record"
         listener = ShieldedListener(track, self._shield)
         self._boundaries.append(StepBoundary(optimizer, listener, may_refuse))
-
-    def _hook_trainable(self) -> list[int]:
-        """Hangs marks on the parameters that require a gradient by now.
-
-        Returns:
-            Those of them that have a gradient already: they arrived before they had a mark.
-        """
-        tensors = self._run.table.tensors
-        thawed = [index for index in self._unhooked if tensors[index].requires_grad]
-        for index in thawed:
-            self._arrivals.hook(index, tensors[index])
-            self._unhooked.remove(index)
-        return [index for index in thawed if tensors[index].grad is not None]
-
-    def _watch_also(self, indices: Sequence[int]) -> list[int]:
-        unmarked = [index for index in indices if not self._arrivals.hooked(index)]
-        self._unhooked = sorted({*self._unhooked, *unmarked})
-        return self._hook_trainable()
 
     def _detach(self) -> None:
         if self._discovery is not None:
             self._discovery.remove()
         for boundary in self._boundaries:
             boundary.remove()
-        self._arrivals.unhook()
-        self._unhooked = []
+        self._hooks.detach()
 
     # -- parts -------------------------------------------------------------------------------------
 
@@ -312,7 +303,7 @@ class Watcher:
             scale=LossScale(options.scaler),
             recorder=Recorder(buffer, SinkHub(sinks, options.buffer_size)),
             stopwatch=Stopwatch(),
-            arrivals=self._arrivals,
+            hooks=self._hooks,
             global_step=lambda step: step if self.global_step is None else self.global_step(),
         )
 
@@ -388,7 +379,7 @@ def watch(
     )
     table = parameter_table(model)
     check_unwatched(table)
-    return Watcher(table, optimizer_list(optimizer, table), options)
+    return Watcher(model, table, optimizer_list(optimizer, table), options)
 
 
 def _label(optimizer: Optimizer, taken: Sequence[str]) -> str:

@@ -92,6 +92,9 @@ class Window:
             received a gradient.
         """
         arrived = set(backward.arrived)
+        if not arrived:
+            self.filled.append((arrived, weight))
+            return None
         if arrived.isdisjoint(self.indices):
             return None
         if self.discarded_before(backward):

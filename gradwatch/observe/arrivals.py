@@ -32,7 +32,8 @@ class Backward:
     """A backward that has ended.
 
     Attributes:
-        arrived: Indices of the parameters that received a gradient, in backward order.
+        arrived: Indices of the parameters that received a gradient, in backward order; none where
+            FSDP2 keeps the gradients to itself until the last micro-batch.
         continues: Whether it belongs to the micro-batch of the backward before it: a backward
             inside another one, as reentrant checkpointing runs it, may end by itself.
         create_graph: Whether it recorded a graph of itself; gradients are then added up into new
@@ -50,17 +51,24 @@ class Arrivals(dict[int, Tensor]):
     It holds parameters, never gradients: a reference to a gradient would keep it alive.
     """
 
-    __slots__ = ("_handles", "_on_end", "_open", "_open_task", "_token")
+    __slots__ = ("_handles", "_on_arrived", "_on_end", "_open", "_open_task", "_token")
 
-    def __init__(self, on_end: Callable[[Backward], None]) -> None:
+    def __init__(
+        self,
+        on_end: Callable[[Backward], None],
+        on_arrived: Callable[[], None] = lambda: None,
+    ) -> None:
         """Starts with no parameter hooked.
 
         Args:
             on_end: Called at the end of each backward: every ``.grad`` is final then, and no code
                 of the user has run yet.
+            on_arrived: Called before it, when every gradient has arrived and none has been reduced
+                over ranks yet.
         """
         super().__init__()
         self._handles: dict[int, RemovableHandle] = {}
+        self._on_arrived = on_arrived
         self._on_end = on_end
         self._open: set[int] = set()
         self._open_task = -1
@@ -75,7 +83,7 @@ class Arrivals(dict[int, Tensor]):
             tensor: A leaf tensor that requires a gradient.
         """
         if index not in self._handles:
-            self._handles[index] = _register(tensor, partial(setitem, self, index))
+            self._handles[index] = on_accumulated(tensor, partial(setitem, self, index))
 
     def hooked(self, index: int) -> bool:
         """Tells whether the tensor with this index carries the mark."""
@@ -92,6 +100,9 @@ class Arrivals(dict[int, Tensor]):
         self.clear()
         self._token += 1
         self.__class__ = _ArmedArrivals
+
+    def begin(self) -> None:
+        """Begins a backward before its first arrival, unless one is under way."""
 
     def _begin(self) -> None:
         self.__class__ = Arrivals
@@ -128,6 +139,9 @@ class _ArmedArrivals(Arrivals):
 
     __slots__ = ()
 
+    def begin(self) -> None:
+        self._begin()
+
     def __setitem__(self, index: int, tensor: Tensor) -> None:
         self._begin()
         self[index] = tensor
@@ -152,6 +166,7 @@ class _BackwardEnd:
         self.create_graph = torch.is_grad_enabled()
 
     def __call__(self) -> None:
+        self._arrivals._on_arrived()
         _engine.queue_callback(self._finish)
 
     def _finish(self) -> None:
@@ -177,9 +192,18 @@ def _inside_another_backward(frame: FrameType | None) -> bool:
     return False
 
 
-def _register(tensor: Tensor, mark: Callable[[Tensor], None]) -> RemovableHandle:
+def on_accumulated(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Has a hook called in each backward as soon as a leaf tensor has its gradient.
+
+    Args:
+        tensor: A leaf tensor that requires a gradient.
+        hook: Called with the tensor; under data parallelism the gradient is not yet reduced.
+
+    Returns:
+        What takes the hook off.
+    """
     # torch leaves this method without annotations.
-    handle: RemovableHandle = tensor.register_post_accumulate_grad_hook(mark)  # type: ignore[no-untyped-call]
+    handle: RemovableHandle = tensor.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     return handle
 
 

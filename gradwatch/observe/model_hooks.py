@@ -1,0 +1,97 @@
+"""ModelHooks: everything that hangs on a watched model while a watcher is attached to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from gradwatch.observe.arrivals import Arrivals, Backward
+from gradwatch.observe.held_back import HeldBack
+from gradwatch.observe.local_norms import LocalNorms
+from gradwatch.observe.parameters import ParameterTable
+
+
+class ModelHooks:
+    """Tells what arrives in each backward, and measures what is gone at its end.
+
+    Attributes:
+        local: This rank's own norms; None where the model is not wrapped for data parallelism.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, Tensor],
+        table: ParameterTable,
+        on_backward: Callable[[Backward], None],
+        on_arrived: Callable[[], None],
+    ) -> None:
+        """Hangs nothing yet.
+
+        Args:
+            model: The watched model.
+            table: Its tensors.
+            on_backward: Called at the end of each backward, when every ``.grad`` is final.
+            on_arrived: Called before it, when nothing has been reduced over ranks yet.
+        """
+        self.local = LocalNorms.of(model, table)
+        self._model = model
+        self._table = table
+        self._arrivals = Arrivals(on_backward, on_arrived)
+        self._unhooked: set[int] = set()
+        self._held_back: HeldBack | None = None
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a backward is under way in which something has arrived."""
+        return bool(self._arrivals)
+
+    def hooked(self, index: int) -> bool:
+        """Tells whether the arrival of a parameter will be noticed."""
+        return self._arrivals.hooked(index)
+
+    def attach(self, indices: Sequence[int], norm_type: float) -> None:
+        """Hangs the hooks.
+
+        Args:
+            indices: Parameters to watch.
+            norm_type: The p of the norms.
+        """
+        self.watch_also(indices)
+        self._held_back = HeldBack.of(self._model, self._arrivals.begin)
+        if self.local is not None:
+            self.local.attach(norm_type)
+
+    def detach(self) -> None:
+        """Takes everything off; safe to call again."""
+        self._arrivals.unhook()
+        self._unhooked = set()
+        if self._held_back is not None:
+            self._held_back.remove()
+        if self.local is not None:
+            self.local.detach()
+
+    def watch_also(self, indices: Sequence[int]) -> list[int]:
+        """Hangs marks on further parameters, as soon as they require a gradient.
+
+        Args:
+            indices: The parameters.
+
+        Returns:
+            Those that have a gradient already: they arrived before they had a mark.
+        """
+        self._unhooked.update(index for index in indices if not self.hooked(index))
+        return self.hook_thawed()
+
+    def hook_thawed(self) -> list[int]:
+        """Hangs marks on the parameters that require a gradient by now.
+
+        Returns:
+            Those of them that have a gradient already.
+        """
+        tensors = self._table.tensors
+        thawed = sorted(index for index in self._unhooked if tensors[index].requires_grad)
+        for index in thawed:
+            self._arrivals.hook(index, tensors[index])
+        self._unhooked.difference_update(thawed)
+        return [index for index in thawed if tensors[index].grad is not None]
