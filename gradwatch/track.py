@@ -12,11 +12,12 @@ from torch.optim import Optimizer
 
 from gradwatch.account import Account, Facts
 from gradwatch.control.accumulate import check_window
+from gradwatch.control.in_backward import refuse_what_needs_all_gradients
 from gradwatch.control.loss_scale import LossScale
 from gradwatch.control.settled import Settled
 from gradwatch.control.window import Window
 from gradwatch.errors import NonFiniteGradientError
-from gradwatch.observe.arrivals import Backward
+from gradwatch.observe.arrivals import Backward, inside_backward
 from gradwatch.observe.model_hooks import ModelHooks
 from gradwatch.observe.parameters import ParameterTable, optimizer_parameters
 from gradwatch.observe.readings import Number, Reading, number, reading_of
@@ -172,8 +173,9 @@ class Track:
     def settle(self, optimizer: Optimizer, loss: object) -> bool:
         """Measures, decides and clips; raises where that was asked for."""
         with self._run.stopwatch, torch.no_grad():
-            if self._run.hooks.under_way and not self.window.filled:
-                self.window.add_unfinished()
+            if inside_backward():
+                self._step_inside_backward()
+            self._run.scale.settle_whose(optimizer)
             if not self.last_window:
                 check_window(self.label, self.window.micro_batches, self._options.accumulate)
             if loss is not None:
@@ -188,6 +190,14 @@ class Track:
             if self._outcome == "applied" and sampled:
                 self._sampler.before_step(self._parameters())
             return self._outcome != "skipped_nonfinite"
+
+    def _step_inside_backward(self) -> None:
+        options = self._options
+        refuse_what_needs_all_gradients(
+            options.clip, options.accumulate, options.on_nonfinite, f", as {self.label} does"
+        )
+        if not self.window.filled:
+            self.window.add_unfinished()
 
     def finish(self, optimizer: Optimizer) -> None:
         """Records the step that is over."""

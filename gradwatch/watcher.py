@@ -14,6 +14,10 @@ from torch.optim import Optimizer
 
 from gradwatch.control.boundary import StepBoundary
 from gradwatch.control.discovery import OptimizerDiscovery
+from gradwatch.control.in_backward import (
+    first_stepped_in_backward,
+    refuse_what_needs_all_gradients,
+)
 from gradwatch.control.loss_scale import LossScale
 from gradwatch.control.policy import ClipPolicy
 from gradwatch.control.window import Window
@@ -90,6 +94,7 @@ class Watcher:
         if self._state != "new":
             raise RuntimeError(ATTACHED_BEFORE)
         check_unwatched(self._run.table)
+        self._check_optimizers_in_backward()
         self._state = "attached"
         self._run.stopwatch.start()
         watched = list(range(len(self._run.table)))
@@ -103,7 +108,7 @@ class Watcher:
             self._unclaimed.steps = self._steps.get("none", 0)
             owned = set(self._run.table.positions())
             self._discovery = OptimizerDiscovery(owned, self._on_optimizer_found)
-        self._hooks.attach(watched, self._norm_type)
+        self._hooks.attach(watched, self._norm_type, owned=bool(self._optimizers))
         return self
 
     def close(self) -> None:
@@ -249,12 +254,14 @@ class Watcher:
             self._shield.run(lambda: self._add(backward), None)
 
     def _add(self, backward: Backward) -> None:
+        self._run.scale.look_once()
         thawed = self._hooks.hook_thawed()
         if thawed:
             backward = replace(backward, arrived=[*backward.arrived, *thawed])
         for track in self._tracks:
             track.add(backward, self._managed.weight)
         if self._unclaimed is not None:
+            backward = replace(backward, freed=self._hooks.take_freed(backward.arrived))
             self._unclaimed.add(backward, self._managed.weight, alone=not self._tracks)
 
     def _on_optimizer_found(self, optimizer: Optimizer) -> None:
@@ -283,6 +290,17 @@ class Watcher:
         for boundary in self._boundaries:
             boundary.remove()
         self._hooks.detach()
+
+    def _check_optimizers_in_backward(self) -> None:
+        options, table = self._options, self._run.table
+        name = first_stepped_in_backward(table.names, table.tensors)
+        if name is not None:
+            refuse_what_needs_all_gradients(
+                options.clip,
+                options.accumulate,
+                options.on_nonfinite,
+                f', as that of "{name}" does',
+            )
 
     # -- parts -------------------------------------------------------------------------------------
 

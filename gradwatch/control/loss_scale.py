@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+from types import FrameType
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from gradwatch.observe.readings import Number, number, reading_of
@@ -21,6 +25,31 @@ class LossScale:
             scaler: The scaler of the training loop; None where there is none.
         """
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._candidates: list[torch.amp.GradScaler] = []
+        self._looked = scaler is not None
+
+    def look_once(self) -> None:
+        """Looks for the scaler of the loop, in the first backward, where none was given.
+
+        One that has scaled something by then is taken for it until an optimizer steps; that tells
+        for certain.
+        """
+        if self._looked:
+            return
+        self._looked = True
+        self._candidates = [scaler for scaler in _scalers() if scaler._scale is not None]
+        self._scaler = _nearest(self._candidates, sys._getframe())
+
+    def settle_whose(self, optimizer: Optimizer) -> None:
+        """Keeps the scaler that unscales the gradients of a step, and forgets all others.
+
+        Args:
+            optimizer: The optimizer that is about to step.
+        """
+        if self._candidates:
+            serving = [scaler for scaler in self._candidates if _serves(scaler, optimizer)]
+            self._scaler = serving[0] if serving else None
+            self._candidates = []
 
     @property
     def active(self) -> bool:
@@ -69,6 +98,35 @@ class LossScale:
             A number above 0 if it has.
         """
         return _carried(optimizer, "found_inf", 0.0)
+
+
+def _scalers() -> list[torch.amp.GradScaler]:
+    """Lists every enabled scaler of the process; torch keeps no list of them."""
+    # The class of an object, not isinstance(): that asks proxies, which may answer with an error.
+    objects = [o for o in gc.get_objects() if issubclass(type(o), torch.amp.GradScaler)]
+    return [scaler for scaler in objects if scaler.is_enabled()]
+
+
+def _nearest(
+    scalers: list[torch.amp.GradScaler], frame: FrameType | None
+) -> torch.amp.GradScaler | None:
+    """Picks the one that the code which called the backward has at hand, if there are several."""
+    while frame is not None and len(scalers) > 1:
+        values = [
+            *frame.f_locals.values(),
+            *getattr(frame.f_locals.get("self"), "__dict__", {}).values(),
+        ]
+        held = [scaler for scaler in scalers if any(value is scaler for value in values)]
+        if held:
+            return held[0] if len(held) == 1 else None
+        frame = frame.f_back
+    return scalers[0] if len(scalers) == 1 else None
+
+
+def _serves(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
+    """Tells whether a scaler has unscaled, or is stepping, an optimizer since its last update."""
+    state = scaler._per_optimizer_states.get(id(optimizer))
+    return state is not None and state["stage"] is not OptState.READY
 
 
 def _carried(optimizer: Optimizer | None, name: str, otherwise: float) -> Number:

@@ -16,6 +16,7 @@ from gradwatch.control.policy import ClipPolicy
 from gradwatch.control.settled import Settled
 from gradwatch.observe.agreement import Sides, agree
 from gradwatch.observe.arrivals import Backward
+from gradwatch.observe.freed import with_freed
 from gradwatch.observe.measurement import Measurement, measure
 from gradwatch.observe.offender import Look, Offender
 from gradwatch.observe.parameters import ParameterTable
@@ -100,16 +101,20 @@ class Window:
         if self.discarded_before(backward):
             self.reset()
         indices, gradients = self.gradients()
-        if not gradients:
+        freed = {i: norm for i, norm in backward.freed.items() if i in self.indices}
+        if not gradients and not freed:
             return None  # an optimizer inside the backward has used and freed them
         if backward.continues and self.filled:
             self.filled[-1][0].update(arrived)
         else:
             self.filled.append((arrived, weight))
         self._before = measure(indices, gradients, self.norm_type)
+        if freed:
+            self._before = with_freed(self._before, freed, self.norm_type)
         if self.shards is None:
             self._snapshot = GradientSnapshot(gradients)
-        self._look_for_offender(self._before, gradients, backward.arrived)
+        there = None if freed else gradients
+        self._look_for_offender(self._before, there, backward.arrived)
         return self._before
 
     def discarded_before(self, backward: Backward) -> bool:
@@ -121,6 +126,8 @@ class Window:
         before, snapshot = self._before, self._snapshot
         if before is None or snapshot is None or backward.create_graph or backward.continues:
             return False
+        if backward.freed:
+            return True  # each backward uses its gradients up
         if is_distributed():
             return False  # a reduction over ranks writes into gradients, and replaces them, as well
         arrived = set(backward.arrived)
@@ -257,7 +264,7 @@ class Window:
         return self._before or after, after
 
     def _look_for_offender(
-        self, measurement: Measurement, gradients: list[Tensor], order: Sequence[int]
+        self, measurement: Measurement, gradients: list[Tensor] | None, order: Sequence[int]
     ) -> None:
         look = Look(self.micro_batches, measurement, order)
         if not measurement.total.at_hand:

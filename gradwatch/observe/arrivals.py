@@ -9,8 +9,8 @@ the dict has a class whose ``__setitem__`` is written in Python, and swaps it fo
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from operator import setitem
 from types import FrameType
@@ -38,11 +38,13 @@ class Backward:
             inside another one, as reentrant checkpointing runs it, may end by itself.
         create_graph: Whether it recorded a graph of itself; gradients are then added up into new
             tensors, not in place.
+        freed: Norms by index of gradients that are gone already, used up inside the backward.
     """
 
     arrived: Sequence[int]
     continues: bool
     create_graph: bool
+    freed: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class Arrivals(dict[int, Tensor]):
@@ -205,6 +207,11 @@ def on_accumulated(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableH
     # torch leaves this method without annotations.
     handle: RemovableHandle = tensor.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     return handle
+
+
+def inside_backward() -> bool:
+    """Tells whether this code runs inside a backward: in a hook, or in a function of its graph."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def is_watched(tensor: Tensor) -> bool:

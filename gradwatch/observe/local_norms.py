@@ -20,7 +20,8 @@ class LocalNorms:
 
     A reducer works on copies and writes the result into the gradients at the end of the backward:
     until then one batched pass sees all of them. With ``gradient_as_bucket_view=True`` a gradient
-    may be reduced as soon as it is there, so each is measured by itself as it arrives.
+    may be reduced as soon as it is there, and with ``static_graph=True`` the first reduction runs
+    before anything else at the end: there each is measured by itself as it arrives.
     """
 
     def __init__(self, wrappers: Sequence[DistributedDataParallel], table: ParameterTable) -> None:
@@ -54,7 +55,7 @@ class LocalNorms:
         """
         self._norm_type = norm_type
         for ddp, indices in self._indices:
-            for index in indices if ddp.gradient_as_bucket_view else ():
+            for index in indices if _is_reduced_early(ddp) else ():
                 tensor = self._table.tensors[index]
                 if tensor.requires_grad:
                     self._handles.append(on_accumulated(tensor, partial(self._see, ddp, index)))
@@ -70,7 +71,7 @@ class LocalNorms:
         arrived, self._arriving = self._arriving, {}
         self._taken = [(list(arrived), torch.stack(list(arrived.values())))] if arrived else []
         for ddp, indices in self._indices:
-            if not ddp.gradient_as_bucket_view and ddp.require_backward_grad_sync:
+            if ddp.require_backward_grad_sync and not _is_reduced_early(ddp):
                 self._measure(indices)
 
     def total(self, indices: Sequence[int]) -> Tensor | None:
@@ -99,3 +100,7 @@ class LocalNorms:
     def _see(self, ddp: DistributedDataParallel, index: int, tensor: Tensor) -> None:
         if ddp.require_backward_grad_sync and tensor.grad is not None:
             self._arriving[index] = gradient_norms([tensor.grad], self._norm_type)[0]
+
+
+def _is_reduced_early(ddp: DistributedDataParallel) -> bool:
+    return bool(ddp.gradient_as_bucket_view or ddp.static_graph)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, nn
 
 from gradwatch.observe.arrivals import Arrivals, Backward
+from gradwatch.observe.freed import FreedGradients
 from gradwatch.observe.held_back import HeldBack
 from gradwatch.observe.local_norms import LocalNorms
 from gradwatch.observe.parameters import ParameterTable
@@ -35,28 +36,27 @@ class ModelHooks:
             on_arrived: Called before it, when nothing has been reduced over ranks yet.
         """
         self.local = LocalNorms.of(model, table)
+        self._freed = FreedGradients(table.tensors)
         self._model = model
         self._table = table
         self._arrivals = Arrivals(on_backward, on_arrived)
         self._unhooked: set[int] = set()
         self._held_back: HeldBack | None = None
 
-    @property
-    def under_way(self) -> bool:
-        """Whether a backward is under way in which something has arrived."""
-        return bool(self._arrivals)
-
     def hooked(self, index: int) -> bool:
         """Tells whether the arrival of a parameter will be noticed."""
         return self._arrivals.hooked(index)
 
-    def attach(self, indices: Sequence[int], norm_type: float) -> None:
+    def attach(self, indices: Sequence[int], norm_type: float, owned: bool) -> None:
         """Hangs the hooks.
 
         Args:
             indices: Parameters to watch.
             norm_type: The p of the norms.
+            owned: Whether it is known which optimizers step them.
         """
+        if not owned:
+            self._freed.attach(indices, norm_type)
         self.watch_also(indices)
         self._held_back = HeldBack.of(self._model, self._arrivals.begin)
         if self.local is not None:
@@ -65,6 +65,7 @@ class ModelHooks:
     def detach(self) -> None:
         """Takes everything off; safe to call again."""
         self._arrivals.unhook()
+        self._freed.detach()
         self._unhooked = set()
         if self._held_back is not None:
             self._held_back.remove()
@@ -82,6 +83,10 @@ class ModelHooks:
         """
         self._unhooked.update(index for index in indices if not self.hooked(index))
         return self.hook_thawed()
+
+    def take_freed(self, arrived: Sequence[int]) -> dict[int, Tensor]:
+        """Returns the norms of gradients that are gone at the end of a backward, by index."""
+        return self._freed.take(arrived)
 
     def hook_thawed(self) -> list[int]:
         """Hangs marks on the parameters that require a gradient by now.

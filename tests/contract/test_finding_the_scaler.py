@@ -1,0 +1,59 @@
+"""A GradScaler that the loop uses is found by itself; one that it does not use is left alone."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import gradwatch
+
+STEPS = 5
+
+
+def _train(fused, passed, *, poisoned=None, scaled=True):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    options = {"scaler": scaler} if passed else {}
+    with gradwatch.watch(model, optimizer, **options) as watcher:
+        for step in range(STEPS):
+            loss = model(torch.randn(8, 4)).square().mean() * (math.inf if step == poisoned else 1)
+            if scaled:
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                loss.backward()
+                optimizer.step()
+            optimizer.zero_grad()
+    return watcher.history.steps().drop(columns="time_s")
+
+
+@pytest.mark.parametrize("poisoned", [None, 0, 3], ids=["clean", "first step", "fourth step"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_it_is_found(fused, poisoned):
+    """Norms in true units, the loss scale and the skipped steps are as if it had been passed."""
+    found = _train(fused, passed=False, poisoned=poisoned)
+    assert found.equals(_train(fused, passed=True, poisoned=poisoned))
+    assert found["loss_scale"].iloc[0] == 1024.0
+    if poisoned is not None:
+        assert found["outcome"].iloc[poisoned] == "skipped_scaler"
+
+
+def test_one_of_an_earlier_run_is_left_alone():
+    """A scaler that has scaled losses before, and does not serve this optimizer, counts for none."""
+    earlier = torch.amp.GradScaler("cpu", init_scale=512.0)
+    earlier.scale(torch.ones(()))
+    steps = _train(False, passed=False, scaled=False)
+    assert steps["loss_scale"].tolist() == [1.0] * STEPS
+    plain = _train(False, passed=False, scaled=False)
+    assert steps["grad_norm"].tolist() == plain["grad_norm"].tolist()
+
+
+def test_of_several_the_serving_one_counts():
+    """Where two scalers are alive, the one that steps the optimizer is taken."""
+    other = torch.amp.GradScaler("cpu", init_scale=512.0)
+    other.scale(torch.ones(()))
+    assert _train(False, passed=False)["loss_scale"].tolist() == [1024.0] * STEPS
