@@ -1,7 +1,12 @@
 """gradwatch: know what the gradients do while a PyTorch model trains."""
 
+from gradwatch.control.adagc import AdaGC
+from gradwatch.control.agc import AdaptiveGradientClip
+from gradwatch.control.auto import RobustClip
+from gradwatch.control.autoclip import AutoClip
 from gradwatch.control.clip import ClipByNorm, ClipByValue
 from gradwatch.control.policy import ClipDecision, ClipPolicy
+from gradwatch.control.zclip import ZClip
 from gradwatch.errors import AccumulationError, NonFiniteGradientError
 from gradwatch.history import History
 from gradwatch.record.batch import RecordBatch
@@ -14,6 +19,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AccumulationError",
+    "AdaGC",
+    "AdaptiveGradientClip",
+    "AutoClip",
     "ClipByNorm",
     "ClipByValue",
     "ClipDecision",
@@ -23,8 +31,10 @@ __all__ = [
     "History",
     "NonFiniteGradientError",
     "RecordBatch",
+    "RobustClip",
     "Sink",
     "StepRecord",
     "Watcher",
+    "ZClip",
     "watch",
 ]

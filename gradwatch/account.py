@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from gradwatch.control.judge import Outcome, Verdict
 from gradwatch.control.settled import Settled
 from gradwatch.explain import detectors
 from gradwatch.observe.offender import Look, Offender
@@ -14,7 +15,7 @@ from gradwatch.observe.readings import Number, Reading, Transfer, number
 from gradwatch.observe.sampler import Sample
 from gradwatch.record.buffer import Entry
 from gradwatch.record.event import Event
-from gradwatch.record.step import Outcome, StepRecord
+from gradwatch.record.step import StepRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,7 @@ class Facts:
         micro_batches: Backwards in its window.
         weight: Sum of their weights.
         settled: Both sides of the clip.
-        outcome: What became of it.
-        found_inf: Above 0 where a scaler has made a fused optimizer leave it out.
+        verdict: What became of it.
         offender: The first parameter that went bad.
         nonfinite: How many parameters were bad at the worst moment.
         late: What was measured and not looked at yet.
@@ -49,8 +49,7 @@ class Facts:
     micro_batches: int
     weight: float
     settled: Settled
-    outcome: Outcome
-    found_inf: Number = 0.0
+    verdict: Verdict
     offender: Offender | None = None
     nonfinite: int = 0
     late: Sequence[Look] = ()
@@ -62,10 +61,11 @@ class Facts:
 
     def readings(self) -> list[Reading]:
         """Lists the numbers that must have arrived before the step can be written down."""
-        singles = [self.found_inf, self.lr, self.local, *(loss for loss, _ in self.losses)]
+        singles = [self.lr, self.local, *(loss for loss, _ in self.losses)]
         looks = [r for look in self.late for r in (look.measurement.norms, look.measurement.total)]
         readings = [
             *self.settled.readings(),
+            *self.verdict.readings(),
             *(one for one in singles if isinstance(one, Reading)),
             *looks,
             *self.sample.readings(),
@@ -76,14 +76,22 @@ class Facts:
 class Account:
     """One step on its way into the records: there at once, or when a transfer has arrived."""
 
-    def __init__(self, facts: Facts, table: ParameterTable, exploding_norm: float | None) -> None:
+    def __init__(
+        self,
+        facts: Facts,
+        table: ParameterTable,
+        exploding_norm: float | None,
+        note: Callable[[Outcome], None] | None = None,
+    ) -> None:
         """Sends for the numbers.
 
         Args:
             facts: What is known of the step.
             table: The names of the parameters.
             exploding_norm: A norm above it is an event; None for no limit.
+            note: Told what became of the step, once that is known.
         """
+        self._note = note
         self._facts = facts
         self._table = table
         self._exploding_norm = exploding_norm
@@ -99,6 +107,8 @@ class Account:
         if self._entry is None:
             self._transfer.wait()
             self._entry = self._make_entry()
+            if self._note is not None:
+                self._note(self._entry.record.outcome)
         return self._entry
 
     def _make_entry(self) -> Entry:
@@ -145,9 +155,9 @@ class Account:
             if facts.local is None
             else facts.local.value() * settled.before_scale,
             clip_coef=settled.clip_coef,
-            clip_threshold=settled.threshold,
+            clip_threshold=number(settled.threshold),
             clipped=settled.clipped,
-            outcome="skipped_scaler" if number(facts.found_inf) > 0 else facts.outcome,
+            outcome=facts.verdict.final(),
             nonfinite_parameters=nonfinite,
             loss=_mean(facts.losses),
             lr=number(facts.lr),

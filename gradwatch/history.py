@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from gradwatch.explain.advice import clip_advice, clip_rate
 from gradwatch.record.batch import RecordBatch
 from gradwatch.record.frames import events_frame, parameters_frame, steps_frame
 
@@ -38,8 +39,8 @@ class History:
 
         Returns:
             Index ``step`` (from 1 per optimizer); columns ``optimizer, time_s, micro_batches,
-            weight, grad_norm, grad_norm_clipped, clip_coef, clip_threshold, clipped, outcome,
-            nonfinite_parameters, loss, lr, loss_scale, noise_scale`` as
+            weight, grad_norm, grad_norm_clipped, grad_norm_local, clip_coef, clip_threshold,
+            clipped, outcome, nonfinite_parameters, loss, lr, loss_scale, noise_scale`` as
             :class:`~gradwatch.record.step.StepRecord` explains them.
         """
         return steps_frame(self._source())
@@ -61,3 +62,18 @@ class History:
             inf_count, optimizer`` as :class:`~gradwatch.record.event.Event` explains them.
         """
         return events_frame(self._source().events)
+
+    def clip_rate(self, window: int = 1000) -> float:
+        """Returns the share of the newest applied steps that a clip has changed.
+
+        Args:
+            window: How many steps count at most; no more than ``watch(buffer_size=)`` are kept.
+
+        Returns:
+            A number from 0 to 1; NaN before the first step.
+        """
+        return clip_rate(self._source().steps, window)
+
+    def advice(self) -> list[str]:
+        """Returns a line for each optimizer whose clip acts on most steps, or on none."""
+        return clip_advice(self._source().steps)

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
-from gradwatch.control.clip import ClipByNorm, check_positive
+from gradwatch.control.auto import RobustClip
+from gradwatch.control.clip import ClipByNorm, ClipByValue, check_positive
 from gradwatch.control.policy import ClipPolicy
 from gradwatch.observe.statistics import STATISTICS
 from gradwatch.record.sinks import Sink
 
+AUTO_Z = 6.0
 ON_NONFINITE = ("record", "skip", "raise")
 
 
@@ -28,16 +30,32 @@ class Options:
     scaler: torch.amp.GradScaler | None
     sinks: tuple[Sink, ...]
     exploding_norm: float | None
+    skip_spikes: float | None
+    max_consecutive_skips: int
 
     @property
     def acts(self) -> bool:
         """Whether gradwatch may change the training, rather than only watch it."""
-        return self.clip is not None or self.accumulate > 1 or self.on_nonfinite != "record"
+        return self.clip is not None or bool(self.deciding)
+
+    @property
+    def deciding(self) -> dict[str, str]:
+        """What decides about all gradients of a step at once: the argument, and how it reads."""
+        asked = {
+            "clip": (
+                f"Clipping by the global norm (clip={self.clip!r})",
+                self.clip is not None and not isinstance(self.clip, ClipByValue),
+            ),
+            "accumulate": (f"accumulate={self.accumulate}", self.accumulate > 1),
+            "on_nonfinite": (f'on_nonfinite="{self.on_nonfinite}"', self.on_nonfinite != "record"),
+            "skip_spikes": (f"skip_spikes={self.skip_spikes}", self.skip_spikes is not None),
+        }
+        return {argument: text for argument, (text, wanted) in asked.items() if wanted}
 
 
 def check_options(
     *,
-    clip: float | ClipPolicy | None = None,
+    clip: float | str | ClipPolicy | None = None,
     accumulate: int = 1,
     on_nonfinite: str = "record",
     statistics: Iterable[str] = ("norm",),
@@ -46,6 +64,8 @@ def check_options(
     scaler: torch.amp.GradScaler | None = None,
     sinks: Iterable[Sink] = (),
     exploding_norm: float | None = None,
+    skip_spikes: float | str | None = None,
+    max_consecutive_skips: int = 10,
     caller: str = "watch",
 ) -> Options:
     """Checks the arguments of :func:`gradwatch.watch`, or of an adapter that hands them on.
@@ -60,6 +80,8 @@ def check_options(
         scaler: As for ``watch``.
         sinks: As for ``watch``.
         exploding_norm: As for ``watch``.
+        skip_spikes: As for ``watch``.
+        max_consecutive_skips: As for ``watch``.
         caller: What the user called, for the text of errors.
 
     Returns:
@@ -85,19 +107,40 @@ def check_options(
         scaler=scaler,
         sinks=_sinks(f"{caller}(sinks=)", sinks),
         exploding_norm=exploding_norm,
+        skip_spikes=_spike_z(f"{caller}(skip_spikes=)", skip_spikes),
+        max_consecutive_skips=_positive_int(
+            f"{caller}(max_consecutive_skips=)", max_consecutive_skips
+        ),
     )
+
+
+def _spike_z(name: str, value: object) -> float | None:
+    if value is None:
+        return None
+    if value == "auto":
+        return AUTO_Z
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise (ValueError if isinstance(value, str) else TypeError)(
+            f'{name} must be None, "auto" or a positive number of deviations, got '
+            f"{_described(value)}."
+        )
+    check_positive(name, value)
+    return float(value)
 
 
 def _clip_policy(name: str, clip: object) -> ClipPolicy | None:
     if clip is None:
         return None
+    if isinstance(clip, str) and clip == "auto":
+        return RobustClip()
     if isinstance(clip, (int, float)) and not isinstance(clip, bool):
         check_positive(name, clip)
         return ClipByNorm(float(clip))
     if isinstance(clip, type) or not isinstance(clip, ClipPolicy):
         raise (ValueError if isinstance(clip, str) else TypeError)(
-            f"{name} must be a positive number or a clipping policy, got {_described(clip)}. "
-            "Write clip=1.0 to clip by the global L2 norm, or clip=ClipByNorm(1.0, norm_type=...) "
+            f'{name} must be a positive number, "auto" or a clipping policy, got '
+            f"{_described(clip)}. Write clip=1.0 to clip by the global L2 norm, clip="
+            '"auto" to have the limit found, or clip=ClipByNorm(1.0, norm_type=...) '
             "or clip=ClipByValue(...)."
         )
     return clip

@@ -13,26 +13,23 @@ from torch.optim import Optimizer
 from gradwatch.account import Account, Facts
 from gradwatch.control.accumulate import check_window
 from gradwatch.control.in_backward import refuse_what_needs_all_gradients
+from gradwatch.control.judge import TooManySkipsError, Verdict
 from gradwatch.control.loss_scale import LossScale
 from gradwatch.control.settled import Settled
+from gradwatch.control.step_control import StepControl
 from gradwatch.control.window import Window
-from gradwatch.errors import NonFiniteGradientError
+from gradwatch.explain.refusal import nonfinite_error, too_many_skips_error
 from gradwatch.observe.arrivals import Backward, inside_backward
 from gradwatch.observe.model_hooks import ModelHooks
 from gradwatch.observe.parameters import ParameterTable, optimizer_parameters
-from gradwatch.observe.readings import Number, Reading, number, reading_of
+from gradwatch.observe.readings import Number, Reading, reading_of
 from gradwatch.observe.sampler import Sample, StatisticsSampler
 from gradwatch.observe.shards import Exchange, Shards
 from gradwatch.options import Options
 from gradwatch.overhead import Stopwatch
 from gradwatch.record.event import Event
-from gradwatch.record.step import Outcome, StepRecord
+from gradwatch.record.step import StepRecord
 from gradwatch.recorder import Recorder
-
-RAISED = (
-    '{event} on_nonfinite="raise" stopped the training before any weight changed. Look at the '
-    'batch and at the loss of this step; with on_nonfinite="skip" the step is left out instead.'
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +53,19 @@ class Track:
         label: Name of the optimizer in the records.
         optimizer: The optimizer; None where each backward is a step.
         window: What has come since its last step.
+        control: Decides about its steps.
         step: Its steps so far.
         stepping: Whether a step is under way.
         last_window: Set by a managed loop whose short last window is to be stepped all the same.
     """
 
     def __init__(
-        self, label: str, optimizer: Optimizer | None, window: Window, run: Run, step: int = 0
+        self,
+        label: str,
+        optimizer: Optimizer | None,
+        window: Window,
+        run: Run,
+        control: StepControl | None = None,
     ) -> None:
         """Starts with a window.
 
@@ -71,12 +74,13 @@ class Track:
             optimizer: The optimizer; None where each backward is a step.
             window: What has come so far.
             run: What all tracks share.
-            step: Steps that were taken before this session.
+            control: Decides about the steps of the optimizer.
         """
         self.label = label
         self.optimizer = optimizer
         self.window = window
-        self.step = step
+        self.control = control
+        self.step = 0
         self.last_window = False
         self.stepping = False
         self._run = run
@@ -86,8 +90,7 @@ class Track:
         )
         self._losses: list[tuple[Number, float]] = []
         self._settled: Settled | None = None
-        self._outcome: Outcome = "applied"
-        self._found_inf: Number = 0.0
+        self._verdict = Verdict()
         self._lr: Number = math.nan
         self._scale_at_backward: Number = 1.0
         self._told: set[int] = set()
@@ -97,7 +100,7 @@ class Track:
     @property
     def applied(self) -> bool:
         """Whether the last step was applied; waits where only the device knows."""
-        return self._outcome == "applied" and number(self._found_inf) == 0
+        return self._verdict.final() == "applied"
 
     def add(self, backward: Backward, weight: float) -> bool:
         """Takes in a backward that has ended.
@@ -118,14 +121,14 @@ class Track:
             return False
         self._scale_at_backward = self._run.scale.value()
         if self._sampler.due(self.step + 1):
-            self._sampler.see_gradients(*self.window.gradients(), self._scale_at_backward)
+            self._sampler.see_gradients(*self.window.gradients())
         return True
 
     def account_of_backward(self) -> Account:
         """Makes a step of the newest backward, where no optimizer steps."""
         whole, self.window = self.window, self.window.latest()
         self.step += 1
-        account = self._account(self.window.settle(None, None, self._run.scale), self.step)
+        account = self._account(self.window.look(None, self._run.scale), self.step)
         self.window = whole
         return account
 
@@ -142,6 +145,7 @@ class Track:
             return []
         self._held_parameters = held
         self.window.indices = self._run.table.indices_of(optimizer_parameters(self.optimizer))
+        self._require_control().refresh()
         return self.on_parameters_added(self.window.indices)
 
     def require_optimizer(self) -> Optimizer:
@@ -149,6 +153,11 @@ class Track:
         if self.optimizer is None:
             raise RuntimeError("gradwatch has a bug: a track without an optimizer was stepped.")
         return self.optimizer
+
+    def _require_control(self) -> StepControl:
+        if self.control is None:
+            raise RuntimeError("gradwatch has a bug: a track without an optimizer was stepped.")
+        return self.control
 
     def add_loss(self, loss: Tensor, weight: float) -> None:
         """Takes note of the loss of a micro-batch.
@@ -163,9 +172,9 @@ class Track:
         """A step begins."""
         self._refresh()
         self.stepping = True
+        self._require_control().withdraw()  # what is left over where the step before raised
         self._settled = None
-        self._outcome = "applied"
-        self._found_inf = 0.0
+        self._verdict = Verdict()
         self._lr = _learning_rate(optimizer)
         if has_closure:
             self._losses = []
@@ -184,18 +193,25 @@ class Track:
             if sampled:
                 self._sampler.see_weights(self.window.indices, self._parameters())
             ride = self._sampler.exchange if sampled else _no_ride
-            self._settled = self.window.settle(optimizer, self._options.clip, self._run.scale, ride)
-            self._found_inf = LossScale.found_inf(optimizer)
-            self._outcome = self._judge(self._settled)
-            if self._outcome == "applied" and sampled:
-                self._sampler.before_step(self._parameters())
-            return self._outcome != "skipped_nonfinite"
+            self._settled = self.window.look(optimizer, self._run.scale, ride)
+            self._verdict = self._judge(self._settled, LossScale.found_inf(optimizer))
+            if self._verdict.outcome == "applied":
+                left = self._run.scale.left_in(optimizer)
+                self._settled = self._require_control().clip(self.window, self._settled, left)
+                if sampled:
+                    self._sampler.before_step(self._parameters())
+            return not self._verdict.refused and not self._left_out_cleanly()
+
+    def _left_out_cleanly(self) -> bool:
+        """Whether gradwatch sees to it that a step which a scaler leaves out leaves no trace.
+
+        Torch's fused SGD makes its momentum buffers in its first step, and leaves them
+        uninitialised where the scaler has that one left out.
+        """
+        return self._verdict.outcome == "skipped_scaler" and self._options.on_nonfinite == "skip"
 
     def _step_inside_backward(self) -> None:
-        options = self._options
-        refuse_what_needs_all_gradients(
-            options.clip, options.accumulate, options.on_nonfinite, f", as {self.label} does"
-        )
+        refuse_what_needs_all_gradients(self._options.deciding, f", as {self.label} does")
         if not self.window.filled:
             self.window.add_unfinished()
 
@@ -204,9 +220,11 @@ class Track:
         with self._run.stopwatch, torch.no_grad():
             settled = self._settled
             if settled is None:  # the optimizer never called the closure that it was given
-                settled = self.window.settle(optimizer, None, self._run.scale)
+                settled = self.window.look(optimizer, self._run.scale)
             self.step += 1
             self.stepping = False
+            if self.control is not None:
+                self.control.finish(self._verdict)
             self._run.recorder.expect(self._account(settled, self.step))
             self.window.reset()
             self._losses = []
@@ -233,32 +251,34 @@ class Track:
             return
         if self._run.shards is not None or not settled.before.finite:
             self._settled = settled
-            self._outcome = "skipped_scaler"
+            self._verdict = Verdict("skipped_scaler")
             self.finish(self.require_optimizer())
 
-    def _judge(self, settled: Settled) -> Outcome:
-        wanted, found = self._options.on_nonfinite, self._found_inf
-        if wanted == "record" and isinstance(found, Reading) and not found.at_hand:
-            return "applied"  # it will show in the account; nothing needs to be decided now
-        if number(found) > 0:
-            return "skipped_scaler"
-        if wanted == "record" or settled.after.finite or settled.after.overflowed:
-            return "applied"
-        if wanted == "raise":
-            self._raise(settled)
-        return "skipped_nonfinite"
+    def _judge(self, settled: Settled, found_inf: Number) -> Verdict:
+        control = self._require_control()
+        try:
+            verdict = control.decide(settled, found_inf)
+        except TooManySkipsError:
+            skipped = control.judge.in_a_row
+            raise too_many_skips_error(*self._story(settled), skipped) from None
+        if verdict.outcome == "skipped_nonfinite" and self._options.on_nonfinite == "raise":
+            raise nonfinite_error(*self._story(settled))
+        return verdict
 
-    def _raise(self, settled: Settled) -> None:
-        entry = self._account(settled, self.step + 1).entry()
-        events = tuple(event for event in entry.events if event.nonfinite)
-        self._run.recorder.note(events)
+    def _story(self, settled: Settled) -> tuple[StepRecord, list[Event]]:
+        """Writes a step down that will not be taken, and hands the sinks what is known of it."""
+        entry = self._account(settled, self.step + 1, taken=False).entry()
+        events = [event for event in entry.events if event.nonfinite]
+        self._run.recorder.note(tuple(events))
         self._run.recorder.flush()
-        raise nonfinite_error(entry.record, events)
+        return entry.record, events
 
-    def _account(self, settled: Settled, step: int) -> Account:
+    def _account(self, settled: Settled, step: int, taken: bool = True) -> Account:
         sample = Sample()
         if self._sampler.due(step):
-            sample = self._sampler.after_step(self.window.indices, self._parameters())
+            sample = self._sampler.after_step(
+                self.window.indices, self._parameters(), settled.unit_before
+            )
         facts = Facts(
             step=step,
             optimizer=self.label,
@@ -267,8 +287,7 @@ class Track:
             micro_batches=self.window.micro_batches,
             weight=self.window.weight,
             settled=settled,
-            outcome=self._outcome,
-            found_inf=self._found_inf,
+            verdict=self._verdict,
             offender=self.window.offender,
             nonfinite=self.window.nonfinite,
             late=self.window.late,
@@ -278,7 +297,9 @@ class Track:
             local=self._local_norm(),
             sample=sample,
         )
-        return Account(facts, self._run.table, self._options.exploding_norm)
+        known = not (taken and self._verdict.readings())
+        note = None if self.control is None or known else self.control.judge.note
+        return Account(facts, self._run.table, self._options.exploding_norm, note)
 
     def _local_norm(self) -> Reading | None:
         local = self._run.hooks.local
@@ -305,32 +326,6 @@ class Track:
 
     def _parameters(self) -> list[Tensor]:
         return [self._run.table.tensors[index] for index in self.window.indices]
-
-
-def nonfinite_error(record: StepRecord, events: tuple[Event, ...]) -> NonFiniteGradientError:
-    """Makes the error that ``on_nonfinite="raise"`` raises.
-
-    Args:
-        record: The step that is not taken.
-        events: What was found in it.
-
-    Returns:
-        The error, with the whole story in its text.
-    """
-    if not events:
-        return NonFiniteGradientError(
-            RAISED.format(event=f"The gradient norm of step {record.step} is not finite."),
-            step=record.step,
-        )
-    event = events[0]
-    return NonFiniteGradientError(
-        RAISED.format(event=event.message),
-        step=event.step,
-        micro_batch=event.micro_batch,
-        parameter=event.parameter,
-        nan_count=event.nan_count,
-        inf_count=event.inf_count,
-    )
 
 
 def _no_ride(exchange: Exchange) -> None:

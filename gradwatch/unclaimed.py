@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from gradwatch.account import Account
 from gradwatch.control.window import Window
+from gradwatch.explain.refusal import nonfinite_error
 from gradwatch.observe.arrivals import Backward
-from gradwatch.track import Run, Track, nonfinite_error
+from gradwatch.track import Run, Track
 
 
 class Unclaimed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,8 @@ from gradwatch.control.in_backward import (
 )
 from gradwatch.control.loss_scale import LossScale
 from gradwatch.control.policy import ClipPolicy
+from gradwatch.control.spikes import SpikeRule
+from gradwatch.control.step_control import Rules, StepControl
 from gradwatch.control.window import Window
 from gradwatch.history import History
 from gradwatch.managed import ManagedLoop
@@ -42,7 +45,7 @@ from gradwatch.targets import check_unwatched, optimizer_list, parameter_table
 from gradwatch.track import Run, Track
 from gradwatch.unclaimed import Unclaimed
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 ATTACHED_BEFORE = (
     "This watcher was attached before and holds the history of that run. Make a new one with "
@@ -78,6 +81,8 @@ class Watcher:
         self._unclaimed: Unclaimed | None = None
         self._discovery: OptimizerDiscovery | None = None
         self._steps: dict[str, int] = {}
+        self._control_states: dict[str, Any] = {}
+        self._fresh_clip = {} if options.clip is None else options.clip.state_dict()
         self._state = "new"
 
     # -- life ----------------------------------------------------------------------------------
@@ -209,8 +214,13 @@ class Watcher:
         steps = {**self._steps, **{track.label: track.step for track in self._tracks}}
         if self._unclaimed is not None and self._unclaimed.steps:
             steps["none"] = self._unclaimed.steps
-        clip = {} if self._options.clip is None else self._options.clip.state_dict()
-        return {"version": STATE_VERSION, "steps": steps, "clip": clip}
+        self._run.recorder.receive(wait=True)
+        control = {t.label: t.control.state_dict() for t in self._tracks if t.control is not None}
+        return {
+            "version": STATE_VERSION,
+            "steps": steps,
+            "control": {**self._control_states, **control},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where the run that gave the state stopped; before or after attaching.
@@ -233,12 +243,16 @@ class Watcher:
                 f"gradwatch reads version {STATE_VERSION}. Pass what Watcher.state_dict() returned."
             )
         self._steps = dict(state["steps"])
+        self._control_states = dict(state["control"])
         for track in self._tracks:
-            track.step = self._steps.get(track.label, 0)
+            self._load_into(track)
         if self._unclaimed is not None:
             self._unclaimed.steps = self._steps.get("none", 0)
-        if self._options.clip is not None:
-            self._options.clip.load_state_dict(state["clip"])
+
+    def _load_into(self, track: Track) -> None:
+        track.step = self._steps.get(track.label, 0)
+        if track.control is not None and track.label in self._control_states:
+            track.control.load_state_dict(self._control_states[track.label])
 
     # -- what the hooks call -----------------------------------------------------------------------
 
@@ -277,10 +291,12 @@ class Watcher:
 
     def _track(self, optimizer: Optimizer, window: Window) -> None:
         label = _label(optimizer, [track.label for track in self._tracks])
-        track = Track(label, optimizer, window, self._run, self._steps.get(label, 0))
+        control = StepControl(optimizer, self._run.table, self._rules())
+        track = Track(label, optimizer, window, self._run, control)
         track.on_parameters_added = self._hooks.watch_also
         self._tracks.append(track)
-        may_refuse = self._options.on_nonfinite != "record"
+        self._load_into(track)
+        may_refuse = self._options.on_nonfinite != "record" or self._options.skip_spikes is not None
         listener = ShieldedListener(track, self._shield)
         self._boundaries.append(StepBoundary(optimizer, listener, may_refuse))
 
@@ -292,15 +308,19 @@ class Watcher:
         self._hooks.detach()
 
     def _check_optimizers_in_backward(self) -> None:
-        options, table = self._options, self._run.table
+        table = self._run.table
         name = first_stepped_in_backward(table.names, table.tensors)
         if name is not None:
-            refuse_what_needs_all_gradients(
-                options.clip,
-                options.accumulate,
-                options.on_nonfinite,
-                f', as that of "{name}" does',
-            )
+            where = f', as that of "{name}" does'
+            refuse_what_needs_all_gradients(self._options.deciding, where)
+
+    def _rules(self) -> Rules:
+        options, clip = self._options, self._options.clip
+        if clip is not None and self._tracks:  # each optimizer's policy has a memory of its own
+            clip = copy.deepcopy(clip)
+            clip.load_state_dict(self._fresh_clip)
+        spikes = None if options.skip_spikes is None else SpikeRule(options.skip_spikes)
+        return Rules(clip, options.on_nonfinite, spikes, options.max_consecutive_skips)
 
     # -- parts -------------------------------------------------------------------------------------
 
@@ -337,7 +357,7 @@ def watch(
     model: nn.Module | Mapping[str, Tensor],
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     *,
-    clip: float | ClipPolicy | None = None,
+    clip: float | str | ClipPolicy | None = None,
     accumulate: int = 1,
     on_nonfinite: str = "record",
     statistics: Iterable[str] = ("norm",),
@@ -346,6 +366,8 @@ def watch(
     scaler: torch.amp.GradScaler | None = None,
     sinks: Iterable[Sink] = (),
     exploding_norm: float | None = None,
+    skip_spikes: float | str | None = None,
+    max_consecutive_skips: int = 10,
 ) -> Watcher:
     """Watches the gradients of a model while its training loop runs.
 
@@ -353,8 +375,8 @@ def watch(
         model: A module, or a mapping from names to leaf tensors.
         optimizer: One or several. Left out, the optimizers that step the model's parameters are
             found at their first step; where none ever steps, each backward counts as a step.
-        clip: A maximum for the global L2 norm, or a policy such as ``ClipByNorm`` or
-            ``ClipByValue``. None leaves the gradients alone.
+        clip: A maximum for the global L2 norm, ``"auto"`` to have it found, or a policy such as
+            ``ClipByNorm``, ``ClipByValue`` or ``ZClip``. None leaves the gradients alone.
         accumulate: Micro-batches per step.
         on_nonfinite: What to do about a gradient with NaN or Inf: ``"record"`` it, ``"skip"`` the
             step (weights and optimizer state stay as they were) or ``"raise"``
@@ -367,6 +389,10 @@ def watch(
         sinks: Receive all records: objects with ``write(batch)`` and ``close()``; of several ranks
             the first one's do.
         exploding_norm: A total norm above it is an ``exploding`` event; None for no limit.
+        skip_spikes: Leaves a step out whose norm is so many deviations above the usual, as
+            ``on_nonfinite="skip"`` does; ``"auto"`` for 6, None to take all.
+        max_consecutive_skips: How many steps in a row gradwatch may leave out; one more raises
+            :class:`~gradwatch.NonFiniteGradientError`.
 
     Returns:
         The watcher, to be used in a ``with`` statement.
@@ -394,6 +420,8 @@ def watch(
         scaler=scaler,
         sinks=sinks,
         exploding_norm=exploding_norm,
+        skip_spikes=skip_spikes,
+        max_consecutive_skips=max_consecutive_skips,
     )
     table = parameter_table(model)
     check_unwatched(table)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradwatch.control.checks import SCOPES, check_choice
 from gradwatch.control.policy import ClipDecision
 from gradwatch.observe.readings import is_at_hand
 
 
 @dataclass(frozen=True)
 class ClipByNorm:
-    r"""Scales all gradients down together when their norm exceeds a limit.
+    r"""Scales gradients down when their norm exceeds a limit: all together, or in parts.
 
     The factor is :math:`c = \min(1, m / (n + 10^{-6}))` for the norm :math:`n` and the limit
     :math:`m`, computed as ``torch.nn.utils.clip_grad_norm_`` computes it, so that finite float32
@@ -26,10 +27,13 @@ class ClipByNorm:
     Attributes:
         max_norm: The limit m, positive; ``math.inf`` only measures.
         norm_type: The p of the norm, positive; ``math.inf`` for the largest magnitude.
+        scope: What the limit is for: ``"global"`` for the norm over all gradients; ``"group"`` or
+            ``"parameter"`` for the norm of each parameter group of the optimizer, or of each
+            parameter, which are then scaled independently of each other.
 
     Raises:
-        TypeError: If an argument is not a number.
-        ValueError: If an argument is not positive.
+        TypeError: If a number is not a number, or the scope not a string.
+        ValueError: If a number is not positive, or the scope another word.
 
     References:
         Pascanu, Mikolov, Bengio: On the difficulty of training recurrent neural networks.
@@ -43,15 +47,18 @@ class ClipByNorm:
 
     max_norm: float
     norm_type: float = 2.0
+    scope: str = "global"
 
     def __post_init__(self) -> None:
         check_positive("ClipByNorm(max_norm=)", self.max_norm)
         check_positive("ClipByNorm(norm_type=)", self.norm_type)
+        check_choice("ClipByNorm(scope=)", self.scope, SCOPES)
 
     def decide(self, total_norm: Tensor) -> ClipDecision:
-        """Computes the factor for a norm; see :class:`~gradwatch.control.policy.ClipPolicy`."""
-        threshold = float(self.max_norm)
-        if _surely_below(total_norm, threshold):
+        """Computes the factors for norms; see :class:`~gradwatch.control.policy.ClipPolicy`."""
+        # The limit of a part is no limit of the total norm.
+        threshold = float(self.max_norm) if self.scope == "global" else math.nan
+        if _surely_below(total_norm, self.max_norm):
             return ClipDecision(threshold=threshold)
         coefficient = torch.clamp(self.max_norm / (total_norm + 1e-6), max=1.0)
         return ClipDecision(coefficient=coefficient, threshold=threshold)
@@ -86,6 +93,7 @@ class ClipByValue:
 
     clip_value: float
     norm_type: float = 2.0
+    scope: str = field(default="global", init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_positive("ClipByValue(clip_value=)", self.clip_value)
@@ -105,7 +113,10 @@ class ClipByValue:
 
 def _surely_below(norm: Tensor, limit: float) -> bool:
     """Tells where no rounding can make the factor less than 1, and so no arithmetic is needed."""
-    return is_at_hand(norm) and norm.item() < limit * (1 - 1e-5) - 2e-6
+    if not is_at_hand(norm) or not norm.numel():
+        return False
+    largest = norm.max() if norm.ndim else norm
+    return largest.item() < limit * (1 - 1e-5) - 2e-6
 
 
 def check_positive(name: str, value: object) -> None:

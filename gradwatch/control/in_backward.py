@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
-
-from gradwatch.control.clip import ClipByValue
-from gradwatch.control.policy import ClipPolicy
 
 REFUSED = (
     "{asked} cannot be had with an optimizer that steps inside the backward{where}: the norm of "
@@ -17,29 +14,18 @@ REFUSED = (
 )
 
 
-def refuse_what_needs_all_gradients(
-    clip: ClipPolicy | None, accumulate: int, on_nonfinite: str, where: str = ""
-) -> None:
+def refuse_what_needs_all_gradients(asked: Mapping[str, str], where: str = "") -> None:
     """Refuses what can only be decided when every gradient is there.
 
     Args:
-        clip: What was asked for, as in ``watch``.
-        accumulate: As in ``watch``.
-        on_nonfinite: As in ``watch``.
+        asked: Such things that the user asked for: the argument, and how it was written.
         where: How it is known that the optimizer steps inside the backward.
 
     Raises:
-        ValueError: If any of it needs the gradients of all parameters at once.
+        ValueError: If there is any.
     """
-    asked = {}
-    if clip is not None and not isinstance(clip, ClipByValue):
-        asked["clip="] = f"Clipping by the global norm (clip={clip!r})"
-    if accumulate > 1:
-        asked["accumulate="] = f"accumulate={accumulate}"
-    if on_nonfinite != "record":
-        asked["on_nonfinite="] = f'on_nonfinite="{on_nonfinite}"'
-    for argument, what in asked.items():
-        raise ValueError(REFUSED.format(asked=what, argument=argument, where=where))
+    for argument, written in asked.items():
+        raise ValueError(REFUSED.format(argument=argument, asked=written, where=where))
 
 
 def first_stepped_in_backward(names: Iterable[str], tensors: Iterable[Tensor]) -> str | None:

@@ -15,20 +15,49 @@ class ClipDecision:
     """What a policy wants done to the gradients of one step.
 
     Attributes:
-        coefficient: Tensor ``[]``: the factor to multiply all gradients with, at most 1; None to
-            leave them.
-        threshold: The limit that was applied, in the unit of the norm or of the elements.
+        coefficient: The factor to multiply the gradients with, between 0 and 1, in the shape of the
+            norms that the policy was given; None to leave them.
+        threshold: The limit that was applied, in the unit of the norm or of the elements: a number
+            or a tensor ``[]``; NaN where there is no single one.
         clip_value: Limit for the magnitude of each element; None to leave them.
+        units: A rule for each output unit of each parameter; None for no such.
     """
 
     coefficient: Tensor | None = None
-    threshold: float = math.nan
+    threshold: float | Tensor = math.nan
     clip_value: float | None = None
+    units: UnitRule | None = None
+
+
+class UnitRule(Protocol):
+    """A rule that looks at the gradient and the weight of each output unit."""
+
+    def coefficient(self, name: str, gradient: Tensor, weight: Tensor) -> Tensor | None:
+        """Computes the factors for one parameter.
+
+        Args:
+            name: Its name.
+            gradient: Its gradient, in true units.
+            weight: Its value.
+
+        Returns:
+            Factors that broadcast against the gradient; None to leave it.
+        """
 
 
 @runtime_checkable
 class ClipPolicy(Protocol):
-    """A clipping rule. It never sees a gradient, and never a norm that is not finite."""
+    """A clipping rule: norms in, a decision out. It never sees a gradient.
+
+    A policy may have an attribute ``scope``. With ``"global"``, or without it, the policy is given
+    the total norm, tensor ``[]``; with ``"group"`` or ``"parameter"`` one norm for each parameter
+    group, or each parameter, of the optimizer: tensor ``[n]``, always in the same order, 0 where
+    there is no gradient.
+
+    On the CPU it is never given a norm that is not finite. On an accelerator nobody has looked yet,
+    and looking would wait: there it must keep such a norm out of its memory by itself, and what it
+    answers is not used.
+    """
 
     @property
     def norm_type(self) -> float:
@@ -38,7 +67,8 @@ class ClipPolicy(Protocol):
         """Decides about one step.
 
         Args:
-            total_norm: Tensor ``[]``: the finite pre-clip norm, unscaled and reduced over ranks.
+            total_norm: Tensor ``[]``, or ``[n]`` for another scope than ``"global"``: pre-clip
+                norms, unscaled and reduced over ranks.
 
         Returns:
             What to do.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from gradwatch.observe.measurement import Measurement
 from gradwatch.observe.readings import Number, Reading, number
 
@@ -30,13 +32,33 @@ class Settled:
     unit_after: Number = 1.0
     correction: float = 1.0
     coefficient: Number = 1.0
-    threshold: float = math.nan
+    threshold: Number = math.nan
     loss_scale: Number = 1.0
+
+    def true_norm(self) -> Tensor:
+        """Returns the total norm when the step begins, in true units: tensor ``[]``."""
+        return self._in_true_units(self.after.total.tensor)
+
+    def true_norms(self) -> Tensor:
+        """Returns the norm of each gradient when the step begins: tensor ``[n]``."""
+        return self._in_true_units(self.after.norms.tensor)
+
+    def _in_true_units(self, norms: Tensor) -> Tensor:
+        unit = self.unit_after
+        factor = self.correction / (unit.tensor if isinstance(unit, Reading) else unit)
+        # A multiplication by one would cost a call; a policy must see the very bits of the norm.
+        return norms if isinstance(factor, float) and factor == 1.0 else norms * factor
 
     def readings(self) -> list[Reading]:
         """Lists what must be read before the properties can be."""
         parts = [self.before.norms, self.before.total, self.after.norms, self.after.total]
-        numbers = [self.unit_before, self.unit_after, self.coefficient, self.loss_scale]
+        numbers = [
+            self.unit_before,
+            self.unit_after,
+            self.coefficient,
+            self.threshold,
+            self.loss_scale,
+        ]
         readings = [*parts, *(one for one in numbers if isinstance(one, Reading))]
         return list({id(reading): reading for reading in readings}.values())
 

@@ -10,9 +10,8 @@ from operator import attrgetter, is_
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradwatch.control.apply import clip_
+from gradwatch.control.clipping import Clipping
 from gradwatch.control.loss_scale import LossScale
-from gradwatch.control.policy import ClipPolicy
 from gradwatch.control.settled import Settled
 from gradwatch.observe.agreement import Sides, agree
 from gradwatch.observe.arrivals import Backward
@@ -185,44 +184,54 @@ class Window:
                 part._snapshot = self._snapshot.subset([i in mine for i in self._before.indices])
         return part
 
-    def settle(
+    def look(
         self,
         optimizer: Optimizer | None,
-        policy: ClipPolicy | None,
         scale: LossScale,
         ride: Callable[[Exchange], None] = lambda exchange: None,
     ) -> Settled:
-        """Looks at the gradients that a step is about to use, and clips them.
+        """Looks at the gradients that a step is about to use.
 
         They are measured once more only where something wrote into them since the backward: the
         loop's own clip, or the scaler.
 
         Args:
             optimizer: Whose step it is.
-            policy: The clipping rule; None to leave the gradients alone. It is not asked where
-                they are known not to be finite.
             scale: The loss scale of the run.
             ride: Adds further numbers to the exchange between ranks, where there is one.
 
         Returns:
-            Both sides of the clip.
+            Both sides of the loop's own clip.
         """
         left = scale.left_in(optimizer)
         loss_scale = scale.value() if scale.active else left
         # Unscaling moves no version counter: what was measured at the end of the backward has the
         # unit of the scaled loss, whatever the scaler has done to the gradients since.
         unit_before = left if self._before is None else loss_scale
-        indices, gradients = self.gradients()
-        before, after = self._measure_again(indices, gradients)
+        before, after = self._measure_again(*self.gradients())
         unit_after = unit_before if after is before else left
         if self.shards is not None:
             before, after = self._agree(self.shards, before, after, ride)
-        settled = Settled(
+        return Settled(
             before, after, unit_before, unit_after, self._correction(), loss_scale=loss_scale
         )
-        if after.total.at_hand and not after.finite:
+
+    def clip(self, settled: Settled, clipping: Clipping, left: Number) -> Settled:
+        """Clips the gradients that a step is about to use.
+
+        Args:
+            settled: What :meth:`look` saw.
+            clipping: The clip of the optimizer; it is not asked where the norm is known not to be
+                finite.
+            left: The loss scale that the gradients still carry.
+
+        Returns:
+            Both sides of every clip.
+        """
+        if settled.after.total.at_hand and not settled.after.finite:
             return settled
-        settled, limited = clip_(gradients, settled, policy, left)
+        indices, gradients = self.gradients()
+        settled, limited = clipping.clip_(gradients, settled, left)
         if not limited:
             return settled
         after = measure(indices, gradients, self.norm_type)

@@ -88,7 +88,6 @@ class StatisticsSampler:
         self._every = every
         self._columns = columns
         self._shards = shards
-        self._unit: Number = 1.0
         self._gradients, self._weights = Part((), {}), Part((), {})
         self._copies: list[Tensor] = []
         self._exchange: Exchange | None = None
@@ -98,19 +97,15 @@ class StatisticsSampler:
         """Tells whether statistics are to be taken at a step, counted from 1."""
         return bool(self._names) and (step - 1) % self._every == 0
 
-    def see_gradients(
-        self, indices: Sequence[int], gradients: Sequence[Tensor], unit: Number
-    ) -> None:
+    def see_gradients(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> None:
         """Takes the statistics of gradients.
 
         Args:
             indices: Columns of the gradients.
             gradients: The gradients before the clip, of sharded ones the parts of this rank.
-            unit: The loss scale that they carry.
         """
         if self._of_gradients:
             self._gradients = Part(indices, gradient_rows(gradients, self._of_gradients))
-            self._unit = unit
 
     def see_weights(self, indices: Sequence[int], parameters: Sequence[Tensor]) -> None:
         """Takes the statistics of weights.
@@ -134,12 +129,15 @@ class StatisticsSampler:
         if "update_ratio" in self._names:
             self._copies = [torch.clone(local_part(p.detach())) for p in parameters]
 
-    def after_step(self, indices: Sequence[int], parameters: Sequence[Tensor]) -> Sample:
+    def after_step(
+        self, indices: Sequence[int], parameters: Sequence[Tensor], unit: Number
+    ) -> Sample:
         """Takes the statistics of the update.
 
         Args:
             indices: Columns of the parameters.
             parameters: The parameters after the step.
+            unit: The loss scale that the gradients carried when they were seen.
 
         Returns:
             Everything taken for this step.
@@ -159,7 +157,7 @@ class StatisticsSampler:
             if part.rows
         ]
         self._forget()
-        return Sample(self._names, self._columns, parts, self._unit)
+        return Sample(self._names, self._columns, parts, unit)
 
     def _forget(self) -> None:
         self._gradients, self._weights = Part((), {}), Part((), {})

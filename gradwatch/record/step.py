@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-Outcome = Literal["applied", "skipped_nonfinite", "skipped_scaler", "skipped_policy"]
+from gradwatch.control.judge import Outcome
 
 
 @dataclass(slots=True)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import gradwatch
@@ -41,14 +43,17 @@ class GradientMonitor(Callback):
     micro-batches are in the records. Validation, testing and prediction are left alone.
 
     Args:
-        clip: As in :func:`gradwatch.watch`: a number (largest global L2 norm) or a clipping policy;
-            None only watches. Refused where the Trainer clips too.
+        clip: As in :func:`gradwatch.watch`: a number (largest global L2 norm), ``"auto"`` or a
+            clipping policy; None only watches. Refused where the Trainer clips too.
         on_nonfinite: ``"record"``, ``"skip"`` or ``"raise"``.
         statistics: Statistics per parameter besides ``"norm"``.
         every: Steps between two takings of the costly statistics.
         buffer_size: Steps that :attr:`history` keeps.
         sinks: Further receivers of the records. They are closed when the fit ends.
         exploding_norm: Norm above which a step is an ``exploding`` event; None for none.
+        skip_spikes: Leaves a step out whose norm is so many deviations above the usual; ``"auto"``
+            for 6, None to take all.
+        max_consecutive_skips: How many steps in a row may be left out.
         log: Whether the loggers of the Trainer get anything.
         accumulate: Refused: use ``Trainer(accumulate_grad_batches=)``.
 
@@ -67,13 +72,15 @@ class GradientMonitor(Callback):
     def __init__(
         self,
         *,
-        clip: float | ClipPolicy | None = None,
+        clip: float | str | ClipPolicy | None = None,
         on_nonfinite: str = "record",
         statistics: Iterable[str] = ("norm",),
         every: int = 1,
         buffer_size: int = 1024,
         sinks: Iterable[Sink] = (),
         exploding_norm: float | None = None,
+        skip_spikes: float | str | None = None,
+        max_consecutive_skips: int = 10,
         log: bool = True,
         accumulate: None = None,
     ) -> None:
@@ -89,6 +96,8 @@ class GradientMonitor(Callback):
             buffer_size=buffer_size,
             sinks=sinks,
             exploding_norm=exploding_norm,
+            skip_spikes=skip_spikes,
+            max_consecutive_skips=max_consecutive_skips,
             caller="GradientMonitor",
         )
         self._log = log
@@ -137,7 +146,7 @@ class GradientMonitor(Callback):
         """Attaches a watcher: the checkpoint is restored and the sanity check is over by now."""
         options = self._options
         watcher = gradwatch.watch(
-            pl_module,
+            _wrapped(trainer, pl_module),
             _optimizers(trainer, pl_module),
             clip=options.clip,
             on_nonfinite=options.on_nonfinite,
@@ -147,6 +156,8 @@ class GradientMonitor(Callback):
             scaler=_scaler(trainer),
             sinks=[*options.sinks, *(tensorboard_sinks(trainer) if self._log else ())],
             exploding_norm=options.exploding_norm,
+            skip_spikes=options.skip_spikes,
+            max_consecutive_skips=options.max_consecutive_skips,
         )
         if self._state:
             watcher.load_state_dict(self._state)
@@ -235,6 +246,12 @@ def _optimizers(trainer: Trainer, module: LightningModule) -> list[Optimizer] | 
     owned = {id(parameter) for parameter in module.parameters()}
     held = [p for optimizer in trainer.optimizers for p in optimizer_parameters(optimizer)]
     return trainer.optimizers if any(id(parameter) in owned for parameter in held) else None
+
+
+def _wrapped(trainer: Trainer, module: LightningModule) -> nn.Module:
+    """Returns the module as the strategy wrapped it, so that a rank's own gradients can be seen."""
+    model = trainer.strategy.model
+    return model if isinstance(model, DistributedDataParallel) else module
 
 
 def _scaler(trainer: Trainer) -> torch.amp.GradScaler | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -47,6 +48,7 @@ STEP_SCALARS = {
     "grad_norm": Scalar("Total L2 gradient norm before the clip, in true units.", largest),
     "grad_norm_clipped": Scalar("Total gradient norm after the clip.", largest),
     "clip_coef": Scalar("Factor that the clip multiplied gradients with; 1: no clip.", smallest),
+    "clip_rate": Scalar("Share of the last 1,000 applied steps that were clipped.", newest),
     "norm_p05": Scalar("5th percentile over the parameters' norms before the clip.", smallest),
     "norm_p50": Scalar("Median over the parameters' norms before the clip.", middle),
     "norm_p95": Scalar("95th percentile over the parameters' norms before the clip.", largest),
@@ -73,6 +75,7 @@ class StepScalars:
     nonfinite_steps: int = field(default=0, init=False)
     skipped_steps: int = field(default=0, init=False)
     scaled: bool = field(default=False, init=False)
+    _clipped: deque[bool] = field(default_factory=lambda: deque(maxlen=1_000), init=False)
 
     def of(self, record: StepRecord, spread: Sequence[float]) -> dict[str, float]:
         """Lists the scalars of one step.
@@ -88,11 +91,14 @@ class StepScalars:
         self.nonfinite_steps += record.nonfinite_parameters > 0
         self.skipped_steps += record.outcome != "applied"
         self.scaled = self.scaled or record.loss_scale != 1.0
+        if record.outcome == "applied":
+            self._clipped.append(record.clipped)
         p05, p50, p95, maximum = spread
         row = {
             "grad_norm": record.grad_norm,
             "grad_norm_clipped": record.grad_norm_clipped,
             "clip_coef": record.clip_coef,
+            "clip_rate": sum(self._clipped) / max(len(self._clipped), 1),
             "norm_p05": p05,
             "norm_p50": p50,
             "norm_p95": p95,

@@ -9,6 +9,7 @@ tag                                    meaning and unit
                                        unscaled, reduced over ranks
 ``gradwatch/grad_norm_clipped``        the same after the clip
 ``gradwatch/clip_coef``                factor that the gradients were multiplied with, 1: no clip
+``gradwatch/clip_rate``                share of the last 1,000 applied steps that were clipped
 ``gradwatch/norm_p05, _p50, _p95``     percentiles over the parameters' norms, before the clip;
                                        finite norms only, parameters without a gradient left out
 ``gradwatch/norm_max``                 the largest of those norms

@@ -224,7 +224,11 @@ def test_five_clipped_steps_leave_the_weights_of_torchs_clip(
         make, limit, managed="managed" in how, found=how == "found", fused=fused,
         micro_batches=micro_batches,
     )  # fmt: skip
-    assert reference.identical(trained, expected)
+    if how == "fused":  # the kernel divides by the inverse of the coefficient
+        for one, other in zip(trained, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+    else:
+        assert reference.identical(trained, expected)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, math.inf])

@@ -1,0 +1,124 @@
+"""Clipping: asks a policy about the gradients of a step, and has done what it decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gradwatch.control.apply import clamp_, scale_, scale_each_
+from gradwatch.control.fused import FusedStep
+from gradwatch.control.policy import ClipDecision, ClipPolicy, UnitRule
+from gradwatch.control.scopes import Scopes
+from gradwatch.control.settled import Settled
+from gradwatch.observe.measurement import Measurement
+from gradwatch.observe.norms import total_norm
+from gradwatch.observe.parameters import ParameterTable
+from gradwatch.observe.readings import Number, Reading, is_at_hand, number
+from gradwatch.observe.shards import is_sharded, local_part
+
+UNITS_OF_SHARDS = (
+    "AdaptiveGradientClip looks at whole output units, but {name} is sharded over ranks, each of "
+    "which holds a part only. Use a policy of norms there, such as clip={instead}."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Clipping:
+    """The clip of one optimizer.
+
+    Attributes:
+        policy: The rule; None for none.
+        scopes: The parameters of the optimizer, and its groups.
+        fused: The optimizer, where it can scale by itself; None where it cannot.
+        table: Names and values of the parameters.
+    """
+
+    policy: ClipPolicy | None
+    scopes: Scopes
+    fused: FusedStep | None
+    table: ParameterTable
+
+    def clip_(
+        self, gradients: list[Tensor], settled: Settled, left: Number
+    ) -> tuple[Settled, bool]:
+        """Clips the gradients of a step, in place or in the optimizer's own kernel.
+
+        Args:
+            gradients: The gradients; of sharded ones the parts of this rank.
+            settled: Both sides so far.
+            left: The loss scale that the gradients still carry.
+
+        Returns:
+            Both sides with the decision in them, and whether elements were changed one by one, so
+            that the norm must be taken anew.
+        """
+        scope = getattr(self.policy, "scope", "global")
+        decision = self._decision(settled, scope)
+        settled = replace(settled, threshold=_number(decision.threshold))
+        coefficient = decision.coefficient
+        if coefficient is not None and not settled.after.total.at_hand:
+            # Nobody has looked yet whether the norm is finite; if it is not, leave the gradients.
+            finite = torch.isfinite(settled.after.total.tensor)
+            coefficient = torch.where(finite, coefficient, 1.0)
+        if coefficient is not None and scope != "global":
+            if settled.correction != 1.0:
+                scale_(gradients, settled.correction)
+            factors = self.scopes.for_gradients(settled, scope, coefficient)
+            scale_each_(gradients, factors)
+            settled = _with_factors(settled, factors, self.policy)
+        else:
+            settled = self._scale(gradients, settled, coefficient)
+        if decision.clip_value is not None:
+            clamp_(gradients, decision.clip_value * number(left))
+        if decision.units is not None:
+            self._scale_units(decision.units, settled.after.indices, gradients, number(left))
+        return settled, decision.clip_value is not None or decision.units is not None
+
+    def _decision(self, settled: Settled, scope: str) -> ClipDecision:
+        if self.policy is None:
+            return ClipDecision()
+        return self.policy.decide(self.scopes.norms(settled, scope, self.policy.norm_type))
+
+    def _scale(
+        self, gradients: list[Tensor], settled: Settled, coefficient: Tensor | None
+    ) -> Settled:
+        factor = 1.0 if coefficient is None else _number(coefficient)
+        if settled.correction != 1.0:
+            exact = factor.tensor if isinstance(factor, Reading) else factor
+            scale_(gradients, exact * settled.correction)
+        elif coefficient is not None and factor != 1.0:
+            if self.fused is not None and self.fused.can_scale and factor != 0.0:
+                self.fused.scale(coefficient)
+            else:
+                scale_(gradients, coefficient)
+        return replace(settled, coefficient=factor)
+
+    def _scale_units(
+        self, rule: UnitRule, indices: Sequence[int], gradients: list[Tensor], left: float
+    ) -> None:
+        for index, gradient in zip(indices, gradients, strict=True):
+            weight, name = self.table.tensors[index], self.table.names[index]
+            if is_sharded(weight):
+                raise NotImplementedError(UNITS_OF_SHARDS.format(name=name, instead='"auto"'))
+            true = gradient if left == 1.0 else gradient / left
+            factors = rule.coefficient(name, true, local_part(weight.detach()))
+            if factors is not None:
+                gradient.mul_(factors)
+
+
+def _number(value: Tensor | float) -> Number:
+    if not isinstance(value, Tensor):
+        return float(value)
+    return value.item() if is_at_hand(value) else Reading(value)
+
+
+def _with_factors(settled: Settled, factors: Tensor, policy: ClipPolicy | None) -> Settled:
+    """Works the norms after the clip out of those before it, where each has its own factor."""
+    after = settled.after
+    norms = after.norms.tensor * factors
+    total = total_norm(norms, 2.0 if policy is None else policy.norm_type)
+    scaled = Measurement(after.indices, Reading(norms), Reading(total), after.overflowed)
+    return replace(settled, after=scaled)
