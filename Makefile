@@ -12,10 +12,10 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow test-matrix lint format bench clean
 
 help: ## Lists the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Trains a small GPT under gradwatch in a minute or less, with one poisoned batch
 	OMP_NUM_THREADS=1 $(BIN)/python examples/plain_loop.py --logdir runs/plain_loop --poison-step 150
@@ -27,6 +27,10 @@ test: $(VENV)/.dev ## Runs the tests, all but the slow ones
 
 test-slow: $(VENV)/.dev ## Runs the slow tests
 	$(PYTEST) -m slow
+
+# ROWS="oldest newest" picks some of tests/matrix/rows.cfg.
+test-matrix: | $(VENV)/.created ## Runs the tests with the oldest and the newest versions, where their Python is found
+	$(BIN)/python tests/matrix/run.py --workers $(WORKERS) $(ROWS)
 
 lint: $(VENV)/.dev ## Checks style, types and the direction of imports
 	$(BIN)/ruff check
@@ -42,7 +46,7 @@ bench: $(VENV)/.dev ## Measures what gradwatch adds to a training step
 	$(BIN)/python benchmarks/overhead.py
 
 clean: ## Removes the environment and everything that was generated
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .matrix build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps below say what .venv holds, so that a second call installs nothing.

@@ -19,6 +19,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+# torch 2.4 has a package of the public name too, without the class.
+_MODULE = "torch.distributed._tensor" if torch.__version__ < "2.5" else "torch.distributed.tensor"
+
 PARTIAL_ON_MANY_DIMENSIONS = (
     "{count} gradient(s) are sums that are still pending (Partial) on a mesh of {dimensions} "
     "dimensions, which gradwatch cannot add up. Apply fully_shard() to the modules too, so that "
@@ -29,7 +32,7 @@ PARTIAL_ON_MANY_DIMENSIONS = (
 def is_sharded(tensor: Tensor | None) -> TypeGuard[DTensor]:
     """Tells whether a tensor is a DTensor."""
     # Importing torch's module takes long, and where nobody has there is no such tensor.
-    module: Any = sys.modules.get("torch.distributed.tensor")
+    module: Any = sys.modules.get(_MODULE)
     return module is not None and isinstance(tensor, module.DTensor)
 
 

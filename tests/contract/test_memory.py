@@ -139,14 +139,16 @@ def test_a_backward_pays_no_second_copy_of_the_gradients() -> None:
 
 
 class _Counts(TorchDispatchMode):
-    """Counts the ATen calls that reach the dispatcher."""
+    """Counts the ATen calls that reach the dispatcher; torch 2.4 detaches twice, which is counted once."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls = 0
+        self._last: Any = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += 1
+        self.calls += not (func is self._last is torch.ops.aten.detach.default)
+        self._last = func
         return func(*args, **(kwargs or {}))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -188,6 +189,12 @@ def double(seed: int = 0) -> Case:
     return Case(case.model.double(), lambda i: tuple(t.double() for t in case.batch(i)), case.loss)
 
 
+def _adafactor(parameters: Any) -> torch.optim.Optimizer:
+    if not hasattr(torch.optim, "Adafactor"):
+        pytest.skip("torch.optim.Adafactor needs torch 2.5 or newer")
+    return torch.optim.Adafactor(parameters, lr=0.01)
+
+
 Make = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Make] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -206,7 +213,7 @@ OPTIMIZERS: dict[str, Make] = {
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
     "Adagrad_fused": lambda p: torch.optim.Adagrad(p, lr=0.01, fused=True),
     "Adadelta": lambda p: torch.optim.Adadelta(p, lr=0.5),
-    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "Adafactor": _adafactor,
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5, centered=True),
     "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
     "ASGD": lambda p: torch.optim.ASGD(p, lr=0.01),

@@ -14,6 +14,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of html5lib, inside TensorBoard
     from tensorboard.plugin_util import markdown_to_safe_html
 
+# TensorBoard 2.14 brings an html5lib that warns at each call.
+pytestmark = pytest.mark.filterwarnings("ignore:html5lib's sanitizer:DeprecationWarning")
+
 HOSTILE = [
     "<script>alert(1)</script>",
     "<img src=x onerror=alert(1)>",
