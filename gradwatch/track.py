@@ -85,6 +85,8 @@ class Track:
         self.stepping = False
         self._run = run
         self._options = run.options
+        # Where no optimizer steps, nobody can tell whether a scaler that was found is in use.
+        self._scale = LossScale(run.options.scaler) if optimizer is None else run.scale
         self._sampler = StatisticsSampler(
             run.options.statistics, run.options.every, len(run.table), run.shards
         )
@@ -115,11 +117,11 @@ class Track:
         late = self._refresh()
         if late:
             backward = replace(backward, arrived=[*backward.arrived, *late])
-        if self._run.scale.active and self.window.discarded_before(backward):
+        if self._may_be_left_out() and self.window.discarded_before(backward):
             self.abandon_window(self.left_out_by_scaler)
         if self.window.add(backward, weight) is None:
             return False
-        self._scale_at_backward = self._run.scale.value()
+        self._scale_at_backward = self._scale.value()
         if self._sampler.due(self.step + 1):
             self._sampler.see_gradients(*self.window.gradients())
         return True
@@ -128,7 +130,7 @@ class Track:
         """Makes a step of the newest backward, where no optimizer steps."""
         whole, self.window = self.window, self.window.latest()
         self.step += 1
-        account = self._account(self.window.look(None, self._run.scale), self.step)
+        account = self._account(self.window.look(None, self._scale), self.step)
         self.window = whole
         return account
 
@@ -184,7 +186,7 @@ class Track:
         with self._run.stopwatch, torch.no_grad():
             if inside_backward():
                 self._step_inside_backward()
-            self._run.scale.settle_whose(optimizer)
+            self._scale.settle_whose(optimizer)
             if not self.last_window:
                 check_window(self.label, self.window.micro_batches, self._options.accumulate)
             if loss is not None:
@@ -193,10 +195,10 @@ class Track:
             if sampled:
                 self._sampler.see_weights(self.window.indices, self._parameters())
             ride = self._sampler.exchange if sampled else _no_ride
-            self._settled = self.window.look(optimizer, self._run.scale, ride)
+            self._settled = self.window.look(optimizer, self._scale, ride)
             self._verdict = self._judge(self._settled, LossScale.found_inf(optimizer))
             if self._verdict.outcome == "applied":
-                left = self._run.scale.left_in(optimizer)
+                left = self._scale.left_in(optimizer)
                 self._settled = self._require_control().clip(self.window, self._settled, left)
                 if sampled:
                     self._sampler.before_step(self._parameters())
@@ -220,7 +222,7 @@ class Track:
         with self._run.stopwatch, torch.no_grad():
             settled = self._settled
             if settled is None:  # the optimizer never called the closure that it was given
-                settled = self.window.look(optimizer, self._run.scale)
+                settled = self.window.look(optimizer, self._scale)
             self.step += 1
             self.stepping = False
             if self.control is not None:
@@ -234,10 +236,13 @@ class Track:
         """Tells whether the optimizer holds any of some parameters."""
         return not set(indices).isdisjoint(self.window.indices)
 
+    def _may_be_left_out(self) -> bool:
+        return self.optimizer is not None and self._scale.active
+
     @property
     def left_out_by_scaler(self) -> bool:
         """Whether a scaler has lowered its scale since the last backward: its step was left out."""
-        return self._run.scale.lowered_since(self._scale_at_backward)
+        return self._scale.lowered_since(self._scale_at_backward)
 
     def abandon_window(self, left_out: bool) -> None:
         """Records the step of a window that a scaler left out without calling the optimizer.

@@ -49,7 +49,8 @@ class AdaGC:
     λ_abs is in the unit of the gradients; with ``math.inf``, nothing is clipped in the warm-up and
     the rule is independent of the scale of the loss. A norm of zero says nothing about a parameter:
     it enters no average. A parameter whose first gradient comes late is left alone that time, and
-    its norm starts the average. A step with a norm that is not finite changes nothing.
+    its norm starts the average. A step with a norm that is not finite, or with none but zeros, is
+    no step for the rule.
 
     Attributes:
         lambda_rel: How many times its average a parameter's norm may be; positive, 1 or more.
@@ -108,7 +109,7 @@ class AdaGC:
 
     def _on_host(self, norms: Tensor, averages: Tensor, dtype: torch.dtype) -> ClipDecision:
         state, steps = self._state, int(self._state.steps)
-        if not math.isfinite(norms.sum().item()) and not bool(torch.isfinite(norms).all()):
+        if not bool(_says_something(norms)):
             return ClipDecision()
         warm = steps < self.warmup
         rule = self._together if warm else self._apart
@@ -122,7 +123,7 @@ class AdaGC:
     def _on_device(self, norms: Tensor, averages: Tensor, dtype: torch.dtype) -> ClipDecision:
         state = self._state
         steps = torch.as_tensor(state.steps, device=norms.device)
-        keep, warm = torch.isfinite(norms).all(), steps < self.warmup
+        keep, warm = _says_something(norms), steps < self.warmup
         together, apart = self._together(norms, averages), self._apart(norms, averages)
         factors, new = (torch.where(warm, *pair) for pair in zip(together, apart, strict=True))
         state.averages = torch.where(keep, new, averages)
@@ -173,3 +174,8 @@ class AdaGC:
         averages, own = state["averages"], self._state
         own.steps = int(state["steps"])
         own.averages = None if averages is None else torch.tensor(averages, dtype=torch.float64)
+
+
+def _says_something(norms: Tensor) -> Tensor:
+    """Tells, bool ``[]``, whether all norms are finite and not all are zero."""
+    return torch.isfinite(norms).all() & (norms > 0).any()

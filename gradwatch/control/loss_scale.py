@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from types import FrameType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,14 +31,14 @@ class LossScale:
     def look_once(self) -> None:
         """Looks for the scaler of the loop, in the first backward, where none was given.
 
-        One that has scaled something by then is taken for it until an optimizer steps; that tells
-        for certain.
+        One that has scaled something by then, and that the code which called the backward has at
+        hand, is taken for it until an optimizer steps; that tells for certain.
         """
         if self._looked:
             return
         self._looked = True
         self._candidates = [scaler for scaler in _scalers() if scaler._scale is not None]
-        self._scaler = _nearest(self._candidates, sys._getframe())
+        self._scaler = _at_hand(self._candidates, sys._getframe())
 
     def settle_whose(self, optimizer: Optimizer) -> None:
         """Keeps the scaler that unscales the gradients of a step, and forgets all others.
@@ -107,20 +107,18 @@ def _scalers() -> list[torch.amp.GradScaler]:
     return [scaler for scaler in objects if scaler.is_enabled()]
 
 
-def _nearest(
+def _at_hand(
     scalers: list[torch.amp.GradScaler], frame: FrameType | None
 ) -> torch.amp.GradScaler | None:
-    """Picks the one that the code which called the backward has at hand, if there are several."""
-    while frame is not None and len(scalers) > 1:
-        values = [
-            *frame.f_locals.values(),
-            *getattr(frame.f_locals.get("self"), "__dict__", {}).values(),
-        ]
+    """Picks the one that the code which called the backward has at hand; None if it has none."""
+    while frame is not None and scalers:
+        own: dict[str, Any] = getattr(frame.f_locals.get("self"), "__dict__", {})
+        values = [*frame.f_locals.values(), *own.values(), *frame.f_globals.values()]
         held = [scaler for scaler in scalers if any(value is scaler for value in values)]
         if held:
             return held[0] if len(held) == 1 else None
         frame = frame.f_back
-    return scalers[0] if len(scalers) == 1 else None
+    return None
 
 
 def _serves(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:

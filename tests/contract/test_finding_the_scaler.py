@@ -57,3 +57,14 @@ def test_of_several_the_serving_one_counts():
     other = torch.amp.GradScaler("cpu", init_scale=512.0)
     other.scale(torch.ones(()))
     assert _train(False, passed=False)["loss_scale"].tolist() == [1024.0] * STEPS
+
+
+def test_without_an_optimizer_none_is_taken():
+    """Where nothing steps, nobody can tell whether a scaler is in use: the norms stay as they are."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.ones(()))
+    x = torch.ones(1, requires_grad=True)
+    with gradwatch.watch({"x": x}) as watcher:
+        (3 * x).sum().backward()
+    assert watcher.last.grad_norm == 3.0
+    assert watcher.last.loss_scale == 1.0
