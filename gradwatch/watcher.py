@@ -391,8 +391,9 @@ def watch(
         exploding_norm: A total norm above it is an ``exploding`` event; None for no limit.
         skip_spikes: Leaves a step out whose norm is so many deviations above the usual, as
             ``on_nonfinite="skip"`` does; ``"auto"`` for 6, None to take all.
-        max_consecutive_skips: How many steps in a row gradwatch may leave out; one more raises
-            :class:`~gradwatch.NonFiniteGradientError`.
+        max_consecutive_skips: How many steps in a row gradwatch may leave out. One more with a NaN
+            or Inf raises :class:`~gradwatch.NonFiniteGradientError`; one more that is finite is
+            taken: so many outliers in a row are a rise that lasts.
 
     Returns:
         The watcher, to be used in a ``with`` statement.

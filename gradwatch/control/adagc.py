@@ -109,7 +109,8 @@ class AdaGC:
 
     def _on_host(self, norms: Tensor, averages: Tensor, dtype: torch.dtype) -> ClipDecision:
         state, steps = self._state, int(self._state.steps)
-        if not bool(_says_something(norms)):
+        # The sum tells at once, unless finite norms overflow it.
+        if not (0.0 < norms.sum().item() < math.inf or bool(_says_something(norms))):
             return ClipDecision()
         warm = steps < self.warmup
         rule = self._together if warm else self._apart

@@ -81,6 +81,8 @@ class Judge:
         self._spikes = spikes
         self._most_in_a_row = most_in_a_row
         self.in_a_row = 0
+        self._last_skip: Outcome = "skipped_nonfinite"
+        self._fresh_spikes = {} if spikes is None else spikes.state_dict()
 
     @property
     def may_refuse(self) -> bool:
@@ -103,8 +105,6 @@ class Judge:
             TooManySkipsError: If this step would be one too many in a row to leave out.
         """
         if by_flag and not settled.after.total.at_hand and self._on_nonfinite != "raise":
-            if self.in_a_row > self._most_in_a_row:
-                raise TooManySkipsError
             return self._by_flag(settled, found_inf)
         waits = self._on_nonfinite != "record" or self._spikes is not None
         if not waits and isinstance(found_inf, Reading) and not found_inf.at_hand:
@@ -113,7 +113,10 @@ class Judge:
             return Verdict("skipped_scaler")
         outcome = self._outcome(settled) if waits else "applied"
         if outcome in OURS and self.in_a_row >= self._most_in_a_row:
-            raise TooManySkipsError
+            if outcome == "skipped_nonfinite":
+                raise TooManySkipsError
+            self._accept_the_new_level()
+            return Verdict()
         return Verdict(outcome)
 
     def note(self, outcome: Outcome) -> None:
@@ -126,6 +129,7 @@ class Judge:
             self.in_a_row = 0
         elif outcome in OURS:
             self.in_a_row += 1
+            self._last_skip = outcome
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs to decide the same."""
@@ -146,7 +150,17 @@ class Judge:
             return "skipped_policy"
         return "applied"
 
+    def _accept_the_new_level(self) -> None:
+        """Forgets the usual norm: so many outliers in a row are a rise that lasts, no spike."""
+        if self._spikes is not None:
+            self._spikes.load_state_dict(self._fresh_spikes)
+        self.in_a_row = 0
+
     def _by_flag(self, settled: Settled, found_inf: Number) -> Verdict:
+        if self.in_a_row >= self._most_in_a_row and self._last_skip == "skipped_policy":
+            self._accept_the_new_level()
+        elif self.in_a_row > self._most_in_a_row:
+            raise TooManySkipsError
         norm = settled.true_norm()
         nonfinite: Number = 0.0
         spike: Number = 0.0

@@ -1,6 +1,6 @@
 """Where a rule computes: on the host with Python floats, or on a device with tensors ``[]``.
 
-A rule is written once, with the functions of a place. On the host they take about a hundredth of
+A rule is written once, with the functions of a place. On the host they take about a twentieth of
 the time; on a device they never wait for it.
 """
 

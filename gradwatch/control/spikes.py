@@ -37,8 +37,8 @@ class SpikeRule:
         ValueError: If it is not positive, or another word.
 
     References:
-        The rule of OLMo 2 (2025, arXiv 2501.00656) skips at six standard deviations, which a spike
-        in the window inflates; median and MAD are immune to that.
+        allenai/OLMo-core, ``optim/skip_step_optimizer.py``, skips at six standard deviations, which
+        a spike in the window inflates; median and MAD are immune to that.
 
     Example:
         >>> import torch

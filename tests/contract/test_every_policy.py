@@ -155,3 +155,22 @@ def test_spikes_are_left_out(skip_spikes):
     _, expected = train([step for step in range(STEPS) if step != 30])
     assert all(map(torch.equal, weights, expected))
     assert steps.index[steps["outcome"] == "skipped_policy"].tolist() == [31]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at hand", "late"])
+def test_a_rise_that_lasts_is_no_spike(late):
+    """After ten outliers in a row the new level is the usual one, and the run goes on."""
+    x = torch.ones(1, requires_grad=True)
+    optimizer = torch.optim.AdamW([x], fused=late)
+    with (
+        late_readings() if late else contextlib.nullcontext(),
+        gradwatch.watch({"x": x}, optimizer, skip_spikes="auto") as watcher,
+    ):
+        for step in range(90):
+            ((1.0 + 0.1 * (step % 3)) * (30.0 if step >= 40 else 1.0) * x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    outcomes = watcher.history.steps()["outcome"].tolist()
+    skipped = [number for number, outcome in enumerate(outcomes) if outcome != "applied"]
+    assert skipped == list(range(40, 40 + len(skipped)))
+    assert 10 <= len(skipped) <= 12
