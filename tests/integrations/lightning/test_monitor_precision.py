@@ -33,3 +33,21 @@ def test_overflow_under_a_scaler_is_a_skipped_step(kit):
 
     outcomes = monitor.history.steps().outcome.tolist()
     assert outcomes == ["applied", "skipped_scaler", "applied", "applied"]
+
+
+@pytest.mark.parametrize("options", [{"clip": 0.05}, {"clip": "auto", "skip_spikes": "auto"}])
+def test_a_fused_optimizer_can_be_clipped(kit, options):
+    """float16, a fused optimizer and a clip: the Trainer itself refuses that, the monitor does it."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    monitor = GradientMonitor(**options)
+    module = kit.Net(lambda parameters: torch.optim.AdamW(parameters, lr=0.05, fused=True))
+
+    kit.trainer(monitor, plugins=[plugin]).fit(module, kit.loader(4))
+
+    steps = monitor.history.steps()
+    assert steps["loss_scale"].tolist() == [1024.0] * 4
+    assert (steps["outcome"] == "applied").all()
+    if options["clip"] == 0.05:
+        assert steps["clipped"].all()
+        assert steps["grad_norm_clipped"].tolist() == pytest.approx([0.05] * 4, rel=1e-3)
