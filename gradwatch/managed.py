@@ -16,6 +16,11 @@ NO_OPTIMIZER = (
     "watcher.{call}() needs to know the optimizer, but none was named. Write "
     "watch(model, optimizer, ...)."
 )
+NOTHING_ARRIVED = (
+    "watcher.backward(loss) left no gradient in any parameter of the optimizer: the loss does not "
+    "depend on them, or the backward ran where its hooks cannot be seen (compiled autograd). "
+    "Check that the loss was computed by this model, and run the backward uncompiled."
+)
 WINDOW_FULL = (
     "watcher.backward() was called for micro-batch {next}, but the window of {wanted} "
     "(watch(accumulate={wanted})) is full. Call watcher.step() after every watcher.backward(): it "
@@ -52,10 +57,13 @@ class ManagedLoop:
             self._first_weight = checked
         shared = self._shared(loss, None if weight is None else checked)
         self.weight = checked
+        before = sum(track.window.micro_batches for track in tracks)
         try:
             self._scaled(shared).backward()  # type: ignore[no-untyped-call]
         finally:
             self.weight = 1.0
+        if sum(track.window.micro_batches for track in tracks) == before == 0:
+            raise RuntimeError(NOTHING_ARRIVED)
         for track in tracks:
             if track.window.micro_batches:
                 track.add_loss(loss, checked)

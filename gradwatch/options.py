@@ -36,7 +36,18 @@ class Options:
     @property
     def acts(self) -> bool:
         """Whether gradwatch may change the training, rather than only watch it."""
-        return self.clip is not None or bool(self.deciding)
+        return bool(self.acting)
+
+    @property
+    def acting(self) -> list[str]:
+        """The arguments by which gradwatch changes the training at an optimizer step."""
+        asked = {
+            "clip": self.clip is not None,
+            "accumulate": self.accumulate > 1,
+            "on_nonfinite": self.on_nonfinite != "record",
+            "skip_spikes": self.skip_spikes is not None,
+        }
+        return [f"{argument}=" for argument, wanted in asked.items() if wanted]
 
     @property
     def deciding(self) -> dict[str, str]:

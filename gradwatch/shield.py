@@ -13,6 +13,8 @@ from gradwatch.record.sinks import warn_safely
 
 T = TypeVar("T")
 
+UNSUPPORTED = "gradwatch stopped watching: {error} The training goes on untouched."
+
 STOPPED = (
     "gradwatch stopped watching after an error of its own, {error}. The training goes on "
     "untouched; please report this."
@@ -54,7 +56,9 @@ class Shield:
             if self._acts:
                 raise
             self._on_failure()
-            warn_safely(STOPPED.format(error=f"{type(error).__name__}: {error}"))
+            unsupported = isinstance(error, NotImplementedError)
+            text = UNSUPPORTED if unsupported else STOPPED
+            warn_safely(text.format(error=error if unsupported else _named(error)))
             return otherwise
 
 
@@ -82,3 +86,7 @@ class ShieldedListener:
     def finish(self, optimizer: Optimizer) -> None:
         """The step is over."""
         self._shield.run(lambda: self._listener.finish(optimizer), None)
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from gradwatch.observe.arrivals import is_watched
+from gradwatch.observe.fsdp import refuse_fsdp1, reshard
 from gradwatch.observe.parameters import ParameterTable, optimizer_parameters
 
 NOT_A_MODEL = (
@@ -32,6 +33,10 @@ WATCHED_ALREADY = (
     'watch() was given "{name}", which another watcher is attached to. Leave the with block of '
     "that one (or call its close()) first."
 )
+OVERLAPPING = (
+    "watch(optimizer=) got a {optimizer} with overlap_with_ddp=True, which steps inside the "
+    "reduction of the gradients, where nobody can look at them. Build it without that argument."
+)
 FOREIGN_PARAMETERS = (
     "{optimizer} holds {foreign} of {total} parameters that are not the model's, so its gradient "
     "norm cannot be taken over the model. Pass everything that it steps, "
@@ -51,13 +56,15 @@ def parameter_table(model: nn.Module | Mapping[str, Tensor]) -> ParameterTable:
 
     Raises:
         TypeError: If the model, a name or a tensor is of another type.
-        ValueError: If a tensor is not a leaf, or none requires a gradient.
+        ValueError: If a tensor is not a leaf, none requires a gradient, or FSDP1 hides them.
     """
     if not isinstance(model, (nn.Module, Mapping)):
         raise TypeError(NOT_A_MODEL.format(value=model, kind=type(model).__name__))
     if isinstance(model, Mapping):
         for name, tensor in model.items():
             _check_entry(name, tensor)
+    refuse_fsdp1(model)
+    reshard(model)
     table = ParameterTable.of(model)
     for name, tensor in zip(table.names, table.tensors, strict=True):
         if is_lazy(tensor):
@@ -112,6 +119,8 @@ def optimizer_list(
     for position, one in enumerate(optimizers):
         if not isinstance(one, Optimizer):
             raise TypeError(_not_an_optimizer(one))
+        if getattr(one, "_overlap_with_ddp", False):
+            raise ValueError(OVERLAPPING.format(optimizer=type(one).__name__))
         if any(one is earlier for earlier in optimizers[:position]):
             raise ValueError(f"watch(optimizer=) holds the same {type(one).__name__} twice.")
         _check_parameters(one, table)

@@ -244,6 +244,10 @@ class Track:
         """Whether a scaler has lowered its scale since the last backward: its step was left out."""
         return self._scale.lowered_since(self._scale_at_backward)
 
+    def end(self) -> None:
+        """Ends the window that is open when the run ends."""
+        self.abandon_window(self.left_out_by_scaler)
+
     def abandon_window(self, left_out: bool) -> None:
         """Records the step of a window that a scaler left out without calling the optimizer.
 

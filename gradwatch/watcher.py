@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -13,22 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradwatch.control.boundary import StepBoundary
-from gradwatch.control.discovery import OptimizerDiscovery
-from gradwatch.control.in_backward import (
-    first_stepped_in_backward,
-    refuse_what_needs_all_gradients,
-)
 from gradwatch.control.loss_scale import LossScale
 from gradwatch.control.policy import ClipPolicy
-from gradwatch.control.spikes import SpikeRule
-from gradwatch.control.step_control import Rules, StepControl
-from gradwatch.control.window import Window
 from gradwatch.history import History
 from gradwatch.managed import ManagedLoop
 from gradwatch.observe.arrivals import Backward
 from gradwatch.observe.model_hooks import ModelHooks
-from gradwatch.observe.parameters import ParameterTable, optimizer_parameters
+from gradwatch.observe.parameters import ParameterTable
 from gradwatch.observe.ranks import rank
 from gradwatch.observe.shards import Shards
 from gradwatch.options import Options, check_options
@@ -40,10 +28,10 @@ from gradwatch.record.hub import SinkHub
 from gradwatch.record.sinks import Sink
 from gradwatch.record.step import StepRecord
 from gradwatch.recorder import Recorder
-from gradwatch.shield import Shield, ShieldedListener
+from gradwatch.shield import Shield
 from gradwatch.targets import check_unwatched, optimizer_list, parameter_table
-from gradwatch.track import Run, Track
-from gradwatch.unclaimed import Unclaimed
+from gradwatch.track import Run
+from gradwatch.tracks import Tracks
 
 STATE_VERSION = 2
 
@@ -75,14 +63,8 @@ class Watcher:
         self._hooks = ModelHooks(model, table, self._on_backward, self._on_arrived)
         self._run = self._make_run(table)
         self._managed = ManagedLoop(options)
-        self._shield = Shield(options.acts, self._detach)
-        self._tracks: list[Track] = []
-        self._boundaries: list[StepBoundary] = []
-        self._unclaimed: Unclaimed | None = None
-        self._discovery: OptimizerDiscovery | None = None
-        self._steps: dict[str, int] = {}
-        self._control_states: dict[str, Any] = {}
-        self._fresh_clip = {} if options.clip is None else options.clip.state_dict()
+        self._shield = Shield(options.acts, self._stop_watching)
+        self._tracks = Tracks(self._run, self._shield)
         self._state = "new"
 
     # -- life ----------------------------------------------------------------------------------
@@ -99,21 +81,9 @@ class Watcher:
         if self._state != "new":
             raise RuntimeError(ATTACHED_BEFORE)
         check_unwatched(self._run.table)
-        self._check_optimizers_in_backward()
         self._state = "attached"
         self._run.stopwatch.start()
-        watched = list(range(len(self._run.table)))
-        if self._optimizers:
-            for optimizer in self._optimizers:
-                indices = self._run.table.indices_of(optimizer_parameters(optimizer))
-                self._track(optimizer, self._window(indices))
-            watched = [index for track in self._tracks for index in track.window.indices]
-        else:
-            self._unclaimed = Unclaimed(self._run, watched, self._norm_type)
-            self._unclaimed.steps = self._steps.get("none", 0)
-            owned = set(self._run.table.positions())
-            self._discovery = OptimizerDiscovery(owned, self._on_optimizer_found)
-        self._hooks.attach(watched, self._norm_type, owned=bool(self._optimizers))
+        self._tracks.attach(self._optimizers)
         return self
 
     def close(self) -> None:
@@ -124,11 +94,8 @@ class Watcher:
         if self._state == "closed":
             return
         self._state = "closed"
-        self._detach()
-        for track in self._tracks:
-            self._shield.run(partial(track.abandon_window, track.left_out_by_scaler), None)
-        if self._unclaimed is not None and not self._tracks:
-            self._unclaimed.commit()
+        self._tracks.detach()
+        self._tracks.end()
         self._run.stopwatch.stop()
         self._run.recorder.close()
 
@@ -160,7 +127,7 @@ class Watcher:
             RuntimeError: If no optimizer was named.
             AccumulationError: If the window is full already.
         """
-        self._managed.backward(self._tracks, loss, weight)
+        self._managed.backward(self._tracks.followed, loss, weight)
 
     def step(self, last: bool = False) -> bool:
         """Steps when the window is full: unscales, measures, clips, steps and zeroes.
@@ -175,7 +142,7 @@ class Watcher:
         Raises:
             NonFiniteGradientError: If asked for by ``on_nonfinite="raise"``.
         """
-        return self._managed.step(self._tracks, last)
+        return self._managed.step(self._tracks.followed, last)
 
     # -- what is there to read -------------------------------------------------------------------
 
@@ -201,8 +168,7 @@ class Watcher:
 
     def flush(self) -> None:
         """Delivers what the sinks have not seen yet, rather than with the next batch."""
-        if self._unclaimed is not None and not self._tracks:
-            self._unclaimed.commit()
+        self._tracks.settle()
         self._run.recorder.flush()
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,16 +177,7 @@ class Watcher:
         Returns:
             Steps per optimizer and the memory of the clipping policy; not the history.
         """
-        steps = {**self._steps, **{track.label: track.step for track in self._tracks}}
-        if self._unclaimed is not None and self._unclaimed.steps:
-            steps["none"] = self._unclaimed.steps
-        self._run.recorder.receive(wait=True)
-        control = {t.label: t.control.state_dict() for t in self._tracks if t.control is not None}
-        return {
-            "version": STATE_VERSION,
-            "steps": steps,
-            "control": {**self._control_states, **control},
-        }
+        return {"version": STATE_VERSION, **self._tracks.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where the run that gave the state stopped; before or after attaching.
@@ -242,17 +199,10 @@ class Watcher:
                 f"load_state_dict() got a state of version {state.get('version')!r}, this "
                 f"gradwatch reads version {STATE_VERSION}. Pass what Watcher.state_dict() returned."
             )
-        self._steps = dict(state["steps"])
-        self._control_states = dict(state["control"])
-        for track in self._tracks:
-            self._load_into(track)
-        if self._unclaimed is not None:
-            self._unclaimed.steps = self._steps.get("none", 0)
+        self._tracks.load_state_dict(state)
 
-    def _load_into(self, track: Track) -> None:
-        track.step = self._steps.get(track.label, 0)
-        if track.control is not None and track.label in self._control_states:
-            track.control.load_state_dict(self._control_states[track.label])
+    def _stop_watching(self) -> None:
+        self._tracks.detach()
 
     # -- what the hooks call -----------------------------------------------------------------------
 
@@ -265,62 +215,7 @@ class Watcher:
     def _on_backward(self, backward: Backward) -> None:
         with self._run.stopwatch, torch.no_grad():
             self._run.stopwatch.count_arrivals(len(backward.arrived))
-            self._shield.run(lambda: self._add(backward), None)
-
-    def _add(self, backward: Backward) -> None:
-        self._run.scale.look_once()
-        thawed = self._hooks.hook_thawed()
-        if thawed:
-            backward = replace(backward, arrived=[*backward.arrived, *thawed])
-        for track in self._tracks:
-            track.add(backward, self._managed.weight)
-        if self._unclaimed is not None:
-            backward = replace(backward, freed=self._hooks.take_freed(backward.arrived))
-            self._unclaimed.add(backward, self._managed.weight, alone=not self._tracks)
-
-    def _on_optimizer_found(self, optimizer: Optimizer) -> None:
-        if self._unclaimed is None:
-            return
-        indices = self._run.table.indices_of(optimizer_parameters(optimizer))
-        if any(track.stepping and track.shares(indices) for track in self._tracks):
-            return  # an optimizer that another one calls, as SAM does: one step, not two
-        windows = [self._unclaimed.window, *(track.window for track in self._tracks)]
-        parts = [window.part(indices) for window in windows]
-        self._unclaimed.give_up(indices)
-        self._track(optimizer, max(parts, key=lambda part: len(part.arrived)))
-
-    def _track(self, optimizer: Optimizer, window: Window) -> None:
-        label = _label(optimizer, [track.label for track in self._tracks])
-        control = StepControl(optimizer, self._run.table, self._rules())
-        track = Track(label, optimizer, window, self._run, control)
-        track.on_parameters_added = self._hooks.watch_also
-        self._tracks.append(track)
-        self._load_into(track)
-        may_refuse = self._options.on_nonfinite != "record" or self._options.skip_spikes is not None
-        listener = ShieldedListener(track, self._shield)
-        self._boundaries.append(StepBoundary(optimizer, listener, may_refuse))
-
-    def _detach(self) -> None:
-        if self._discovery is not None:
-            self._discovery.remove()
-        for boundary in self._boundaries:
-            boundary.remove()
-        self._hooks.detach()
-
-    def _check_optimizers_in_backward(self) -> None:
-        table = self._run.table
-        name = first_stepped_in_backward(table.names, table.tensors)
-        if name is not None:
-            where = f', as that of "{name}" does'
-            refuse_what_needs_all_gradients(self._options.deciding, where)
-
-    def _rules(self) -> Rules:
-        options, clip = self._options, self._options.clip
-        if clip is not None and self._tracks:  # each optimizer's policy has a memory of its own
-            clip = copy.deepcopy(clip)
-            clip.load_state_dict(self._fresh_clip)
-        spikes = None if options.skip_spikes is None else SpikeRule(options.skip_spikes)
-        return Rules(clip, options.on_nonfinite, spikes, options.max_consecutive_skips)
+            self._shield.run(lambda: self._tracks.add(backward, self._managed.weight), None)
 
     # -- parts -------------------------------------------------------------------------------------
 
@@ -344,13 +239,6 @@ class Watcher:
             hooks=self._hooks,
             global_step=lambda step: step if self.global_step is None else self.global_step(),
         )
-
-    @property
-    def _norm_type(self) -> float:
-        return 2.0 if self._options.clip is None else self._options.clip.norm_type
-
-    def _window(self, indices: Sequence[int]) -> Window:
-        return Window(self._run.table, list(indices), self._norm_type, shards=self._run.shards)
 
 
 def watch(
@@ -427,9 +315,3 @@ def watch(
     table = parameter_table(model)
     check_unwatched(table)
     return Watcher(model, table, optimizer_list(optimizer, table), options)
-
-
-def _label(optimizer: Optimizer, taken: Sequence[str]) -> str:
-    name = type(optimizer).__name__
-    same = sum(label == name or label.startswith(f"{name}-") for label in taken)
-    return f"{name}-{same}" if same else name

@@ -6,13 +6,14 @@ the micro-batch. The gradient of the model's output passes all the same.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
+
+from gradwatch.observe.fsdp import fully_sharded
 
 
 class HeldBack:
@@ -33,7 +34,7 @@ class HeldBack:
         cls, model: nn.Module | Mapping[str, Tensor], on_backward: Callable[[], None]
     ) -> HeldBack | None:
         """Makes one for a model that FSDP2 shards; None for others, which need none."""
-        if not isinstance(model, nn.Module) or not any(map(_is_fully_sharded, model.modules())):
+        if not isinstance(model, nn.Module) or next(fully_sharded(model), None) is None:
             return None
         # Inside a compiled call the hook would be traced, and break the graph.
         return cls(model, on_backward) if model._compiled_call_impl is None else None
@@ -52,9 +53,3 @@ class HeldBack:
     def _tell(self, gradient: Tensor) -> None:
         if self._handle is not None:
             self._on_backward()
-
-
-def _is_fully_sharded(module: nn.Module) -> bool:
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    kind = getattr(fsdp, "FSDPModule", None)
-    return kind is not None and isinstance(module, kind)

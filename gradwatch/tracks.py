@@ -1,0 +1,192 @@
+"""Tracks: the optimizers of a run, named from the start or found at their first step."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch.optim import Optimizer
+
+from gradwatch.control.boundary import StepBoundary
+from gradwatch.control.discovery import OptimizerDiscovery
+from gradwatch.control.in_backward import (
+    first_stepped_in_backward,
+    refuse_what_needs_all_gradients,
+)
+from gradwatch.control.spikes import SpikeRule
+from gradwatch.control.step_control import Rules, StepControl
+from gradwatch.control.window import Window
+from gradwatch.observe.arrivals import Backward
+from gradwatch.observe.parameters import optimizer_parameters
+from gradwatch.record.sinks import warn_safely
+from gradwatch.shield import Shield, ShieldedListener
+from gradwatch.track import Run, Track
+from gradwatch.unclaimed import Unclaimed
+
+NEVER_ACTED = (
+    "watch({asked}) did nothing: no torch optimizer stepped the watched parameters, as where one "
+    "steps copies of them (master weights). Name the optimizer, watch(model, optimizer), to be "
+    "told what does not fit."
+)
+
+
+class Tracks:
+    """Follows every optimizer that steps the watched parameters, and what none of them steps.
+
+    Attributes:
+        followed: One for each optimizer, in the order in which they came.
+    """
+
+    def __init__(self, run: Run, shield: Shield) -> None:
+        """Follows nothing yet.
+
+        Args:
+            run: What all tracks share.
+            shield: Stands between the training and the errors of gradwatch.
+        """
+        self.followed: list[Track] = []
+        self._run = run
+        self._options = run.options
+        self._shield = shield
+        self._boundaries: list[StepBoundary] = []
+        self._unclaimed: Unclaimed | None = None
+        self._discovery: OptimizerDiscovery | None = None
+        self._steps: dict[str, int] = {}
+        self._controls: dict[str, Any] = {}
+        clip = run.options.clip
+        self._fresh_clip = {} if clip is None else clip.state_dict()
+
+    def attach(self, optimizers: Sequence[Optimizer]) -> None:
+        """Hangs hooks on the optimizers, and on the parameters that they step.
+
+        Args:
+            optimizers: Those that were named; without any they are found at their first step.
+
+        Raises:
+            ValueError: If something was asked for that such optimizers cannot have.
+        """
+        table = self._run.table
+        name = first_stepped_in_backward(table.names, table.tensors)
+        if name is not None:
+            refuse_what_needs_all_gradients(self._options.deciding, f', as that of "{name}" does')
+        watched = list(range(len(table)))
+        if optimizers:
+            for optimizer in optimizers:
+                self._follow(optimizer, self._window(self._indices(optimizer)))
+            watched = [index for track in self.followed for index in track.window.indices]
+        else:
+            self._unclaimed = Unclaimed(self._run, watched, self._norm_type)
+            self._unclaimed.steps = self._steps.get("none", 0)
+            self._discovery = OptimizerDiscovery(set(table.positions()), self._on_found)
+        self._run.hooks.attach(watched, self._norm_type, owned=bool(optimizers))
+
+    def detach(self) -> None:
+        """Takes every hook off; safe to call again."""
+        if self._discovery is not None:
+            self._discovery.remove()
+        for boundary in self._boundaries:
+            boundary.remove()
+        self._run.hooks.detach()
+
+    def add(self, backward: Backward, weight: float) -> None:
+        """Takes in a backward that has ended.
+
+        Args:
+            backward: What arrived in it.
+            weight: Weight of the micro-batch.
+        """
+        self._run.scale.look_once()
+        thawed = self._run.hooks.hook_thawed()
+        if thawed:
+            backward = replace(backward, arrived=[*backward.arrived, *thawed])
+        for track in self.followed:
+            track.add(backward, weight)
+        if self._unclaimed is not None:
+            backward = replace(backward, freed=self._run.hooks.take_freed(backward.arrived))
+            self._unclaimed.add(backward, weight, alone=not self.followed)
+
+    def settle(self) -> None:
+        """Settles that each backward was a step, where no optimizer has been found."""
+        if self._unclaimed is not None and not self.followed:
+            self._unclaimed.commit()
+
+    def end(self) -> None:
+        """Ends the windows that are open when the run ends."""
+        for track in self.followed:
+            self._shield.run(track.end, None)
+        self.settle()
+        stepped = self.followed or self._unclaimed is None or not self._unclaimed.steps
+        if self._options.acting and not stepped:
+            warn_safely(NEVER_ACTED.format(asked=" and ".join(self._options.acting)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs: steps and decisions per optimizer."""
+        steps = {**self._steps, **{track.label: track.step for track in self.followed}}
+        if self._unclaimed is not None and self._unclaimed.steps:
+            steps["none"] = self._unclaimed.steps
+        self._run.recorder.receive(wait=True)
+        tracked = [(track.label, track.control) for track in self.followed]
+        controls = {label: c.state_dict() for label, c in tracked if c is not None}
+        return {"steps": steps, "control": {**self._controls, **controls}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave, also for optimizers that are still to come."""
+        self._steps = dict(state["steps"])
+        self._controls = dict(state["control"])
+        for track in self.followed:
+            self._load_into(track)
+        if self._unclaimed is not None:
+            self._unclaimed.steps = self._steps.get("none", 0)
+
+    def _on_found(self, optimizer: Optimizer) -> None:
+        if self._unclaimed is None:
+            return
+        indices = self._indices(optimizer)
+        if any(track.stepping and track.shares(indices) for track in self.followed):
+            return  # an optimizer that another one calls, as SAM does: one step, not two
+        windows = [self._unclaimed.window, *(track.window for track in self.followed)]
+        parts = [window.part(indices) for window in windows]
+        self._unclaimed.give_up(indices)
+        self._follow(optimizer, max(parts, key=lambda part: len(part.arrived)))
+
+    def _follow(self, optimizer: Optimizer, window: Window) -> None:
+        label = _label(optimizer, [track.label for track in self.followed])
+        control = StepControl(optimizer, self._run.table, self._rules())
+        track = Track(label, optimizer, window, self._run, control)
+        track.on_parameters_added = self._run.hooks.watch_also
+        self.followed.append(track)
+        self._load_into(track)
+        may_refuse = self._options.on_nonfinite != "record" or self._options.skip_spikes is not None
+        listener = ShieldedListener(track, self._shield)
+        self._boundaries.append(StepBoundary(optimizer, listener, may_refuse))
+
+    def _load_into(self, track: Track) -> None:
+        track.step = self._steps.get(track.label, 0)
+        if track.control is not None and track.label in self._controls:
+            track.control.load_state_dict(self._controls[track.label])
+
+    def _rules(self) -> Rules:
+        options, clip = self._options, self._options.clip
+        if clip is not None and self.followed:  # each optimizer's policy has a memory of its own
+            clip = copy.deepcopy(clip)
+            clip.load_state_dict(self._fresh_clip)
+        spikes = None if options.skip_spikes is None else SpikeRule(options.skip_spikes)
+        return Rules(clip, options.on_nonfinite, spikes, options.max_consecutive_skips)
+
+    def _indices(self, optimizer: Optimizer) -> list[int]:
+        return self._run.table.indices_of(optimizer_parameters(optimizer))
+
+    @property
+    def _norm_type(self) -> float:
+        return 2.0 if self._options.clip is None else self._options.clip.norm_type
+
+    def _window(self, indices: Sequence[int]) -> Window:
+        return Window(self._run.table, list(indices), self._norm_type, shards=self._run.shards)
+
+
+def _label(optimizer: Optimizer, taken: Sequence[str]) -> str:
+    name = type(optimizer).__name__
+    same = sum(label == name or label.startswith(f"{name}-") for label in taken)
+    return f"{name}-{same}" if same else name
