@@ -1,4 +1,4 @@
-"""The table that both examples end with."""
+"""The table that all examples end with."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def print_summary(watcher: gradwatch.Watcher, logdir: Path) -> None:
         print(f"  {name:<{width}}  {value}")
     if watcher.events:
         print(f"\nFirst event: {watcher.events[0].message}")
-    print(f"\nNext, see the norms over time: {_tensorboard()} --logdir {logdir}")
+    print(f"\nNext, see the norms over time: {command('tensorboard')} --logdir {logdir}")
 
 
 def _norm_rows(steps: pd.DataFrame) -> dict[str, str]:
@@ -51,8 +51,12 @@ def _count_kinds(events: pd.DataFrame) -> str:
     return ", ".join(f"{number} {kind}" for kind, number in counts.items()) or "none"
 
 
-def _tensorboard() -> str:
-    """Names the command as it can be typed here: the environment may not be activated."""
-    if shutil.which("tensorboard"):
-        return "tensorboard"
-    return os.path.relpath(Path(sys.executable).with_name("tensorboard"))
+def command(name: str) -> str:
+    """Names a command as it can be typed here: the environment may not be activated.
+
+    Args:
+        name: The command, which comes with a package of this environment.
+    """
+    if shutil.which(name):
+        return name
+    return os.path.relpath(Path(sys.executable).with_name(name))

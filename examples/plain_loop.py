@@ -8,111 +8,18 @@ happens in practice, to show it being caught.
 from __future__ import annotations
 
 import argparse
-import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import gradwatch
+from _gpt import GPT, batch_loss, read_library, validate
 from _summary import print_summary
 from gradwatch_tensorboard import TensorBoardWriter
-
-VOCABULARY = 128  # ASCII
-CONTEXT = 64
-BATCH = 16
-WIDTH = 128
-HEADS = 4
-LAYERS = 3
-
-
-class Block(nn.Module):
-    """One transformer block: attention and a feed-forward layer, each added to its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(WIDTH)
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.project = nn.Linear(WIDTH, WIDTH)
-        self.feed_norm = nn.LayerNorm(WIDTH)
-        self.feed = nn.Sequential(
-            nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[batch, time, WIDTH]`` to the same shape; a position sees none after it."""
-        x = x + self._attend(self.attention_norm(x))
-        return x + self.feed(self.feed_norm(x))
-
-    def _attend(self, x: Tensor) -> Tensor:
-        parts = self.qkv(x).chunk(3, dim=-1)
-        query, key, value = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in parts)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.project(mixed.transpose(1, 2).flatten(2))
-
-
-class GPT(nn.Module):
-    """A language model over ASCII characters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.characters = nn.Embedding(VOCABULARY, WIDTH)
-        self.positions = nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*[Block() for _ in range(LAYERS)])
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY)
-
-    def forward(self, characters: Tensor) -> Tensor:
-        """Maps character codes ``[batch, time]`` to logits ``[batch, time, VOCABULARY]``."""
-        x = self.characters(characters) + self.positions.weight[: characters.shape[1]]
-        return self.head(self.norm(self.blocks(x)))
-
-
-def read_library() -> tuple[Tensor, Tensor]:
-    """Reads the modules of the standard library; every tenth is held out.
-
-    Returns:
-        Character codes to train on and to validate with, each ``[length]``, int64.
-    """
-    modules = sorted(Path(os.__file__).parent.glob("*.py"))
-    held_out = modules[::10]
-    return _encode(m for m in modules if m not in held_out), _encode(held_out)
-
-
-def _encode(files: Iterable[Path]) -> Tensor:
-    text = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
-    return torch.frombuffer(bytearray(text.encode("ascii", "replace")), dtype=torch.uint8).long()
-
-
-def batch_loss(model: nn.Module, text: Tensor, *, padding_only: bool = False) -> Tensor:
-    """Draws pieces of the text at random and lets the model guess each next character.
-
-    Args:
-        model: The model.
-        text: Character codes ``[length]``.
-        padding_only: Whether no character of the batch counts, as where all of it is padding. The
-            mean is 0 / 0 then, and every gradient a NaN: an everyday way to lose a model.
-
-    Returns:
-        The loss in nats per character that counts, ``[]``.
-    """
-    starts = torch.randint(len(text) - CONTEXT, (BATCH, 1))
-    pieces = text[starts + torch.arange(CONTEXT + 1)]
-    logits = model(pieces[:, :-1]).flatten(0, 1)
-    losses = F.cross_entropy(logits, pieces[:, 1:].flatten(), reduction="none")
-    counts = torch.full_like(losses, 0.0 if padding_only else 1.0)
-    return (losses * counts).sum() / counts.sum()
-
-
-@torch.no_grad()
-def validate(model: nn.Module, text: Tensor, batches: int = 20) -> float:
-    """Measures the loss on held-out text, in nats per character."""
-    return float(torch.stack([batch_loss(model, text) for _ in range(batches)]).mean())
 
 
 def train(model: nn.Module, text: Tensor, args: argparse.Namespace) -> gradwatch.Watcher:

@@ -12,9 +12,9 @@ def test_a_managed_backward_that_reaches_nothing_is_an_error():
     """A loss that does not depend on the parameters would make step() wait for ever."""
     weight, other = (nn.Parameter(torch.ones(2)) for _ in range(2))
     optimizer = torch.optim.SGD([weight], lr=0.1)
-    with gradwatch.watch({"w": weight}, optimizer, accumulate=2) as watcher:
-        with pytest.raises(RuntimeError, match="left no gradient in any parameter"):
-            watcher.backward(other.sum())
+    watcher = gradwatch.watch({"w": weight}, optimizer, accumulate=2)
+    with watcher, pytest.raises(RuntimeError, match="left no gradient in any parameter"):
+        watcher.backward(other.sum())
 
 
 @pytest.mark.parametrize("options", [{"clip": 1.0}, {"on_nonfinite": "skip"}])
@@ -23,17 +23,16 @@ def test_a_clip_that_nothing_steps_is_told_of(options):
     weight = nn.Parameter(torch.ones(2))
     master = weight.detach().clone().requires_grad_(True)
     optimizer = torch.optim.SGD([master], lr=0.1)
-    with (
-        pytest.warns(gradwatch.GradwatchWarning, match=f"{next(iter(options))}=.*did nothing"),
-        gradwatch.watch({"w": weight}, **options),
-    ):
-        for _ in range(3):
-            weight.sum().backward()
-            master.grad = weight.grad.clone()
-            optimizer.step()
-            weight.grad = None
-            with torch.no_grad():
-                weight.copy_(master)
+    watcher = gradwatch.watch({"w": weight}, **options).attach()
+    for _ in range(3):
+        weight.sum().backward()
+        master.grad = weight.grad.clone()
+        optimizer.step()
+        weight.grad = None
+        with torch.no_grad():
+            weight.copy_(master)
+    with pytest.warns(gradwatch.GradwatchWarning, match=f"{next(iter(options))}=.*did nothing"):
+        watcher.close()
 
 
 def test_an_optimizer_inside_the_reduction_is_refused():

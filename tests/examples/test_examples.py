@@ -9,25 +9,53 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("[!_]*.py"))
-FEW = {"plain_loop.py": ("--steps", "6"), "train_lightning.py": ("--epochs", "1")}
+FEW = {
+    "plain_loop.py": ("--steps", "6"),
+    "train_ddp.py": ("--steps", "6"),
+    "train_fsdp2.py": ("--steps", "6"),
+    "train_lightning.py": ("--epochs", "1"),
+}
+RANKED = ("train_ddp.py", "train_fsdp2.py")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+NEEDS_FSDP2 = pytest.mark.skipif(
+    torch.__version__ < (2, 9), reason="FSDP2 on CPUs needs torch 2.9 or newer"
+)
+MARKS = {
+    "train_ddp.py": [pytest.mark.slow],
+    "train_fsdp2.py": [pytest.mark.slow, NEEDS_FSDP2],
+}
+RUNS = [pytest.param(script, marks=MARKS.get(script, [])) for script in SCRIPTS]
+# A script for FSDP2 cannot even be read by an older torch.
+READABLE = [
+    pytest.param(script, marks=[NEEDS_FSDP2] if script == "train_fsdp2.py" else [])
+    for script in SCRIPTS
+]
 
 
-def run_example(script: str, *options: object) -> str:
-    """Runs a script with the same packages as this test, and returns what it printed."""
+def start_example(
+    script: str, *options: object, launcher: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script with the same packages as this test."""
     # The packages come from here without an install, from site-packages on the wheel in CI.
     paths = [path for path in sys.path if path and Path(path).is_dir()]
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / script, *map(str, options)],
+    return subprocess.run(
+        [sys.executable, *launcher, EXAMPLES / script, *map(str, options)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
+
+
+def run_example(script: str, *options: object) -> str:
+    """Runs a script, on two ranks if it is for several, and returns what it printed."""
+    result = start_example(script, *options, launcher=TORCHRUN if script in RANKED else ())
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -44,14 +72,14 @@ def test_every_example_is_tested() -> None:
     assert sorted(FEW) == SCRIPTS
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", READABLE)
 def test_help_names_the_options(script: str) -> None:
     """``--help`` says what can be set."""
-    output = run_example(script, "--help")
+    output = start_example(script, "--help").stdout
     assert all(option in output for option in ("--clip", "--on-nonfinite", "--logdir", "--seed"))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", RUNS)
 def test_ends_with_a_table_and_what_to_open(script: str, tmp_path: Path) -> None:
     """A run ends with the closing table, and left event files where it says."""
     logdir = tmp_path / "logs"
@@ -62,7 +90,8 @@ def test_ends_with_a_table_and_what_to_open(script: str, tmp_path: Path) -> None
     assert re.fullmatch(r"\d+% of the steps", row(output, "clipped"))
     assert row(output, "events") == "none"
     assert f"tensorboard --logdir {logdir}\n" in output
-    assert list(logdir.rglob("events.out.tfevents.*"))
+    assert len(list(logdir.rglob("events.out.tfevents.*"))) == 1
+    assert len(list(logdir.iterdir())) == 1
 
 
 @pytest.mark.slow
@@ -124,3 +153,59 @@ def test_no_clip_clips_nothing(tmp_path: Path) -> None:
     """``--clip 0`` leaves the gradients alone."""
     output = run_example("plain_loop.py", *FEW["plain_loop.py"], "--clip", 0, "--logdir", tmp_path)
     assert row(output, "clipped") == "0% of the steps"
+
+
+@pytest.mark.parametrize("script", [one for one in READABLE if one.values[0] in RANKED])
+def test_says_how_to_start_it_on_several_ranks(script: str) -> None:
+    """A script for several ranks that is started as a plain one names the command."""
+    result = start_example(script)
+    assert result.returncode == 2
+    assert f"torchrun --nproc-per-node 2 {os.path.relpath(EXAMPLES / script)}" in result.stderr
+
+
+def ranks(output: str) -> list[list[str]]:
+    """Returns the cells of the table with one line per rank."""
+    lines = re.findall(r"^  \d  .*$", output, flags=re.MULTILINE)
+    return [re.split(r"  +", line.strip()) for line in lines]
+
+
+@pytest.mark.slow
+def test_the_norm_before_the_reduction_tells_the_sick_rank(tmp_path: Path) -> None:
+    """With DDP both ranks have the NaN and skip the step; one of them had it before."""
+    output = run_example("train_ddp.py", "--steps", 4, "--poison-step", 3, "--logdir", tmp_path)
+    (_, healthy, *seen), (_, sick, *seen_too) = ranks(output)
+    assert float(healthy) > 0
+    assert sick == "nan"
+    assert seen == ["nan", "skipped_nonfinite", "nan in head.bias, micro-batch 2"]
+    assert seen_too == ["nan", "skipped_nonfinite", "nan in head.bias, micro-batch 1"]
+    assert "nan nats" not in output
+
+
+@NEEDS_FSDP2
+@pytest.mark.slow
+def test_every_rank_of_a_sharded_model_sees_the_whole(tmp_path: Path) -> None:
+    """With FSDP2 each rank holds half and records the norm of all; both skip the same step."""
+    options = ("--bf16", "--steps", 4, "--poison-step", 3, "--logdir", tmp_path)
+    output = run_example("train_fsdp2.py", *options)
+    (_, *seen), (_, *seen_too) = ranks(output)
+    assert seen == seen_too
+    assert seen[0].startswith("50% of ")
+    assert seen[-1] == "1 of 4 steps"
+    assert "nan nats" not in output
+
+
+@NEEDS_FSDP2
+@pytest.mark.slow
+def test_ddp_and_fsdp2_train_alike(tmp_path: Path) -> None:
+    """The same seed gives the same norms, whole or sharded."""
+    outputs = [run_example(s, "--steps", 6, "--seed", 3, "--logdir", tmp_path) for s in RANKED]
+    assert row(outputs[0], "median norm") == row(outputs[1], "median norm")
+    assert row(outputs[0], "largest norm") == row(outputs[1], "largest norm")
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_fails_the_run(tmp_path: Path) -> None:
+    """An error on the ranks leaves a non-zero exit status, and no rank hangs."""
+    result = start_example("train_ddp.py", "--steps", "0", "--logdir", tmp_path, launcher=TORCHRUN)
+    assert result.returncode != 0
+    assert "buffer_size" in result.stderr
