@@ -95,6 +95,7 @@ class Track:
         self._verdict = Verdict()
         self._lr: Number = math.nan
         self._scale_at_backward: Number = 1.0
+        self._generation: object = None
         self._told: set[int] = set()
         self._held_parameters = 0 if optimizer is None else len(optimizer_parameters(optimizer))
         self.on_parameters_added: Callable[[Sequence[int]], list[int]] = lambda indices: []
@@ -117,11 +118,14 @@ class Track:
         late = self._refresh()
         if late:
             backward = replace(backward, arrived=[*backward.arrived, *late])
-        if self._may_be_left_out() and self.window.discarded_before(backward):
+        if self.optimizer is None:
+            self._drop_what_a_scaler_left_out()
+        elif self._may_be_left_out(backward):
             self.abandon_window(self.left_out_by_scaler)
         if self.window.add(backward, weight) is None:
             return False
         self._scale_at_backward = self._scale.value()
+        self._generation = self._run.scale.generation()
         if self._sampler.due(self.step + 1):
             self._sampler.see_gradients(*self.window.gradients())
         return True
@@ -236,8 +240,17 @@ class Track:
         """Tells whether the optimizer holds any of some parameters."""
         return not set(indices).isdisjoint(self.window.indices)
 
-    def _may_be_left_out(self) -> bool:
-        return self.optimizer is not None and self._scale.active
+    def _drop_what_a_scaler_left_out(self) -> None:
+        """Begins a new window where a scaler has ended the one before without a step."""
+        if self._generation not in (None, self._run.scale.generation()):
+            self.window.reset()
+
+    def _may_be_left_out(self, backward: Backward) -> bool:
+        """Whether something has happened that a scaler's skip brings with it."""
+        if not self._scale.active or not self.window.filled:
+            return False
+        updated = self._scale.generation() is not self._generation
+        return updated or self.window.discarded_before(backward)
 
     @property
     def left_out_by_scaler(self) -> bool:
@@ -246,17 +259,20 @@ class Track:
 
     def end(self) -> None:
         """Ends the window that is open when the run ends."""
-        self.abandon_window(self.left_out_by_scaler)
+        self.abandon_window(self.left_out_by_scaler, together=False)
 
-    def abandon_window(self, left_out: bool) -> None:
+    def abandon_window(self, left_out: bool, together: bool = True) -> None:
         """Records the step of a window that a scaler left out without calling the optimizer.
 
         Args:
             left_out: Whether it did. Else the loop threw the gradients away, or the run ended in
                 the middle of the window: that is no step.
+            together: Whether all ranks come here at once.
         """
-        settled = self.window.unapplied(self._scale_at_backward)
-        if settled is None or not left_out:
+        if not left_out:
+            return
+        settled = self.window.unapplied(self._scale_at_backward, together)
+        if settled is None:
             return
         if self._run.shards is not None or not settled.before.finite:
             self._settled = settled

@@ -63,6 +63,13 @@ class LossScale:
         scale = self._scaler._scale
         return self._scaler.get_scale() if scale is None else reading_of(scale)
 
+    def generation(self) -> object:
+        """Returns an object that is another one after each ``update()`` of the scaler.
+
+        It costs no wait. ``update()`` begins what the scaler knows of its optimizers anew.
+        """
+        return None if self._scaler is None else self._scaler._per_optimizer_states
+
     def lowered_since(self, earlier: Number) -> bool:
         """Tells whether the scaler has lowered its scale: it has met a gradient that overflowed.
 

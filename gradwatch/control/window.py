@@ -240,19 +240,25 @@ class Window:
         # The correction has been multiplied in by now.
         return replace(settled, after=after, unit_after=number(left) * settled.correction)
 
-    def unapplied(self, loss_scale: Number) -> Settled | None:
+    def unapplied(self, loss_scale: Number, together: bool) -> Settled | None:
         """Returns the numbers of a window that no step has used, gradients gone or not.
 
         Args:
             loss_scale: The loss scale at its last backward.
+            together: Whether all ranks are here at once, and can add up the norms of their parts;
+                else those of sharded gradients are of the part of this rank.
 
         Returns:
-            Both sides of no clip, of sharded gradients for the part of this rank; None where the
-            window is empty.
+            Both sides of no clip; None where the window is empty.
         """
-        if self._before is None:
+        before = self._before
+        if before is None:
             return None
-        return Settled(self._before, self._before, loss_scale, loss_scale, loss_scale=loss_scale)
+        if self.shards is not None and together:
+            mine = Sides(before, before, self.offender, self.nonfinite)
+            agreed = agree(self.shards, mine, {}, self.norm_type)
+            before, self.offender, self.nonfinite = agreed.before, agreed.offender, agreed.nonfinite
+        return Settled(before, before, loss_scale, loss_scale, loss_scale=loss_scale)
 
     def _correction(self) -> float:
         """Returns the factor that turns a sum over the window into its weighted mean."""

@@ -21,7 +21,8 @@ class LocalNorms:
     A reducer works on copies and writes the result into the gradients at the end of the backward:
     until then one batched pass sees all of them. With ``gradient_as_bucket_view=True`` a gradient
     may be reduced as soon as it is there, and with ``static_graph=True`` the first reduction runs
-    before anything else at the end: there each is measured by itself as it arrives.
+    before anything else at the end: there, and where it is sparse, each is measured by itself as it
+    arrives.
     """
 
     def __init__(self, wrappers: Sequence[DistributedDataParallel], table: ParameterTable) -> None:
@@ -32,7 +33,8 @@ class LocalNorms:
             table: The watched parameters.
         """
         self._table = table
-        self._indices = [(ddp, table.indices_of(ddp.module.parameters())) for ddp in wrappers]
+        self._at_once = [(ddp, table.indices_of(_reduced_at_end(ddp))) for ddp in wrappers]
+        self._one_by_one = [(ddp, table.indices_of(_reduced_early(ddp))) for ddp in wrappers]
         self._norm_type = 2.0
         self._taken: list[tuple[list[int], Tensor]] = []
         self._arriving: dict[int, Tensor] = {}
@@ -54,8 +56,8 @@ class LocalNorms:
             norm_type: The p of the norms.
         """
         self._norm_type = norm_type
-        for ddp, indices in self._indices:
-            for index in indices if _is_reduced_early(ddp) else ():
+        for ddp, indices in self._one_by_one:
+            for index in indices:
                 tensor = self._table.tensors[index]
                 if tensor.requires_grad:
                     self._handles.append(on_accumulated(tensor, partial(self._see, ddp, index)))
@@ -70,8 +72,8 @@ class LocalNorms:
         """Measures at the end of a backward, when nothing has been written back yet."""
         arrived, self._arriving = self._arriving, {}
         self._taken = [(list(arrived), torch.stack(list(arrived.values())))] if arrived else []
-        for ddp, indices in self._indices:
-            if ddp.require_backward_grad_sync and not _is_reduced_early(ddp):
+        for ddp, indices in self._at_once:
+            if ddp.require_backward_grad_sync:
                 self._measure(indices)
 
     def total(self, indices: Sequence[int]) -> Tensor | None:
@@ -102,5 +104,14 @@ class LocalNorms:
             self._arriving[index] = gradient_norms([tensor.grad], self._norm_type)[0]
 
 
-def _is_reduced_early(ddp: DistributedDataParallel) -> bool:
-    return bool(ddp.gradient_as_bucket_view or ddp.static_graph)
+def _reduced_early(ddp: DistributedDataParallel) -> list[Tensor]:
+    """Lists the parameters whose gradients may be reduced before all have arrived."""
+    if ddp.gradient_as_bucket_view or ddp.static_graph:
+        return list(ddp.module.parameters())
+    sparse = [module for module in ddp.module.modules() if getattr(module, "sparse", False)]
+    return [parameter for module in sparse for parameter in module.parameters(recurse=False)]
+
+
+def _reduced_at_end(ddp: DistributedDataParallel) -> list[Tensor]:
+    early = {id(parameter) for parameter in _reduced_early(ddp)}
+    return [parameter for parameter in ddp.module.parameters() if id(parameter) not in early]
