@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-matrix lint format bench clean
+.PHONY: help demo test test-slow test-matrix lint format bench bench-clip clean
 
 help: ## Lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ format: $(VENV)/.dev ## Rewrites the files as `make lint` wants them
 
 bench: $(VENV)/.dev ## Measures what gradwatch adds to a training step
 	$(BIN)/python benchmarks/overhead.py
+
+bench-clip: $(VENV)/.dev ## Trains through gradient spikes with every clipping policy (some 10 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/spike_recovery.py --jobs $(WORKERS)
 
 clean: ## Removes the environment and everything that was generated
 	rm -rf $(VENV) .matrix build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

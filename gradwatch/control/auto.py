@@ -41,8 +41,8 @@ class RobustClip:
     ``warmup`` norms, one of more than four times the median is scaled to the median; the first
     three pass. Norms that are zero or not finite never enter.
 
-    Why it recovers: a median does not care how far out an outlier is. A burst shorter than half a
-    window never moves it by much; a rise that lasts becomes the median after half a window, 32
+    Why it recovers: a median does not care how far out an outlier is. A burst of a third of a
+    window, 20 steps, never moves it by much; a rise that lasts becomes the median after half a window, 32
     steps, however high. Rules that follow a mean of clipped norms (ZClip) have no such bound, and
     rules with standard deviations let the second half of a burst pass. Multiplying the loss by
     any number changes no decision, for it moves all logarithms alike.
@@ -52,8 +52,8 @@ class RobustClip:
 
     Attributes:
         z_thresh: z_t, how many deviations above the median pass; positive.
-        window: How many norms are remembered. Half of it is the longest burst that is clipped,
-            and about the time in which a lasting rise is accepted.
+        window: How many norms are remembered. Half of it is about the time in which a lasting
+            rise is accepted; a burst that is to be clipped to its end must be shorter.
         warmup: How many norms there must be before their deviation is trusted.
         norm_type: The p of the norm, positive.
 

@@ -1,20 +1,18 @@
 """DistributedDataParallel in real processes: reduced norms, one decision, one writer."""
 
 import copy
-import json
 import math
-import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
 from gradwatch.testing import CapturingSink
+
+from .launch import on_ranks
 
 RANKS, STEPS, POISONED = 2, 6, 3
 
@@ -35,10 +33,8 @@ def _loss(model, rank, step, micro_batch):
     return loss * math.nan if poisoned else loss
 
 
-def _train(rank, port, bucket_view, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+def _train(bucket_view):
+    rank = dist.get_rank()
     model = DistributedDataParallel(_model(), gradient_as_bucket_view=bucket_view)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     sink = CapturingSink()
@@ -50,7 +46,7 @@ def _train(rank, port, bucket_view, folder):
             optimizer.step()
             optimizer.zero_grad(set_to_none=step % 2 == 0)
     steps = watcher.history.steps()
-    seen = {
+    return {
         "norms": steps["grad_norm"].tolist(),
         "outcomes": steps["outcome"].tolist(),
         "micro_batches": steps["micro_batches"].tolist(),
@@ -58,8 +54,6 @@ def _train(rank, port, bucket_view, folder):
         "written": len(sink.steps),
         "weights": [p.tolist() for p in model.parameters()],
     }
-    (folder / f"{rank}.json").write_text(json.dumps(seen))
-    dist.destroy_process_group()
 
 
 def _reference():
@@ -82,14 +76,9 @@ def _reference():
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["copied", "bucket_view"])
-def ranks(request, tmp_path_factory):
+def ranks(request):
     """What each rank saw."""
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_train, args=(port, request.param, folder), nprocs=RANKS)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
+    return on_ranks(_train, RANKS, bucket_view=request.param)
 
 
 def test_norms_are_the_reduced_ones_on_every_rank(ranks):

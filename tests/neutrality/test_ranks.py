@@ -1,0 +1,49 @@
+"""On several ranks: every pair of choices under DDP, FSDP2 and tensor parallelism, on every rank."""
+
+import pytest
+
+from .covering import covering_array
+from .launch import on_ranks
+from .params import every_row, pairs_slowly
+from .ranked import compare, layout_of
+from .ranked_settings import (
+    DDP,
+    DDP_FORBIDDEN,
+    FSDP,
+    FSDP_FORBIDDEN,
+    ON_FOUR_RANKS,
+    TENSOR,
+    TENSOR_FORBIDDEN,
+)
+
+STEPS = 20
+
+
+def _check(setting):
+    for seen in on_ranks(compare, layout_of(setting).ranks, setting=setting, steps=STEPS):
+        assert seen["differences"] == []
+        assert STEPS - seen["overflows"] <= seen["steps"] <= STEPS
+
+
+@pytest.mark.parametrize("setting", every_row(covering_array(DDP, DDP_FORBIDDEN)))
+def test_a_watched_ddp_training_is_bit_identical(setting):
+    """Under DistributedDataParallel each rank's whole state after 20 steps is that of the bare loop."""
+    _check(setting)
+
+
+@pytest.mark.parametrize("setting", pairs_slowly(FSDP, FSDP_FORBIDDEN))
+def test_a_watched_fsdp_training_is_bit_identical(setting):
+    """Under fully_shard each rank's shards and state after 20 steps are those of the bare loop."""
+    _check(setting)
+
+
+@pytest.mark.parametrize("setting", pairs_slowly(TENSOR, TENSOR_FORBIDDEN))
+def test_a_watched_tensor_parallel_training_is_bit_identical(setting):
+    """With matrices split over ranks each rank's state after 20 steps is that of the bare loop."""
+    _check(setting)
+
+
+@pytest.mark.parametrize("setting", every_row(ON_FOUR_RANKS))
+def test_a_watched_training_on_four_ranks_is_bit_identical(setting):
+    """On four ranks, in meshes of one and of two dimensions, nothing changes either."""
+    _check(setting)

@@ -1,0 +1,122 @@
+"""Where a record does not say what it must, given what the gradients really were."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .covering import Row
+from .double import total
+from .loop import MAX_NORM
+from .optimizers import IN_TWO_PARTS, WITH_A_CLOSURE
+
+EXACT = 1e-5  # of norms that are taken in float32
+# How far a training in that precision is from one in float64 that starts from the same weights.
+OF_PRECISION = {
+    "float32": 2e-5, "float64": 1e-6, "autocast_bf16": 5e-2, "bf16": 5e-2, "autocast_fp16": 5e-3,
+}  # fmt: skip
+OF_CHOICE = {"fp16_hook": 2e-3, "mixed": 5e-2}
+THE_SAME_ON_ALL_RANKS = (
+    "micro_batches", "weight", "grad_norm", "grad_norm_clipped", "clip_coef", "clip_threshold",
+    "clipped", "outcome", "nonfinite_parameters", "lr", "loss_scale", "parameters",
+)  # fmt: skip
+
+
+def disagreements(setting: Row, seen: Mapping[str, Any]) -> list[str]:
+    """Return what is recorded otherwise than it was, step by step, for all parameters."""
+    recorded, expected = seen["recorded"], seen["expected"]
+    steps = list(enumerate(expected, start=1))
+    if setting.get("watching", "named").startswith("found"):  # an optimizer is, once it steps
+        skipped = sum(step["outcome"] == "skipped_scaler" for step in expected)
+        steps = steps[-len(recorded) :] if len(expected) - skipped <= len(recorded) else steps
+    if len(recorded) != len(steps):
+        return [f"{len(recorded)} steps are recorded, not {len(steps)}"]
+    return [
+        f"step {number} {text}"
+        for row, (number, step) in zip(recorded, steps, strict=True)
+        for text in _of_step(setting, row, step)
+    ]
+
+
+def differences_between_ranks(ranks: list[Mapping[str, Any]]) -> list[str]:
+    """Return what the ranks recorded differently."""
+    first = ranks[0]["recorded"]
+    return [
+        f"step {number} rank {rank} {column}: {row[column]}, and {other[column]} on rank 0"
+        for rank, seen in enumerate(ranks)
+        for number, (row, other) in enumerate(zip(seen["recorded"], first, strict=True), start=1)
+        for column in THE_SAME_ON_ALL_RANKS
+        if not _equal(row[column], other[column])
+    ]
+
+
+def tolerance_of(setting: Row) -> float:
+    """Return how far a training may be from float64, relative to the norm."""
+    choices = [value for choice, value in OF_CHOICE.items() if choice in setting.values()]
+    return max([OF_PRECISION[setting.get("precision", "float32")], *choices])
+
+
+def near(number: float, wanted: float, relative: float, absolute: float = 0.0) -> bool:
+    """Return whether a number is as wanted; NaN and infinity are where they are wanted."""
+    if not math.isfinite(wanted):
+        return number == wanted or (math.isnan(number) and math.isnan(wanted))
+    return abs(number - wanted) <= max(relative * abs(wanted), absolute)
+
+
+def _of_step(setting: Row, row: Mapping[str, Any], step: Mapping[str, Any]) -> Iterator[str]:
+    for column in ("outcome", "loss_scale"):
+        if row[column] != step[column]:
+            yield f"{column}: {row[column]}, not {step[column]}"
+    yield from _of_micro_batches(setting, row["micro_batches"])
+    yield from _of_norms("the gradients", row, step["gradients"], EXACT)
+    if step["outcome"] == "applied":
+        yield from _of_norms("float64", row, step["double"], tolerance_of(setting))
+        yield from _of_clip(row, total(step["gradients"]), setting.get("own_clip", "no_clip"))
+        yield from _of_local_norm(setting, row["grad_norm_local"], total(step["local"]))
+
+
+def _of_micro_batches(setting: Row, recorded: int) -> Iterator[str]:
+    wanted = int(setting.get("micro_batches", "1"))
+    several = setting.get("optimizer") in {**WITH_A_CLOSURE, **IN_TWO_PARTS}
+    # On several ranks gradients that were thrown away without a step cannot be told from those in
+    # use: a closure's evaluations are all counted.
+    counted = {wanted * evaluations for evaluations in range(1, 10)}
+    if recorded != wanted and not ("layout" in setting and several and recorded in counted):
+        yield f"micro_batches: {recorded}, not {wanted}"
+
+
+def _of_local_norm(setting: Row, recorded: float, own: float) -> Iterator[str]:
+    wrapped = setting.get("layout", "").startswith("ddp") and setting.get("watched") != "module"
+    wanted = own if wrapped else math.nan
+    if not near(recorded, wanted, tolerance_of(setting)):
+        yield f"grad_norm_local: {recorded}, not {wanted}"
+
+
+def _of_norms(
+    whose: str, row: Mapping[str, Any], norms: Mapping[str, float], tolerance: float
+) -> Iterator[str]:
+    whole = total(norms)
+    if not near(row["grad_norm"], whole, tolerance):
+        yield f"grad_norm: {row['grad_norm']}, {whose} say {whole}"
+    if set(row["parameters"]) != set(norms):
+        yield f"parameters: {sorted(row['parameters'])}, not {sorted(norms)}"
+    for name, norm in norms.items():
+        recorded = row["parameters"].get(name, norm)
+        if not near(recorded, norm, tolerance, tolerance * whole if whole < math.inf else 0.0):
+            yield f"grad_norm of {name}: {recorded}, {whose} say {norm}"
+
+
+def _of_clip(row: Mapping[str, Any], whole: float, clip: str) -> Iterator[str]:
+    coefficient = 1.0 if clip == "no_clip" else min(1.0, MAX_NORM / (whole + 1e-6))
+    # The loop's own clip writes gradients in their own dtype, whose norms are measured again.
+    if not near(row["clip_coef"], coefficient, 1e-2 if clip == "clip" else EXACT):
+        yield f"clip_coef: {row['clip_coef']}, not {coefficient}"
+    if row["clipped"] != (coefficient < 1.0):
+        yield f"clipped: {row['clipped']} with a coefficient of {coefficient}"
+    if not near(row["grad_norm_clipped"], row["clip_coef"] * row["grad_norm"], 1e-6):
+        yield f"grad_norm_clipped: {row['grad_norm_clipped']}, not clip_coef * grad_norm"
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, Mapping):
+        return left.keys() == right.keys() and all(_equal(left[key], right[key]) for key in left)
+    return left == right or (isinstance(left, float) and near(left, right, 1e-6))

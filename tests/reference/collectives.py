@@ -1,0 +1,40 @@
+"""How often the ranks communicate, as their groups count it.
+
+Not by torch's CommDebugMode: it fails at the second backward inside it, and sees nothing of what
+DistributedDataParallel's reducer does.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from .covering import Row
+from .loop import Loop
+from .ranked import layout_of
+
+STEPS = 5
+
+
+def count(setting: Row, watched: bool, **options: Any) -> tuple[int, int]:
+    """Train on this rank; return the collectives of all its groups, and over how many meshes."""
+    loop = Loop(
+        setting, watched=watched, layout=layout_of(setting), rank=dist.get_rank(), **options
+    )
+    meshes = _meshes(loop.model)
+    groups = {dist.group.WORLD}
+    for mesh in meshes:
+        groups.update(mesh.get_group(dimension) for dimension in range(mesh.ndim))
+    before = _numbers(groups)
+    loop.run(STEPS)
+    return _numbers(groups) - before, len(meshes)
+
+
+def _meshes(model: torch.nn.Module) -> set[DeviceMesh]:
+    return {p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")}
+
+
+def _numbers(groups: set[dist.ProcessGroup]) -> int:
+    """Return the sum of the groups' sequence numbers, which every collective raises by one."""
+    return sum(group._get_sequence_number_for_group() for group in groups)

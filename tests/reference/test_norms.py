@@ -1,0 +1,54 @@
+"""In every training each record equals the float64 reference, on every rank."""
+
+import pytest
+
+from .agreement import differences_between_ranks, disagreements
+from .launch import on_ranks
+from .layouts import ALONE
+from .ranked import layout_of
+from .taught import train, train_on_rank
+from .trainings import (
+    ALONE_RECORDED,
+    DDP_RECORDED,
+    FOUR_RANKS_RECORDED,
+    FSDP_RECORDED,
+    TENSOR_RECORDED,
+)
+
+STEPS = 6
+
+
+def _check_on_ranks(setting):
+    ranks = on_ranks(train_on_rank, layout_of(setting).ranks, setting=setting, steps=STEPS)
+    assert [disagreements(setting, seen) for seen in ranks] == [[]] * len(ranks)
+    assert differences_between_ranks(ranks) == []
+
+
+@pytest.mark.parametrize("setting", ALONE_RECORDED)
+def test_the_numbers_of_one_process_equal_the_reference(setting):
+    """Norms before and after the clip, coefficients, outcomes and counts are those of the float64 model."""
+    assert disagreements(setting, train(setting, ALONE, STEPS)) == []
+
+
+@pytest.mark.parametrize("setting", DDP_RECORDED)
+def test_the_numbers_under_ddp_equal_the_reference(setting):
+    """Under DistributedDataParallel every rank records the norms of one process that has all the data."""
+    _check_on_ranks(setting)
+
+
+@pytest.mark.parametrize("setting", FSDP_RECORDED)
+def test_the_numbers_under_fsdp_equal_the_reference(setting):
+    """Under fully_shard every rank records the norms of the whole gradients, not of its shards."""
+    _check_on_ranks(setting)
+
+
+@pytest.mark.parametrize("setting", TENSOR_RECORDED)
+def test_the_numbers_of_split_matrices_equal_the_reference(setting):
+    """Under tensor parallelism every rank records the norms of the whole matrices, plain ones beside them."""
+    _check_on_ranks(setting)
+
+
+@pytest.mark.parametrize("setting", FOUR_RANKS_RECORDED)
+def test_the_numbers_on_four_ranks_equal_the_reference(setting):
+    """On four ranks, in meshes of one and of two dimensions, all record the same and the right norms."""
+    _check_on_ranks(setting)
