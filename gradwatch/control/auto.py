@@ -42,10 +42,10 @@ class RobustClip:
     three pass. Norms that are zero or not finite never enter.
 
     Why it recovers: a median does not care how far out an outlier is. A burst of a third of a
-    window, 20 steps, never moves it by much; a rise that lasts becomes the median after half a window, 32
-    steps, however high. Rules that follow a mean of clipped norms (ZClip) have no such bound, and
-    rules with standard deviations let the second half of a burst pass. Multiplying the loss by
-    any number changes no decision, for it moves all logarithms alike.
+    window, 20 steps, never moves it by much; a rise that lasts becomes the median after half a
+    window, 32 steps, however high. Rules that follow a mean of clipped norms (ZClip) have no such
+    bound, and rules with standard deviations let the second half of a burst pass. Multiplying the
+    loss by any number changes no decision, for it moves all logarithms alike.
 
     On steady norms it clips about one step in 300, however much they spread; with heavy tails, or
     norms that wander, two or three in a hundred.
