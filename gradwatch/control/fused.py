@@ -90,7 +90,7 @@ def _is_fused(optimizer: Optimizer) -> bool:
 
 def _lacks_momentum_buffer(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, torch.optim.SGD) and any(
-        group["momentum"] != 0 and optimizer.state[parameter].get("momentum_buffer") is None
+        group["momentum"] != 0 and optimizer.state.get(parameter, {}).get("momentum_buffer") is None
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.grad is not None

@@ -95,8 +95,8 @@ class Judge:
         Args:
             settled: Both sides of the clip so far.
             found_inf: What the scaler has found, above 0 for an overflow.
-            by_flag: Whether the optimizer can be told on the device to leave the step out, so that
-                nobody needs to wait for the norm.
+            by_flag: Whether the norm is not at hand and the optimizer can be told on the device to
+                leave the step out, so that nobody needs to wait for it.
 
         Returns:
             The verdict.
@@ -104,7 +104,7 @@ class Judge:
         Raises:
             TooManySkipsError: If this step would be one too many in a row to leave out.
         """
-        if by_flag and not settled.after.total.at_hand and self._on_nonfinite != "raise":
+        if by_flag and self._on_nonfinite != "raise":
             return self._by_flag(settled, found_inf)
         waits = self._on_nonfinite != "record" or self._spikes is not None
         if not waits and isinstance(found_inf, Reading) and not found_inf.at_hand:

@@ -77,7 +77,8 @@ class StepControl:
         Raises:
             TooManySkipsError: If this step would be one too many in a row to leave out.
         """
-        by_flag = self._fused is not None and self._fused.can_skip
+        late = not settled.after.total.at_hand
+        by_flag = late and self._fused is not None and self._fused.can_skip
         verdict = self.judge.judge(settled, found_inf, by_flag)
         if self._fused is not None and verdict.refusal is not None:
             self._fused.refuse(verdict.refusal)
