@@ -170,7 +170,8 @@ class Window:
         """
         mine = set(indices)
         part = Window(self.table, list(indices), self.norm_type, shards=self.shards)
-        part.filled = [(arrived & mine, w) for arrived, w in self.filled if arrived & mine]
+        kept = [(arrived, w) for arrived, w in self.filled if arrived & mine or not arrived]
+        part.filled = [(arrived & mine, w) for arrived, w in kept]
         if self.offender is not None and self.offender.index in mine:
             before = self.filled[: self.offender.micro_batch]
             number = sum(bool(arrived & mine) for arrived, _ in before)

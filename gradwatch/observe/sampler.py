@@ -120,8 +120,11 @@ class StatisticsSampler:
 
     def exchange(self, exchange: Exchange) -> None:
         """Lets the rows of sharded parameters ride along with an exchange between ranks."""
-        for part in (self._gradients, self._weights):
-            self._tickets.append({name: self._enter(exchange, part, name) for name in part.rows})
+        # Anew at each call: a closure that is evaluated several times exchanges as often.
+        self._tickets = [
+            {name: self._enter(exchange, part, name) for name in part.rows}
+            for part in (self._gradients, self._weights)
+        ]
         self._exchange = exchange
 
     def before_step(self, parameters: Sequence[Tensor]) -> None:

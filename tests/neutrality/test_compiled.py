@@ -8,6 +8,9 @@ from .loop import STEPS, Loop
 from .params import every_row
 from .state import differences
 
+# Dynamo says so of itself, with Python 3.13.0.
+pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")
+
 SETTINGS = [
     {"model": "mlp", "optimizer": "AdamW_fused", "watching": "named"},
     {"model": "mlp", "optimizer": "SAM", "watching": "found", "watched": "module"},
