@@ -1,7 +1,9 @@
 """The launcher of ranks itself: results by rank, and failures that are told, not waited for."""
 
 import os
+import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +58,24 @@ def test_a_dead_rank_is_told():
     """A rank that dies without a word fails the test with its exit code."""
     with pytest.raises(RankError, match="rank 1 died with exit code 3"):
         on_ranks(_die_on_the_second, 2)
+
+
+def _crash(folder, times):
+    """Dies of a signal on one rank, as often as asked for."""
+    crashes = len(list(Path(folder).iterdir()))
+    dist.barrier()
+    if dist.get_rank() == 1 and crashes < times:
+        (Path(folder) / str(crashes)).touch()
+        os.kill(os.getpid(), signal.SIGSEGV)
+    dist.barrier()
+    return crashes
+
+
+def test_a_crash_has_a_second_chance(tmp_path):
+    """One death of a signal may be torch's own; two in a row fail the test."""
+    assert on_ranks(_crash, 2, folder=str(tmp_path), times=1) == [1, 1]
+    with pytest.raises(RankError, match="rank 1 died with exit code -11"):
+        on_ranks(_crash, 2, folder=str(tmp_path), times=9)
 
 
 def test_a_hang_is_ended():
