@@ -31,6 +31,8 @@ from gradwatch.record.event import Event
 from gradwatch.record.step import StepRecord
 from gradwatch.recorder import Recorder
 
+NO_OPTIMIZER = "gradwatch has a bug: a track without an optimizer was stepped."
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -122,10 +124,10 @@ class Track:
             self._drop_what_a_scaler_left_out()
         elif self._may_be_left_out(backward):
             self.abandon_window(self.left_out_by_scaler)
+        self._generation = self._run.scale.generation()
         if self.window.add(backward, weight) is None:
             return False
         self._scale_at_backward = self._scale.value()
-        self._generation = self._run.scale.generation()
         if self._sampler.due(self.step + 1):
             self._sampler.see_gradients(*self.window.gradients())
         return True
@@ -157,12 +159,12 @@ class Track:
     def require_optimizer(self) -> Optimizer:
         """Returns the optimizer of a track that has one."""
         if self.optimizer is None:
-            raise RuntimeError("gradwatch has a bug: a track without an optimizer was stepped.")
+            raise RuntimeError(NO_OPTIMIZER)
         return self.optimizer
 
     def _require_control(self) -> StepControl:
         if self.control is None:
-            raise RuntimeError("gradwatch has a bug: a track without an optimizer was stepped.")
+            raise RuntimeError(NO_OPTIMIZER)
         return self.control
 
     def add_loss(self, loss: Tensor, weight: float) -> None:
@@ -242,15 +244,18 @@ class Track:
 
     def _drop_what_a_scaler_left_out(self) -> None:
         """Begins a new window where a scaler has ended the one before without a step."""
-        if self._generation not in (None, self._run.scale.generation()):
+        if self._scaler_has_updated():
             self.window.reset()
 
     def _may_be_left_out(self, backward: Backward) -> bool:
         """Whether something has happened that a scaler's skip brings with it."""
         if not self._scale.active or not self.window.filled:
             return False
-        updated = self._scale.generation() is not self._generation
-        return updated or self.window.discarded_before(backward)
+        return self._scaler_has_updated() or self.window.discarded_before(backward)
+
+    def _scaler_has_updated(self) -> bool:
+        before = self._generation
+        return before is not None and before is not self._run.scale.generation()
 
     @property
     def left_out_by_scaler(self) -> bool:

@@ -21,7 +21,7 @@ from gradwatch.observe.shards import is_sharded, local_part
 
 UNITS_OF_SHARDS = (
     "AdaptiveGradientClip looks at whole output units, but {name} is sharded over ranks, each of "
-    "which holds a part only. Use a policy of norms there, such as clip={instead}."
+    'which holds a part only. Use a policy of norms there, such as clip="auto".'
 )
 
 
@@ -102,7 +102,7 @@ class Clipping:
         for index, gradient in zip(indices, gradients, strict=True):
             weight, name = self.table.tensors[index], self.table.names[index]
             if is_sharded(weight):
-                raise NotImplementedError(UNITS_OF_SHARDS.format(name=name, instead='"auto"'))
+                raise NotImplementedError(UNITS_OF_SHARDS.format(name=name))
             true = gradient if left == 1.0 else gradient / left
             factors = rule.coefficient(name, true, local_part(weight.detach()))
             if factors is not None:
