@@ -1,10 +1,13 @@
 """gradwatch: know what the gradients do while a PyTorch model trains."""
 
+from gradwatch.control.accumulate import AccumulatePolicy
+from gradwatch.control.accumulate_by_noise_scale import AccumulateByNoiseScale
 from gradwatch.control.adagc import AdaGC
 from gradwatch.control.agc import AdaptiveGradientClip
 from gradwatch.control.auto import RobustClip
 from gradwatch.control.autoclip import AutoClip
 from gradwatch.control.clip import ClipByNorm, ClipByValue
+from gradwatch.control.noise_scale import NoiseScale
 from gradwatch.control.policy import ClipDecision, ClipPolicy
 from gradwatch.control.zclip import ZClip
 from gradwatch.errors import AccumulationError, NonFiniteGradientError
@@ -18,6 +21,8 @@ from gradwatch.watcher import Watcher, watch
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccumulateByNoiseScale",
+    "AccumulatePolicy",
     "AccumulationError",
     "AdaGC",
     "AdaptiveGradientClip",
@@ -29,6 +34,7 @@ __all__ = [
     "Event",
     "GradwatchWarning",
     "History",
+    "NoiseScale",
     "NonFiniteGradientError",
     "RecordBatch",
     "RobustClip",

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from gradwatch.control.judge import Outcome, Verdict
+from gradwatch.control.noise_sample import NoiseSample
+from gradwatch.control.noise_scale import NoiseScaleEstimator, noise_terms
 from gradwatch.control.settled import Settled
 from gradwatch.explain import detectors
 from gradwatch.observe.offender import Look, Offender
@@ -39,6 +41,7 @@ class Facts:
         missing: Parameters that received no gradient, for the first time.
         local: The norm of this rank's own gradients before the reduction, in the unit of the
             measurement before the clip; None where there is none.
+        noise: What the micro-batches tell about the noise; None where it is nothing.
         sample: Further statistics.
     """
 
@@ -47,27 +50,29 @@ class Facts:
     time_s: float
     global_step: int
     micro_batches: int
-    weight: float
+    weight: Number
     settled: Settled
     verdict: Verdict
     offender: Offender | None = None
     nonfinite: int = 0
     late: Sequence[Look] = ()
-    losses: Sequence[tuple[Number, float]] = ()
+    losses: Sequence[tuple[Number, Number]] = ()
     lr: Number = math.nan
     missing: Sequence[int] = ()
     local: Reading | None = None
+    noise: NoiseSample | None = None
     sample: Sample = field(default_factory=Sample)
 
     def readings(self) -> list[Reading]:
         """Lists the numbers that must have arrived before the step can be written down."""
-        singles = [self.lr, self.local, *(loss for loss, _ in self.losses)]
+        singles = [self.lr, self.local, self.weight, *(one for pair in self.losses for one in pair)]
         looks = [r for look in self.late for r in (look.measurement.norms, look.measurement.total)]
         readings = [
             *self.settled.readings(),
             *self.verdict.readings(),
             *(one for one in singles if isinstance(one, Reading)),
             *looks,
+            *(() if self.noise is None else self.noise.readings()),
             *self.sample.readings(),
         ]
         return list({id(reading): reading for reading in readings}.values())
@@ -82,6 +87,7 @@ class Account:
         table: ParameterTable,
         exploding_norm: float | None,
         note: Callable[[Outcome], None] | None = None,
+        noise: NoiseScaleEstimator | None = None,
     ) -> None:
         """Sends for the numbers.
 
@@ -90,7 +96,9 @@ class Account:
             table: The names of the parameters.
             exploding_norm: A norm above it is an event; None for no limit.
             note: Told what became of the step, once that is known.
+            noise: Told what the micro-batches say about the noise; None where nothing is.
         """
+        self._noise = noise
         self._note = note
         self._facts = facts
         self._table = table
@@ -115,6 +123,7 @@ class Account:
         facts, settled = self._facts, self._facts.settled
         offender, nonfinite = self._offender()
         record = self._record(nonfinite)
+        self._add_noise_scale(record)
         before, after = settled.before, settled.after
         norms = before.norms.array()
         if settled.before_scale != 1.0:
@@ -148,7 +157,7 @@ class Account:
             optimizer=facts.optimizer,
             time_s=facts.time_s,
             micro_batches=facts.micro_batches,
-            weight=facts.weight,
+            weight=number(facts.weight),
             grad_norm=settled.grad_norm,
             grad_norm_clipped=settled.grad_norm_clipped,
             grad_norm_local=math.nan
@@ -165,6 +174,18 @@ class Account:
             global_step=facts.global_step,
         )
 
+    def _add_noise_scale(self, record: StepRecord) -> None:
+        estimator, sample = self._noise, self._facts.noise
+        if estimator is None:
+            return
+        if sample is not None and record.outcome == "applied":
+            small, large = number(sample.small), number(sample.large)
+            terms = noise_terms(sample.small_norm_sq(), small, record.grad_norm**2, large)
+            estimator.update(*terms, sample.batch(), number(sample.per_micro_batch))
+        if estimator.updates:
+            noise = estimator.read()
+            record.noise_scale, record.noise_scale_stderr = noise.b_simple, noise.stderr
+
     def _events(self, record: StepRecord, offender: Offender | None) -> tuple[Event, ...]:
         before, table, limit = self._facts.settled.before, self._table, self._exploding_norm
         events = []
@@ -179,6 +200,7 @@ class Account:
         return (*events, *detectors.no_gradient_events(record, self._facts.missing, table))
 
 
-def _mean(losses: Sequence[tuple[Number, float]]) -> float:
-    total = sum(weight for _, weight in losses)
-    return sum(number(loss) * weight for loss, weight in losses) / total if total else math.nan
+def _mean(losses: Sequence[tuple[Number, Number]]) -> float:
+    total = sum(number(weight) for _, weight in losses)
+    weighed = (number(loss) * number(weight) for loss, weight in losses)
+    return sum(weighed) / total if total else math.nan

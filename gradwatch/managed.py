@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from gradwatch.control.clip import check_positive
+from gradwatch.control.gradient_sync import GradientSync
+from gradwatch.control.splitting import split_batch
 from gradwatch.errors import AccumulationError
-from gradwatch.options import Options
+from gradwatch.observe.readings import Number, is_at_hand, number_of, operand, reading_of
+from gradwatch.run import Run
 from gradwatch.track import Track
 
 NO_OPTIMIZER = (
@@ -22,69 +28,217 @@ NOTHING_ARRIVED = (
     "Check that the loss was computed by this model, and run the backward uncompiled."
 )
 WINDOW_FULL = (
-    "watcher.backward() was called for micro-batch {next}, but the window of {wanted} "
-    "(watch(accumulate={wanted})) is full. Call watcher.step() after every watcher.backward(): it "
+    "watcher.{call}() was called for micro-batch {next}, but the window of {wanted} "
+    "(watch(accumulate={wanted})) is full. Call watcher.step() after every micro-batch: it "
     "steps when the window is full, and returns False until then."
 )
+WEIGHT = (
+    "watcher.backward(weight=) must be a finite number of at least 0, got {weight!r}. Pass the "
+    "number of examples, or tokens, that the loss is the mean of."
+)
+
+
+@dataclass(slots=True)
+class Split:
+    """A batch that is run in parts; together they count as one.
+
+    Attributes:
+        parts: How many there are.
+        examples: Examples in all of them.
+        current: Examples in the one under way.
+        done: Parts whose backward is over.
+    """
+
+    parts: int
+    examples: int
+    current: int = 0
+    done: int = 0
 
 
 class ManagedLoop:
     """Accumulates, unscales, measures, clips, steps and zeroes, in that order.
 
-    Losses are divided by the number of micro-batches before their backward; what a short or a
-    weighted window lacks is multiplied in together with the clip.
+    Each loss is multiplied with its weight and divided by what the window is expected to weigh
+    before its backward; what that is off by is multiplied in together with the clip.
+
+    Attributes:
+        weight: Weight of the backward under way.
+        newest_weight: Weight of the newest one.
+        active: Whether a backward of this loop is under way.
     """
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, run: Run, sync: GradientSync | None) -> None:
         """Starts with an empty window.
 
         Args:
-            options: What the user asked for.
+            run: The run.
+            sync: Keeps micro-batches from communicating; None where they do not.
         """
-        self._options = options
-        self._first_weight = 1.0
-        self.weight = 1.0
+        self.weight: Number = 1.0
+        self.newest_weight: Number = 1.0
+        self.active = False
+        self._run = run
+        self._sync = sync
+        self._units = 0  # batches in the window, split ones counted once
+        self._split: Split | None = None
+        self._divisor: Number = 1.0
+        self._agreed: Number | None = None  # the weight of one batch, the same on all ranks
+        self._communicated = True
+        self._holds_all = False
+        self._manages = run.accumulation.checked
+
+    # -- what the loop calls ---------------------------------------------------------------------
 
     def backward(
         self, tracks: Sequence[Track], loss: Tensor, weight: float | Tensor | None
     ) -> None:
         """Runs the backward of one micro-batch; see :meth:`gradwatch.watcher.Watcher.backward`."""
-        filled, wanted = self._filled(tracks, "backward"), self._options.accumulate
-        checked = _checked_weight(weight)
-        if wanted > 1 and filled >= wanted:
-            raise AccumulationError(WINDOW_FULL.format(next=filled + 1, wanted=wanted))
-        if filled == 0:
-            self._first_weight = checked
-        shared = self._shared(loss, None if weight is None else checked)
-        self.weight = checked
-        before = sum(track.window.micro_batches for track in tracks)
-        try:
-            self._scaled(shared).backward()  # type: ignore[no-untyped-call]
-        finally:
-            self.weight = 1.0
-        if sum(track.window.micro_batches for track in tracks) == before == 0:
+        before = self._filled(tracks, "backward")
+        self._manages = True
+        if before == 0:
+            self._units = 0
+        self._check_room("backward")
+        given = self._given(weight)
+        weighs = given is not None or self._run.accumulation.micro_batches > 1
+        self.weight = self.newest_weight = 1.0 if given is None else given
+        if before == 0 and weighs:
+            self._divisor = self._expected(given)
+        self._run_backward(self._shared(loss) if weighs else loss)
+        filled = self._filled(tracks, "backward")
+        if filled == before == 0:
             raise RuntimeError(NOTHING_ARRIVED)
+        self._count(restarted=filled <= before)
         for track in tracks:
             if track.window.micro_batches:
-                track.add_loss(loss, checked)
-                if wanted > 1:
-                    track.window.expected_weight = wanted * self._first_weight
+                track.add_loss(loss, self.newest_weight)
+                track.window.divisor = self._divisor if weighs else None
 
     def step(self, tracks: Sequence[Track], last: bool) -> bool:
         """Steps when the window is full; see :meth:`gradwatch.watcher.Watcher.step`."""
-        filled = self._filled(tracks, "step")
-        if filled == 0 or (filled < self._options.accumulate and not last):
+        wanted = self._run.accumulation.micro_batches
+        if self._filled(tracks, "step") == 0:
             return False
+        if not last and (self._units < wanted or self._split is not None):
+            return False
+        self._communicate(tracks)
         stepped = [self._step(track) for track in tracks if track.window.micro_batches]
-        if self._options.scaler is not None:
-            self._options.scaler.update()
+        self._units, self._split = 0, None
+        if self._run.options.scaler is not None:
+            self._run.options.scaler.update()
         for track in tracks:
             track.require_optimizer().zero_grad()
         return any(stepped)
 
+    def micro_batches(
+        self, tracks: Sequence[Track], batch: Any, size: int, call: str = "micro_batches"
+    ) -> Iterator[Any]:
+        """Splits a batch; see :meth:`gradwatch.watcher.Watcher.micro_batches`."""
+        if self._filled(tracks, call) == 0:
+            self._units = 0
+        self._check_room(call)
+        parts = split_batch(batch, size, f"watcher.{call}")
+        return self._parts(parts, Split(len(parts), sum(count for _, count in parts)))
+
+    @contextmanager
+    def all_held_back(self) -> Iterator[None]:
+        """Has no micro-batch communicate, not even the last: the step makes up for it."""
+        self._holds_all = True
+        try:
+            yield
+        finally:
+            self._holds_all = False
+
+    # -- what happens around it ------------------------------------------------------------------
+
+    def before_forward(self) -> None:
+        """Decides whether the micro-batch that begins communicates its gradients."""
+        if self._sync is None or not torch.is_grad_enabled():
+            return
+        self._sync.restore()  # left over where a forward had no backward
+        if self._holds_all or (self._manages and not self._next_is_last):
+            self._sync.hold_back()
+
+    def after_other_backward(self) -> None:
+        """Takes note that the loop calls ``loss.backward()`` itself: the rest is up to it too.
+
+        The micro-batch may have been held back; that of a later one makes up for it.
+        """
+        self._manages = False
+        if self._sync is not None:
+            self._sync.restore()
+
+    def mark(self) -> Callable[[], None]:
+        """Returns a function that puts the progress in the window back as it is now."""
+        units, divisor = self._units, self._divisor
+
+        def put_back() -> None:
+            self._units, self._divisor, self._split = units, divisor, None
+
+        return put_back
+
+    def close(self) -> None:
+        """Leaves the flags of the model as the user had set them."""
+        if self._sync is not None:
+            self._sync.restore()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs to divide by the same."""
+        agreed = None if self._agreed is None else float(operand(self._agreed))
+        return {"agreed": agreed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave."""
+        self._agreed = state["agreed"]
+
+    # -- parts -----------------------------------------------------------------------------------
+
+    def _parts(self, parts: Sequence[tuple[Any, int]], split: Split) -> Iterator[Any]:
+        self._split = split
+        try:
+            for part, count in parts:
+                split.current = count
+                yield part
+        finally:
+            if self._split is split:  # the loop was left before the last backward
+                self._split = None
+                self._units += split.done > 0
+
+    def _run_backward(self, loss: Tensor) -> None:
+        scaler = self._run.options.scaler
+        self.active = True
+        try:
+            scaled = loss if scaler is None else scaler.scale(loss)
+            scaled.backward()  # type: ignore[no-untyped-call]
+        finally:
+            self.active, self.weight = False, 1.0
+            if self._sync is not None:
+                self._communicated = not self._sync.is_held
+                self._sync.restore()
+
+    def _count(self, restarted: bool) -> None:
+        if restarted:  # the loop has thrown away what was in the window
+            self._units = 0
+        if self._split is None:
+            self._units += 1
+            return
+        self._split.done += 1
+        if self._split.done == self._split.parts:
+            self._units += 1
+            self._split = None
+
+    def _communicate(self, tracks: Sequence[Track]) -> None:
+        """Makes up for a last backward that did not know that it was the last."""
+        if self._sync is None or self._communicated:
+            return
+        self._sync.reduce_()
+        self._communicated = True
+        for track in tracks:
+            track.window.measure_again()
+
     def _step(self, track: Track) -> bool:
-        optimizer, scaler, before = track.require_optimizer(), self._options.scaler, track.step
+        optimizer, scaler, before = track.require_optimizer(), self._run.options.scaler, track.step
         track.last_window = True
+        track.window.units = self._units
         try:
             if scaler is None:
                 optimizer.step()
@@ -97,17 +251,55 @@ class ManagedLoop:
             track.abandon_window(left_out=True)
         return track.applied
 
-    def _shared(self, loss: Tensor, weight: float | None) -> Tensor:
-        wanted = self._options.accumulate
-        if wanted == 1:
-            return loss
-        if weight is None:
-            return loss / wanted
-        return loss * (weight / (wanted * self._first_weight))
+    def _given(self, weight: float | Tensor | None) -> Number | None:
+        """Returns the weight that the user gave, or that the split knows; None for neither."""
+        if weight is not None:
+            return _checked_weight(weight)
+        return None if self._split is None else float(self._split.current)
 
-    def _scaled(self, loss: Tensor) -> Tensor:
-        scaler = self._options.scaler
-        return loss if scaler is None else scaler.scale(loss)
+    def _expected(self, given: Number | None) -> Number:
+        """Returns what the window that begins is expected to weigh, the same on every rank.
+
+        Any number would do, as the step corrects it. This one makes gradients of the size of the
+        mean, and, where all windows weigh the same, a correction of exactly 1, which costs nothing.
+        """
+        wanted = self._run.accumulation.micro_batches
+        if given is None:
+            return float(wanted)
+        batch: Number = given if self._split is None else float(self._split.examples)
+        if self._run.data_parallel is not None:
+            batch = self._agree(batch)
+        weight = operand(batch)
+        if isinstance(weight, Tensor):
+            return number_of(torch.where(weight > 0, weight, 1.0) * wanted)
+        return (weight or 1.0) * wanted
+
+    def _agree(self, weight: Number) -> Number:
+        """Has the ranks divide by one number, once and for all; the mean of what each would."""
+        ranks = self._run.data_parallel
+        if self._agreed is None and ranks is not None:
+            device = self._run.table.tensors[0].device
+            value = torch.as_tensor(operand(weight), dtype=torch.float64).reshape(1).to(device)
+            self._agreed = number_of(ranks.add_up_(value)[0] / ranks.ranks)
+        return weight if self._agreed is None else self._agreed
+
+    def _shared(self, loss: Tensor) -> Tensor:
+        weight, divisor = operand(self.newest_weight), operand(self._divisor)
+        if isinstance(weight, float) and weight == 1.0:
+            return loss / divisor
+        return loss * (weight / divisor)
+
+    @property
+    def _next_is_last(self) -> bool:
+        split = self._split
+        finishes = split is None or split.done + 1 == split.parts
+        return finishes and self._units + 1 >= self._run.accumulation.micro_batches
+
+    def _check_room(self, call: str) -> None:
+        wanted = self._run.accumulation.micro_batches
+        if wanted > 1 and self._units >= wanted:
+            text = WINDOW_FULL.format(call=call, next=self._units + 1, wanted=wanted)
+            raise AccumulationError(text)
 
     def _filled(self, tracks: Sequence[Track], call: str) -> int:
         if not tracks:
@@ -115,12 +307,13 @@ class ManagedLoop:
         return max(track.window.micro_batches for track in tracks)
 
 
-def _checked_weight(weight: float | Tensor | None) -> float:
-    if weight is None:
-        return 1.0
+def _checked_weight(weight: float | Tensor) -> Number:
     if isinstance(weight, Tensor):
+        if not is_at_hand(weight):  # to look at it would wait for the device
+            return reading_of(weight)
         weight = weight.item()
-    check_positive("watcher.backward(weight=)", weight)
-    if not math.isfinite(weight):
-        raise ValueError(f"watcher.backward(weight=) must be finite, got {weight!r}.")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise TypeError(WEIGHT.format(weight=weight))
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(WEIGHT.format(weight=weight))
     return float(weight)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from gradwatch.control.accumulate import AccumulatePolicy, accumulate_policy
 from gradwatch.control.auto import RobustClip
 from gradwatch.control.clip import ClipByNorm, ClipByValue, check_positive
 from gradwatch.control.policy import ClipPolicy
 from gradwatch.observe.statistics import STATISTICS
 from gradwatch.record.sinks import Sink
+
+Accumulate = int | str | Mapping[int, int] | Callable[[int], int] | AccumulatePolicy
+"""What ``watch(accumulate=)`` takes."""
 
 AUTO_Z = 6.0
 ON_NONFINITE = ("record", "skip", "raise")
@@ -22,7 +26,7 @@ class Options:
     """The checked arguments of :func:`gradwatch.watch`; see there for what each one means."""
 
     clip: ClipPolicy | None
-    accumulate: int
+    accumulate: AccumulatePolicy
     on_nonfinite: str
     statistics: tuple[str, ...]
     every: int
@@ -43,7 +47,7 @@ class Options:
         """The arguments by which gradwatch changes the training at an optimizer step."""
         asked = {
             "clip": self.clip is not None,
-            "accumulate": self.accumulate > 1,
+            "accumulate": self.accumulate.most != 1,
             "on_nonfinite": self.on_nonfinite != "record",
             "skip_spikes": self.skip_spikes is not None,
         }
@@ -57,7 +61,7 @@ class Options:
                 f"Clipping by the global norm (clip={self.clip!r})",
                 self.clip is not None and not isinstance(self.clip, ClipByValue),
             ),
-            "accumulate": (f"accumulate={self.accumulate}", self.accumulate > 1),
+            "accumulate": (f"accumulate={self.accumulate}", self.accumulate.most != 1),
             "on_nonfinite": (f'on_nonfinite="{self.on_nonfinite}"', self.on_nonfinite != "record"),
             "skip_spikes": (f"skip_spikes={self.skip_spikes}", self.skip_spikes is not None),
         }
@@ -67,7 +71,7 @@ class Options:
 def check_options(
     *,
     clip: float | str | ClipPolicy | None = None,
-    accumulate: int = 1,
+    accumulate: Accumulate = 1,
     on_nonfinite: str = "record",
     statistics: Iterable[str] = ("norm",),
     every: int = 1,
@@ -110,7 +114,7 @@ def check_options(
         )
     return Options(
         clip=_clip_policy(f"{caller}(clip=)", clip),
-        accumulate=_positive_int(f"{caller}(accumulate=)", accumulate),
+        accumulate=accumulate_policy(f"{caller}(accumulate=)", accumulate),
         on_nonfinite=_choice(f"{caller}(on_nonfinite=)", on_nonfinite, ON_NONFINITE),
         statistics=_statistics(f"{caller}(statistics=)", statistics),
         every=_positive_int(f"{caller}(every=)", every),

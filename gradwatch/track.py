@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,32 +20,16 @@ from gradwatch.control.step_control import StepControl
 from gradwatch.control.window import Window
 from gradwatch.explain.refusal import nonfinite_error, too_many_skips_error
 from gradwatch.observe.arrivals import Backward, inside_backward
-from gradwatch.observe.model_hooks import ModelHooks
-from gradwatch.observe.parameters import ParameterTable, optimizer_parameters
+from gradwatch.observe.parameters import optimizer_parameters
 from gradwatch.observe.readings import Number, Reading, reading_of
 from gradwatch.observe.sampler import Sample, StatisticsSampler
-from gradwatch.observe.shards import Exchange, Shards
-from gradwatch.options import Options
-from gradwatch.overhead import Stopwatch
+from gradwatch.observe.shards import Exchange
 from gradwatch.record.event import Event
 from gradwatch.record.step import StepRecord
-from gradwatch.recorder import Recorder
+from gradwatch.run import Run
+from gradwatch.weighing import Weighing
 
 NO_OPTIMIZER = "gradwatch has a bug: a track without an optimizer was stepped."
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """What all tracks of a watcher share."""
-
-    table: ParameterTable
-    shards: Shards | None
-    options: Options
-    scale: LossScale
-    recorder: Recorder
-    stopwatch: Stopwatch
-    hooks: ModelHooks
-    global_step: Callable[[int], int]
 
 
 class Track:
@@ -56,6 +40,8 @@ class Track:
         optimizer: The optimizer; None where each backward is a step.
         window: What has come since its last step.
         control: Decides about its steps.
+        weighing: What its windows weigh, and its gradient noise scale.
+        on_finished: Told of every step that is over.
         step: Its steps so far.
         stepping: Whether a step is under way.
         last_window: Set by a managed loop whose short last window is to be stepped all the same.
@@ -82,6 +68,7 @@ class Track:
         self.optimizer = optimizer
         self.window = window
         self.control = control
+        self.weighing = Weighing(run)
         self.step = 0
         self.last_window = False
         self.stepping = False
@@ -92,7 +79,7 @@ class Track:
         self._sampler = StatisticsSampler(
             run.options.statistics, run.options.every, len(run.table), run.shards
         )
-        self._losses: list[tuple[Number, float]] = []
+        self._losses: list[tuple[Number, Number]] = []
         self._settled: Settled | None = None
         self._verdict = Verdict()
         self._lr: Number = math.nan
@@ -100,6 +87,7 @@ class Track:
         self._generation: object = None
         self._told: set[int] = set()
         self._held_parameters = 0 if optimizer is None else len(optimizer_parameters(optimizer))
+        self.on_finished: Callable[[], None] = lambda: None
         self.on_parameters_added: Callable[[Sequence[int]], list[int]] = lambda indices: []
 
     @property
@@ -107,7 +95,7 @@ class Track:
         """Whether the last step was applied; waits where only the device knows."""
         return self._verdict.final() == "applied"
 
-    def add(self, backward: Backward, weight: float) -> bool:
+    def add(self, backward: Backward, weight: Number) -> bool:
         """Takes in a backward that has ended.
 
         Args:
@@ -125,7 +113,11 @@ class Track:
         elif self._may_be_left_out(backward):
             self.abandon_window(self.left_out_by_scaler)
         self._generation = self._run.scale.generation()
-        if self.window.add(backward, weight) is None:
+        before = self.window.micro_batches
+        measurement = self.window.add(backward, weight)
+        if measurement is not None or self.window.micro_batches > before:
+            self.weighing.note(self.window, weight, measurement)
+        if measurement is None:
             return False
         self._scale_at_backward = self._scale.value()
         if self._sampler.due(self.step + 1):
@@ -167,7 +159,7 @@ class Track:
             raise RuntimeError(NO_OPTIMIZER)
         return self.control
 
-    def add_loss(self, loss: Tensor, weight: float) -> None:
+    def add_loss(self, loss: Tensor, weight: Number) -> None:
         """Takes note of the loss of a micro-batch.
 
         Args:
@@ -176,6 +168,15 @@ class Track:
         """
         self._losses.append((_loss(loss), weight))
 
+    def mark(self) -> Callable[[], None]:
+        """Returns a function that puts the window back as it is now."""
+        window, losses = self.window.copy(), list(self._losses)
+
+        def put_back() -> None:
+            self.window, self._losses = window, losses
+
+        return put_back
+
     def begin(self, optimizer: Optimizer, has_closure: bool) -> None:
         """A step begins."""
         self._refresh()
@@ -183,6 +184,7 @@ class Track:
         self._require_control().withdraw()  # what is left over where the step before raised
         self._settled = None
         self._verdict = Verdict()
+        self._require_control().learning_rate.scale(self._run.accumulation.lr_factor)
         self._lr = _learning_rate(optimizer)
         if has_closure:
             self._losses = []
@@ -193,10 +195,12 @@ class Track:
             if inside_backward():
                 self._step_inside_backward()
             self._scale.settle_whose(optimizer)
-            if not self.last_window:
-                check_window(self.label, self.window.micro_batches, self._options.accumulate)
+            accumulation = self._run.accumulation
+            if accumulation.checked and not self.last_window:
+                check_window(self.label, self.window.micro_batches, accumulation.micro_batches)
             if loss is not None:
                 self._losses = [(_loss(loss), 1.0)]
+            self._losses = self.weighing.weigh(self.window, self._losses, self._scale_at_backward)
             sampled = self._sampler.due(self.step + 1)
             if sampled:
                 self._sampler.see_weights(self.window.indices, self._parameters())
@@ -235,8 +239,10 @@ class Track:
                 self.control.finish(self._verdict)
             self._run.recorder.expect(self._account(settled, self.step))
             self.window.reset()
+            self.weighing.reset()
             self._losses = []
             self._settled = None
+            self.on_finished()
 
     def shares(self, indices: Sequence[int]) -> bool:
         """Tells whether the optimizer holds any of some parameters."""
@@ -309,13 +315,14 @@ class Track:
             sample = self._sampler.after_step(
                 self.window.indices, self._parameters(), settled.unit_before
             )
+        own = self.weighing.own_norm(self.window)
         facts = Facts(
             step=step,
             optimizer=self.label,
             time_s=self._run.stopwatch.elapsed(),
             global_step=self._run.global_step(step),
             micro_batches=self.window.micro_batches,
-            weight=self.window.weight,
+            weight=self.weighing.weight(self.window),
             settled=settled,
             verdict=self._verdict,
             offender=self.window.offender,
@@ -324,17 +331,14 @@ class Track:
             losses=self._losses,
             lr=self._lr,
             missing=self._missing(),
-            local=self._local_norm(),
+            local=None if own is None else Reading(own),
+            noise=self.weighing.sample,
             sample=sample,
         )
         known = not (taken and self._verdict.readings())
         note = None if self.control is None or known else self.control.judge.note
-        return Account(facts, self._run.table, self._options.exploding_norm, note)
-
-    def _local_norm(self) -> Reading | None:
-        local = self._run.hooks.local
-        total = None if local is None else local.total(self.window.indices)
-        return None if total is None else Reading(total)
+        noise = self.weighing.noise if taken and self.optimizer is not None else None
+        return Account(facts, self._run.table, self._options.exploding_norm, note, noise)
 
     def _missing(self) -> list[int]:
         """Lists the parameters that received no gradient in the window, each once per run."""

@@ -15,16 +15,21 @@ from gradwatch.control.in_backward import (
     first_stepped_in_backward,
     refuse_what_needs_all_gradients,
 )
+from gradwatch.control.noise_scale import NoiseScale, NoiseScaleEstimator
 from gradwatch.control.spikes import SpikeRule
 from gradwatch.control.step_control import Rules, StepControl
 from gradwatch.control.window import Window
+from gradwatch.explain.accumulation import dropped_event
 from gradwatch.observe.arrivals import Backward
 from gradwatch.observe.parameters import optimizer_parameters
+from gradwatch.observe.readings import Number, number
 from gradwatch.record.sinks import warn_safely
+from gradwatch.run import Run
 from gradwatch.shield import Shield, ShieldedListener
-from gradwatch.track import Run, Track
+from gradwatch.track import Track
 from gradwatch.unclaimed import Unclaimed
 
+NO_STEP = "no optimizer has stepped yet"
 NEVER_ACTED = (
     "watch({asked}) did nothing: no torch optimizer stepped the watched parameters, as where one "
     "steps copies of them (master weights). Name the optimizer, watch(model, optimizer), to be "
@@ -55,6 +60,7 @@ class Tracks:
         self._discovery: OptimizerDiscovery | None = None
         self._steps: dict[str, int] = {}
         self._controls: dict[str, Any] = {}
+        self._noise: dict[str, Any] = {}
         clip = run.options.clip
         self._fresh_clip = {} if clip is None else clip.state_dict()
 
@@ -72,6 +78,7 @@ class Tracks:
         if name is not None:
             refuse_what_needs_all_gradients(self._options.deciding, f', as that of "{name}" does')
         watched = list(range(len(table)))
+        accumulates = self._run.accumulation.accumulates
         if optimizers:
             for optimizer in optimizers:
                 self._follow(optimizer, self._window(self._indices(optimizer)))
@@ -81,6 +88,8 @@ class Tracks:
             self._unclaimed.steps = self._steps.get("none", 0)
             self._discovery = OptimizerDiscovery(set(table.positions()), self._on_found)
         self._run.hooks.attach(watched, self._norm_type, owned=bool(optimizers))
+        if accumulates:
+            self._run.hooks.watch_added()
 
     def detach(self) -> None:
         """Takes every hook off; safe to call again."""
@@ -90,7 +99,7 @@ class Tracks:
             boundary.remove()
         self._run.hooks.detach()
 
-    def add(self, backward: Backward, weight: float) -> None:
+    def add(self, backward: Backward, weight: Number) -> None:
         """Takes in a backward that has ended.
 
         Args:
@@ -106,6 +115,23 @@ class Tracks:
         if self._unclaimed is not None:
             backward = replace(backward, freed=self._run.hooks.take_freed(backward.arrived))
             self._unclaimed.add(backward, weight, alone=not self.followed)
+        self._watch_what_is_added()
+
+    def _watch_what_is_added(self) -> None:
+        """Measures what the next backward adds, where something is there to add to."""
+        added = self._run.hooks.added
+        added.begin()
+        added.active = any(track.window.micro_batches for track in self.followed)
+
+    def noise_scale(self) -> NoiseScale:
+        """Returns the noise scale of the first optimizer; with the reason where there is none."""
+        if not self.followed:
+            return replace(NoiseScaleEstimator().read(), reason=NO_STEP)
+        weighing = self.followed[0].weighing
+        noise = weighing.noise.read()
+        if noise.updates or not weighing.silent:
+            return noise
+        return replace(noise, reason=weighing.silent)
 
     def settle(self) -> None:
         """Settles that each backward was a step, where no optimizer has been found."""
@@ -129,16 +155,40 @@ class Tracks:
         self._run.recorder.receive(wait=True)
         tracked = [(track.label, track.control) for track in self.followed]
         controls = {label: c.state_dict() for label, c in tracked if c is not None}
-        return {"steps": steps, "control": {**self._controls, **controls}}
+        noise = {track.label: track.weighing.noise.state_dict() for track in self.followed}
+        return {
+            "steps": steps,
+            "control": {**self._controls, **controls},
+            "noise": {**self._noise, **noise},
+            "window": self._window_state(),
+        }
+
+    def _window_state(self) -> dict[str, Any]:
+        windows = [track.window for track in self.followed if track.window.micro_batches]
+        if not windows:
+            return {}
+        return {
+            "micro_batches": windows[0].micro_batches,
+            "weight": float(number(windows[0].weight)),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes back what :meth:`state_dict` gave, also for optimizers that are still to come."""
         self._steps = dict(state["steps"])
         self._controls = dict(state["control"])
+        self._noise = dict(state["noise"])
+        self._report_dropped(**state["window"])
         for track in self.followed:
             self._load_into(track)
         if self._unclaimed is not None:
             self._unclaimed.steps = self._steps.get("none", 0)
+
+    def _report_dropped(self, micro_batches: int = 0, weight: float = 0.0) -> None:
+        if micro_batches:
+            step = max(self._steps.values(), default=0) + 1
+            event = dropped_event(step, micro_batches, weight)
+            self._run.recorder.note((event,))
+            warn_safely(f"gradwatch: {event.message}")
 
     def _on_found(self, optimizer: Optimizer) -> None:
         if self._unclaimed is None:
@@ -156,14 +206,26 @@ class Tracks:
         control = StepControl(optimizer, self._run.table, self._rules())
         track = Track(label, optimizer, window, self._run, control)
         track.on_parameters_added = self._run.hooks.watch_also
+        track.on_finished = lambda: self._on_finished(track)
         self.followed.append(track)
         self._load_into(track)
         may_refuse = self._options.on_nonfinite != "record" or self._options.skip_spikes is not None
         listener = ShieldedListener(track, self._shield)
         self._boundaries.append(StepBoundary(optimizer, listener, may_refuse))
 
+    def _on_finished(self, track: Track) -> None:
+        self._watch_what_is_added()
+        if track is self.followed[0]:
+            self._run.accumulation.next_window(track.step, self._noise_now)
+
+    def _noise_now(self) -> NoiseScale:
+        self._run.recorder.receive(wait=True)
+        return self.followed[0].weighing.noise.read()
+
     def _load_into(self, track: Track) -> None:
         track.step = self._steps.get(track.label, 0)
+        if track.label in self._noise:
+            track.weighing.noise.load_state_dict(self._noise[track.label])
         if track.control is not None and track.label in self._controls:
             track.control.load_state_dict(self._controls[track.label])
 

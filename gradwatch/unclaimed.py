@@ -8,7 +8,9 @@ from gradwatch.account import Account
 from gradwatch.control.window import Window
 from gradwatch.explain.refusal import nonfinite_error
 from gradwatch.observe.arrivals import Backward
-from gradwatch.track import Run, Track
+from gradwatch.observe.readings import Number
+from gradwatch.run import Run
+from gradwatch.track import Track
 
 
 class Unclaimed:
@@ -46,7 +48,7 @@ class Unclaimed:
     def steps(self, value: int) -> None:
         self._track.step = value
 
-    def add(self, backward: Backward, weight: float, alone: bool) -> None:
+    def add(self, backward: Backward, weight: Number, alone: bool) -> None:
         """Takes in a backward that has ended.
 
         Args:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
+from gradwatch.accumulation import Accumulation, check_can_be_had
+from gradwatch.batches import BatchRunner, Closure
+from gradwatch.control.gradient_sync import GradientSync
 from gradwatch.control.loss_scale import LossScale
+from gradwatch.control.noise_scale import NoiseScale
 from gradwatch.control.policy import ClipPolicy
 from gradwatch.history import History
 from gradwatch.managed import ManagedLoop
 from gradwatch.observe.arrivals import Backward
+from gradwatch.observe.data_parallel import DataParallel
 from gradwatch.observe.model_hooks import ModelHooks
 from gradwatch.observe.parameters import ParameterTable
 from gradwatch.observe.ranks import rank
 from gradwatch.observe.shards import Shards
-from gradwatch.options import Options, check_options
+from gradwatch.options import Accumulate, Options, check_options
 from gradwatch.overhead import Overhead, Stopwatch
 from gradwatch.record.batch import Layout
 from gradwatch.record.buffer import RingBuffer
@@ -28,12 +34,12 @@ from gradwatch.record.hub import SinkHub
 from gradwatch.record.sinks import Sink
 from gradwatch.record.step import StepRecord
 from gradwatch.recorder import Recorder
+from gradwatch.run import Run
 from gradwatch.shield import Shield
 from gradwatch.targets import check_unwatched, optimizer_list, parameter_table
-from gradwatch.track import Run
 from gradwatch.tracks import Tracks
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 ATTACHED_BEFORE = (
     "This watcher was attached before and holds the history of that run. Make a new one with "
@@ -59,10 +65,15 @@ class Watcher:
         """Takes checked arguments; use :func:`watch`."""
         self.global_step: Callable[[], int] | None = None
         self._options = options
+        self._model = model
         self._optimizers = list(optimizers)
         self._hooks = ModelHooks(model, table, self._on_backward, self._on_arrived)
-        self._run = self._make_run(table)
-        self._managed = ManagedLoop(options)
+        self._run = self._make_run(table, DataParallel.of(model))
+        check_can_be_had(options.accumulate, self._run.data_parallel)
+        self._sync = GradientSync.of(model, self._run.data_parallel)
+        self._managed = ManagedLoop(self._run, self._sync)
+        self._batches = BatchRunner(self._run, self._managed, model)
+        self._handles: list[RemovableHandle] = []
         self._shield = Shield(options.acts, self._stop_watching)
         self._tracks = Tracks(self._run, self._shield)
         self._state = "new"
@@ -84,6 +95,7 @@ class Watcher:
         self._state = "attached"
         self._run.stopwatch.start()
         self._tracks.attach(self._optimizers)
+        self._hook_forwards(self._model)
         return self
 
     def close(self) -> None:
@@ -94,7 +106,7 @@ class Watcher:
         if self._state == "closed":
             return
         self._state = "closed"
-        self._tracks.detach()
+        self._stop_watching()
         self._tracks.end()
         self._run.stopwatch.stop()
         self._run.recorder.close()
@@ -116,16 +128,21 @@ class Watcher:
         """Runs the backward of one micro-batch.
 
         The gradient of a window is the mean over its micro-batches, weighted where weights are
-        given: the loss must be a mean over the micro-batch, and a weight the number of its
-        examples or tokens.
+        given, and over those of all ranks: the loss must be a mean over the micro-batch, and a
+        weight the number of its examples or tokens. Of the micro-batches of a window only the last
+        one communicates its gradients.
 
         Args:
             loss: Tensor ``[]``; neither divided by the number of micro-batches nor scaled.
-            weight: Weight of the micro-batch, positive; all the same if left out.
+            weight: Weight of the micro-batch, not negative: a number, or a tensor ``[]`` on any
+                device. All the same if left out; inside :meth:`micro_batches` the number of
+                examples.
 
         Raises:
             RuntimeError: If no optimizer was named.
             AccumulationError: If the window is full already.
+            TypeError: If the weight is of another type.
+            ValueError: If it is negative or not finite.
         """
         self._managed.backward(self._tracks.followed, loss, weight)
 
@@ -143,6 +160,73 @@ class Watcher:
             NonFiniteGradientError: If asked for by ``on_nonfinite="raise"``.
         """
         return self._managed.step(self._tracks.followed, last)
+
+    def micro_batches(self, batch: Any, size: int) -> Iterator[Any]:
+        """Splits a batch into micro-batches that count as one: for what does not fit into memory.
+
+        The parts differ by one example at most. Inside the loop, :meth:`backward` weighs each by
+        its examples, so that the gradient is that of the batch at once; where a loss is a mean over
+        tokens, give it their number.
+
+        Args:
+            batch: A tensor, or tuples, lists and mappings of tensors, with the examples in
+                dimension 0.
+            size: The most examples of a micro-batch.
+
+        Returns:
+            An iterator over the micro-batches, in the structure of the batch.
+
+        Raises:
+            RuntimeError: If no optimizer was named.
+            TypeError: If the batch cannot be split, or the size is no integer.
+            ValueError: If its lengths differ, it is empty, or the size is below 1.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> with watch(model, optimizer) as watcher:
+            ...     for inputs, targets in watcher.micro_batches(
+            ...         (torch.ones(10, 4), torch.zeros(10, 1)), size=4
+            ...     ):
+            ...         watcher.backward((model(inputs) - targets).square().mean())
+            ...     stepped = watcher.step()
+            >>> watcher.last.micro_batches, watcher.last.weight
+            (3, 10.0)
+        """
+        return self._managed.micro_batches(self._tracks.followed, batch, size)
+
+    def run_batch(self, closure: Closure, batch: Any) -> Tensor:
+        """Runs forward and backward of a batch, in micro-batches that fit into memory.
+
+        When memory runs out, what the batch has changed so far is put back (gradients, buffers,
+        random numbers), the micro-batch is halved and the same batch is run again: the step has the
+        gradient that it would have had, and the size that fits is kept from then on. Over ranks all
+        do so if one must; with FSDP2 the error is raised as it came. Call :meth:`step` after it.
+
+        Args:
+            closure: Called with a micro-batch in the structure of the batch. Returns its mean loss,
+                or the pair of that and a weight, the number of its tokens say.
+            batch: As for :meth:`micro_batches`.
+
+        Returns:
+            The mean loss of the batch, detached: tensor ``[]``.
+
+        Raises:
+            RuntimeError: If no optimizer was named; the out-of-memory error itself if not even one
+                example fits.
+            TypeError: If the batch cannot be split, or the closure returns something else.
+        """
+        return self._batches.run(self._tracks.followed, closure, batch)
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """The most examples that :meth:`run_batch` runs at once; None for the whole batch."""
+        return self._batches.size
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches of the window under way, as ``watch(accumulate=)`` decides."""
+        return self._run.accumulation.micro_batches
 
     # -- what is there to read -------------------------------------------------------------------
 
@@ -162,6 +246,16 @@ class Watcher:
         return self._run.recorder.last
 
     @property
+    def noise_scale(self) -> NoiseScale:
+        """The gradient noise scale, and how many micro-batches it suggests.
+
+        That of the first optimizer's parameters; waits for numbers that are on their way. Where
+        there is none, its ``reason`` says why.
+        """
+        self._run.recorder.receive(wait=True)
+        return self._tracks.noise_scale()
+
+    @property
     def overhead(self) -> Overhead:
         """What gradwatch took so far: seconds, and their share of the wall time."""
         return self._run.stopwatch.read()
@@ -175,12 +269,22 @@ class Watcher:
         """Returns what a resumed run needs to go on, as plain numbers, strings and lists.
 
         Returns:
-            Steps per optimizer and the memory of the clipping policy; not the history.
+            Steps per optimizer, the memory of the policies, the noise scale, and how far the window
+            under way has come; neither the history nor gradients.
         """
-        return {"version": STATE_VERSION, **self._tracks.state_dict()}
+        return {
+            "version": STATE_VERSION,
+            **self._tracks.state_dict(),
+            "accumulation": self._run.accumulation.state_dict(),
+            "managed": self._managed.state_dict(),
+            "micro_batch_size": self._batches.size,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where the run that gave the state stopped; before or after attaching.
+
+        A state that was taken in the middle of a window has its progress, but not the gradients:
+        the window begins anew, and an event and a warning say what was lost.
 
         Args:
             state: What :meth:`state_dict` returned.
@@ -200,9 +304,25 @@ class Watcher:
                 f"gradwatch reads version {STATE_VERSION}. Pass what Watcher.state_dict() returned."
             )
         self._tracks.load_state_dict(state)
+        self._run.accumulation.load_state_dict(state["accumulation"])
+        self._managed.load_state_dict(state["managed"])
+        self._batches.size = state["micro_batch_size"]
 
     def _stop_watching(self) -> None:
         self._tracks.detach()
+        self._managed.close()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _hook_forwards(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+        """Hangs a hook on what communicates, to know when a micro-batch begins."""
+        modules = [] if self._sync is None else self._sync.modules
+        if modules and isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):
+            modules = [model]  # by torch.compile; inside, the hook would be compiled too
+        for module in modules:
+            if module._compiled_call_impl is None:
+                self._handles.append(module.register_forward_pre_hook(self._before_forward))
 
     # -- what the hooks call -----------------------------------------------------------------------
 
@@ -212,14 +332,19 @@ class Watcher:
             with self._run.stopwatch, torch.no_grad():
                 self._shield.run(local.take, None)
 
+    def _before_forward(self, module: nn.Module, args: object) -> None:
+        self._shield.run(self._managed.before_forward, None)
+
     def _on_backward(self, backward: Backward) -> None:
+        if not self._managed.active:
+            self._managed.after_other_backward()
         with self._run.stopwatch, torch.no_grad():
             self._run.stopwatch.count_arrivals(len(backward.arrived))
             self._shield.run(lambda: self._tracks.add(backward, self._managed.weight), None)
 
     # -- parts -------------------------------------------------------------------------------------
 
-    def _make_run(self, table: ParameterTable) -> Run:
+    def _make_run(self, table: ParameterTable, data_parallel: DataParallel | None) -> Run:
         options = self._options
         layout = Layout(
             names=table.names,
@@ -229,14 +354,17 @@ class Watcher:
         )
         buffer = RingBuffer(layout, options.buffer_size)
         sinks = options.sinks if rank() == 0 else ()  # the ranks would write the same numbers
+        recorder = Recorder(buffer, SinkHub(sinks, options.buffer_size))
         return Run(
             table=table,
             shards=Shards.of(table.tensors),
             options=options,
             scale=LossScale(options.scaler),
-            recorder=Recorder(buffer, SinkHub(sinks, options.buffer_size)),
+            recorder=recorder,
             stopwatch=Stopwatch(),
             hooks=self._hooks,
+            accumulation=Accumulation(options.accumulate, lambda event: recorder.note((event,))),
+            data_parallel=data_parallel,
             global_step=lambda step: step if self.global_step is None else self.global_step(),
         )
 
@@ -246,7 +374,7 @@ def watch(
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     *,
     clip: float | str | ClipPolicy | None = None,
-    accumulate: int = 1,
+    accumulate: Accumulate = 1,
     on_nonfinite: str = "record",
     statistics: Iterable[str] = ("norm",),
     every: int = 1,
@@ -265,7 +393,9 @@ def watch(
             found at their first step; where none ever steps, each backward counts as a step.
         clip: A maximum for the global L2 norm, ``"auto"`` to have it found, or a policy such as
             ``ClipByNorm``, ``ClipByValue`` or ``ZClip``. None leaves the gradients alone.
-        accumulate: Micro-batches per step.
+        accumulate: Micro-batches per step: a number, ``{step: number}``, a function of the step, or
+            a policy such as :class:`~gradwatch.AccumulateByNoiseScale`, which is what ``"auto"``
+            stands for.
         on_nonfinite: What to do about a gradient with NaN or Inf: ``"record"`` it, ``"skip"`` the
             step (weights and optimizer state stay as they were) or ``"raise"``
             :class:`~gradwatch.NonFiniteGradientError` before any weight changes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from gradwatch.control.settled import Settled
 from gradwatch.observe.measurement import Measurement
 from gradwatch.observe.norms import total_norm
 from gradwatch.observe.parameters import ParameterTable
-from gradwatch.observe.readings import Number, Reading, is_at_hand, number
+from gradwatch.observe.readings import Number, Reading, is_at_hand, number, operand
 from gradwatch.observe.shards import is_sharded, local_part
 
 UNITS_OF_SHARDS = (
@@ -65,7 +66,7 @@ class Clipping:
             coefficient = torch.where(finite, coefficient, 1.0)
         if coefficient is not None and scope != "global":
             if settled.correction != 1.0:
-                scale_(gradients, settled.correction)
+                scale_(gradients, operand(settled.correction))
             factors = self.scopes.for_gradients(settled, scope, coefficient)
             scale_each_(gradients, factors)
             settled = _with_factors(settled, factors, self.policy)
@@ -86,15 +87,26 @@ class Clipping:
         self, gradients: list[Tensor], settled: Settled, coefficient: Tensor | None
     ) -> Settled:
         factor = 1.0 if coefficient is None else _number(coefficient)
+        whole: float | Tensor | None = None  # what is left to multiply the gradients with
         if settled.correction != 1.0:
-            exact = factor.tensor if isinstance(factor, Reading) else factor
-            scale_(gradients, exact * settled.correction)
+            whole = operand(factor) * operand(settled.correction)
         elif coefficient is not None and factor != 1.0:
-            if self.fused is not None and self.fused.can_scale and factor != 0.0:
-                self.fused.scale(coefficient)
+            whole = coefficient
+        if whole is not None:
+            if self.fused is not None and factor != 0.0 and self._scales(gradients, settled):
+                self.fused.scale(whole, gradients[0].device)
             else:
-                scale_(gradients, coefficient)
+                scale_(gradients, whole)
         return replace(settled, coefficient=factor)
+
+    def _scales(self, gradients: list[Tensor], settled: Settled) -> bool:
+        """Tells whether the optimizer can be left to scale the gradients.
+
+        It takes a float32 factor: near enough for a clip, not for a mean in double precision.
+        """
+        if self.fused is None or not self.fused.can_scale:
+            return False
+        return settled.correction == 1.0 or torch.float64 not in set(map(_dtype, gradients))
 
     def _scale_units(
         self, rule: UnitRule, indices: Sequence[int], gradients: list[Tensor], left: float
@@ -107,6 +119,9 @@ class Clipping:
             factors = rule.coefficient(name, true, local_part(weight.detach()))
             if factors is not None:
                 gradient.mul_(factors)
+
+
+_dtype = attrgetter("dtype")
 
 
 def _number(value: Tensor | float) -> Number:

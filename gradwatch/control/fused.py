@@ -48,13 +48,16 @@ class FusedStep:
         """
         return self.can_scale and not _lacks_momentum_buffer(self._optimizer)
 
-    def scale(self, coefficient: Tensor) -> None:
+    def scale(self, factor: float | Tensor, device: torch.device) -> None:
         """Has the step multiply the gradients.
 
         Args:
-            coefficient: Tensor ``[]``, above 0.
+            factor: Number or tensor ``[]``, above 0.
+            device: Where the gradients are.
         """
-        divisor = coefficient.reciprocal().float()
+        if not isinstance(factor, Tensor):  # filled in on the device: a copy to it would wait
+            factor = torch.full((), factor, dtype=torch.float64, device=device)
+        divisor = factor.reciprocal().float()
         scale = getattr(self._optimizer, "grad_scale", None)
         self._set("grad_scale", divisor if scale is None else scale * divisor)
 

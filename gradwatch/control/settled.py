@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gradwatch.observe.measurement import Measurement
-from gradwatch.observe.readings import Number, Reading, number
+from gradwatch.observe.readings import Number, Reading, number, operand
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Settled:
         after: The measurement after the user's own clip; ``before`` itself where nothing was done.
         unit_before: The loss scale that ``before`` still carries.
         unit_after: The same for ``after``.
-        correction: The factor that turns a sum over the window into its weighted mean.
+        correction: The factor that turns a sum over the window, and the ranks, into the mean.
         coefficient: The factor that gradwatch multiplied the gradients with on top; 1.0 for none.
         threshold: The limit of the clipping policy; NaN without one.
         loss_scale: The loss scale in force.
@@ -30,7 +30,7 @@ class Settled:
     after: Measurement
     unit_before: Number = 1.0
     unit_after: Number = 1.0
-    correction: float = 1.0
+    correction: Number = 1.0
     coefficient: Number = 1.0
     threshold: Number = math.nan
     loss_scale: Number = 1.0
@@ -44,8 +44,7 @@ class Settled:
         return self._in_true_units(self.after.norms.tensor)
 
     def _in_true_units(self, norms: Tensor) -> Tensor:
-        unit = self.unit_after
-        factor = self.correction / (unit.tensor if isinstance(unit, Reading) else unit)
+        factor = operand(self.correction) / operand(self.unit_after)
         # A multiplication by one would cost a call; a policy must see the very bits of the norm.
         return norms if isinstance(factor, float) and factor == 1.0 else norms * factor
 
@@ -55,6 +54,7 @@ class Settled:
         numbers = [
             self.unit_before,
             self.unit_after,
+            self.correction,
             self.coefficient,
             self.threshold,
             self.loss_scale,
@@ -65,12 +65,12 @@ class Settled:
     @property
     def before_scale(self) -> float:
         """What to multiply ``before`` with to have true units."""
-        return self.correction / number(self.unit_before)
+        return number(self.correction) / number(self.unit_before)
 
     @property
     def after_scale(self) -> float:
         """What to multiply ``after`` with to have true units."""
-        return self.correction / number(self.unit_after)
+        return number(self.correction) / number(self.unit_after)
 
     @property
     def grad_norm(self) -> float:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from gradwatch.control.clipping import Clipping
 from gradwatch.control.fused import FusedStep
 from gradwatch.control.judge import Judge, Verdict
+from gradwatch.control.learning_rate import ScaledLearningRate
 from gradwatch.control.policy import ClipPolicy
 from gradwatch.control.scopes import Scopes
 from gradwatch.control.settled import Settled
@@ -42,6 +43,7 @@ class StepControl:
 
     Attributes:
         judge: Decides whether a step is taken.
+        learning_rate: Follows the batch, where that was asked for.
     """
 
     def __init__(self, optimizer: Optimizer, table: ParameterTable, rules: Rules) -> None:
@@ -53,6 +55,7 @@ class StepControl:
             rules: What the user asked for.
         """
         self.judge = Judge(rules.on_nonfinite, rules.spikes, rules.max_consecutive_skips)
+        self.learning_rate = ScaledLearningRate(optimizer)
         self._optimizer = optimizer
         self._table = table
         self._policy = rules.clip
@@ -100,6 +103,7 @@ class StepControl:
 
     def withdraw(self) -> None:
         """Takes back what the optimizer was told for one step; safe to call again."""
+        self.learning_rate.restore()
         if self._fused is not None:
             self._fused.restore()
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 from itertools import repeat
 from operator import attrgetter, is_
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gradwatch.control.clipping import Clipping
 from gradwatch.control.loss_scale import LossScale
+from gradwatch.control.noise_sample import MicroBatch
 from gradwatch.control.settled import Settled
 from gradwatch.observe.agreement import Sides, agree
 from gradwatch.observe.arrivals import Backward
@@ -20,7 +22,7 @@ from gradwatch.observe.measurement import Measurement, measure
 from gradwatch.observe.offender import Look, Offender
 from gradwatch.observe.parameters import ParameterTable
 from gradwatch.observe.ranks import is_distributed
-from gradwatch.observe.readings import Number, number
+from gradwatch.observe.readings import Number, number_of, operand
 from gradwatch.observe.shards import Exchange, Shards, is_pending, local_part
 from gradwatch.observe.snapshot import GradientSnapshot
 
@@ -34,21 +36,28 @@ class Window:
         indices: Those of this optimizer, in model order.
         norm_type: The p of the norms.
         filled: For each micro-batch the indices that received a gradient in it, and its weight.
+        noted: For each micro-batch what the noise scale is made of.
         offender: The first that went bad; None while all is finite.
         nonfinite: How many parameters were bad at the worst moment.
-        expected_weight: The sum of weights that the losses were divided by; None where the loop
-            weighs its losses itself.
+        divisor: What the weighted losses were divided by; None where the loop weighs its losses
+            itself.
+        correction: The factor that turns the gradients into the weighted mean.
         shards: Knows which gradients this rank holds a part of; None where all are whole.
+        units: What the window counts as, in the unit of ``watch(accumulate=)``; 0 for as many as it
+            has micro-batches.
         late: What was measured and could not be looked at yet.
     """
 
     table: ParameterTable
     indices: list[int]
     norm_type: float = 2.0
-    filled: list[tuple[set[int], float]] = field(default_factory=list)
+    filled: list[tuple[set[int], Number]] = field(default_factory=list)
+    noted: list[MicroBatch] = field(default_factory=list)
     offender: Offender | None = None
     nonfinite: int = 0
-    expected_weight: float | None = None
+    divisor: Number | None = None
+    correction: Number = 1.0
+    units: int = 0
     shards: Shards | None = None
     late: list[Look] = field(default_factory=list)
     _before: Measurement | None = None
@@ -61,26 +70,39 @@ class Window:
         return len(self.filled)
 
     @property
-    def weight(self) -> float:
+    def weight(self) -> Number:
         """Sum of their weights."""
-        return sum(weight for _, weight in self.filled)
+        return number_of(sum(operand(weight) for _, weight in self.filled))
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return self.table.tensors[self.indices[0]].device
 
     @property
     def arrived(self) -> set[int]:
         """Indices that received a gradient."""
         return set().union(*(arrived for arrived, _ in self.filled))
 
+    def copy(self) -> Window:
+        """Returns a window that further backwards do not change."""
+        filled = [(set(arrived), weight) for arrived, weight in self.filled]
+        return replace(self, filled=filled, noted=list(self.noted), late=list(self.late))
+
     def reset(self) -> None:
         """Empties the window: a step was taken, or the gradients were thrown away."""
         self.filled = []
         self.offender = None
         self.nonfinite = 0
-        self.expected_weight = None
+        self.noted = []
+        self.divisor = None
+        self.correction = 1.0
+        self.units = 0
         self.late = []
         self._before = None
         self._snapshot = None
 
-    def add(self, backward: Backward, weight: float = 1.0) -> Measurement | None:
+    def add(self, backward: Backward, weight: Number = 1.0) -> Measurement | None:
         """Takes in a backward that has ended: one batched pass over the gradients.
 
         Args:
@@ -137,6 +159,14 @@ class Window:
         """Takes in a backward that is still under way: an optimizer steps inside it."""
         self.filled.append((set(self.indices), 1.0))
 
+    def measure_again(self) -> None:
+        """Measures the gradients that a reduction over the ranks has put in place of its own."""
+        indices, gradients = self.gradients()
+        self._before = measure(indices, gradients, self.norm_type)
+        if self.shards is None:
+            self._snapshot = GradientSnapshot(gradients)
+        self._look_for_offender(self._before, gradients, ())
+
     def gradients(self) -> tuple[list[int], list[Tensor]]:
         """Lists the gradients that are there now, with the indices of their parameters.
 
@@ -172,6 +202,8 @@ class Window:
         part = Window(self.table, list(indices), self.norm_type, shards=self.shards)
         kept = [(arrived, w) for arrived, w in self.filled if arrived & mine or not arrived]
         part.filled = [(arrived & mine, w) for arrived, w in kept]
+        if mine.issuperset(self.indices):
+            part.noted = list(self.noted)
         if self.offender is not None and self.offender.index in mine:
             before = self.filled[: self.offender.micro_batch]
             number = sum(bool(arrived & mine) for arrived, _ in before)
@@ -214,7 +246,7 @@ class Window:
         if self.shards is not None:
             before, after = self._agree(self.shards, before, after, ride)
         return Settled(
-            before, after, unit_before, unit_after, self._correction(), loss_scale=loss_scale
+            before, after, unit_before, unit_after, self.correction, loss_scale=loss_scale
         )
 
     def clip(self, settled: Settled, clipping: Clipping, left: Number) -> Settled:
@@ -239,7 +271,8 @@ class Window:
         if self.shards is not None:
             _, after = self._agree(self.shards, after, after)
         # The correction has been multiplied in by now.
-        return replace(settled, after=after, unit_after=number(left) * settled.correction)
+        unit = operand(left) * operand(settled.correction)
+        return replace(settled, after=after, unit_after=number_of(unit))
 
     def unapplied(self, loss_scale: Number, together: bool) -> Settled | None:
         """Returns the numbers of a window that no step has used, gradients gone or not.
@@ -260,12 +293,6 @@ class Window:
             agreed = agree(self.shards, mine, {}, self.norm_type)
             before, self.offender, self.nonfinite = agreed.before, agreed.offender, agreed.nonfinite
         return Settled(before, before, loss_scale, loss_scale, loss_scale=loss_scale)
-
-    def _correction(self) -> float:
-        """Returns the factor that turns a sum over the window into its weighted mean."""
-        if self.expected_weight is None or self.weight == 0:
-            return 1.0
-        return self.expected_weight / self.weight
 
     def _measure_again(
         self, indices: list[int], gradients: list[Tensor]

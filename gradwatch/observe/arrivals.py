@@ -91,6 +91,10 @@ class Arrivals(dict[int, Tensor]):
         """Tells whether the tensor with this index carries the mark."""
         return index in self._handles
 
+    def hooked_indices(self) -> list[int]:
+        """Lists the indices of the tensors that carry the mark."""
+        return list(self._handles)
+
     def unhook(self) -> None:
         """Takes every mark off; safe to call again."""
         for handle in self._handles.values():

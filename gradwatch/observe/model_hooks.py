@@ -10,6 +10,7 @@ from gradwatch.observe.arrivals import Arrivals, Backward
 from gradwatch.observe.freed import FreedGradients
 from gradwatch.observe.held_back import HeldBack
 from gradwatch.observe.local_norms import LocalNorms
+from gradwatch.observe.micro_batch_norms import MicroBatchNorms
 from gradwatch.observe.parameters import ParameterTable
 
 
@@ -18,6 +19,7 @@ class ModelHooks:
 
     Attributes:
         local: This rank's own norms; None where the model is not wrapped for data parallelism.
+        added: What each backward adds to the gradients; hooks are hung by :meth:`watch_added`.
     """
 
     def __init__(
@@ -36,11 +38,13 @@ class ModelHooks:
             on_arrived: Called before it, when nothing has been reduced over ranks yet.
         """
         self.local = LocalNorms.of(model, table)
+        self.added = MicroBatchNorms(table.tensors)
         self._freed = FreedGradients(table.tensors)
         self._model = model
         self._table = table
         self._arrivals = Arrivals(on_backward, on_arrived)
         self._unhooked: set[int] = set()
+        self._watches_added = False
         self._held_back: HeldBack | None = None
 
     def hooked(self, index: int) -> bool:
@@ -66,6 +70,7 @@ class ModelHooks:
         """Takes everything off; safe to call again."""
         self._arrivals.unhook()
         self._freed.detach()
+        self.added.detach()
         self._unhooked = set()
         if self._held_back is not None:
             self._held_back.remove()
@@ -84,6 +89,16 @@ class ModelHooks:
         self._unhooked.update(index for index in indices if not self.hooked(index))
         return self.hook_thawed()
 
+    def watch_added(self) -> None:
+        """Hangs hooks that measure what each backward adds, here and on what is watched later.
+
+        With FSDP2 they would never be called: there a backward adds to whole gradients, which no
+        parameter holds.
+        """
+        if not self._watches_added and self._held_back is None:
+            self._watches_added = True
+            self.added.watch(self._arrivals.hooked_indices())
+
     def take_freed(self, arrived: Sequence[int]) -> dict[int, Tensor]:
         """Returns the norms of gradients that are gone at the end of a backward, by index."""
         return self._freed.take(arrived)
@@ -98,5 +113,7 @@ class ModelHooks:
         thawed = sorted(index for index in self._unhooked if tensors[index].requires_grad)
         for index in thawed:
             self._arrivals.hook(index, tensors[index])
+        if self._watches_added:
+            self.added.watch(thawed)
         self._unhooked.difference_update(thawed)
         return [index for index in thawed if tensors[index].grad is not None]

@@ -88,6 +88,24 @@ def number(value: Number) -> float:
     return value.value() if isinstance(value, Reading) else value
 
 
+def operand(value: Number) -> float | Tensor:
+    """Returns a number to calculate with, where it is: on the host, or as a tensor on a device."""
+    if not isinstance(value, Reading):
+        return value
+    return value.value() if value.at_hand else value.tensor
+
+
+def number_of(result: float | Tensor) -> Number:
+    """Takes the result of a calculation with :func:`operand`.
+
+    Args:
+        result: A float, or a tensor ``[]`` that nothing will write into.
+    """
+    if not isinstance(result, Tensor):
+        return float(result)
+    return result.item() if is_at_hand(result) else Reading(result)
+
+
 def reading_of(tensor: Tensor) -> Number:
     """Reads a tensor ``[]`` where that costs nothing, else keeps a copy to be read later.
 

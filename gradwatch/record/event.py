@@ -6,7 +6,17 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 EventKind = Literal[
-    "nan", "inf", "overflow", "exploding", "vanishing", "spike", "no_gradient", "skipped"
+    "nan",
+    "inf",
+    "overflow",
+    "exploding",
+    "vanishing",
+    "spike",
+    "no_gradient",
+    "skipped",
+    "accumulate",
+    "dropped",
+    "out_of_memory",
 ]
 EVENT_KINDS: tuple[str, ...] = get_args(EventKind)
 
@@ -24,7 +34,8 @@ class Event:
             went bad. Empty where the event belongs to no parameter.
         module: Name of the module that owns the parameter.
         value: The number behind the event: a count of bad elements for ``nan`` and ``inf``, a
-            norm for ``overflow``, ``exploding`` and ``skipped``.
+            norm for ``overflow``, ``exploding`` and ``skipped``, micro-batches for ``accumulate``
+            and ``dropped``, examples for ``out_of_memory``.
         rank: Rank of the process that saw it.
         message: One sentence for people.
         nan_count: NaN elements in ``parameter``'s gradient, exactly.

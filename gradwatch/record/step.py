@@ -18,7 +18,8 @@ class StepRecord:
             where no optimizer steps the model and each backward counts as a step.
         time_s: Seconds since the watcher was attached, at the end of the step.
         micro_batches: Backward passes whose gradients are in this step.
-        weight: Sum of the micro-batch weights; equal to ``micro_batches`` where none were given.
+        weight: Sum of the micro-batch weights, of all ranks where gradwatch accumulates; where none
+            were given the number of micro-batches.
         grad_norm: Total gradient norm BEFORE the clip.
         grad_norm_clipped: Total gradient norm AFTER the clip; ``clip_coef * grad_norm``.
         grad_norm_local: Norm of this rank's own gradients just before the last reduction over the
@@ -31,7 +32,9 @@ class StepRecord:
         loss: Weighted mean of the window's losses where gradwatch saw them, else NaN.
         lr: Learning rate of the first parameter group during the step.
         loss_scale: Scale of a ``GradScaler`` during the step; 1.0 without one.
-        noise_scale: Gradient noise scale; NaN where it was not measured.
+        noise_scale: Gradient noise scale tr(Sigma) / |G|^2 up to this step, in the unit of the
+            weights; NaN where it is not known.
+        noise_scale_stderr: Its standard error.
         global_step: The x-axis of loggers: ``step``, or the framework's own count.
     """
 
@@ -52,4 +55,5 @@ class StepRecord:
     lr: float = math.nan
     loss_scale: float = 1.0
     noise_scale: float = math.nan
+    noise_scale_stderr: float = math.nan
     global_step: int = 0

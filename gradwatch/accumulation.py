@@ -1,0 +1,100 @@
+"""Accumulation: how many micro-batches the windows of a run have, as its policy decides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gradwatch.control.accumulate import AccumulatePolicy
+from gradwatch.control.accumulate_by_noise_scale import AccumulateByNoiseScale
+from gradwatch.control.accumulate_schedule import AccumulationSchedule, FixedAccumulation
+from gradwatch.control.noise_scale import NoiseScale
+from gradwatch.explain.accumulation import changed_event
+from gradwatch.observe.data_parallel import DataParallel
+from gradwatch.record.event import Event
+
+ALONE = (
+    "watch(accumulate={policy!r}) may come down to one micro-batch per step, which has no noise "
+    "scale on one process, so that it would never leave it again. Write min=2."
+)
+
+
+def check_can_be_had(policy: AccumulatePolicy, data_parallel: DataParallel | None) -> None:
+    """Refuses a policy that would blind itself.
+
+    Args:
+        policy: What was asked for.
+        data_parallel: The ranks that average their gradients; None where there is one only.
+
+    Raises:
+        ValueError: If it follows a noise scale that there may be none of.
+    """
+    if isinstance(policy, AccumulateByNoiseScale) and policy.min == 1 and data_parallel is None:
+        raise ValueError(ALONE.format(policy=policy))
+
+
+class Accumulation:
+    """Asks the policy before each window, and tells of every change.
+
+    Attributes:
+        checked: Whether a step whose window has another number is refused. A framework's adapter,
+            which leaves the windows to the framework, switches it off.
+    """
+
+    def __init__(self, policy: AccumulatePolicy, note: Callable[[Event], None]) -> None:
+        """Begins the first window.
+
+        Args:
+            policy: Decides.
+            note: Told of every change.
+        """
+        self.checked = True
+        self._policy = policy
+        self._note = note
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of the window under way."""
+        return self._policy.micro_batches
+
+    @property
+    def lr_factor(self) -> float:
+        """What the learning rate is multiplied with in the step under way."""
+        return self._policy.lr_factor
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step may ever have more than one micro-batch."""
+        return self._policy.most != 1
+
+    @property
+    def by_noise(self) -> bool:
+        """Whether the noise scale decides, so that all ranks must have the same."""
+        return not isinstance(self._policy, (FixedAccumulation, AccumulationSchedule))
+
+    def next_window(self, step: int, noise: Callable[[], NoiseScale]) -> None:
+        """Has the next window decided about.
+
+        Args:
+            step: Optimizer steps done so far.
+            noise: Gives the noise scale; waits for numbers that are still on their way, and is
+                asked only where they are needed.
+        """
+        looked = noise() if self._policy.looks_at(step) else None
+        old, new = self.micro_batches, self._policy.decide(step, looked or UNKNOWN)
+        if new != old:
+            self._note(changed_event(step + 1, old, new, looked))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs to decide the same."""
+        return self._policy.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave."""
+        if state:
+            self._policy.load_state_dict(state)
+
+
+_NAN = float("nan")
+UNKNOWN = NoiseScale(_NAN, _NAN, _NAN, _NAN, valid=False, updates=0, suggested_micro_batches=None)
+"""What a policy is given at steps where it does not look."""
