@@ -136,6 +136,7 @@ class ManagedLoop:
         if self._filled(tracks, call) == 0:
             self._units = 0
         self._check_room(call)
+        self._run.hooks.watch_added()
         parts = split_batch(batch, size, f"watcher.{call}")
         return self._parts(parts, Split(len(parts), sum(count for _, count in parts)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from itertools import compress
 from operator import attrgetter
@@ -67,6 +68,7 @@ class GradientSnapshot:
 
         A backward adds in place, which moves the version counter by one. A new tensor means
         ``zero_grad()`` came between, a counter that moved further ``zero_grad(set_to_none=False)``.
+        Gradients that are parts of one tensor, as ``torch.cat`` leaves them, share a counter.
 
         Args:
             gradients: Those of the same parameters after the backward; None where there is none.
@@ -76,14 +78,20 @@ class GradientSnapshot:
             True where every dense gradient that grew had been reset.
         """
         alive = self._alive()
-        resets = [
-            not alive or identity != id(gradient) or gradient._version > version + 1
+        grown = [
+            (gradient, identity, gradient._version - version)
             for identity, version, gradient, added in zip(
                 self._ids, self._versions, gradients, grew, strict=True
             )
             if added and gradient is not None and gradient.layout is torch.strided
         ]
-        return bool(resets) and all(resets)
+        if not grown or any(alive and i == id(g) and moved <= 1 for g, i, moved in grown):
+            return False
+        sharing = Counter(gradient.untyped_storage().data_ptr() for gradient, _, _ in grown)
+        return all(
+            not alive or i != id(g) or moved > sharing[g.untyped_storage().data_ptr()]
+            for g, i, moved in grown
+        )
 
     def _alive(self) -> bool:
         return all(reference() is not None for reference in self._references)

@@ -140,10 +140,10 @@ print(time.process_time() - start)
 
 
 PUBLIC = [
-    "AccumulationError", "AdaGC", "AdaptiveGradientClip", "AutoClip", "ClipByNorm", "ClipByValue",
-    "ClipDecision", "ClipPolicy", "Event", "GradwatchWarning", "History",
-    "NonFiniteGradientError", "RecordBatch", "RobustClip", "Sink", "StepRecord", "Watcher",
-    "ZClip", "watch",
+    "AccumulateByNoiseScale", "AccumulatePolicy", "AccumulationError", "AdaGC",
+    "AdaptiveGradientClip", "AutoClip", "ClipByNorm", "ClipByValue", "ClipDecision", "ClipPolicy",
+    "Event", "GradwatchWarning", "History", "NoiseScale", "NonFiniteGradientError", "RecordBatch",
+    "RobustClip", "Sink", "StepRecord", "Watcher", "ZClip", "watch",
 ]  # fmt: skip
 
 

@@ -74,3 +74,28 @@ def test_a_gradient_that_did_not_grow_is_no_evidence(weight):
     snapshot = GradientSnapshot([weight.grad])
     weight.grad = None
     assert not snapshot.was_discarded([None], [False])
+
+
+def _in_one_tensor(loops):
+    """Three parameters whose gradients are parts of one tensor, after so many backwards."""
+    parameters = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    for _ in range(loops):
+        torch.cat(parameters).sum().backward()
+    return parameters
+
+
+def test_gradients_that_share_a_counter_are_not_taken_for_discarded():
+    """torch.cat leaves gradients that are parts of one tensor: each addition moves the counter of all."""
+    parameters = _in_one_tensor(1)
+    snapshot = GradientSnapshot([p.grad for p in parameters])
+    torch.cat(parameters).sum().backward()
+    assert not snapshot.was_discarded([p.grad for p in parameters], [True] * 3)
+
+
+def test_zeroed_gradients_that_share_a_counter_are_discarded():
+    """zero_grad(set_to_none=False) on them is noticed all the same."""
+    parameters = _in_one_tensor(2)
+    snapshot = GradientSnapshot([p.grad for p in parameters])
+    torch.optim.SGD(parameters).zero_grad(set_to_none=False)
+    torch.cat(parameters).sum().backward()
+    assert snapshot.was_discarded([p.grad for p in parameters], [True] * 3)
