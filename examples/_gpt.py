@@ -24,18 +24,18 @@ LAYERS = 3
 class Block(nn.Module):
     """One transformer block: attention and a feed-forward layer, each added to its input."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(WIDTH)
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
-        self.project = nn.Linear(WIDTH, WIDTH)
-        self.feed_norm = nn.LayerNorm(WIDTH)
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.feed_norm = nn.LayerNorm(width)
         self.feed = nn.Sequential(
-            nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[batch, time, WIDTH]`` to the same shape; a position sees none after it."""
+        """Maps ``[batch, time, width]`` to the same shape; a position sees none after it."""
         x = x + self._attend(self.attention_norm(x))
         return x + self.feed(self.feed_norm(x))
 
@@ -49,13 +49,13 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A language model over ASCII characters."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH, layers: int = LAYERS) -> None:
         super().__init__()
-        self.characters = nn.Embedding(VOCABULARY, WIDTH)
-        self.positions = nn.Embedding(CONTEXT, WIDTH)
-        self.blocks = nn.Sequential(*[Block() for _ in range(LAYERS)])
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY)
+        self.characters = nn.Embedding(VOCABULARY, width)
+        self.positions = nn.Embedding(CONTEXT, width)
+        self.blocks = nn.Sequential(*[Block(width) for _ in range(layers)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY)
 
     def forward(self, characters: Tensor) -> Tensor:
         """Maps character codes ``[batch, time]`` to logits ``[batch, time, VOCABULARY]``."""
@@ -79,12 +79,15 @@ def _encode(files: Iterable[Path]) -> Tensor:
     return torch.frombuffer(bytearray(text.encode("ascii", "replace")), dtype=torch.uint8).long()
 
 
-def batch_loss(model: nn.Module, text: Tensor, *, padding_only: bool = False) -> Tensor:
+def batch_loss(
+    model: nn.Module, text: Tensor, *, size: int = BATCH, padding_only: bool = False
+) -> Tensor:
     """Draws pieces of the text at random and lets the model guess each next character.
 
     Args:
         model: The model.
         text: Character codes ``[length]``.
+        size: Pieces in the batch.
         padding_only: Whether no character of the batch counts, as where all of it is padding. The
             mean is 0 / 0 then, and every gradient a NaN: an everyday way to lose a model.
 
@@ -92,7 +95,7 @@ def batch_loss(model: nn.Module, text: Tensor, *, padding_only: bool = False) ->
         The loss in nats per character that counts, ``[]``.
     """
     device = text.device
-    starts = torch.randint(len(text) - CONTEXT, (BATCH, 1), device=device)
+    starts = torch.randint(len(text) - CONTEXT, (size, 1), device=device)
     pieces = text[starts + torch.arange(CONTEXT + 1, device=device)]
     logits = model(pieces[:, :-1]).flatten(0, 1)
     losses = F.cross_entropy(logits, pieces[:, 1:].flatten(), reduction="none")

@@ -39,6 +39,7 @@ class Accumulation:
     Attributes:
         checked: Whether a step whose window has another number is refused. A framework's adapter,
             which leaves the windows to the framework, switches it off.
+        by_framework: Whether that framework accumulates, whatever the policy says.
     """
 
     def __init__(self, policy: AccumulatePolicy, note: Callable[[Event], None]) -> None:
@@ -49,6 +50,7 @@ class Accumulation:
             note: Told of every change.
         """
         self.checked = True
+        self.by_framework = False
         self._policy = policy
         self._note = note
 
@@ -65,7 +67,7 @@ class Accumulation:
     @property
     def accumulates(self) -> bool:
         """Whether a step may ever have more than one micro-batch."""
-        return self._policy.most != 1
+        return self.by_framework or self._policy.most != 1
 
     @property
     def by_noise(self) -> bool:

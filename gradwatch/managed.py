@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -33,8 +34,25 @@ WINDOW_FULL = (
     "steps when the window is full, and returns False until then."
 )
 WEIGHT = (
-    "watcher.backward(weight=) must be a finite number of at least 0, got {weight!r}. Pass the "
-    "number of examples, or tokens, that the loss is the mean of."
+    "watcher.backward(weight=) must be a finite number of at least 0, or a tensor of one, got "
+    "{weight!r}. Pass the number of examples, or tokens, that the loss is the mean of."
+)
+TWICE = (
+    "watcher.backward() was called again before the loop over watcher.micro_batches() had gone on "
+    "to its next part, so it is not clear which part the loss is of, and what it weighs. Add the "
+    "losses of a part up, and call watcher.backward() once for each."
+)
+LEFT_OUT = (
+    "watcher.backward() was called after the loop over watcher.micro_batches() had handed out "
+    "parts without a backward, so it is not clear which part the loss is of, and what it weighs. "
+    "Call watcher.backward() inside the loop, before the next part is taken: make no list of the "
+    "parts, do not read ahead, and give a part that shall not count watcher.backward(loss, "
+    "weight=0)."
+)
+NOT_ALONE = (
+    "The loop over watcher.micro_batches() went on after another one had begun inside it, or after "
+    "watcher.step(last=True) had ended its window, so that its parts no longer count as one batch. "
+    "End one loop before the next begins, and call watcher.step() after it."
 )
 
 
@@ -46,12 +64,14 @@ class Split:
         parts: How many there are.
         examples: Examples in all of them.
         current: Examples in the one under way.
+        taken: Parts that were handed out since the newest backward.
         done: Parts whose backward is over.
     """
 
     parts: int
     examples: int
     current: int = 0
+    taken: int = 0
     done: int = 0
 
 
@@ -81,6 +101,7 @@ class ManagedLoop:
         self._sync = sync
         self._units = 0  # batches in the window, split ones counted once
         self._split: Split | None = None
+        self._left_out: Split | None = None  # a loop that ended before the last backward
         self._divisor: Number = 1.0
         self._agreed: Number | None = None  # the weight of one batch, the same on all ranks
         self._communicated = True
@@ -97,25 +118,21 @@ class ManagedLoop:
         self._manages = True
         if before == 0:
             self._units = 0
-        self._check_room("backward")
+        self._check_room(tracks, "backward")
+        self._check_turn(weight)
         given = self._given(weight)
         weighs = given is not None or self._run.accumulation.micro_batches > 1
+        weighs = weighs or any(track.window.divisor is not None for track in tracks)
         self.weight = self.newest_weight = 1.0 if given is None else given
-        if before == 0 and weighs:
-            self._divisor = self._expected(given)
+        if before == 0:
+            self._divisor = self._expected(given) if weighs else 1.0
+        was = [(track.window.filled, track.window.micro_batches) for track in tracks]
         self._run_backward(self._shared(loss) if weighs else loss)
-        filled = self._filled(tracks, "backward")
-        if filled == before == 0:
-            raise RuntimeError(NOTHING_ARRIVED)
-        self._count(restarted=filled <= before)
-        for track in tracks:
-            if track.window.micro_batches:
-                track.add_loss(loss, self.newest_weight)
-                track.window.divisor = self._divisor if weighs else None
+        self._take_note(tracks, was, loss, weighs)
 
     def step(self, tracks: Sequence[Track], last: bool) -> bool:
         """Steps when the window is full; see :meth:`gradwatch.watcher.Watcher.step`."""
-        wanted = self._run.accumulation.micro_batches
+        wanted, self._left_out = self._run.accumulation.micro_batches, None
         if self._filled(tracks, "step") == 0:
             return False
         if not last and (self._units < wanted or self._split is not None):
@@ -135,7 +152,7 @@ class ManagedLoop:
         """Splits a batch; see :meth:`gradwatch.watcher.Watcher.micro_batches`."""
         if self._filled(tracks, call) == 0:
             self._units = 0
-        self._check_room(call)
+        self._check_room(tracks, call)
         self._run.hooks.watch_added()
         parts = split_batch(batch, size, f"watcher.{call}")
         return self._parts(parts, Split(len(parts), sum(count for _, count in parts)))
@@ -168,6 +185,19 @@ class ManagedLoop:
         if self._sync is not None:
             self._sync.restore()
 
+    def agree(self, weight: Number) -> Number:
+        """Has the ranks divide by one number, once and for all; the mean of what each would.
+
+        Args:
+            weight: What one batch weighs on this rank.
+        """
+        ranks = self._run.data_parallel
+        if self._agreed is None and ranks is not None:
+            device = self._run.table.tensors[0].device
+            value = torch.as_tensor(operand(weight), dtype=torch.float64).reshape(1).to(device)
+            self._agreed = number_of(ranks.add_up_(value)[0] / ranks.ranks)
+        return weight if self._agreed is None else self._agreed
+
     def mark(self) -> Callable[[], None]:
         """Returns a function that puts the progress in the window back as it is now."""
         units, divisor = self._units, self._divisor
@@ -197,8 +227,13 @@ class ManagedLoop:
         self._split = split
         try:
             for part, count in parts:
+                if self._split is not split:
+                    raise AccumulationError(NOT_ALONE)
                 split.current = count
+                split.taken += 1
                 yield part
+            if self._split is split:
+                self._left_out = split
         finally:
             if self._split is split:  # the loop was left before the last backward
                 self._split = None
@@ -216,12 +251,33 @@ class ManagedLoop:
                 self._communicated = not self._sync.is_held
                 self._sync.restore()
 
+    def _take_note(
+        self,
+        tracks: Sequence[Track],
+        was: Sequence[tuple[list[Any], int]],
+        loss: Tensor,
+        weighs: bool,
+    ) -> None:
+        """Takes note of a backward: of what it was a part, and which windows it went into."""
+        before, now = max(count for _, count in was), self._filled(tracks, "backward")
+        if now == before == 0:
+            raise RuntimeError(NOTHING_ARRIVED)
+        again = [track.window.filled is not filled for track, (filled, _) in zip(tracks, was)]
+        if now > before or any(again):  # else another optimizer's window caught up
+            self._count(restarted=now <= before)
+        for track, restarted, (_, count) in zip(tracks, again, was):
+            if restarted or track.window.micro_batches > count:
+                track.add_loss(loss, self.newest_weight)
+                track.window.divisor = self._divisor if weighs else None
+            track.units = self._units
+
     def _count(self, restarted: bool) -> None:
         if restarted:  # the loop has thrown away what was in the window
             self._units = 0
         if self._split is None:
             self._units += 1
             return
+        self._split.taken = 0
         self._split.done += 1
         if self._split.done == self._split.parts:
             self._units += 1
@@ -229,7 +285,11 @@ class ManagedLoop:
 
     def _communicate(self, tracks: Sequence[Track]) -> None:
         """Makes up for a last backward that did not know that it was the last."""
-        if self._sync is None or self._communicated:
+        if self._sync is None:
+            return
+        # Of several models, one may have communicated after another one was held back.
+        several = len(self._sync.modules) > 1 and self._units < self._run.accumulation.micro_batches
+        if self._communicated and not several:
             return
         self._sync.reduce_()
         self._communicated = True
@@ -269,20 +329,11 @@ class ManagedLoop:
             return float(wanted)
         batch: Number = given if self._split is None else float(self._split.examples)
         if self._run.data_parallel is not None:
-            batch = self._agree(batch)
+            batch = self.agree(batch)
         weight = operand(batch)
         if isinstance(weight, Tensor):
             return number_of(torch.where(weight > 0, weight, 1.0) * wanted)
         return (weight or 1.0) * wanted
-
-    def _agree(self, weight: Number) -> Number:
-        """Has the ranks divide by one number, once and for all; the mean of what each would."""
-        ranks = self._run.data_parallel
-        if self._agreed is None and ranks is not None:
-            device = self._run.table.tensors[0].device
-            value = torch.as_tensor(operand(weight), dtype=torch.float64).reshape(1).to(device)
-            self._agreed = number_of(ranks.add_up_(value)[0] / ranks.ranks)
-        return weight if self._agreed is None else self._agreed
 
     def _shared(self, loss: Tensor) -> Tensor:
         weight, divisor = operand(self.newest_weight), operand(self._divisor)
@@ -296,25 +347,45 @@ class ManagedLoop:
         finishes = split is None or split.done + 1 == split.parts
         return finishes and self._units + 1 >= self._run.accumulation.micro_batches
 
-    def _check_room(self, call: str) -> None:
+    def _check_room(self, tracks: Sequence[Track], call: str) -> None:
         wanted = self._run.accumulation.micro_batches
-        if wanted > 1 and self._units >= wanted:
+        # With a loss for each optimizer, the window of one is full before that of another.
+        full = all(track.window.micro_batches >= self._units for track in tracks)
+        if wanted > 1 and self._units >= wanted and full:
             text = WINDOW_FULL.format(call=call, next=self._units + 1, wanted=wanted)
             raise AccumulationError(text)
+
+    def _check_turn(self, weight: float | Tensor | None) -> None:
+        """Refuses a loss of which it is not clear to what part of a batch it belongs."""
+        split = self._split
+        if split is not None and split.taken == 0:
+            raise AccumulationError(TWICE)
+        read_ahead = split is not None and split.taken > 1 and weight is None
+        if read_ahead or self._left_out is not None:
+            raise AccumulationError(LEFT_OUT)
 
     def _filled(self, tracks: Sequence[Track], call: str) -> int:
         if not tracks:
             raise RuntimeError(NO_OPTIMIZER.format(call=call))
+        if call != "step":
+            for track in tracks:
+                track.drop_what_was_thrown_away()
         return max(track.window.micro_batches for track in tracks)
 
 
 def _checked_weight(weight: float | Tensor) -> Number:
     if isinstance(weight, Tensor):
+        if weight.numel() != 1 or weight.is_complex() or weight.dtype == torch.bool:
+            raise TypeError(WEIGHT.format(weight=weight))
         if not is_at_hand(weight):  # to look at it would wait for the device
-            return reading_of(weight)
+            return reading_of(weight.reshape(()))
         weight = weight.item()
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+    if isinstance(weight, bool) or not isinstance(weight, Real):  # of NumPy as well
         raise TypeError(WEIGHT.format(weight=weight))
-    if not (math.isfinite(weight) and weight >= 0):
+    try:
+        number = float(weight)
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and number >= 0):
         raise ValueError(WEIGHT.format(weight=weight))
-    return float(weight)
+    return number

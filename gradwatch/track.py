@@ -45,6 +45,7 @@ class Track:
         step: Its steps so far.
         stepping: Whether a step is under way.
         last_window: Set by a managed loop whose short last window is to be stepped all the same.
+        units: What a managed loop counts the window as; None where the loop is the user's own.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Track:
         self.weighing = Weighing(run)
         self.step = 0
         self.last_window = False
+        self.units: int | None = None
         self.stepping = False
         self._run = run
         self._options = run.options
@@ -113,8 +115,10 @@ class Track:
         elif self._may_be_left_out(backward):
             self.abandon_window(self.left_out_by_scaler)
         self._generation = self._run.scale.generation()
-        before = self.window.micro_batches
+        self.units, filled, before = None, self.window.filled, self.window.micro_batches
         measurement = self.window.add(backward, weight)
+        if self.window.filled is not filled:  # the gradients were thrown away, and so the losses
+            self._losses = []
         if measurement is not None or self.window.micro_batches > before:
             self.weighing.note(self.window, weight, measurement)
         if measurement is None:
@@ -168,6 +172,12 @@ class Track:
         """
         self._losses.append((_loss(loss), weight))
 
+    def drop_what_was_thrown_away(self) -> None:
+        """Begins a new window where all gradients are gone; FSDP2 may just keep them out of sight."""
+        if self.window.filled and self._run.shards is None and not self.window.gradients()[0]:
+            self.window.reset()
+            self._losses = []
+
     def mark(self) -> Callable[[], None]:
         """Returns a function that puts the window back as it is now."""
         window, losses = self.window.copy(), list(self._losses)
@@ -191,13 +201,21 @@ class Track:
 
     def settle(self, optimizer: Optimizer, loss: object) -> bool:
         """Measures, decides and clips; raises where that was asked for."""
+        try:
+            return self._settle(optimizer, loss)
+        except BaseException:
+            self._require_control().withdraw()
+            raise
+
+    def _settle(self, optimizer: Optimizer, loss: object) -> bool:
         with self._run.stopwatch, torch.no_grad():
             if inside_backward():
                 self._step_inside_backward()
             self._scale.settle_whose(optimizer)
             accumulation = self._run.accumulation
             if accumulation.checked and not self.last_window:
-                check_window(self.label, self.window.micro_batches, accumulation.micro_batches)
+                found = self.window.micro_batches if self.units is None else self.units
+                check_window(self.label, found, accumulation.micro_batches)
             if loss is not None:
                 self._losses = [(_loss(loss), 1.0)]
             self._losses = self.weighing.weigh(self.window, self._losses, self._scale_at_backward)
@@ -241,7 +259,7 @@ class Track:
             self.window.reset()
             self.weighing.reset()
             self._losses = []
-            self._settled = None
+            self._settled = self.units = None
             self.on_finished()
 
     def shares(self, indices: Sequence[int]) -> bool:
@@ -270,6 +288,8 @@ class Track:
 
     def end(self) -> None:
         """Ends the window that is open when the run ends."""
+        if self.control is not None:
+            self.control.withdraw()  # the last step may have raised
         self.abandon_window(self.left_out_by_scaler, together=False)
 
     def abandon_window(self, left_out: bool, together: bool = True) -> None:

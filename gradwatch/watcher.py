@@ -98,6 +98,20 @@ class Watcher:
         self._hook_forwards(self._model)
         return self
 
+    def leave_windows(self, accumulates: bool) -> None:
+        """Leaves it to a framework when to communicate and when to step; before attaching.
+
+        For its adapter: every step is taken with the micro-batches that it has, no flag of the
+        model is touched, and :attr:`accumulate` is a wish that the adapter passes on.
+
+        Args:
+            accumulates: Whether the framework accumulates, also where ``watch(accumulate=)`` does
+                not: then what each micro-batch adds is measured, for the noise scale.
+        """
+        self._run.accumulation.checked = False
+        self._run.accumulation.by_framework = accumulates
+        self._managed.after_other_backward()
+
     def close(self) -> None:
         """Takes every hook off, delivers what the sinks have not seen and closes them.
 

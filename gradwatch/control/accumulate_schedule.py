@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, SupportsIndex
 
 from gradwatch.control.noise_scale import NoiseScale
@@ -97,7 +98,7 @@ class AccumulationSchedule:
         if isinstance(schedule, Mapping):
             table = _table(name, schedule)
             self._schedule, self._most = table, max(table.values())
-            self._function = _lookup(table)
+            self._function = partial(_looked_up, table)  # a lambda cannot be pickled
         elif callable(schedule):
             self._function = schedule
         else:
@@ -171,9 +172,9 @@ def _table(name: str, schedule: Mapping[int, int]) -> dict[int, int]:
     return dict(sorted(table.items()))
 
 
-def _lookup(table: dict[int, int]) -> Callable[[int], int]:
+def _looked_up(table: Mapping[int, int], step: int) -> int:
     steps = list(table)
-    return lambda step: table[steps[bisect_right(steps, step) - 1]]
+    return table[steps[bisect_right(steps, step) - 1]]
 
 
 def _whole(name: str, value: object, least: int, advice: str) -> int:

@@ -26,7 +26,12 @@ MESSAGES = (
     "MPS backend out of memory",
     # The driver, past torch's allocator: a torch.AcceleratorError of a newer torch.
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
     "HIP error: out of memory",
+    "UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY",
+    # The allocator has no memory left and, on some machines, fails to find out how much there was
+    # (pytorch issue 112377).
+    "NVML_SUCCESS == r INTERNAL ASSERT FAILED",
     # A kernel that Triton loads, as torch.compile makes them; on HIP it writes "Messsage: ...".
     "Triton Error [CUDA]: out of memory",
     "sage: out of memory",

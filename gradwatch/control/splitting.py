@@ -76,10 +76,24 @@ def split_batch(batch: Any, size: int, name: str = CALL) -> list[tuple[Any, int]
         text = SIZE.format(name=name, size=size, kind=type(size).__name__)
         raise ValueError(text) if type(size) is int else TypeError(text)
     length = batch_length(batch, name)
-    cut, count = _Cut(name, length), -(-length // size)
+    cut, count = _Cut(name, length), _count(length, size)
     bounds = pairwise(-(-part * length // count) for part in range(count + 1))  # a larger one first
     parts = [(cut(batch, "batch", start, end - start), end - start) for start, end in bounds]
     return parts if count > 1 else [(batch, length)]
+
+
+def largest_part(length: int, size: int) -> int:
+    """Returns the examples of the first, and so largest, part that a batch is split into.
+
+    Args:
+        length: Examples of the batch.
+        size: The most examples of a part.
+
+    Example:
+        >>> largest_part(9, size=8)
+        5
+    """
+    return -(-length // _count(length, size))
 
 
 def batch_length(batch: Any, name: str = CALL) -> int:
@@ -111,6 +125,10 @@ def batch_length(batch: Any, name: str = CALL) -> int:
     if length == 0:
         raise ValueError(EMPTY.format(name=name, path=first))
     return length
+
+
+def _count(length: int, size: int) -> int:
+    return -(-length // size)
 
 
 class _Cut:

@@ -167,6 +167,11 @@ class Window:
             self._snapshot = GradientSnapshot(gradients)
         self._look_for_offender(self._before, gradients, ())
 
+    def gradients_put_back(self) -> None:
+        """Takes the gradients for those that were measured: they have been written into twice."""
+        if self._snapshot is not None:
+            self._snapshot = GradientSnapshot(self.gradients()[1])
+
     def gradients(self) -> tuple[list[int], list[Tensor]]:
         """Lists the gradients that are there now, with the indices of their parameters.
 

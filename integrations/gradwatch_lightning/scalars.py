@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 
 from lightning.pytorch import Trainer
@@ -12,7 +13,9 @@ GROUP = "gradwatch"
 """Tags of the first optimizer begin with it, as those of ``gradwatch_tensorboard`` do."""
 
 
-def step_scalars(records: Iterable[StepRecord], first: str) -> dict[str, float]:
+def step_scalars(
+    records: Iterable[StepRecord], first: str, accumulated: bool
+) -> dict[str, float]:
     """Lists what is logged for the steps of one batch.
 
     ======================================  ======================================================
@@ -23,6 +26,8 @@ def step_scalars(records: Iterable[StepRecord], first: str) -> dict[str, float]:
     ``gradwatch/clip_coef``                 factor between both; 1 where nothing was clipped
     ``gradwatch/nonfinite_parameters``      parameters whose gradient holds a NaN or an Inf
     ``gradwatch/loss_scale``                scale of the GradScaler, where there is one
+    ``gradwatch/noise_scale``               gradient noise scale in micro-batches, where it is known
+    ``gradwatch/micro_batches``             micro-batches of the step, where the Trainer accumulates
     ======================================  ======================================================
 
     Each further optimizer has a group of its own, ``gradwatch-Adam-1/grad_norm`` say.
@@ -30,6 +35,7 @@ def step_scalars(records: Iterable[StepRecord], first: str) -> dict[str, float]:
     Args:
         records: The newest step of each optimizer that stepped.
         first: Label of the optimizer whose group has no suffix.
+        accumulated: Whether steps may have several micro-batches.
 
     Returns:
         Tag to value.
@@ -37,7 +43,7 @@ def step_scalars(records: Iterable[StepRecord], first: str) -> dict[str, float]:
     scalars: dict[str, float] = {}
     for record in records:
         suffix = "" if record.optimizer == first else f"-{record.optimizer.replace('/', '_')}"
-        values = _values(record)
+        values = _values(record, accumulated)
         scalars |= {f"{GROUP}{suffix}/{name}": value for name, value in values.items()}
     return scalars
 
@@ -58,7 +64,7 @@ def retire_scalars(trainer: Trainer, fresh: Collection[str]) -> None:
             metric.reset()
 
 
-def _values(record: StepRecord) -> dict[str, float]:
+def _values(record: StepRecord, accumulated: bool) -> dict[str, float]:
     values = {
         "grad_norm": record.grad_norm,
         "grad_norm_clipped": record.grad_norm_clipped,
@@ -67,4 +73,8 @@ def _values(record: StepRecord) -> dict[str, float]:
     }
     if record.loss_scale != 1.0:
         values["loss_scale"] = record.loss_scale
+    if math.isfinite(record.noise_scale):
+        values["noise_scale"] = record.noise_scale
+    if accumulated:
+        values["micro_batches"] = float(record.micro_batches)
     return values

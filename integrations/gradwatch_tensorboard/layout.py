@@ -9,11 +9,12 @@ from torch.utils.tensorboard.summary import custom_scalars
 _SPREAD = ["gradwatch/norm_p50", "gradwatch/norm_p05", "gradwatch/norm_p95"]
 
 
-def chart_layout(*, step_scalars: bool) -> Any:
+def chart_layout(*, step_scalars: bool, accumulates: bool = False) -> Any:
     """Lays out the charts that one scalar each cannot show.
 
     Args:
         step_scalars: Whether the percentiles are written, which the spread is drawn from.
+        accumulates: Whether steps have a batch that the noise scale is to be compared with.
 
     Returns:
         A ``Summary`` for the tag that the dashboard reads. Multiline charts name their tags by
@@ -27,5 +28,10 @@ def chart_layout(*, step_scalars: bool) -> Any:
     }
     if step_scalars:
         charts["norms over parameters: median, 5 % to 95 %"] = ["Margin", _SPREAD]
+    if step_scalars and accumulates:
+        charts["batch, and the noise scale that it is compared with"] = [
+            "Multiline",
+            ["gradwatch[^/]*/noise_scale$", "gradwatch[^/]*/weight$"],
+        ]
     charts["norms of module blocks"] = ["Multiline", ["gradwatch[^/]*_blocks/.*"]]
     return custom_scalars({"gradwatch": charts})  # type: ignore[no-untyped-call]  # torch's own

@@ -58,6 +58,9 @@ STEP_SCALARS = {
     "loss": Scalar("Weighted mean of the losses of the step.", newest),
     "lr": Scalar("Learning rate of the first parameter group.", newest),
     "loss_scale": Scalar("Scale of the GradScaler.", newest),
+    "noise_scale": Scalar("Gradient noise scale, in the unit of the weights.", newest),
+    "weight": Scalar("The batch: sum of the micro-batches' weights.", newest),
+    "micro_batches": Scalar("Backward passes whose gradients are in the step.", newest),
 }
 """Every scalar of a step by its name, in the order in which they are written."""
 
@@ -70,11 +73,13 @@ class StepScalars:
         nonfinite_steps: Steps so far with a NaN or an Inf in a gradient.
         skipped_steps: Steps so far that were not applied.
         scaled: Whether a loss scale other than 1 was seen.
+        accumulated: Whether a step of several micro-batches, or a noise scale, was seen.
     """
 
     nonfinite_steps: int = field(default=0, init=False)
     skipped_steps: int = field(default=0, init=False)
     scaled: bool = field(default=False, init=False)
+    accumulated: bool = field(default=False, init=False)
     _clipped: deque[bool] = field(default_factory=lambda: deque(maxlen=1_000), init=False)
 
     def of(self, record: StepRecord, spread: Sequence[float]) -> dict[str, float]:
@@ -86,11 +91,13 @@ class StepScalars:
 
         Returns:
             Name to value. A loss or learning rate that is not a finite number is left out, and so
-            is a loss scale as long as it was never anything but 1.
+            is a loss scale as long as it was never anything but 1. The batch is in it from the
+            first step on that has several micro-batches or a noise scale.
         """
         self.nonfinite_steps += record.nonfinite_parameters > 0
         self.skipped_steps += record.outcome != "applied"
         self.scaled = self.scaled or record.loss_scale != 1.0
+        self.accumulated = self.accumulated or accumulates(record)
         if record.outcome == "applied":
             self._clipped.append(record.clipped)
         p05, p50, p95, maximum = spread
@@ -112,4 +119,22 @@ class StepScalars:
             row["lr"] = record.lr
         if self.scaled:
             row["loss_scale"] = record.loss_scale
+        if _is_known(record):
+            row["noise_scale"] = record.noise_scale
+        if self.accumulated:
+            row["weight"] = record.weight
+            row["micro_batches"] = float(record.micro_batches)
         return row
+
+
+def accumulates(record: StepRecord) -> bool:
+    """Tells whether a step has a batch to speak of: several micro-batches, or a noise scale."""
+    return record.micro_batches > 1 or math.isfinite(record.noise_scale)
+
+
+def _is_known(record: StepRecord) -> bool:
+    """Tells whether a noise scale is more than its standard error.
+
+    Where it is less, it says nothing, and may be so large that nothing else is seen on its axis.
+    """
+    return 0 <= record.noise_scale_stderr < record.noise_scale < math.inf

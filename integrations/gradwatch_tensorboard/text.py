@@ -15,6 +15,7 @@ MAX_EVENTS = 20
 MAX_LENGTH = 300
 """Characters of one name or message that are shown."""
 
+_OF_THE_RUN = "none"  # accumulation has events that are of no optimizer
 _MARKDOWN = re.compile(r"[\\`*_\[\]|~]")
 _MORE = (
     f"\n\n*More events followed; only the first {MAX_EVENTS} are listed here. "
@@ -84,7 +85,7 @@ def _line(event: Event, first_optimizer: str) -> str:
     # Most messages name the parameter themselves.
     named = not event.parameter or event.parameter in event.message
     where = [] if named else [escape(event.parameter)]
-    if event.optimizer != first_optimizer:
+    if event.optimizer not in (first_optimizer, _OF_THE_RUN):
         where.append(escape(event.optimizer))
     place = f" ({', '.join(where)})" if where else ""
     return f"* step {event.global_step}, **{escape(event.kind)}**{place}: {escape(event.message)}"

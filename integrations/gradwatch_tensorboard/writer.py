@@ -19,6 +19,12 @@ tag                                    meaning and unit
                                        finite one
 ``gradwatch/lr``                       learning rate of the first parameter group
 ``gradwatch/loss_scale``               scale of the ``GradScaler``; from the first one that is not 1
+``gradwatch/noise_scale``              gradient noise scale in the unit of the weights; steps where
+                                       it is larger than its standard error
+``gradwatch/weight``                   the batch to compare it with: sum of the weights of the
+                                       micro-batches, over all ranks where gradwatch accumulates;
+                                       from the first step that has several or a noise scale
+``gradwatch/micro_batches``            how many they are; from the same step on
 ``gradwatch/nonfinite_event``          number of parameters with a NaN or an Inf; written at such
                                        steps only, so that down-sampling does not lose them
 ``gradwatch_blocks/<module>``          L2 norm before the clip over the parameters of one of at most
@@ -43,6 +49,7 @@ from gradwatch_tensorboard.blocks import Blocks
 from gradwatch_tensorboard.files import event_file
 from gradwatch_tensorboard.layout import chart_layout
 from gradwatch_tensorboard.protos import ScalarEvents, text_summary
+from gradwatch_tensorboard.scalars import accumulates
 from gradwatch_tensorboard.series import OptimizerSeries, Point
 from gradwatch_tensorboard.spread import norm_spread
 from gradwatch_tensorboard.text import EventText
@@ -125,7 +132,7 @@ class TensorBoardWriter:
                 "Make a new one for a new run."
             )
         if batch.steps:
-            self._begin(batch.steps[0].global_step)
+            self._begin(batch.steps[0].global_step, any(map(accumulates, batch.steps)))
             self._write_steps(batch)
         if batch.events:
             self._begin(batch.events[0].global_step)
@@ -144,12 +151,13 @@ class TensorBoardWriter:
         finally:
             self._file.close()
 
-    def _begin(self, first_step: int) -> None:
+    def _begin(self, first_step: int, accumulates: bool = False) -> None:
         if self._begun:
             return
         file_writer = self._file.writer(first_step)
         if self._layout:
-            file_writer.add_summary(chart_layout(step_scalars=self._step_scalars), 0)
+            layout = chart_layout(step_scalars=self._step_scalars, accumulates=accumulates)
+            file_writer.add_summary(layout, 0)
         self._begun = True
 
     def _write_steps(self, batch: RecordBatch) -> None:

