@@ -11,15 +11,15 @@ from torch.utils.hooks import RemovableHandle
 
 from gradwatch.observe.norms import gradient_norms, total_norm
 
-HELD_BYTES = 32 * 2**20
+HELD_BYTES = 2**20  # so many are still in the cache, and their memory is soon used again
 
 
 class MicroBatchNorms:
     """Measures each gradient before it is added to what is there already.
 
     A hook of a tensor sees what a backward adds to it. Measuring there would take one small call
-    per parameter; so gradients are kept until some megabytes have come, or the backward ends, and
-    are measured in one batched pass. A gradient that is kept cannot be moved into ``.grad`` but has
+    per parameter; so gradients are kept until a megabyte has come, or the backward ends, and are
+    measured in one batched call. A gradient that is kept cannot be moved into ``.grad`` but has
     to be copied, which is why nothing is kept while ``.grad`` is still empty: the sum that stands
     there afterwards is what the first micro-batch added.
     """
@@ -46,8 +46,9 @@ class MicroBatchNorms:
         """
         for index in indices:
             if index not in self._handles and self._tensors[index].requires_grad:
-                hook = partial(self._see, index)
-                self._handles[index] = self._tensors[index].register_hook(hook)  # type: ignore[no-untyped-call]
+                tensor = self._tensors[index]
+                hook = partial(self._see, index, tensor.numel() * tensor.element_size())
+                self._handles[index] = tensor.register_hook(hook)  # type: ignore[no-untyped-call]
 
     def detach(self) -> None:
         """Takes the hooks off; safe to call again."""
@@ -79,20 +80,21 @@ class MicroBatchNorms:
         ]
         return total_norm(torch.cat(parts))
 
-    def _see(self, index: int, gradient: Tensor) -> None:
-        if self.active:
-            task: int = torch._C._current_graph_task_id()
-            if task != self._task:  # what a backward that failed has left does not belong here
-                self.begin()
-                self._task = task
-            self._held[index] = gradient
-            self._held_bytes += gradient.element_size() * gradient.numel()
-            if self._held_bytes > HELD_BYTES:
-                self._measure()
+    def _see(self, index: int, size: int, gradient: Tensor) -> None:
+        if not self.active:
+            return
+        task: int = torch._C._current_graph_task_id()
+        if task != self._task:  # what a backward that failed has left does not belong here
+            self.begin()
+            self._task = task
+        self._held[index] = gradient
+        self._held_bytes += size
+        if self._held_bytes > HELD_BYTES:
+            self._measure()
 
     @torch.no_grad()
     def _measure(self) -> None:
         if self._held:
-            norms = gradient_norms([gradient.detach() for gradient in self._held.values()])
+            norms = gradient_norms(list(self._held.values()))
             self._measured.append((list(self._held), norms))
             self._held, self._held_bytes = {}, 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from gradwatch.control.accumulate import AccumulatePolicy
@@ -16,7 +16,8 @@ class TrainerAccumulation:
     begins at a multiple of the new number; until then the old one stays.
 
     Attributes:
-        number: What the Trainer was given; None where the number is the Trainer's own.
+        policy: Decides; None where the number is the Trainer's own.
+        number: What the Trainer was given; None for nothing.
     """
 
     def __init__(self, policy: AccumulatePolicy | None) -> None:
@@ -25,20 +26,30 @@ class TrainerAccumulation:
         Args:
             policy: Decides; None to leave the number alone.
         """
+        self.policy = policy
         self.number: int | None = None
-        self._policy = policy
+        self._gave = False
         self._fresh = {} if policy is None else policy.state_dict()
 
-    def forget(self) -> None:
-        """Puts the policy back as it was made: another training begins."""
-        self.number = None
-        if self._policy is not None and self._fresh:
-            self._policy.load_state_dict(self._fresh)
+    @property
+    def active(self) -> bool:
+        """Whether the number is the monitor's."""
+        return self.policy is not None
 
-    def prepare(self, trainer: Trainer) -> None:
-        """Gives the Trainer a first number, by which it estimates how many steps there will be."""
-        if self._policy is not None:
-            self._give(trainer, self.number or self._policy.micro_batches)
+    def prepare(self, trainer: Trainer, goes_on: bool) -> None:
+        """Gives the Trainer a first number, by which it estimates how many steps there will be.
+
+        Args:
+            trainer: The Trainer of the fit that begins.
+            goes_on: Whether it goes on with the fit before. Else the policy begins anew.
+        """
+        if self.policy is None:
+            return
+        if not goes_on:
+            self.number = None
+        if not goes_on and self._fresh:
+            self.policy.load_state_dict(self._fresh)
+        self._give(trainer, self.number or self.policy.micro_batches)
 
     def start(self, trainer: Trainer, saved: int | None, wanted: int) -> None:
         """Gives the Trainer the number of the window that it begins with.
@@ -48,7 +59,7 @@ class TrainerAccumulation:
             saved: The number that the Trainer had when its checkpoint was written; None without.
             wanted: What the policy says.
         """
-        if self._policy is not None:
+        if self.policy is not None:
             self._give(trainer, saved or 1)
             self.follow(trainer, wanted)
 
@@ -71,16 +82,18 @@ class TrainerAccumulation:
 
     def give_back(self, trainer: Trainer) -> None:
         """Leaves the Trainer as it was made: without accumulation of its own."""
-        if self.number is not None:
-            trainer.accumulate_grad_batches = 1
+        if self._gave:
+            trainer.accumulate_grad_batches, self._gave = 1, False
 
     def _give(self, trainer: Trainer, number: int) -> None:
         self.number = trainer.accumulate_grad_batches = number
+        self._gave = True
 
 
 def schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:
     """Lists the callbacks of Lightning's own that change the number."""
-    return [one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler)]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # by a connector
+    return [one for one in callbacks if isinstance(one, GradientAccumulationScheduler)]
 
 
 def accumulates(trainer: Trainer) -> bool:

@@ -40,8 +40,8 @@ MANUAL = (
 STRATEGY = (
     "GradientMonitor(accumulate={accumulate}) changes Trainer.accumulate_grad_batches between two "
     "steps, but {strategy} accumulates by itself, by the number it was set up with. Leave "
-    "accumulate out of GradientMonitor and write Trainer(accumulate_grad_batches=4), or use another "
-    'strategy, such as "ddp".'
+    "accumulate out of GradientMonitor and write Trainer(accumulate_grad_batches=4), or use "
+    'another strategy, such as "ddp".'
 )
 TWO_CLIPS = (
     "GradientMonitor(clip={clip!r}) and {trainer_side} would both clip the gradients of a step: "
@@ -66,7 +66,9 @@ def accumulate_policy_of(accumulate: object) -> AccumulatePolicy | None:
     """
     if accumulate is None:
         return None
-    known = accumulate == "auto" if isinstance(accumulate, str) else not isinstance(accumulate, bool)
+    known = (
+        accumulate == "auto" if isinstance(accumulate, str) else not isinstance(accumulate, bool)
+    )
     if known and not isinstance(accumulate, type):
         if isinstance(accumulate, SupportsIndex) and not isinstance(accumulate, AccumulatePolicy):
             raise ValueError(FIXED_NUMBER.format(accumulate=accumulate))
@@ -99,7 +101,10 @@ def refuse_two_numbers(
         raise ValueError(STRATEGY.format(accumulate=accumulate, strategy=type(strategy).__name__))
     number = trainer.accumulate_grad_batches
     if number != 1:
-        side, remove = f"Trainer(accumulate_grad_batches={number})", "remove accumulate_grad_batches"
+        side, remove = (
+            f"Trainer(accumulate_grad_batches={number})",
+            "remove accumulate_grad_batches",
+        )
     elif schedulers(trainer):
         side, remove = "a GradientAccumulationScheduler", "remove that callback"
     else:

@@ -6,25 +6,30 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 import gradwatch
+from gradwatch.control.accumulate import AccumulatePolicy
+from gradwatch.control.noise_scale import NoiseScale
 from gradwatch.control.policy import ClipPolicy
 from gradwatch.history import History
-from gradwatch.observe.parameters import optimizer_parameters
 from gradwatch.options import check_options
 from gradwatch.record.event import Event
 from gradwatch.record.sinks import Sink
 from gradwatch.record.step import StepRecord
 from gradwatch.watcher import Watcher
+from gradwatch_lightning.accumulation import TrainerAccumulation, accumulates
 from gradwatch_lightning.boards import tensorboard_sinks
-from gradwatch_lightning.conflicts import refuse_accumulate, refuse_two_clips
+from gradwatch_lightning.conflicts import (
+    accumulate_policy_of,
+    refuse_two_clips,
+    refuse_two_numbers,
+)
+from gradwatch_lightning.parts import logged_step_of, optimizers_of, scaler_of, wrapped_of
 from gradwatch_lightning.scalars import retire_scalars, step_scalars
 
+NUMBER = "accumulate_grad_batches"
 NOTHING_YET = (
     "GradientMonitor.{name} was read, but the monitor has not watched a training yet. Pass the "
     "monitor to Trainer(callbacks=[...]) and read it after trainer.fit(...)."
@@ -39,8 +44,15 @@ class GradientMonitor(Callback):
     each optimizer that stepped since go out through ``LightningModule.log_dict``. A
     ``TensorBoardLogger`` also gets the norms of module blocks, every non-finite step and the events
     as text, whatever that number is. ``Trainer(gradient_clip_val=)`` and
-    ``Trainer(accumulate_grad_batches=)`` are observed: both sides of the clip and the number of
-    micro-batches are in the records. Validation, testing and prediction are left alone.
+    ``Trainer(accumulate_grad_batches=)`` are observed: both sides of the clip, the number of
+    micro-batches and the gradient noise scale are in the records. Validation, testing and
+    prediction are left alone.
+
+    With ``accumulate=`` the monitor sets ``trainer.accumulate_grad_batches``, in automatic
+    optimization. Lightning steps at the batches of an epoch that are divisible by it, so a new
+    number waits until the batches so far are, or until the epoch ends: a few steps may still have
+    the old one. As always in Lightning, the last window of an epoch may be short, and its losses
+    are divided by the whole number. ``trainer.estimated_stepping_batches`` goes by the first one.
 
     Args:
         clip: As in :func:`gradwatch.watch`: a number (largest global L2 norm), ``"auto"`` or a
@@ -55,7 +67,11 @@ class GradientMonitor(Callback):
             for 6, None to take all.
         max_consecutive_skips: How many steps in a row may be left out.
         log: Whether the loggers of the Trainer get anything.
-        accumulate: Refused: use ``Trainer(accumulate_grad_batches=)``.
+        accumulate: Batches of the Trainer per step, where they change: ``"auto"``, ``{step:
+            number}``, a function of the step or a policy such as
+            :class:`~gradwatch.AccumulateByNoiseScale`. None leaves the Trainer's number alone;
+            one that never changes belongs there. Refused where the Trainer has a number or a
+            ``GradientAccumulationScheduler``, and in manual optimization.
 
     Raises:
         TypeError: If an argument is of a wrong type.
@@ -82,14 +98,15 @@ class GradientMonitor(Callback):
         skip_spikes: float | str | None = None,
         max_consecutive_skips: int = 10,
         log: bool = True,
-        accumulate: None = None,
+        accumulate: str | Mapping[int, int] | Callable[[int], int] | AccumulatePolicy | None = None,
     ) -> None:
         super().__init__()
-        refuse_accumulate(accumulate)
+        policy = accumulate_policy_of(accumulate)
         if not isinstance(log, bool):
             raise TypeError(f"GradientMonitor(log=) must be True or False, got {log!r}.")
         self._options = check_options(
             clip=clip,
+            accumulate=1 if policy is None else policy,
             on_nonfinite=on_nonfinite,
             statistics=statistics,
             every=every,
@@ -100,6 +117,7 @@ class GradientMonitor(Callback):
             max_consecutive_skips=max_consecutive_skips,
             caller="GradientMonitor",
         )
+        self._accumulation = TrainerAccumulation(policy)
         self._log = log
         self._watcher: Watcher | None = None
         self._state: dict[str, Any] = {}
@@ -107,6 +125,7 @@ class GradientMonitor(Callback):
         self._newest: dict[str, StepRecord] = {}
         self._seen: StepRecord | None = None
         self._first: str | None = None
+        self._accumulates = False
 
     @property
     def watcher(self) -> Watcher | None:
@@ -131,13 +150,26 @@ class GradientMonitor(Callback):
         """
         return self._watched("events").events
 
+    @property
+    def noise_scale(self) -> NoiseScale:
+        """The gradient noise scale at the end of the newest fit, or so far; in micro-batches.
+
+        Where there is none, its ``reason`` says why.
+
+        Raises:
+            RuntimeError: If nothing has been watched yet.
+        """
+        return self._watched("noise_scale").noise_scale
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses conflicts, and forgets the fit before unless this Trainer goes on with it."""
         if stage != "fit":
             return
         refuse_two_clips(self._options.clip, trainer, pl_module)
+        refuse_two_numbers(self._accumulation.policy, trainer, pl_module)
         goes_on = self._trainer is not None and self._trainer() is trainer
         self._state = self.state_dict() if goes_on else {}
+        self._accumulation.prepare(trainer, goes_on)
         self._trainer = weakref.ref(trainer)
         self._watcher = self._seen = self._first = None
         self._newest = {}
@@ -146,22 +178,26 @@ class GradientMonitor(Callback):
         """Attaches a watcher: the checkpoint is restored and the sanity check is over by now."""
         options = self._options
         watcher = gradwatch.watch(
-            _wrapped(trainer, pl_module),
-            _optimizers(trainer, pl_module),
+            wrapped_of(trainer, pl_module),
+            optimizers_of(trainer, pl_module),
             clip=options.clip,
+            accumulate=options.accumulate,
             on_nonfinite=options.on_nonfinite,
             statistics=options.statistics,
             every=options.every,
             buffer_size=options.buffer_size,
-            scaler=_scaler(trainer),
+            scaler=scaler_of(trainer),
             sinks=[*options.sinks, *(tensorboard_sinks(trainer) if self._log else ())],
             exploding_norm=options.exploding_norm,
             skip_spikes=options.skip_spikes,
             max_consecutive_skips=options.max_consecutive_skips,
         )
+        self._accumulates = self._accumulation.active or accumulates(trainer)
+        watcher.leave_windows(self._accumulates)
         if self._state:
             watcher.load_state_dict(self._state)
-        watcher.global_step = _logged_step(trainer)
+        self._accumulation.start(trainer, self._state.get(NUMBER), watcher.accumulate)
+        watcher.global_step = logged_step_of(trainer)
         watcher.attach()
         self._watcher = watcher
 
@@ -176,31 +212,35 @@ class GradientMonitor(Callback):
     ) -> None:
         """Logs the newest steps at the batches that Lightning writes logs at."""
         self._take_newest()
+        if self._watcher is not None:
+            self._accumulation.follow(trainer, self._watcher.accumulate)
         # Lightning takes some 0.1 ms per logged number, also where it throws it away afterwards.
         due = trainer._logger_connector.should_update_logs
         if self._log and due and not trainer.barebones:
-            scalars = step_scalars(self._newest.values(), self._first or "")
+            scalars = step_scalars(self._newest.values(), self._first or "", self._accumulates)
             self._newest = {}
             retire_scalars(trainer, scalars)
             pl_module.log_dict(scalars, on_step=True, on_epoch=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detaches the watcher."""
-        self._detach()
+        self._detach(trainer)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Detaches the watcher, whatever stopped the training."""
-        self._detach()
+        self._detach(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Detaches the watcher where neither of the others was called."""
-        self._detach()
+        self._detach(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps: the state of the watcher."""
-        return dict(self._state) if self._watcher is None else self._watcher.state_dict()
+        """Returns what a checkpoint keeps: the state of the watcher, and the Trainer's number."""
+        if self._watcher is None:
+            return dict(self._state)
+        return {**self._watcher.state_dict(), NUMBER: self._accumulation.number}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes the state of a checkpoint; the watcher gets it when the training starts."""
@@ -232,36 +272,7 @@ class GradientMonitor(Callback):
             raise RuntimeError(NOTHING_YET.format(name=name))
         return self._watcher
 
-    def _detach(self) -> None:
+    def _detach(self, trainer: Trainer) -> None:
         if self._watcher is not None:
             self._watcher.close()
-
-
-def _optimizers(trainer: Trainer, module: LightningModule) -> list[Optimizer] | None:
-    """Lists the optimizers; None, so that they are found at their first step, where none is named.
-
-    Where ``configure_optimizers`` returns nothing, Lightning puts an optimizer there that holds a
-    tensor of its own.
-    """
-    owned = {id(parameter) for parameter in module.parameters()}
-    held = [p for optimizer in trainer.optimizers for p in optimizer_parameters(optimizer)]
-    return trainer.optimizers if any(id(parameter) in owned for parameter in held) else None
-
-
-def _wrapped(trainer: Trainer, module: LightningModule) -> nn.Module:
-    """Returns the module as the strategy wrapped it, so that a rank's own gradients can be seen."""
-    model = trainer.strategy.model
-    return model if isinstance(model, DistributedDataParallel) else module
-
-
-def _scaler(trainer: Trainer) -> torch.amp.GradScaler | None:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return scaler if isinstance(scaler, torch.amp.GradScaler) else None
-
-
-def _logged_step(trainer: Trainer) -> Callable[[], int]:
-    """Returns a function that tells the step under which Lightning logs the batch under way."""
-    loop = trainer.fit_loop.epoch_loop
-    if not hasattr(loop, "_batches_that_stepped"):  # private: a later Lightning may rename it
-        return lambda: trainer.global_step
-    return lambda: int(loop._batches_that_stepped)
+        self._accumulation.give_back(trainer)

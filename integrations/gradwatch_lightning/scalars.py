@@ -13,9 +13,7 @@ GROUP = "gradwatch"
 """Tags of the first optimizer begin with it, as those of ``gradwatch_tensorboard`` do."""
 
 
-def step_scalars(
-    records: Iterable[StepRecord], first: str, accumulated: bool
-) -> dict[str, float]:
+def step_scalars(records: Iterable[StepRecord], first: str, accumulated: bool) -> dict[str, float]:
     """Lists what is logged for the steps of one batch.
 
     ======================================  ======================================================
@@ -26,7 +24,7 @@ def step_scalars(
     ``gradwatch/clip_coef``                 factor between both; 1 where nothing was clipped
     ``gradwatch/nonfinite_parameters``      parameters whose gradient holds a NaN or an Inf
     ``gradwatch/loss_scale``                scale of the GradScaler, where there is one
-    ``gradwatch/noise_scale``               gradient noise scale in micro-batches, where it is known
+    ``gradwatch/noise_scale``               noise scale in micro-batches, above its standard error
     ``gradwatch/micro_batches``             micro-batches of the step, where the Trainer accumulates
     ======================================  ======================================================
 
@@ -73,7 +71,7 @@ def _values(record: StepRecord, accumulated: bool) -> dict[str, float]:
     }
     if record.loss_scale != 1.0:
         values["loss_scale"] = record.loss_scale
-    if math.isfinite(record.noise_scale):
+    if 0 <= record.noise_scale_stderr < record.noise_scale < math.inf:  # as in TensorBoard
         values["noise_scale"] = record.noise_scale
     if accumulated:
         values["micro_batches"] = float(record.micro_batches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradwatch import NonFiniteGradientError
+from gradwatch import AccumulateByNoiseScale, NonFiniteGradientError
 from gradwatch.testing import CapturingSink
 from gradwatch_lightning import GradientMonitor
 
@@ -182,7 +182,13 @@ def test_watching_a_module_that_a_plain_watcher_watches_is_refused(kit):
         ({"sinks": 3}, TypeError, "sinks"),
         ({"log": "yes"}, TypeError, "log"),
         ({"accumulate": 4}, ValueError, "Trainer\\(accumulate_grad_batches=4\\) instead"),
-        ({"accumulate": "auto"}, ValueError, "accumulate"),
+        ({"accumulate": 1}, ValueError, "Trainer\\(accumulate_grad_batches=1\\) instead"),
+        ({"accumulate": True}, TypeError, "accumulate=\\) must be .*got True of type bool"),
+        ({"accumulate": "much"}, ValueError, "must be \"auto\", a mapping .*got 'much'"),
+        ({"accumulate": 2.0}, TypeError, "accumulate=\\) must be .*got 2.0 of type float"),
+        ({"accumulate": AccumulateByNoiseScale}, TypeError, "or an object"),
+        ({"accumulate": {10: 2}}, ValueError, "accumulate.*step 0"),
+        ({"accumulate": {0: 0}}, ValueError, "accumulate.*at least 1, got 0"),
         ({"clipping": 1.0}, TypeError, "clipping"),
     ],
 )

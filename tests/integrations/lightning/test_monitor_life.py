@@ -157,7 +157,7 @@ def test_nothing_to_read_before_a_fit():
     monitor = GradientMonitor()
 
     assert monitor.watcher is None
-    for name in ("history", "events"):
+    for name in ("history", "events", "noise_scale"):
         with pytest.raises(RuntimeError, match=rf"GradientMonitor\.{name} was read.*callbacks="):
             getattr(monitor, name)
 

@@ -1,0 +1,215 @@
+"""Lets the batch of a small character GPT follow the gradient noise scale, and shows what came of it.
+
+The text is on every machine that has Python: the source code of its own standard library. Each step
+adds up micro-batches; how noisy they are tells how many of them are worth it, and
+accumulate=AccumulateByNoiseScale(...) acts on that. The table says what was measured and done, the
+picture shows it. --compare trains again with batches that stay as they are, on as many sequences.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import gradwatch
+from _gpt import CONTEXT, GPT, batch_loss, read_library, validate
+from _noise_plot import MISSING, Run, can_draw, draw
+from _summary import print_summary
+from gradwatch_tensorboard import TensorBoardWriter
+
+WIDTH, LAYERS = 64, 2  # small, so that a minute is enough to see the noise grow
+ROWS = 16
+
+EXPLANATION = """
+All sizes are in sequences of {context} characters; a micro-batch is {size} of them. The noise scale is
+the batch whose gradient is as much noise as signal. With batches well below it, twice the batch takes
+nearly half the steps; with batches well above it, it takes hardly fewer.
+"""
+
+
+def train(args: argparse.Namespace, accumulate: gradwatch.AccumulateByNoiseScale) -> Run:
+    """Trains a model whose batch follows the noise scale, and prints how.
+
+    Args:
+        args: What the command line says.
+        accumulate: Decides about the micro-batches.
+
+    Returns:
+        The run.
+    """
+    print(EXPLANATION.format(context=CONTEXT, size=args.micro_batch))
+    print("  step  sequences   loss     noise scale   batch")
+    sinks = [TensorBoardWriter(args.logdir / time.strftime("%Y%m%d-%H%M%S"))]
+    model, watcher = make(args, accumulate, args.steps, sinks)
+    told, every = 0, max(1, args.steps // ROWS)
+    start = time.perf_counter()
+    for step in steps(model, watcher, args, args.steps):
+        if step % every == 0 or step == args.steps:
+            print_row(watcher, every)
+        for event in watcher.events[told:]:
+            told += 1
+            print(f"        {event.message}")
+    seconds = time.perf_counter() - start
+    print_summary(watcher, args.logdir)
+    return Run("auto", watcher.history.steps(), held_out(model, args), seconds)
+
+
+def train_fixed(args: argparse.Namespace, micro_batches: int, sequences: int) -> Run:
+    """Trains a model with the same batch in every step.
+
+    Args:
+        args: What the command line says.
+        micro_batches: Of each step.
+        sequences: What to train on in all.
+
+    Returns:
+        The run.
+    """
+    batch = micro_batches * args.micro_batch
+    number = max(1, round(sequences / batch))
+    model, watcher = make(args, micro_batches, number, [])
+    start = time.perf_counter()
+    for _ in steps(model, watcher, args, number):
+        pass
+    seconds = time.perf_counter() - start
+    return Run(f"always {batch}", watcher.history.steps(), held_out(model, args), seconds)
+
+
+def make(
+    args: argparse.Namespace,
+    accumulate: int | gradwatch.AccumulateByNoiseScale,
+    number: int,
+    sinks: list[gradwatch.Sink],
+) -> tuple[nn.Module, gradwatch.Watcher]:
+    """Makes a model, the same each time, and the watcher of its run."""
+    torch.manual_seed(args.seed)
+    model = GPT(WIDTH, LAYERS)
+    watcher = gradwatch.watch(
+        model,
+        torch.optim.AdamW(model.parameters(), lr=args.lr),
+        accumulate=accumulate,
+        clip=args.clip or None,
+        on_nonfinite=args.on_nonfinite,
+        buffer_size=number,
+        sinks=sinks,
+    )
+    return model, watcher
+
+
+def steps(
+    model: nn.Module, watcher: gradwatch.Watcher, args: argparse.Namespace, number: int
+) -> Iterator[int]:
+    """Trains for some optimizer steps, and stops after each.
+
+    This is all that a loop has to do: give every backward its weight, and call step after each.
+    """
+    text, _ = read_library()
+    with watcher:
+        step = 0
+        while step < number:
+            loss = batch_loss(model, text, size=args.micro_batch)
+            watcher.backward(loss, weight=args.micro_batch)
+            watcher.step()
+            if watcher.last is not None and watcher.last.step > step:
+                step = watcher.last.step
+                yield step
+
+
+def held_out(model: nn.Module, args: argparse.Namespace) -> float:
+    """Measures the loss on text that no run has seen, the same pieces for every run."""
+    _, text = read_library()
+    torch.manual_seed(args.seed)
+    return validate(model, text, batches=60)
+
+
+def print_row(watcher: gradwatch.Watcher, every: int) -> None:
+    """Prints what the run has come to."""
+    noise, last, history = watcher.noise_scale, watcher.last, watcher.history.steps()
+    scale = f"{noise.b_simple:.0f} \N{PLUS-MINUS SIGN} {noise.stderr:.0f}"
+    print(
+        f"{last.step:>6}  {history['weight'].sum():>9,.0f}  {history['loss'].tail(every).mean():>5.2f}"
+        f"  {scale if noise.valid else '?':>14}  {last.weight:>6.0f}"
+        + ("" if noise.valid else f"   ({noise.reason})")
+    )
+
+
+def print_comparison(runs: list[Run]) -> None:
+    """Prints what the runs have reached, and in how many steps."""
+    print(f"\nThe same {runs[0].sequences:,} sequences, in batches of different size:\n")
+    print("  batch          steps   held-out loss   seconds")
+    for run in runs:
+        print(f"  {run.name:<12} {run.number:>7,}   {run.held_out:>13.3f}   {run.seconds:>7.0f}")
+    print(
+        "\nOn one device all of them cost the same work, and small batches get more steps out of it.\n"
+        "A large batch pays where its micro-batches run on several devices at once: then it is the\n"
+        "number of steps that takes the time."
+    )
+
+
+def parse_arguments() -> tuple[argparse.Namespace, gradwatch.AccumulateByNoiseScale]:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=800, help="optimizer steps")
+    parser.add_argument("--micro-batch", type=int, default=4, help="sequences of one backward")
+    parser.add_argument("--min", type=int, default=2, help="least micro-batches of a step")
+    parser.add_argument("--max", type=int, default=64, help="most micro-batches of a step")
+    parser.add_argument(
+        "--scale-lr", choices=("sqrt", "linear"), help="have the learning rate follow the batch"
+    )
+    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate")
+    parser.add_argument("--clip", type=float, default=1.0, help="largest total norm; 0: no clip")
+    parser.add_argument(
+        "--on-nonfinite",
+        choices=("record", "skip", "raise"),
+        default="skip",
+        help="what to do with a step whose gradients hold a NaN",
+    )
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="train with fixed batches too, on as many sequences: three times as long",
+    )
+    parser.add_argument(
+        "--logdir", type=Path, default=Path("runs/noise_scale"), help="folder for TensorBoard"
+    )
+    parser.add_argument("--out", type=Path, help="picture to draw, beside the logdir if left out")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches")
+    args = parser.parse_args()
+    if args.micro_batch < 1 or args.steps < 1:
+        parser.error("--steps and --micro-batch must be at least 1")
+    try:
+        policy = gradwatch.AccumulateByNoiseScale(args.min, args.max, scale_lr=args.scale_lr)
+    except ValueError as error:
+        parser.error(str(error))
+    args.out = args.out or args.logdir.with_name(f"{args.logdir.name}.png")
+    return args, policy
+
+
+def main() -> None:
+    """Trains, prints and draws."""
+    args, policy = parse_arguments()
+    # The model is small: threads would wait for each other on a busy machine.
+    torch.set_num_threads(1)
+    if not can_draw():
+        print(MISSING)
+    runs = [train(args, policy)]
+    if args.compare:
+        for micro_batches in dict.fromkeys((args.min, policy.micro_batches)):
+            runs.append(train_fixed(args, micro_batches, runs[0].sequences))
+        print_comparison(runs)
+    if can_draw():
+        draw(runs, args.out)
+        print(f"The picture of it: {args.out}")
+    else:
+        print(MISSING)
+
+
+if __name__ == "__main__":
+    main()
