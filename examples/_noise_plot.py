@@ -19,6 +19,8 @@ MISSING = (
 )
 # Okabe and Ito's colours, which can be told apart with any kind of sight.
 NOISE, BATCH, SMALL, LARGE = "#0072B2", "#D55E00", "#009E73", "#1f2933"
+CHOSEN = "batch that auto chose"
+FIRST = 20  # windows that a noise scale needs to be valid
 STYLE = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
@@ -42,13 +44,13 @@ class Run:
         name: How its batch was chosen.
         steps: ``watcher.history.steps()`` of all its steps; weights are sequences.
         held_out: Loss on held-out text at the end, in nats per character.
-        seconds: What the training took.
+        cpu_seconds: What the training took, on however busy a machine.
     """
 
     name: str
     steps: pd.DataFrame
     held_out: float
-    seconds: float
+    cpu_seconds: float
 
     @property
     def number(self) -> int:
@@ -78,15 +80,12 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.5, 7.4), dpi=130, layout="constrained")
-        top, bottom = figure.subfigures(2, 1, height_ratios=[1.25, 1.0])
-        _noise(top.subplots(), runs[0])
-        if len(runs) == 1:
-            _loss(bottom.subplots(), runs, "step")
-        else:
-            by_step, by_sequence = bottom.subplots(1, 2, sharey=True)
-            _loss(by_step, runs, "step")
-            _loss(by_sequence, runs, "sequence")
-            by_sequence.legend()
+        panels = ["step", "sequence"] if len(runs) > 1 else ["step", "step"]
+        axes = figure.subplot_mosaic([["noise"] * 2, panels], height_ratios=[1.25, 1.0])
+        _noise(axes["noise"], runs[0])
+        for per in dict.fromkeys(panels):
+            _loss(axes[per], runs, per)
+        axes["step"].legend(loc="upper right")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
 
@@ -95,22 +94,23 @@ def _noise(axes: Axes, run: Run) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     steps = run.steps
-    # Where it is less than its error, it says nothing.
-    known = steps[steps["noise_scale_stderr"] < steps["noise_scale"]]
+    # A few windows do not tell, nor does what is less than its own error.
+    known = steps[(steps["noise_scale_stderr"] < steps["noise_scale"]) & (steps.index >= FIRST)]
     scale, error = known["noise_scale"], known["noise_scale_stderr"]
-    label = "noise scale, \N{PLUS-MINUS SIGN} one standard error"
+    label = "noise scale \N{PLUS-MINUS SIGN} one standard error"
     axes.fill_between(known.index, scale - error, scale + error, color=NOISE, alpha=0.2, lw=0)
     axes.plot(known.index, scale, color=NOISE, label=label)
-    batch = {"color": BATCH, "linewidth": 2.2, "label": "batch that auto chose"}
-    axes.step(steps.index, steps["weight"], where="post", **batch)
+    axes.step(steps.index, steps["weight"], where="post", color=BATCH, linewidth=2.2, label=CHOSEN)
     axes.set_yscale("log", base=2)
-    low = min([steps["weight"].min(), *scale])
     axes.set(
         title="The batch follows the gradient noise scale",
         xlabel="optimizer step",
         ylabel="sequences",
         xlim=(0, run.number),
-        ylim=(low / 1.5, 1.5 * max([steps["weight"].max(), *(scale + error)])),
+        ylim=(
+            min([steps["weight"].min() / 2, *scale]),
+            1.5 * max([steps["weight"].max(), *(scale + error)]),
+        ),
     )
     axes.yaxis.set_major_locator(LogLocator(base=2))
     axes.yaxis.set_minor_locator(NullLocator())
@@ -119,13 +119,22 @@ def _noise(axes: Axes, run: Run) -> None:
 
 
 def _loss(axes: Axes, runs: Sequence[Run], per: str) -> None:
+    from matplotlib.ticker import StrMethodFormatter
+
+    auto, per_step = runs[0], per == "step"
     looks = [(BATCH, 2.2, "-"), (SMALL, 1.6, "--"), (LARGE, 1.6, ":")]
     for run, (color, width, dashes) in zip(runs, looks, strict=False):
-        losses = run.steps["loss"].rolling(max(1, run.number // 40), min_periods=1).mean()
-        x = losses.index if per == "step" else run.steps["weight"].cumsum()
-        look = {"color": color, "linewidth": width, "linestyle": dashes}
-        axes.plot(x, losses, label=run.name, **look)
-    end = runs[0].number if per == "step" else runs[0].sequences
-    axes.set(title=f"Loss per {per}", xlabel=f"{per}s", xlim=(0, end))
-    axes.label_outer()
-    axes.set_ylabel("nats per character" if per == "step" else "")
+        losses = _smooth(run)
+        x = losses.index if per_step else run.steps["weight"].cumsum()
+        label = f"{run.name}: {run.number:,} steps"
+        axes.plot(x, losses, color=color, linewidth=width, linestyle=dashes, label=label)
+    axes.set(title=f"Loss by {per}", xlabel=f"{'optimizer ' * per_step}{per}s")
+    axes.set_xlim(0, auto.number if per_step else auto.sequences)
+    least = min(_smooth(run).min() for run in runs)
+    axes.set_ylim(0.97 * least, 1.03 * _smooth(auto).iloc[auto.number // 40])
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_ylabel("nats per character" if per_step else "")
+
+
+def _smooth(run: Run) -> pd.Series[float]:
+    return run.steps["loss"].rolling(max(1, run.number // 40), min_periods=1).mean()

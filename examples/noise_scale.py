@@ -1,4 +1,4 @@
-"""Lets the batch of a small character GPT follow the gradient noise scale, and shows what came of it.
+"""Lets the batch of a small character GPT follow the gradient noise scale, and shows how.
 
 The text is on every machine that has Python: the source code of its own standard library. Each step
 adds up micro-batches; how noisy they are tells how many of them are worth it, and
@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import gradwatch
 from _gpt import CONTEXT, GPT, batch_loss, read_library, validate
@@ -24,11 +24,16 @@ from gradwatch_tensorboard import TensorBoardWriter
 
 WIDTH, LAYERS = 64, 2  # small, so that a minute is enough to see the noise grow
 ROWS = 16
+LR_POWERS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 EXPLANATION = """
-All sizes are in sequences of {context} characters; a micro-batch is {size} of them. The noise scale is
-the batch whose gradient is as much noise as signal. With batches well below it, twice the batch takes
-nearly half the steps; with batches well above it, it takes hardly fewer.
+Sizes are in sequences of {context} characters; a micro-batch is {size} of them. The noise scale is
+the batch whose gradient is as much noise as signal. Well below it, twice the batch needs nearly
+half the steps; well above it, hardly fewer.
+"""
+COST = """
+On one device all of them are the same work. Where micro-batches run on several devices at once it
+is the number of steps that takes the time, and that is what a larger batch saves.
 """
 
 
@@ -43,27 +48,27 @@ def train(args: argparse.Namespace, accumulate: gradwatch.AccumulateByNoiseScale
         The run.
     """
     print(EXPLANATION.format(context=CONTEXT, size=args.micro_batch))
-    print("  step  sequences   loss     noise scale   batch")
+    print("  step  sequences   loss     noise scale   batch       lr")
     sinks = [TensorBoardWriter(args.logdir / time.strftime("%Y%m%d-%H%M%S"))]
-    model, watcher = make(args, accumulate, args.steps, sinks)
+    model, watcher = make(args, accumulate, args.lr, args.steps, sinks)
     told, every = 0, max(1, args.steps // ROWS)
-    start = time.perf_counter()
-    for step in steps(model, watcher, args, args.steps):
+    start = time.process_time()
+    for step in each_step(model, watcher, args, args.steps):
         if step % every == 0 or step == args.steps:
             print_row(watcher, every)
         for event in watcher.events[told:]:
             told += 1
             print(f"        {event.message}")
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     print_summary(watcher, args.logdir)
     return Run("auto", watcher.history.steps(), held_out(model, args), seconds)
 
 
 def train_fixed(args: argparse.Namespace, micro_batches: int, sequences: int) -> Run:
-    """Trains a model with the same batch in every step.
+    """Trains a model with the same batch, and learning rate, in every step.
 
     Args:
-        args: What the command line says.
+        args: What the command line says; the learning rate is the one that auto has at this batch.
         micro_batches: Of each step.
         sequences: What to train on in all.
 
@@ -72,26 +77,28 @@ def train_fixed(args: argparse.Namespace, micro_batches: int, sequences: int) ->
     """
     batch = micro_batches * args.micro_batch
     number = max(1, round(sequences / batch))
-    model, watcher = make(args, micro_batches, number, [])
-    start = time.perf_counter()
-    for _ in steps(model, watcher, args, number):
+    lr = args.lr * (micro_batches / args.min) ** LR_POWERS[args.scale_lr]
+    model, watcher = make(args, micro_batches, lr, number, [])
+    start = time.process_time()
+    for _ in each_step(model, watcher, args, number):
         pass
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     return Run(f"always {batch}", watcher.history.steps(), held_out(model, args), seconds)
 
 
 def make(
     args: argparse.Namespace,
     accumulate: int | gradwatch.AccumulateByNoiseScale,
+    lr: float,
     number: int,
-    sinks: list[gradwatch.Sink],
+    sinks: Sequence[gradwatch.Sink],
 ) -> tuple[nn.Module, gradwatch.Watcher]:
     """Makes a model, the same each time, and the watcher of its run."""
     torch.manual_seed(args.seed)
     model = GPT(WIDTH, LAYERS)
     watcher = gradwatch.watch(
         model,
-        torch.optim.AdamW(model.parameters(), lr=args.lr),
+        torch.optim.AdamW(model.parameters(), lr=lr),
         accumulate=accumulate,
         clip=args.clip or None,
         on_nonfinite=args.on_nonfinite,
@@ -101,7 +108,7 @@ def make(
     return model, watcher
 
 
-def steps(
+def each_step(
     model: nn.Module, watcher: gradwatch.Watcher, args: argparse.Namespace, number: int
 ) -> Iterator[int]:
     """Trains for some optimizer steps, and stops after each.
@@ -128,27 +135,26 @@ def held_out(model: nn.Module, args: argparse.Namespace) -> float:
 
 
 def print_row(watcher: gradwatch.Watcher, every: int) -> None:
-    """Prints what the run has come to."""
-    noise, last, history = watcher.noise_scale, watcher.last, watcher.history.steps()
-    scale = f"{noise.b_simple:.0f} \N{PLUS-MINUS SIGN} {noise.stderr:.0f}"
+    """Prints what the run has come to, and the loss of the last so many steps."""
+    noise, steps = watcher.noise_scale, watcher.history.steps()
+    last, sequences, loss = steps.iloc[-1], steps["weight"].sum(), steps["loss"].tail(every).mean()
+    scale = f"{noise.b_simple:.0f} \N{PLUS-MINUS SIGN} {noise.stderr:.0f}" if noise.valid else "?"
+    why = "" if noise.valid else f"   ({noise.reason})"
     print(
-        f"{last.step:>6}  {history['weight'].sum():>9,.0f}  {history['loss'].tail(every).mean():>5.2f}"
-        f"  {scale if noise.valid else '?':>14}  {last.weight:>6.0f}"
-        + ("" if noise.valid else f"   ({noise.reason})")
+        f"{len(steps):>6}  {sequences:>9,.0f}  {loss:>5.2f}  {scale:>14}  {last['weight']:>6.0f}"
+        f"  {last['lr']:>7.2g}{why}"
     )
 
 
 def print_comparison(runs: list[Run]) -> None:
     """Prints what the runs have reached, and in how many steps."""
     print(f"\nThe same {runs[0].sequences:,} sequences, in batches of different size:\n")
-    print("  batch          steps   held-out loss   seconds")
+    print("  batch          steps   held-out loss   CPU seconds")
     for run in runs:
-        print(f"  {run.name:<12} {run.number:>7,}   {run.held_out:>13.3f}   {run.seconds:>7.0f}")
-    print(
-        "\nOn one device all of them cost the same work, and small batches get more steps out of it.\n"
-        "A large batch pays where its micro-batches run on several devices at once: then it is the\n"
-        "number of steps that takes the time."
-    )
+        print(
+            f"  {run.name:<12} {run.number:>7,}   {run.held_out:>13.3f}   {run.cpu_seconds:>11.0f}"
+        )
+    print(COST)
 
 
 def parse_arguments() -> tuple[argparse.Namespace, gradwatch.AccumulateByNoiseScale]:
@@ -161,9 +167,12 @@ def parse_arguments() -> tuple[argparse.Namespace, gradwatch.AccumulateByNoiseSc
     parser.add_argument("--min", type=int, default=2, help="least micro-batches of a step")
     parser.add_argument("--max", type=int, default=64, help="most micro-batches of a step")
     parser.add_argument(
-        "--scale-lr", choices=("sqrt", "linear"), help="have the learning rate follow the batch"
+        "--scale-lr",
+        choices=tuple(LR_POWERS),
+        default="sqrt",
+        help="how the learning rate follows the batch: sqrt is for Adam",
     )
-    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate")
+    parser.add_argument("--lr", type=float, default=3e-3, help="learning rate of the first batch")
     parser.add_argument("--clip", type=float, default=1.0, help="largest total norm; 0: no clip")
     parser.add_argument(
         "--on-nonfinite",
@@ -184,8 +193,9 @@ def parse_arguments() -> tuple[argparse.Namespace, gradwatch.AccumulateByNoiseSc
     args = parser.parse_args()
     if args.micro_batch < 1 or args.steps < 1:
         parser.error("--steps and --micro-batch must be at least 1")
+    scale_lr = None if args.scale_lr == "none" else args.scale_lr
     try:
-        policy = gradwatch.AccumulateByNoiseScale(args.min, args.max, scale_lr=args.scale_lr)
+        policy = gradwatch.AccumulateByNoiseScale(args.min, args.max, scale_lr=scale_lr)
     except ValueError as error:
         parser.error(str(error))
     args.out = args.out or args.logdir.with_name(f"{args.logdir.name}.png")
@@ -207,8 +217,6 @@ def main() -> None:
     if can_draw():
         draw(runs, args.out)
         print(f"The picture of it: {args.out}")
-    else:
-        print(MISSING)
 
 
 if __name__ == "__main__":

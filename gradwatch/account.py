@@ -180,8 +180,10 @@ class Account:
             return
         if sample is not None and record.outcome == "applied":
             small, large = number(sample.small), number(sample.large)
-            terms = noise_terms(sample.small_norm_sq(), small, record.grad_norm**2, large)
-            estimator.update(*terms, sample.batch(), number(sample.per_micro_batch))
+            if 0 < small < large:  # else a single micro-batch weighs something
+                norm_sq = record.grad_norm * record.grad_norm
+                terms = noise_terms(sample.small_norm_sq(), small, norm_sq, large)
+                estimator.update(*terms, sample.batch(), number(sample.per_micro_batch))
         if estimator.updates:
             noise = estimator.read()
             record.noise_scale, record.noise_scale_stderr = noise.b_simple, noise.stderr

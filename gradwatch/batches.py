@@ -143,7 +143,7 @@ class BatchRunner:
         if ranks is None:
             return failed
         device = self._run.table.tensors[0].device
-        told = torch.tensor([-math.inf if failed is None else -failed], device=device)
+        told = torch.tensor([-math.inf if failed is None else -float(failed)], device=device)
         smallest = -ranks.largest_(told).item()
         return None if math.isinf(smallest) else int(smallest)
 

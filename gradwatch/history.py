@@ -1,58 +1,133 @@
-"""History: what a run left behind, as pandas frames."""
+"""History: what a run left behind, live or loaded, as pandas frames."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from gradwatch.explain.advice import clip_advice, clip_rate
-from gradwatch.record.batch import RecordBatch
-from gradwatch.record.frames import events_frame, parameters_frame, steps_frame
+import numpy as np
+
+from gradwatch.explain.advice import WINDOW, clip_advice, clip_rate
+from gradwatch.record.batch import Layout, RecordBatch
+from gradwatch.record.columns import (
+    NORM_COLUMNS,
+    STEP_COLUMNS,
+    Array,
+    Span,
+    Table,
+    labels_in,
+    step_records,
+)
+from gradwatch.record.folder.reader import FolderSource
+from gradwatch.record.frames import events_frame, table_frame
+from gradwatch.record.selection import (
+    Names,
+    chosen_columns,
+    chosen_parameters,
+    chosen_span,
+)
+from gradwatch.record.source import LiveSource, Source
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_CLIP_COLUMNS = ("step", "optimizer", "grad_norm", "clip_threshold", "clipped", "outcome")
+
 
 class History:
-    """The newest steps of a run and all its events; reading it never changes the run."""
+    """The steps of a run and its events; reading it never changes the run.
 
-    def __init__(self, source: Callable[[], RecordBatch]) -> None:
+    Of a live run it holds the newest ``buffer_size`` steps, of a folder all of them. Each call
+    reads anew, so that what has come since is there, and from a folder reads only the files,
+    columns and steps that it needs.
+    """
+
+    def __init__(self, source: Callable[[], RecordBatch] | Source) -> None:
         """Reads from a source.
 
         Args:
-            source: Gives what is there when it is called.
+            source: Gives what is there when it is called, or can be read in parts.
         """
-        self._source = source
+        self._source: Source = LiveSource(source) if callable(source) else source
 
     def __len__(self) -> int:
-        return len(self._source().steps)
+        return len(self._source.steps(("step",), Span())["step"])
 
     def __repr__(self) -> str:
-        batch = self._source()
         return (
-            f"History({len(batch.steps)} steps, {len(batch.layout.names)} parameters, "
-            f"{len(batch.events)} events)"
+            f"History({len(self)} steps, {len(self.layout.names)} parameters, "
+            f"{len(self._source.events())} events)"
         )
 
-    def steps(self) -> pd.DataFrame:
+    @property
+    def layout(self) -> Layout:
+        """The parameters: names, modules, shapes and aliases, in model order."""
+        return self._source.layout()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the parameters in model order."""
+        return self.layout.names
+
+    def steps(
+        self,
+        columns: Iterable[str] | None = None,
+        *,
+        start: int | None = None,
+        stop: int | None = None,
+    ) -> pd.DataFrame:
         """Returns one row per optimizer step.
+
+        Args:
+            columns: The columns to read; all if left out.
+            start: The first step.
+            stop: One after the last step.
 
         Returns:
             Index ``step`` (from 1 per optimizer); columns ``optimizer, time_s, micro_batches,
             weight, grad_norm, grad_norm_clipped, grad_norm_local, clip_coef, clip_threshold,
             clipped, outcome, nonfinite_parameters, loss, lr, loss_scale, noise_scale`` as
             :class:`~gradwatch.record.step.StepRecord` explains them.
-        """
-        return steps_frame(self._source())
 
-    def parameters(self) -> pd.DataFrame:
+        Raises:
+            TypeError: If a bound is no integer, or the columns are no sequence of names.
+            ValueError: If a column is unknown.
+        """
+        chosen = chosen_columns(columns, STEP_COLUMNS, "steps(columns=)")
+        span = chosen_span(start, stop, "steps")
+        return table_frame(self._source.steps(("step", *chosen), span), index="step")
+
+    def parameters(
+        self,
+        names: Names | None = None,
+        *,
+        columns: Iterable[str] | None = None,
+        start: int | None = None,
+        stop: int | None = None,
+    ) -> pd.DataFrame:
         """Returns one row per step and parameter that had a gradient in it.
+
+        Args:
+            names: Parameters to read: a name, several, or a compiled pattern
+                (``re.compile("bias$")``) that is searched for in them; all if left out.
+            columns: The columns to read besides ``step`` and ``parameter``; all if left out.
+            start: The first step.
+            stop: One after the last step.
 
         Returns:
             Columns ``step, parameter, grad_norm`` (before the clip), ``grad_norm_clipped`` (after
             it) and one per further statistic that ``watch(statistics=)`` asked for.
+
+        Raises:
+            TypeError: If a bound is no integer, or names or columns are no sequences of names.
+            ValueError: If a name or a column is unknown.
         """
-        return parameters_frame(self._source())
+        known = (*NORM_COLUMNS, *self._source.statistics())
+        chosen = chosen_columns(columns, known, "parameters(columns=)")
+        indices = None if names is None else chosen_parameters(names, self.names)
+        span = chosen_span(start, stop, "parameters")
+        return table_frame(self._source.parameters(indices, chosen, span))
 
     def events(self) -> pd.DataFrame:
         """Returns one row per event.
@@ -61,19 +136,49 @@ class History:
             Columns ``step, micro_batch, kind, parameter, module, value, rank, message, nan_count,
             inf_count, optimizer`` as :class:`~gradwatch.record.event.Event` explains them.
         """
-        return events_frame(self._source().events)
+        return events_frame(self._source.events())
 
-    def clip_rate(self, window: int = 1000) -> float:
+    def clip_rate(self, window: int = WINDOW) -> float:
         """Returns the share of the newest applied steps that a clip has changed.
 
         Args:
-            window: How many steps count at most; no more than ``watch(buffer_size=)`` are kept.
+            window: How many steps count at most; no more than ``watch(buffer_size=)`` are kept
+                of a live run.
 
         Returns:
             A number from 0 to 1; NaN before the first step.
         """
-        return clip_rate(self._source().steps, window)
+        table, applied = self._applied()
+        return clip_rate(step_records(table, applied[-window:]), window)
 
     def advice(self) -> list[str]:
         """Returns a line for each optimizer whose clip acts on most steps, or on none."""
-        return clip_advice(self._source().steps)
+        table, applied = self._applied()
+        labels = labels_in(table["optimizer"]).codes[applied]
+        newest = [applied[labels == label][-WINDOW:] for label in dict.fromkeys(labels.tolist())]
+        return clip_advice([step for rows in newest for step in step_records(table, rows)])
+
+    def _applied(self) -> tuple[Table, Array]:
+        table = self._source.steps(_CLIP_COLUMNS, Span())
+        outcome = labels_in(table["outcome"])
+        applied = [index for index, name in enumerate(outcome.values) if name == "applied"]
+        return table, np.flatnonzero(np.isin(outcome.codes, applied))
+
+
+def load(path: str | os.PathLike[str]) -> History:
+    """Opens the folder of a run, also while the run still writes to it.
+
+    Nothing in the folder is executed: a stranger's run is safe to open.
+
+    Args:
+        path: The folder that ``watch(run_dir=)`` or :class:`~gradwatch.RunFolder` was given.
+
+    Returns:
+        The history of the run; a resumed one is one run.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it is no run folder, is written in a newer format, or parts are missing.
+        ModuleNotFoundError: If pyarrow is not installed.
+    """
+    return History(FolderSource(path))

@@ -154,6 +154,7 @@ class ManagedLoop:
             self._units = 0
         self._check_room(tracks, call)
         self._run.hooks.watch_added()
+        self._left_out = None
         parts = split_batch(batch, size, f"watcher.{call}")
         return self._parts(parts, Split(len(parts), sum(count for _, count in parts)))
 
@@ -262,10 +263,13 @@ class ManagedLoop:
         before, now = max(count for _, count in was), self._filled(tracks, "backward")
         if now == before == 0:
             raise RuntimeError(NOTHING_ARRIVED)
-        again = [track.window.filled is not filled for track, (filled, _) in zip(tracks, was)]
+        again = [
+            track.window.filled is not filled
+            for track, (filled, _) in zip(tracks, was, strict=True)
+        ]
         if now > before or any(again):  # else another optimizer's window caught up
             self._count(restarted=now <= before)
-        for track, restarted, (_, count) in zip(tracks, again, was):
+        for track, restarted, (_, count) in zip(tracks, again, was, strict=True):
             if restarted or track.window.micro_batches > count:
                 track.add_loss(loss, self.newest_weight)
                 track.window.divisor = self._divisor if weighs else None

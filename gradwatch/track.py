@@ -173,7 +173,7 @@ class Track:
         self._losses.append((_loss(loss), weight))
 
     def drop_what_was_thrown_away(self) -> None:
-        """Begins a new window where all gradients are gone; FSDP2 may just keep them out of sight."""
+        """Begins a new window where no gradient is left; FSDP2 may just keep them out of sight."""
         if self.window.filled and self._run.shards is None and not self.window.gradients()[0]:
             self.window.reset()
             self._losses = []

@@ -18,7 +18,9 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 NOT_YET = {"vanishing", "spike"}
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["plain", "managed", "lightning", "tensorboard"])
+@pytest.mark.parametrize(
+    "snippet", SNIPPETS, ids=["plain", "managed", "lightning", "tensorboard", "noise"]
+)
 def test_snippet_runs(snippet, tmp_path):
     """A snippet pasted into a file runs as it stands."""
     pytest.importorskip("lightning")

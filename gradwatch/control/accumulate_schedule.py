@@ -95,6 +95,7 @@ class AccumulationSchedule:
     ) -> None:
         self._name, self._schedule = name, schedule
         self._most: int | None = None
+        self._function: Callable[[int], int]
         if isinstance(schedule, Mapping):
             table = _table(name, schedule)
             self._schedule, self._most = table, max(table.values())

@@ -93,20 +93,20 @@ class Clipping:
         elif coefficient is not None and factor != 1.0:
             whole = coefficient
         if whole is not None:
-            if self.fused is not None and factor != 0.0 and self._scales(gradients, settled):
+            if self.fused is not None and factor != 0.0 and self._scales(gradients):
                 self.fused.scale(whole, gradients[0].device)
             else:
                 scale_(gradients, whole)
         return replace(settled, coefficient=factor)
 
-    def _scales(self, gradients: list[Tensor], settled: Settled) -> bool:
+    def _scales(self, gradients: list[Tensor]) -> bool:
         """Tells whether the optimizer can be left to scale the gradients.
 
-        It takes a float32 factor: near enough for a clip, not for a mean in double precision.
+        It takes a float32 factor: not near enough for gradients in double precision.
         """
         if self.fused is None or not self.fused.can_scale:
             return False
-        return settled.correction == 1.0 or torch.float64 not in set(map(_dtype, gradients))
+        return torch.float64 not in set(map(_dtype, gradients))
 
     def _scale_units(
         self, rule: UnitRule, indices: Sequence[int], gradients: list[Tensor], left: float

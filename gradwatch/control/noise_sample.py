@@ -129,13 +129,15 @@ def sample_of_all(
         batches: What the window counts as, in the unit of ``watch(accumulate=)``.
 
     Returns:
-        The sample; None where a norm is not known.
+        The sample; None where a norm is not known, or nothing weighs anything.
     """
     if isinstance(sums.spread, float) and math.isnan(sums.spread):
         return None
-    weight, count = operand(sums.weight), operand(sums.count)
+    weight, count, each = operand(sums.weight), operand(sums.count), operand(divisor)
+    if isinstance(weight, float) and weight == 0.0:
+        return None
     return NoiseSample(
-        small_sq=number_of(operand(divisor) ** 2 * operand(sums.spread) / weight),
+        small_sq=number_of(each * (each * operand(sums.spread) / weight)),
         small=number_of(weight / count),
         large=sums.weight,
         scale=scale,
@@ -157,11 +159,12 @@ def sample_of_first(
         The sample; None where that norm is not known either.
     """
     first = micro_batches[0]
-    if first.norm is None:
-        return None
     weight, small = sum(operand(one.weight) for one in micro_batches), operand(first.weight)
+    if first.norm is None or (isinstance(small, float) and small == 0.0):
+        return None
+    mean = operand(divisor) * operand(first.norm) / small
     return NoiseSample(
-        small_sq=number_of((operand(divisor) * operand(first.norm) / small) ** 2),
+        small_sq=number_of(mean * mean),
         small=first.weight,
         large=number_of(weight),
         scale=scale,

@@ -162,6 +162,7 @@ class Window:
     def measure_again(self) -> None:
         """Measures the gradients that a reduction over the ranks has put in place of its own."""
         indices, gradients = self.gradients()
+        self.filled[-1][0].update(indices)  # none has arrived so far where FSDP2 kept them all
         self._before = measure(indices, gradients, self.norm_type)
         if self.shards is None:
             self._snapshot = GradientSnapshot(gradients)

@@ -100,12 +100,12 @@ def _measurement(
 ) -> Measurement:
     norms = row[shards.places(indices, row.device)]
     wide = Reading(total_norm(norms, norm_type))
-    total = Reading(wide.tensor.float())
+    total = Reading(wide.tensor.to(shards.dtype))
     if wide.at_hand and (overflowed or math.isfinite(wide.value())):
         overflowed = overflowed or math.isinf(total.value())
     if overflowed:
         return Measurement(indices, Reading(norms), wide, overflowed=math.isfinite(wide.value()))
-    return Measurement(indices, Reading(norms.float()), total)
+    return Measurement(indices, Reading(norms.to(shards.dtype)), total)
 
 
 def _ratio(before: Measurement, after: Measurement, index: int) -> Tensor:

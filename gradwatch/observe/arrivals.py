@@ -149,8 +149,9 @@ class _ArmedArrivals(Arrivals):
         self._begin()
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
-        self._begin()
-        self[index] = tensor
+        if inside_backward():  # FSDP2 calls the mark where a reduction is made up for, as well
+            self._begin()
+            self[index] = tensor
 
 
 class _BackwardEnd:

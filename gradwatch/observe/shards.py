@@ -100,7 +100,13 @@ class MeshGroup:
 
 
 class Shards:
-    """All sharded tensors of a parameter table, by mesh."""
+    """All sharded tensors of a parameter table, by mesh.
+
+    Attributes:
+        columns: How many tensors the table has.
+        dtype: Of the norms that the ranks agree on, the same on all of them.
+        groups: What is sharded, by mesh.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         """Sorts the tensors.
@@ -109,6 +115,8 @@ class Shards:
             tensors: Those of the table; what is not sharded is the same on every rank.
         """
         self.columns = len(tensors)
+        double = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
+        self.dtype = torch.float64 if double else torch.float32
         members: dict[Any, dict[int, DTensor]] = {}
         for index, tensor in enumerate(tensors):
             if is_sharded(tensor):

@@ -16,6 +16,23 @@ NO_GRADIENT = -1.0
 """Stands in a row of norms where the parameter had no gradient; no norm is negative."""
 
 
+def clipped_by(
+    norms: NDArray[np.floating[Any]], coefficients: NDArray[np.floating[Any]]
+) -> NDArray[np.floating[Any]]:
+    """Takes the norms after a clip that multiplied the gradients.
+
+    Args:
+        norms: float array: norms before it.
+        coefficients: float64 array that fits ``norms``: the factors.
+
+    Returns:
+        Array like ``norms``; :data:`NO_GRADIENT` where there was none.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        scaled = (norms * coefficients).astype(norms.dtype)
+    return np.where(norms == NO_GRADIENT, NO_GRADIENT, scaled).astype(norms.dtype, copy=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The watched parameters in model order; index ``i`` is column ``i`` of every row.

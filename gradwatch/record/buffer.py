@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.record.batch import NO_GRADIENT, Layout, RecordBatch
+from gradwatch.record.batch import NO_GRADIENT, Layout, RecordBatch, clipped_by
 from gradwatch.record.event import Event
 from gradwatch.record.step import StepRecord
 
@@ -111,9 +111,7 @@ class RingBuffer:
 
     def _clipped_rows(self, slots: NDArray[Any], records: list[StepRecord], norms: Row) -> Row:
         coefficients = np.array([record.clip_coef for record in records])[:, None]
-        with np.errstate(invalid="ignore"):
-            scaled = (norms * coefficients).astype(norms.dtype)
-        derived: Row = np.where(norms == NO_GRADIENT, NO_GRADIENT, scaled)
+        derived = clipped_by(norms, coefficients)
         if self._clipped is None:
             return derived
         rows: Row = np.where(self._explicit[slots][:, None], self._clipped[slots], derived)

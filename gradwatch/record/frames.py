@@ -1,21 +1,20 @@
-"""pandas frames of records; pandas is loaded here only, and only when used."""
+"""pandas frames of columns; pandas is loaded here only, and only when used."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradwatch.record.batch import NO_GRADIENT, RecordBatch
+from gradwatch.record.columns import STEP_COLUMNS, Column, Labels, Table, array_of
 from gradwatch.record.event import Event
-from gradwatch.record.step import StepRecord
 
 if TYPE_CHECKING:
     import pandas as pd
 
-STEP_COLUMNS = tuple(f.name for f in fields(StepRecord) if f.name not in ("step", "global_step"))
+__all__ = ["EVENT_COLUMNS", "STEP_COLUMNS", "events_frame", "table_frame"]
+
 EVENT_COLUMNS = (
     "step",
     "micro_batch",
@@ -29,47 +28,27 @@ EVENT_COLUMNS = (
     "inf_count",
     "optimizer",
 )
+_EVENT_DTYPES = {
+    **dict.fromkeys(("step", "micro_batch", "rank", "nan_count", "inf_count"), np.int64),
+    "value": np.float64,
+}
 
 
-def steps_frame(batch: RecordBatch) -> pd.DataFrame:
-    """Makes a frame with one row per optimizer step.
+def table_frame(table: Table, index: str | None = None) -> pd.DataFrame:
+    """Makes a frame; its dtypes do not depend on what the rows hold, nor on whether there are any.
 
     Args:
-        batch: The steps.
+        table: The columns by name.
+        index: The column that becomes the index; None for a plain one.
 
     Returns:
-        Index ``step``, one column per field of :class:`~gradwatch.record.step.StepRecord`.
+        One column each: int64, float32 or float64, bool, and the dtype that pandas has for strings.
     """
     import pandas as pd
 
-    columns = {name: [getattr(r, name) for r in batch.steps] for name in STEP_COLUMNS}
-    index = pd.Index([record.step for record in batch.steps], name="step", dtype="int64")
-    frame: pd.DataFrame = pd.DataFrame(columns, index=index, columns=list(STEP_COLUMNS))
-    return frame
-
-
-def parameters_frame(batch: RecordBatch) -> pd.DataFrame:
-    """Makes a frame with one row per step and parameter that had a gradient in it.
-
-    Args:
-        batch: The steps.
-
-    Returns:
-        Columns ``step, parameter, grad_norm, grad_norm_clipped`` and one per further statistic.
-    """
-    import pandas as pd
-
-    rows, columns = np.nonzero(batch.norms != NO_GRADIENT)
-    steps = np.array([record.step for record in batch.steps], dtype=np.int64)
-    names = np.array(batch.layout.names, dtype=object)
-    data = {
-        "step": steps[rows],
-        "parameter": names[columns],
-        "grad_norm": batch.norms[rows, columns],
-        "grad_norm_clipped": batch.clipped_norms[rows, columns],
-    }
-    data.update({name: plane[rows, columns] for name, plane in batch.statistics.items()})
-    frame: pd.DataFrame = pd.DataFrame(data)
+    columns = {name: _values(column) for name, column in table.items() if name != index}
+    rows = None if index is None else pd.Index(array_of(table[index]), name=index, dtype="int64")
+    frame: pd.DataFrame = pd.DataFrame(columns, index=rows, columns=list(columns))
     return frame
 
 
@@ -82,8 +61,18 @@ def events_frame(events: Sequence[Event]) -> pd.DataFrame:
     Returns:
         Columns as named by the fields of :class:`~gradwatch.record.event.Event`.
     """
+    table: dict[str, Column] = {}
+    for name in EVENT_COLUMNS:
+        values = [getattr(event, name) for event in events]
+        dtype = _EVENT_DTYPES.get(name)
+        table[name] = Labels.of(values) if dtype is None else np.array(values, dtype)
+    return table_frame(table)
+
+
+def _values(column: Column) -> Any:
+    if not isinstance(column, Labels):
+        return column
     import pandas as pd
 
-    columns = {name: [getattr(event, name) for event in events] for name in EVENT_COLUMNS}
-    frame: pd.DataFrame = pd.DataFrame(columns, columns=list(EVENT_COLUMNS))
-    return frame
+    # Taken by code, a million strings cost what a million integers cost.
+    return pd.Series(list(column.values), dtype="str").array.take(column.codes)

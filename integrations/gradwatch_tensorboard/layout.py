@@ -29,7 +29,7 @@ def chart_layout(*, step_scalars: bool, accumulates: bool = False) -> Any:
     if step_scalars:
         charts["norms over parameters: median, 5 % to 95 %"] = ["Margin", _SPREAD]
     if step_scalars and accumulates:
-        charts["batch, and the noise scale that it is compared with"] = [
+        charts["batch and noise scale"] = [
             "Multiline",
             ["gradwatch[^/]*/noise_scale$", "gradwatch[^/]*/weight$"],
         ]

@@ -43,8 +43,12 @@ def _caused(error, cause):
         RuntimeError("MPS backend out of memory (MPS allocated: 8.89 GB, other allocations: 1 MB)"),
         RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously"),
         RuntimeError("CUDA driver error: out of memory"),
-        RuntimeError("level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"),
-        RuntimeError('NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":830'),
+        RuntimeError(
+            "level_zero backend failed with error: 39 (UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY)"
+        ),
+        RuntimeError(
+            'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":830'
+        ),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("GET was unable to find an engine to execute this computation"),

@@ -15,12 +15,20 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.name for path in EXAMPLES.glob("[!_]*.py"))
 FEW = {
+    "noise_scale.py": ("--steps", "6"),
     "plain_loop.py": ("--steps", "6"),
     "train_ddp.py": ("--steps", "6"),
     "train_fsdp2.py": ("--steps", "6"),
     "train_lightning.py": ("--epochs", "1"),
 }
 RANKED = ("train_ddp.py", "train_fsdp2.py")
+WITHOUT_MATPLOTLIB = """
+import pathlib, runpy, sys
+sys.modules["matplotlib"] = None
+del sys.argv[0]
+sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 NEEDS_FSDP2 = pytest.mark.skipif(
     torch.__version__ < (2, 9), reason="FSDP2 on CPUs needs torch 2.9 or newer"
@@ -92,6 +100,57 @@ def test_ends_with_a_table_and_what_to_open(script: str, tmp_path: Path) -> None
     assert f"tensorboard --logdir {logdir}\n" in output
     assert len(list(logdir.rglob("events.out.tfevents.*"))) == 1
     assert len(list(logdir.iterdir())) == 1
+
+
+def test_noise_scale_draws_a_picture(tmp_path: Path) -> None:
+    """The run leaves a PNG beside its logs, and says where."""
+    output = run_example("noise_scale.py", *FEW["noise_scale.py"], "--logdir", tmp_path / "logs")
+    picture = tmp_path / "logs.png"
+    assert f"The picture of it: {picture}\n" in output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "(20 windows are needed, 6 were seen)" in output
+
+
+def test_noise_scale_without_matplotlib_trains_all_the_same(tmp_path: Path) -> None:
+    """Without the package the script says before the training what to install, and goes on."""
+    options = (*FEW["noise_scale.py"], "--logdir", tmp_path / "logs")
+    result = start_example("noise_scale.py", *options, launcher=("-c", WITHOUT_MATPLOTLIB))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("There will be no picture")
+    assert "pip install 'gradwatch[plot]'" in result.stdout
+    assert row(result.stdout, "steps") == "6"
+    assert not (tmp_path / "logs.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (("--min", "3"), "must be a power of two, got 3"),
+        (("--min", "8", "--max", "4"), "must be at most the max of 4, got 8"),
+        (("--steps", "0"), "must be at least 1"),
+    ],
+)
+def test_noise_scale_refuses_bounds_in_one_line(options: tuple[str, ...], text: str) -> None:
+    """A bound that makes no sense is an error of the command line and not a traceback."""
+    result = start_example("noise_scale.py", *options)
+    assert result.returncode == 2
+    assert text in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_the_batch_follows_the_noise_scale(tmp_path: Path) -> None:
+    """Within 150 steps the batch doubles, the table says so, and the comparison has three rows."""
+    options = ("--steps", 150, "--micro-batch", 2, "--compare", "--logdir", tmp_path / "logs")
+    output = run_example("noise_scale.py", *options)
+    assert "a step has 4 micro-batches instead of 2: the noise scale is" in output
+    batches = [int(cell) for cell in re.findall(r"\d \xb1 \d+ +(\d+) +0\.", output)]
+    assert batches == sorted(batches)
+    assert batches[0] == 4 < batches[-1]
+    rows = re.findall(r"^  (auto|always \d+) +([\d,]+) +\d\.\d{3} ", output, flags=re.MULTILINE)
+    assert [name for name, _ in rows] == ["auto", "always 4", f"always {batches[-1]}"]
+    auto, small, large = (int(steps.replace(",", "")) for _, steps in rows)
+    assert small > auto == 150 > large
 
 
 @pytest.mark.slow

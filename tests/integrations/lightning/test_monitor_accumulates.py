@@ -11,15 +11,22 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateMonitor,
-    ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
 from gradwatch import AccumulateByNoiseScale
 from gradwatch_lightning import GradientMonitor
+
+# Lightning 2.4 runs the batch after which the checkpoint was written once more, and counts it twice.
+resumes_exactly = pytest.mark.skipif(
+    not hasattr(_TrainingEpochLoop, "restarted_on_train_batch_end"),
+    reason="this Lightning resumes one batch too early",
+)
 
 
 class Numbers(Callback):
@@ -34,6 +41,17 @@ class Numbers(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.divisors.append(trainer.accumulate_grad_batches)
+
+
+class Save(Callback):
+    """Writes a checkpoint after so many batches of the first epoch."""
+
+    def __init__(self, path, batches):
+        self.path, self.batches = path, batches
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx + 1) == (0, self.batches):
+            trainer.save_checkpoint(self.path)
 
 
 class Follow:
@@ -70,10 +88,10 @@ class Resumable:
         return len(self.batches)
 
     def __iter__(self):
+        self.done %= len(self.batches)
         while self.done < len(self.batches):
             self.done += 1
             yield self.batches[self.done - 1]
-        self.done = 0
 
     def state_dict(self):
         return {"done": self.done}
@@ -161,27 +179,22 @@ def test_a_function_of_the_step_is_followed(kit):
 @pytest.mark.parametrize(
     ("policy", "windows"),
     [
-        (
-            {0: 2, 1: 4},
-            [2, 2, 4, 4, 4],
-        ),  # after 2 batches a window of 4 cannot begin, after 4 it can
+        ({0: 2, 1: 4}, [2, 2, 4, 4, 4]),  # after 2 batches no window of 4 can begin, after 4 it can
         ({0: 3, 1: 4}, [3, 3, 3, 3, 4]),
         ({0: 4, 1: 2, 2: 8}, [4, 2, 2, 8]),
-        (Follow(1, 4, 2, 3), [1, 1, 1, 1, 2, 2, 2, 2, 3, 1]),
+        (Follow(1, 4, 2, 3), [1, 1, 2, 2, 3, 3, 3]),
     ],
 )
 def test_every_full_window_is_the_mean_over_its_batches(kit, policy, windows):
     """A number waits for a batch that is divisible by it: no loss is divided by another number than its window has."""
     module, monitor, numbers = checked(kit.Net), GradientMonitor(accumulate=policy), Numbers()
 
-    kit.trainer(monitor, numbers).fit(module, kit.loader(16))
+    kit.trainer(monitor, numbers).fit(module, kit.loader(sum(windows)))
 
     assert monitor.history.steps().micro_batches.tolist() == windows
     assert module.sizes == windows
-    full = windows[:-1] if sum(windows) > 16 or windows[-1] == 1 else windows
-    assert max(module.off[: len(full)]) < 1e-6
-    divisors = [size for size in windows for _ in range(size)]
-    assert numbers.divisors[: sum(full)] == divisors[: sum(full)]
+    assert max(module.off) < 1e-6
+    assert numbers.divisors == [size for size in windows for _ in range(size)]
 
 
 def test_the_end_of_an_epoch_lets_any_number_begin(kit):
@@ -202,6 +215,31 @@ def test_limit_train_batches_ends_an_epoch(kit):
     kit.trainer(monitor, **options).fit(kit.Net(), kit.loader(7))
 
     assert monitor.history.steps().micro_batches.tolist() == [2, 2, 1, 3, 2]
+
+
+def test_validation_between_the_batches_changes_nothing(kit):
+    """Lightning clears gradients before a validation between two windows, and never within one."""
+    module, monitor = checked(kit.Net), GradientMonitor(accumulate={0: 2, 1: 4, 3: 1})
+    options = {"val_check_interval": 1, "num_sanity_val_steps": 0}
+
+    kit.trainer(monitor, **options).fit(module, kit.loader(10), kit.loader(1))
+
+    assert module.sizes == monitor.history.steps().micro_batches.tolist() == [2, 2, 4, 1, 1]
+    assert max(module.off) < 1e-6
+
+
+def test_a_step_that_the_scaler_leaves_out_counts_as_a_step(kit):
+    """An overflow ends its window too; Lightning's windows stay whole."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    monitor, numbers = GradientMonitor(accumulate={0: 2, 1: 4}), Numbers()
+
+    kit.trainer(monitor, numbers, plugins=[plugin]).fit(kit.Net(), kit.loader(12, poison=1))
+
+    steps = monitor.history.steps()
+    assert steps.outcome.tolist() == ["skipped_scaler", "applied", "applied", "applied"]
+    assert steps.micro_batches.tolist() == [2, 2, 4, 4]
+    assert numbers.divisors == [2] * 4 + [4] * 8
 
 
 def test_weights_are_those_of_the_trainers_own_accumulation(kit):
@@ -274,10 +312,10 @@ def test_an_error_in_the_step_leaves_the_learning_rate(kit):
 
     class Raises(kit.Net):
         def on_before_optimizer_step(self, optimizer):
-            raise RuntimeError("stop here")
+            raise RuntimeError(f"at a rate of {optimizer.param_groups[0]['lr']}")
 
     trainer = kit.trainer(GradientMonitor(accumulate=Follow(2, lr_factor=4.0)))
-    with pytest.raises(RuntimeError, match="stop here"):
+    with pytest.raises(RuntimeError, match=r"at a rate of 0\.2"):
         trainer.fit(Raises(), kit.loader(2))
 
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0.05
@@ -290,7 +328,7 @@ def test_changes_and_the_batch_are_logged(kit):
 
     kit.trainer(monitor, logger=logger).fit(kit.Net(), kit.loader(6))
 
-    assert [value for _, value in logger.of("gradwatch/micro_batches")] == [1, 1, 2, 2]
+    assert logger.of("gradwatch/micro_batches") == [(0, 1), (1, 1), (2, 2), (3, 2)]
 
 
 def test_estimated_stepping_batches_goes_by_the_first_number(kit):
@@ -308,6 +346,19 @@ def test_estimated_stepping_batches_goes_by_the_first_number(kit):
 
 
 def test_another_callback_may_take_the_number_over(kit):
+    """A number that someone else has set is left alone, until it is the monitor's again."""
+
+    class TakesOver(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            trainer.accumulate_grad_batches = 3 if trainer.current_epoch == 1 else 2
+
+    monitor, numbers = GradientMonitor(accumulate={0: 2, 4: 1}), Numbers()
+    kit.trainer(monitor, TakesOver(), numbers, max_epochs=3).fit(kit.Net(), kit.loader(6))
+
+    assert numbers.divisors == [2] * 6 + [3] * 6 + [2] * 2 + [1] * 4
+
+
+def test_stochastic_weight_averaging_works(kit):
     """StochasticWeightAveraging has it for its last epoch; the monitor does not touch it there."""
 
     class Normed(kit.Net):
@@ -324,7 +375,7 @@ def test_another_callback_may_take_the_number_over(kit):
     trainer.fit(Normed(), kit.loader(4))
 
     assert monitor.history.steps().micro_batches.tolist()[:4] == [2, 2, 2, 2]
-    assert numbers.divisors == [2] * 8 + [4] * 4
+    assert numbers.divisors == [2] * 8 + [5] * 4
 
 
 # -- a second life ---------------------------------------------------------------------------------
@@ -347,41 +398,32 @@ def test_a_fit_resumed_after_an_epoch_goes_on_with_its_number(kit, tmp_path, pol
     assert [event.kind for event in resumed.events] == []
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
-def test_a_fit_resumed_in_the_middle_of_an_epoch_has_the_same_windows(kit, tmp_path, at):
+@resumes_exactly
+@pytest.mark.parametrize(("batches", "steps_done"), [(2, 1), (4, 2), (8, 3), (10, 4)])
+def test_a_fit_resumed_in_the_middle_of_an_epoch_has_the_same_windows(
+    kit, tmp_path, batches, steps_done
+):
     """A checkpoint of any step, also one whose next number still waits, gives the rest of the uninterrupted run."""
-    policy = {0: 2, 1: 4, 3: 2}
-    saver = ModelCheckpoint(
-        dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}"
-    )
-    whole = GradientMonitor(accumulate=policy)
-    kit.trainer(whole, saver, enable_checkpointing=True, max_epochs=2).fit(
-        kit.Net(), Resumable(kit.loader(14))
-    )
+    policy, whole = {0: 2, 1: 4, 3: 2}, []
+    for path in (None, tmp_path / "middle.ckpt"):
+        monitor = GradientMonitor(accumulate=policy)
+        trainer = kit.trainer(monitor, Save(tmp_path / "middle.ckpt", batches), max_epochs=2)
+        trainer.fit(kit.Net(), Resumable(kit.loader(14)), ckpt_path=path)
+        whole.append(monitor.history.steps())
 
-    resumed = GradientMonitor(accumulate=policy)
-    kit.trainer(resumed, max_epochs=2).fit(
-        kit.Net(), Resumable(kit.loader(14)), ckpt_path=tmp_path / f"step={at}.ckpt"
-    )
-
-    expected, steps = whole.history.steps().iloc[at:], resumed.history.steps()
-    assert expected.micro_batches.tolist()[: 4 - at] == [2, 2, 4, 2][at:]
+    expected, steps = whole[0].iloc[steps_done:], whole[1]
+    assert whole[0].micro_batches.tolist() == [2, 2, 4, 2, 2, 2, *[2] * 7]
     assert steps.micro_batches.tolist() == expected.micro_batches.tolist()
+    assert list(steps.index) == list(expected.index)
     assert steps.grad_norm.tolist() == expected.grad_norm.tolist()
     assert steps.noise_scale.tolist() == pytest.approx(expected.noise_scale.tolist(), nan_ok=True)
 
 
+@resumes_exactly
 def test_a_fit_resumed_in_the_middle_of_a_window_says_what_was_lost(kit, tmp_path):
     """A checkpoint between two steps goes on with its number; the gradients of its window are a dropped event."""
-
-    class Save(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if batch_idx == 4:
-                trainer.save_checkpoint(tmp_path / "middle.ckpt")
-
-    kit.trainer(GradientMonitor(accumulate={0: 4}), Save()).fit(
-        kit.Net(), Resumable(kit.loader(12))
-    )
+    save = Save(tmp_path / "middle.ckpt", 5)
+    kit.trainer(GradientMonitor(accumulate={0: 4}), save).fit(kit.Net(), Resumable(kit.loader(12)))
     resumed, numbers = GradientMonitor(accumulate={0: 4}), Numbers()
     with pytest.warns(UserWarning, match="micro-batch"):
         kit.trainer(resumed, numbers).fit(
@@ -441,7 +483,9 @@ def test_a_scheduler_of_lightnings_is_refused(kit):
     """GradientAccumulationScheduler is the other owner of the number."""
     monitor, scheduler = GradientMonitor(accumulate={0: 2}), GradientAccumulationScheduler({1: 2})
 
-    with pytest.raises(ValueError, match="a GradientAccumulationScheduler would both.*remove that"):
+    with pytest.raises(
+        ValueError, match=r"a GradientAccumulationScheduler would both.*remove that"
+    ):
         kit.trainer(monitor, scheduler).fit(kit.Net(), kit.loader(2))
 
 

@@ -9,7 +9,7 @@ import gradwatch
 from gradwatch_tensorboard import TensorBoardWriter
 
 BATCH_TAGS = {"gradwatch/noise_scale", "gradwatch/weight", "gradwatch/micro_batches"}
-CHART = "batch, and the noise scale"
+CHART = "batch and noise scale"
 
 
 def write(folder, *batches, **options):

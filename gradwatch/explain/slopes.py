@@ -1,0 +1,242 @@
+"""Slopes: the derivative of a function along a line, by the graph and by differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradwatch.explain.repeatable import Leaf, Repeatable
+
+_STEPS = (1.0, 1 / 16, 16.0, 1 / 256, 256.0)
+_IN_ORDER = (3, 1, 0, 2, 4)  # the steps by size, as indices
+_ROUNDING = 16 * torch.finfo(torch.float64).eps
+_LEAST_SCALE = 1e-2
+_JITTER = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """A direction in a stretch of one leaf.
+
+    Attributes:
+        leaf: The leaf, by its place among all.
+        start: The first position in ``flat``.
+        values: float64 ``[n]``: how far each number from there moves per unit of the step.
+    """
+
+    leaf: int
+    start: int
+    values: Tensor
+
+    def part(self, start: int, stop: int) -> Line:
+        """Cuts out a stretch, by positions in ``flat``."""
+        return Line(self.leaf, start, self.values[start - self.start : stop - self.start])
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """What counts as equal.
+
+    Attributes:
+        eps: The step, per unit of the root mean square of what is varied.
+        rtol: The share of the larger number that is let pass.
+        atol: What is let pass besides.
+    """
+
+    eps: float
+    rtol: float
+    atol: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One derivative, computed in two ways.
+
+    Attributes:
+        analytic: By the graph.
+        numeric: By central differences.
+        agrees: Whether they are the same within the tolerance.
+        settled: Whether the numeric one is the same for several steps; a kink or rounding else.
+        traceable: Whether either is above the rounding of the other.
+    """
+
+    analytic: float
+    numeric: float
+    agrees: bool
+    settled: bool = True
+    traceable: bool = True
+
+
+class Slopes:
+    r"""The derivatives of :math:`L = \sum_j w_j y_j` for the outputs :math:`y` of a function.
+
+    The weights are random signs times 0.5 to 1.5, so that no error in one output hides behind
+    another; a single number is taken as it is. Numeric derivatives are central differences,
+    :math:`(y(t + h) - y(t - h)) / 2h` with an error of :math:`O(h^2)`, summed after the
+    subtraction. Where they do not fit they are tried with other steps: a smaller one leaves a
+    kink nearby outside, a larger one is above the rounding of large outputs. A complex step would
+    have no rounding at all, but torch's piecewise functions (ReLU, max, abs) take no complex
+    numbers.
+
+    Attributes:
+        function: What is differentiated.
+        weights: The w by output, in the shape and dtype of it.
+        gradients: For each leaf the gradient of L, float64 ``[n]``; None where the graph has none.
+
+    References:
+        Baydin, Pearlmutter, Radul, Siskind: Automatic Differentiation in Machine Learning: a
+        Survey. JMLR 18, 2018, arXiv 1502.05767, section 2.1 on the choice of the step.
+        torch.autograd.gradcheck, whose fast mode compares along random lines too.
+    """
+
+    def __init__(self, function: Repeatable, tolerance: Tolerance, seed: int) -> None:
+        """Computes the gradient once.
+
+        Args:
+            function: What is differentiated; it must have outputs.
+            tolerance: What counts as equal.
+            seed: Where the weights start.
+        """
+        self.function = function
+        self.tolerance = tolerance
+        outputs = function.outputs()
+        generator = torch.Generator().manual_seed(seed)
+        self.weights = [_weights(tensor, generator, len(outputs) == 1) for _, tensor in outputs]
+        products = [(w * y.detach()).abs().square().sum() for w, (_, y) in self._pairs(outputs)]
+        self._rounding = _ROUNDING * math.sqrt(float(sum(products)))
+        self.gradients = self.differentiate(self.weights, outputs)
+        self.scales = [_scale(leaf) for leaf in function.leaves]
+
+    def differentiate(
+        self, weights: Sequence[Tensor], outputs: Sequence[tuple[str, Tensor]] | None = None
+    ) -> list[Tensor | None]:
+        """Computes the gradient of weighted outputs by the graph.
+
+        Args:
+            weights: For each output.
+            outputs: The outputs; None to compute them.
+
+        Returns:
+            For each leaf float64 ``[n]``, or None where no graph leads to it.
+        """
+        outputs = self.function.outputs() if outputs is None else outputs
+        ends = [(y, w) for w, (_, y) in zip(weights, outputs, strict=True) if y.requires_grad]
+        leaves = [leaf.tensor for leaf in self.function.leaves]
+        if not ends:
+            return [None] * len(leaves)
+        heads, seeds = [y for y, _ in ends], [w for _, w in ends]
+        found = torch.autograd.grad(heads, leaves, seeds, allow_unused=True)
+        return [None if g is None else _flat(g) for g in found]
+
+    def analytic(self, line: Line) -> float:
+        """Computes the derivative along a line from the gradient."""
+        gradient = self.gradients[line.leaf]
+        if gradient is None:
+            return 0.0
+        part = gradient[line.start : line.start + line.values.numel()]
+        return float(torch.dot(part, line.values))
+
+    def changes(self, line: Line, factor: float = 1.0) -> list[Tensor]:
+        """Computes the derivatives of all outputs along a line by central differences.
+
+        Args:
+            line: The line.
+            factor: The step, in units of the usual one.
+
+        Returns:
+            A tensor for each output; NaN where the function refuses the values.
+        """
+        step = factor * self.tolerance.eps * self.scales[line.leaf]
+        try:
+            above, below = self._moved(line, step), self._moved(line, -step)
+            pairs = zip(above, below, self.weights, strict=True)
+            return [torch.where(w != 0, (a - b) / (2 * step), 0.0) for a, b, w in pairs]
+        except (RuntimeError, ValueError):  # outside of what the function is defined for
+            return [torch.full_like(w, math.nan) for w in self.weights]
+
+    def numeric(self, line: Line, factor: float = 1.0) -> float:
+        """Computes the derivative along a line by central differences; see :meth:`changes`."""
+        changes = self.changes(line, factor)
+        return sum(float(_inner(w, c)) for w, c in zip(self.weights, changes, strict=True))
+
+    def compare(self, line: Line) -> Comparison:
+        """Compares the two derivatives along a line, with other steps where they differ."""
+        analytic, numeric = self.analytic(line), []
+        for factor in _STEPS:
+            numeric.append(self.numeric(line, factor))
+            error, allowed = abs(analytic - numeric[-1]), self._allowed(line, analytic, numeric[-1])
+            if error <= allowed:
+                traceable = max(abs(analytic), abs(numeric[-1])) > allowed
+                return Comparison(analytic, numeric[-1], True, traceable=traceable)
+        ordered = [numeric[i] for i in _IN_ORDER]
+        spread, best = min((abs(a - b), b) for a, b in zip(ordered, ordered[1:], strict=False))
+        settled = 4 * spread < abs(analytic - best) or not math.isfinite(analytic)
+        return Comparison(analytic, best, False, settled and math.isfinite(best))
+
+    @contextmanager
+    def nearby(self, sign: float) -> Iterator[Slopes]:
+        """Moves all leaves a little, by random signs, and gives the slopes there.
+
+        Args:
+            sign: 1 or -1, for two places on opposite sides.
+        """
+        generator = torch.Generator().manual_seed(0)
+        saved = [leaf.flat.clone() for leaf in self.function.leaves]
+        try:
+            for leaf, scale in zip(self.function.leaves, self.scales, strict=True):
+                signs = torch.randint(0, 2, leaf.flat.shape, generator=generator) * 2 - 1
+                leaf.flat.add_(signs.to(leaf.flat), alpha=sign * _JITTER * scale)
+            yield Slopes(self.function, self.tolerance, 0)
+        finally:
+            for leaf, values in zip(self.function.leaves, saved, strict=True):
+                leaf.flat.copy_(values)
+
+    def _allowed(self, line: Line, analytic: float, numeric: float) -> float:
+        rounding = self._rounding / (self.tolerance.eps * self.scales[line.leaf])
+        relative = self.tolerance.rtol * max(abs(analytic), abs(numeric))
+        return relative + self.tolerance.atol + rounding
+
+    def _moved(self, line: Line, step: float) -> list[Tensor]:
+        part = self.function.leaves[line.leaf].flat[line.start :][: line.values.numel()]
+        saved = part.clone()
+        try:
+            part.add_(line.values, alpha=step)
+            return [tensor.detach() for _, tensor in self.function.outputs()]
+        finally:
+            part.copy_(saved)
+
+    def _pairs(
+        self, outputs: Sequence[tuple[str, Tensor]]
+    ) -> Iterator[tuple[Tensor, tuple[str, Tensor]]]:
+        return zip(self.weights, outputs, strict=True)
+
+
+def _weights(output: Tensor, generator: torch.Generator, alone: bool) -> Tensor:
+    shape = (*output.shape, 2) if output.is_complex() else tuple(output.shape)
+    numbers = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+    numbers *= torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    if alone and numbers.numel() == 1:
+        numbers = torch.ones_like(numbers)
+    weights = torch.view_as_complex(numbers) if output.is_complex() else numbers
+    # An output of -Inf, as masks make them, has no differences.
+    return torch.where(torch.isfinite(output.detach()), weights.to(output), 0.0)
+
+
+def _scale(leaf: Leaf) -> float:
+    size = leaf.flat.numel()
+    return max(_LEAST_SCALE, float(torch.linalg.vector_norm(leaf.flat)) / math.sqrt(size or 1))
+
+
+def _flat(gradient: Tensor) -> Tensor:
+    dense = gradient.detach() if gradient.layout is torch.strided else gradient.to_dense()
+    real = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
+    return real.reshape(-1).to(torch.float64)
+
+
+def _inner(weights: Tensor, changes: Tensor) -> Tensor:
+    return (weights.conj() * changes).real.sum() if weights.is_complex() else (weights * changes).sum()

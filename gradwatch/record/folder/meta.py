@@ -1,0 +1,190 @@
+"""Meta: what meta.json says of a run, and the checks that a folder is one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gradwatch.record.batch import Layout
+from gradwatch.record.folder.atomic import write_whole
+
+FORMAT = "gradwatch run"
+VERSION = 1
+NAME = "meta.json"
+STEPS, PARAMETERS, EVENTS = TABLES = ("steps", "parameters", "events")
+
+NO_FOLDER = (
+    "There is no folder {path!r}. Pass the folder that watch(run_dir=) or RunFolder() was given."
+)
+A_FILE = "{path!r} is a file, and a run is a folder. Pass {parent!r} if the file is part of a run."
+NO_META = "{path!r} is no run folder, as it has no meta.json. {hint}"
+NO_META_BUT_TABLES = (
+    "{path!r} is half a run folder: it has {there}, but no meta.json, so the parameters are not "
+    "known. Copy meta.json of that run too; pandas.read_parquet() reads {there} without it."
+)
+FOREIGN = "{path!r} is no run folder, as its meta.json was not written by gradwatch ({why}). {hint}"
+NEWER = (
+    "{path!r} is a run in format {theirs}, and this gradwatch reads formats up to {ours}. "
+    "Upgrade: pip install --upgrade gradwatch."
+)
+HALF = (
+    "{path!r} is half a run folder: it has meta.json, but no {missing}. Copy the whole folder of "
+    "the run."
+)
+PASS_ANOTHER = "Pass the folder that watch(run_dir=) or RunFolder() was given."
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What is said of a run once.
+
+    Attributes:
+        layout: The parameters; of all sessions, those of the newest one first.
+        sessions: One mapping for each process that has written, oldest first.
+    """
+
+    layout: Layout
+    sessions: tuple[Mapping[str, Any], ...] = ()
+
+    def with_session(self, layout: Layout, session: Mapping[str, Any]) -> Meta:
+        """Returns it with one more session.
+
+        Args:
+            layout: The parameters of the session.
+            session: What to say of it.
+        """
+        return Meta(_joined(layout, self.layout), (*self.sessions, plain(session)))
+
+    def write(self, folder: Path) -> None:
+        """Writes meta.json.
+
+        Args:
+            folder: The run folder.
+        """
+        names = ("names", "modules", "shapes", "aliases")
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "sessions": self.sessions,
+            "layout": {name: getattr(self.layout, name) for name in names},
+        }
+        write_whole(folder / NAME, json.dumps(content, indent=1).encode())
+
+
+def read_meta(folder: Path) -> Meta:
+    """Reads meta.json.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        What it says.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it is no run folder, or one in a newer format.
+    """
+    content = _content(folder)
+    if content.get("format") != FORMAT or not isinstance(content.get("version"), int):
+        raise _foreign(folder, "it does not say so")
+    if content["version"] > VERSION:
+        raise ValueError(NEWER.format(path=str(folder), theirs=content["version"], ours=VERSION))
+    try:
+        return Meta(_layout(content["layout"]), tuple(map(dict, content["sessions"])))
+    except (KeyError, TypeError, ValueError) as error:
+        raise _foreign(folder, f"{type(error).__name__}: {error}") from error
+
+
+def check_whole(folder: Path) -> None:
+    """Checks that the tables are there.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    missing = [f"{name}/" for name in TABLES if not (folder / name).is_dir()]
+    if missing:
+        raise ValueError(HALF.format(path=str(folder), missing=" and no ".join(missing)))
+
+
+def plain(value: Any) -> Any:
+    """Turns a value into what JSON can say: what it has no form for becomes its text.
+
+    Args:
+        value: Anything.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(one) for one in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    return str(value)
+
+
+def _content(folder: Path) -> Mapping[str, Any]:
+    if folder.is_file():
+        raise ValueError(A_FILE.format(path=str(folder), parent=str(folder.parent)))
+    if not folder.is_dir():
+        raise FileNotFoundError(NO_FOLDER.format(path=str(folder)))
+    try:
+        content = json.loads((folder / NAME).read_bytes())
+    except FileNotFoundError:
+        raise _no_meta(folder) from None
+    except ValueError as error:
+        raise _foreign(folder, str(error)) from error
+    if not isinstance(content, dict):
+        raise _foreign(folder, "it does not say so")
+    return content
+
+
+def _no_meta(folder: Path) -> ValueError:
+    there = [f"{name}/" for name in TABLES if (folder / name).is_dir()]
+    if there:
+        return ValueError(NO_META_BUT_TABLES.format(path=str(folder), there=", ".join(there)))
+    return ValueError(NO_META.format(path=str(folder), hint=_hint(folder)))
+
+
+def _foreign(folder: Path, why: str) -> ValueError:
+    return ValueError(FOREIGN.format(path=str(folder), why=why, hint=_hint(folder)))
+
+
+def _hint(folder: Path) -> str:
+    inside = sorted(str(path.parent) for path in folder.glob(f"*/{NAME}"))[:3]
+    return f"Did you mean {' or '.join(map(repr, inside))}?" if inside else PASS_ANOTHER
+
+
+def _layout(content: Mapping[str, Sequence[Any]]) -> Layout:
+    return Layout(
+        names=tuple(content["names"]),
+        modules=tuple(content["modules"]),
+        shapes=tuple(tuple(shape) for shape in content["shapes"]),
+        aliases=tuple(tuple(names) for names in content["aliases"]),
+    )
+
+
+def _joined(new: Layout, old: Layout) -> Layout:
+    """Appends the parameters that only earlier sessions had."""
+    known = set(new.names)
+    gone = [index for index, name in enumerate(old.names) if name not in known]
+    if not gone:
+        return new
+    return replace(
+        new,
+        names=new.names + tuple(old.names[i] for i in gone),
+        modules=new.modules + tuple(old.modules[i] for i in gone),
+        shapes=_padded(new.shapes, new) + tuple(_padded(old.shapes, old)[i] for i in gone),
+        aliases=_padded(new.aliases, new) + tuple(_padded(old.aliases, old)[i] for i in gone),
+    )
+
+
+def _padded(values: tuple[tuple[Any, ...], ...], layout: Layout) -> tuple[tuple[Any, ...], ...]:
+    return values or ((),) * len(layout.names)

@@ -1,0 +1,185 @@
+"""RunFolder: a sink that keeps a run in files which every data tool reads."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime, timezone
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from gradwatch.record.batch import RecordBatch
+from gradwatch.record.folder.arrow import need_pyarrow
+from gradwatch.record.folder.meta import NAME, TABLES, read_meta
+from gradwatch.record.folder.session import Session
+from gradwatch.record.sinks import warn_safely
+
+RETRY_S = 30.0
+"""After a failure of the disk so long no further attempt is made: the training waits for each."""
+
+HELD_VALUES = 1 << 21
+HELD_BATCHES = 64
+"""What is held in memory while the disk takes nothing; of more, the oldest is lost."""
+
+_NOT_A_PATH = (
+    "RunFolder(path=) must be a folder (str or PathLike), got {value!r} of type {kind}. "
+    "Write RunFolder('runs/my_run')."
+)
+_EMPTY = "RunFolder(path=) must name a folder, got an empty path. Write RunFolder('runs/my_run')."
+_FULL = (
+    "gradwatch cannot write to the run folder {path!r}: {error}. The training goes on, and the "
+    "newest steps are held in memory in case there is room again later."
+)
+_UNTIDY = (
+    "gradwatch cannot merge the parts of the run folder {path!r}: {error}. The run is still "
+    "recorded, in more and smaller files."
+)
+
+
+class RunFolder:
+    """Writes steps and per-parameter statistics as Parquet, and events as JSON lines.
+
+    A process that is killed loses at most what the watcher had not delivered, 64 steps or 5
+    seconds; what is in the folder can be read at any moment, by :func:`gradwatch.load` and, table
+    by table, by ``pandas.read_parquet(path + "/steps")``, DuckDB and Polars. On a folder that holds
+    a run already it goes on with that run: steps from its own first one on replace older ones.
+
+    A disk that is full, read-only or gone is one warning, and the training goes on.
+
+    Example:
+        >>> import tempfile, torch, gradwatch
+        >>> folder = tempfile.mkdtemp()
+        >>> x = torch.tensor(2.0, requires_grad=True)
+        >>> with gradwatch.watch({"x": x}, sinks=[RunFolder(folder)]):
+        ...     (x**2 + 3 * x + 1).backward()
+        >>> from gradwatch.history import load
+        >>> load(folder).steps()["grad_norm"].tolist()
+        [7.0]
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        optimizers: Iterable[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Makes the folder; writes nothing yet.
+
+        Args:
+            path: The folder; it may hold a run that this one resumes, and other files.
+            optimizers: What meta.json says of each optimizer; plain values, others become text.
+            options: What it says of the arguments of ``watch()``.
+
+        Raises:
+            TypeError: If the path is no path.
+            ValueError: If it is a file, or holds a run in a newer format or half of one.
+            ModuleNotFoundError: If pyarrow is not installed.
+        """
+        need_pyarrow("RunFolder()")
+        self._path = _checked(path)
+        self._about = {
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": _versions(),
+            "optimizers": list(optimizers),
+            "options": dict(options or {}),
+        }
+        self._session: Session | None = None
+        self._held: list[RecordBatch] = []
+        self._retry_at = 0.0
+        self._warned = False
+        self._tidies = True
+        self._attempt(lambda: self._path.mkdir(parents=True, exist_ok=True))
+        self._retry_at = 0.0
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self._path
+
+    def write(self, batch: RecordBatch) -> None:
+        """Writes some steps, and those that a full disk has not taken before.
+
+        Args:
+            batch: The steps.
+        """
+        self._held.append(batch)
+        if time.monotonic() >= self._retry_at:
+            self._attempt(self._write_held)
+        self._drop_oldest()
+
+    def close(self) -> None:
+        """Writes what is held, and merges small parts."""
+        self._attempt(self._write_held)
+        if self._session is not None:
+            self._tidy(self._session.close)
+
+    def _write_held(self) -> None:
+        while self._held:
+            batch = self._held[0]
+            if self._session is None:
+                self._session = Session(self._path, batch.layout, self._about)
+            self._session.write(batch)
+            del self._held[0]
+            self._tidy(partial(self._session.tidy, batch))
+
+    def _attempt(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError as error:
+            self._retry_at = time.monotonic() + RETRY_S
+            self._warn(_FULL, error)
+
+    def _tidy(self, act: Callable[[], object]) -> None:
+        """Merges and cuts; what has been written is safe whatever happens to that."""
+        if not self._tidies:
+            return
+        try:
+            act()
+        except Exception as error:
+            self._tidies = False
+            self._warn(_UNTIDY, error)
+
+    def _warn(self, text: str, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            warn_safely(text.format(path=str(self._path), error=error))
+
+    def _drop_oldest(self) -> None:
+        while self._held and (
+            len(self._held) > HELD_BATCHES
+            or (len(self._held) > 1 and sum(batch.norms.size for batch in self._held) > HELD_VALUES)
+        ):
+            del self._held[0]
+
+
+def _checked(path: object) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(_NOT_A_PATH.format(value=path, kind=type(path).__name__))
+    name = os.fspath(path)
+    if not isinstance(name, str):
+        raise TypeError(_NOT_A_PATH.format(value=path, kind=type(path).__name__))
+    if not name:
+        raise ValueError(_EMPTY)
+    folder = Path(name)
+    if folder.exists():
+        used = not folder.is_dir() or any((folder / one).exists() for one in (NAME, *TABLES))
+        if used:
+            read_meta(folder)
+    return folder
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: _version(name) for name in ("gradwatch", "torch", "pyarrow")}
+    return {"python": platform.python_version(), **packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

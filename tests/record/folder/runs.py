@@ -1,0 +1,122 @@
+"""Made-up runs, what a folder must say of them, and processes that write them."""
+
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import gradwatch
+from gradwatch.history import History, load
+from gradwatch.record.batch import NO_GRADIENT, Layout, RecordBatch
+from gradwatch.record.buffer import Entry, RingBuffer
+from gradwatch.record.event import Event
+from gradwatch.record.run_folder import RunFolder
+from gradwatch.record.step import StepRecord
+
+ROOT = Path(gradwatch.__file__).parent.parent
+
+
+def layout(*names):
+    """Parameters of these names."""
+    return Layout(
+        names,
+        tuple(name.rpartition(".")[0] for name in names),
+        ((2, 3),) * len(names),
+        ((),) * len(names),
+    )
+
+
+def batch(steps, parameters=layout("a", "b", "c"), optimizer="SGD", events=(), **more):
+    """Some steps whose norms tell where they belong: 1000 * place + step."""
+    records = [StepRecord(step=step, optimizer=optimizer, **more) for step in steps]
+    norms = np.array(
+        [[1000.0 * place + step for place in range(len(parameters.names))] for step in steps],
+        np.float32,
+    ).reshape(len(records), len(parameters.names))
+    return RecordBatch(parameters, records, norms, norms.copy(), events=tuple(events))
+
+
+def event(step, optimizer="SGD", kind="nan", value=1.0):
+    """An event of a step."""
+    return Event(step, 1, kind, "a", "", value, 0, f"at {step}", optimizer=optimizer)
+
+
+def write(path, *batches, close=True):
+    """Writes batches as one session."""
+    sink = RunFolder(path)
+    for one in batches:
+        sink.write(one)
+    if close:
+        sink.close()
+    return sink
+
+
+def live(*batches, size=100_000):
+    """The live history of the same steps."""
+    buffer = RingBuffer(batches[0].layout, size)
+    for one in batches:
+        for place, record in enumerate(one.steps):
+            statistics = {name: plane[place] for name, plane in one.statistics.items()}
+            columns = range(len(one.layout.names))
+            entry = Entry(record, columns, one.norms[place], statistics=statistics)
+            buffer.append(entry.with_clipped(columns, one.clipped_norms[place]))
+    events = tuple(event for one in batches for event in one.events)
+    return History(lambda: buffer.batch(events=events))
+
+
+def assert_same(one, other):
+    """The frames are equal: columns, dtypes, order and every bit of every number."""
+    for name in ("steps", "parameters", "events"):
+        left, right = getattr(one, name)(), getattr(other, name)()
+        pd.testing.assert_frame_equal(left, right, check_exact=True, check_freq=False)
+        for column in left.columns:
+            if left[column].dtype.kind == "f":
+                left_bits, right_bits = (frame[column].to_numpy() for frame in (left, right))
+                finite = ~np.isnan(left_bits)
+                assert left_bits[finite].tobytes() == right_bits[finite].tobytes()
+
+
+def steps_of(path):
+    """The steps that a folder gives."""
+    return load(path).steps().index.tolist()
+
+
+def child(code, *arguments, **options):
+    """Starts Python on some code that finds this module as `runs`."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={
+            "PATH": "/usr/bin:/bin",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
+            "HOME": "/tmp",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def assert_consistent(path, least=0):
+    """No step twice, none missing, each with its numbers; at least so many."""
+    history = load(path)
+    steps = history.steps()
+    assert steps.index.tolist() == list(range(1, len(steps) + 1))
+    assert len(steps) >= least
+    parameters = history.parameters(stop=len(steps) + 1)
+    assert len(parameters) == len(steps) * len(history.names)
+    places = {name: place for place, name in enumerate(history.names)}
+    expected = parameters["parameter"].map(places) * 1000.0 + parameters["step"]
+    assert (parameters["grad_norm"] == expected).all()
+    return len(steps)
+
+
+__all__ = [
+    "NO_GRADIENT", "assert_consistent", "assert_same", "batch", "child", "dataclasses", "event",
+    "layout", "live", "math", "steps_of", "write",
+]  # fmt: skip
