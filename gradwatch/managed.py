@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.control.gradient_sync import GradientSync
+from gradwatch.control.places import exact_dtype
 from gradwatch.control.splitting import split_batch
 from gradwatch.errors import AccumulationError
 from gradwatch.observe.readings import Number, is_at_hand, number_of, operand, reading_of
@@ -382,7 +383,8 @@ def _checked_weight(weight: float | Tensor) -> Number:
         if weight.numel() != 1 or weight.is_complex() or weight.dtype == torch.bool:
             raise TypeError(WEIGHT.format(weight=weight))
         if not is_at_hand(weight):  # to look at it would wait for the device
-            return reading_of(weight.reshape(()))
+            # A quotient of integers would be of the default dtype, which is float32.
+            return reading_of(weight.reshape(()).to(exact_dtype(weight.device)))
         weight = weight.item()
     if isinstance(weight, bool) or not isinstance(weight, Real):  # of NumPy as well
         raise TypeError(WEIGHT.format(weight=weight))

@@ -131,7 +131,5 @@ class Repeatable:
 
     def _fresh_arguments(self, values: Sequence[Tensor]) -> Any:
         """Copies the arguments, so that a function may write to them, as it may in a model."""
-        given = {
-            id(leaf.tensor): value for leaf, value in zip(self.leaves, values, strict=False)
-        }
+        given = {id(leaf.tensor): value for leaf, value in zip(self.leaves, values, strict=False)}
         return map_tensors(self._arguments, lambda _, t: given.get(id(t), t).clone(), "")

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from gradwatch.explain.repeatable import Leaf, Repeatable
 
-_STEPS = (1.0, 1 / 16, 16.0, 1 / 256, 256.0)
-_IN_ORDER = (3, 1, 0, 2, 4)  # the steps by size, as indices
 _ROUNDING = 16 * torch.finfo(torch.float64).eps
 _LEAST_SCALE = 1e-2
 _JITTER = 1e-4
@@ -53,38 +51,18 @@ class Tolerance:
     atol: float
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """One derivative, computed in two ways.
-
-    Attributes:
-        analytic: By the graph.
-        numeric: By central differences.
-        agrees: Whether they are the same within the tolerance.
-        settled: Whether the numeric one is the same for several steps; a kink or rounding else.
-        traceable: Whether either is above the rounding of the other.
-    """
-
-    analytic: float
-    numeric: float
-    agrees: bool
-    settled: bool = True
-    traceable: bool = True
-
-
 class Slopes:
     r"""The derivatives of :math:`L = \sum_j w_j y_j` for the outputs :math:`y` of a function.
 
     The weights are random signs times 0.5 to 1.5, so that no error in one output hides behind
     another; a single number is taken as it is. Numeric derivatives are central differences,
     :math:`(y(t + h) - y(t - h)) / 2h` with an error of :math:`O(h^2)`, summed after the
-    subtraction. Where they do not fit they are tried with other steps: a smaller one leaves a
-    kink nearby outside, a larger one is above the rounding of large outputs. A complex step would
-    have no rounding at all, but torch's piecewise functions (ReLU, max, abs) take no complex
-    numbers.
+    subtraction. A complex step would have no rounding at all, but torch's piecewise functions
+    (ReLU, max, abs) take no complex numbers.
 
     Attributes:
         function: What is differentiated.
+        places: Where the outputs are in what the function returns.
         weights: The w by output, in the shape and dtype of it.
         gradients: For each leaf the gradient of L, float64 ``[n]``; None where the graph has none.
 
@@ -107,8 +85,8 @@ class Slopes:
         outputs = function.outputs()
         generator = torch.Generator().manual_seed(seed)
         self.weights = [_weights(tensor, generator, len(outputs) == 1) for _, tensor in outputs]
-        products = [(w * y.detach()).abs().square().sum() for w, (_, y) in self._pairs(outputs)]
-        self._rounding = _ROUNDING * math.sqrt(float(sum(products)))
+        self.places = [place for place, _ in outputs]
+        self._rounding = _ROUNDING * _size(self.weights, [tensor for _, tensor in outputs])
         self.gradients = self.differentiate(self.weights, outputs)
         self.scales = [_scale(leaf) for leaf in function.leaves]
 
@@ -164,20 +142,6 @@ class Slopes:
         changes = self.changes(line, factor)
         return sum(float(_inner(w, c)) for w, c in zip(self.weights, changes, strict=True))
 
-    def compare(self, line: Line) -> Comparison:
-        """Compares the two derivatives along a line, with other steps where they differ."""
-        analytic, numeric = self.analytic(line), []
-        for factor in _STEPS:
-            numeric.append(self.numeric(line, factor))
-            error, allowed = abs(analytic - numeric[-1]), self._allowed(line, analytic, numeric[-1])
-            if error <= allowed:
-                traceable = max(abs(analytic), abs(numeric[-1])) > allowed
-                return Comparison(analytic, numeric[-1], True, traceable=traceable)
-        ordered = [numeric[i] for i in _IN_ORDER]
-        spread, best = min((abs(a - b), b) for a, b in zip(ordered, ordered[1:], strict=False))
-        settled = 4 * spread < abs(analytic - best) or not math.isfinite(analytic)
-        return Comparison(analytic, best, False, settled and math.isfinite(best))
-
     @contextmanager
     def nearby(self, sign: float) -> Iterator[Slopes]:
         """Moves all leaves a little, by random signs, and gives the slopes there.
@@ -196,7 +160,8 @@ class Slopes:
             for leaf, values in zip(self.function.leaves, saved, strict=True):
                 leaf.flat.copy_(values)
 
-    def _allowed(self, line: Line, analytic: float, numeric: float) -> float:
+    def allowed(self, line: Line, analytic: float, numeric: float) -> float:
+        """Computes how far apart two equal derivatives may be."""
         rounding = self._rounding / (self.tolerance.eps * self.scales[line.leaf])
         relative = self.tolerance.rtol * max(abs(analytic), abs(numeric))
         return relative + self.tolerance.atol + rounding
@@ -210,11 +175,6 @@ class Slopes:
         finally:
             part.copy_(saved)
 
-    def _pairs(
-        self, outputs: Sequence[tuple[str, Tensor]]
-    ) -> Iterator[tuple[Tensor, tuple[str, Tensor]]]:
-        return zip(self.weights, outputs, strict=True)
-
 
 def _weights(output: Tensor, generator: torch.Generator, alone: bool) -> Tensor:
     shape = (*output.shape, 2) if output.is_complex() else tuple(output.shape)
@@ -225,6 +185,13 @@ def _weights(output: Tensor, generator: torch.Generator, alone: bool) -> Tensor:
     weights = torch.view_as_complex(numbers) if output.is_complex() else numbers
     # An output of -Inf, as masks make them, has no differences.
     return torch.where(torch.isfinite(output.detach()), weights.to(output), 0.0)
+
+
+def _size(weights: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    products = [
+        torch.where(w != 0, w * y.detach(), 0.0) for w, y in zip(weights, outputs, strict=True)
+    ]
+    return math.sqrt(sum(float(product.abs().square().sum()) for product in products))
 
 
 def _scale(leaf: Leaf) -> float:
@@ -239,4 +206,6 @@ def _flat(gradient: Tensor) -> Tensor:
 
 
 def _inner(weights: Tensor, changes: Tensor) -> Tensor:
-    return (weights.conj() * changes).real.sum() if weights.is_complex() else (weights * changes).sum()
+    return (
+        (weights.conj() * changes).real.sum() if weights.is_complex() else (weights * changes).sum()
+    )

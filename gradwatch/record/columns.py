@@ -14,6 +14,15 @@ from gradwatch.record.step import StepRecord
 Array = NDArray[Any]
 
 
+def safe_text(text: str) -> str:
+    r"""Replaces what UTF-8 has no bytes for, lone surrogates, by ``\udc80`` in letters.
+
+    Args:
+        text: Any string.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 @dataclass(frozen=True, slots=True)
 class Labels:
     """A column of strings that repeat.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gradwatch.record.columns import STEP_COLUMNS, Column, Labels, Table, array_of
+from gradwatch.record.columns import STEP_COLUMNS, Column, Labels, Table, array_of, safe_text
 from gradwatch.record.event import Event
 
 if TYPE_CHECKING:
@@ -75,4 +75,4 @@ def _values(column: Column) -> Any:
     import pandas as pd
 
     # Taken by code, a million strings cost what a million integers cost.
-    return pd.Series(list(column.values), dtype="str").array.take(column.codes)
+    return pd.Series(list(map(safe_text, column.values)), dtype="str").array.take(column.codes)

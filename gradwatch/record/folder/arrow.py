@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gradwatch.record.columns import Labels
+from gradwatch.record.columns import Labels, safe_text
 
 MISSING = "{user} needs pyarrow, which is not installed. Run: pip install 'gradwatch[runs]'"
 DAMAGED = "{path!r} is damaged: {why}. Copy it anew, or delete it to read what else there is."
@@ -125,15 +125,6 @@ def _encoding(types: Any, kind: Any) -> str | None:
     if types.is_floating(kind):
         return "BYTE_STREAM_SPLIT"  # exponents side by side compress; losslessly
     return None
-
-
-def safe_text(text: str) -> str:
-    r"""Replaces what UTF-8 has no bytes for, lone surrogates, by ``\udc80`` in letters.
-
-    Args:
-        text: Any string.
-    """
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def dictionary(labels: Labels) -> Any:

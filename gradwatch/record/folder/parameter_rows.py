@@ -9,8 +9,17 @@ from typing import Any
 import numpy as np
 
 from gradwatch.record.batch import Layout, clipped_by
-from gradwatch.record.columns import NORM_COLUMNS, Array, Column, Labels, Table, array_of, labels_in
-from gradwatch.record.folder.arrow import open_parquet, reading, safe_text
+from gradwatch.record.columns import (
+    NORM_COLUMNS,
+    Array,
+    Column,
+    Labels,
+    Table,
+    array_of,
+    labels_in,
+    safe_text,
+)
+from gradwatch.record.folder.arrow import open_parquet, reading
 from gradwatch.record.folder.parameters_table import KEYS, LABELS
 from gradwatch.record.folder.parts import Part, list_parts, uncovered
 from gradwatch.record.folder.query import groups_with_names, nulls, read_columns

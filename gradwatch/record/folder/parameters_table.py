@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from gradwatch.record.batch import NO_GRADIENT, Layout, RecordBatch, clipped_by
-from gradwatch.record.columns import Array, Labels
-from gradwatch.record.folder.arrow import dictionary, labels_of, options, read_parquet, safe_text
+from gradwatch.record.columns import Array, Labels, safe_text
+from gradwatch.record.folder.arrow import dictionary, labels_of, options, read_parquet
 
 LABELS = ("optimizer", "parameter")
 ROW_GROUP = 1 << 14
