@@ -16,7 +16,8 @@ from gradwatch.record.batch import RecordBatch
 from gradwatch.record.event import Event
 from gradwatch.record.sinks import GradwatchWarning, Sink
 from gradwatch.record.step import StepRecord
-from gradwatch.watcher import Watcher, watch
+from gradwatch.watcher import Watcher
+from gradwatch.watching import watch
 
 __version__ = "0.1.0"
 

@@ -89,12 +89,12 @@ class Accumulation:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs to decide the same."""
-        return self._policy.state_dict()
+        return {"policy": type(self._policy).__name__, "state": self._policy.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what :meth:`state_dict` gave."""
-        if state:
-            self._policy.load_state_dict(state)
+        """Takes back what :meth:`state_dict` gave; another policy than that begins anew."""
+        if state["policy"] == type(self._policy).__name__:
+            self._policy.load_state_dict(state["state"])
 
 
 _NAN = float("nan")

@@ -155,7 +155,7 @@ class BatchRunner:
     def _halve(self, too_large: int, step: int) -> None:
         release_memory(self._devices)
         self.size = (too_large + 1) // 2
-        self._run.recorder.note((out_of_memory_event(step, too_large, self.size),))
+        self._run.note(out_of_memory_event(step, too_large, self.size))
 
 
 class _Start:

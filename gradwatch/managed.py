@@ -209,11 +209,6 @@ class ManagedLoop:
 
         return put_back
 
-    def close(self) -> None:
-        """Leaves the flags of the model as the user had set them."""
-        if self._sync is not None:
-            self._sync.restore()
-
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs to divide by the same."""
         agreed = None if self._agreed is None else float(operand(self._agreed))

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gradwatch.accumulation import Accumulation
 from gradwatch.control.loss_scale import LossScale
 from gradwatch.observe.data_parallel import DataParallel
 from gradwatch.observe.model_hooks import ModelHooks
 from gradwatch.observe.parameters import ParameterTable
+from gradwatch.observe.ranks import rank
 from gradwatch.observe.shards import Shards
 from gradwatch.options import Options
 from gradwatch.overhead import Stopwatch
+from gradwatch.record.batch import Layout
+from gradwatch.record.buffer import RingBuffer
+from gradwatch.record.event import Event
+from gradwatch.record.hub import SinkHub
 from gradwatch.recorder import Recorder
 
 
@@ -31,6 +36,7 @@ class Run:
         accumulation: How many micro-batches make a step.
         data_parallel: The ranks that average their gradients; None where there is one only.
         global_step: Gives the x-axis of loggers for a step.
+        note: Takes an event that belongs to no finished step.
     """
 
     table: ParameterTable
@@ -43,3 +49,49 @@ class Run:
     accumulation: Accumulation
     data_parallel: DataParallel | None
     global_step: Callable[[int], int]
+    note: Callable[[Event], None]
+
+    @classmethod
+    def begin(
+        cls,
+        table: ParameterTable,
+        options: Options,
+        hooks: ModelHooks,
+        data_parallel: DataParallel | None,
+        global_step: Callable[[int], int],
+    ) -> Run:
+        """Begins a run in which nothing has happened yet.
+
+        Args:
+            table: The watched tensors.
+            options: What the user asked for.
+            hooks: What hangs on the model.
+            data_parallel: The ranks that average their gradients; None where there is one only.
+            global_step: Gives the x-axis of loggers for a step.
+        """
+        layout = Layout(
+            names=table.names,
+            modules=table.modules,
+            shapes=tuple(tuple(tensor.shape) for tensor in table.tensors),
+            aliases=table.aliases,
+        )
+        sinks = options.sinks if rank() == 0 else ()  # the ranks would write the same numbers
+        hub = SinkHub(sinks, options.buffer_size)
+        recorder = Recorder(RingBuffer(layout, options.buffer_size), hub)
+
+        def note(event: Event) -> None:
+            recorder.note((replace(event, global_step=global_step(event.step)),))
+
+        return cls(
+            table=table,
+            shards=Shards.of(table.tensors),
+            options=options,
+            scale=LossScale(options.scaler),
+            recorder=recorder,
+            stopwatch=Stopwatch(),
+            hooks=hooks,
+            accumulation=Accumulation(options.accumulate, note),
+            note=note,
+            data_parallel=data_parallel,
+            global_step=global_step,
+        )

@@ -187,7 +187,7 @@ class Tracks:
         if micro_batches:
             step = max(self._steps.values(), default=0) + 1
             event = dropped_event(step, micro_batches, weight)
-            self._run.recorder.note((event,))
+            self._run.note(event)
             warn_safely(f"gradwatch: {event.message}")
 
     def _on_found(self, optimizer: Optimizer) -> None:

@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from gradwatch.accumulation import Accumulation, check_can_be_had
+from gradwatch.accumulation import check_can_be_had
 from gradwatch.batches import BatchRunner, Closure
 from gradwatch.control.gradient_sync import GradientSync
-from gradwatch.control.loss_scale import LossScale
 from gradwatch.control.noise_scale import NoiseScale
-from gradwatch.control.policy import ClipPolicy
 from gradwatch.history import History
 from gradwatch.managed import ManagedLoop
 from gradwatch.observe.arrivals import Backward
 from gradwatch.observe.data_parallel import DataParallel
 from gradwatch.observe.model_hooks import ModelHooks
 from gradwatch.observe.parameters import ParameterTable
-from gradwatch.observe.ranks import rank
-from gradwatch.observe.shards import Shards
-from gradwatch.options import Accumulate, Options, check_options
-from gradwatch.overhead import Overhead, Stopwatch
-from gradwatch.record.batch import Layout
-from gradwatch.record.buffer import RingBuffer
+from gradwatch.options import Options
+from gradwatch.overhead import Overhead
 from gradwatch.record.event import Event
-from gradwatch.record.hub import SinkHub
-from gradwatch.record.sinks import Sink
 from gradwatch.record.step import StepRecord
-from gradwatch.recorder import Recorder
 from gradwatch.run import Run
 from gradwatch.shield import Shield
-from gradwatch.targets import check_unwatched, optimizer_list, parameter_table
+from gradwatch.targets import check_unwatched
 from gradwatch.tracks import Tracks
 
 STATE_VERSION = 3
@@ -68,12 +58,13 @@ class Watcher:
         self._model = model
         self._optimizers = list(optimizers)
         self._hooks = ModelHooks(model, table, self._on_backward, self._on_arrived)
-        self._run = self._make_run(table, DataParallel.of(model))
+        self._run = Run.begin(
+            table, options, self._hooks, DataParallel.of(model), self._global_step_of
+        )
         check_can_be_had(options.accumulate, self._run.data_parallel)
         self._sync = GradientSync.of(model, self._run.data_parallel)
         self._managed = ManagedLoop(self._run, self._sync)
         self._batches = BatchRunner(self._run, self._managed, model)
-        self._handles: list[RemovableHandle] = []
         self._shield = Shield(options.acts, self._stop_watching)
         self._tracks = Tracks(self._run, self._shield)
         self._state = "new"
@@ -95,7 +86,8 @@ class Watcher:
         self._state = "attached"
         self._run.stopwatch.start()
         self._tracks.attach(self._optimizers)
-        self._hook_forwards(self._model)
+        if self._sync is not None:
+            self._sync.before_forwards(self._model, self._before_forward)
         return self
 
     def leave_windows(self, accumulates: bool) -> None:
@@ -322,21 +314,13 @@ class Watcher:
         self._managed.load_state_dict(state["managed"])
         self._batches.size = state["micro_batch_size"]
 
+    def _global_step_of(self, step: int) -> int:
+        return step if self.global_step is None else self.global_step()
+
     def _stop_watching(self) -> None:
         self._tracks.detach()
-        self._managed.close()
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def _hook_forwards(self, model: nn.Module | Mapping[str, Tensor]) -> None:
-        """Hangs a hook on what communicates, to know when a micro-batch begins."""
-        modules = [] if self._sync is None else self._sync.modules
-        if modules and isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):
-            modules = [model]  # by torch.compile; inside, the hook would be compiled too
-        for module in modules:
-            if module._compiled_call_impl is None:
-                self._handles.append(module.register_forward_pre_hook(self._before_forward))
+        if self._sync is not None:
+            self._sync.detach()
 
     # -- what the hooks call -----------------------------------------------------------------------
 
@@ -355,107 +339,3 @@ class Watcher:
         with self._run.stopwatch, torch.no_grad():
             self._run.stopwatch.count_arrivals(len(backward.arrived))
             self._shield.run(lambda: self._tracks.add(backward, self._managed.weight), None)
-
-    # -- parts -------------------------------------------------------------------------------------
-
-    def _make_run(self, table: ParameterTable, data_parallel: DataParallel | None) -> Run:
-        options = self._options
-        layout = Layout(
-            names=table.names,
-            modules=table.modules,
-            shapes=tuple(tuple(tensor.shape) for tensor in table.tensors),
-            aliases=table.aliases,
-        )
-        buffer = RingBuffer(layout, options.buffer_size)
-        sinks = options.sinks if rank() == 0 else ()  # the ranks would write the same numbers
-        recorder = Recorder(buffer, SinkHub(sinks, options.buffer_size))
-        return Run(
-            table=table,
-            shards=Shards.of(table.tensors),
-            options=options,
-            scale=LossScale(options.scaler),
-            recorder=recorder,
-            stopwatch=Stopwatch(),
-            hooks=self._hooks,
-            accumulation=Accumulation(options.accumulate, lambda event: recorder.note((event,))),
-            data_parallel=data_parallel,
-            global_step=lambda step: step if self.global_step is None else self.global_step(),
-        )
-
-
-def watch(
-    model: nn.Module | Mapping[str, Tensor],
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
-    *,
-    clip: float | str | ClipPolicy | None = None,
-    accumulate: Accumulate = 1,
-    on_nonfinite: str = "record",
-    statistics: Iterable[str] = ("norm",),
-    every: int = 1,
-    buffer_size: int = 1024,
-    scaler: torch.amp.GradScaler | None = None,
-    sinks: Iterable[Sink] = (),
-    exploding_norm: float | None = None,
-    skip_spikes: float | str | None = None,
-    max_consecutive_skips: int = 10,
-) -> Watcher:
-    """Watches the gradients of a model while its training loop runs.
-
-    Args:
-        model: A module, or a mapping from names to leaf tensors.
-        optimizer: One or several. Left out, the optimizers that step the model's parameters are
-            found at their first step; where none ever steps, each backward counts as a step.
-        clip: A maximum for the global L2 norm, ``"auto"`` to have it found, or a policy such as
-            ``ClipByNorm``, ``ClipByValue`` or ``ZClip``. None leaves the gradients alone.
-        accumulate: Micro-batches per step: a number, ``{step: number}``, a function of the step, or
-            a policy such as :class:`~gradwatch.AccumulateByNoiseScale`, which is what ``"auto"``
-            stands for.
-        on_nonfinite: What to do about a gradient with NaN or Inf: ``"record"`` it, ``"skip"`` the
-            step (weights and optimizer state stay as they were) or ``"raise"``
-            :class:`~gradwatch.NonFiniteGradientError` before any weight changes.
-        statistics: What to take per parameter besides ``"norm"``: ``"max"``, ``"mean"``, ``"std"``,
-            ``"zeros"``, ``"weight_norm"``, ``"update_ratio"``.
-        every: Take those at every so many steps.
-        buffer_size: Steps kept in memory.
-        scaler: The ``GradScaler`` of the loop, so that norms are in true units.
-        sinks: Receive all records: objects with ``write(batch)`` and ``close()``; of several ranks
-            the first one's do.
-        exploding_norm: A total norm above it is an ``exploding`` event; None for no limit.
-        skip_spikes: Leaves a step out whose norm is so many deviations above the usual, as
-            ``on_nonfinite="skip"`` does; ``"auto"`` for 6, None to take all.
-        max_consecutive_skips: How many steps in a row gradwatch may leave out. One more with a NaN
-            or Inf raises :class:`~gradwatch.NonFiniteGradientError`; one more that is finite is
-            taken: so many outliers in a row are a rise that lasts.
-
-    Returns:
-        The watcher, to be used in a ``with`` statement.
-
-    Raises:
-        TypeError: If an argument is of a wrong type.
-        ValueError: If an argument is out of bounds, or the optimizer's parameters are not the
-            model's.
-
-    Example:
-        >>> import torch
-        >>> x = torch.tensor(2.0, requires_grad=True)
-        >>> with watch({"x": x}) as watcher:
-        ...     (x**2 + 3 * x + 1).backward()
-        >>> watcher.last.grad_norm
-        7.0
-    """
-    options = check_options(
-        clip=clip,
-        accumulate=accumulate,
-        on_nonfinite=on_nonfinite,
-        statistics=statistics,
-        every=every,
-        buffer_size=buffer_size,
-        scaler=scaler,
-        sinks=sinks,
-        exploding_norm=exploding_norm,
-        skip_spikes=skip_spikes,
-        max_consecutive_skips=max_consecutive_skips,
-    )
-    table = parameter_table(model)
-    check_unwatched(table)
-    return Watcher(model, table, optimizer_list(optimizer, table), options)

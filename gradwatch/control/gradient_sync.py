@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from gradwatch.observe.data_parallel import (
     DataParallel,
@@ -45,6 +46,7 @@ class GradientSync:
             parts: What communicates.
         """
         self._parts = parts
+        self._handles: list[RemovableHandle] = []
         self.is_held = False
 
     @classmethod
@@ -69,6 +71,27 @@ class GradientSync:
     def modules(self) -> list[nn.Module]:
         """The modules whose forward begins a micro-batch."""
         return [module for part in self._parts for module in part.modules]
+
+    def before_forwards(self, model: object, hook: Callable[[nn.Module, Any], None]) -> None:
+        """Hangs a hook on what communicates, to know when a micro-batch begins.
+
+        Args:
+            model: What is watched.
+            hook: Called before each forward, with the module and its arguments.
+        """
+        modules = self.modules
+        if modules and isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):
+            modules = [model]  # by torch.compile; inside, the hook would be compiled too
+        for module in modules:
+            if module._compiled_call_impl is None:
+                self._handles.append(module.register_forward_pre_hook(hook))
+
+    def detach(self) -> None:
+        """Takes the hooks off, and puts the flags back as the user had set them."""
+        self.restore()
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def hold_back(self) -> None:
         """Has the next forwards and backwards not communicate gradients, where that is possible."""

@@ -9,7 +9,7 @@ from gradwatch.observe.ranks import rank
 from gradwatch.record.event import Event
 
 CHANGED = "From step {step} on a step has {new} micro-batches instead of {old}{why}."
-WHY = ": the noise scale is {noise:.3g} \N{PLUS-MINUS SIGN} {stderr:.2g} at a batch of {batch:g}"
+WHY = ": the noise scale is {noise} \N{PLUS-MINUS SIGN} {stderr} at a batch of {batch}"
 DROPPED = (
     "{count} micro-batch(es) of weight {weight:g} were in the window of step {step} when its state "
     "was saved. Their gradients are not in a checkpoint: the window begins anew, and they are lost."
@@ -31,7 +31,8 @@ def changed_event(step: int, old: int, new: int, noise: NoiseScale | None) -> Ev
     """
     why = ""
     if noise is not None and math.isfinite(noise.b_simple):
-        why = WHY.format(noise=noise.b_simple, stderr=noise.stderr, batch=noise.batch)
+        sizes = {"noise": noise.b_simple, "stderr": noise.stderr, "batch": noise.batch}
+        why = WHY.format(**{name: _short(size) for name, size in sizes.items()})
     text = CHANGED.format(step=step, new=new, old=old, why=why)
     return Event(step, 0, "accumulate", "", "", float(new), rank(), text)
 
@@ -58,3 +59,7 @@ def out_of_memory_event(step: int, old: int, new: int) -> Event:
     """
     text = OUT_OF_MEMORY.format(step=step, old=old, new=new)
     return Event(step, 0, "out_of_memory", "", "", float(new), rank(), text)
+
+
+def _short(size: float) -> str:
+    return f"{size:,.0f}" if size >= 100 else f"{size:.3g}"

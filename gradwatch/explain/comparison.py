@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
-from gradwatch.explain.slopes import Line, Slopes
+from gradwatch.explain.lines import Line
+from gradwatch.explain.slopes import Slopes
 
 _STEPS = (1.0, 1 / 16, 16.0, 1 / 256, 256.0)
 _IN_ORDER = (3, 1, 0, 2, 4)  # the steps by size, as indices
@@ -57,9 +59,7 @@ def compare(slopes: Slopes, line: Line) -> Comparison:
 
 
 def _disagreement(analytic: float, numeric: list[float]) -> Comparison:
-    pairs = [
-        (abs(a - b), b) for a, b in zip(numeric, numeric[1:], strict=False) if math.isfinite(a - b)
-    ]
+    pairs = [(abs(a - b), b) for a, b in pairwise(numeric) if math.isfinite(a - b)]
     if not pairs:
         return Comparison(analytic, math.nan, False, settled=False)
     spread, best = min(pairs)

@@ -54,9 +54,9 @@ class Curvature:
         """Says it in two or three lines."""
         eigenvalues = f"{self.smallest_eigenvalue:.4g} to {self.largest_eigenvalue:.4g}"
         effort = f"{self.iterations} products" + ("" if self.converged else ", not converged")
+        head = f"Curvature over {self.parameters:,} parameters at loss {self.loss:.4g}: "
         lines = [
-            f"Curvature over {self.parameters:,} parameters at loss {self.loss:.4g}: "
-            f"eigenvalues from {eigenvalues} ({effort}){self._trace_text()}.",
+            f"{head}eigenvalues from {eigenvalues} ({effort}){self._trace_text()}.",
             f"Plain gradient descent oscillates above a learning rate of {self._limit_text()}.",
         ]
         if self.unused:

@@ -16,7 +16,7 @@ from gradwatch.explain.structures import tensors_in
 _OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 
-class Narrowing(TorchDispatchMode):
+class Narrowing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the first operation that makes coarser numbers of a float64 tensor with a gradient.
 
     What comes of it has steps of 1e-7 of its size, and no difference over 1e-6 means anything.
@@ -28,7 +28,7 @@ class Narrowing(TorchDispatchMode):
 
     def __init__(self) -> None:
         """Has found nothing."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found = ""
 
     def __torch_dispatch__(
@@ -61,5 +61,5 @@ def _is_coarse(tensor: Tensor) -> bool:
 def _place() -> str:
     for frame in reversed(traceback.extract_stack()):
         if not frame.filename.startswith(_OURS):
-            return f"at {Path(frame.filename).name}:{frame.lineno}: {frame.line}"
+            return f"at {Path(frame.filename).name}:{frame.lineno}: {(frame.line or '')[:80]}"
     return "inside torch"

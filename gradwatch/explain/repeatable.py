@@ -54,7 +54,7 @@ class RandomState:
         self._cuda = [(device, torch.cuda.get_rng_state(device)) for device in devices]
         self._torch = torch.get_rng_state()
         self._python = random.getstate()
-        self._numpy = np.random.get_state()  # noqa: NPY002 (the legacy one is what users share)
+        self._numpy = np.random.get_state()
 
     def put_back(self) -> None:
         """Makes the next random numbers those that came after the state was taken."""
@@ -62,7 +62,7 @@ class RandomState:
         for device, state in self._cuda:
             torch.cuda.set_rng_state(state, device)
         random.setstate(self._python)
-        np.random.set_state(self._numpy)  # noqa: NPY002
+        np.random.set_state(self._numpy)
 
 
 class Repeatable:

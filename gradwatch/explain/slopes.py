@@ -5,50 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gradwatch.explain.repeatable import Leaf, Repeatable
+from gradwatch.explain.lines import Line, Tolerance, scale_of
+from gradwatch.explain.repeatable import Repeatable
 
 _ROUNDING = 16 * torch.finfo(torch.float64).eps
-_LEAST_SCALE = 1e-2
 _JITTER = 1e-4
-
-
-@dataclass(frozen=True, eq=False)
-class Line:
-    """A direction in a stretch of one leaf.
-
-    Attributes:
-        leaf: The leaf, by its place among all.
-        start: The first position in ``flat``.
-        values: float64 ``[n]``: how far each number from there moves per unit of the step.
-    """
-
-    leaf: int
-    start: int
-    values: Tensor
-
-    def part(self, start: int, stop: int) -> Line:
-        """Cuts out a stretch, by positions in ``flat``."""
-        return Line(self.leaf, start, self.values[start - self.start : stop - self.start])
-
-
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """What counts as equal.
-
-    Attributes:
-        eps: The step, per unit of the root mean square of what is varied.
-        rtol: The share of the larger number that is let pass.
-        atol: What is let pass besides.
-    """
-
-    eps: float
-    rtol: float
-    atol: float
 
 
 class Slopes:
@@ -88,7 +53,7 @@ class Slopes:
         self.places = [place for place, _ in outputs]
         self._rounding = _ROUNDING * _size(self.weights, [tensor for _, tensor in outputs])
         self.gradients = self.differentiate(self.weights, outputs)
-        self.scales = [_scale(leaf) for leaf in function.leaves]
+        self.scales = [scale_of(leaf) for leaf in function.leaves]
 
     def differentiate(
         self, weights: Sequence[Tensor], outputs: Sequence[tuple[str, Tensor]] | None = None
@@ -108,7 +73,9 @@ class Slopes:
         if not ends:
             return [None] * len(leaves)
         heads, seeds = [y for y, _ in ends], [w for _, w in ends]
-        found = torch.autograd.grad(heads, leaves, seeds, allow_unused=True)
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            heads, leaves, seeds, allow_unused=True
+        )
         return [None if g is None else _flat(g) for g in found]
 
     def analytic(self, line: Line) -> float:
@@ -192,11 +159,6 @@ def _size(weights: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
         torch.where(w != 0, w * y.detach(), 0.0) for w, y in zip(weights, outputs, strict=True)
     ]
     return math.sqrt(sum(float(product.abs().square().sum()) for product in products))
-
-
-def _scale(leaf: Leaf) -> float:
-    size = leaf.flat.numel()
-    return max(_LEAST_SCALE, float(torch.linalg.vector_norm(leaf.flat)) / math.sqrt(size or 1))
 
 
 def _flat(gradient: Tensor) -> Tensor:

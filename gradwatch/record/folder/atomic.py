@@ -9,12 +9,13 @@ from typing import Any
 SUFFIX = ".tmp"
 
 
-def write_whole(target: Path, content: Any) -> None:
+def write_whole(target: Path, content: Any, *, sync_name: bool = True) -> None:
     """Writes a file under another name, and renames it when it is on the disk.
 
     Args:
         target: The file; one that is there is replaced.
         content: Bytes, or what has the buffer of bytes.
+        sync_name: Whether the new name is on the disk too when this returns.
 
     Raises:
         OSError: If the disk is full, read-only or gone; then nothing has changed.
@@ -30,7 +31,8 @@ def write_whole(target: Path, content: Any) -> None:
     except BaseException:
         _remove(temporary)
         raise
-    sync_folder(target.parent)
+    if sync_name:
+        sync_folder(target.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ from gradwatch.record.columns import (
 from gradwatch.record.folder.arrow import open_parquet, reading
 from gradwatch.record.folder.parameters_table import KEYS, LABELS
 from gradwatch.record.folder.parts import Part, list_parts, uncovered
-from gradwatch.record.folder.query import groups_with_names, nulls, read_columns
+from gradwatch.record.folder.query import groups_with_names, read_columns
 
 CLIPPED = "grad_norm_clipped"
 FOLLOWS = "follows"
@@ -87,11 +87,9 @@ class ParameterRows:
             groups = wanted.groups(file)
             if not groups:
                 return None
-            table = read_columns(file, groups, ("row", "parameter", *numbers))
-            follows = nulls(file, groups, CLIPPED) if CLIPPED in numbers else None
-        columns = {name: array_of(table[name]) for name in numbers if name in table}
-        if follows is not None:
-            columns[FOLLOWS] = follows
+            names = ("row", "parameter", *numbers)
+            table = read_columns(file, groups, names, nulls={FOLLOWS: CLIPPED})
+        columns = {name: array_of(table[name]) for name in (*numbers, FOLLOWS) if name in table}
         columns["place"] = rows.places(part.session, array_of(table["row"]))
         columns["index"] = wanted.indices(table["parameter"])
         kept = (columns["place"] >= 0) & (columns["index"] >= 0)

@@ -66,7 +66,7 @@ class ParametersTable:
 
     def size(self, rows: int, columns: int) -> int:
         """Returns how many values are worth counting in a table of so many rows and columns."""
-        return rows * (columns - len(KEYS) + 1)
+        return max(1, rows * (columns - len(KEYS) + 1))
 
     def encode(self, table: Any, small: bool) -> Any:
         """Writes rows as a Parquet file into memory.

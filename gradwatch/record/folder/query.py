@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,36 +59,26 @@ def groups_with_names(file: Any, names: Sequence[str]) -> list[int]:
     return found
 
 
-def read_columns(file: Any, groups: Sequence[int], names: Iterable[str]) -> dict[str, Column]:
+def read_columns(
+    file: Any, groups: Sequence[int], names: Iterable[str], nulls: Mapping[str, str] | None = None
+) -> dict[str, Column]:
     """Reads columns of some row groups.
 
     Args:
         file: A ``pyarrow.parquet.ParquetFile``.
         groups: The row groups.
         names: The columns; one that the file does not have is left out.
+        nulls: Further columns to make, by name: of bools, where the column that stands for it is
+            null.
 
     Returns:
         The columns by name; NaN where a number is null.
     """
     there = [name for name in names if name in file.schema_arrow.names]
     table = file.read_row_groups(list(groups), columns=there, use_threads=False)
-    return {name: _column(table[name]) for name in there}
-
-
-def nulls(file: Any, groups: Sequence[int], name: str) -> Array:
-    """Tells where a column is null.
-
-    Args:
-        file: A ``pyarrow.parquet.ParquetFile``.
-        groups: The row groups.
-        name: The column.
-
-    Returns:
-        bool array ``[rows]``.
-    """
-    column = file.read_row_groups(list(groups), columns=[name], use_threads=False)[name]
-    missing: Array = column.is_null().to_numpy()
-    return missing
+    columns = {name: _column(table[name]) for name in there}
+    missing = {new: old for new, old in (nulls or {}).items() if old in columns}
+    return columns | {new: table[old].is_null().to_numpy() for new, old in missing.items()}
 
 
 def join(columns: Sequence[Column]) -> Column:

@@ -73,6 +73,9 @@ class Session:
                 self._parameters.add(part, self._parameters_table.of(batch, self._rows))
                 # The steps come last: what has no row here does not exist yet.
                 self._steps.add(part, self._steps_table.of(batch.steps, self._rows))
+                # Both at the end: most file systems write the names of both at the first call.
+                self._steps.sync()
+                self._parameters.sync()
         except OSError:
             self._log.length = length
             self._parameters.withdraw(part)

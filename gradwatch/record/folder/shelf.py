@@ -58,15 +58,18 @@ class Shelf:
         return max((part.session for part in list_parts(self._folder)), default=0)
 
     def add(self, part: Part, table: Any) -> None:
-        """Writes a part.
+        """Writes a part; :meth:`sync` makes its name last.
 
         Args:
             part: Which rows these are.
-            table: The rows as a ``pyarrow.Table``; none is no file.
+            table: The rows as a ``pyarrow.Table``.
         """
-        if table.num_rows:
-            write_whole(self._path(part), self._table.encode(table, small=True))
-            self._sizes[part] = self._table.size(table.num_rows, table.num_columns)
+        write_whole(self._path(part), self._table.encode(table, small=True), sync_name=False)
+        self._sizes[part] = self._table.size(table.num_rows, table.num_columns)
+
+    def sync(self) -> None:
+        """Makes the names of the parts survive a power failure."""
+        sync_folder(self._folder)
 
     def withdraw(self, part: Part) -> None:
         """Takes a part back that is not to be read, as far as the disk allows.
@@ -140,7 +143,7 @@ class Shelf:
             metadata = open_parquet(self._path(part), ()).metadata
             groups = range(metadata.num_row_groups)
             newest = (metadata.row_group(group).column(STEP).statistics.max for group in groups)
-            return int(max(newest))
+            return int(max(newest, default=0))
 
     def _path(self, part: Part) -> Path:
         return self._folder / part.name

@@ -42,7 +42,7 @@ class StepsTable:
 
     def size(self, rows: int, columns: int) -> int:
         """Returns how many values are worth counting in a table of so many rows and columns."""
-        return rows * columns
+        return max(1, rows * columns)
 
     def encode(self, table: Any, small: bool) -> Any:
         """Writes rows as a Parquet file into memory.

@@ -83,13 +83,15 @@ def batches(draw):
         clipped = clipped_by(norms, np.array([record.clip_coef for record in records])[:, None])
         if draw(st.booleans()):
             clipped = draw(hnp.arrays(np.float32, shape, elements=NORMS32))
-        numbers = {name: draw(hnp.arrays(np.float64, shape, elements=NUMBERS)) for name in statistics}
+        numbers = {
+            name: draw(hnp.arrays(np.float64, shape, elements=NUMBERS)) for name in statistics
+        }
         events = tuple(draw(st.lists(EVENTS, max_size=3)))
         made.append(RecordBatch(layout, records, norms, clipped, numbers, events))
     return made
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(batches(), st.booleans())
 @example([runs.batch([1, 2], runs.layout(*HOSTILE))], True)
 @example([runs.batch([1], runs.layout())], True)
@@ -105,7 +107,7 @@ def test_frames_are_equal(deliveries, closed):
         np.testing.assert_equal(loaded.clip_rate(), live.clip_rate())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=15)
 @given(batches(), st.data())
 def test_a_selection_is_a_part_of_the_whole(deliveries, data):
     """Columns, names and a range of steps give the rows of the full frame, live and loaded."""
@@ -120,8 +122,12 @@ def test_a_selection_is_a_part_of_the_whole(deliveries, data):
             inside = every["step"].between(
                 -99 if start is None else start, (10**9 if stop is None else stop) - 1
             )
-            expected = every[inside & every["parameter"].isin(list(map(safe_text, names)))].reset_index(drop=True)
-            chosen = history.parameters(names, columns=["grad_norm_clipped"], start=start, stop=stop)
+            expected = every[
+                inside & every["parameter"].isin(list(map(safe_text, names)))
+            ].reset_index(drop=True)
+            chosen = history.parameters(
+                names, columns=["grad_norm_clipped"], start=start, stop=stop
+            )
             assert list(chosen) == ["step", "parameter", "grad_norm_clipped"]
             for column in chosen:
                 np.testing.assert_array_equal(chosen[column], expected[column])

@@ -1,0 +1,84 @@
+"""What else a backward has to obey, as torch.autograd.gradcheck tests it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.gradcheck import GradcheckError
+
+from gradwatch.explain.repeatable import Repeatable
+
+_BROKEN = (RuntimeError, TypeError, AttributeError, NotImplementedError)
+_ANY = 1e300  # gradients were compared already, and better: gradcheck knows no kinks
+
+
+def backward_contract(function: Repeatable) -> str:
+    """Tests a backward for undefined gradients, for ignoring what it is given, and for repeating.
+
+    Args:
+        function: A small function without kinks nearby, whose gradients are right.
+
+    Returns:
+        What is wrong; empty if nothing is.
+
+    References:
+        torch.autograd.gradcheck, of which these are the checks besides the numbers.
+    """
+    leaves = tuple(leaf.tensor for leaf in function.leaves)
+    return _first_line(
+        lambda: torch.autograd.gradcheck(
+            _outputs_of(function),
+            leaves,
+            atol=_ANY,
+            nondet_tol=1e-10,
+            fast_mode=not _is_complex(function),
+        )
+    )
+
+
+def forward_contract(function: Repeatable, rtol: float) -> str:
+    """Compares derivatives in forward mode with numeric ones.
+
+    Args:
+        function: A function whose leaves are all among its arguments.
+        rtol: The share of the larger number that is let pass.
+
+    Returns:
+        What is wrong; empty if nothing is.
+    """
+    leaves = tuple(leaf.tensor for leaf in function.leaves)
+    return _first_line(
+        lambda: torch.autograd.gradcheck(
+            _outputs_of(function),
+            leaves,
+            rtol=rtol,
+            check_forward_ad=True,
+            check_backward_ad=False,
+            check_undefined_grad=False,
+            fast_mode=not _is_complex(function),
+        )
+    )
+
+
+def _outputs_of(function: Repeatable) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda *values: tuple(tensor for _, tensor in function.outputs(values))
+
+
+def _is_complex(function: Repeatable) -> bool:
+    tensors = [*(leaf.tensor for leaf in function.leaves), *(t for _, t in function.outputs())]
+    return any(tensor.is_complex() for tensor in tensors)
+
+
+def _first_line(check: Callable[[], bool]) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of what it then raises
+            check()
+    except GradcheckError as error:
+        return " ".join(str(error).split())[:400]
+    except _BROKEN as error:
+        return f"{type(error).__name__} where gradcheck tries it: {error}"[:400]
+    return ""

@@ -1,0 +1,93 @@
+"""watch(): checks what is asked for, and makes the watcher of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradwatch.control.policy import ClipPolicy
+from gradwatch.options import Accumulate, check_options
+from gradwatch.record.sinks import Sink
+from gradwatch.targets import check_unwatched, optimizer_list, parameter_table
+from gradwatch.watcher import Watcher
+
+
+def watch(
+    model: nn.Module | Mapping[str, Tensor],
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    *,
+    clip: float | str | ClipPolicy | None = None,
+    accumulate: Accumulate = 1,
+    on_nonfinite: str = "record",
+    statistics: Iterable[str] = ("norm",),
+    every: int = 1,
+    buffer_size: int = 1024,
+    scaler: torch.amp.GradScaler | None = None,
+    sinks: Iterable[Sink] = (),
+    exploding_norm: float | None = None,
+    skip_spikes: float | str | None = None,
+    max_consecutive_skips: int = 10,
+) -> Watcher:
+    """Watches the gradients of a model while its training loop runs.
+
+    Args:
+        model: A module, or a mapping from names to leaf tensors.
+        optimizer: One or several. Left out, the optimizers that step the model's parameters are
+            found at their first step; where none ever steps, each backward counts as a step.
+        clip: A maximum for the global L2 norm, ``"auto"`` to have it found, or a policy such as
+            ``ClipByNorm``, ``ClipByValue`` or ``ZClip``. None leaves the gradients alone.
+        accumulate: Micro-batches per step: a number, ``{step: number}``, a function of the step, or
+            a policy such as :class:`~gradwatch.AccumulateByNoiseScale`, which is what ``"auto"``
+            stands for.
+        on_nonfinite: What to do about a gradient with NaN or Inf: ``"record"`` it, ``"skip"`` the
+            step (weights and optimizer state stay as they were) or ``"raise"``
+            :class:`~gradwatch.NonFiniteGradientError` before any weight changes.
+        statistics: What to take per parameter besides ``"norm"``: ``"max"``, ``"mean"``, ``"std"``,
+            ``"zeros"``, ``"weight_norm"``, ``"update_ratio"``.
+        every: Take those at every so many steps.
+        buffer_size: Steps kept in memory.
+        scaler: The ``GradScaler`` of the loop, so that norms are in true units.
+        sinks: Receive all records: objects with ``write(batch)`` and ``close()``; of several ranks
+            the first one's do.
+        exploding_norm: A total norm above it is an ``exploding`` event; None for no limit.
+        skip_spikes: Leaves a step out whose norm is so many deviations above the usual, as
+            ``on_nonfinite="skip"`` does; ``"auto"`` for 6, None to take all.
+        max_consecutive_skips: How many steps in a row gradwatch may leave out. One more with a NaN
+            or Inf raises :class:`~gradwatch.NonFiniteGradientError`; one more that is finite is
+            taken: so many outliers in a row are a rise that lasts.
+
+    Returns:
+        The watcher, to be used in a ``with`` statement.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If an argument is out of bounds, or the optimizer's parameters are not the
+            model's.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor(2.0, requires_grad=True)
+        >>> with watch({"x": x}) as watcher:
+        ...     (x**2 + 3 * x + 1).backward()
+        >>> watcher.last.grad_norm
+        7.0
+    """
+    options = check_options(
+        clip=clip,
+        accumulate=accumulate,
+        on_nonfinite=on_nonfinite,
+        statistics=statistics,
+        every=every,
+        buffer_size=buffer_size,
+        scaler=scaler,
+        sinks=sinks,
+        exploding_norm=exploding_norm,
+        skip_spikes=skip_spikes,
+        max_consecutive_skips=max_consecutive_skips,
+    )
+    table = parameter_table(model)
+    check_unwatched(table)
+    return Watcher(model, table, optimizer_list(optimizer, table), options)
