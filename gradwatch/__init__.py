@@ -11,9 +11,10 @@ from gradwatch.control.noise_scale import NoiseScale
 from gradwatch.control.policy import ClipDecision, ClipPolicy
 from gradwatch.control.zclip import ZClip
 from gradwatch.errors import AccumulationError, NonFiniteGradientError
-from gradwatch.history import History
+from gradwatch.history import History, load
 from gradwatch.record.batch import RecordBatch
 from gradwatch.record.event import Event
+from gradwatch.record.run_folder import RunFolder
 from gradwatch.record.sinks import GradwatchWarning, Sink
 from gradwatch.record.step import StepRecord
 from gradwatch.watcher import Watcher
@@ -39,9 +40,11 @@ __all__ = [
     "NonFiniteGradientError",
     "RecordBatch",
     "RobustClip",
+    "RunFolder",
     "Sink",
     "StepRecord",
     "Watcher",
     "ZClip",
+    "load",
     "watch",
 ]

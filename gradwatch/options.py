@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -33,6 +34,7 @@ class Options:
     buffer_size: int
     scaler: torch.amp.GradScaler | None
     sinks: tuple[Sink, ...]
+    run_dir: str | None
     exploding_norm: float | None
     skip_spikes: float | None
     max_consecutive_skips: int
@@ -78,6 +80,7 @@ def check_options(
     buffer_size: int = 1024,
     scaler: torch.amp.GradScaler | None = None,
     sinks: Iterable[Sink] = (),
+    run_dir: str | os.PathLike[str] | None = None,
     exploding_norm: float | None = None,
     skip_spikes: float | str | None = None,
     max_consecutive_skips: int = 10,
@@ -94,6 +97,7 @@ def check_options(
         buffer_size: As for ``watch``.
         scaler: As for ``watch``.
         sinks: As for ``watch``.
+        run_dir: As for ``watch``.
         exploding_norm: As for ``watch``.
         skip_spikes: As for ``watch``.
         max_consecutive_skips: As for ``watch``.
@@ -121,6 +125,7 @@ def check_options(
         buffer_size=_positive_int(f"{caller}(buffer_size=)", buffer_size),
         scaler=scaler,
         sinks=_sinks(f"{caller}(sinks=)", sinks),
+        run_dir=_folder(f"{caller}(run_dir=)", run_dir),
         exploding_norm=exploding_norm,
         skip_spikes=_spike_z(f"{caller}(skip_spikes=)", skip_spikes),
         max_consecutive_skips=_positive_int(
@@ -187,6 +192,19 @@ def _statistics(name: str, names: object) -> tuple[str, ...]:
     for statistic in chosen:
         _choice(name, statistic, STATISTICS)
     return chosen
+
+
+def _folder(name: str, value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise TypeError(
+            f"{name} must be a folder (str or PathLike) or None, got {_described(value)}. "
+            'Write run_dir="runs/a".'
+        )
+    if not os.fspath(value):
+        raise ValueError(f'{name} must name a folder, got an empty path. Write run_dir="runs/a".')
+    return str(os.fspath(value))
 
 
 def _sinks(name: str, sinks: object) -> tuple[Sink, ...]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch.control.policy import ClipPolicy
+from gradwatch.described import described_optimizer, described_options
+from gradwatch.observe.ranks import rank
 from gradwatch.options import Accumulate, check_options
+from gradwatch.record.run_folder import RunFolder
 from gradwatch.record.sinks import Sink
 from gradwatch.targets import check_unwatched, optimizer_list, parameter_table
 from gradwatch.watcher import Watcher
@@ -27,6 +32,7 @@ def watch(
     buffer_size: int = 1024,
     scaler: torch.amp.GradScaler | None = None,
     sinks: Iterable[Sink] = (),
+    run_dir: str | os.PathLike[str] | None = None,
     exploding_norm: float | None = None,
     skip_spikes: float | str | None = None,
     max_consecutive_skips: int = 10,
@@ -52,6 +58,8 @@ def watch(
         scaler: The ``GradScaler`` of the loop, so that norms are in true units.
         sinks: Receive all records: objects with ``write(batch)`` and ``close()``; of several ranks
             the first one's do.
+        run_dir: A folder that keeps the whole run, for :func:`gradwatch.load` and every tool that
+            reads Parquet; one that holds a run is gone on with. Needs ``gradwatch[runs]``.
         exploding_norm: A total norm above it is an ``exploding`` event; None for no limit.
         skip_spikes: Leaves a step out whose norm is so many deviations above the usual, as
             ``on_nonfinite="skip"`` does; ``"auto"`` for 6, None to take all.
@@ -84,10 +92,19 @@ def watch(
         buffer_size=buffer_size,
         scaler=scaler,
         sinks=sinks,
+        run_dir=run_dir,
         exploding_norm=exploding_norm,
         skip_spikes=skip_spikes,
         max_consecutive_skips=max_consecutive_skips,
     )
     table = parameter_table(model)
     check_unwatched(table)
-    return Watcher(model, table, optimizer_list(optimizer, table), options)
+    optimizers = optimizer_list(optimizer, table)
+    if options.run_dir is not None and rank() == 0:
+        folder = RunFolder(
+            options.run_dir,
+            optimizers=list(map(described_optimizer, optimizers)),
+            options=described_options(options),
+        )
+        options = replace(options, sinks=(*options.sinks, folder))
+    return Watcher(model, table, optimizers, options)

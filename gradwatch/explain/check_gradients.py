@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from gradwatch.control.checks import check_between
 from gradwatch.explain.contract import backward_contract, forward_contract
-from gradwatch.explain.culprits import Culprit, find_culprits, first_calls
+from gradwatch.explain.culprits import Culprit, find_culprits, first_calls, functions_between
 from gradwatch.explain.first_evaluation import evaluate_first
 from gradwatch.explain.gradient_check import GradientCheck, GradientMismatch, WrongGradientError
 from gradwatch.explain.leaf_check import LeafVerdict, check_leaf
@@ -107,7 +108,7 @@ def check_gradients(
         )
         failures = [_blamed(f, subject, culprits) for v in verdicts if (f := v.failure) is not None]
         if not failures:
-            failures = _contract(subject, verdicts, tolerance, forward_ad)
+            failures = _contract(slopes, verdicts, forward_ad)
     finally:
         subject.close()
     return GradientCheck(
@@ -124,15 +125,20 @@ def check_gradients(
 
 
 def _contract(
-    subject: Repeatable, verdicts: list[LeafVerdict], tolerance: Tolerance, forward_ad: bool
+    slopes: Slopes, verdicts: list[LeafVerdict], forward_ad: bool
 ) -> list[GradientMismatch]:
+    subject = slopes.function
     kinks = any(verdict.kink is not None for verdict in verdicts)
     size = sum(leaf.flat.numel() for leaf in subject.leaves)
-    message = "" if kinks or size > _SMALL else backward_contract(subject)
+    plain = not kinks and not slopes.sparse and size <= _SMALL
+    message = backward_contract(subject) if plain else ""
     if forward_ad and not message:
-        message = forward_contract(subject, tolerance.rtol)
-    nan = float("nan")
-    return [GradientMismatch("", "contract", None, nan, nan, message=message)] if message else []
+        message = forward_contract(subject, slopes.tolerance.rtol)
+    if not message:
+        return []
+    nan, functions = float("nan"), functions_between(subject, range(len(subject.leaves)))
+    mismatch = GradientMismatch("", "contract", None, nan, nan, message=message)
+    return [replace(mismatch, function=", ".join(functions))]
 
 
 def _blamed(
@@ -163,6 +169,8 @@ def _name(function: Callable[..., Any]) -> str:
         return type(function).__name__
     name = str(getattr(function, "__qualname__", type(function).__name__))
     owner = getattr(function, "__self__", None)
-    if isinstance(owner, type):  # apply of an autograd.Function
-        return f"{owner.__name__}.{name.rpartition('.')[2]}"
+    if isinstance(owner, type) and issubclass(owner, torch.autograd.Function):
+        return f"{owner.__name__}.apply"
+    if isinstance(function, types.BuiltinFunctionType):
+        return function.__name__
     return name.rpartition("<locals>.")[2]

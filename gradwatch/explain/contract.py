@@ -43,13 +43,13 @@ def forward_contract(function: Repeatable, rtol: float) -> str:
     """Compares derivatives in forward mode with numeric ones.
 
     Args:
-        function: A function whose leaves are all among its arguments.
+        function: A function; its leaves among its arguments are looked at.
         rtol: The share of the larger number that is let pass.
 
     Returns:
         What is wrong; empty if nothing is.
     """
-    leaves = tuple(leaf.tensor for leaf in function.leaves)
+    leaves = tuple(leaf.tensor for leaf in function.argument_leaves)
     return _first_line(
         lambda: torch.autograd.gradcheck(
             _outputs_of(function),
@@ -78,7 +78,9 @@ def _first_line(check: Callable[[], bool]) -> str:
             warnings.simplefilter("ignore")  # it warns of what it then raises
             check()
     except GradcheckError as error:
-        return " ".join(str(error).split())[:400]
+        text = " ".join(str(error).split()).partition(" The above quantities")[0]
+        return f"torch.autograd.gradcheck says: {text[:400]}"
     except _BROKEN as error:
-        return f"{type(error).__name__} where gradcheck tries it: {error}"[:400]
+        said = f"{type(error).__name__}: {error}"[:400]
+        return f"fails where torch.autograd.gradcheck leaves out the gradient of an output: {said}"
     return ""

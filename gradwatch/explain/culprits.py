@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -114,7 +114,7 @@ def find_culprits(
         if functions is not None:
             found.append(Culprit(call.name, type(call.module).__name__, functions, place))
     if not found:
-        functions = _functions(function, wrong)
+        functions = functions_between(function, wrong)
         return [Culprit("", kind, functions, len(calls))], evaluations + 1
     return found[::-1], evaluations
 
@@ -129,7 +129,7 @@ def _fault(part: Repeatable, tolerance: Tolerance, seed: int) -> tuple[str, ...]
         return None
     slopes, generator = Slopes(part, tolerance, seed), torch.Generator().manual_seed(seed)
     wrong = list(_wrong_leaves(slopes, generator))
-    return _functions(part, wrong) if wrong else None
+    return functions_between(part, wrong) if wrong else None
 
 
 def _wrong_leaves(slopes: Slopes, generator: torch.Generator) -> Iterator[int]:
@@ -140,7 +140,8 @@ def _wrong_leaves(slopes: Slopes, generator: torch.Generator) -> Iterator[int]:
             yield number
 
 
-def _functions(function: Repeatable, wrong: list[int]) -> tuple[str, ...]:
+def functions_between(function: Repeatable, wrong: Iterable[int]) -> tuple[str, ...]:
+    """Lists the custom autograd Functions on the way from the outputs to some leaves."""
     outputs = [tensor for _, tensor in function.outputs()]
     leaves = [function.leaves[number].tensor for number in wrong]
     names = [name for leaf in leaves for name in custom_functions(outputs, leaf)]

@@ -41,7 +41,7 @@ def float64_copy(module: nn.Module, *, widen: bool = True) -> nn.Module:
         The copy.
 
     Raises:
-        TypeError: If it cannot be copied, is sharded or lazy, or is on a device without float64.
+        TypeError: If it cannot be copied, is sharded, or is on a device without float64.
     """
     while isinstance(module, _WRAPPERS) or hasattr(module, "_orig_mod"):
         module = module.module if isinstance(module, _WRAPPERS) else module._orig_mod  # type: ignore[assignment]

@@ -125,6 +125,12 @@ class Repeatable:
             if is_continuous(tensor)
         ]
 
+    @property
+    def argument_leaves(self) -> Sequence[Leaf]:
+        """The leaves that are among the arguments: the first ones."""
+        given = {id(tensor) for _, tensor in tensors_in(self._arguments, "")}
+        return [leaf for leaf in self.leaves if id(leaf.tensor) in given]
+
     def close(self) -> None:
         """Puts the random numbers back for the user."""
         self.random.put_back()

@@ -29,6 +29,7 @@ class Slopes:
         function: What is differentiated.
         places: Where the outputs are in what the function returns.
         weights: The w by output, in the shape and dtype of it.
+        sparse: Whether a gradient came as a sparse tensor.
         gradients: For each leaf the gradient of L, float64 ``[n]``; None where the graph has none.
 
     References:
@@ -47,6 +48,7 @@ class Slopes:
         """
         self.function = function
         self.tolerance = tolerance
+        self.sparse = False
         outputs = function.outputs()
         generator = torch.Generator().manual_seed(seed)
         self.weights = [_weights(tensor, generator, len(outputs) == 1) for _, tensor in outputs]
@@ -76,6 +78,7 @@ class Slopes:
         found: Sequence[Tensor | None] = torch.autograd.grad(
             heads, leaves, seeds, allow_unused=True
         )
+        self.sparse |= any(g is not None and g.layout is not torch.strided for g in found)
         return [None if g is None else _flat(g) for g in found]
 
     def analytic(self, line: Line) -> float:

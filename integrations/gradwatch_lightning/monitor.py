@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -62,6 +63,7 @@ class GradientMonitor(Callback):
         every: Steps between two takings of the costly statistics.
         buffer_size: Steps that :attr:`history` keeps.
         sinks: Further receivers of the records. They are closed when the fit ends.
+        run_dir: A folder that keeps the whole run, for :func:`gradwatch.load`.
         exploding_norm: Norm above which a step is an ``exploding`` event; None for none.
         skip_spikes: Leaves a step out whose norm is so many deviations above the usual; ``"auto"``
             for 6, None to take all.
@@ -94,6 +96,7 @@ class GradientMonitor(Callback):
         every: int = 1,
         buffer_size: int = 1024,
         sinks: Iterable[Sink] = (),
+        run_dir: str | os.PathLike[str] | None = None,
         exploding_norm: float | None = None,
         skip_spikes: float | str | None = None,
         max_consecutive_skips: int = 10,
@@ -112,6 +115,7 @@ class GradientMonitor(Callback):
             every=every,
             buffer_size=buffer_size,
             sinks=sinks,
+            run_dir=run_dir,
             exploding_norm=exploding_norm,
             skip_spikes=skip_spikes,
             max_consecutive_skips=max_consecutive_skips,
@@ -188,6 +192,7 @@ class GradientMonitor(Callback):
             buffer_size=options.buffer_size,
             scaler=scaler_of(trainer),
             sinks=[*options.sinks, *(tensorboard_sinks(trainer) if self._log else ())],
+            run_dir=options.run_dir,
             exploding_norm=options.exploding_norm,
             skip_spikes=options.skip_spikes,
             max_consecutive_skips=options.max_consecutive_skips,

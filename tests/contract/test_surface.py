@@ -143,7 +143,7 @@ PUBLIC = [
     "AccumulateByNoiseScale", "AccumulatePolicy", "AccumulationError", "AdaGC",
     "AdaptiveGradientClip", "AutoClip", "ClipByNorm", "ClipByValue", "ClipDecision", "ClipPolicy",
     "Event", "GradwatchWarning", "History", "NoiseScale", "NonFiniteGradientError", "RecordBatch",
-    "RobustClip", "Sink", "StepRecord", "Watcher", "ZClip", "watch",
+    "RobustClip", "RunFolder", "Sink", "StepRecord", "Watcher", "ZClip", "load", "watch",
 ]  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def test_watch_has_the_signature_of_the_contract() -> None:
     signature = inspect.signature(gradwatch.watch)
     defaults = {
         "clip": None, "accumulate": 1, "on_nonfinite": "record", "statistics": ("norm",), "every": 1,
-        "buffer_size": 1024, "scaler": None, "sinks": (), "exploding_norm": None, "skip_spikes": None, "max_consecutive_skips": 10,
+        "buffer_size": 1024, "scaler": None, "sinks": (), "run_dir": None, "exploding_norm": None, "skip_spikes": None, "max_consecutive_skips": 10,
     }  # fmt: skip
     positional = [
         p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD

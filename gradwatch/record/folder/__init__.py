@@ -13,7 +13,8 @@ Each process that writes is a *session*; a *row* is a step of one, counted from 
 part says its session and its first and last row. A part is written under another name, synced and
 then renamed, and never changed afterwards, so that a process killed at any moment leaves parts that
 are whole. Of one delivery the events come first, then the parameters, then the steps: only what has
-its row in ``steps/`` exists for :func:`gradwatch.load`.
+its row in ``steps/`` exists for :func:`gradwatch.load`, and an event says in ``row`` which one it
+waits for.
 
 *Merging*: the merged part appears first, then the merged ones go. A reader leaves out a part whose
 rows another one covers, and lists a folder until two listings agree: it sees each row once.

@@ -9,13 +9,29 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gradwatch.record.event import Event
 
 _FIELDS = tuple(field.name for field in fields(Event))
 _SPELLED = "value_is"
 """JSON has no NaN and no Inf: such a value is null, and spelled out in this further field."""
+
+_ROW = "row"
+LINES = ".jsonl"
+"""Ends the name of a file of events."""
+
+
+class Noted(NamedTuple):
+    """An event in the file of a session.
+
+    Attributes:
+        event: The event.
+        row: It counts when this row of the session is there: the last step of its delivery.
+    """
+
+    event: Event
+    row: int
 
 
 class EventLog:
@@ -29,23 +45,24 @@ class EventLog:
             session: The lowest number to take.
         """
         self.session = session
-        while not self._claimed(folder / f"{self.session:04d}.jsonl"):
+        while not self._claimed(folder / f"{self.session:04d}{LINES}"):
             self.session += 1
-        self._path = folder / f"{self.session:04d}.jsonl"
+        self._path = folder / f"{self.session:04d}{LINES}"
         self.length = 0
 
-    def append(self, events: Sequence[Event]) -> None:
+    def append(self, events: Sequence[Event], row: int) -> None:
         """Writes events behind those that are there.
 
         Args:
             events: Some more.
+            row: They count when this row of the session is there.
 
         Raises:
             OSError: If the disk is full, read-only or gone.
         """
         if not events:
             return
-        content = "".join(map(event_line, events)).encode()
+        content = lines_of(Noted(event, row) for event in events)
         with self._path.open("r+b") as file:
             # What a failed attempt has left behind the length that counts is written over.
             file.truncate(self.length)
@@ -69,29 +86,17 @@ class EventLog:
         return True
 
 
-def event_line(event: Event) -> str:
-    """Writes an event as a line of JSON, line feed included.
+def lines_of(events: Iterable[Noted]) -> bytes:
+    """Writes events as lines of JSON.
 
     Args:
-        event: The event.
+        events: The events.
     """
-    content = plain_event(event)
-    return json.dumps(content, allow_nan=False) + "\n"
+    lines = (json.dumps(_plain(noted), allow_nan=False) + "\n" for noted in events)
+    return "".join(lines).encode()
 
 
-def plain_event(event: Event) -> dict[str, Any]:
-    """Returns the fields of an event in terms of JSON.
-
-    Args:
-        event: The event.
-    """
-    content = asdict(event)
-    if not math.isfinite(event.value):
-        content |= {"value": None, _SPELLED: str(float(event.value))}
-    return content
-
-
-def read_events(path: Path) -> list[Event]:
+def read_events(path: Path) -> list[Noted]:
     """Reads the events of a session.
 
     Args:
@@ -101,24 +106,22 @@ def read_events(path: Path) -> list[Event]:
         The events; a line that is torn, because the process was killed in the middle, is no event.
     """
     lines = path.read_bytes().split(b"\n")
-    return [event for event in map(_event, lines) if event is not None]
+    return [noted for noted in map(_noted, lines) if noted is not None]
 
 
-def lines_of(events: Iterable[Event]) -> bytes:
-    """Writes events as lines of JSON.
-
-    Args:
-        events: The events.
-    """
-    return "".join(map(event_line, events)).encode()
+def _plain(noted: Noted) -> dict[str, Any]:
+    content = asdict(noted.event) | {_ROW: noted.row}
+    if not math.isfinite(noted.event.value):
+        content |= {"value": None, _SPELLED: str(float(noted.event.value))}
+    return content
 
 
-def _event(line: bytes) -> Event | None:
+def _noted(line: bytes) -> Noted | None:
     try:
         content = json.loads(line)
         spelled = content.pop(_SPELLED, None)
         if spelled is not None:
             content["value"] = float(spelled)
-        return Event(**{name: content[name] for name in _FIELDS})
+        return Noted(Event(**{name: content[name] for name in _FIELDS}), int(content[_ROW]))
     except (ValueError, KeyError, AttributeError, TypeError):
         return None

@@ -15,7 +15,7 @@ from gradwatch.record.batch import Layout
 from gradwatch.record.columns import STEP_DTYPES, Column, Labels, Span, Table, array_of, labels_in
 from gradwatch.record.event import Event
 from gradwatch.record.folder.arrow import need_pyarrow, open_parquet, reading
-from gradwatch.record.folder.event_log import read_events
+from gradwatch.record.folder.event_log import LINES, read_events
 from gradwatch.record.folder.meta import EVENTS, PARAMETERS, STEPS, Meta, check_whole, read_meta
 from gradwatch.record.folder.parameter_rows import ParameterRows
 from gradwatch.record.folder.parts import Part, list_parts, uncovered
@@ -128,13 +128,15 @@ class FolderSource:
         return joined
 
     def _events(self) -> list[Event]:
-        first = self._first_steps(uncovered(list_parts(self._folder / STEPS)))
-        files = sorted(path for path in (self._folder / EVENTS).iterdir() if path.stem.isdigit())
-        return [
-            event
-            for path in files
-            for event in valid_events(first, int(path.stem), read_events(path))
-        ]
+        parts = uncovered(list_parts(self._folder / STEPS))
+        first, last = self._first_steps(parts), {part.session: part.last for part in parts}
+        events: list[Event] = []
+        for path in sorted((self._folder / EVENTS).iterdir()):
+            if path.suffix == LINES and path.stem.isdigit():
+                session = int(path.stem)
+                valid = valid_events(first, session, read_events(path))
+                events += [event for event, row in valid if row <= last.get(session, -1)]
+        return events
 
 
 def _joined(name: str, columns: list[Column]) -> Column:

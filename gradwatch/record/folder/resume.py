@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from gradwatch.record.columns import Array, Labels
-from gradwatch.record.event import Event
+from gradwatch.record.folder.event_log import Noted
 
 FirstSteps = Mapping[int, Mapping[str, int]]
 """By session and optimizer the first step of it."""
@@ -72,7 +72,7 @@ def is_valid(first: FirstSteps, sessions: Array, optimizers: Labels, steps: Arra
     return valid
 
 
-def valid_events(first: FirstSteps, session: int, events: Iterable[Event]) -> list[Event]:
+def valid_events(first: FirstSteps, session: int, events: Iterable[Noted]) -> list[Noted]:
     """Leaves out the events of steps that a later session has replaced.
 
     Args:
@@ -86,7 +86,8 @@ def valid_events(first: FirstSteps, session: int, events: Iterable[Event]) -> li
     labels = {label for of in first.values() for label in of}
     ends: dict[str, int | None] = {}
     kept = []
-    for event in events:
+    for noted in events:
+        event = noted.event
         if event.optimizer not in ends:
             of_any = event.optimizer == "none" and "none" not in labels
             owners = sorted(labels) if of_any else [event.optimizer]
@@ -94,5 +95,5 @@ def valid_events(first: FirstSteps, session: int, events: Iterable[Event]) -> li
             ends[event.optimizer] = min((end for end in found if end is not None), default=None)
         end = ends[event.optimizer]
         if end is None or event.step < end:
-            kept.append(event)
+            kept.append(noted)
     return kept

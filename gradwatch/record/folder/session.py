@@ -12,7 +12,7 @@ from gradwatch.record.batch import Layout, RecordBatch
 from gradwatch.record.columns import Array
 from gradwatch.record.folder.arrow import labels_of
 from gradwatch.record.folder.atomic import write_whole
-from gradwatch.record.folder.event_log import EventLog, lines_of, read_events
+from gradwatch.record.folder.event_log import LINES, EventLog, lines_of, read_events
 from gradwatch.record.folder.meta import EVENTS, NAME, Meta, read_meta
 from gradwatch.record.folder.parameters_table import ParametersTable
 from gradwatch.record.folder.parts import Part
@@ -68,7 +68,7 @@ class Session:
         length = self._log.length
         part = Part(self.number, self._rows, self._rows + len(batch.steps) - 1)
         try:
-            self._log.append(batch.events)
+            self._log.append(batch.events, part.last)
             if batch.steps:
                 self._parameters.add(part, self._parameters_table.of(batch, self._rows))
                 # The steps come last: what has no row here does not exist yet.
@@ -118,7 +118,7 @@ class Session:
         lowest = min(self._first.values())
         self._parameters.cut(self.number, lowest, valid)
         self._steps.cut(self.number, lowest, valid)
-        for path in sorted((self._folder / EVENTS).glob("*.jsonl")):
+        for path in sorted((self._folder / EVENTS).glob(f"*{LINES}")):
             if path.stem.isdigit() and int(path.stem) < self.number:
                 events = read_events(path)
                 kept = valid_events(first, int(path.stem), events)

@@ -1,7 +1,5 @@
 """Made-up runs, what a folder must say of them, and processes that write them."""
 
-import dataclasses
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +9,7 @@ import pandas as pd
 
 import gradwatch
 from gradwatch.history import History, load
-from gradwatch.record.batch import NO_GRADIENT, Layout, RecordBatch
+from gradwatch.record.batch import Layout, RecordBatch
 from gradwatch.record.buffer import Entry, RingBuffer
 from gradwatch.record.event import Event
 from gradwatch.record.run_folder import RunFolder
@@ -30,7 +28,10 @@ def layout(*names):
     )
 
 
-def batch(steps, parameters=layout("a", "b", "c"), optimizer="SGD", events=(), **more):
+ABC = layout("a", "b", "c")
+
+
+def batch(steps, parameters=ABC, optimizer="SGD", events=(), **more):
     """Some steps whose norms tell where they belong: 1000 * place + step."""
     records = [StepRecord(step=step, optimizer=optimizer, **more) for step in steps]
     norms = np.array(
@@ -111,12 +112,7 @@ def assert_consistent(path, least=0):
     parameters = history.parameters(stop=len(steps) + 1)
     assert len(parameters) == len(steps) * len(history.names)
     places = {name: place for place, name in enumerate(history.names)}
-    expected = parameters["parameter"].map(places) * 1000.0 + parameters["step"]
+    place = np.array([places[name] for name in parameters["parameter"]], float)
+    expected = place * 1000.0 + parameters["step"]
     assert (parameters["grad_norm"] == expected).all()
     return len(steps)
-
-
-__all__ = [
-    "NO_GRADIENT", "assert_consistent", "assert_same", "batch", "child", "dataclasses", "event",
-    "layout", "live", "math", "steps_of", "write",
-]  # fmt: skip

@@ -1,5 +1,7 @@
 """Parts are merged: a long run leaves few files, and a reader sees each row once at any moment."""
 
+import itertools
+
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -37,7 +39,7 @@ def test_nothing_small_is_left_at_the_end(sizes):
         assert all(size < merge.FULL for size in sizes[group])
         assert sum(sizes[group]) < 2 * merge.FULL
         sizes[group] = [sum(sizes[group])]
-    assert not any(sum(pair) < merge.FULL for pair in zip(sizes, sizes[1:], strict=False))
+    assert not any(sum(pair) < merge.FULL for pair in itertools.pairwise(sizes))
 
 
 @given(st.sets(st.builds(lambda s, a, b: Part(s, min(a, b), max(a, b)), *[st.integers(0, 9)] * 3)))
@@ -55,7 +57,7 @@ def test_a_name_says_the_rows():
         assert Part.of(name) is None
 
 
-@pytest.fixture()
+@pytest.fixture
 def small_parts(monkeypatch):
     """Parts count as full early, so that a short run has merges of every kind."""
     monkeypatch.setattr(merge, "FULL", 200)

@@ -1,5 +1,6 @@
 """What is read from a folder equals what was live: columns, dtypes, order, every bit."""
 
+import dataclasses
 import tempfile
 
 import numpy as np
@@ -141,11 +142,11 @@ def test_a_selection_is_a_part_of_the_whole(deliveries, data):
 def test_a_norm_that_no_float32_holds_makes_the_column_float64(tmp_path):
     """Once a wide norm came, all are float64 and the clipped ones are taken anew, as live."""
     narrow, wide = runs.batch([1, 2], clip_coef=0.3), runs.batch([3])
-    narrow = runs.dataclasses.replace(
+    narrow = dataclasses.replace(
         narrow, clipped_norms=clipped_by(narrow.norms, np.full((2, 1), 0.3))
     )
     norms = wide.norms.astype(np.float64) * 1e300
-    wide = runs.dataclasses.replace(wide, norms=norms, clipped_norms=norms)
+    wide = dataclasses.replace(wide, norms=norms, clipped_norms=norms)
     runs.write(tmp_path, narrow, wide, close=False)
     first = load(tmp_path).parameters()
     assert first["grad_norm"].dtype == np.float64

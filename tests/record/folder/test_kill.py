@@ -1,0 +1,153 @@
+"""Killed with SIGKILL at any moment, a folder loads: no step twice, none missing but the last ones."""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+from gradwatch.history import load
+from gradwatch.record.folder import merge
+
+from . import runs, training
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
+
+FILE_EVENTS = {
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.truncate",
+    "os.listdir",
+    "os.scandir",
+}
+
+
+def forked(act):
+    """Runs something in a copy of this process; returns its id at once."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        act()
+    except BaseException as error:
+        os.write(2, f"{error!r}\n".encode())
+        os._exit(1)
+    os._exit(0)
+
+
+def killed(child):
+    """Waits for a child; whether it was killed. A failure of its own is one of the test."""
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def die_at(operation, folder):
+    """Kills this process at the so many-th operation on a file of a folder."""
+    count = 0
+
+    def hook(event, arguments):
+        nonlocal count
+        if event in FILE_EVENTS and str(folder) in str(arguments[0]):
+            count += 1
+            if count == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def _deliver_all(path, first, last):
+    sink = runs.write(path, close=False)
+    for step in range(first, last, 2):
+        sink.write(runs.batch([step, step + 1], events=[runs.event(step)]))
+    sink.close()
+
+
+@pytest.mark.parametrize(
+    "stride", [pytest.param(1, marks=pytest.mark.slow, id="each"), pytest.param(13, id="some")]
+)
+@pytest.mark.parametrize("resumed", [False, True])
+def test_killed_between_any_two_file_operations(tmp_path, monkeypatch, stride, resumed):
+    """Whatever operation on the files is the last one, merging and cutting ones included."""
+    monkeypatch.setattr(merge, "FULL", 60)
+    monkeypatch.setattr(merge, "LEVELS", (12, 60))
+    operation, alive = 1 + random.randrange(stride), True
+    while alive:
+        path = tmp_path / str(operation)
+        least = 0
+        if resumed:
+            _deliver_all(path, 1, 17)
+            least = 10
+
+        def act(path=path, operation=operation):
+            die_at(operation, path)
+            _deliver_all(path, 11 if resumed else 1, 31)
+
+        alive = killed(forked(act))
+        if (path / "meta.json").exists() and (path / "events").exists():
+            steps = runs.assert_consistent(path, least if alive else 30)
+            events = load(path).events()["step"].tolist()
+            assert events[: steps // 2] == list(range(1, steps + 1, 2))[: len(events)]
+            _deliver_all(path, steps + 1, steps + 5)
+            assert runs.assert_consistent(path) == steps + 4
+            assert len(load(path).events()) == steps // 2 + 2
+            assert len(pd.read_parquet(path / "steps")) == steps + 4
+            assert len(pd.read_parquet(path / "parameters")) == (steps + 4) * 3
+            assert not list(path.rglob(".*"))
+        operation += stride
+    assert operation > 60
+
+
+def _killed_at_random(tmp_path, kills, seed):
+    """Kills a training so many times, each time resumed from its checkpoint, then lets it finish."""
+    random.seed(seed)
+    path, done = tmp_path / "run", tmp_path / "progress"
+    count = 0
+    while count < kills:
+        child = forked(lambda: training.train(tmp_path, training.FOREVER))
+        time.sleep(random.uniform(0.02, 0.35))
+        os.kill(child, signal.SIGKILL)
+        assert killed(child)
+        count += 1
+        progress = int(done.read_text() or 0) if done.exists() else 0
+        if not (path / "meta.json").exists() or not (path / "events").exists():
+            assert progress <= 64
+            continue
+        steps = load(path).steps().index.tolist()
+        assert steps == list(range(1, len(steps) + 1))
+        assert len(steps) >= progress - 64
+        assert len(load(path).parameters()) == 4 * len(steps)
+        done.unlink(missing_ok=True)
+    saved = tmp_path / "checkpoint.json"
+    return json.loads(saved.read_text())["step"] if saved.exists() else 0
+
+
+def _assert_like_uninterrupted(tmp_path, steps):
+    """The resumed run's folder equals that of one that nobody killed, but for the clock."""
+    assert not killed(forked(lambda: training.train(tmp_path, steps)))
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    assert not killed(forked(lambda: training.train(whole, steps)))
+    one, other = load(tmp_path / "run"), load(whole / "run")
+    pd.testing.assert_frame_equal(
+        *(history.steps().drop(columns="time_s") for history in (one, other)), check_exact=True
+    )
+    pd.testing.assert_frame_equal(one.parameters(), other.parameters(), check_exact=True)
+    pd.testing.assert_frame_equal(one.events(), other.events(), check_exact=True)
+    assert (one.steps()["outcome"] != "applied").any()
+
+
+@pytest.mark.parametrize(
+    ("kills", "seed"),
+    [(6, 0), *(pytest.param(20, seed, marks=pytest.mark.slow) for seed in range(1, 11))],
+)
+def test_a_training_killed_at_random_moments(tmp_path, kills, seed):
+    """Each folder loads and lacks 64 steps at most; resumed to its end, the run is the uninterrupted one."""
+    checkpoint = _killed_at_random(tmp_path, kills, seed)
+    _assert_like_uninterrupted(tmp_path, max(checkpoint, 250) + 100)
