@@ -24,6 +24,9 @@ class Recorder:
     Where no optimizer has stepped yet, nobody knows whether a backward is a step of its own. Such
     entries are held: they are read like all others, but reach the sinks only when it is settled
     (:meth:`commit`), or are taken back when an optimizer steps after all (:meth:`retract`).
+
+    Attributes:
+        skipped: Steps that were not applied.
     """
 
     def __init__(self, buffer: RingBuffer, hub: SinkHub) -> None:
@@ -41,12 +44,19 @@ class Recorder:
         self._expected: deque[Account] = deque()
         self._held: list[Account] = []
         self._last: StepRecord | None = None
+        self.skipped = 0
 
     @property
     def last(self) -> StepRecord | None:
         """The newest step, waited for where its numbers are on their way; None before the first."""
         self.receive(wait=True)
         return self._held[-1].entry().record if self._held else self._last
+
+    @property
+    def newest(self) -> StepRecord | None:
+        """The newest step whose numbers have arrived; waits for nothing."""
+        self.receive()
+        return self._last
 
     def expect(self, account: Account) -> None:
         """Takes a finished step, and keeps it when its numbers have arrived.
@@ -74,6 +84,7 @@ class Recorder:
         """
         self._buffer.append(entry)
         self._last = entry.record
+        self.skipped += entry.record.outcome != "applied"
         self.note(entry.events)
         if self._hub.add(urgent=any(event.nonfinite for event in entry.events)):
             self.flush()

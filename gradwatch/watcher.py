@@ -22,6 +22,7 @@ from gradwatch.observe.model_hooks import ModelHooks
 from gradwatch.observe.parameters import ParameterTable
 from gradwatch.options import Options
 from gradwatch.overhead import Overhead
+from gradwatch.postfix import postfix
 from gradwatch.record.event import Event
 from gradwatch.record.step import StepRecord
 from gradwatch.run import Run
@@ -260,6 +261,26 @@ class Watcher:
         """
         self._run.recorder.receive(wait=True)
         return self._tracks.noise_scale()
+
+    def postfix(self) -> dict[str, str]:
+        """Returns what a progress bar has room for: ``bar.set_postfix(watcher.postfix())``.
+
+        It waits for nothing: on an accelerator it may be a step or two behind.
+
+        Returns:
+            ``grad_norm`` and, where there is something to say, ``clip_coef``, ``skipped`` (steps
+            so far) and ``nonfinite`` (parameters), as short texts; empty before the first step.
+
+        Example:
+            >>> x = torch.tensor(2.0, requires_grad=True)
+            >>> optimizer = torch.optim.SGD([x], lr=0.1)
+            >>> with watch({"x": x}, optimizer, clip=3.5) as watcher:
+            ...     (x**2 + 3 * x + 1).backward()
+            ...     optimizer.step()
+            >>> watcher.postfix()
+            {'grad_norm': '7', 'clip_coef': '0.5'}
+        """
+        return postfix(self._run.recorder)
 
     @property
     def overhead(self) -> Overhead:

@@ -50,8 +50,11 @@ def check_gradients(
     see, and the buffers that the module has now, so dropout and batch normalization are functions
     like others.
 
-    It costs two evaluations of the function for each tensor and each sample, some more for what
-    differs.
+    What leaves a part of itself out of the graph on purpose is told as wrong, which it is: a
+    straight-through estimator, say, or ``spectral_norm`` in training mode.
+
+    It costs two evaluations of the function for each sample of each tensor and some six for each
+    tensor, and some dozens for each that differs.
 
     Args:
         function: A function of tensors (``Square.apply``, a lambda), an ``nn.Module``, or a method
@@ -97,18 +100,30 @@ def check_gradients(
         (3.0, 6.0)
     """
     tolerance = _tolerance(samples, eps, rtol, atol)
+    with torch.inference_mode(False), torch.enable_grad():
+        return _check(function, inputs, tolerance, (samples, seed), forward_ad)
+
+
+def _check(
+    function: Callable[..., Any],
+    inputs: Any,
+    tolerance: Tolerance,
+    drawn: tuple[int, int],
+    forward_ad: bool,
+) -> GradientCheck:
+    samples, seed = drawn
     subject, kind = evaluate_first(function, inputs), _name(function)
     try:
         slopes = Slopes(subject, tolerance, seed)
         generator = torch.Generator().manual_seed(seed)
         verdicts = [check_leaf(slopes, n, samples, generator) for n in range(len(subject.leaves))]
         wrong = [n for n, verdict in enumerate(verdicts) if verdict.failure is not None]
-        culprits, evaluations = (
-            find_culprits(subject, wrong, tolerance, kind, seed) if wrong else ([], 0)
-        )
-        failures = [_blamed(f, subject, culprits) for v in verdicts if (f := v.failure) is not None]
-        if not failures:
-            failures = _contract(slopes, verdicts, forward_ad)
+        culprits: list[Culprit] = []
+        if wrong:
+            culprits, evaluations = find_culprits(subject, wrong, tolerance, kind, seed)
+            failures = _blamed(verdicts, subject, culprits)
+        else:
+            evaluations, failures = 0, _contract(slopes, verdicts, forward_ad)
     finally:
         subject.close()
     return GradientCheck(
@@ -142,14 +157,18 @@ def _contract(
 
 
 def _blamed(
-    failure: GradientMismatch, subject: Repeatable, culprits: list[Culprit]
-) -> GradientMismatch:
-    """Names the first culprit that a parameter's own module, or a later one, turned out to be."""
-    first = {call.name: place for place, call in enumerate(first_calls(subject))}
-    home = failure.name.rpartition(".")[0]
-    since = first.get(home, -1)
-    blamed = next((c for c in culprits if c.place >= since), culprits[-1])
-    return replace(failure, module=blamed.module, function=", ".join(blamed.functions))
+    verdicts: list[LeafVerdict], subject: Repeatable, culprits: list[Culprit]
+) -> list[GradientMismatch]:
+    """Names for each failure the first culprit that was called with its module or after it."""
+    failures = [verdict.failure for verdict in verdicts if verdict.failure is not None]
+    called = {call.name: place for place, call in enumerate(first_calls(subject))}
+    blamed = []
+    for failure in failures:
+        since = called.get(failure.name.rpartition(".")[0], -1)
+        culprit = next((c for c in culprits if c.place >= since), culprits[-1])
+        functions = ", ".join(culprit.functions)
+        blamed.append(replace(failure, module=culprit.module, function=functions))
+    return blamed
 
 
 def _tolerance(samples: object, eps: float, rtol: float, atol: float) -> Tolerance:

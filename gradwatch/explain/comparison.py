@@ -71,7 +71,7 @@ def is_wrong(slopes: Slopes, line: Line, found: Comparison) -> bool:
     """Tells a wrong gradient from a place where there is none.
 
     A kink is a matter of one point, and a wrong gradient is wrong next to it as well. What differs
-    is therefore compared again on both sides of it, all leaves moved by random signs. A gradient
+    is therefore compared again on both sides of it, all leaves moved by random amounts. A gradient
     of NaN where the function is finite is wrong in any case: a training would meet it.
 
     Args:

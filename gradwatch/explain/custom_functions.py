@@ -20,17 +20,8 @@ def custom_functions(outputs: Sequence[Tensor], leaf: Tensor) -> tuple[str, ...]
         Their names, each once, from the output on; those of torch itself are left out.
     """
     order = _breadth_first([output.grad_fn for output in outputs if output.grad_fn is not None])
-    leads = {id(node) for node in order if getattr(node, "variable", None) is leaf}
-    grown = True
-    while grown:  # a node leads there if one that follows it does
-        more = {
-            id(node)
-            for node in order
-            if id(node) not in leads and any(id(n) in leads for n, _ in node.next_functions)
-        }
-        leads |= more
-        grown = bool(more)
-    classes = [_forward_class(node) for node in order if id(node) in leads]
+    leads = _leading_to([node for node in order if getattr(node, "variable", None) is leaf], order)
+    classes = [_forward_class(node) for node in order if node in leads]
     names = [cls.__name__ for cls in classes if cls is not None and not _is_of_torch(cls)]
     return tuple(dict.fromkeys(names))
 
@@ -44,6 +35,19 @@ def _breadth_first(starts: list[Any]) -> list[Any]:
                 seen.add(following)
                 order.append(following)
     return order
+
+
+def _leading_to(ends: list[Any], nodes: list[Any]) -> set[Any]:
+    before: dict[Any, list[Any]] = {}
+    for node in nodes:
+        for following, _ in node.next_functions:
+            before.setdefault(following, []).append(node)
+    leads, waiting = set(ends), list(ends)
+    while waiting:
+        fresh = [node for node in before.get(waiting.pop(), ()) if node not in leads]
+        leads.update(fresh)
+        waiting.extend(fresh)
+    return leads
 
 
 def _forward_class(node: Any) -> Any:

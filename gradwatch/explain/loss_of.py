@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Loss: TypeAlias = Tensor | Callable[[], Tensor] | Callable[[Any], Tensor]
 
@@ -65,7 +66,7 @@ def _call(model: nn.Module | Mapping[str, Tensor], loss: Callable[..., Any]) -> 
     while isinstance(model, _WRAPPERS):
         model = model.module
     with ExitStack() as stack:
-        stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if isinstance(model, nn.Module) and any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         return loss(model) if _arguments(loss) else loss()

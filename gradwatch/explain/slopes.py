@@ -114,7 +114,7 @@ class Slopes:
 
     @contextmanager
     def nearby(self, sign: float) -> Iterator[Slopes]:
-        """Moves all leaves a little, by random signs, and gives the slopes there.
+        """Moves all leaves a little, by random amounts, and gives the slopes there.
 
         Args:
             sign: 1 or -1, for two places on opposite sides.
@@ -123,8 +123,8 @@ class Slopes:
         saved = [leaf.flat.clone() for leaf in self.function.leaves]
         try:
             for leaf, scale in zip(self.function.leaves, self.scales, strict=True):
-                signs = torch.randint(0, 2, leaf.flat.shape, generator=generator) * 2 - 1
-                leaf.flat.add_(signs.to(leaf.flat), alpha=sign * _JITTER * scale)
+                moves = Line.random(0, leaf.flat, generator).values  # unlike, or ties stay ties
+                leaf.flat.add_(moves, alpha=sign * _JITTER * scale)
             yield Slopes(self.function, self.tolerance, 0)
         finally:
             for leaf, values in zip(self.function.leaves, saved, strict=True):

@@ -28,7 +28,7 @@ from gradwatch_lightning.conflicts import (
     refuse_two_numbers,
 )
 from gradwatch_lightning.parts import logged_step_of, optimizers_of, scaler_of, wrapped_of
-from gradwatch_lightning.scalars import retire_scalars, step_scalars
+from gradwatch_lightning.scalars import NORM_TAG, retire_scalars, step_scalars
 
 NUMBER = "accumulate_grad_batches"
 NOTHING_YET = (
@@ -225,6 +225,8 @@ class GradientMonitor(Callback):
             scalars = step_scalars(self._newest.values(), self._first or "", self._accumulates)
             self._newest = {}
             retire_scalars(trainer, scalars)
+            shown = {tag: scalars.pop(tag) for tag in [NORM_TAG] if tag in scalars}
+            pl_module.log_dict(shown, on_step=True, on_epoch=False, prog_bar=True)
             pl_module.log_dict(scalars, on_step=True, on_epoch=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -12,6 +12,9 @@ from gradwatch.record.step import StepRecord
 GROUP = "gradwatch"
 """Tags of the first optimizer begin with it, as those of ``gradwatch_tensorboard`` do."""
 
+NORM_TAG = f"{GROUP}/grad_norm"
+"""What the progress bar shows."""
+
 
 def step_scalars(records: Iterable[StepRecord], first: str, accumulated: bool) -> dict[str, float]:
     """Lists what is logged for the steps of one batch.

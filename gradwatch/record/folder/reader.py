@@ -15,12 +15,13 @@ from gradwatch.record.batch import Layout
 from gradwatch.record.columns import STEP_DTYPES, Column, Labels, Span, Table, array_of, labels_in
 from gradwatch.record.event import Event
 from gradwatch.record.folder.arrow import need_pyarrow, open_parquet, reading
+from gradwatch.record.folder.beginnings import Beginnings
 from gradwatch.record.folder.event_log import LINES, read_events
 from gradwatch.record.folder.meta import EVENTS, PARAMETERS, STEPS, Meta, check_whole, read_meta
 from gradwatch.record.folder.parameter_rows import ParameterRows
 from gradwatch.record.folder.parts import Part, list_parts, uncovered
 from gradwatch.record.folder.query import groups_with_steps, join, read_columns
-from gradwatch.record.folder.resume import first_steps, is_valid, valid_events
+from gradwatch.record.folder.resume import is_valid, valid_events
 from gradwatch.record.folder.steps_table import LABELS
 
 TRIES = 50
@@ -47,7 +48,7 @@ class FolderSource:
         self._folder = Path(path)
         self._read_meta()
         check_whole(self._folder)
-        self._begins: dict[Part, dict[int, dict[str, int]]] = {}
+        self._beginnings = Beginnings(self._folder / STEPS)
         self._rows = ParameterRows(self._folder / PARAMETERS)
 
     def layout(self) -> Layout:
@@ -94,7 +95,7 @@ class FolderSource:
 
     def _steps(self, columns: Sequence[str], span: Span) -> dict[str, Column]:
         parts = uncovered(list_parts(self._folder / STEPS))
-        first = self._first_steps(parts)
+        first = self._beginnings.of(parts)
         tables = [self._part(part, ("step", "optimizer", *columns), span) for part in parts]
         wanted = dict.fromkeys(("session", "step", "optimizer", *columns))
         table = {name: _joined(name, [table[name] for table in tables]) for name in wanted}
@@ -112,24 +113,9 @@ class FolderSource:
             table = read_columns(file, groups_with_steps(file, span), dict.fromkeys(columns))
         return {**table, "session": np.full(len(table["step"]), part.session)}
 
-    def _first_steps(self, parts: Sequence[Part]) -> dict[int, dict[str, int]]:
-        if len({part.session for part in parts}) < 2:
-            return {}
-        joined: dict[int, dict[str, int]] = {}
-        for part in parts:
-            if part not in self._begins:
-                table = self._part(part, ("step", "optimizer"), Span())
-                optimizer = labels_in(table["optimizer"])
-                session, step = array_of(table["session"]), array_of(table["step"])
-                self._begins[part] = first_steps(session, optimizer, step)
-            mine = joined.setdefault(part.session, {})
-            for label, lowest in self._begins[part].get(part.session, {}).items():
-                mine[label] = min(lowest, mine.get(label, lowest))
-        return joined
-
     def _events(self) -> list[Event]:
         parts = uncovered(list_parts(self._folder / STEPS))
-        first, last = self._first_steps(parts), {part.session: part.last for part in parts}
+        first, last = self._beginnings.of(parts), {part.session: part.last for part in parts}
         events: list[Event] = []
         for path in sorted((self._folder / EVENTS).iterdir()):
             if path.suffix == LINES and path.stem.isdigit():

@@ -12,8 +12,9 @@ from gradwatch.record.batch import Layout, RecordBatch
 from gradwatch.record.columns import Array
 from gradwatch.record.folder.arrow import labels_of
 from gradwatch.record.folder.atomic import write_whole
+from gradwatch.record.folder.beginnings import Beginnings
 from gradwatch.record.folder.event_log import LINES, EventLog, lines_of, read_events
-from gradwatch.record.folder.meta import EVENTS, NAME, Meta, read_meta
+from gradwatch.record.folder.meta import EVENTS, NAME, STEPS, Meta, read_meta
 from gradwatch.record.folder.parameters_table import ParametersTable
 from gradwatch.record.folder.parts import Part
 from gradwatch.record.folder.resume import is_valid, valid_events
@@ -45,7 +46,9 @@ class Session:
         (folder / EVENTS).mkdir(exist_ok=True)
         self._steps.open()
         self._parameters.open()
-        newest = max(self._steps.newest_session(), len(meta.sessions))
+        there = [part.session for part in self._steps.parts()]
+        self._resumes = bool(there)
+        newest = max([len(meta.sessions), *there])
         self._log = EventLog(folder / EVENTS, newest + 1)
         self.number = self._log.session
         try:
@@ -53,6 +56,7 @@ class Session:
         except OSError:
             self._log.give_up()
             raise
+        self._beginnings = Beginnings(folder / STEPS)
         self._rows = 0
         self._first: dict[str, int] = {}
 
@@ -90,7 +94,7 @@ class Session:
         Args:
             batch: The steps that were written last.
         """
-        if self._begins(batch) and self.number > 1:
+        if self._begins(batch) and self._resumes:
             self._cut()
         self._steps.merge_due()
         self._parameters.merge_due()
@@ -108,14 +112,15 @@ class Session:
         return before != self._first
 
     def _cut(self) -> None:
-        first = {self.number: self._first}
+        first = self._beginnings.of(self._steps.parts())
 
         def valid(part: Part, table: Any) -> Array:
             steps = table["step"].to_numpy()
             sessions = np.full(len(steps), part.session)
             return is_valid(first, sessions, labels_of(table["optimizer"]), steps)
 
-        lowest = min(self._first.values())
+        later = [of for session, of in first.items() if session > min(first)]
+        lowest = min(min(of.values()) for of in later)
         self._parameters.cut(self.number, lowest, valid)
         self._steps.cut(self.number, lowest, valid)
         for path in sorted((self._folder / EVENTS).glob(f"*{LINES}")):

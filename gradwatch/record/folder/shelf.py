@@ -53,9 +53,9 @@ class Shelf:
         there = list_parts(self._folder)
         self._remove(set(there) - set(uncovered(there)))
 
-    def newest_session(self) -> int:
-        """Returns the highest number of a session that has parts; 0 if there are none."""
-        return max((part.session for part in list_parts(self._folder)), default=0)
+    def parts(self) -> list[Part]:
+        """Lists the parts of all sessions."""
+        return uncovered(list_parts(self._folder))
 
     def add(self, part: Part, table: Any) -> None:
         """Writes a part; :meth:`sync` makes its name last.
@@ -90,7 +90,7 @@ class Shelf:
 
     def merge_all(self) -> None:
         """Merges the small parts of every session."""
-        there = uncovered(list_parts(self._folder))
+        there = self.parts()
         for session in dict.fromkeys(part.session for part in there):
             mine = [part for part in there if part.session == session]
             for group in merge.leftovers([self._size(part) for part in mine]):
@@ -106,7 +106,7 @@ class Shelf:
         """
         import pyarrow as pa
 
-        for part in uncovered(list_parts(self._folder)):
+        for part in self.parts():
             if part.session >= before or self._newest_step(part) < from_step:
                 continue
             table = self._table.read([self._path(part)])

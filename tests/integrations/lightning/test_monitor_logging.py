@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 import pytest
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -39,6 +40,24 @@ def test_a_custom_logger_gets_a_handful_of_scalars(kit):
         assert [value for _, value in logger.of(tag)] == pytest.approx(column.tolist(), rel=1e-6)
     own = [step for step, _ in logger.of("train_loss")]
     assert [step for step, _ in logger.of("gradwatch/grad_norm")] == own == [0, 1, 2, 3, 4]
+
+
+def test_the_progress_bar_shows_the_norm(kit):
+    """Of all that is logged, the norm alone is for the bar."""
+    shown = {}
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            shown.update(trainer.progress_bar_metrics)
+
+    monitor = GradientMonitor(clip=0.3)
+
+    trainer = kit.trainer(monitor, logger=kit.CapturingLogger())
+    trainer.callbacks.append(Look())
+    trainer.fit(kit.Net(), kit.loader(3))
+
+    ours = {tag: value for tag, value in shown.items() if "gradwatch" in tag}
+    assert ours == {"gradwatch/grad_norm": pytest.approx(monitor.watcher.last.grad_norm)}
 
 
 def test_accumulation_logs_when_the_optimizer_stepped(kit):
