@@ -46,9 +46,10 @@ class Session:
         (folder / EVENTS).mkdir(exist_ok=True)
         self._steps.open()
         self._parameters.open()
-        there = [part.session for part in self._steps.parts()]
-        self._resumes = bool(there)
-        newest = max([len(meta.sessions), *there])
+        written = {part.session: part.last for part in self._steps.parts()}
+        self._parameters.remove_beyond(written)
+        self._resumes = bool(written)
+        newest = max([len(meta.sessions), *written])
         self._log = EventLog(folder / EVENTS, newest + 1)
         self.number = self._log.session
         try:

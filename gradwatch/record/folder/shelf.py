@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,6 +52,14 @@ class Shelf:
         remove_leftovers(self._folder)
         there = list_parts(self._folder)
         self._remove(set(there) - set(uncovered(there)))
+
+    def remove_beyond(self, last_row: Mapping[int, int]) -> None:
+        """Removes the parts of rows that nobody reads, as their process was killed too early.
+
+        Args:
+            last_row: By session the last row that counts.
+        """
+        self._remove([p for p in self.parts() if p.first > last_row.get(p.session, -1)])
 
     def parts(self) -> list[Part]:
         """Lists the parts of all sessions."""
@@ -128,11 +136,10 @@ class Shelf:
             kept[whole] = self._table.size(table.num_rows, table.num_columns)
         self._sizes = kept
 
-    def _remove(self, parts: Any) -> None:
+    def _remove(self, parts: Iterable[Part]) -> None:
         for part in parts:
             self._path(part).unlink(missing_ok=True)
-        if parts:
-            sync_folder(self._folder)
+        sync_folder(self._folder)
 
     def _size(self, part: Part) -> int:
         metadata = open_parquet(self._path(part), ()).metadata
