@@ -11,14 +11,19 @@ import torch
 from torch import nn
 
 from gradwatch.control.checks import check_between
-from gradwatch.explain.contract import backward_contract, forward_contract
-from gradwatch.explain.culprits import Culprit, find_culprits, first_calls, functions_between
-from gradwatch.explain.first_evaluation import evaluate_first
-from gradwatch.explain.gradient_check import GradientCheck, GradientMismatch, WrongGradientError
-from gradwatch.explain.leaf_check import LeafVerdict, check_leaf
-from gradwatch.explain.lines import Tolerance
-from gradwatch.explain.repeatable import Repeatable
-from gradwatch.explain.slopes import Slopes
+from gradwatch.explain.gradients.contract import backward_contract, forward_contract
+from gradwatch.explain.gradients.culprits import (
+    Culprit,
+    find_culprits,
+    first_calls,
+    functions_between,
+)
+from gradwatch.explain.gradients.first_evaluation import evaluate_first
+from gradwatch.explain.gradients.leaf_check import LeafVerdict, check_leaf
+from gradwatch.explain.gradients.lines import Tolerance
+from gradwatch.explain.gradients.repeatable import Repeatable
+from gradwatch.explain.gradients.result import GradientCheck, GradientMismatch, WrongGradientError
+from gradwatch.explain.gradients.slopes import Slopes
 
 __all__ = ["GradientCheck", "GradientMismatch", "WrongGradientError", "check_gradients"]
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.control.checks import check_between, check_count
-from gradwatch.explain.curvature_result import Curvature
-from gradwatch.explain.hessian_product import HessianProduct
-from gradwatch.explain.hutchinson import estimate_trace
-from gradwatch.explain.lanczos import extreme_eigenvalues
-from gradwatch.explain.loss_of import Loss, check_loss, evaluate_loss
-from gradwatch.explain.undisturbed import (
+from gradwatch.explain.hessian.hessian_product import HessianProduct
+from gradwatch.explain.hessian.hutchinson import estimate_trace
+from gradwatch.explain.hessian.lanczos import extreme_eigenvalues
+from gradwatch.explain.hessian.loss_of import Loss, check_loss, evaluate_loss
+from gradwatch.explain.hessian.result import Curvature
+from gradwatch.explain.hessian.undisturbed import (
     undisturbed_buffers,
     undisturbed_random,
     without_tensor_hooks,

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradwatch
 from gradwatch.explain.check_gradients import WrongGradientError, check_gradients
-from gradwatch.explain.structures import map_tensors
+from gradwatch.explain.gradients.structures import map_tensors
 
 
 class Cube(torch.autograd.Function):

@@ -12,9 +12,9 @@ from torch import nn
 
 import gradwatch
 from gradwatch.explain.curvature import curvature
-from gradwatch.explain.hessian_product import HessianProduct
-from gradwatch.explain.hutchinson import estimate_trace
-from gradwatch.explain.lanczos import extreme_eigenvalues
+from gradwatch.explain.hessian.hessian_product import HessianProduct
+from gradwatch.explain.hessian.hutchinson import estimate_trace
+from gradwatch.explain.hessian.lanczos import extreme_eigenvalues
 from gradwatch.testing import LinearModel
 
 

@@ -101,10 +101,19 @@ class Thresholds:
 
     @classmethod
     def _default(cls, name: str) -> float:
-        return next(float_or_int.default for float_or_int in fields(cls) if float_or_int.name == name)
+        return next(
+            float_or_int.default for float_or_int in fields(cls) if float_or_int.name == name
+        )
 
 
-SHARES = ("vanishing_trend", "zero_share", "skipped", "clip_often", "accumulating_fit", "half_share")
+SHARES = (
+    "vanishing_trend",
+    "zero_share",
+    "skipped",
+    "clip_often",
+    "accumulating_fit",
+    "half_share",
+)
 
 
 def _check(name: str, value: object, whole: bool) -> None:

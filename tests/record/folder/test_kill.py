@@ -15,7 +15,10 @@ from gradwatch.record.folder import merge
 
 from . import runs, training
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()"),
+    pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),  # pyarrow has threads, idle
+]
 
 FILE_EVENTS = {
     "open",

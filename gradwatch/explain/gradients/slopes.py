@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from gradwatch.explain.lines import Line, Tolerance, scale_of
-from gradwatch.explain.repeatable import Repeatable
+from gradwatch.explain.gradients.lines import Line, Tolerance, scale_of
+from gradwatch.explain.gradients.repeatable import Repeatable
 
 _ROUNDING = 16 * torch.finfo(torch.float64).eps
 _JITTER = 1e-4

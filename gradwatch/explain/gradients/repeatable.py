@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradwatch.explain.structures import is_continuous, map_tensors, tensors_in
+from gradwatch.explain.gradients.structures import is_continuous, map_tensors, tensors_in
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradwatch.explain.structures import is_continuous
+from gradwatch.explain.gradients.structures import is_continuous
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _NO_COPY = (

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from gradwatch.explain.comparison import Comparison, compare, is_wrong
-from gradwatch.explain.gradient_check import GradientMismatch
-from gradwatch.explain.jacobian_entry import worst_entry
-from gradwatch.explain.lines import Line
-from gradwatch.explain.slopes import Slopes
+from gradwatch.explain.gradients.comparison import Comparison, compare, is_wrong
+from gradwatch.explain.gradients.jacobian_entry import worst_entry
+from gradwatch.explain.gradients.lines import Line
+from gradwatch.explain.gradients.result import GradientMismatch
+from gradwatch.explain.gradients.slopes import Slopes
 
 
 @dataclass(frozen=True, slots=True)

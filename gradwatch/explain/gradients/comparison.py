@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
-from gradwatch.explain.lines import Line
-from gradwatch.explain.slopes import Slopes
+from gradwatch.explain.gradients.lines import Line
+from gradwatch.explain.gradients.slopes import Slopes
 
 _STEPS = (1.0, 1 / 16, 16.0, 1 / 256, 256.0)
 _IN_ORDER = (3, 1, 0, 2, 4)  # the steps by size, as indices

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gradwatch.explain.lines import Line
-from gradwatch.explain.slopes import Slopes
+from gradwatch.explain.gradients.lines import Line
+from gradwatch.explain.gradients.slopes import Slopes
 
 _TRIED = 4
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradwatch.explain.repeatable import Leaf
+from gradwatch.explain.gradients.repeatable import Leaf
 
 _LEAST_SCALE = 1e-2
 

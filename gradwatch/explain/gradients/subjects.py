@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradwatch.explain.float64_copy import float64_copy, widened
-from gradwatch.explain.repeatable import Leaf, Repeatable
-from gradwatch.explain.structures import is_continuous, map_tensors, tensors_in
+from gradwatch.explain.gradients.float64_copy import float64_copy, widened
+from gradwatch.explain.gradients.repeatable import Leaf, Repeatable
+from gradwatch.explain.gradients.structures import is_continuous, map_tensors, tensors_in
 from gradwatch.observe.parameters import ParameterTable
 
 

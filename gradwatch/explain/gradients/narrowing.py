@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradwatch.explain.structures import tensors_in
+from gradwatch.explain.gradients.structures import tensors_in
 
 _OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradwatch.explain.comparison import compare, is_wrong
-from gradwatch.explain.custom_functions import custom_functions
-from gradwatch.explain.lines import Line, Tolerance
-from gradwatch.explain.repeatable import Repeatable
-from gradwatch.explain.slopes import Slopes
-from gradwatch.explain.structures import is_continuous, map_tensors
-from gradwatch.explain.subjects import repeatable
+from gradwatch.explain.gradients.comparison import compare, is_wrong
+from gradwatch.explain.gradients.custom_functions import custom_functions
+from gradwatch.explain.gradients.lines import Line, Tolerance
+from gradwatch.explain.gradients.repeatable import Repeatable
+from gradwatch.explain.gradients.slopes import Slopes
+from gradwatch.explain.gradients.structures import is_continuous, map_tensors
+from gradwatch.explain.gradients.subjects import repeatable
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradwatch.explain.narrowing import Narrowing
-from gradwatch.explain.repeatable import Repeatable
-from gradwatch.explain.subjects import copied, repeatable
+from gradwatch.explain.gradients.narrowing import Narrowing
+from gradwatch.explain.gradients.repeatable import Repeatable
+from gradwatch.explain.gradients.subjects import copied, repeatable
 
 _EQUAL = 1e-12
 _NO_DOUBLES = (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
-from gradwatch.explain.repeatable import Repeatable
+from gradwatch.explain.gradients.repeatable import Repeatable
 
 _BROKEN = (RuntimeError, TypeError, AttributeError, NotImplementedError)
 _ANY = 1e300  # gradients were compared already, and better: gradcheck knows no kinks

@@ -1,0 +1,150 @@
+"""The command line: ``gradwatch COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import NoReturn
+
+from gradwatch.commands import compare, export, plot, report, tail
+from gradwatch.commands.shared.exit_code import INTERRUPTED, PROBLEM, TERMINATED
+from gradwatch.commands.shared.output import Output
+from gradwatch.commands.shared.printable import one_line
+from gradwatch.commands.shared.problem import Problem
+
+TRACEBACK = "GRADWATCH_TRACEBACK"
+"""Set to 1, this variable of the environment shows where an error came from."""
+
+DESCRIPTION = """\
+Reads the runs that gradwatch.watch(run_dir=) has written, also while they are written.
+
+RUN is the folder of a run. Nothing in it is ever executed or changed."""
+
+EPILOG = """\
+examples:
+  gradwatch tail runs/a                    watch it train
+  gradwatch report runs/a                  what went wrong, and what to try
+  gradwatch plot runs/a -o norms.png
+  gradwatch compare runs/a runs/b
+  gradwatch export runs/a -o steps.csv
+
+exit codes:
+  0  fine
+  1  the report has findings that --fail-on names
+  2  wrong usage, or a run that cannot be read
+
+'gradwatch COMMAND --help' says more. GRADWATCH_TRACEBACK=1 shows where an error came from."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program.
+
+        Args:
+            message: What is wrong with the arguments.
+        """
+        hint = f"Try '{self.prog} --help'."
+        self.exit(PROBLEM, f"{self.prog}: {one_line(message).rstrip('.')}. {hint}\n")
+
+
+class _Version(argparse.Action):
+    """Prints the version, which is looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from gradwatch import __version__
+
+        parser.exit(0, f"gradwatch {__version__}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: What the user typed behind ``gradwatch``; that of this process if left out.
+
+    Returns:
+        The exit code.
+    """
+    out = Output(sys.stdout)
+    try:
+        chosen = _parser().parse_args(arguments)
+    except SystemExit as end:  # help and version are output too
+        _finish(out)
+        return end.code if isinstance(end.code, int) else PROBLEM
+    _end_on_sigterm()
+    return _run(chosen, out)
+
+
+def _run(chosen: argparse.Namespace, out: Output) -> int:
+    try:
+        code: int = chosen.run(chosen, out)
+        out.flush()
+    except KeyboardInterrupt:
+        _finish(out)
+        return INTERRUPTED
+    except Exception as error:
+        if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+            raise
+        _finish(out)
+        return _told(error, f"gradwatch {chosen.command}")
+    return code
+
+
+def _told(error: Exception, program: str) -> int:
+    """Says in one line what was wrong."""
+    expected = isinstance(error, Problem | OSError | ModuleNotFoundError)
+    why = _text(error) if expected else f"{type(error).__name__}: {error} ({TRACEBACK}=1 shows more)"
+    if sys.stderr is not None:
+        with suppress(OSError):
+            sys.stderr.write(f"{program}: {one_line(why)}\n")
+            sys.stderr.flush()
+    return PROBLEM
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
+    return str(error)
+
+
+def _finish(out: Output) -> None:
+    """Sends what there is; a disk that is full has been told of, or is not worth it."""
+    try:
+        out.flush()
+    except OSError:
+        out.close()
+
+
+def _end_on_sigterm() -> None:
+    """Lets a command put the terminal in order when it is terminated."""
+
+    def end(*_: object) -> NoReturn:
+        sys.exit(TERMINATED)
+
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, end)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="gradwatch",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    for command in (report, tail, plot, compare, export):
+        command.add_to(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The commands of the command line: each file adds one to the parser, and runs it."""

@@ -1,0 +1,1 @@
+"""``gradwatch compare``: two runs by settings, by step and by parameter."""

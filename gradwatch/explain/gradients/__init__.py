@@ -1,0 +1,1 @@
+"""check_gradients(): analytic gradients beside numeric ones, and where they differ."""
