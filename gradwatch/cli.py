@@ -11,10 +11,10 @@ from contextlib import suppress
 from typing import NoReturn
 
 from gradwatch.commands import compare, export, plot, report, tail
+from gradwatch.commands.shared.command_error import CommandError
 from gradwatch.commands.shared.exit_code import INTERRUPTED, PROBLEM, TERMINATED
 from gradwatch.commands.shared.output import Output
 from gradwatch.commands.shared.printable import one_line
-from gradwatch.commands.shared.problem import Problem
 
 TRACEBACK = "GRADWATCH_TRACEBACK"
 """Set to 1, this variable of the environment shows where an error came from."""
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(chosen: argparse.Namespace, out: Output) -> int:
     try:
-        code: int = chosen.run(chosen, out)
+        code: int = chosen.run_command(chosen, out)
         out.flush()
     except KeyboardInterrupt:
         _finish(out)
@@ -98,8 +98,10 @@ def _run(chosen: argparse.Namespace, out: Output) -> int:
 
 def _told(error: Exception, program: str) -> int:
     """Says in one line what was wrong."""
-    expected = isinstance(error, Problem | OSError | ModuleNotFoundError)
-    why = _text(error) if expected else f"{type(error).__name__}: {error} ({TRACEBACK}=1 shows more)"
+    expected = isinstance(error, CommandError | OSError | ModuleNotFoundError)
+    why = (
+        _text(error) if expected else f"{type(error).__name__}: {error} ({TRACEBACK}=1 shows more)"
+    )
     if sys.stderr is not None:
         with suppress(OSError):
             sys.stderr.write(f"{program}: {one_line(why)}\n")

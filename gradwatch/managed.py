@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradwatch.control.gradient_sync import GradientSync
-from gradwatch.control.places import exact_dtype
 from gradwatch.control.splitting import split_batch
+from gradwatch.control.weights import checked_weight
 from gradwatch.errors import AccumulationError
-from gradwatch.observe.readings import Number, is_at_hand, number_of, operand, reading_of
+from gradwatch.observe.readings import Number, number_of, operand
+from gradwatch.progress import WindowProgress
 from gradwatch.run import Run
 from gradwatch.track import Track
 
@@ -34,46 +32,6 @@ WINDOW_FULL = (
     "(watch(accumulate={wanted})) is full. Call watcher.step() after every micro-batch: it "
     "steps when the window is full, and returns False until then."
 )
-WEIGHT = (
-    "watcher.backward(weight=) must be a finite number of at least 0, or a tensor of one, got "
-    "{weight!r}. Pass the number of examples, or tokens, that the loss is the mean of."
-)
-TWICE = (
-    "watcher.backward() was called again before the loop over watcher.micro_batches() had gone on "
-    "to its next part, so it is not clear which part the loss is of, and what it weighs. Add the "
-    "losses of a part up, and call watcher.backward() once for each."
-)
-LEFT_OUT = (
-    "watcher.backward() was called after the loop over watcher.micro_batches() had handed out "
-    "parts without a backward, so it is not clear which part the loss is of, and what it weighs. "
-    "Call watcher.backward() inside the loop, before the next part is taken: make no list of the "
-    "parts, do not read ahead, and give a part that shall not count watcher.backward(loss, "
-    "weight=0)."
-)
-NOT_ALONE = (
-    "The loop over watcher.micro_batches() went on after another one had begun inside it, or after "
-    "watcher.step(last=True) had ended its window, so that its parts no longer count as one batch. "
-    "End one loop before the next begins, and call watcher.step() after it."
-)
-
-
-@dataclass(slots=True)
-class Split:
-    """A batch that is run in parts; together they count as one.
-
-    Attributes:
-        parts: How many there are.
-        examples: Examples in all of them.
-        current: Examples in the one under way.
-        taken: Parts that were handed out since the newest backward.
-        done: Parts whose backward is over.
-    """
-
-    parts: int
-    examples: int
-    current: int = 0
-    taken: int = 0
-    done: int = 0
 
 
 class ManagedLoop:
@@ -100,9 +58,7 @@ class ManagedLoop:
         self.active = False
         self._run = run
         self._sync = sync
-        self._units = 0  # batches in the window, split ones counted once
-        self._split: Split | None = None
-        self._left_out: Split | None = None  # a loop that ended before the last backward
+        self._progress = WindowProgress()
         self._divisor: Number = 1.0
         self._agreed: Number | None = None  # the weight of one batch, the same on all ranks
         self._communicated = True
@@ -118,9 +74,9 @@ class ManagedLoop:
         before = self._filled(tracks, "backward")
         self._manages = True
         if before == 0:
-            self._units = 0
+            self._progress.restart()
         self._check_room(tracks, "backward")
-        self._check_turn(weight)
+        self._progress.check_turn(weighs=weight is not None)
         given = self._given(weight)
         weighs = given is not None or self._run.accumulation.micro_batches > 1
         weighs = weighs or any(track.window.divisor is not None for track in tracks)
@@ -133,14 +89,14 @@ class ManagedLoop:
 
     def step(self, tracks: Sequence[Track], last: bool) -> bool:
         """Steps when the window is full; see :meth:`gradwatch.watcher.Watcher.step`."""
-        wanted, self._left_out = self._run.accumulation.micro_batches, None
+        self._progress.forgive()
         if self._filled(tracks, "step") == 0:
             return False
-        if not last and (self._units < wanted or self._split is not None):
+        if not last and not self._is_full:
             return False
         self._communicate(tracks)
         stepped = [self._step(track) for track in tracks if track.window.micro_batches]
-        self._units, self._split = 0, None
+        self._progress.end()
         if self._run.options.scaler is not None:
             self._run.options.scaler.update()
         for track in tracks:
@@ -152,12 +108,13 @@ class ManagedLoop:
     ) -> Iterator[Any]:
         """Splits a batch; see :meth:`gradwatch.watcher.Watcher.micro_batches`."""
         if self._filled(tracks, call) == 0:
-            self._units = 0
+            self._progress.restart()
         self._check_room(tracks, call)
-        self._run.hooks.watch_added()
-        self._left_out = None
+        self._progress.forgive()
         parts = split_batch(batch, size, f"watcher.{call}")
-        return self._parts(parts, Split(len(parts), sum(count for _, count in parts)))
+        if len(parts) > 1:
+            self._run.hooks.watch_added()
+        return self._progress.parts(parts)
 
     @contextmanager
     def all_held_back(self) -> Iterator[None]:
@@ -175,7 +132,8 @@ class ManagedLoop:
         if self._sync is None or not torch.is_grad_enabled():
             return
         self._sync.restore()  # left over where a forward had no backward
-        if self._holds_all or (self._manages and not self._next_is_last):
+        wanted = self._run.accumulation.micro_batches
+        if self._holds_all or (self._manages and not self._progress.is_last(wanted)):
             self._sync.hold_back()
 
     def after_other_backward(self) -> None:
@@ -202,10 +160,11 @@ class ManagedLoop:
 
     def mark(self) -> Callable[[], None]:
         """Returns a function that puts the progress in the window back as it is now."""
-        units, divisor = self._units, self._divisor
+        progress, divisor, communicated = self._progress.mark(), self._divisor, self._communicated
 
         def put_back() -> None:
-            self._units, self._divisor, self._split = units, divisor, None
+            progress()
+            self._divisor, self._communicated = divisor, communicated
 
         return put_back
 
@@ -219,22 +178,6 @@ class ManagedLoop:
         self._agreed = state["agreed"]
 
     # -- parts -----------------------------------------------------------------------------------
-
-    def _parts(self, parts: Sequence[tuple[Any, int]], split: Split) -> Iterator[Any]:
-        self._split = split
-        try:
-            for part, count in parts:
-                if self._split is not split:
-                    raise AccumulationError(NOT_ALONE)
-                split.current = count
-                split.taken += 1
-                yield part
-            if self._split is split:
-                self._left_out = split
-        finally:
-            if self._split is split:  # the loop was left before the last backward
-                self._split = None
-                self._units += split.done > 0
 
     def _run_backward(self, loss: Tensor) -> None:
         scaler = self._run.options.scaler
@@ -264,31 +207,19 @@ class ManagedLoop:
             for track, (filled, _) in zip(tracks, was, strict=True)
         ]
         if now > before or any(again):  # else another optimizer's window caught up
-            self._count(restarted=now <= before)
+            self._progress.count(restarted=now <= before)
         for track, restarted, (_, count) in zip(tracks, again, was, strict=True):
             if restarted or track.window.micro_batches > count:
                 track.add_loss(loss, self.newest_weight)
                 track.window.divisor = self._divisor if weighs else None
-            track.units = self._units
-
-    def _count(self, restarted: bool) -> None:
-        if restarted:  # the loop has thrown away what was in the window
-            self._units = 0
-        if self._split is None:
-            self._units += 1
-            return
-        self._split.taken = 0
-        self._split.done += 1
-        if self._split.done == self._split.parts:
-            self._units += 1
-            self._split = None
+            track.units = self._progress.units
 
     def _communicate(self, tracks: Sequence[Track]) -> None:
         """Makes up for a last backward that did not know that it was the last."""
         if self._sync is None:
             return
         # Of several models, one may have communicated after another one was held back.
-        several = len(self._sync.modules) > 1 and self._units < self._run.accumulation.micro_batches
+        several = len(self._sync.modules) > 1 and not self._is_full
         if self._communicated and not several:
             return
         self._sync.reduce_()
@@ -299,7 +230,7 @@ class ManagedLoop:
     def _step(self, track: Track) -> bool:
         optimizer, scaler, before = track.require_optimizer(), self._run.options.scaler, track.step
         track.last_window = True
-        track.window.units = self._units
+        track.window.units = self._progress.units
         try:
             if scaler is None:
                 optimizer.step()
@@ -315,8 +246,9 @@ class ManagedLoop:
     def _given(self, weight: float | Tensor | None) -> Number | None:
         """Returns the weight that the user gave, or that the split knows; None for neither."""
         if weight is not None:
-            return _checked_weight(weight)
-        return None if self._split is None else float(self._split.current)
+            return checked_weight(weight)
+        split = self._progress.split
+        return None if split is None else float(split.current)
 
     def _expected(self, given: Number | None) -> Number:
         """Returns what the window that begins is expected to weigh, the same on every rank.
@@ -327,7 +259,8 @@ class ManagedLoop:
         wanted = self._run.accumulation.micro_batches
         if given is None:
             return float(wanted)
-        batch: Number = given if self._split is None else float(self._split.examples)
+        split = self._progress.split
+        batch: Number = given if split is None else float(split.examples)
         if self._run.data_parallel is not None:
             batch = self.agree(batch)
         weight = operand(batch)
@@ -342,27 +275,17 @@ class ManagedLoop:
         return loss * (weight / divisor)
 
     @property
-    def _next_is_last(self) -> bool:
-        split = self._split
-        finishes = split is None or split.done + 1 == split.parts
-        return finishes and self._units + 1 >= self._run.accumulation.micro_batches
+    def _is_full(self) -> bool:
+        progress = self._progress
+        return progress.split is None and progress.units >= self._run.accumulation.micro_batches
 
     def _check_room(self, tracks: Sequence[Track], call: str) -> None:
-        wanted = self._run.accumulation.micro_batches
+        wanted, units = self._run.accumulation.micro_batches, self._progress.units
         # With a loss for each optimizer, the window of one is full before that of another.
-        full = all(track.window.micro_batches >= self._units for track in tracks)
-        if wanted > 1 and self._units >= wanted and full:
-            text = WINDOW_FULL.format(call=call, next=self._units + 1, wanted=wanted)
+        full = all(track.window.micro_batches >= units for track in tracks)
+        if wanted > 1 and units >= wanted and full:
+            text = WINDOW_FULL.format(call=call, next=units + 1, wanted=wanted)
             raise AccumulationError(text)
-
-    def _check_turn(self, weight: float | Tensor | None) -> None:
-        """Refuses a loss of which it is not clear to what part of a batch it belongs."""
-        split = self._split
-        if split is not None and split.taken == 0:
-            raise AccumulationError(TWICE)
-        read_ahead = split is not None and split.taken > 1 and weight is None
-        if read_ahead or self._left_out is not None:
-            raise AccumulationError(LEFT_OUT)
 
     def _filled(self, tracks: Sequence[Track], call: str) -> int:
         if not tracks:
@@ -371,22 +294,3 @@ class ManagedLoop:
             for track in tracks:
                 track.drop_what_was_thrown_away()
         return max(track.window.micro_batches for track in tracks)
-
-
-def _checked_weight(weight: float | Tensor) -> Number:
-    if isinstance(weight, Tensor):
-        if weight.numel() != 1 or weight.is_complex() or weight.dtype == torch.bool:
-            raise TypeError(WEIGHT.format(weight=weight))
-        if not is_at_hand(weight):  # to look at it would wait for the device
-            # A quotient of integers would be of the default dtype, which is float32.
-            return reading_of(weight.reshape(()).to(exact_dtype(weight.device)))
-        weight = weight.item()
-    if isinstance(weight, bool) or not isinstance(weight, Real):  # of NumPy as well
-        raise TypeError(WEIGHT.format(weight=weight))
-    try:
-        number = float(weight)
-    except OverflowError:
-        number = math.inf
-    if not (math.isfinite(number) and number >= 0):
-        raise ValueError(WEIGHT.format(weight=weight))
-    return number

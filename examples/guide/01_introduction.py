@@ -10,9 +10,9 @@ import math
 from typing import Any
 
 import torch
+from _table import compare
 
 import gradwatch
-from _table import compare
 
 W, X, T = 0.5, 2.0, 1.0
 
@@ -44,8 +44,7 @@ def main() -> dict[str, float]:
         {
             "dloss/dw, in w.grad": (by_hand(), w.grad.item()),
             "grad_norm, its magnitude": (abs(by_hand()), watcher.last.grad_norm),
-        },
-        seen_by="seen",
+        }
     )
 
 

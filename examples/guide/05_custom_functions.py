@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from _table import compare
 from torch import Tensor, nn
 from torch.autograd import Function
 
 import gradwatch
-from _table import compare
-from gradwatch.explain.check_gradients import check_gradients
 
 
 class Cube(Function):
@@ -58,10 +57,10 @@ def norm(function: type[Function]) -> float:
 def main() -> dict[str, float]:
     """Runs it, and returns what was seen."""
     torch.manual_seed(0)
-    right = check_gradients(Cube.apply, torch.tensor(2.0))
-    wrong = check_gradients(WrongCube.apply, torch.tensor(2.0)).failures[0]
+    right = gradwatch.check_gradients(Cube.apply, torch.tensor(2.0))
+    wrong = gradwatch.check_gradients(WrongCube.apply, torch.tensor(2.0)).failures[0]
     model = nn.Sequential(nn.Linear(2, 3), Cubed(), nn.Linear(3, 1))
-    inside = check_gradients(model, torch.randn(4, 2))
+    inside = gradwatch.check_gradients(model, torch.randn(4, 2))
     print(*(f"In the model, look at {culprit}." for culprit in inside.culprits))
     print("Wrong because of it:", ", ".join(failure.name for failure in inside.failures))
     return compare(

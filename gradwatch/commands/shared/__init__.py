@@ -1,1 +1,1 @@
-"""What several commands use: opening a run, text for terminals, JSON, files that are written whole."""
+"""What several commands use: opening a run, text for terminals, JSON, files."""

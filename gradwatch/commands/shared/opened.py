@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from gradwatch.commands.shared.problem import Problem
+from gradwatch.commands.shared.command_error import CommandError
 
 if TYPE_CHECKING:
     from gradwatch.history import History
@@ -15,20 +15,20 @@ def open_run(path: str) -> History:
     """Opens a run.
 
     Args:
-        path: Its folder, or the ``meta.json`` in it, as the user typed it.
+        path: Its folder, as the user typed it.
 
     Raises:
-        Problem: If it cannot be read.
+        CommandError: If it cannot be read.
         ModuleNotFoundError: If pyarrow is not installed.
     """
     from gradwatch.history import load
 
     if not path:
-        raise Problem("RUN is empty. Name the folder of a run, such as runs/a.")
+        raise CommandError("RUN is empty. Name the folder of a run, such as runs/a.")
     try:
         return load(path)
     except (ValueError, OSError) as error:
-        raise Problem(str(error)) from error
+        raise CommandError(str(error)) from error
 
 
 def run_name(path: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from gradwatch.commands.shared.problem import Problem
+from gradwatch.commands.shared.command_error import CommandError
 from gradwatch.record.folder.meta import NAME, TABLES
 
 
@@ -23,7 +23,7 @@ def written_whole(target: str, run: str) -> Iterator[Path]:
         A file beside the target, with the same suffix.
 
     Raises:
-        Problem: If the target is a folder, is in no folder, or belongs to the run.
+        CommandError: If the target is a folder, is in no folder, or belongs to the run.
     """
     path = Path(target)
     _check(path, Path(run))
@@ -41,9 +41,9 @@ def written_whole(target: str, run: str) -> Iterator[Path]:
 
 def _check(path: Path, run: Path) -> None:
     if not path.name or path.is_dir():
-        raise Problem(f"-o must be a file, got the folder {str(path)!r}.")
+        raise CommandError(f"-o must be a file, got the folder {str(path)!r}.")
     if not path.parent.is_dir():
-        raise Problem(f"-o is in a folder that does not exist: {str(path.parent)!r}. Make it.")
+        raise CommandError(f"-o is in a folder that does not exist: {str(path.parent)!r}. Make it.")
     whole, folder = path.resolve(), run.resolve()
     if whole == folder / NAME or any(folder / name in whole.parents for name in TABLES):
-        raise Problem(f"-o {str(path)!r} is a file of the run itself. Name another one.")
+        raise CommandError(f"-o {str(path)!r} is a file of the run itself. Name another one.")

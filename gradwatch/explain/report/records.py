@@ -85,7 +85,9 @@ class Run:
             kinds: Of which kinds.
         """
         events = self.events
-        return events[events["kind"].isin(list(kinds)) & (events["optimizer"] == track.optimizer)]
+        wanted = events["kind"].isin(list(kinds)) & (events["optimizer"] == track.optimizer)
+        chosen: pd.DataFrame = events[wanted]
+        return chosen
 
 
 def read_run(records: Records, limits: Thresholds) -> Run | None:

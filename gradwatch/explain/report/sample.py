@@ -120,7 +120,7 @@ def _matrices(frame: pd.DataFrame, names: Sequence[str], statistics: Sequence[st
     import pandas as pd
 
     steps, rows = np.unique(frame["step"].to_numpy(), return_inverse=True)
-    columns = pd.Categorical(frame["parameter"], categories=names).codes
+    columns = pd.Index(names).get_indexer(pd.Index(frame["parameter"]))
     shape = (len(steps), len(names))
     present = np.zeros(shape, bool)
     present[rows, columns] = True

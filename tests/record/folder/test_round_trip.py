@@ -4,6 +4,7 @@ import dataclasses
 import tempfile
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -130,8 +131,7 @@ def test_a_selection_is_a_part_of_the_whole(deliveries, data):
                 names, columns=["grad_norm_clipped"], start=start, stop=stop
             )
             assert list(chosen) == ["step", "parameter", "grad_norm_clipped"]
-            for column in chosen:
-                np.testing.assert_array_equal(chosen[column], expected[column])
+            pd.testing.assert_frame_equal(chosen, expected[list(chosen)], check_exact=True)
             steps = history.steps(["lr", "outcome"], start=start, stop=stop)
             assert list(steps) == ["lr", "outcome"]
             whole = history.steps()

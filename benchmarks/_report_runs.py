@@ -1,0 +1,455 @@
+"""The runs of report_accuracy.py: small trainings, healthy ones and ones made sick on purpose."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import gradwatch
+from gradwatch import History
+
+STEPS = 200
+STATISTICS: dict[str, Any] = {"statistics": ("update_ratio", "zeros"), "every": 10}
+CLASSES = 8
+WORDS, CONTEXT = 32, 16
+
+Batch = tuple[Tensor, Tensor]
+Sgd = torch.optim.SGD
+Adam = torch.optim.Adam
+AdamW = torch.optim.AdamW
+
+
+def vectors(batch: int = 32) -> Callable[[], Batch]:
+    """Makes batches of noisy points around eight centres, in 32 dimensions."""
+    centres = torch.randn(CLASSES, 32)
+
+    def draw() -> Batch:
+        labels = torch.randint(0, CLASSES, (batch,))
+        return centres[labels] + torch.randn(batch, 32), labels
+
+    return draw
+
+
+def images(batch: int = 16) -> Callable[[], Batch]:
+    """Makes batches of noisy pictures, 3 x 12 x 12."""
+    patterns = torch.randn(CLASSES, 3, 12, 12)
+
+    def draw() -> Batch:
+        labels = torch.randint(0, CLASSES, (batch,))
+        return patterns[labels] + 2 * torch.randn(batch, 3, 12, 12), labels
+
+    return draw
+
+
+def sentences(batch: int = 16) -> Callable[[], Batch]:
+    """Makes batches of sentences of a Markov chain, and what comes next in them."""
+    chain = (3 * torch.randn(WORDS, WORDS)).softmax(-1)
+
+    def draw() -> Batch:
+        words = [torch.randint(0, WORDS, (batch,))]
+        for _ in range(CONTEXT):
+            words.append(torch.multinomial(chain[words[-1]], 1)[:, 0])
+        text = torch.stack(words, 1)
+        return text[:, :-1], text[:, 1:].flatten()
+
+    return draw
+
+
+def mlp(depth: int = 3, width: int = 64, act: type[nn.Module] = nn.ReLU, drop: float = 0.0) -> Any:
+    """Builds a plain network."""
+    layers: list[nn.Module] = [nn.Linear(32, width), act()]
+    for _ in range(depth - 2):
+        layers += [nn.Linear(width, width), act(), *([nn.Dropout(drop)] if drop else [])]
+    return nn.Sequential(*layers, nn.Linear(width, CLASSES))
+
+
+def cnn() -> nn.Module:
+    """Builds a convolutional network with batch normalisation."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(288, CLASSES)),
+    )
+
+
+class Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Adds what two convolutions find."""
+        found: Tensor = self.norm2(self.second(F.relu(self.norm1(self.first(x)))))
+        return F.relu(x + found)
+
+
+def resnet() -> nn.Module:
+    """Builds a residual network of twelve convolutions."""
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, CLASSES)]
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), *(Block(16) for _ in range(5)), *head)
+
+
+class Lstm(nn.Module):
+    """Guesses each next word with a recurrent network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, 32)
+        self.lstm = nn.LSTM(32, 64, batch_first=True)
+        self.head = nn.Linear(64, WORDS)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Maps words to logits of the next one."""
+        logits: Tensor = self.head(self.lstm(self.words(text))[0])
+        return logits.flatten(0, 1)
+
+
+class Gpt(nn.Module):
+    """Guesses each next word with four blocks of causal attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(WORDS, 48), nn.Embedding(CONTEXT, 48)
+        layer = nn.TransformerEncoderLayer(48, 4, 96, 0.0, "gelu", batch_first=True)
+        layer.norm_first = True
+        self.blocks = nn.TransformerEncoder(layer, 4, nn.LayerNorm(48), enable_nested_tensor=False)
+        self.head = nn.Linear(48, WORDS)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Maps words to logits of the next one."""
+        mask = nn.Transformer.generate_square_subsequent_mask(text.shape[1])
+        x = self.words(text) + self.places.weight[: text.shape[1]]
+        logits: Tensor = self.head(self.blocks(x, mask=mask, is_causal=True))
+        return logits.flatten(0, 1)
+
+
+def train(
+    model: nn.Module,
+    draw: Callable[[], Batch],
+    make: Callable[..., torch.optim.Optimizer],
+    *,
+    steps: int = STEPS,
+    warm_up: int = 0,
+    decay: bool = False,
+    zero_grad: bool = True,
+    spoil: Callable[[int, Batch], Batch] = lambda step, batch: batch,
+    loss_of: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    dtype: torch.dtype | None = None,
+    scaler: torch.amp.GradScaler | None = None,
+    **options: Any,
+) -> History:
+    """Trains in a plain loop under gradwatch, and returns what is left of it."""
+    optimizer = make([p for p in model.parameters() if p.requires_grad])
+    rate = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: (
+            min(1.0, (i + 1) / (warm_up + 1))
+            * (0.5 + 0.5 * torch.tensor(torch.pi * i / steps).cos().item() if decay else 1.0)
+        ),
+    )
+    with gradwatch.watch(model, optimizer, **STATISTICS, **options) as watcher:
+        for step in range(1, steps + 1):
+            x, y = spoil(step, draw())
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+                loss = loss_of(model(x), y)
+            if scaler is None:
+                loss.backward()
+                optimizer.step()
+            else:
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            if zero_grad:
+                optimizer.zero_grad()
+            rate.step()
+    return watcher.history
+
+
+def train_managed(
+    model: nn.Module,
+    draw: Callable[[], Batch],
+    make: Callable[..., torch.optim.Optimizer],
+    micro_batches: int = 1,
+    steps: int = STEPS,
+    **options: Any,
+) -> History:
+    """Trains with gradwatch's own loop, which sees the losses and the noise scale."""
+    optimizer = make(model.parameters())
+    with gradwatch.watch(
+        model, optimizer, accumulate=micro_batches, **STATISTICS, **options
+    ) as watcher:
+        for _ in range(steps * micro_batches):
+            x, y = draw()
+            watcher.backward(F.cross_entropy(model(x), y), weight=len(x))
+            watcher.step()
+    return watcher.history
+
+
+def gan() -> History:
+    """Trains a generator and a discriminator in turns."""
+    generator = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32))
+    discriminator = nn.Sequential(nn.Linear(32, 32), nn.LeakyReLU(0.2), nn.Linear(32, 1))
+    both = nn.ModuleDict({"generator": generator, "discriminator": discriminator})
+    first = Adam(generator.parameters(), 1e-3, betas=(0.5, 0.99))
+    second = Adam(discriminator.parameters(), 1e-3, betas=(0.5, 0.99))
+    draw = vectors()
+    with gradwatch.watch(both, [first, second], **STATISTICS) as watcher:
+        for _ in range(STEPS):
+            fake = generator(torch.randn(32, 8))
+            second.zero_grad()
+            real = F.softplus(-discriminator(draw()[0])).mean()
+            (real + F.softplus(discriminator(fake.detach())).mean()).backward()
+            second.step()
+            first.zero_grad()
+            F.softplus(-discriminator(fake)).mean().backward()
+            first.step()
+    return watcher.history
+
+
+def transfer() -> History:
+    """Trains the head of a frozen network, and its last block."""
+    model = resnet()
+    for p in [*model[0].parameters(), *(p for b in model[1:5] for p in b.parameters())]:
+        p.requires_grad_(False)
+    return train(model, images(), rate(AdamW, 1e-3))
+
+
+def rate(kind: Callable[..., Any], lr: float, **settings: Any) -> Callable[..., Any]:
+    """Makes an optimizer of a kind with a learning rate."""
+    return lambda parameters: kind(parameters, lr=lr, **settings)
+
+
+def regression() -> History:
+    """Trains on a smooth function, with the squared error."""
+
+    def draw() -> Batch:
+        x = torch.randn(64, 32)
+        return x, torch.stack([x[:, i].sin() for i in range(CLASSES)], 1)
+
+    return train(mlp(4, act=nn.GELU), draw, rate(Adam, 1e-3), loss_of=F.mse_loss)
+
+
+def _scaler(scale: float = 2.0**16) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=scale)
+
+
+HALF, BRAIN = torch.float16, torch.bfloat16
+MOMENTUM = {"momentum": 0.9}
+
+
+def two_ranks(factor: float = 1.0) -> History:
+    """Trains with DistributedDataParallel; the loss of the second rank is multiplied."""
+    with tempfile.TemporaryDirectory() as folder:
+        seed = torch.initial_seed()
+        context = torch.multiprocessing.get_context("spawn")
+        other = context.Process(target=_rank, args=(1, seed, folder, factor))
+        other.start()
+        history = _rank(0, seed, folder, factor)
+        other.join()
+    return history
+
+
+def _rank(number: int, seed: int, folder: str, factor: float) -> History:
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/ranks", rank=number, world_size=2
+    )
+    draw, model = vectors(), nn.parallel.DistributedDataParallel(mlp())
+    torch.manual_seed(seed + number)
+    scale = factor if number else 1.0
+    history = train(
+        model, draw, rate(Sgd, 0.01), loss_of=lambda x, y: scale * F.cross_entropy(x, y), steps=100
+    )
+    torch.distributed.destroy_process_group()
+    return history
+
+
+HEALTHY: dict[str, Callable[[], History]] = {
+    "MLP, SGD with momentum": lambda: train(mlp(), vectors(), rate(Sgd, 0.05, **MOMENTUM)),
+    "MLP with dropout, AdamW, warm-up, cosine to 0": lambda: train(
+        mlp(4, drop=0.2), vectors(), rate(AdamW, 3e-3), warm_up=20, decay=True
+    ),
+    "CNN with BatchNorm, SGD": lambda: train(cnn(), images(), rate(Sgd, 0.05, **MOMENTUM)),
+    "ResNet, SGD, cosine to 0": lambda: train(
+        resnet(), images(), rate(Sgd, 0.05, weight_decay=5e-4, **MOMENTUM), decay=True
+    ),
+    "LSTM, Adam, clip=1.0": lambda: train(Lstm(), sentences(), rate(Adam, 1e-2), clip=1.0),
+    'GPT, AdamW, warm-up, clip="auto"': lambda: train(
+        Gpt(), sentences(), rate(AdamW, 2e-3), warm_up=20, clip="auto"
+    ),
+    "MLP, Adam, 4 micro-batches": lambda: train_managed(mlp(), vectors(8), rate(Adam, 1e-3), 4),
+    "transfer: head and last block, the rest frozen": transfer,
+    "tanh, 10 layers, Adam": lambda: train(mlp(10, act=nn.Tanh), vectors(), rate(Adam, 1e-3)),
+    "MLP, float16 autocast with GradScaler": lambda: train(
+        mlp(), vectors(), rate(AdamW, 1e-3), dtype=HALF, scaler=_scaler()
+    ),
+    "GPT, bfloat16 autocast, Adam": lambda: train(
+        Gpt(), sentences(), rate(Adam, 1e-3), steps=100, dtype=BRAIN
+    ),
+    "GAN, two Adam": gan,
+    "regression, GELU, Adam": regression,
+    "MLP on two ranks": two_ranks,
+}
+
+
+class Detached(nn.Module):
+    """Has a branch that the loss sees and the gradient does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.branch, self.head = mlp(), mlp(), nn.Linear(2 * CLASSES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reads both, one of them detached."""
+        out: Tensor = self.head(torch.cat([self.trunk(x), self.branch(x).detach()], 1))
+        return out
+
+
+class WrongReLU(torch.autograd.Function):
+    """A ReLU whose gradient has the wrong sign."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Is right."""
+        ctx.save_for_backward(x)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Is wrong."""
+        (x,) = ctx.saved_tensors
+        return -gradient * (x > 0)
+
+
+class Wrong(nn.Module):
+    """The activation of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies it."""
+        out: Tensor = WrongReLU.apply(x)
+        return out
+
+
+def dead(bias: float = -30.0, units: int = 64) -> nn.Module:
+    """Builds a network with units that are off for every input."""
+    model = mlp(4)
+    with torch.no_grad():
+        model[2].bias[:units] = bias
+    return model
+
+
+def _nan_at(bad: int) -> Callable[[int, Batch], Batch]:
+    return lambda step, batch: (batch[0] * (torch.nan if step == bad else 1.0), batch[1])
+
+
+def _loud_at(steps: Iterable[int], factor: float) -> Callable[[int, Batch], Batch]:
+    loud = set(steps)
+    return lambda step, batch: (batch[0] * (factor if step in loud else 1.0), batch[1])
+
+
+def half_weights() -> History:
+    """Trains float16 weights with a small loss and no scaler."""
+    model = mlp(5).half()
+    return train(
+        model,
+        vectors(128),
+        rate(Sgd, 0.05, **MOMENTUM),
+        spoil=lambda step, batch: (batch[0].half(), batch[1]),
+        loss_of=lambda x, y: F.cross_entropy(x.float(), y) * 1e-3,
+    )
+
+
+def collapse() -> History:
+    """Trains under a scaler with a NaN in each batch."""
+    return train(
+        mlp(),
+        vectors(),
+        rate(Sgd, 0.05),
+        spoil=lambda step, batch: (batch[0] * torch.nan, batch[1]),
+        dtype=HALF,
+        scaler=_scaler(),
+        steps=100,
+    )
+
+
+SICK: dict[str, tuple[Callable[[], History], set[str]]] = {
+    "rate x 100, MLP, SGD": (
+        lambda: train(mlp(), vectors(), rate(Sgd, 5.0, **MOMENTUM)),
+        {"exploding", "nan"},
+    ),
+    "rate x 100, GPT, AdamW": (
+        lambda: train(Gpt(), sentences(), rate(AdamW, 0.2), steps=100),
+        {"exploding", "update_large"},
+    ),
+    "rate x 100, MLP, Adam, losses seen": (
+        lambda: train_managed(mlp(4), vectors(), rate(Adam, 0.1)),
+        {"exploding", "loss_rising", "update_large"},
+    ),
+    "sigmoid stack, 30 deep": (
+        lambda: train(mlp(30, 32, nn.Sigmoid), vectors(), rate(Adam, 1e-3)),
+        {"vanishing"},
+    ),
+    "dead ReLU": (lambda: train(dead(), vectors(), rate(Adam, 1e-3)), {"zero_gradient"}),
+    "three units in four dead": (
+        lambda: train(dead(units=48), vectors(), rate(Adam, 1e-3)),
+        {"dead_units"},
+    ),
+    "detached branch": (
+        lambda: train(Detached(), vectors(), rate(Adam, 1e-3)),
+        {"no_gradient"},
+    ),
+    "forgotten zero_grad, SGD": (
+        lambda: train(mlp(), vectors(), rate(Sgd, 0.05), zero_grad=False),
+        {"accumulating"},
+    ),
+    "forgotten zero_grad, GPT, Adam": (
+        lambda: train(Gpt(), sentences(), rate(Adam, 1e-3), zero_grad=False, steps=100),
+        {"accumulating"},
+    ),
+    "wrong custom gradient": (
+        lambda: train_managed(mlp(4, act=Wrong), vectors(), rate(Sgd, 0.05, **MOMENTUM)),
+        {"loss_rising", "exploding"},
+    ),
+    "one NaN batch, recorded": (
+        lambda: train(mlp(), vectors(), rate(Adam, 1e-3), spoil=_nan_at(120)),
+        {"nan"},
+    ),
+    "one NaN batch, skipped": (
+        lambda: train(mlp(), vectors(), rate(Adam, 1e-3), spoil=_nan_at(120), on_nonfinite="skip"),
+        {"nan"},
+    ),
+    "float16 weights, no scaler": (half_weights, {"half_precision"}),
+    "float16 autocast, no scaler": (
+        lambda: train(
+            mlp(5),
+            vectors(128),
+            rate(Adam, 1e-3),
+            dtype=HALF,
+            loss_of=lambda x, y: F.cross_entropy(x, y) * 1e-3,
+        ),
+        {"half_precision"},
+    ),
+    "loss scale collapses": (collapse, {"loss_scale"}),
+    "updates too small": (
+        lambda: train(mlp(), vectors(), rate(Adam, 1e-9)),
+        {"update_small"},
+    ),
+    "three loud batches": (
+        lambda: train(mlp(), vectors(), rate(Sgd, 0.01), spoil=_loud_at((80, 120, 160), 50.0)),
+        {"spike"},
+    ),
+    "one of two ranks with 20 times the loss": (lambda: two_ranks(20.0), {"rank"}),
+    "clip far too tight": (
+        lambda: train(mlp(), vectors(), rate(Adam, 1e-3), clip=0.01),
+        {"clip_always"},
+    ),
+}

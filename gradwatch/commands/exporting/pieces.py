@@ -1,0 +1,45 @@
+"""A table of a run in pieces that fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from gradwatch.history import History
+
+TABLES = ("steps", "parameters", "events")
+ROWS = 1 << 20
+"""Rows of the table of parameters in one piece, about."""
+
+
+def pieces(history: History, table: str) -> Iterator[pd.DataFrame]:
+    """Reads a table; there is always a first piece, which tells the columns.
+
+    Args:
+        history: The run.
+        table: One of :data:`TABLES`.
+
+    Yields:
+        Frames with the same columns; steps have ``step`` as a column.
+    """
+    if table == "steps":
+        yield history.steps().reset_index()
+    elif table == "events":
+        yield history.events()
+    else:
+        yield from _parameters(history)
+
+
+def _parameters(history: History) -> Iterator[pd.DataFrame]:
+    """Reads ranges of steps, up to the one that is the last now: the run may grow meanwhile."""
+    steps = history.steps(()).index
+    if not len(steps):
+        yield history.parameters()
+        return
+    first, last = int(steps.min()), int(steps.max())
+    in_piece = max(1, ROWS // max(1, len(history.names)))
+    for start in range(first, last + 1, in_piece):
+        yield history.parameters(start=start, stop=min(start + in_piece, last + 1))

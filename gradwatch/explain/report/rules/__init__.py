@@ -1,0 +1,73 @@
+"""Rules: each turns what was read of a run into findings, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from gradwatch.explain.report.finding import Finding
+from gradwatch.explain.report.records import Run
+from gradwatch.explain.report.rules.accumulating import accumulating
+from gradwatch.explain.report.rules.clipping import clipping
+from gradwatch.explain.report.rules.exploding import exploding
+from gradwatch.explain.report.rules.half import half
+from gradwatch.explain.report.rules.loss import rising_loss
+from gradwatch.explain.report.rules.loss_scale import loss_scale
+from gradwatch.explain.report.rules.no_gradient import no_gradient
+from gradwatch.explain.report.rules.noise import noise
+from gradwatch.explain.report.rules.nonfinite import nonfinite
+from gradwatch.explain.report.rules.ranks import ranks
+from gradwatch.explain.report.rules.skipped import skipped
+from gradwatch.explain.report.rules.spikes import spikes
+from gradwatch.explain.report.rules.updates import updates
+from gradwatch.explain.report.rules.vanishing import vanishing
+from gradwatch.explain.report.rules.zero_gradient import zero_gradient
+from gradwatch.explain.report.thresholds import Thresholds
+
+Rule = Callable[[Run, Thresholds], Iterator[Finding]]
+
+RULES: tuple[Rule, ...] = (
+    accumulating,
+    half,
+    nonfinite,
+    loss_scale,
+    exploding,
+    rising_loss,
+    vanishing,
+    zero_gradient,
+    no_gradient,
+    ranks,
+    updates,
+    spikes,
+    skipped,
+    clipping,
+    noise,
+)
+"""In the order of weight within a severity: causes before what follows from them."""
+
+ALWAYS: tuple[Rule, ...] = (nonfinite, no_gradient, loss_scale, skipped, exploding, half)
+"""Those that need no minimum of steps."""
+
+KINDS = (
+    "accumulating",
+    "half_precision",
+    "nan",
+    "inf",
+    "overflow",
+    "loss_scale",
+    "exploding",
+    "loss_rising",
+    "vanishing",
+    "zero_gradient",
+    "dead_units",
+    "no_gradient",
+    "rank",
+    "update_large",
+    "update_small",
+    "spike",
+    "skipped",
+    "clip_always",
+    "clip_never",
+    "batch_small",
+    "batch_large",
+)
+"""The kinds of findings, those of one rule together."""
