@@ -72,11 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     out = Output(sys.stdout)
+    typed = sys.argv[1:] if arguments is None else arguments
     try:
-        chosen = _parser().parse_args(arguments)
+        chosen = _parser().parse_args(typed or ["--help"])
     except SystemExit as end:  # help and version are output too
         _finish(out)
-        return end.code if isinstance(end.code, int) else PROBLEM
+        return end.code if typed and isinstance(end.code, int) else PROBLEM
     _end_on_sigterm()
     return _run(chosen, out)
 

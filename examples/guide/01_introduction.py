@@ -10,9 +10,9 @@ import math
 from typing import Any
 
 import torch
-from _table import compare
 
 import gradwatch
+from _table import compare
 
 W, X, T = 0.5, 2.0, 1.0
 

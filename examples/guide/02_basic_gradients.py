@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from _table import compare
 from torch import Tensor
 
 import gradwatch
+from _table import compare
 
 
 def norms(function: Callable[..., Tensor], weights: Tensor | None = None, **at: Tensor) -> dict:

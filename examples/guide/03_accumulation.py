@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from _table import compare
 from torch import Tensor
 
 import gradwatch
+from _table import compare
 from gradwatch.testing import LinearModel
 
 X = torch.arange(1.0, 7.0)  # six examples; the target of each is its x

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from _table import compare
 from torch import Tensor
 
 import gradwatch
+from _table import compare
 
 
 def detached_half() -> float:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from _table import compare
 from torch import Tensor, nn
 from torch.autograd import Function
 
 import gradwatch
+from _table import compare
 
 
 class Cube(Function):

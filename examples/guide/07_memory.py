@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from _table import compare
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradwatch
+from _table import compare
 
 LAYERS, BATCH, WIDTH = 8, 32, 64
 KIB = BATCH * WIDTH * 4 / 1024  # one activation in float32

@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 
 import torch
-from _table import compare
 from torch import Tensor
 from torch.func import grad, jacrev, vjp
 
 import gradwatch
+from _table import compare
 
 AT = torch.tensor([1.0, 2.0])
 

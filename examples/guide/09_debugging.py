@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from _table import compare
 from torch import Tensor, nn
 
 import gradwatch
+from _table import compare
 
 DEPTH = 10
 

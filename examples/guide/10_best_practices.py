@@ -10,10 +10,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from _table import compare
 from torch import Tensor
 
 import gradwatch
+from _table import compare
 
 BATCHES = (4.0, 4.0, float("nan"), 4.0)
 

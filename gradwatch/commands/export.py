@@ -95,7 +95,7 @@ def _format(arguments: argparse.Namespace) -> str:
         raise CommandError("--format parquet needs a file. Add -o FILE.")
     if arguments.output == STDOUT and arguments.json:
         raise CommandError(
-            "--json says what was written to a file. Add -o FILE, or use --format json."
+            "--json tells of a file. Add -o FILE, or use --format json for the rows."
         )
     return form or "csv"
 

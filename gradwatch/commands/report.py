@@ -83,7 +83,7 @@ def _wanted(given: Sequence[str]) -> set[str]:
     for name in sorted(names.difference(known)):
         close = get_close_matches(name, known, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise CommandError(f"--fail-on takes {', '.join(known)}; got {name!r}.{hint}")
+        raise CommandError(f"--fail-on got {name!r}.{hint} It takes {', '.join(known)}.")
     return names
 
 

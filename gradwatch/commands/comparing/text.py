@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from gradwatch.commands.comparing.steps import ColumnDifference
 
 NAME = 44
-VALUE = 28
+VALUE = 200
+SHORT = 40
+"""Two values that are no longer together share a line."""
+
 WORST = ("largest at step", "A there", "B there")
 
 
@@ -51,12 +54,17 @@ def _verdict(found: Compared) -> str:
 
 
 def _settings(found: Compared, top: int) -> Iterator[str]:
-    rows = [
-        [shortened(printable(name), NAME), _value(a), _value(b)]
-        for name, (a, b) in list(found.settings.items())[:top]
-    ]
-    yield from _section("Settings that differ", ("", "A", "B"), rows)
-    yield from _more(len(found.settings) - len(rows), "setting")
+    shown = list(found.settings.items())[:top]
+    if shown:
+        yield ""
+        yield "Settings that differ"
+    for name, pair in shown:
+        a, b = map(_value, pair)
+        if len(a) + len(b) <= SHORT:
+            yield f"  {shortened(printable(name), NAME)}  {a} in A, {b} in B"
+        else:
+            yield from (f"  {shortened(printable(name), NAME)}", f"    A  {a}", f"    B  {b}")
+    yield from _more(len(found.settings) - len(shown), "setting")
 
 
 def _totals(found: Compared) -> Iterator[str]:
@@ -112,14 +120,14 @@ def _worst(one: ColumnDifference | ParameterDifference) -> list[str]:
     return [f"{one.largest_step:,}", f"{one.largest_a:.4g}", f"{one.largest_b:.4g}"]
 
 
-def _total(name: str, value: float) -> str:
+def _total(name: str, value: Any) -> str:
     if name == "clipped":
         return percent(value)
     return or_dash(value) if isinstance(value, float) else f"{value:,}"
 
 
 def _value(value: Any) -> str:
-    return "-" if value is None else shortened(printable(str(value)), VALUE)
+    return "nothing" if value is None else shortened(printable(str(value)), VALUE)
 
 
 def _named(names: Sequence[str], most: int = 3) -> str:

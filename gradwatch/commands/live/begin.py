@@ -30,8 +30,8 @@ def begun(run: str, wait: bool, once: bool, pause: Callable[[], object]) -> Foll
     try:
         open_run(run)
     except CommandError as problem:
-        missing = not Path(run).exists()
-        raise CommandError(f"{problem}{ADD_WAIT if missing and run else ''}") from problem
+        may_come = bool(run) and not once and not Path(run).exists()
+        raise CommandError(f"{problem}{ADD_WAIT if may_come else ''}") from problem
     return Follower(Path(run))
 
 

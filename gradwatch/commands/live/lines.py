@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from gradwatch.commands.live.follower import New
+from gradwatch.commands.live.row import Happening
 from gradwatch.commands.live.words import event_line, step_line
 from gradwatch.commands.shared.as_json import as_json
 from gradwatch.commands.shared.numbers import counted
@@ -28,12 +29,19 @@ def text_lines(new: New, most: int, several: bool) -> Iterator[str]:
     if left_out:
         yield f"... {counted(left_out, 'step')} not shown"
     waiting = list(new.events[-most:])
+    if rows:
+        yield from _events([one for one in waiting if one.step < rows[0].step], several)
+        waiting = [one for one in waiting if one.step >= rows[0].step]
     for row in rows:
         yield step_line(row, several)
         mine = [one for one in waiting if (one.step, one.optimizer) == (row.step, row.optimizer)]
-        yield from (f"  event {event_line(event, several)}" for event in mine)
+        yield from _events(mine, several)
         waiting = [one for one in waiting if one not in mine] if mine else waiting
-    yield from (f"  event {event_line(event, several)}" for event in waiting)
+    yield from _events(waiting, several)
+
+
+def _events(events: Sequence[Happening], several: bool) -> Iterator[str]:
+    return (f"  event  {event_line(event, several)}" for event in events)
 
 
 def json_lines(new: New, most: int) -> Iterator[str]:

@@ -34,7 +34,7 @@ def event_line(event: Happening, several: bool = False) -> str:
         several: Whether the run has several optimizers.
     """
     label = f"{printable(event.optimizer)} " if several else ""
-    return f"{label}step {event.step:>8,}  {printable(event.kind)}: {printable(event.message)}"
+    return f"{label}step {event.step:,}  {printable(event.kind)}: {printable(event.message)}"
 
 
 def clip_text(row: Row) -> str:

@@ -17,8 +17,9 @@ class Thresholds:
             Medians of ten steps at both ends of a run need twenty.
         rise: Norms that grew by this factor before the first NaN make the learning rate its cause.
             Two sound mini-batches seldom differ by ten.
-        exploding: Growth of the norm over that at the start. Sound runs were seen to grow up to ten
-            times; those that diverge without bound pass 1,000 within some steps.
+        exploding: Growth of the norm over that at the start. Sound runs were seen to grow ten
+            times, deep plain networks that begin with tiny gradients eighty; those that diverge
+            pass 1,000 within some steps.
         loss_rise: Growth of the loss over that at the start. Twice what an untrained model
             has is worse than guessing.
         vanishing: Typical gradient element of the first quarter of the layers over that of the last
@@ -70,7 +71,7 @@ class Thresholds:
 
     few_steps: int = 20
     rise: float = 10.0
-    exploding: float = 50.0
+    exploding: float = 100.0
     loss_rise: float = 2.0
     vanishing: float = 1e-4
     vanishing_layers: int = 8

@@ -121,7 +121,8 @@ def _where_measured(batch: RecordBatch, where: tuple[Array, Array]) -> Any:
     norms, clipped = batch.norms[where], batch.clipped_norms[where]
     coefficients = np.array([record.clip_coef for record in batch.steps], np.float64)
     derived = clipped_by(norms, coefficients[where[0]])
-    follows = (clipped == derived) | (np.isnan(clipped) & np.isnan(derived))
+    same = (clipped == derived) & (np.signbit(clipped) == np.signbit(derived))
+    follows = same | (np.isnan(clipped) & np.isnan(derived))
     return pa.array(clipped.astype(norms.dtype, copy=False), mask=follows)
 
 

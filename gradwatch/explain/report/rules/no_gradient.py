@@ -49,7 +49,7 @@ def no_gradient(run: Run, limits: Thresholds) -> Iterator[Finding]:
 
 
 def _finding(names: tuple[str, ...], step: int, never: bool) -> Finding:
-    when = "never received a gradient" if never else f"stopped receiving one at step {step}"
-    title = f"{counted(len(names), 'parameter')} {when}: {named(names)}."
+    when = "ever" if never else "in the later half of the run"
+    title = f"{counted(len(names), 'parameter')} received no gradient {when}: {named(names)}."
     seen = Seen((step,), names, {"parameters": float(len(names))})
     return Finding("no_gradient", "warning", title, seen, WHY, ADVICE)
