@@ -419,6 +419,10 @@ SICK: dict[str, tuple[Callable[[], History], set[str]]] = {
         lambda: train_managed(mlp(4, act=Wrong), vectors(), rate(Sgd, 0.05, **MOMENTUM)),
         {"loss_rising", "exploding"},
     ),
+    "the same, losses not seen": (
+        lambda: train(mlp(4, act=Wrong), vectors(), rate(Sgd, 0.05, **MOMENTUM)),
+        {"exploding", "update_large", "spike"},
+    ),
     "one NaN batch, recorded": (
         lambda: train(mlp(), vectors(), rate(Adam, 1e-3), spoil=_nan_at(120)),
         {"nan"},

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from _report_runs import HEALTHY, SICK
+from _report_more_runs import MORE
+from _report_runs import HEALTHY, SICK, STATISTICS
 from gradwatch import History
 from gradwatch.explain.report import Report, make_report
 
@@ -26,13 +27,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[100])
     parser.add_argument("--only", default="", help="runs with this in their name")
     parser.add_argument("--show", action="store_true", help="print each report")
+    parser.add_argument("--bare", action="store_true", help="watch without further statistics")
+    parser.add_argument("--more", action="store_true", help="only the second set of healthy runs")
     options = parser.parse_args()
+    if options.bare:
+        STATISTICS.clear()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    healthy = {n: run for n, run in HEALTHY.items() if options.only in n}
+    sound = MORE if options.more else HEALTHY
+    healthy = {n: run for n, run in sound.items() if options.only in n}
     sick = {n: run for n, run in SICK.items() if options.only in n}
     alarms = {n: _reports(run, options.seeds, options.show, n) for n, run in healthy.items()}
     _print_healthy(alarms)
+    if options.more:
+        return
     found = {n: _reports(run, options.seeds, options.show, n) for n, (run, _) in sick.items()}
     _print_sick(found)
 

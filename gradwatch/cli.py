@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
+from gradwatch import __version__
 from gradwatch.commands import compare, export, plot, report, tail
 from gradwatch.commands.shared.command_error import CommandError
 from gradwatch.commands.shared.exit_code import INTERRUPTED, PROBLEM, TERMINATED
@@ -51,15 +52,6 @@ class _Parser(argparse.ArgumentParser):
         """
         hint = f"Try '{self.prog} --help'."
         self.exit(PROBLEM, f"{self.prog}: {one_line(message).rstrip('.')}. {hint}\n")
-
-
-class _Version(argparse.Action):
-    """Prints the version, which is looked up only then."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from gradwatch import __version__
-
-        parser.exit(0, f"gradwatch {__version__}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,7 +134,8 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    version = f"gradwatch {__version__}"
+    parser.add_argument("--version", action="version", version=version, help="print it and exit")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     for command in (report, tail, plot, compare, export):
         command.add_to(commands)

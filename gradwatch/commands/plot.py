@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from gradwatch.history import History
 
 KINDS = ("norms", "flow", "heatmap", "clipping")
-SIZE_INCHES = (10.0, 5.5)
 DPI = 150
 
 MISSING = "plot needs matplotlib, which is not installed. Run: pip install 'gradwatch[plot]'"
@@ -78,17 +78,18 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     history = open_run(arguments.run)
     if not len(history):
         raise CommandError(f"{arguments.run!r} has no steps yet, so there is nothing to draw.")
-    figure = _drawn(history, arguments.kind)
+    figure = _plot(arguments.kind)(history).figure
     with written_whole(arguments.output, arguments.run) as path:
-        figure.savefig(path, format=suffix, dpi=arguments.dpi, bbox_inches="tight")
+        figure.savefig(path, format=suffix, dpi=arguments.dpi)
+    _pyplot().close(figure)
     _tell(arguments, out)
     return FINE
 
 
 def _suffix(target: str) -> str:
     """Checks the format before anything is read."""
-    figure = _figure()
-    known = sorted(figure.canvas.get_supported_filetypes())
+    known = sorted(_pyplot().gcf().canvas.get_supported_filetypes())
+    _pyplot().close()
     suffix = Path(target).suffix.lower().removeprefix(".")
     if suffix not in known:
         raise CommandError(
@@ -98,28 +99,21 @@ def _suffix(target: str) -> str:
     return suffix
 
 
-def _drawn(history: History, kind: str) -> Any:
-    """Draws; what a plot sets up by itself, such as its size, is kept."""
-    figure = _figure()
-    _plots()[kind](history, ax=figure.add_subplot())
-    return figure
-
-
-def _figure() -> Any:
-    """Makes a figure that belongs to no window."""
+def _pyplot() -> Any:
+    """Loads matplotlib with the backend that needs no screen."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib
     except ModuleNotFoundError as error:
-        if error.name != "matplotlib":
-            raise
         raise CommandError(MISSING) from error
-    return Figure(figsize=SIZE_INCHES)
+    matplotlib.use("agg")
+    return importlib.import_module("matplotlib.pyplot")
 
 
-def _plots() -> dict[str, Callable[..., Any]]:
+def _plot(kind: str) -> Callable[[History], Any]:
     from gradwatch.explain import plots
 
-    return {kind: getattr(plots, f"plot_{kind}") for kind in KINDS}
+    found: Callable[[History], Any] = getattr(plots, f"plot_{kind}")
+    return found
 
 
 def _tell(arguments: argparse.Namespace, out: Output) -> None:

@@ -9,7 +9,7 @@ from gradwatch.record.event import Event
 from gradwatch.record.run_folder import RunFolder
 from gradwatch.record.step import StepRecord
 
-HOSTILE = ("\x1b[31mred", "[bold]x[/bold]", "two\nlines", "\u202egnp", "宽" * 20, "=cmd|x, \"y\"")
+HOSTILE = ("\x1b[31mred", "[bold]x[/bold]", "two\nlines", "\u202egnp", "宽" * 20, '=cmd|x, "y"')
 
 
 def train(path, steps=100, *, lr=0.05, clip=0.5, nan=None, names=None):
@@ -23,7 +23,9 @@ def train(path, steps=100, *, lr=0.05, clip=0.5, nan=None, names=None):
     with gradwatch.watch(model, optimizer, clip=clip, on_nonfinite="skip", run_dir=path):
         for step in range(1, steps + 1):
             x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
-            loss = sum(one.square().sum() for one in parameters) if names else model(x).square().mean()
+            loss = (
+                sum(one.square().sum() for one in parameters) if names else model(x).square().mean()
+            )
             (loss * float("nan") if step == nan else loss).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -32,7 +34,9 @@ def train(path, steps=100, *, lr=0.05, clip=0.5, nan=None, names=None):
 
 def batch(steps, names=("a", "b"), *, events=(), optimizer="SGD", norm=1.0):
     """Some steps; the norm of a parameter is `norm` times its place, from 1."""
-    records = [StepRecord(step, optimizer, grad_norm=norm, grad_norm_clipped=norm) for step in steps]
+    records = [
+        StepRecord(step, optimizer, grad_norm=norm, grad_norm_clipped=norm) for step in steps
+    ]
     norms = np.tile(np.arange(1.0, len(names) + 1, dtype=np.float32) * norm, (len(records), 1))
     layout = Layout(tuple(names), ("",) * len(names), ((2,),) * len(names), ((),) * len(names))
     return RecordBatch(layout, records, norms, norms.copy(), events=tuple(events))

@@ -26,12 +26,12 @@ class HeatCells:
 
     @property
     def zero(self) -> Array:
-        """bool ``[rows, bins]``: whether no norm was other than exactly 0."""
+        """Bool ``[rows, bins]``: whether no norm was other than exactly 0."""
         return (self.norms == 0) & (self.bad == 0)
 
     @property
     def absent(self) -> Array:
-        """bool ``[rows, bins]``: whether there was no gradient."""
+        """Bool ``[rows, bins]``: whether there was no gradient."""
         return np.isnan(self.norms) & (self.bad == 0)
 
     def relative(self) -> Array:
@@ -62,7 +62,10 @@ def heat_cells(blocks: Iterable[Block], rows: Rows, first: int, last: int, bins:
     norms = np.full((bins, len(rows)), -1.0)
     bad = np.zeros((bins, len(rows)), np.int64)
     for block in blocks:
-        gathered, there = rows.norms(block.planes["grad_norm"], block.present), rows.present(block.present)
+        gathered, there = (
+            rows.norms(block.planes["grad_norm"], block.present),
+            rows.present(block.present),
+        )
         steps = block.first + np.arange(len(gathered))
         bin_of = (steps - first) * bins // (last - first + 1)
         starts = starts_of(bin_of)

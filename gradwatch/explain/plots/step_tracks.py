@@ -33,7 +33,7 @@ class StepTrack:
 
     @property
     def bad(self) -> Array:
-        """bool ``[steps]``: whether a gradient was NaN or Inf."""
+        """Bool ``[steps]``: whether a gradient was NaN or Inf."""
         return (self["nonfinite_parameters"] > 0) | ~np.isfinite(self["grad_norm"])
 
 

@@ -28,7 +28,10 @@ def coloured(report: Report) -> Group:
     for number, finding in enumerate(report.findings, 1):
         parts += [Text(), _title(number, finding), *map(_row, rows(finding))]
     if report.remarks:
-        parts += [Text(), *(Text(f"- {remark}", style="dim") for remark in report.remarks)]
+        parts += [
+            Text(),
+            *(Text(f"- {printable(remark)}", style="dim") for remark in report.remarks),
+        ]
     return Group(*parts)
 
 

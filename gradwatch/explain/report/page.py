@@ -24,7 +24,7 @@ def page(report: Report) -> str:
     parts = [f"<p><b>{escape(headline(report))}</b></p>"]
     parts += map(_finding, report.findings)
     if report.remarks:
-        entries = "".join(f"<li>{escape(remark)}</li>" for remark in report.remarks)
+        entries = "".join(f"<li>{escape(printable(remark))}</li>" for remark in report.remarks)
         parts.append(f'<ul style="opacity:0.7">{entries}</ul>')
     return f'<div style="max-width:60em">{"".join(parts)}</div>'
 

@@ -24,7 +24,9 @@ def plain(report: Report) -> str:
     parts = [headline(report)]
     parts += [_finding(number, one) for number, one in enumerate(report.findings, 1)]
     if report.remarks:
-        parts.append("\n".join(_wrapped(f"- {remark}", "  ") for remark in report.remarks))
+        parts.append(
+            "\n".join(_wrapped(f"- {printable(remark)}", "  ") for remark in report.remarks)
+        )
     return "\n\n".join(parts)
 
 

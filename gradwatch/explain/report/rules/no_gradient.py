@@ -49,7 +49,9 @@ def no_gradient(run: Run, limits: Thresholds) -> Iterator[Finding]:
 
 
 def _finding(names: tuple[str, ...], step: int, never: bool) -> Finding:
-    when = "ever" if never else "in the later half of the run"
-    title = f"{counted(len(names), 'parameter')} received no gradient {when}: {named(names)}."
+    lost = "never received a gradient"
+    if not never:
+        lost = "received no gradient in the later half of the run"
+    title = f"{counted(len(names), 'parameter')} {lost}: {named(names)}."
     seen = Seen((step,), names, {"parameters": float(len(names))})
     return Finding("no_gradient", "warning", title, seen, WHY, ADVICE)

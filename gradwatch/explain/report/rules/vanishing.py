@@ -48,7 +48,26 @@ def vanishing(run: Run, limits: Thresholds) -> Iterator[Finding]:
     trend = rank_correlation(logs)
     if fall < np.log10(limits.vanishing) and trend >= limits.vanishing_trend:
         names = tuple(run.layout.names[index] for index in layers[:quarter])
-        yield _finding(run, fall, trend, len(layers), names, limits)
+        yield _finding(run, fall, factor_per_layer(logs), trend, names, limits)
+
+
+def factor_per_layer(logs: Array) -> float:
+    """Fits a line to the layers whose gradient is above zero.
+
+    Args:
+        logs: float64 ``[layers]``: base-10 logarithms of their gradients, first layer first.
+
+    Returns:
+        What a layer multiplies the gradient with on its way back.
+
+    Example:
+        >>> round(factor_per_layer(np.array([-3.0, -2.0, -1.0, 0.0])), 6)
+        0.1
+    """
+    places = np.flatnonzero(logs > np.log10(_SMALLEST))
+    if len(places) < 2:
+        return 0.0
+    return float(10 ** -np.polyfit(places, logs[places], 1)[0])
 
 
 def rank_correlation(values: Array) -> float:
@@ -72,10 +91,9 @@ def rank_correlation(values: Array) -> float:
 
 
 def _finding(
-    run: Run, fall: float, trend: float, layers: int, names: tuple[str, ...], limits: Thresholds
+    run: Run, fall: float, factor: float, trend: float, names: tuple[str, ...], limits: Thresholds
 ) -> Finding:
-    factor = 10 ** (fall / (layers * 3 / 4))
-    ratio = 10**fall
+    ratio, layers = 10**fall, int(run.matrices.sum())
     numbers = {"ratio": ratio, "factor_per_layer": factor, "trend": trend, "layers": float(layers)}
     steps = run.sample.steps
     return Finding(

@@ -1,0 +1,147 @@
+"""The axes of a plot: made or checked, and dressed without touching matplotlib's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from gradwatch.explain.plots.palette import GREY
+
+PLAIN: dict[str, Any] = {"parse_math": False, "usetex": False}
+"""How names are written: a parameter's name is never mathematics."""
+
+SMALL = 8.0
+EMPTY = "no steps yet"
+LEAST_COLUMNS = 50
+
+
+def canvas(ax: Axes | None, width: float, height: float) -> Axes:
+    """Takes the axes of the user, or makes a figure.
+
+    Args:
+        ax: The axes of the user.
+        width: Of a new figure, in inches.
+        height: Of a new figure, in inches.
+
+    Raises:
+        TypeError: If ``ax`` is something else.
+    """
+    if ax is None:
+        return plt.figure(figsize=(width, height), layout="constrained").add_subplot()
+    if not isinstance(ax, Axes):
+        raise TypeError(
+            f"ax must be a matplotlib Axes, got {type(ax).__name__}. Of a figure take "
+            "figure.add_subplot(), of an array of axes one of them."
+        )
+    return ax
+
+
+def dress(ax: Axes, title: str = "", *, grid: bool = True) -> None:
+    """Takes away lines that say nothing.
+
+    Args:
+        ax: The axes.
+        title: What is seen.
+        grid: Whether to draw a faint one.
+    """
+    ax.spines[["top", "right"]].set_visible(False)
+    if title:
+        ax.set_title(title, loc="left", fontsize="medium", fontweight="bold", **PLAIN)
+    if grid:
+        ax.grid(True, which="major", color=GREY, alpha=0.25, linewidth=0.6)
+        ax.set_axisbelow(True)
+
+
+def inset(ax: Axes, bounds: tuple[float, float, float, float], **more: Any) -> Axes:
+    """Makes axes beside or in others, with the same colours.
+
+    Args:
+        ax: The others.
+        bounds: Left, lower, width and height in shares of the others' own.
+        more: For ``Axes.inset_axes``.
+    """
+    child = ax.inset_axes(bounds, **more)
+    child.set_facecolor(ax.get_facecolor())
+    ink = ink_of(ax)
+    child.tick_params(which="both", color=ink, labelcolor=ink, labelsize=SMALL)
+    for label in (child.xaxis.label, child.yaxis.label):
+        label.set_color(ink)
+    for name, spine in child.spines.items():
+        spine.set_edgecolor(ax.spines[name].get_edgecolor())
+    return child
+
+
+def ink_of(ax: Axes) -> Any:
+    """Returns the colour in which the axes are labelled."""
+    return ax.xaxis.label.get_color()
+
+
+def log_norms(axis: Any, labels: int = 8) -> None:
+    """Labels the powers of ten only, as many as there is room for.
+
+    Args:
+        axis: An axis with a logarithmic scale.
+        labels: How many there may be.
+    """
+    axis.set_major_locator(LogLocator(numticks=labels))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def step_axis(ax: Axes, first: int, last: int) -> None:
+    """Sets up the axis of the steps.
+
+    Args:
+        ax: The axes.
+        first: The first step.
+        last: The last step.
+    """
+    ax.set_xlim(first - 0.5, last + 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    ax.xaxis.set_major_formatter(EngFormatter(sep="") if last >= 100_000 else "{x:,.0f}")
+    ax.set_xlabel("optimizer step")
+
+
+def legend_below(ax: Axes, handles: Sequence[Any] | None = None, columns: int = 5) -> None:
+    """Puts the legend where no data are.
+
+    Args:
+        ax: The axes.
+        handles: What it lists; all that has a label if left out.
+        columns: How many stand side by side at most.
+    """
+    handles = ax.get_legend_handles_labels()[0] if handles is None else handles
+    if handles:
+        inches = max(1.0, ax.get_window_extent().height / ax.figure.dpi)
+        ax.legend(
+            handles=handles,
+            loc="upper left",
+            bbox_to_anchor=(0.0, -0.46 / inches),
+            ncols=min(len(handles), columns),
+            frameon=False,
+            fontsize=SMALL,
+            borderaxespad=0.0,
+            labelcolor=ink_of(ax),
+            handlelength=1.6,
+            columnspacing=1.6,
+        )
+
+
+def say(ax: Axes, text: str) -> Axes:
+    """Writes into axes that have nothing to show.
+
+    Args:
+        ax: The axes.
+        text: Why.
+    """
+    place = {"ha": "center", "va": "center", "transform": ax.transAxes}
+    ax.text(0.5, 0.5, text, color=GREY, fontsize="large", **place)
+    return ax
+
+
+def pixel_columns(ax: Axes) -> int:
+    """Returns how many columns of pixels the axes have, about."""
+    return max(LEAST_COLUMNS, int(ax.get_window_extent().width))

@@ -1,0 +1,154 @@
+"""The command as a process: pipes that close, signals, terminals, and a run that is being written."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+import gradwatch
+
+from .runs import batch, write
+
+ROOT = Path(gradwatch.__file__).parent.parent
+COMMAND = [sys.executable, "-m", "gradwatch.cli"]
+ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "HOME": "/tmp",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": str(ROOT),
+    "TERM": "xterm-256color",
+    "LANG": "C.UTF-8",
+}
+SOON_S = 30.0
+
+TRAIN = """
+import sys, torch, gradwatch
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+with gradwatch.watch(model, optimizer, run_dir=sys.argv[1]):
+    for step in range(1000):
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 500:
+            print("half", flush=True)
+            sys.stdin.readline()
+"""
+
+
+def _start(*arguments, command=COMMAND, **options):
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    return subprocess.Popen([*command, *map(str, arguments)], env=ENVIRONMENT, **options)
+
+
+def _ended(process):
+    out, err = process.communicate(timeout=SOON_S)
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def long_run(tmp_path):
+    """A run of many steps."""
+    write(tmp_path / "run", batch(range(1, 20_001)))
+    return tmp_path / "run"
+
+
+def test_a_reader_that_has_enough_is_no_error(long_run):
+    """`gradwatch export ... | head -1` is silent, and its exit code 0."""
+    process = _start("export", long_run)
+    assert process.stdout.readline().startswith("step,optimizer")
+    process.stdout.close()
+    assert process.wait(SOON_S) == 0
+    with process.stderr as errors:
+        assert errors.read() == ""
+
+
+def test_no_output_at_all_is_no_error(long_run):
+    """With standard output closed the exit code is still what the command found."""
+    shell = ["sh", "-c", '"$@" >&-', "sh", *COMMAND]
+    code, _, err = _ended(_start("report", long_run, command=shell))
+    assert (code, err) == (0, "")
+
+
+def test_an_encoding_without_the_characters(tmp_path):
+    """In a locale without Unicode, names are escaped rather than an error."""
+    write(tmp_path / "a", batch([1, 2], ("宽", "b")))
+    write(tmp_path / "b", batch([1, 2], ("宽", "b"), norm=2.0))
+    shell = ["env", "PYTHONIOENCODING=ascii", *COMMAND]
+    code, out, err = _ended(_start("compare", tmp_path / "a", tmp_path / "b", command=shell))
+    assert (code, err) == (0, "")
+    assert "\\u5bbd" in out
+
+
+def test_follows_a_run_that_is_written(tmp_path):
+    """A live training is followed to its last step; Ctrl-C ends it with exit code 0."""
+    training = _start(
+        tmp_path / "run", command=[sys.executable, "-c", TRAIN], stdin=subprocess.PIPE
+    )
+    assert training.stdout.readline() == "half\n"
+    tail = _start("tail", tmp_path / "run", "-n", "1024", "--interval", "0.1")
+    lines = [tail.stdout.readline()]
+    training.communicate("go\n", timeout=SOON_S)
+    while not lines[-1].startswith("step    1,000"):
+        lines.append(tail.stdout.readline())
+    tail.send_signal(signal.SIGINT)
+    assert _ended(tail) == (0, "", "")
+    steps = [line.split()[1] for line in lines if line.startswith("step ")]
+    assert steps == [f"{step:,}" for step in range(1, 1001)]
+
+
+def test_the_screen_leaves_the_terminal_in_order(long_run):
+    """On a terminal it draws, and shows the cursor again after Ctrl-C and after SIGTERM."""
+    for ending, code in ((signal.SIGINT, 0), (signal.SIGTERM, 143)):
+        mine, theirs = pty.openpty()
+        process = _start("tail", long_run, stdout=theirs, stderr=theirs, stdin=theirs)
+        os.close(theirs)
+        shown = _read_until(mine, b"Ctrl-C ends")
+        process.send_signal(ending)
+        shown += _read_until(mine, b"\x1b[?25h")
+        assert process.wait(SOON_S) == code
+        os.close(mine)
+        assert b"step 20,000" in shown
+        assert b"Traceback" not in shown
+
+
+def _read_until(terminal, wanted):
+    shown, end = b"", time.monotonic() + SOON_S
+    with suppress(OSError):  # the other side is closed
+        while wanted not in shown and time.monotonic() < end:
+            shown += os.read(terminal, 1 << 16)
+    return shown
+
+
+def test_help_starts_without_pandas_and_pyarrow():
+    """What is not needed for the help is not loaded; torch is, as `import gradwatch` loads it."""
+    code = (
+        "import sys, gradwatch.cli; gradwatch.cli.main(['--help']); "
+        "print(*{'pandas', 'pyarrow', 'rich', 'matplotlib'}.intersection(sys.modules))"
+    )
+    returned, out, err = _ended(_start(command=[sys.executable, "-c", code]))
+    assert (returned, err) == (0, "")
+    assert out.splitlines()[-1] == ""
+
+
+def test_without_rich_tail_writes_lines(long_run, tmp_path):
+    """Where rich is not installed, tail says so in a line and goes on with plain lines."""
+    code = (
+        "import sys; sys.modules['rich'] = None; "
+        "import gradwatch.cli; sys.exit(gradwatch.cli.main(sys.argv[1:]))"
+    )
+    mine, theirs = pty.openpty()
+    tail = _start("tail", long_run, command=[sys.executable, "-c", code], stdout=theirs)
+    os.close(theirs)
+    assert b"step   20,000" in _read_until(mine, b"step   20,000")
+    tail.send_signal(signal.SIGINT)
+    assert tail.wait(SOON_S) == 0
+    with tail.stderr as errors:
+        assert "pip install 'gradwatch[runs]'" in errors.read()
+    os.close(mine)
