@@ -297,8 +297,10 @@ class Watcher:
 
         Returns:
             Steps per optimizer, the memory of the policies, the noise scale, and how far the window
-            under way has come; neither the history nor gradients.
+            under way has come; neither the history nor gradients. What the sinks have not seen is
+            delivered to them, so that a run folder is never behind the checkpoint.
         """
+        self.flush()
         return {
             "version": STATE_VERSION,
             **self._tracks.state_dict(),

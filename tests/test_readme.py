@@ -19,7 +19,9 @@ NOT_YET = {"vanishing", "spike"}
 
 
 @pytest.mark.parametrize(
-    "snippet", SNIPPETS, ids=["plain", "managed", "lightning", "tensorboard", "noise", "run", "debug"]
+    "snippet",
+    SNIPPETS,
+    ids=["plain", "managed", "lightning", "tensorboard", "noise", "run", "debug"],
 )
 def test_snippet_runs(snippet, tmp_path):
     """A snippet pasted into a file runs as it stands."""

@@ -15,6 +15,7 @@ from typing import Any
 from gradwatch.record.batch import RecordBatch
 from gradwatch.record.folder.arrow import need_pyarrow
 from gradwatch.record.folder.meta import NAME, TABLES, read_meta
+from gradwatch.record.folder.restart import begins_anew, set_aside
 from gradwatch.record.folder.session import Session
 from gradwatch.record.sinks import warn_safely
 
@@ -40,13 +41,21 @@ _UNTIDY = (
 )
 
 
+_EARLIER = (
+    "gradwatch: the run folder {path!r} holds a run, and this one begins at step 1 again. The "
+    "earlier run is in {earlier!r} now. Give each run a folder of its own, or resume it: "
+    "watcher.load_state_dict(...)."
+)
+
+
 class RunFolder:
     """Writes steps and per-parameter statistics as Parquet, and events as JSON lines.
 
     A process that is killed loses at most what the watcher had not delivered, 64 steps or 5
     seconds; what is in the folder can be read at any moment, by :func:`gradwatch.load` and, table
     by table, by ``pandas.read_parquet(path + "/steps")``, DuckDB and Polars. On a folder that holds
-    a run already it goes on with that run: steps from its own first one on replace older ones.
+    a run already it goes on with that run: steps from its own first one on replace older ones. A
+    run that begins at step 1 again is another one: the earlier is moved to ``earlier-1`` in there.
 
     A disk that is full, read-only or gone is one warning, and the training goes on.
 
@@ -122,10 +131,16 @@ class RunFolder:
         while self._held:
             batch = self._held[0]
             if self._session is None:
+                self._keep_earlier(batch)
                 self._session = Session(self._path, batch.layout, self._about)
             self._session.write(batch)
             del self._held[0]
             self._tidy(partial(self._session.tidy, batch))
+
+    def _keep_earlier(self, batch: RecordBatch) -> None:
+        earlier = set_aside(self._path) if begins_anew(batch.steps) else None
+        if earlier is not None:
+            warn_safely(_EARLIER.format(path=str(self._path), earlier=str(earlier)))
 
     def _attempt(self, act: Callable[[], object]) -> None:
         try:

@@ -7,7 +7,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import ScaledTranslation
 
 from gradwatch.explain.plots.palette import GREY
 
@@ -17,6 +19,8 @@ PLAIN: dict[str, Any] = {"parse_math": False, "usetex": False}
 SMALL = 8.0
 EMPTY = "no steps yet"
 LEAST_COLUMNS = 50
+LEGEND_INCHES = 0.52
+PADDING_INCHES = 0.1
 
 
 def canvas(ax: Axes | None, width: float, height: float) -> Axes:
@@ -31,7 +35,8 @@ def canvas(ax: Axes | None, width: float, height: float) -> Axes:
         TypeError: If ``ax`` is something else.
     """
     if ax is None:
-        return plt.figure(figsize=(width, height), layout="constrained").add_subplot()
+        layout = ConstrainedLayoutEngine(w_pad=PADDING_INCHES, h_pad=PADDING_INCHES)
+        return plt.figure(figsize=(width, height), layout=layout).add_subplot()
     if not isinstance(ax, Axes):
         raise TypeError(
             f"ax must be a matplotlib Axes, got {type(ax).__name__}. Of a figure take "
@@ -115,11 +120,12 @@ def legend_below(ax: Axes, handles: Sequence[Any] | None = None, columns: int = 
     """
     handles = ax.get_legend_handles_labels()[0] if handles is None else handles
     if handles:
-        inches = max(1.0, ax.get_window_extent().height / ax.figure.dpi)
+        below = ScaledTranslation(0.0, -LEGEND_INCHES, ax.figure.dpi_scale_trans)
         ax.legend(
             handles=handles,
             loc="upper left",
-            bbox_to_anchor=(0.0, -0.46 / inches),
+            bbox_to_anchor=(0.0, 0.0),
+            bbox_transform=ax.transAxes + below,
             ncols=min(len(handles), columns),
             frameon=False,
             fontsize=SMALL,

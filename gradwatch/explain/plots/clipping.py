@@ -18,11 +18,11 @@ from gradwatch.explain.plots.canvas import (
     say,
     step_axis,
 )
-from gradwatch.explain.plots.norm_curve import positive
+from gradwatch.explain.plots.norm_curve import draw_curve, positive
 from gradwatch.explain.plots.norms import bounds
 from gradwatch.explain.plots.palette import AFTER, BEFORE, GREY, OPTIMIZERS, THRESHOLD
 from gradwatch.explain.plots.step_tracks import StepTrack, step_tracks
-from gradwatch.explain.plots.thinning import Array, column_of, extremes
+from gradwatch.explain.plots.thinning import Array, column_of
 
 if TYPE_CHECKING:
     from gradwatch.explain.report.records import Records
@@ -97,16 +97,8 @@ def _draw_steps(ax: Axes, track: StepTrack, name: str, color: str) -> None:
     label = f"{name}clip rate (share of the steps around)"
     ax.stairs(shares, edges - 0.5, fill=True, color=color, alpha=0.22, label=label)
     coef = np.where(np.isfinite(track["clip_coef"]), track["clip_coef"], np.nan)
-    shown = extremes(track.step, coef, pixel_columns(ax))
-    long = len(shown) < len(track.step)
-    ax.plot(
-        track.step[shown],
-        coef[shown],
-        marker="." if len(track.step) < WINDOWS else "",
-        color=AFTER if not name else color,
-        linewidth=0.8,
-        label=f"{name}clip coefficient" + " (extremes)" * long,
-    )
+    look = AFTER if not name else color
+    draw_curve(ax, track.step, coef, pixel_columns(ax), look, f"{name}clip coefficient")
 
 
 def _finish_steps(ax: Axes) -> None:

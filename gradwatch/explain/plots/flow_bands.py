@@ -45,7 +45,7 @@ def draw_flow(history: Records, ax: Axes | None, start: int | None, stop: int | 
     _limit(ax, sample)
     log_norms(ax.xaxis)
     _mark(ax, sample)
-    legend_below(ax)
+    legend_below(ax, columns=3)
     return ax
 
 

@@ -101,7 +101,7 @@ def _fill(ax: Axes, cells: HeatCells, relative: bool) -> None:
         extent=(left, right, len(values) - 0.5, -0.5),
     )
     bar = inset(ax, (1.012, 0.0, 0.014, 1.0))
-    ax.figure.colorbar(image, cax=bar, extend="both")
+    ax.figure.colorbar(image, cax=bar, extend="both", extendfrac=0.012)
     unit = "norm / typical norm" if relative else "gradient norm (L2), largest of each cell's steps"
     bar.set_ylabel(unit, fontsize="small", color=ax.xaxis.label.get_color())
     log_norms(bar.yaxis)

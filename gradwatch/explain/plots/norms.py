@@ -81,6 +81,8 @@ def _draw_track(ax: Axes, track: StepTrack, number: int, several: bool) -> None:
         after = AFTER if not several else color
         dashes = "-" if not several else ":"
         norms = positive(track["grad_norm_clipped"])
+        # Elsewhere it is the norm before the clip, and would hide it.
+        norms[~track["clipped"]] = np.nan
         draw_curve(ax, track.step, norms, columns, after, f"{name}after the clip", dashes)
     draw_threshold(ax, track, columns, f"{name}clip threshold")
 
