@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwatch.explain import plots
 from gradwatch.explain.advice import WINDOW, clip_advice, clip_rate
 from gradwatch.record.batch import Layout, RecordBatch
 from gradwatch.record.columns import (
@@ -31,6 +32,9 @@ from gradwatch.record.source import LiveSource, Source
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
+
+    from gradwatch.explain.report import Report, Thresholds
 
 _CLIP_COLUMNS = ("step", "optimizer", "grad_norm", "clip_threshold", "clipped", "outcome")
 
@@ -157,6 +161,61 @@ class History:
         labels = labels_in(table["optimizer"]).codes[applied]
         newest = [applied[labels == label][-WINDOW:] for label in dict.fromkeys(labels.tolist())]
         return clip_advice([step for rows in newest for step in step_records(table, rows)])
+
+    def report(self, thresholds: Thresholds | None = None, **changes: float) -> Report:
+        """Says what the run shows: findings with evidence, why they matter and what to try.
+
+        Args:
+            thresholds: The limits of the rules; the published ones if left out.
+            **changes: Limits to change, by name: ``report(spike_factor=20)``.
+
+        Returns:
+            The findings, the weightiest first: print it, show it in a notebook, or take
+            ``.to_dict()``.
+        """
+        from gradwatch.explain.report import make_report
+
+        return make_report(self, thresholds, **changes)
+
+    def flow(self, start: int | None = None, stop: int | None = None) -> pd.DataFrame:
+        """Returns the gradient flow: a row per parameter, see :func:`~gradwatch.explain.flow.flow`.
+
+        Args:
+            start: The first step.
+            stop: One after the last step.
+        """
+        from gradwatch.explain.flow import flow
+
+        return flow(self, start, stop)
+
+    def plot_norms(
+        self, ax: Axes | None = None, *, start: int | None = None, stop: int | None = None
+    ) -> Axes:
+        """Draws the total norm by step; see :func:`~gradwatch.explain.plots.plot_norms`."""
+        return plots.plot_norms(self, ax, start=start, stop=stop)
+
+    def plot_flow(
+        self, ax: Axes | None = None, *, start: int | None = None, stop: int | None = None
+    ) -> Axes:
+        """Draws the norms layer by layer; see :func:`~gradwatch.explain.plots.plot_flow`."""
+        return plots.plot_flow(self, ax, start=start, stop=stop)
+
+    def plot_heatmap(
+        self,
+        ax: Axes | None = None,
+        relative: bool = False,
+        *,
+        start: int | None = None,
+        stop: int | None = None,
+    ) -> Axes:
+        """Draws parameters by steps; see :func:`~gradwatch.explain.plots.plot_heatmap`."""
+        return plots.plot_heatmap(self, ax, relative, start=start, stop=stop)
+
+    def plot_clipping(
+        self, ax: Axes | None = None, *, start: int | None = None, stop: int | None = None
+    ) -> Axes:
+        """Draws what the clip does; see :func:`~gradwatch.explain.plots.plot_clipping`."""
+        return plots.plot_clipping(self, ax, start=start, stop=stop)
 
     def _applied(self) -> tuple[Table, Array]:
         table = self._source.steps(_CLIP_COLUMNS, Span())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from gradwatch.run import Run
 from gradwatch.shield import Shield
 from gradwatch.targets import check_unwatched
 from gradwatch.tracks import Tracks
+
+if TYPE_CHECKING:
+    from gradwatch.explain.report import Report, Thresholds
 
 STATE_VERSION = 3
 
@@ -261,6 +264,10 @@ class Watcher:
         """
         self._run.recorder.receive(wait=True)
         return self._tracks.noise_scale()
+
+    def report(self, thresholds: Thresholds | None = None, **changes: float) -> Report:
+        """Says what the run shows so far; see :meth:`gradwatch.History.report`."""
+        return self.history.report(thresholds, **changes)
 
     def postfix(self) -> dict[str, str]:
         """Returns what a progress bar has room for: ``bar.set_postfix(watcher.postfix())``.

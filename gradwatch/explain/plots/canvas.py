@@ -143,7 +143,7 @@ def say(ax: Axes, text: str) -> Axes:
         ax: The axes.
         text: Why.
     """
-    place = {"ha": "center", "va": "center", "transform": ax.transAxes}
+    place: dict[str, Any] = {"ha": "center", "va": "center", "transform": ax.transAxes}
     ax.text(0.5, 0.5, text, color=GREY, fontsize="large", **place)
     return ax
 

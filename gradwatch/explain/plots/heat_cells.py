@@ -27,12 +27,14 @@ class HeatCells:
     @property
     def zero(self) -> Array:
         """Bool ``[rows, bins]``: whether no norm was other than exactly 0."""
-        return (self.norms == 0) & (self.bad == 0)
+        zero: Array = (self.norms == 0) & (self.bad == 0)
+        return zero
 
     @property
     def absent(self) -> Array:
         """Bool ``[rows, bins]``: whether there was no gradient."""
-        return np.isnan(self.norms) & (self.bad == 0)
+        absent: Array = np.isnan(self.norms) & (self.bad == 0)
+        return absent
 
     def relative(self) -> Array:
         """Divides the norms of each row by the row's typical one.

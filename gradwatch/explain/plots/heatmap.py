@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -54,7 +54,8 @@ def draw_heatmap(
     rows = rows_of(layout, max(1, int(ax.get_window_extent().height / LEAST_PIXELS)))
     _frame(ax, rows, tracks, first, last)
     # Only now is it known what room the names leave.
-    ax.figure.draw_without_rendering()
+    figure: Any = ax.figure
+    figure.draw_without_rendering()
     name_rows(ax, rows.labels)
     bins = min(last - first + 1, pixel_columns(ax))
     read = blocks(history, ["grad_norm"], every_step(first, last))

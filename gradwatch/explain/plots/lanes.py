@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -34,7 +35,11 @@ def draw_lanes(ax: Axes, lanes: Mapping[str, Array]) -> Axes | None:
     for row, kind in enumerate(kinds):
         steps = first_per_column(np.unique(lanes[kind]), pixel_columns(ax))
         lane.axhline(row, color=GREY, alpha=0.25, linewidth=0.6, zorder=0)
-        look = {"color": LANES.get(kind, GREY), "markersize": 8.0, "markeredgewidth": 2.2}
+        look: dict[str, Any] = {
+            "color": LANES.get(kind, GREY),
+            "markersize": 8.0,
+            "markeredgewidth": 2.2,
+        }
         lane.plot(steps, np.full(len(steps), row), "|", label=kind, **look)
     _label(lane, [f"{kind.replace('_', ' ')} ({len(lanes[kind]):,})" for kind in kinds])
     return lane

@@ -21,7 +21,8 @@ def column_of(x: Array, columns: int) -> Array:
         int64 ``[points]``, rising.
     """
     span = int(x[-1]) - int(x[0]) + 1
-    return (x - x[0]) * columns // span
+    columns_of: Array = (x - x[0]) * columns // span
+    return columns_of
 
 
 def starts_of(columns: Array) -> Array:
@@ -75,7 +76,7 @@ def _first(wanted: Array, starts: Array, sizes: Array) -> Array:
     """Finds the first wanted point from each start on, or the start where there is none."""
     places = np.flatnonzero(wanted)
     groups = np.repeat(np.arange(len(starts)), sizes)[places]
-    first = starts.copy()
+    first: Array = starts.copy()
     # Written from the last to the first, so that the first one stays.
     first[groups[::-1]] = places[::-1]
     return first

@@ -71,7 +71,7 @@ def _at_least(edges: Array, size: float) -> Array:
     return np.hstack([middle - half, middle + half])
 
 
-def _corners(runs: Array) -> Array:
+def _corners(runs: Array) -> Any:
     left, right, low, high = runs.T
     x = np.stack([left, left, right, right], axis=1)
     y = np.stack([low, high, high, low], axis=1)

@@ -15,8 +15,8 @@ from gradwatch.explain.report.wording import counted, named
 
 WHY = (
     "What has a gradient of exactly zero does not learn. A ReLU that is off for every input passes "
-    "nothing back, so that it stays off: all layers before it stand still as well. So do gradients that are too "
-    "small for their dtype."
+    "nothing back, so that it stays off: all layers before it stand still as well. So do gradients "
+    "that are too small for their dtype."
 )
 ADVICE = (
     "The cause sits right after the last of them in the model ({last}). Lower the learning rate "
