@@ -37,8 +37,8 @@ def set_aside(folder: Path) -> Path | None:
         OSError: If the disk is full or read-only.
     """
     steps = folder / TABLES[0]
-    if not steps.is_dir() or next(steps.iterdir(), None) is None:
-        return None
+    if not steps.is_dir() or next(steps.glob("*.parquet"), None) is None:
+        return None  # a temporary file, left over by a process that was killed, is no step
     number = 1
     while (target := folder / EARLIER.format(number=number)).exists():
         number += 1
