@@ -141,7 +141,9 @@ def test_warnings_as_errors_do_not_stop_the_training(tmp_path, caplog):
 
 
 READ_ONLY = """
-import os, sys, warnings, runs
+import os, sys, tempfile, warnings, runs
+with tempfile.TemporaryDirectory() as elsewhere:
+    runs.write(elsewhere, runs.batch([1]))  # what is imported when used may lie out of reach below
 if os.getuid() == 0:
     os.setuid(int(sys.argv[2]))
 with warnings.catch_warnings(record=True) as caught:
