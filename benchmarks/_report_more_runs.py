@@ -9,25 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from _report_runs import (
-    CLASSES,
-    HALF,
-    MOMENTUM,
-    Adam,
-    AdamW,
-    Batch,
-    Gpt,
-    Lstm,
-    Sgd,
-    cnn,
-    images,
-    mlp,
-    rate,
-    sentences,
-    train,
-    train_managed,
-    vectors,
-)
+from _report_models import CLASSES, Batch, Gpt, Lstm, cnn, images, mlp, sentences, vectors
+from _report_runs import HALF, MOMENTUM, Adam, AdamW, Sgd, rate, train, train_managed
 from gradwatch import History
 
 

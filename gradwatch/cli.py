@@ -6,8 +6,9 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from gradwatch import __version__
@@ -70,8 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # help and version are output too
         _finish(out)
         return end.code if typed and isinstance(end.code, int) else PROBLEM
-    _end_on_sigterm()
-    return _run(chosen, out)
+    with _ended_by_sigterm():
+        return _run(chosen, out)
 
 
 def _run(chosen: argparse.Namespace, out: Output) -> int:
@@ -116,14 +117,21 @@ def _finish(out: Output) -> None:
         out.close()
 
 
-def _end_on_sigterm() -> None:
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
     """Lets a command put the terminal in order when it is terminated."""
 
     def end(*_: object) -> NoReturn:
         sys.exit(TERMINATED)
 
-    with suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, end)
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no place to handle a signal
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

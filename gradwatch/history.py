@@ -167,7 +167,7 @@ class History:
 
         Args:
             thresholds: The limits of the rules; the published ones if left out.
-            **changes: Limits to change, by name: ``report(spike_factor=20)``.
+            **changes: Limits to change, by name: ``report(spike=20)``.
 
         Returns:
             The findings, the weightiest first: print it, show it in a notebook, or take

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 
 import pytest
 
@@ -203,3 +204,10 @@ class TestHostileNames:
         ran = command(*on("hostile"))
         assert ran.code == 0
         assert ran.out.replace("\n", "").isprintable()
+
+
+def test_a_caller_keeps_its_own_handler_of_signals(capsys):
+    """main() as a function leaves SIGTERM as it was."""
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["report", "no-such-folder"]) == 2
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -20,6 +20,8 @@ class Thresholds:
         exploding: Growth of the norm over that at the start. Sound runs were seen to grow ten
             times, deep plain networks that begin with tiny gradients eighty; those that diverge
             pass 1,000 within some steps.
+        start_leap: Growth of the norm within the first six steps. Sound runs were seen to grow
+            three times there, those with a hundred times the learning rate six and more.
         loss_rise: Growth of the loss over that at the start. Twice what an untrained model
             has is worse than guessing.
         vanishing: Typical gradient element of the first quarter of the layers over that of the last
@@ -72,6 +74,7 @@ class Thresholds:
     few_steps: int = 20
     rise: float = 10.0
     exploding: float = 100.0
+    start_leap: float = 5.0
     loss_rise: float = 2.0
     vanishing: float = 1e-4
     vanishing_layers: int = 8

@@ -63,6 +63,13 @@ def test_rate_a_hundred_times_too_high():
     assert "exploding" in report.kinds
 
 
+def test_rate_a_hundred_times_too_high_with_adam():
+    """Its norms come down again; what happened at the start is told."""
+    model = _mlp(4)
+    report = _train(model, torch.optim.Adam(model.parameters(), lr=0.2))
+    assert {"unstable_start", "update_large"} <= set(report.kinds)
+
+
 def test_sigmoid_stack():
     """Thirty deep, its gradients vanish; the first layers are named."""
     model = _mlp(30, activation=nn.Sigmoid)

@@ -18,6 +18,7 @@ from gradwatch.explain.report.rules.nonfinite import nonfinite
 from gradwatch.explain.report.rules.ranks import ranks
 from gradwatch.explain.report.rules.skipped import skipped
 from gradwatch.explain.report.rules.spikes import spikes
+from gradwatch.explain.report.rules.unstable_start import unstable_start
 from gradwatch.explain.report.rules.updates import updates
 from gradwatch.explain.report.rules.vanishing import vanishing
 from gradwatch.explain.report.rules.zero_gradient import zero_gradient
@@ -36,6 +37,7 @@ RULES: tuple[Rule, ...] = (
     no_gradient,
     ranks,
     updates,
+    unstable_start,
     zero_gradient,
     spikes,
     skipped,
@@ -61,6 +63,7 @@ KINDS = (
     "rank",
     "update_large",
     "update_small",
+    "unstable_start",
     "zero_gradient",
     "dead_units",
     "spike",
