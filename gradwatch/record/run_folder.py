@@ -14,7 +14,7 @@ from typing import Any
 
 from gradwatch.record.batch import RecordBatch
 from gradwatch.record.folder.arrow import need_pyarrow
-from gradwatch.record.folder.meta import NAME, TABLES, read_meta
+from gradwatch.record.folder.meta import has_begun, read_meta
 from gradwatch.record.folder.restart import begins_anew, set_aside
 from gradwatch.record.folder.session import Session
 from gradwatch.record.sinks import warn_safely
@@ -181,10 +181,8 @@ def _checked(path: object) -> Path:
     if not name:
         raise ValueError(_EMPTY)
     folder = Path(name)
-    if folder.exists():
-        used = not folder.is_dir() or any((folder / one).exists() for one in (NAME, *TABLES))
-        if used:
-            read_meta(folder)
+    if folder.exists() and (not folder.is_dir() or has_begun(folder)):
+        read_meta(folder)
     return folder
 
 

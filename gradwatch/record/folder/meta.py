@@ -26,6 +26,10 @@ NO_META_BUT_TABLES = (
     "{path!r} is half a run folder: it has {there}, but no meta.json, so the parameters are not "
     "known. Copy meta.json of that run too; pandas.read_parquet() reads {there} without it."
 )
+BARELY_BEGUN = (
+    "{path!r} holds no step yet: the run that made it was stopped, or has only just begun. Train "
+    "into it, or wait for its first steps, which are written after 5 seconds."
+)
 FOREIGN = "{path!r} is no run folder, as its meta.json was not written by gradwatch ({why}). {hint}"
 NEWER = (
     "{path!r} is a run in format {theirs}, and this gradwatch reads formats up to {ours}. "
@@ -113,6 +117,18 @@ def check_whole(folder: Path) -> None:
         raise ValueError(HALF.format(path=str(folder), missing=" and no ".join(missing)))
 
 
+def has_begun(folder: Path) -> bool:
+    """Tells whether anything of a run is in a folder; what a process has made before that is not.
+
+    Args:
+        folder: The folder; it need not be there.
+    """
+    if (folder / NAME).exists():
+        return True
+    files = (path for table in TABLES for path in (folder / table).glob("[!.]*"))
+    return any(path.stat().st_size for path in files)
+
+
 def plain(value: Any) -> Any:
     """Turns a value into what JSON can say: what it has no form for becomes its text.
 
@@ -148,6 +164,8 @@ def _content(folder: Path) -> Mapping[str, Any]:
 
 def _no_meta(folder: Path) -> ValueError:
     there = [f"{name}/" for name in TABLES if (folder / name).is_dir()]
+    if there and not has_begun(folder):
+        return ValueError(BARELY_BEGUN.format(path=str(folder)))
     if there:
         return ValueError(NO_META_BUT_TABLES.format(path=str(folder), there=", ".join(there)))
     return ValueError(NO_META.format(path=str(folder), hint=_hint(folder)))
