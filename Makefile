@@ -22,10 +22,10 @@ demo: $(VENV)/.demo ## Trains a small GPT under gradwatch in a minute or less, w
 	@echo "Then read the loop that you ran, examples/plain_loop.py, and try it without the clip:"
 	@echo "$(BIN)/python examples/plain_loop.py --clip 0"
 
-test: $(VENV)/.dev ## Runs the tests, all but the slow ones
+test: $(VENV)/.dev $(VENV)/.browser ## Runs the tests, all but the slow ones
 	$(PYTEST) -m "not slow"
 
-test-slow: $(VENV)/.dev ## Runs the slow tests
+test-slow: $(VENV)/.dev $(VENV)/.browser ## Runs the slow tests
 	$(PYTEST) -m slow
 
 # ROWS="oldest newest" picks some of tests/matrix/rows.cfg.
@@ -64,6 +64,14 @@ $(VENV)/.created:
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/.created
 	@echo "Setting up $(VENV) (a few minutes the first time: PyTorch is large) ..."
 	$(PIP_INSTALL) --editable '.[tensorboard]' tqdm
+	@touch $@
+
+# The tests of the TensorBoard tab drive Chromium; where there is none they are skipped, and say so.
+$(VENV)/.browser: | $(VENV)/.created
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && echo "Installing Chromium ..." && \
+	    apt-get -qq update && apt-get -qq install --yes --no-install-recommends chromium >/dev/null; } || \
+	  echo "There is no Chromium, so the tests of the TensorBoard tab will be skipped: install chromium."
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.created

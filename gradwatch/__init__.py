@@ -14,6 +14,7 @@ from gradwatch.control.noise_scale import NoiseScale
 from gradwatch.control.policy import ClipDecision, ClipPolicy
 from gradwatch.control.zclip import ZClip
 from gradwatch.errors import AccumulationError, NonFiniteGradientError
+from gradwatch.explain.curvature_every import CurvatureEvery
 from gradwatch.history import History, load
 from gradwatch.record.batch import RecordBatch
 from gradwatch.record.event import Event
@@ -40,6 +41,7 @@ __all__ = [
     "ClipByValue",
     "ClipDecision",
     "ClipPolicy",
+    "CurvatureEvery",
     "Event",
     "GradwatchWarning",
     "History",

@@ -11,6 +11,7 @@ from gradwatch.control.noise_sample import NoiseSample
 from gradwatch.control.noise_scale import NoiseScaleEstimator, noise_terms
 from gradwatch.control.settled import Settled
 from gradwatch.explain import detectors
+from gradwatch.explain.curvature_every import NOT_TAKEN, CurvatureSample
 from gradwatch.observe.offender import Look, Offender
 from gradwatch.observe.parameters import ParameterTable
 from gradwatch.observe.readings import Number, Reading, Transfer, number
@@ -43,6 +44,7 @@ class Facts:
             measurement before the clip; None where there is none.
         noise: What the micro-batches tell about the noise; None where it is nothing.
         sample: Further statistics.
+        curvature: That of the loss after the step.
     """
 
     step: int
@@ -62,6 +64,7 @@ class Facts:
     local: Reading | None = None
     noise: NoiseSample | None = None
     sample: Sample = field(default_factory=Sample)
+    curvature: CurvatureSample = NOT_TAKEN
 
     def readings(self) -> list[Reading]:
         """Lists the numbers that must have arrived before the step can be written down."""
@@ -171,6 +174,8 @@ class Account:
             loss=_mean(facts.losses),
             lr=number(facts.lr),
             loss_scale=number(settled.loss_scale),
+            hessian_eigenvalue=facts.curvature.largest_eigenvalue,
+            hessian_trace=facts.curvature.trace,
             global_step=facts.global_step,
         )
 

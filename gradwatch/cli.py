@@ -17,6 +17,7 @@ from gradwatch.commands.shared.command_error import CommandError
 from gradwatch.commands.shared.exit_code import INTERRUPTED, PROBLEM, TERMINATED
 from gradwatch.commands.shared.output import Output
 from gradwatch.commands.shared.printable import one_line
+from gradwatch.record.folder.unreadable import UnreadableError
 
 TRACEBACK = "GRADWATCH_TRACEBACK"
 """Set to 1, this variable of the environment shows where an error came from."""
@@ -92,7 +93,7 @@ def _run(chosen: argparse.Namespace, out: Output) -> int:
 
 def _told(error: Exception, program: str) -> int:
     """Says in one line what was wrong."""
-    expected = isinstance(error, CommandError | OSError | ModuleNotFoundError)
+    expected = isinstance(error, CommandError | UnreadableError | OSError | ModuleNotFoundError)
     why = (
         _text(error) if expected else f"{type(error).__name__}: {error} ({TRACEBACK}=1 shows more)"
     )

@@ -91,7 +91,8 @@ class History:
         Returns:
             Index ``step`` (from 1 per optimizer); columns ``optimizer, time_s, micro_batches,
             weight, grad_norm, grad_norm_clipped, grad_norm_local, clip_coef, clip_threshold,
-            clipped, outcome, nonfinite_parameters, loss, lr, loss_scale, noise_scale`` as
+            clipped, outcome, nonfinite_parameters, loss, lr, loss_scale, noise_scale,
+            noise_scale_stderr, hessian_eigenvalue, hessian_trace`` as
             :class:`~gradwatch.record.step.StepRecord` explains them.
 
         Raises:

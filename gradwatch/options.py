@@ -12,7 +12,8 @@ from gradwatch.control.accumulate import AccumulatePolicy, accumulate_policy
 from gradwatch.control.auto import RobustClip
 from gradwatch.control.clip import ClipByNorm, ClipByValue, check_positive
 from gradwatch.control.policy import ClipPolicy
-from gradwatch.observe.statistics import STATISTICS
+from gradwatch.explain.curvature_every import CurvatureEvery
+from gradwatch.observe.statistics import STATISTICS, WEIGHT_STATISTICS
 from gradwatch.record.sinks import Sink
 
 Accumulate = int | str | Mapping[int, int] | Callable[[int], int] | AccumulatePolicy
@@ -38,6 +39,7 @@ class Options:
     exploding_norm: float | None
     skip_spikes: float | None
     max_consecutive_skips: int
+    curvature: CurvatureEvery | None = None
 
     @property
     def acts(self) -> bool:
@@ -54,6 +56,13 @@ class Options:
             "skip_spikes": self.skip_spikes is not None,
         }
         return [f"{argument}=" for argument, wanted in asked.items() if wanted]
+
+    @property
+    def of_steps(self) -> list[str]:
+        """What was asked for that only an optimizer's step can give."""
+        names = [name for name in self.statistics if name in WEIGHT_STATISTICS]
+        asked = [f"statistics={names}"] if names else []
+        return asked + ["curvature="] * (self.curvature is not None)
 
     @property
     def deciding(self) -> dict[str, str]:
@@ -84,6 +93,7 @@ def check_options(
     exploding_norm: float | None = None,
     skip_spikes: float | str | None = None,
     max_consecutive_skips: int = 10,
+    curvature: CurvatureEvery | None = None,
     caller: str = "watch",
 ) -> Options:
     """Checks the arguments of :func:`gradwatch.watch`, or of an adapter that hands them on.
@@ -101,6 +111,7 @@ def check_options(
         exploding_norm: As for ``watch``.
         skip_spikes: As for ``watch``.
         max_consecutive_skips: As for ``watch``.
+        curvature: As for ``watch``.
         caller: What the user called, for the text of errors.
 
     Returns:
@@ -131,6 +142,7 @@ def check_options(
         max_consecutive_skips=_positive_int(
             f"{caller}(max_consecutive_skips=)", max_consecutive_skips
         ),
+        curvature=_curvature(f"{caller}(curvature=)", curvature),
     )
 
 
@@ -192,6 +204,16 @@ def _statistics(name: str, names: object) -> tuple[str, ...]:
     for statistic in chosen:
         _choice(name, statistic, STATISTICS)
     return chosen
+
+
+def _curvature(name: str, value: object) -> CurvatureEvery | None:
+    if value is None or isinstance(value, CurvatureEvery):
+        return value
+    raise TypeError(
+        f"{name} must be a CurvatureEvery or None, got {_described(value)}. Write curvature="
+        "CurvatureEvery(200, lambda: criterion(model(x), y)), or gradwatch.curvature(model, loss) "
+        "to take it once."
+    )
 
 
 def _folder(name: str, value: object) -> str | None:

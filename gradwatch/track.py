@@ -14,10 +14,12 @@ from gradwatch.account import Account, Facts
 from gradwatch.control.accumulate import check_window
 from gradwatch.control.in_backward import refuse_what_needs_all_gradients
 from gradwatch.control.judge import TooManySkipsError, Verdict
+from gradwatch.control.learning_rate import learning_rate
 from gradwatch.control.loss_scale import LossScale
 from gradwatch.control.settled import Settled
 from gradwatch.control.step_control import StepControl
 from gradwatch.control.window import Window
+from gradwatch.explain.curvature_every import NOT_TAKEN, TakeCurvature, never
 from gradwatch.explain.refusal import nonfinite_error, too_many_skips_error
 from gradwatch.observe.arrivals import Backward, inside_backward
 from gradwatch.observe.parameters import optimizer_parameters
@@ -41,6 +43,7 @@ class Track:
         window: What has come since its last step.
         control: Decides about its steps.
         weighing: What its windows weigh, and its gradient noise scale.
+        curvature: Takes the curvature after a step, if it is due.
         on_finished: Told of every step that is over.
         step: Its steps so far.
         stepping: Whether a step is under way.
@@ -89,6 +92,7 @@ class Track:
         self._generation: object = None
         self._told: set[int] = set()
         self._held_parameters = 0 if optimizer is None else len(optimizer_parameters(optimizer))
+        self.curvature: TakeCurvature = never
         self.on_finished: Callable[[], None] = lambda: None
         self.on_parameters_added: Callable[[Sequence[int]], list[int]] = lambda indices: []
 
@@ -195,7 +199,7 @@ class Track:
         self._settled = None
         self._verdict = Verdict()
         self._require_control().learning_rate.scale(self._run.accumulation.lr_factor)
-        self._lr = _learning_rate(optimizer)
+        self._lr = learning_rate(optimizer)
         if has_closure:
             self._losses = []
 
@@ -354,6 +358,7 @@ class Track:
             local=None if own is None else Reading(own),
             noise=self.weighing.sample,
             sample=sample,
+            curvature=self.curvature(step, self._verdict.outcome) if taken else NOT_TAKEN,
         )
         known = not (taken and self._verdict.readings())
         note = None if self.control is None or known else self.control.judge.note
@@ -384,12 +389,6 @@ class Track:
 
 def _no_ride(exchange: Exchange) -> None:
     """Adds nothing to an exchange between ranks."""
-
-
-def _learning_rate(optimizer: Optimizer) -> Number:
-    groups = optimizer.param_groups
-    value = groups[0].get("lr", math.nan) if groups else math.nan
-    return reading_of(value) if isinstance(value, Tensor) else float(value)
 
 
 def _loss(loss: object) -> Number:

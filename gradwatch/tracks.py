@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
@@ -29,11 +29,20 @@ from gradwatch.shield import Shield, ShieldedListener
 from gradwatch.track import Track
 from gradwatch.unclaimed import Unclaimed
 
+if TYPE_CHECKING:
+    from gradwatch.explain.hessian.sampler import CurvatureSampler
+
 NO_STEP = "no optimizer has stepped yet"
 NEVER_ACTED = (
     "watch({asked}) did nothing: no torch optimizer stepped the watched parameters, as where one "
     "steps copies of them (master weights). Name the optimizer, watch(model, optimizer), to be "
     "told what does not fit."
+)
+
+NEVER_TAKEN = (
+    "watch({asked}) took nothing: no torch optimizer stepped the watched parameters, and "
+    "without one no step is known to have changed the weights. Name the optimizer, watch(model, "
+    "optimizer), to be told what does not fit."
 )
 
 
@@ -44,17 +53,19 @@ class Tracks:
         followed: One for each optimizer, in the order in which they came.
     """
 
-    def __init__(self, run: Run, shield: Shield) -> None:
+    def __init__(self, run: Run, shield: Shield, curvature: CurvatureSampler | None = None) -> None:
         """Follows nothing yet.
 
         Args:
             run: What all tracks share.
             shield: Stands between the training and the errors of gradwatch.
+            curvature: Takes the curvature after steps of the first optimizer.
         """
         self.followed: list[Track] = []
         self._run = run
         self._options = run.options
         self._shield = shield
+        self._curvature = curvature
         self._boundaries: list[StepBoundary] = []
         self._unclaimed: Unclaimed | None = None
         self._discovery: OptimizerDiscovery | None = None
@@ -146,6 +157,8 @@ class Tracks:
         stepped = self.followed or self._unclaimed is None or not self._unclaimed.steps
         if self._options.acting and not stepped:
             warn_safely(NEVER_ACTED.format(asked=" and ".join(self._options.acting)))
+        if self._options.of_steps and not stepped:
+            warn_safely(NEVER_TAKEN.format(asked=", ".join(self._options.of_steps)))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs: steps and decisions per optimizer."""
@@ -207,6 +220,8 @@ class Tracks:
         track = Track(label, optimizer, window, self._run, control)
         track.on_parameters_added = self._run.hooks.watch_also
         track.on_finished = lambda: self._on_finished(track)
+        if self._curvature is not None and not self.followed:
+            track.curvature = self._curvature
         self.followed.append(track)
         self._load_into(track)
         may_refuse = self._options.on_nonfinite != "record" or self._options.skip_spikes is not None

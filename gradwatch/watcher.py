@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from gradwatch.accumulation import check_can_be_had
 from gradwatch.batches import BatchRunner, Closure
 from gradwatch.control.gradient_sync import GradientSync
 from gradwatch.control.noise_scale import NoiseScale
+from gradwatch.explain.curvature_every import sampler_of
 from gradwatch.history import History
 from gradwatch.managed import ManagedLoop
 from gradwatch.observe.arrivals import Backward
@@ -38,6 +40,11 @@ STATE_VERSION = 3
 ATTACHED_BEFORE = (
     "This watcher was attached before and holds the history of that run. Make a new one with "
     "watch(...), and give it load_state_dict() of the old one to go on counting."
+)
+
+NEVER_ENTERED = (
+    "Nothing was recorded, for the watcher was never entered: write the loop inside of "
+    "with gradwatch.watch(...) as watcher:"
 )
 
 
@@ -70,7 +77,8 @@ class Watcher:
         self._managed = ManagedLoop(self._run, self._sync)
         self._batches = BatchRunner(self._run, self._managed, model)
         self._shield = Shield(options.acts, self._stop_watching)
-        self._tracks = Tracks(self._run, self._shield)
+        self._curvature = sampler_of(options.curvature, model)
+        self._tracks = Tracks(self._run, self._shield, self._curvature)
         self._state = "new"
 
     # -- life ----------------------------------------------------------------------------------
@@ -267,7 +275,8 @@ class Watcher:
 
     def report(self, thresholds: Thresholds | None = None, **changes: float) -> Report:
         """Says what the run shows so far; see :meth:`gradwatch.History.report`."""
-        return self.history.report(thresholds, **changes)
+        report = self.history.report(thresholds, **changes)
+        return replace(report, remarks=(NEVER_ENTERED,)) if self._state == "new" else report
 
     def postfix(self) -> dict[str, str]:
         """Returns what a progress bar has room for: ``bar.set_postfix(watcher.postfix())``.
@@ -354,16 +363,24 @@ class Watcher:
 
     # -- what the hooks call -----------------------------------------------------------------------
 
+    @property
+    def _is_ours(self) -> bool:
+        """Whether gradwatch itself has a loss computed, which is no part of the training."""
+        return self._curvature is not None and self._curvature.busy
+
     def _on_arrived(self) -> None:
         local = self._hooks.local
-        if local is not None:
+        if local is not None and not self._is_ours:
             with self._run.stopwatch, torch.no_grad():
                 self._shield.run(local.take, None)
 
     def _before_forward(self, module: nn.Module, args: object) -> None:
-        self._shield.run(self._managed.before_forward, None)
+        if not self._is_ours:
+            self._shield.run(self._managed.before_forward, None)
 
     def _on_backward(self, backward: Backward) -> None:
+        if self._is_ours:
+            return
         if not self._managed.active:
             self._managed.after_other_backward()
         with self._run.stopwatch, torch.no_grad():

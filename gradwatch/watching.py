@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from gradwatch.control.policy import ClipPolicy
 from gradwatch.described import described_optimizer, described_options
+from gradwatch.explain.curvature_every import CurvatureEvery, sampler_of
 from gradwatch.observe.ranks import rank
 from gradwatch.options import Accumulate, check_options
 from gradwatch.record.run_folder import RunFolder
@@ -36,6 +37,7 @@ def watch(
     exploding_norm: float | None = None,
     skip_spikes: float | str | None = None,
     max_consecutive_skips: int = 10,
+    curvature: CurvatureEvery | None = None,
 ) -> Watcher:
     """Watches the gradients of a model while its training loop runs.
 
@@ -66,6 +68,9 @@ def watch(
         max_consecutive_skips: How many steps in a row gradwatch may leave out. One more with a NaN
             or Inf raises :class:`~gradwatch.NonFiniteGradientError`; one more that is finite is
             taken: so many outliers in a row are a rise that lasts.
+        curvature: Takes the curvature of a loss along the training:
+            ``CurvatureEvery(200, lambda: criterion(model(x), y))``. Not with FSDP2, nor with
+            weights in half precision.
 
     Returns:
         The watcher, to be used in a ``with`` statement.
@@ -96,9 +101,11 @@ def watch(
         exploding_norm=exploding_norm,
         skip_spikes=skip_spikes,
         max_consecutive_skips=max_consecutive_skips,
+        curvature=curvature,
     )
     table = parameter_table(model)
     check_unwatched(table)
+    sampler_of(options.curvature, model)  # refuses what cannot be had before a folder is made
     optimizers = optimizer_list(optimizer, table)
     if options.run_dir is not None and rank() == 0:
         folder = RunFolder(

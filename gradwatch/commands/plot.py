@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +41,7 @@ kinds:
 
 EXAMPLES = """\
 gradwatch plot runs/a -o norms.png
-gradwatch plot runs/a -o layers.svg --kind heatmap"""
+gradwatch plot runs/a -o layers.svg --kind heatmap --start 1000 --stop 2000"""
 
 
 def add_to(commands: Commands) -> None:
@@ -60,6 +59,10 @@ def add_to(commands: Commands) -> None:
     parser.add_argument(
         "--dpi", type=at_least_one, default=DPI, help="dots per inch (default: %(default)s)"
     )
+    parser.add_argument("--start", type=at_least_one, metavar="STEP", help="first step to draw")
+    parser.add_argument(
+        "--stop", type=at_least_one, metavar="STEP", help="step to stop before; default: all"
+    )
     add_json(parser, "what was written")
     parser.set_defaults(run_command=run)
 
@@ -76,14 +79,27 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     """
     suffix = _suffix(arguments.output)
     history = open_run(arguments.run)
-    if not len(history):
-        raise CommandError(f"{arguments.run!r} has no steps yet, so there is nothing to draw.")
-    figure = _plot(arguments.kind)(history).figure
+    span = {"start": arguments.start, "stop": arguments.stop}
+    if not len(history.steps((), **span)):
+        raise CommandError(_nothing(history, arguments))
+    figure = getattr(history, f"plot_{arguments.kind}")(**span).figure
     with written_whole(arguments.output, arguments.run) as path:
         figure.savefig(path, format=suffix, dpi=arguments.dpi)
     _pyplot().close(figure)
     _tell(arguments, out)
     return FINE
+
+
+def _nothing(history: History, arguments: argparse.Namespace) -> str:
+    """Says why there is nothing to draw."""
+    steps = history.steps(()).index
+    if not len(steps):
+        return f"{arguments.run!r} has no steps yet, so there is nothing to draw."
+    first, stop = arguments.start or 1, arguments.stop or "the end"
+    return (
+        f"{arguments.run!r} has no step from {first} to {stop}: it has steps {steps.min()} to "
+        f"{steps.max()}."
+    )
 
 
 def _suffix(target: str) -> str:
@@ -107,13 +123,6 @@ def _pyplot() -> Any:
         raise CommandError(MISSING) from error
     matplotlib.use("agg")
     return importlib.import_module("matplotlib.pyplot")
-
-
-def _plot(kind: str) -> Callable[[History], Any]:
-    from gradwatch.explain import plots
-
-    found: Callable[[History], Any] = getattr(plots, f"plot_{kind}")
-    return found
 
 
 def _tell(arguments: argparse.Namespace, out: Output) -> None:

@@ -64,10 +64,8 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     Returns:
         The exit code.
     """
-    from gradwatch.explain.report import make_report
-
     wanted = _wanted(arguments.fail_on)
-    report = make_report(open_run(arguments.run))
+    report = open_run(arguments.run).report()
     failing = _failing(report.findings, wanted)
     if arguments.json:
         out.line(as_json(_content(arguments.run, report.to_dict(), failing), indent=2))

@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     except KeyboardInterrupt:
         if arguments.once:
             raise
-    except (ValueError, FileNotFoundError) as error:
+    except FileNotFoundError as error:
         raise CommandError(str(error)) from error
     return FINE
 

@@ -1,10 +1,25 @@
-"""ScaledLearningRate: a learning rate that follows the batch, during the step only."""
+"""Learning rates: the one that is recorded, and one that follows the batch during a step."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
+
+from gradwatch.observe.readings import Number, reading_of
+
+
+def learning_rate(optimizer: Optimizer) -> Number:
+    """Returns the learning rate of the first parameter group; NaN where it has none.
+
+    Args:
+        optimizer: The optimizer.
+    """
+    groups = optimizer.param_groups
+    value = groups[0].get("lr", math.nan) if groups else math.nan
+    return reading_of(value) if isinstance(value, Tensor) else float(value)
 
 
 class ScaledLearningRate:

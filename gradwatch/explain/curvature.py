@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
 from gradwatch.control.checks import check_between, check_count
-from gradwatch.explain.hessian.hessian_product import HessianProduct
 from gradwatch.explain.hessian.hutchinson import estimate_trace
 from gradwatch.explain.hessian.lanczos import extreme_eigenvalues
-from gradwatch.explain.hessian.loss_of import Loss, check_loss, evaluate_loss
+from gradwatch.explain.hessian.loss_of import Loss, check_loss
+from gradwatch.explain.hessian.of_model import HessianOfModel, hessian_of
 from gradwatch.explain.hessian.result import Curvature
-from gradwatch.explain.hessian.undisturbed import (
-    undisturbed_buffers,
-    undisturbed_random,
-    without_tensor_hooks,
-)
-from gradwatch.observe.parameters import ParameterTable
 
 __all__ = ["Curvature", "curvature"]
-
-_TOO_COARSE = (
-    "curvature was given {name} in {dtype}, whose rounding is larger than the differences that "
-    "curvature is about. Write copy.deepcopy(model).float() and a loss of that model."
-)
-_SHARDED = (
-    "curvature was given {name} as a DTensor, of which this rank holds a part. Call it with an "
-    "unsharded model: load a full state dict into a plain copy."
-)
-_NONE_TRAINABLE = (
-    "curvature was given a model without floating parameters that require a gradient, so there is "
-    "nothing to differentiate by. Write parameter.requires_grad_(True) for those that count."
-)
 
 
 def curvature(
@@ -92,27 +72,12 @@ def curvature(
     check_between("curvature(tolerance=)", tolerance, 0.0, 1.0, "Write 1e-3.")
     check_count("curvature(probes=)", probes, 0)
     check_loss(loss)
-    names, tensors = _trainable(model)
-    with ExitStack() as stack:
-        stack.enter_context(without_tensor_hooks(tensors))
-        if isinstance(model, nn.Module):
-            stack.enter_context(undisturbed_buffers(model))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        with undisturbed_random(seed, tensors):
-            value = evaluate_loss(model, loss)
-        product = HessianProduct(value, tensors)
-        return _measure(
-            product, float(value.detach()), names, (iterations, tolerance, probes, seed)
-        )
+    with hessian_of(model, loss, seed) as found:
+        return _measure(found, (iterations, tolerance, probes, seed))
 
 
-def _measure(
-    product: HessianProduct,
-    loss: float,
-    names: list[str],
-    options: tuple[int, float, int, int],
-) -> Curvature:
+def _measure(found: HessianOfModel, options: tuple[int, float, int, int]) -> Curvature:
+    product, loss, names = found
     iterations, tolerance, probes, seed = options
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(product.like.shape, generator=generator).to(product.like)
@@ -130,16 +95,3 @@ def _measure(
         parameters=product.like.numel(),
         unused=tuple(name for name, used in zip(names, product.used, strict=True) if not used),
     )
-
-
-def _trainable(model: nn.Module | Mapping[str, Tensor]) -> tuple[list[str], list[Tensor]]:
-    table = ParameterTable.of(model)
-    pairs = [(n, t) for n, t in zip(table.names, table.tensors, strict=True) if t.requires_grad]
-    for name, tensor in pairs:
-        if hasattr(tensor, "to_local"):
-            raise TypeError(_SHARDED.format(name=name))
-        if tensor.dtype not in (torch.float32, torch.float64):
-            raise TypeError(_TOO_COARSE.format(name=name, dtype=tensor.dtype))
-    if not pairs:
-        raise ValueError(_NONE_TRAINABLE)
-    return [name for name, _ in pairs], [tensor for _, tensor in pairs]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +19,7 @@ from gradwatch.record.folder.arrow import need_pyarrow
 from gradwatch.record.folder.meta import has_begun, read_meta
 from gradwatch.record.folder.restart import begins_anew, set_aside
 from gradwatch.record.folder.session import Session
+from gradwatch.record.folder.writer_lock import WriterLock
 from gradwatch.record.sinks import warn_safely
 
 RETRY_S = 30.0
@@ -57,7 +60,9 @@ class RunFolder:
     a run already it goes on with that run: steps from its own first one on replace older ones. A
     run that begins at step 1 again is another one: the earlier is moved to ``earlier-1`` in there.
 
-    A disk that is full, read-only or gone is one warning, and the training goes on.
+    A disk that is full, read-only or gone is one warning, and the training goes on. Two processes
+    never write into one folder, where the disk has locks: the second is refused before its first
+    step.
 
     Example:
         >>> import tempfile, torch, gradwatch
@@ -86,7 +91,8 @@ class RunFolder:
 
         Raises:
             TypeError: If the path is no path.
-            ValueError: If it is a file, or holds a run in a newer format or half of one.
+            ValueError: If it is a file, holds a run in a newer format or half of one, or another
+                process writes there.
             ModuleNotFoundError: If pyarrow is not installed.
         """
         need_pyarrow("RunFolder()")
@@ -102,8 +108,12 @@ class RunFolder:
         self._retry_at = 0.0
         self._warned = False
         self._tidies = True
+        self._lock = WriterLock(self._path)
+        weakref.finalize(self, self._lock.release)
         self._attempt(lambda: self._path.mkdir(parents=True, exist_ok=True))
         self._retry_at = 0.0
+        with suppress(OSError):  # told of when there is something to write
+            self._lock.take()
 
     @property
     def path(self) -> Path:
@@ -126,11 +136,14 @@ class RunFolder:
         self._attempt(self._write_held)
         if self._session is not None:
             self._tidy(self._session.close)
+        self._lock.release()
 
     def _write_held(self) -> None:
         while self._held:
             batch = self._held[0]
             if self._session is None:
+                self._path.mkdir(parents=True, exist_ok=True)
+                self._lock.take()
                 self._keep_earlier(batch)
                 self._session = Session(self._path, batch.layout, self._about)
             self._session.write(batch)

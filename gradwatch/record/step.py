@@ -35,6 +35,10 @@ class StepRecord:
         noise_scale: Gradient noise scale tr(Sigma) / |G|^2 up to this step, in the unit of the
             weights; NaN where it is not known.
         noise_scale_stderr: Its standard error.
+        hessian_eigenvalue: Largest eigenvalue of the Hessian of the loss that
+            :class:`~gradwatch.CurvatureEvery` was given, for the weights after the step; NaN where
+            it was not taken.
+        hessian_trace: Its trace; an estimate.
         global_step: The x-axis of loggers: ``step``, or the framework's own count.
     """
 
@@ -56,4 +60,6 @@ class StepRecord:
     loss_scale: float = 1.0
     noise_scale: float = math.nan
     noise_scale_stderr: float = math.nan
+    hessian_eigenvalue: float = math.nan
+    hessian_trace: float = math.nan
     global_step: int = 0

@@ -31,16 +31,25 @@ tag                                    meaning and unit
                                        20 parts of the model; ``layers.0-3`` are layers 0 to 3
 ``gradwatch/events``                   text: the first 20 events
 ``custom_scalars__config__``           layout of the Custom Scalars dashboard, once
+``gradwatch/norms/...``                for the Gradients tab: the norms before the clip of all
+                                       parameters at all steps, in chunks of up to 64 windows
+``gradwatch/bad/...``                  for the same chunks: where the norms were NaN or Inf
+``gradwatch/steps/...``                for the same chunks: which steps, their total norms, the clip
+``gradwatch/layout/...``               which parameters these are; once for each optimizer
+``gradwatch/events/...``               the first 10,000 events, field by field
 =====================================  ==========================================================
 
 The x-axis is ``StepRecord.global_step``. Optimizers after the first write the same names under
-``gradwatch-<optimizer>/`` and ``gradwatch-<optimizer>_blocks/``.
+``gradwatch-<optimizer>/`` and ``gradwatch-<optimizer>_blocks/``. What is for the Gradients tab only
+is described in full in :mod:`gradwatch_dashboard.wire`; the stock dashboards leave it out.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gradwatch.record.batch import Layout, RecordBatch
@@ -48,10 +57,12 @@ from gradwatch.record.step import StepRecord
 from gradwatch_tensorboard.blocks import Blocks
 from gradwatch_tensorboard.files import event_file
 from gradwatch_tensorboard.layout import chart_layout
+from gradwatch_tensorboard.matrix import Matrix
 from gradwatch_tensorboard.protos import ScalarEvents, text_summary
 from gradwatch_tensorboard.scalars import accumulates
 from gradwatch_tensorboard.series import OptimizerSeries, Point
 from gradwatch_tensorboard.spread import norm_spread
+from gradwatch_tensorboard.tensors import Outgoing
 from gradwatch_tensorboard.text import EventText
 
 if TYPE_CHECKING:
@@ -77,6 +88,7 @@ class TensorBoardWriter:
         block_every: int = 10,
         step_scalars: bool = True,
         layout: bool = True,
+        heatmap: bool = True,
     ) -> None:
         """Takes a folder or an open writer; writes nothing yet.
 
@@ -92,6 +104,9 @@ class TensorBoardWriter:
                 layout are written.
             layout: Whether to write a layout for the Custom Scalars dashboard. A run has one, so
                 say False where you write your own.
+            heatmap: Whether to write the matrix of the Gradients tab, the norms of all parameters
+                at all steps, and its list of events: 4 bytes per parameter and step up to step
+                2048, then half as much with each doubling of the number of steps.
 
         Raises:
             TypeError: If an argument is of the wrong type.
@@ -101,12 +116,14 @@ class TensorBoardWriter:
         self._block_every = _checked_count("block_every", block_every)
         self._step_scalars = step_scalars
         self._layout = layout
+        self._heatmap = _checked_flag("heatmap", heatmap)
         self._file = event_file(log_dir_or_writer)
         self._series: dict[str, OptimizerSeries] = {}
         self._scalar_events = ScalarEvents()
         self._text = EventText()
         self._text_step = -1
         self._blocks: tuple[Layout, Blocks] | None = None
+        self._matrix: Matrix | None = None
         self._newest_time = 0.0
         self._begun = False
         self._closed = False
@@ -131,13 +148,18 @@ class TensorBoardWriter:
                 f"The TensorBoardWriter of {self.log_dir!r} is closed and takes no more steps. "
                 "Make a new one for a new run."
             )
+        if not batch.steps and not batch.events:
+            return
+        first = (batch.steps or batch.events)[0]
+        self._begin(first.global_step, any(map(accumulates, batch.steps)))
+        times = self._wall_times(batch.steps)
         if batch.steps:
-            self._begin(batch.steps[0].global_step, any(map(accumulates, batch.steps)))
-            self._write_steps(batch)
+            self._write_steps(batch, times)
         if batch.events:
-            self._begin(batch.events[0].global_step)
             self._write_text(batch)
-        if any(event.nonfinite for event in batch.events):
+        if self._matrix is not None:
+            self._send(self._matrix.add(batch, times))
+        if any(map(_is_nonfinite, batch.steps)) or any(e.nonfinite for e in batch.events):
             self._file.flush()
 
     def close(self) -> None:
@@ -148,32 +170,43 @@ class TensorBoardWriter:
         try:
             for series in self._series.values():
                 self._write_point(series, series.rest())
+            if self._matrix is not None:
+                self._send(self._matrix.rest())
         finally:
             self._file.close()
 
-    def _begin(self, first_step: int, accumulates: bool = False) -> None:
+    def _begin(self, first_step: int, accumulates: bool) -> None:
         if self._begun:
             return
+        if self._heatmap:
+            self._matrix = Matrix(self.log_dir)
         file_writer = self._file.writer(first_step)
         if self._layout:
             layout = chart_layout(step_scalars=self._step_scalars, accumulates=accumulates)
             file_writer.add_summary(layout, 0)
         self._begun = True
 
-    def _write_steps(self, batch: RecordBatch) -> None:
+    def _wall_times(self, records: Sequence[StepRecord]) -> list[float]:
+        # Batches wait for different times before they get here; the wall time must still rise.
+        now = time.time()
+        attached = now - records[-1].time_s if records else now
+        times = [attached + record.time_s for record in records]
+        times = list(itertools.accumulate(times, max, initial=self._newest_time))[1:]
+        self._newest_time = times[-1] if times else self._newest_time
+        return times
+
+    def _write_steps(self, batch: RecordBatch, times: Sequence[float]) -> None:
         # Without the scalars nobody reads the percentiles: those of no parameters cost nothing.
         spreads = norm_spread(batch.norms[:, : None if self._step_scalars else 0]).tolist()
         blocks = self._blocks_of(batch.layout)
         block_norms = blocks.norms(batch.norms).tolist()
         eventful = {(event.optimizer, event.step) for event in batch.events}
-        attached = time.time() - batch.steps[-1].time_s
-        for record, spread, norms in zip(batch.steps, spreads, block_norms, strict=True):
+        rows = zip(batch.steps, times, spreads, block_norms, strict=True)
+        for record, wall_time, spread, norms in rows:
             series = self._series_of(record.optimizer)
-            # Batches wait for different times before they get here; the wall time must still rise.
-            self._newest_time = max(self._newest_time, attached + record.time_s)
             before = series.take(
                 record,
-                self._newest_time,
+                wall_time,
                 spread,
                 blocks.present(norms),
                 notable=_is_notable(record) or (record.optimizer, record.step) in eventful,
@@ -203,6 +236,10 @@ class TensorBoardWriter:
             event = self._scalar_events.fill(point.values, series.meaning)
             self._file.writer(point.step).add_event(event, point.step, point.time)
 
+    def _send(self, outgoing: Sequence[Outgoing]) -> None:
+        for event, step, wall_time in outgoing:
+            self._file.writer(step).add_event(event, step, wall_time)
+
     def _write_text(self, batch: RecordBatch) -> None:
         text = self._text.add(batch.events, next(iter(self._series), ""))
         if text is None:
@@ -214,8 +251,12 @@ class TensorBoardWriter:
         file_writer.add_summary(text_summary("gradwatch/events", text), self._text_step)
 
 
+def _is_nonfinite(record: StepRecord) -> bool:
+    return record.nonfinite_parameters > 0
+
+
 def _is_notable(record: StepRecord) -> bool:
-    return record.nonfinite_parameters > 0 or record.outcome != "applied"
+    return _is_nonfinite(record) or record.outcome != "applied"
 
 
 def _checked_count(name: str, value: object) -> int:
@@ -223,4 +264,10 @@ def _checked_count(name: str, value: object) -> int:
         raise TypeError(f"{name} must be an integer, a number of steps, got {value!r}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
+    return value
+
+
+def _checked_flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
     return value

@@ -1,7 +1,10 @@
 """Fixtures of the command line's tests."""
 
+import json
 import os
 import shutil
+import tempfile
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -9,6 +12,8 @@ import pytest
 from gradwatch.cli import main
 
 from .runs import HOSTILE, train
+
+UNPRIVILEGED = 65534
 
 
 class Ran(NamedTuple):
@@ -33,6 +38,39 @@ def command(capsys):
         capsys.readouterr()
         code = main([str(one) for one in arguments])
         return Ran(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def unprivileged(tmp_path):
+    """Runs something without root's rights, in a fork of this process where we are root."""
+    if os.geteuid() != 0:
+        return lambda act: act()
+    for folder in (tmp_path, *tmp_path.parents):  # pytest makes them for its own user only
+        if folder == Path(tempfile.gettempdir()):
+            break
+        folder.chmod(folder.stat().st_mode | 0o055)
+    for path in tmp_path.rglob("*"):
+        path.chmod(path.stat().st_mode | (0o055 if path.is_dir() else 0o044))
+
+    def run(act):
+        act()  # what is imported when used may lie out of reach below
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                os.setgroups([])
+                os.setgid(UNPRIVILEGED)
+                os.setuid(UNPRIVILEGED)
+                os.write(writing, json.dumps(act()).encode())
+            finally:
+                os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            told = pipe.read()
+        os.waitpid(child, 0)
+        return Ran(*json.loads(told))
 
     return run
 

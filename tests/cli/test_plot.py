@@ -56,3 +56,20 @@ def test_without_matplotlib_it_says_what_to_install(command, runs, monkeypatch):
 def test_never_over_the_run_itself(command, runs):
     """A picture among the parts of the run is refused."""
     assert command("plot", "good", "-o", "good/steps/x.png").code == 2
+
+
+def test_a_range_of_steps(command, runs, monkeypatch):
+    """--start and --stop choose the steps, as in History.plot_norms()."""
+    seen = []
+    monkeypatch.setattr("gradwatch.explain.plots.norms.step_axis", lambda ax, *of: seen.append(of))
+    ran = command("plot", "good", "-o", "x.png", "--start", "20", "--stop", "31")
+    assert (ran.code, seen) == (0, [(20, 30)])
+
+
+def test_a_range_without_a_step(command, runs):
+    """A range that the run does not have is told with the one that it has."""
+    ran = command("plot", "good", "-o", "x.png", "--start", "500")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == (
+        "gradwatch plot: 'good' has no step from 500 to the end: it has steps 1 to 100.\n"
+    )

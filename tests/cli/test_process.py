@@ -137,6 +137,31 @@ def test_help_starts_without_pandas_and_pyarrow():
     assert out.splitlines()[-1] == ""
 
 
+def test_the_module_is_the_command(long_run):
+    """`python -m gradwatch` is the script, under its name."""
+    module = [sys.executable, "-m", "gradwatch"]
+    code, out, err = _ended(_start("report", long_run, command=module))
+    assert (code, err) == (0, "")
+    assert out.startswith("gradwatch report: 20,000 steps")
+    code, _, err = _ended(_start("report", long_run / "x", command=module))
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("gradwatch report: There is no folder")
+
+
+def test_a_process_that_was_killed_leaves_a_run_to_read(tmp_path):
+    """After SIGKILL every command reads what had been written."""
+    training = _start(
+        tmp_path / "run", command=[sys.executable, "-c", TRAIN], stdin=subprocess.PIPE
+    )
+    assert training.stdout.readline() == "half\n"
+    training.kill()
+    training.communicate()
+    for command in (["report"], ["tail", "--once"], ["export", "--table", "parameters"]):
+        code, out, err = _ended(_start(command[0], tmp_path / "run", *command[1:]))
+        assert (code, err) == (0, "")
+        assert out
+
+
 def test_without_rich_tail_writes_lines(long_run, tmp_path):
     """Where rich is not installed, tail says so in a line and goes on with plain lines."""
     code = (

@@ -1,12 +1,13 @@
 """What every command has in common: help, version, exit codes, and errors in one line."""
 
 import json
-import os
 import signal
 
 import pytest
 
 from gradwatch import __version__, cli
+
+from .runs import write
 
 ON_A_RUN = {
     "report": ("report", "{run}"),
@@ -131,6 +132,33 @@ class TestUnreadableRuns:
         ran = command(*on("sick"))
         _assert_one_line(ran)
         assert "is damaged" in ran.err
+        assert "ValueError" not in ran.err  # it is the file's fault, and not ours
+
+    def test_a_part_of_another_tool(self, command, runs, on):
+        """A Parquet file with other columns is damaged, and the column that is missing is named."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        (part,) = (runs / "sick" / "steps").iterdir()
+        pq.write_table(pa.table({"row": [0], "step": [1], "x": [1.0]}), part)
+        ran = command(*on("sick"))
+        _assert_one_line(ran)
+        assert "has no column 'optimizer'" in ran.err
+
+    def test_a_meta_that_is_nested_without_end(self, command, runs, on):
+        """What no reader of JSON follows to its end is a foreign file."""
+        (runs / "sick" / "meta.json").write_text("[" * 100_000)
+        ran = command(*on("sick"))
+        _assert_one_line(ran)
+        assert "was not written by gradwatch" in ran.err
+
+    def test_a_run_that_has_only_just_begun(self, command, runs, on):
+        """Before its first steps are written, a run is said to have none yet."""
+        sink = write(runs / "new", close=False)
+        ran = command(*on("new"))
+        sink.close()
+        _assert_one_line(ran)
+        assert "holds no step yet" in ran.err
 
     def test_garbage_in_place_of_a_part(self, command, runs, on):
         """A part that is no Parquet at all is named."""
@@ -138,11 +166,23 @@ class TestUnreadableRuns:
         part.write_bytes(b"\x00garbage" * 100)
         _assert_one_line(command(*on("sick")))
 
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-    def test_a_folder_that_may_not_be_read(self, command, runs, on):
+    def test_a_folder_that_may_not_be_read(self, command, runs, on, unprivileged):
         """A folder without permission is one line."""
         (runs / "sick").chmod(0)
-        _assert_one_line(command(*on("sick")))
+        arguments = on("sick")
+        ran = unprivileged(lambda: command(*arguments))
+        (runs / "sick").chmod(0o755)
+        _assert_one_line(ran)
+        assert "Permission denied" in ran.err
+
+    @pytest.mark.parametrize("name", ["steps", "parameters", "events", "meta.json"])
+    def test_a_part_that_may_not_be_read(self, command, runs, unprivileged, name):
+        """So is one file or table without permission, and it is named."""
+        (runs / "sick" / name).chmod(0)
+        ran = unprivileged(lambda: command("report", "sick"))
+        (runs / "sick" / name).chmod(0o755)
+        _assert_one_line(ran)
+        assert f"sick/{name}" in ran.err
 
     def test_nothing_is_written(self, command, runs):
         """A command that fails leaves no file behind."""

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 TABLES = ("steps", "parameters", "events")
 ROWS = 1 << 20
 """Rows of the table of parameters in one piece, about."""
+SLICE = 1 << 16
+"""Rows of the other tables in one piece."""
 
 
 def pieces(history: History, table: str) -> Iterator[pd.DataFrame]:
@@ -26,11 +28,17 @@ def pieces(history: History, table: str) -> Iterator[pd.DataFrame]:
         Frames with the same columns; steps have ``step`` as a column.
     """
     if table == "steps":
-        yield history.steps().reset_index()
+        yield from _slices(history.steps().reset_index())
     elif table == "events":
-        yield history.events()
+        yield from _slices(history.events())
     else:
         yield from _parameters(history)
+
+
+def _slices(frame: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """Cuts a frame that is there: its text would take several times its room."""
+    for first in range(0, max(1, len(frame)), SLICE):
+        yield frame.iloc[first : first + SLICE]
 
 
 def _parameters(history: History) -> Iterator[pd.DataFrame]:

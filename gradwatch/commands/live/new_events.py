@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 
 from gradwatch.commands.live.row import Happening
-from gradwatch.record.event import Event
-from gradwatch.record.folder.event_log import LINES, Noted
+from gradwatch.record.folder.event_log import LINES, Noted, event_in
 from gradwatch.record.folder.meta import EVENTS
 from gradwatch.record.folder.resume import FirstSteps, valid_events
 
@@ -18,8 +15,6 @@ KEPT = 64
 """Events that are kept; of all others only their number by kind."""
 LONGEST = 1 << 20
 """Bytes of a line; a longer one is no event."""
-
-_FIELDS = tuple(field.name for field in fields(Event) if field.name != "value")
 
 
 class NewEvents:
@@ -73,19 +68,9 @@ class NewEvents:
         with path.open("rb") as file:
             file.seek(self._offsets.get(path.name, 0))
             while (line := file.readline(LONGEST)).endswith(b"\n"):
-                noted = _noted(line)
+                noted = event_in(line)
                 if noted is not None and noted.row > last:
                     return
                 self._offsets[path.name] = file.tell()
                 if noted is not None:
                     yield noted
-
-
-def _noted(line: bytes) -> Noted | None:
-    """Reads a line; one that is torn, or of something else, is no event."""
-    try:
-        content = json.loads(line)
-        event = Event(value=0.0, **{name: content[name] for name in _FIELDS})
-        return Noted(event, int(content["row"]))
-    except (ValueError, KeyError, TypeError):
-        return None

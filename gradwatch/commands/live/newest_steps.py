@@ -98,6 +98,7 @@ def _from_the_end(folder: Path, parts: Sequence[Part], behind: Place) -> Iterato
         for group in reversed(range(file.metadata.num_row_groups)):
             with reading(folder / part.name):
                 table = dict(read_columns(file, [group], ("row", *FIELDS)))
+                table = {name: table[name] for name in ("row", *FIELDS)}
             table["session"] = np.full(len(table["row"]), part.session)
             if part.session == behind.session:
                 new = array_of(table["row"]) > behind.row

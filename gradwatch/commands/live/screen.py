@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
@@ -15,8 +15,8 @@ from rich.text import Text
 from gradwatch.commands.live.follower import Follower, New
 from gradwatch.commands.live.row import Row
 from gradwatch.commands.live.words import ago, clip_rate, clip_text, event_line
-from gradwatch.commands.shared.numbers import counted, number, or_dash
-from gradwatch.commands.shared.printable import printable
+from gradwatch.commands.shared.numbers import counted, number
+from gradwatch.commands.shared.printable import printable, shortened, width
 from gradwatch.commands.shared.sparkline import ASCII, BLOCKS, sparkline
 
 if TYPE_CHECKING:
@@ -27,7 +27,12 @@ OTHER_LINES = 11
 """Lines of the screen besides the table of steps and the events."""
 
 STALE_S = 30.0
-HEADER = ("step", "loss", "norm", "after clip", "clip", "lr", "outcome")
+LEFT_OUT = ("lr", "after clip", "loss", "clip")
+"""Columns that a narrow terminal does without, in this order: a number that is cut is none."""
+
+GAP = 1
+CURVES = 3
+"""Optimizers that get a curve each."""
 
 
 class Screen:
@@ -72,7 +77,7 @@ class Screen:
         if not rows:
             yield Text("No steps yet.")
         else:
-            yield self._curve(rows)
+            yield from self._curves(rows)
             yield _clip(rows)
             yield Text()
             yield self._table(rows)
@@ -86,26 +91,41 @@ class Screen:
         since = f"  nothing new for {ago(idle_s)}" if idle_s >= STALE_S else ""
         return head.append(since, style="yellow")
 
-    def _curve(self, rows: Sequence[Row]) -> Text:
+    def _curves(self, rows: Sequence[Row]) -> Iterator[Text]:
+        labels = _labels(rows)
+        if len(labels) == 1 or len(labels) > CURVES:
+            yield self._curve("norm", rows)
+            return
+        for label in labels:
+            mine = [row for row in rows if row.optimizer == label]
+            yield self._curve(f"norm, {shortened(printable(label), 16)}", mine)
+
+    def _curve(self, name: str, rows: Sequence[Row]) -> Text:
         norms = [row.grad_norm for row in rows]
         finite = [norm for norm in norms if math.isfinite(norm)]
         bounds = f"  {number(min(finite))} to {number(max(finite))}" if finite else ""
-        columns = max(8, self._console.width - len("norm ") - len(bounds) - 1)
-        curve = Text("norm ").append(sparkline(norms, columns, self._levels), style="cyan")
+        columns = max(8, self._console.width - len(name) - 1 - len(bounds) - 1)
+        curve = Text(f"{name} ").append(sparkline(norms, columns, self._levels), style="cyan")
         return curve.append(bounds, style="dim")
 
     def _table(self, rows: Sequence[Row]) -> Table:
-        several = len({row.optimizer for row in rows}) > 1
+        labels = _labels(rows)
+        shown = rows[-self._room(len(labels)) :]
+        cells = _columns(shown, len(labels) > 1)
+        for name in LEFT_OUT:
+            if _width(cells) > self._console.width:
+                cells.pop(name, None)
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for name in (("optimizer",) if several else ()) + HEADER:
-            table.add_column(name, justify="left" if name in ("optimizer", "outcome") else "right")
-        for row in rows[-self._room() :]:
-            label = [Text(printable(row.optimizer))] if several else []
-            table.add_row(*label, *map(Text, _cells(row)), style=_style(row))
+        for name in cells:
+            left = name in ("optimizer", "outcome")
+            table.add_column(name, justify="left" if left else "right", no_wrap=True)
+        for row, texts in zip(shown, zip(*cells.values(), strict=True), strict=True):
+            table.add_row(*map(Text, texts), style=_style(row))
         return table
 
-    def _room(self) -> int:
-        return max(1, min(self._most, self._console.height - OTHER_LINES - EVENTS))
+    def _room(self, optimizers: int) -> int:
+        taken = OTHER_LINES + EVENTS + (optimizers - 1 if optimizers <= CURVES else 0)
+        return max(1, min(self._most, self._console.height - taken))
 
     def _events(self, follower: Follower, several: bool) -> Iterator[Text]:
         if not follower.events.counts:
@@ -128,16 +148,29 @@ def _clip(rows: Sequence[Row]) -> Text:
     return Text(", ".join(parts))
 
 
-def _cells(row: Row) -> list[str]:
-    norms = [or_dash(row.loss), number(row.grad_norm), number(row.grad_norm_clipped)]
-    outcome = printable(row.outcome).replace("_", " ")
-    return [
-        f"{row.step:,}",
-        *norms,
-        clip_text(row).removeprefix("clipped "),
-        or_dash(row.lr),
-        outcome,
-    ]
+def _labels(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.optimizer for row in rows))
+
+
+def _columns(rows: Sequence[Row], several: bool) -> dict[str, list[str]]:
+    """Writes the table column by column, without those that say nothing."""
+    columns = {
+        "optimizer": [printable(row.optimizer) if several else "" for row in rows],
+        "step": [f"{row.step:,}" for row in rows],
+        "loss": ["" if math.isnan(row.loss) else number(row.loss) for row in rows],
+        "norm": [number(row.grad_norm) for row in rows],
+        "after clip": [number(row.grad_norm_clipped) if row.clipped else "" for row in rows],
+        "clip": [clip_text(row).removeprefix("clipped ") for row in rows],
+        "lr": ["" if math.isnan(row.lr) else number(row.lr) for row in rows],
+        "outcome": [printable(row.outcome).replace("_", " ") for row in rows],
+    }
+    return {name: cells for name, cells in columns.items() if any(cells)}
+
+
+def _width(columns: Mapping[str, Sequence[str]]) -> int:
+    """Tells how wide a table is; rich puts a space to the left and to the right of each gap."""
+    cells = (max(map(width, (name, *texts))) for name, texts in columns.items())
+    return sum(cells) + 2 * GAP * (len(columns) - 1)
 
 
 def _style(row: Row) -> str:

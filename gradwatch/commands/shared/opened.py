@@ -18,16 +18,18 @@ def open_run(path: str) -> History:
         path: Its folder, as the user typed it.
 
     Raises:
-        CommandError: If it cannot be read.
+        CommandError: If it is not there, or no run folder.
+        OSError: If it may not be read.
         ModuleNotFoundError: If pyarrow is not installed.
     """
     from gradwatch.history import load
+    from gradwatch.record.folder.unreadable import UnreadableError
 
     if not path:
         raise CommandError("RUN is empty. Name the folder of a run, such as runs/a.")
     try:
         return load(path)
-    except (ValueError, OSError) as error:
+    except (UnreadableError, FileNotFoundError) as error:
         raise CommandError(str(error)) from error
 
 

@@ -11,6 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from gradwatch.explain.hessian.not_finite import NotFiniteError
+
 _NOT_FINITE = (
     "The product of the Hessian with a vector holds NaN or Inf, so it has no eigenvalues. The loss "
     "or its second derivative overflows, or is undefined there (a square root or a norm of zeros, "
@@ -66,7 +68,7 @@ def extreme_eigenvalues(
         The two ends; zeros for an empty matrix.
 
     Raises:
-        ValueError: If a product is not finite.
+        NotFiniteError: If a product is not finite.
         RuntimeError: If the matrix turns out not to be symmetric.
 
     References:
@@ -90,10 +92,12 @@ def extreme_eigenvalues(
     while len(diagonal) < iterations and not found.converged:
         image = product(vector)
         if beside:
-            _check_symmetry(beside[-1], _finite(torch.dot(before, image)), found, start.dtype)
-        diagonal.append(_finite(torch.dot(vector, image)))
+            across = check_finite(torch.dot(before, image))
+            seen = max(-found.smallest, found.largest)
+            check_symmetry(beside[-1], across, seen, start.dtype)
+        diagonal.append(check_finite(torch.dot(vector, image)))
         image = image - diagonal[-1] * vector - (beside[-1] if beside else 0.0) * before
-        beta = _finite(torch.linalg.vector_norm(image))
+        beta = check_finite(torch.linalg.vector_norm(image))
         found = _ends(diagonal, beside, beta, tolerance, torch.finfo(start.dtype).eps)
         beside.append(beta)
         before, vector = vector, image / beta if beta else image
@@ -113,14 +117,30 @@ def _ends(
     return Extremes(float(values[0]), float(values[-1]), len(diagonal), bool(done))
 
 
-def _check_symmetry(one: float, other: float, found: Extremes, dtype: torch.dtype) -> None:
-    allowed = 30 * math.sqrt(torch.finfo(dtype).eps) * max(-found.smallest, found.largest, one)
+def check_symmetry(one: float, other: float, scale: float, dtype: torch.dtype) -> None:
+    """Refuses two entries that belong to no symmetric matrix.
+
+    Args:
+        one: An entry.
+        other: The one across the diagonal.
+        scale: The largest magnitude of an eigenvalue that has been seen.
+        dtype: What the products were computed in.
+
+    Raises:
+        RuntimeError: If they differ by more than rounding.
+    """
+    allowed = 30 * math.sqrt(torch.finfo(dtype).eps) * max(scale, one)
     if abs(one - other) > allowed and one > allowed:
         raise RuntimeError(_NOT_SYMMETRIC.format(one=one, other=other))
 
 
-def _finite(number: Tensor) -> float:
+def check_finite(number: Tensor) -> float:
+    """Takes a number out of a tensor ``[]``.
+
+    Raises:
+        NotFiniteError: If it is NaN or Inf.
+    """
     value = float(number)
     if not math.isfinite(value):
-        raise ValueError(_NOT_FINITE)
+        raise NotFiniteError(_NOT_FINITE)
     return value

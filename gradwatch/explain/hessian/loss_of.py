@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gradwatch.explain.hessian.not_finite import NotFiniteError
+
 Loss: TypeAlias = Tensor | Callable[[], Tensor] | Callable[[Any], Tensor]
 
 _NOT_A_LOSS = (
@@ -34,7 +36,7 @@ def check_loss(loss: object) -> None:
     Raises:
         TypeError: In that case.
     """
-    if not isinstance(loss, Tensor) and not (callable(loss) and _arguments(loss) in (0, 1)):
+    if not isinstance(loss, Tensor) and not (callable(loss) and arguments(loss) in (0, 1)):
         raise TypeError(_NOT_A_LOSS.format(given=_describe(loss)))
 
 
@@ -50,7 +52,8 @@ def evaluate_loss(model: nn.Module | Mapping[str, Tensor], loss: Loss) -> Tensor
 
     Raises:
         TypeError: If the function returns no tensor.
-        ValueError: If the loss is not one finite number.
+        ValueError: If the loss is not one number.
+        NotFiniteError: If it is not finite.
     """
     value = loss if isinstance(loss, Tensor) else _call(model, loss)
     if not isinstance(value, Tensor):
@@ -58,7 +61,7 @@ def evaluate_loss(model: nn.Module | Mapping[str, Tensor], loss: Loss) -> Tensor
     if value.numel() != 1:
         raise ValueError(_NOT_SCALAR.format(shape=list(value.shape)))
     if not bool(torch.isfinite(value.detach())):
-        raise ValueError(_NOT_FINITE.format(loss=float(value.detach())))
+        raise NotFiniteError(_NOT_FINITE.format(loss=float(value.detach())))
     return value
 
 
@@ -69,11 +72,15 @@ def _call(model: nn.Module | Mapping[str, Tensor], loss: Callable[..., Any]) -> 
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if isinstance(model, nn.Module) and any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        return loss(model) if _arguments(loss) else loss()
+        return loss(model) if arguments(loss) else loss()
 
 
-def _arguments(function: Callable[..., Any]) -> int:
-    """Counts the arguments that must be given; modules that are losses take those of forward."""
+def arguments(function: Callable[..., Any]) -> int:
+    """Counts the arguments that must be given; modules that are losses take those of forward.
+
+    Args:
+        function: The function, or a module.
+    """
     call = function.forward if isinstance(function, nn.Module) else function
     try:
         parameters = inspect.signature(call).parameters.values()

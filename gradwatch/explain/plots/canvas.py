@@ -7,8 +7,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, LogFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
 from gradwatch.explain.plots.palette import GREY
@@ -20,6 +21,12 @@ SMALL = 8.0
 EMPTY = "no steps yet"
 LEAST_COLUMNS = 50
 LEGEND_INCHES = 0.52
+DARK = 1.5
+"""Sum of red, green and blue below which a background is dark."""
+
+FEW_DECADES = (1.6, 0.4)
+"""Decades on an axis up to which some, and all, numbers between two powers of ten are labelled."""
+
 PADDING_INCHES = 0.1
 
 
@@ -85,15 +92,35 @@ def ink_of(ax: Axes) -> Any:
     return ax.xaxis.label.get_color()
 
 
-def log_norms(axis: Any, labels: int = 8) -> None:
-    """Labels the powers of ten only, as many as there is room for.
+def tint(ax: Axes, share: float) -> float:
+    """Chooses how opaque a large area is: on black the same share would hardly be seen.
+
+    Args:
+        ax: The axes.
+        share: The opacity on white.
+    """
+    return share if sum(to_rgb(ax.get_facecolor())) > DARK else min(1.0, 1.6 * share)
+
+
+class _Between(LogFormatter):
+    """Labels 2, 3 and 6 between two powers of ten, on an axis that shows hardly two of them."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """Writes a number as a person would."""
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def log_norms(axis: Any, labels: int = 8, *, between: bool = True) -> None:
+    """Labels the powers of ten, as many as there is room for, and numbers between where few are.
 
     Args:
         axis: An axis with a logarithmic scale.
-        labels: How many there may be.
+        labels: How many powers of ten there may be.
+        between: Whether there is room for numbers between them.
     """
     axis.set_major_locator(LogLocator(numticks=labels))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_formatter(_Between(minor_thresholds=FEW_DECADES) if between else NullFormatter())
+    axis.set_tick_params(which="minor", labelsize=SMALL)
 
 
 def step_axis(ax: Axes, first: int, last: int) -> None:
@@ -105,7 +132,7 @@ def step_axis(ax: Axes, first: int, last: int) -> None:
         last: The last step.
     """
     ax.set_xlim(first - 0.5, last + 0.5)
-    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     ax.xaxis.set_major_formatter(EngFormatter(sep="") if last >= 100_000 else "{x:,.0f}")
     ax.set_xlabel("optimizer step")
 

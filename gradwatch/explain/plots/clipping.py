@@ -17,12 +17,14 @@ from gradwatch.explain.plots.canvas import (
     pixel_columns,
     say,
     step_axis,
+    tint,
 )
-from gradwatch.explain.plots.norm_curve import draw_curve, positive
-from gradwatch.explain.plots.norms import bounds
-from gradwatch.explain.plots.palette import AFTER, BEFORE, GREY, OPTIMIZERS, THRESHOLD
+from gradwatch.explain.plots.norm_curve import draw_curve, positive, thresholds
+from gradwatch.explain.plots.norms import bounds, colors_of
+from gradwatch.explain.plots.palette import AFTER, GREY
 from gradwatch.explain.plots.step_tracks import StepTrack, step_tracks
 from gradwatch.explain.plots.thinning import Array, column_of
+from gradwatch.explain.report.wording import counted
 
 if TYPE_CHECKING:
     from gradwatch.explain.report.records import Records
@@ -38,6 +40,9 @@ COLUMNS = (
 WINDOWS, LEAST_WINDOW = 60, 10
 BINS = 60
 QUANTILES = (1.0, 50.0, 99.0)
+MIDDLE = 50.0
+ROOM = 0.14
+"""Share of the width that the name of a quantile takes."""
 
 
 def draw_clipping(history: Records, ax: Axes | None, start: int | None, stop: int | None) -> Axes:
@@ -54,11 +59,15 @@ def draw_clipping(history: Records, ax: Axes | None, start: int | None, stop: in
     spread = inset(ax, (0.62 + gap / 2, 0.0, 0.38 - gap / 2, 1.0))
     ax.set_axis_off()
     step_axis(by_step, *bounds(tracks))
-    for number, track in enumerate(tracks):
+    colors = colors_of(tracks)
+    for track, color in zip(tracks, colors, strict=True):
         name = f"{track.optimizer}: " if len(tracks) > 1 else ""
-        color = OPTIMIZERS[number % len(OPTIMIZERS)] if len(tracks) > 1 else BEFORE
         _draw_steps(by_step, track, name, color)
         _draw_spread(spread, track, name, color)
+    for track, color, label in thresholds(tracks, colors):
+        _draw_threshold(spread, positive(track["clip_threshold"]), color, label)
+    if len(tracks) == 1:  # of several the marks would lie on each other
+        _mark_quantiles(spread, tracks[0])
     _finish_steps(by_step)
     _finish_spread(spread)
     return ax
@@ -88,14 +97,14 @@ def _summary(tracks: list[StepTrack]) -> str:
     clipped = sum(int((track["clipped"] & track["applied"]).sum()) for track in tracks)
     applied = sum(int(track["applied"].sum()) for track in tracks)
     if not clipped:
-        return f"none of {applied:,} applied steps"
-    return f"{100 * clipped / applied:.3g} % of {applied:,} applied steps"
+        return f"none of {counted(applied, 'applied step')}"
+    return f"{100 * clipped / applied:.3g} % of {counted(applied, 'applied step')}"
 
 
 def _draw_steps(ax: Axes, track: StepTrack, name: str, color: str) -> None:
     edges, shares = clip_rate(track)
     label = f"{name}clip rate (share of the steps around)"
-    ax.stairs(shares, edges - 0.5, fill=True, color=color, alpha=0.22, label=label)
+    ax.stairs(shares, edges - 0.5, fill=True, color=color, alpha=tint(ax, 0.22), label=label)
     coef = np.where(np.isfinite(track["clip_coef"]), track["clip_coef"], np.nan)
     look = AFTER if not name else color
     draw_curve(ax, track.step, coef, pixel_columns(ax), look, f"{name}clip coefficient")
@@ -115,20 +124,31 @@ def _draw_spread(ax: Axes, track: StepTrack, name: str, color: str) -> None:
     if len(norms):
         edges = _edges(norms, positive(track["clip_threshold"]))
         counts = np.histogram(norms, edges)[0] / len(norms)
-        look: dict[str, Any] = {"fill": True, "color": color, "alpha": 0.55}
+        look: dict[str, Any] = {"fill": True, "color": color, "alpha": tint(ax, 0.55)}
         ax.stairs(100 * counts, edges, label=f"{name}norms before the clip", **look)
-        for quantile, place in zip(QUANTILES, np.percentile(norms, QUANTILES), strict=True):
-            ax.axvline(place, color=GREY, linewidth=0.8, linestyle=":")
-            ax.annotate(
-                f"{quantile:.0f} %",
-                (place, 1.0),
-                xycoords=ax.get_xaxis_transform(),
-                ha="center",
-                va="bottom",
-                fontsize=7,
-                color=GREY,
-            )
-    _draw_threshold(ax, positive(track["clip_threshold"]), name)
+
+
+def _mark_quantiles(ax: Axes, track: StepTrack) -> None:
+    """Marks the median, and the others where there is room beside it."""
+    norms = positive(track["grad_norm"])
+    norms = norms[np.isfinite(norms)]
+    if not len(norms):
+        return
+    width = np.ptp(np.log10(_edges(norms, positive(track["clip_threshold"]))))
+    middle = float(np.median(norms))
+    for quantile, place in zip(QUANTILES, np.percentile(norms, QUANTILES), strict=True):
+        if quantile != MIDDLE and abs(np.log10(place / middle)) < ROOM * width:
+            continue
+        ax.axvline(place, color=GREY, linewidth=0.8, linestyle=":")
+        ax.annotate(
+            f"{quantile:.0f} %",
+            (place, 1.0),
+            xycoords=ax.get_xaxis_transform(),
+            ha="center",
+            va="bottom",
+            fontsize=7,
+            color=GREY,
+        )
 
 
 def _edges(norms: Array, threshold: Array) -> Array:
@@ -140,15 +160,15 @@ def _edges(norms: Array, threshold: Array) -> Array:
     return edges
 
 
-def _draw_threshold(ax: Axes, threshold: Array, name: str) -> None:
+def _draw_threshold(ax: Axes, threshold: Array, color: str, label: str) -> None:
     threshold = threshold[np.isfinite(threshold)]
     if not len(threshold):
         return
     low, middle, high = np.percentile(threshold, [5, 50, 95])
     if high > low:
-        ax.axvspan(low, high, color=THRESHOLD, alpha=0.15, linewidth=0)
-    label = f"{name}clip threshold" + (" (median, 5 to 95 %)" if high > low else "")
-    ax.axvline(middle, color=THRESHOLD, linestyle=(0, (5, 2)), linewidth=1.3, label=label)
+        ax.axvspan(low, high, color=color, alpha=tint(ax, 0.15), linewidth=0)
+        label += " (median, 5 to 95 %)"
+    ax.axvline(middle, color=color, linestyle=(0, (5, 2)), linewidth=1.3, label=label)
 
 
 def _finish_spread(ax: Axes) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from gradwatch.explain.plots.canvas import EMPTY, canvas, dress, legend_below, log_norms, say
+from gradwatch.explain.plots.canvas import EMPTY, canvas, dress, legend_below, log_norms, say, tint
 from gradwatch.explain.plots.flow_sample import FlowSample, flow_sample
 from gradwatch.explain.plots.norms import bounds
 from gradwatch.explain.plots.palette import BLUE, GREY, NONFINITE, ORANGE
@@ -79,7 +79,7 @@ def _draw_kind(
         return
     thick = min(5.0, max(2.0, 72 * ROW_INCHES * 0.5))
     low, median, high = sample.low[rows], sample.median[rows], sample.high[rows]
-    shown: dict[str, Any] = {"color": color, "alpha": 0.3, "linewidth": thick}
+    shown: dict[str, Any] = {"color": color, "alpha": tint(ax, 0.3), "linewidth": thick}
     ax.hlines(rows, low, high, **shown)
     ax.plot(median, rows, color=color, linewidth=0.8, alpha=0.6)
     ax.plot(median, rows, marker, color=color, markersize=3.6, markeredgewidth=0, label=label)

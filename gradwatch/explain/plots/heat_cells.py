@@ -64,15 +64,16 @@ def heat_cells(blocks: Iterable[Block], rows: Rows, first: int, last: int, bins:
     norms = np.full((bins, len(rows)), -1.0)
     bad = np.zeros((bins, len(rows)), np.int64)
     for block in blocks:
-        gathered, there = (
-            rows.norms(block.planes["grad_norm"], block.present),
-            rows.present(block.present),
-        )
+        gathered = rows.norms(block.planes["grad_norm"], block.present)
         steps = block.first + np.arange(len(gathered))
         bin_of = (steps - first) * bins // (last - first + 1)
         starts = starts_of(bin_of)
         finite = np.isfinite(gathered)
-        highest = np.maximum.reduceat(np.where(finite, gathered, -1.0), starts, axis=0)
+        if not finite.all():  # which it is nearly everywhere
+            there = rows.present(block.present)
+            gathered = np.where(finite, gathered, -1.0)
+            amiss = (there & ~finite).astype(np.int64)
+            bad[bin_of[starts]] += np.add.reduceat(amiss, starts, axis=0)
+        highest = np.maximum.reduceat(gathered, starts, axis=0)
         norms[bin_of[starts]] = np.maximum(norms[bin_of[starts]], highest)
-        bad[bin_of[starts]] += np.add.reduceat((there & ~finite).astype(np.int64), starts, axis=0)
     return HeatCells(np.where(norms < 0, np.nan, norms).T, bad.T)

@@ -22,9 +22,15 @@ from gradwatch.explain.plots.canvas import (
 )
 from gradwatch.explain.plots.heat_cells import HeatCells, heat_cells
 from gradwatch.explain.plots.heat_scale import color_scale
-from gradwatch.explain.plots.norm_curve import draw_curve, draw_edges, draw_threshold, positive
-from gradwatch.explain.plots.norms import bounds
-from gradwatch.explain.plots.palette import BEFORE, GREY, NO_GRADIENT_GREY, NONFINITE, ZERO
+from gradwatch.explain.plots.norm_curve import (
+    draw_curve,
+    draw_edges,
+    draw_threshold,
+    positive,
+    thresholds,
+)
+from gradwatch.explain.plots.norms import bounds, colors_of
+from gradwatch.explain.plots.palette import GREY, NO_GRADIENT_GREY, NONFINITE, ZERO
 from gradwatch.explain.plots.row_names import name_rows
 from gradwatch.explain.plots.rows import Rows, rows_of
 from gradwatch.explain.plots.step_tracks import StepTrack, step_tracks
@@ -78,12 +84,14 @@ def _strip(ax: Axes, tracks: list[StepTrack]) -> None:
     dress(strip)
     strip.set_yscale("log")
     columns = pixel_columns(ax)
-    for track in tracks:
-        draw_curve(strip, track.step, positive(track["grad_norm"]), columns, BEFORE, "total norm")
-        draw_threshold(strip, track, columns, "clip threshold")
+    colors = colors_of(tracks)
+    for track, color in zip(tracks, colors, strict=True):
+        draw_curve(strip, track.step, positive(track["grad_norm"]), columns, color, "total norm")
+    for track, color, label in thresholds(tracks, colors):
+        draw_threshold(strip, track, columns, color, label)
     if not any(np.isfinite(positive(track["grad_norm"])).any() for track in tracks):
         strip.set_ylim(0.1, 10.0)
-    log_norms(strip.yaxis, 3)
+    log_norms(strip.yaxis, 3, between=False)
     draw_edges(strip, tracks)
     strip.tick_params(axis="x", which="both", length=0, labelbottom=False)
     strip.set_ylabel("total\nnorm", rotation=0, ha="right", va="center", fontsize="small")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,20 +69,43 @@ def running_median(step: Array, values: Array) -> tuple[Array, Array]:
     return grouped["step"].mean().to_numpy(), grouped["value"].median().to_numpy()
 
 
-def draw_threshold(ax: Axes, track: StepTrack, columns: int, label: str) -> None:
+def thresholds(
+    tracks: Sequence[StepTrack], colors: Sequence[str]
+) -> Iterator[tuple[StepTrack, str, str]]:
+    """Chooses what to draw of the clip's threshold: one line where all optimizers share it.
+
+    Args:
+        tracks: The steps of each optimizer.
+        colors: The colour of each.
+
+    Yields:
+        Whose threshold, its colour and its name.
+    """
+    limits = [positive(track["clip_threshold"]) for track in tracks]
+    distinct = np.unique(np.concatenate(limits))
+    if len(tracks) == 1 or np.isfinite(distinct).sum() <= 1:
+        longest = max(range(len(tracks)), key=lambda n: np.isfinite(limits[n]).sum())
+        yield tracks[longest], THRESHOLD, "clip threshold"
+        return
+    for track, color in zip(tracks, colors, strict=True):
+        yield track, color, f"{track.optimizer}: clip threshold"
+
+
+def draw_threshold(ax: Axes, track: StepTrack, columns: int, color: str, label: str) -> None:
     """Draws the threshold of the clip, if there was any.
 
     Args:
         ax: The axes.
         track: The steps.
         columns: Columns of pixels.
+        color: Of the line.
         label: For the legend.
     """
     threshold = positive(track["clip_threshold"])
     if not np.isfinite(threshold).any():
         return
     shown = extremes(track.step, threshold, columns)
-    look: dict[str, Any] = {"color": THRESHOLD, "linestyle": (0, (5, 2)), "linewidth": 1.3}
+    look: dict[str, Any] = {"color": color, "linestyle": (0, (5, 2)), "linewidth": 1.3}
     if len(track.step) == 1:
         ax.axhline(float(threshold[0]), label=label, **look)
         return

@@ -24,6 +24,7 @@ from gradwatch.explain.plots.norm_curve import (
     draw_edges,
     draw_threshold,
     positive,
+    thresholds,
 )
 from gradwatch.explain.plots.palette import AFTER, BEFORE, OPTIMIZERS
 from gradwatch.explain.plots.step_tracks import StepTrack, step_tracks
@@ -54,8 +55,11 @@ def draw_norms(history: Records, ax: Axes | None, start: int | None, stop: int |
     first, last = bounds(tracks)
     step_axis(ax, first, last)
     ax.set_yscale("log")
-    for number, track in enumerate(tracks):
-        _draw_track(ax, track, number, len(tracks) > 1)
+    colors = colors_of(tracks)
+    for track, color in zip(tracks, colors, strict=True):
+        _draw_track(ax, track, color, len(tracks) > 1)
+    for track, color, label in thresholds(tracks, colors):
+        draw_threshold(ax, track, pixel_columns(ax), color, label)
     _limit(ax, tracks)
     log_norms(ax.yaxis)
     draw_edges(ax, tracks)
@@ -70,9 +74,15 @@ def bounds(tracks: Sequence[StepTrack]) -> tuple[int, int]:
     return first, max(int(track.step.max()) for track in tracks)
 
 
-def _draw_track(ax: Axes, track: StepTrack, number: int, several: bool) -> None:
+def colors_of(tracks: Sequence[StepTrack]) -> list[str]:
+    """Chooses the colour of each optimizer's norms."""
+    if len(tracks) == 1:
+        return [BEFORE]
+    return [OPTIMIZERS[number % len(OPTIMIZERS)] for number in range(len(tracks))]
+
+
+def _draw_track(ax: Axes, track: StepTrack, color: str, several: bool) -> None:
     columns = pixel_columns(ax)
-    color = OPTIMIZERS[number % len(OPTIMIZERS)] if several else BEFORE
     name = f"{track.optimizer}: " if several else ""
     clipped = bool(track["clipped"].any())
     label = f"{name}before the clip" if clipped else f"{name}gradient norm"
@@ -84,7 +94,6 @@ def _draw_track(ax: Axes, track: StepTrack, number: int, several: bool) -> None:
         # Elsewhere it is the norm before the clip, and would hide it.
         norms[~track["clipped"]] = np.nan
         draw_curve(ax, track.step, norms, columns, after, f"{name}after the clip", dashes)
-    draw_threshold(ax, track, columns, f"{name}clip threshold")
 
 
 def _limit(ax: Axes, tracks: Sequence[StepTrack]) -> None:

@@ -43,7 +43,7 @@ class Rows:
             float64 ``[steps, rows]``; NaN where there was no gradient, and not finite where one of
             them was not.
         """
-        there = self._gathered(np.add, present.astype(np.int64)) > 0
+        there = self.present(present)
         if not self.rolled_up:
             order = np.argsort(self.row_of)
             return np.where(there, norms[:, order], np.nan)
@@ -61,6 +61,8 @@ class Rows:
         Returns:
             bool ``[steps, rows]``.
         """
+        if present.all():
+            return np.ones((len(present), len(self)), bool)
         return self._gathered(np.logical_or, present)
 
     def _gathered(self, how: np.ufunc, matrix: Array) -> Array:

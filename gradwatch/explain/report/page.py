@@ -33,7 +33,7 @@ def _finding(finding: Finding) -> str:
     colour = COLOURS[finding.severity]
     badge = f'<b style="color:{colour}">{escape(finding.severity)} {escape(finding.kind)}</b>'
     entries = "".join(
-        f'<tr><td style="vertical-align:top;opacity:0.7">{escape(label)}</td>'
+        f'<tr><td style="text-align:left;vertical-align:top;opacity:0.7">{escape(label)}</td>'
         f'<td style="text-align:left">{escape(text)}</td></tr>'
         for label, text in rows(finding)
     )

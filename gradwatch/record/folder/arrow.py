@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gradwatch.record.columns import Labels, safe_text
+from gradwatch.record.folder.unreadable import UnreadableError
 
 MISSING = "{user} needs pyarrow, which is not installed. Run: pip install 'gradwatch[runs]'"
 DAMAGED = "{path!r} is damaged: {why}. Copy it anew, or delete it to read what else there is."
@@ -42,7 +43,7 @@ def reading(path: Path) -> Iterator[None]:
 
     Raises:
         FileNotFoundError: If it is gone.
-        ValueError: If it is no whole Parquet file.
+        ValueError: If it is no whole Parquet file, or has not the columns that it must have.
     """
     import pyarrow as pa
 
@@ -50,8 +51,18 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
+    except KeyError as error:
+        why = f"it has no column {_name(error)!r}"
+        raise UnreadableError(DAMAGED.format(path=str(path), why=why)) from error
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(DAMAGED.format(path=str(path), why=error)) from error
+        why = str(error).rstrip(".")
+        raise UnreadableError(DAMAGED.format(path=str(path), why=why)) from error
+
+
+def _name(error: KeyError) -> str:
+    """Takes the name out of the error; that of pyarrow has it as bytes."""
+    name = error.args[0] if error.args else ""
+    return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
 
 
 def open_parquet(path: Path, strings: Sequence[str]) -> Any:

@@ -53,8 +53,8 @@ class Beginnings:
             with reading(path):
                 groups = range(file.metadata.num_row_groups)
                 table = read_columns(file, groups, ("step", "optimizer"))
-            steps = array_of(table["step"])
+                steps, optimizers = array_of(table["step"]), labels_in(table["optimizer"])
             sessions = np.full(len(steps), part.session)
-            first = first_steps(sessions, labels_in(table["optimizer"]), steps)
+            first = first_steps(sessions, optimizers, steps)
             self._of_part[part] = first.get(part.session, {})
         return self._of_part[part]

@@ -17,6 +17,8 @@ _FIELDS = tuple(field.name for field in fields(Event))
 _SPELLED = "value_is"
 """JSON has no NaN and no Inf: such a value is null, and spelled out in this further field."""
 
+_WHOLE = ("step", "micro_batch", "rank", "nan_count", "inf_count", "global_step")
+_TEXTS = ("kind", "parameter", "module", "message", "optimizer")
 _ROW = "row"
 LINES = ".jsonl"
 """Ends the name of a file of events."""
@@ -106,7 +108,38 @@ def read_events(path: Path) -> list[Noted]:
         The events; a line that is torn, because the process was killed in the middle, is no event.
     """
     lines = path.read_bytes().split(b"\n")
-    return [noted for noted in map(_noted, lines) if noted is not None]
+    return [noted for noted in map(event_in, lines) if noted is not None]
+
+
+def event_in(line: bytes) -> Noted | None:
+    """Reads a line of JSON.
+
+    Args:
+        line: With or without its line break.
+
+    Returns:
+        The event; None of a line that is torn, or holds something else.
+    """
+    try:
+        content = json.loads(line)
+        spelled = content.pop(_SPELLED, None)
+        if spelled is not None:
+            content["value"] = float(spelled)
+        event = Event(**{name: content[name] for name in _FIELDS})
+        return Noted(event, content[_ROW]) if _is_sound(event, content[_ROW]) else None
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        return None
+
+
+def _is_sound(event: Event, row: object) -> bool:
+    """Tells whether each field is what it must be, so that who reads events need not ask."""
+    whole = (row, *(getattr(event, name) for name in _WHOLE))
+    texts = (getattr(event, name) for name in _TEXTS)
+    return (
+        all(type(value) is int for value in whole)
+        and all(type(text) is str for text in texts)
+        and type(event.value) in (int, float)
+    )
 
 
 def _plain(noted: Noted) -> dict[str, Any]:
@@ -114,14 +147,3 @@ def _plain(noted: Noted) -> dict[str, Any]:
     if not math.isfinite(noted.event.value):
         content |= {"value": None, _SPELLED: str(float(noted.event.value))}
     return content
-
-
-def _noted(line: bytes) -> Noted | None:
-    try:
-        content = json.loads(line)
-        spelled = content.pop(_SPELLED, None)
-        if spelled is not None:
-            content["value"] = float(spelled)
-        return Noted(Event(**{name: content[name] for name in _FIELDS}), int(content[_ROW]))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return None

@@ -11,6 +11,8 @@ from typing import Any
 
 from gradwatch.record.batch import Layout
 from gradwatch.record.folder.atomic import write_whole
+from gradwatch.record.folder.unreadable import UnreadableError
+from gradwatch.record.folder.writer_lock import LOCK
 
 FORMAT = "gradwatch run"
 VERSION = 1
@@ -96,7 +98,9 @@ def read_meta(folder: Path) -> Meta:
     if content.get("format") != FORMAT or not isinstance(content.get("version"), int):
         raise _foreign(folder, "it does not say so")
     if content["version"] > VERSION:
-        raise ValueError(NEWER.format(path=str(folder), theirs=content["version"], ours=VERSION))
+        raise UnreadableError(
+            NEWER.format(path=str(folder), theirs=content["version"], ours=VERSION)
+        )
     try:
         return Meta(_layout(content["layout"]), tuple(map(dict, content["sessions"])))
     except (KeyError, TypeError, ValueError) as error:
@@ -114,7 +118,7 @@ def check_whole(folder: Path) -> None:
     """
     missing = [f"{name}/" for name in TABLES if not (folder / name).is_dir()]
     if missing:
-        raise ValueError(HALF.format(path=str(folder), missing=" and no ".join(missing)))
+        raise UnreadableError(HALF.format(path=str(folder), missing=" and no ".join(missing)))
 
 
 def has_begun(folder: Path) -> bool:
@@ -148,31 +152,31 @@ def plain(value: Any) -> Any:
 
 def _content(folder: Path) -> Mapping[str, Any]:
     if folder.is_file():
-        raise ValueError(A_FILE.format(path=str(folder), parent=str(folder.parent)))
+        raise UnreadableError(A_FILE.format(path=str(folder), parent=str(folder.parent)))
     if not folder.is_dir():
         raise FileNotFoundError(NO_FOLDER.format(path=str(folder)))
     try:
         content = json.loads((folder / NAME).read_bytes())
     except FileNotFoundError:
         raise _no_meta(folder) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _foreign(folder, str(error)) from error
     if not isinstance(content, dict):
         raise _foreign(folder, "it does not say so")
     return content
 
 
-def _no_meta(folder: Path) -> ValueError:
+def _no_meta(folder: Path) -> UnreadableError:
     there = [f"{name}/" for name in TABLES if (folder / name).is_dir()]
-    if there and not has_begun(folder):
-        return ValueError(BARELY_BEGUN.format(path=str(folder)))
+    if (there or (folder / LOCK).exists()) and not has_begun(folder):
+        return UnreadableError(BARELY_BEGUN.format(path=str(folder)))
     if there:
-        return ValueError(NO_META_BUT_TABLES.format(path=str(folder), there=", ".join(there)))
-    return ValueError(NO_META.format(path=str(folder), hint=_hint(folder)))
+        return UnreadableError(NO_META_BUT_TABLES.format(path=str(folder), there=", ".join(there)))
+    return UnreadableError(NO_META.format(path=str(folder), hint=_hint(folder)))
 
 
-def _foreign(folder: Path, why: str) -> ValueError:
-    return ValueError(FOREIGN.format(path=str(folder), why=why, hint=_hint(folder)))
+def _foreign(folder: Path, why: str) -> UnreadableError:
+    return UnreadableError(FOREIGN.format(path=str(folder), why=why, hint=_hint(folder)))
 
 
 def _hint(folder: Path) -> str:

@@ -25,6 +25,9 @@ from gradwatch.record.folder.parts import Part, list_parts, uncovered
 from gradwatch.record.folder.query import groups_with_names, read_columns
 
 CLIPPED = "grad_norm_clipped"
+SPARSE = 4
+"""Slots per row up to which the matrix of places and indices is worth making."""
+
 FOLLOWS = "follows"
 """Column of whether the norm after the clip follows from the one before and the coefficient."""
 
@@ -190,8 +193,25 @@ def _filled(
 
 def _ordered(table: dict[str, Array]) -> dict[str, Array]:
     """Sorts rows by step, and within one by the layout."""
-    order = np.lexsort((table["index"], table["place"]))
+    order = _order(table["place"], table["index"])
     length = len(order)
     return {
         name: column[order] if len(column) == length else column for name, column in table.items()
     }
+
+
+def _order(places: Array, indices: Array) -> Array:
+    """Finds the order by place and then by index.
+
+    Where most places have most indices each row is put into its slot of the matrix, which takes a
+    third of the time of sorting.
+    """
+    width = int(indices.max(initial=0)) + 1
+    slots = (int(places.max(initial=0)) + 1) * width
+    if slots <= SPARSE * len(places):
+        matrix = np.full(slots, -1, np.int64)
+        matrix[places * width + indices] = np.arange(len(places))
+        order: Array = matrix[matrix >= 0]
+        if len(order) == len(places):
+            return order  # no slot was wanted twice
+    return np.lexsort((indices, places))

@@ -109,9 +109,12 @@ class FolderSource:
     def _part(self, part: Part, columns: Iterable[str], span: Span) -> dict[str, Column]:
         path = self._folder / STEPS / part.name
         file = open_parquet(path, LABELS)
+        wanted = [name for name in dict.fromkeys(columns) if name != "session"]
         with reading(path):
-            table = read_columns(file, groups_with_steps(file, span), dict.fromkeys(columns))
-        return {**table, "session": np.full(len(table["step"]), part.session)}
+            table = read_columns(file, groups_with_steps(file, span), wanted)
+            rows = len(table["step"])
+            table |= {name: _new(name, rows) for name in wanted if name not in table}
+        return {**table, "session": np.full(rows, part.session)}
 
     def _events(self) -> list[Event]:
         parts = uncovered(list_parts(self._folder / STEPS))
@@ -123,6 +126,13 @@ class FolderSource:
                 valid = valid_events(first, session, read_events(path))
                 events += [event for event, row in valid if row <= last.get(session, -1)]
         return events
+
+
+def _new(name: str, rows: int) -> Column:
+    """Makes a column that the gradwatch of that time did not write: a number that is not known."""
+    if STEP_DTYPES.get(name) is not np.float64:
+        raise KeyError(name)
+    return np.full(rows, np.nan)
 
 
 def _joined(name: str, columns: list[Column]) -> Column:

@@ -13,7 +13,9 @@ from gradwatch.record.folder.arrow import dictionary, options, read_parquet
 from gradwatch.record.step import StepRecord
 
 LABELS = ("optimizer", "outcome")
-REPEATING = (*LABELS, "weight", "clip_coef", "clip_threshold", "lr", "loss_scale")
+MOSTLY_NAN = ("hessian_eigenvalue", "hessian_trace")
+"""Columns that few steps have a number in."""
+REPEATING = (*LABELS, "weight", "clip_coef", "clip_threshold", "lr", "loss_scale", *MOSTLY_NAN)
 ROW_GROUP = 1 << 16
 
 

@@ -102,7 +102,8 @@ class Reader:
             event.step
             for event in self.raw_events()
             if any(value.tag.startswith("gradwatch") and value.metadata.plugin_data.plugin_name
-                   in ("", "scalars") for value in event.summary.value)
+                   in ("", "scalars") and value.tag.count("/") == 1  # more: of the Gradients tab
+                   for value in event.summary.value)
         )  # fmt: skip
         return Counter(steps)
 

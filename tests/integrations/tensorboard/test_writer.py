@@ -162,7 +162,8 @@ def test_layout_is_written_once(run, read, tmp_path):
 
 def test_without_step_scalars(run, read, tmp_path):
     """Where a framework logs the scalars, blocks, non-finite events, text and layout remain."""
-    write(tmp_path, run.batch(range(1, 11)), run.nan_step(11), step_scalars=False)
+    batches = [run.batch(range(1, 11)), run.nan_step(11)]
+    write(tmp_path, *batches, step_scalars=False, heatmap=False)
     reader = read(tmp_path)
     blocks = ["gradwatch_blocks/encoder", "gradwatch_blocks/head"]
     assert sorted(reader.tags()) == ["gradwatch/nonfinite_event", *blocks]

@@ -22,7 +22,8 @@ WHY = (
 ADVICE = (
     "Lower the learning rate ({lr}), by ten to begin with; warm it up over the first hundreds of "
     'steps; clip with watch(..., clip="auto"). If it starts at step 1 with any rate, look at the '
-    "initial weights and at layers without normalisation."
+    "initial weights and at layers without normalisation, and let "
+    "gradwatch.check_gradients(function) check each autograd.Function of your own."
 )
 OVER_LIMIT = (
     "The norm was above exploding_norm in {count}, from step {step} on; the largest was "

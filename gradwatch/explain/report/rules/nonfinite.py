@@ -38,8 +38,9 @@ FROM_START = (
 SUDDEN = (
     "The norms before were ordinary: a single bad batch, or a function at its edge (log(0), "
     "sqrt(0), 0/0) in or after {module}. Look at the batch of micro-batch {micro_batch} of step "
-    '{step}; watch(..., on_nonfinite="skip") leaves such steps out.'
+    "{step}{else_skip}."
 )
+SKIP = '; watch(..., on_nonfinite="skip") leaves such steps out'
 
 
 def nonfinite(run: Run, limits: Thresholds) -> Iterator[Finding]:
@@ -107,6 +108,7 @@ def _advice(track: Track, event: pd.Series | None, limits: Thresholds) -> str:
         "module": "the model" if event is None else str(event["module"]) or "the model",
         "micro_batch": 1 if event is None else int(event["micro_batch"]) or 1,
         "step": int(track.step[place]),
+        "else_skip": SKIP if (track.bad & track.applied).any() else "",
     }
     scale = float(track["loss_scale"][place])
     if scale > 1:

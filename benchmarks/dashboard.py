@@ -1,0 +1,187 @@
+"""The "Gradients" tab: how soon it shows a large run in Chromium, and what TensorBoard takes.
+
+    python benchmarks/dashboard.py --parameters 3000 --steps 10000
+
+Makes up a run, starts TensorBoard on it and looks at the tab with a headless Chromium: the time
+from opening the tab to its first picture, with TensorBoard fresh and after it has read the run, and
+from letting go of the mouse to the zoomed picture. Needs `gradwatch[dev]` and a Chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from playwright.sync_api import Frame, Page, sync_playwright
+
+from gradwatch.record.batch import Layout, RecordBatch, clipped_by
+from gradwatch.record.step import StepRecord
+from gradwatch_tensorboard import TensorBoardWriter
+
+DELIVERY = 64
+START_S, DRAW_MS = 120.0, 60_000
+WINDOW = {"width": 1600, "height": 1000}
+FIRST = "performance.getEntriesByName('gradwatch: first drawn')[0].startTime"
+DRAWN = "performance.getEntriesByName('gradwatch: drawn').at(-1).startTime"
+
+
+def write_run(folder: Path, steps: int, parameters: int) -> None:
+    """Makes up a run: norms that wander, a spike and a few NaN."""
+    names = tuple(f"decoder.layers.{i // 12}.block_{i % 12}.weight" for i in range(parameters))
+    layout = Layout(names, tuple(name.rpartition(".")[0] for name in names))
+    rng = np.random.default_rng(0)
+    level = rng.normal(-3, 1, parameters)
+    writer = TensorBoardWriter(folder)
+    for first in range(1, steps + 1, DELIVERY):
+        count = min(DELIVERY, steps + 1 - first)
+        level += rng.normal(0, 0.05, parameters)
+        norms = np.exp(level + rng.normal(0, 0.2, (count, parameters))).astype(np.float32)
+        if first // DELIVERY % 50 == 25:
+            norms[0, parameters // 2 :] = np.nan
+        records = [_record(step, row) for step, row in enumerate(norms, first)]
+        coefficients = np.array([[record.clip_coef] for record in records])
+        writer.write(RecordBatch(layout, records, norms, clipped_by(norms, coefficients)))
+    writer.close()
+
+
+def _record(step: int, row: np.ndarray) -> StepRecord:
+    total = float(np.linalg.norm(row))
+    coefficient = min(1.0, 5 / total)
+    return StepRecord(
+        step=step,
+        optimizer="AdamW",
+        time_s=step * 0.02,
+        grad_norm=total,
+        grad_norm_clipped=coefficient * total,
+        clip_coef=coefficient,
+        clip_threshold=5.0,
+        clipped=coefficient < 1,
+        nonfinite_parameters=int((~np.isfinite(row)).sum()),
+        global_step=step,
+    )
+
+
+@contextmanager
+def tensorboard(logdir: Path, load_fast: str) -> Iterator[tuple[str, int]]:
+    """Starts TensorBoard on loopback; gives its address and its process."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir)]
+    command += ["--host", "127.0.0.1", "--port", "0", "--load_fast", load_fast]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            end = time.monotonic() + START_S
+            while time.monotonic() < end:
+                log.seek(0)
+                if found := re.search(r"http://127\.0\.0\.1:\d+/", log.read()):
+                    yield found.group(), process.pid
+                    return
+                time.sleep(0.1)
+            raise TimeoutError(f"TensorBoard did not start within {START_S:.0f} s")
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def resident_mb(pid: int) -> float:
+    """Memory of a process and of those below it, MB; Linux only."""
+    pids, pages = [pid], 0
+    for one in pids:
+        with suppress(OSError):
+            pages += int(Path(f"/proc/{one}/statm").read_text().split()[1])
+            for task in Path(f"/proc/{one}/task").iterdir():
+                pids += map(int, (task / "children").read_text().split())
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def open_tab(page: Page, address: str) -> Frame:
+    """Opens the tab and waits for its picture."""
+    page.goto(f"{address}#gradwatch")
+    end = time.monotonic() + START_S
+    while time.monotonic() < end:
+        for frame in page.frames:
+            if "plugin_entry" in frame.url:
+                ready(frame)
+                return frame
+        page.wait_for_timeout(20)
+    raise TimeoutError("TensorBoard shows no Gradients tab")
+
+
+def ready(frame: Frame) -> None:
+    """Waits until everything is there and drawn."""
+    frame.wait_for_selector(".app[data-state=ready]", timeout=DRAW_MS)
+
+
+def zoom_ms(page: Page, frame: Frame) -> float:
+    """Drags over a tenth of the picture; milliseconds from letting go to the fine picture."""
+    frame.evaluate(
+        "addEventListener('pointerup', (e) => { window.released = e.timeStamp }, {once: true})"
+    )
+    box: Any = frame.locator("canvas.heat").bounding_box()
+    middle = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + 0.5 * box["width"], middle)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.6 * box["width"], middle, steps=4)
+    page.mouse.up()
+    ready(frame)
+    return float(frame.evaluate(f"{DRAWN} - window.released"))
+
+
+def measure(address: str, pid: int) -> Iterator[tuple[str, str]]:
+    """Looks at the tab."""
+    chromium = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+    )
+    arguments = ["--no-sandbox"] if os.name == "posix" and os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        for state in ("TensorBoard fresh", "TensorBoard warm"):
+            page = browser.new_page(viewport=WINDOW)
+            frame = open_tab(page, address)
+            first = frame.evaluate(FIRST)
+            yield f"tab opened to first picture, {state}", f"{first:.0f} ms"
+            times = []
+            for _ in range(3):
+                times.append(zoom_ms(page, frame))
+                frame.locator("canvas.heat").dblclick()
+                ready(frame)
+            yield f"zoom to the fine picture, {state}", f"{statistics.median(times):.0f} ms"
+            page.close()
+        browser.close()
+    yield "memory of TensorBoard", f"{resident_mb(pid):.0f} MB"
+
+
+def main() -> None:
+    """Prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parameters", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--load-fast", choices=("auto", "true", "false"), default="auto")
+    parser.add_argument("--logdir", type=Path, help="of an earlier run of this script")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        logdir = arguments.logdir or Path(temporary)
+        if not arguments.logdir or not arguments.logdir.exists():
+            write_run(logdir / "run", arguments.steps, arguments.parameters)
+        size = sum(path.stat().st_size for path in logdir.rglob("*") if path.is_file())
+        print(f"{arguments.parameters} parameters, {arguments.steps} steps, {size / 1e6:.0f} MB")
+        with tensorboard(logdir, arguments.load_fast) as (address, pid):
+            # TensorBoard shows a tab only once it has seen data of it.
+            time.sleep(10)
+            for what, value in measure(address, pid):
+                print(f"{what:60} {value:>10}")
+
+
+if __name__ == "__main__":
+    main()

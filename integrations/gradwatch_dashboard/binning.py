@@ -1,0 +1,177 @@
+"""Binning: windows of a track into the columns of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch_dashboard.segments import NOTHING, Matrix, decode, encode
+from gradwatch_dashboard.sessions import Piece
+from gradwatch_dashboard.wire import COLUMNS
+
+_BLOCK = 64  # columns that are transposed together: they fit into the cache
+
+Ints = NDArray[np.int64]
+
+
+class Spans(NamedTuple):
+    """The windows that each column shows.
+
+    Attributes:
+        start: intp array ``[columns]``: number of the first window in the track.
+        stop: intp array ``[columns]``: number of the one after the last; ``start`` where there is
+            none.
+    """
+
+    start: NDArray[np.intp]
+    stop: NDArray[np.intp]
+
+
+def spans_of(first_steps: Ints, last_steps: Ints, first: int, last: int, columns: int) -> Spans:
+    """Divides steps evenly into columns.
+
+    Column c covers the steps s with ``floor((s - first) * columns / (last - first + 1)) == c``.
+
+    Args:
+        first_steps: int64 array ``[windows]``, rising.
+        last_steps: int64 array ``[windows]``; no two windows share a step.
+        first: The first step, below 2**50.
+        last: The last step, below 2**50.
+        columns: 1 to 4096, and not more than there are steps.
+    """
+    steps = last - first + 1
+    edges = first - (-np.arange(columns + 1, dtype=np.int64) * steps) // columns
+    start = np.searchsorted(last_steps, edges[:-1])
+    return Spans(start, np.maximum(start, np.searchsorted(first_steps, edges[1:])))
+
+
+def bin_table(table: NDArray[np.float64], spans: Spans) -> dict[str, NDArray[np.float32]]:
+    """Bins what is known of whole steps.
+
+    Args:
+        table: float64 array ``[windows, 11]``.
+        spans: The windows of each column.
+
+    Returns:
+        Name to float32 array ``[columns]``: the largest finite ``grad_norm`` and
+        ``grad_norm_clipped`` (NaN or Inf where none is finite), the last ``clip_threshold``, the
+        smallest ``clip_coef``, and the sums of ``bad_steps``, ``clipped_steps`` and
+        ``skipped_steps``. NaN, and 0 for the sums, where nothing was recorded.
+    """
+    named = dict(zip(COLUMNS, table.T, strict=True))
+    binned: dict[str, NDArray[Any]] = {}
+    for name in ("grad_norm", "grad_norm_clipped"):
+        largest = reduce_spans(np.maximum, encode(named[name].copy()), spans, np.nan)
+        binned[name] = decode(np.where(largest == -1.0, np.nan, largest))
+    ends = Spans(np.maximum(spans.stop - 1, spans.start), spans.stop)
+    binned["clip_threshold"] = reduce_spans(np.fmax, named["clip_threshold"], ends, np.nan)
+    binned["clip_coef"] = reduce_spans(np.fmin, named["clip_coef"], spans, np.nan)
+    for name in ("bad_steps", "clipped_steps", "skipped_steps"):
+        counts = np.nan_to_num(named[name], nan=0.0, posinf=0.0, neginf=0.0)
+        binned[name] = reduce_spans(np.add, np.maximum(counts, 0.0), spans, 0.0)
+    with np.errstate(over="ignore"):
+        return {name: values.astype(np.float32) for name, values in binned.items()}
+
+
+def reduce_spans(
+    function: np.ufunc, values: NDArray[Any], spans: Spans, nothing: float
+) -> NDArray[Any]:
+    """Reduces the values of each column to one.
+
+    Args:
+        function: Of two numbers.
+        values: array ``[windows]``.
+        spans: The windows of each column.
+        nothing: For a column without a window.
+
+    Returns:
+        array ``[columns]``.
+    """
+    pairs = np.stack([spans.start, spans.stop], axis=1).ravel()
+    padded = np.append(values, values.dtype.type(nothing))
+    reduced = function.reduceat(padded, pairs)[::2]
+    return np.where(spans.start < spans.stop, reduced, nothing)
+
+
+def bin_norms(
+    pieces: Sequence[tuple[Piece, Matrix]], parameters: int, spans: Spans
+) -> NDArray[np.float32]:
+    """Bins the norms: the largest finite one of each cell.
+
+    Args:
+        pieces: The pieces of the track with their cells.
+        parameters: P of the track.
+        spans: The windows of each column.
+
+    Returns:
+        float32 array ``[P, columns]``: NaN or Inf where no norm is finite, -1 where there was no
+        gradient, -2 where nothing was recorded.
+    """
+    columns = len(spans.start)
+    cells = np.empty((parameters, columns), np.float32)
+    for begin in range(0, columns, _BLOCK):
+        here = slice(begin, min(begin + _BLOCK, columns))
+        block = np.full((here.stop - begin, parameters), NOTHING, np.float32)
+        for piece, matrix in pieces:
+            rows = matrix.norms[piece.rows]
+            for column, start, stop in _overlaps(spans, here, piece):
+                _take_larger(block[column], rows[start:stop], piece.columns)
+        cells[:, here] = decode(block).T
+    return cells
+
+
+def bin_bad(
+    pieces: Sequence[tuple[Piece, Matrix]], parameters: int, spans: Spans
+) -> NDArray[np.uint8] | NDArray[np.uint16] | None:
+    """Counts the bad steps of each cell.
+
+    Args:
+        pieces: As for :func:`bin_norms`.
+        parameters: P of the track.
+        spans: The windows of each column.
+
+    Returns:
+        array ``[P, columns]`` of the narrowest type that holds the counts, or of uint16, where
+        65535 stands for more; None where there is none.
+    """
+    columns = len(spans.start)
+    counts = np.zeros((columns, parameters), np.uint32)
+    for piece, matrix in pieces:
+        numbers = matrix.bad_rows - piece.rows.start + piece.start
+        inside = slice(*np.searchsorted(numbers, [piece.start, piece.stop]).tolist())
+        numbers, bad = numbers[inside], matrix.bad[inside]
+        starts = np.searchsorted(numbers, spans.start)
+        stops = np.searchsorted(numbers, spans.stop)
+        for column in np.flatnonzero(starts < stops).tolist():
+            total = bad[starts[column] : stops[column]].sum(axis=0, dtype=np.uint32)
+            if piece.columns is None:
+                counts[column] += total
+            else:
+                counts[column, piece.columns] += total
+    largest = int(counts.max(initial=0))
+    if largest == 0:
+        return None
+    if largest <= np.iinfo(np.uint8).max:
+        return np.ascontiguousarray(counts.T, np.uint8)
+    return np.ascontiguousarray(np.minimum(counts, np.iinfo(np.uint16).max).T, np.uint16)
+
+
+def _overlaps(spans: Spans, here: slice, piece: Piece) -> list[tuple[int, int, int]]:
+    """Lists the columns of a block that show rows of a piece: which, and the rows in the piece."""
+    start = np.maximum(spans.start[here], piece.start) - piece.start
+    stop = np.minimum(spans.stop[here], piece.stop) - piece.start
+    columns = np.flatnonzero(start < stop)
+    return list(zip(columns.tolist(), start[columns].tolist(), stop[columns].tolist(), strict=True))
+
+
+def _take_larger(
+    cells: NDArray[np.float32], rows: NDArray[np.float32], columns: NDArray[np.intp] | None
+) -> None:
+    row = rows[0] if len(rows) == 1 else np.maximum.reduce(rows, axis=0)
+    if columns is None:
+        np.maximum(cells, row, out=cells)
+    else:
+        cells[columns] = np.maximum(cells[columns], row)

@@ -1,0 +1,152 @@
+"""Provider: what TensorBoard's data provider holds of ours, with either of its loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from tensorboard import errors, plugin_util
+from tensorboard.data import provider
+
+from gradwatch_dashboard.notes import note, shown
+from gradwatch_dashboard.wire import PLUGIN, Tag, is_readable
+
+ALL_SAMPLES = 2**31 - 1
+
+_TOO_NEW = "The Gradients tab leaves out %s of run %s: no format that it knows. Is gradwatch old?"
+_DAMAGED = "The Gradients tab leaves out %s of run %s, which cannot be read: %s"
+_UNAVAILABLE = "TensorBoard cannot read its data now: {error}. Its log says more."
+_TRANSIENT = frozenset({"UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED", "ABORTED"})
+
+
+class UnavailableError(errors.PublicError):  # type: ignore[misc]  # TensorBoard has no types
+    """The data cannot be read now, but perhaps a little later."""
+
+    http_code = 503
+
+
+class Version(NamedTuple):
+    """Changes whenever a tag has grown.
+
+    Attributes:
+        max_step: Largest step of its Events.
+        max_wall_time: Latest time of them, seconds since 1970; None where it is no number.
+    """
+
+    max_step: int | None
+    max_wall_time: float | None
+
+
+Listing = dict[str, dict[Tag, Version]]
+"""Run to tag to its version, of tags that are ours and readable."""
+
+
+class Provider:
+    """TensorBoard's data provider on behalf of one request.
+
+    Attributes:
+        experiment: The experiment that the request is about; empty for the one that is local.
+    """
+
+    def __init__(self, data_provider: Any, environ: Any) -> None:
+        """Takes what each call has to pass on.
+
+        Args:
+            data_provider: Of TensorBoard's context.
+            environ: The WSGI environment of the request.
+        """
+        self._provider = data_provider
+        self._context = plugin_util.context(environ)
+        self.experiment: str = plugin_util.experiment_id(environ)
+
+    def listing(self, run: str | None = None) -> Listing:
+        """Lists what there is.
+
+        Args:
+            run: Only of this run; of all by default.
+
+        Raises:
+            UnavailableError: If TensorBoard cannot tell now.
+        """
+        wanted = None if run is None else provider.RunTagFilter(runs=[run])
+        try:
+            found = self._provider.list_tensors(
+                self._context,
+                experiment_id=self.experiment,
+                plugin_name=PLUGIN,
+                run_tag_filter=wanted,
+            )
+        except errors.PublicError:
+            raise
+        except Exception as error:
+            raise UnavailableError(_UNAVAILABLE.format(error=shown(error))) from error
+        return {name: ours for name, tags in found.items() if (ours := _readable(name, tags))}
+
+    def read(self, run: str, tags: Sequence[Tag]) -> dict[Tag, list[Any]]:
+        """Reads tags, all of them in one call where that goes well.
+
+        Args:
+            run: Their run.
+            tags: Any number.
+
+        Returns:
+            Tag to its ``TensorDatum``s in the order of the file. A tag that is gone or damaged has
+            none.
+
+        Raises:
+            UnavailableError: If TensorBoard cannot read now.
+        """
+        try:
+            found = self._read(run, tags)
+        except Exception as error:
+            if _is_transient(error):
+                raise UnavailableError(_UNAVAILABLE.format(error=shown(error))) from error
+            if len(tags) == 1:
+                note(_DAMAGED, str(tags[0]), run, type(error).__name__)
+                return {tags[0]: []}
+            return {tag: data for one in tags for tag, data in self.read(run, [one]).items()}
+        return {tag: list(found.get(str(tag), ())) for tag in tags}
+
+    def _read(self, run: str, tags: Sequence[Tag]) -> dict[str, Sequence[Any]]:
+        if not tags:
+            return {}
+        found: dict[str, dict[str, Sequence[Any]]] = self._provider.read_tensors(
+            self._context,
+            experiment_id=self.experiment,
+            plugin_name=PLUGIN,
+            downsample=ALL_SAMPLES,
+            run_tag_filter=provider.RunTagFilter(runs=[run], tags=[str(tag) for tag in tags]),
+        )
+        return found.get(run, {})
+
+
+def _readable(run: str, tags: dict[str, Any]) -> dict[Tag, Version]:
+    ours: dict[Tag, Version] = {}
+    for name, series in tags.items():
+        tag = _parse(name)
+        if tag is None or not _is_known(series.plugin_content):
+            note(_TOO_NEW, name, run)
+            continue
+        time = series.max_wall_time
+        ours[tag] = Version(series.max_step, time if time == time else None)
+    return ours
+
+
+def _parse(name: str) -> Tag | None:
+    try:
+        return Tag.parse(name)
+    except ValueError:  # a number of thousands of digits
+        return None
+
+
+def _is_known(content: bytes) -> bool:
+    try:
+        return is_readable(content)
+    except RecursionError:  # nested thousands deep
+        return False
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether it is gRPC that says so: the data server is down, or slow."""
+    code = getattr(error, "code", None)
+    return callable(code) and getattr(code(), "name", "") in _TRANSIENT

@@ -1,0 +1,169 @@
+"""Sessions: one track for each optimizer of a run, out of all that its processes wrote.
+
+A later session, or a later stream of one, replaces what earlier ones hold of the same optimizer
+from its first step on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch_dashboard.wire import StreamLayout
+
+StreamKey = tuple[str, int]
+"""Session and number of a stream: they sort in the order in which the streams began."""
+
+SegmentKey = tuple[str, int, int]
+"""Session, number of the stream, number of the segment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of a segment that belong to a track.
+
+    Attributes:
+        segment: The segment.
+        rows: Which of its rows.
+        start: Number of the first of them in the track.
+        columns: intp array ``[P of the stream]``: the parameters of the track that the columns
+            stand for; None where they are the same.
+    """
+
+    segment: SegmentKey
+    rows: slice
+    start: int
+    columns: NDArray[np.intp] | None
+
+    @property
+    def stop(self) -> int:
+        """Number of the first window of the track behind it."""
+        return self.start + int(self.rows.stop) - int(self.rows.start)
+
+
+@dataclass(frozen=True, slots=True)
+class Track:
+    """All that a run holds of one optimizer.
+
+    Attributes:
+        layout: The parameters of the newest session, then those that only earlier ones had.
+        first_steps: int64 array ``[windows]``, rising.
+        last_steps: int64 array ``[windows]``; no two windows share a step.
+        table: float64 array ``[windows, 11]``, as written: the steps of a window that is cut short
+            are those above.
+        pieces: Where the cells of the windows are.
+    """
+
+    layout: StreamLayout
+    first_steps: NDArray[np.int64]
+    last_steps: NDArray[np.int64]
+    table: NDArray[np.float64]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def first_step(self) -> int:
+        """The first step that is there."""
+        return int(self.first_steps[0])
+
+    @property
+    def last_step(self) -> int:
+        """The last step that is there."""
+        return int(self.last_steps[-1])
+
+
+def join_sessions(
+    layouts: Mapping[StreamKey, StreamLayout], tables: Mapping[SegmentKey, NDArray[np.float64]]
+) -> dict[str, Track]:
+    """Joins the streams of a run.
+
+    Args:
+        layouts: Of each stream.
+        tables: Windows of each segment, float64 arrays ``[windows, 11]`` whose steps rise.
+
+    Returns:
+        Optimizer to track, in the order of the alphabet; no optimizer without a window.
+    """
+    segments: dict[str, dict[StreamKey, list[SegmentKey]]] = {}
+    for segment in sorted(tables):
+        stream = segment[:2]
+        if stream in layouts and len(tables[segment]):
+            of_optimizer = segments.setdefault(layouts[stream].optimizer, {})
+            of_optimizer.setdefault(stream, []).append(segment)
+    return {name: _track(segments[name], layouts, tables) for name in sorted(segments)}
+
+
+def first_steps_of(
+    layouts: Mapping[StreamKey, StreamLayout], tables: Mapping[SegmentKey, NDArray[np.float64]]
+) -> dict[str, dict[str, int]]:
+    """Tells from which step on a session counts.
+
+    Args:
+        layouts: As for :func:`join_sessions`.
+        tables: As for :func:`join_sessions`.
+
+    Returns:
+        Optimizer to session to the first step of its windows.
+    """
+    firsts: dict[str, dict[str, int]] = {}
+    for segment, table in tables.items():
+        if segment[:2] in layouts and len(table):
+            sessions = firsts.setdefault(layouts[segment[:2]].optimizer, {})
+            first = int(table[0, 0])
+            sessions[segment[0]] = min(sessions.get(segment[0], first), first)
+    return firsts
+
+
+def _track(
+    streams: Mapping[StreamKey, Sequence[SegmentKey]],
+    layouts: Mapping[StreamKey, StreamLayout],
+    tables: Mapping[SegmentKey, NDArray[np.float64]],
+) -> Track:
+    layout, columns = _join_layouts({stream: layouts[stream] for stream in streams})
+    kept: list[tuple[SegmentKey, slice]] = []
+    lasts: list[NDArray[np.float64]] = []
+    limit = np.inf
+    for stream in reversed(list(streams)):
+        parts, end = [], -1.0
+        for segment in streams[stream]:
+            firsts, last = tables[segment][:, 0], tables[segment][:, 1]
+            rows = slice(*np.searchsorted(firsts, [np.nextafter(end, np.inf), limit]).tolist())
+            if rows.start < rows.stop:
+                end = last[rows.stop - 1]
+                parts.append((segment, rows, np.minimum(last[rows], limit - 1)))
+        kept[:0] = [(segment, rows) for segment, rows, _ in parts]
+        lasts[:0] = [last for *_, last in parts]
+        limit = min(limit, tables[streams[stream][0]][0, 0])
+    pieces, start = [], 0
+    for segment, rows in kept:
+        pieces.append(Piece(segment, rows, start, columns[segment[:2]]))
+        start = pieces[-1].stop
+    table = np.concatenate([tables[segment][rows] for segment, rows in kept])
+    last_steps = np.concatenate(lasts).astype(np.int64)
+    return Track(layout, table[:, 0].astype(np.int64), last_steps, table, tuple(pieces))
+
+
+def _join_layouts(
+    layouts: Mapping[StreamKey, StreamLayout],
+) -> tuple[StreamLayout, dict[StreamKey, NDArray[np.intp] | None]]:
+    """Joins layouts, the newest first; and where the columns of each are in the whole."""
+    places: dict[str, int] = {}
+    modules: list[str] = []
+    shapes: list[tuple[int, ...]] = []
+    columns: dict[StreamKey, NDArray[np.intp] | None] = {}
+    for stream in reversed(list(layouts)):
+        layout = layouts[stream]
+        for name, module, shape in zip(
+            layout.parameters, layout.modules, layout.shapes, strict=True
+        ):
+            if places.setdefault(name, len(places)) == len(modules):
+                modules.append(module)
+                shapes.append(shape)
+        columns[stream] = np.array([places[name] for name in layout.parameters], np.intp)
+    for stream, places_of in columns.items():
+        if places_of is not None and np.array_equal(places_of, np.arange(len(places))):
+            columns[stream] = None
+    optimizer = next(iter(layouts.values())).optimizer
+    return StreamLayout(optimizer, tuple(places), tuple(modules), tuple(shapes)), columns

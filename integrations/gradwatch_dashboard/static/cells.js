@@ -1,0 +1,124 @@
+/** Cells: the numbers of a row, of a parameter or summed up over a module. */
+
+/**
+ * The numbers of a row.
+ *
+ * @typedef {Object} RowCells
+ * @property {Float32Array} values Norms; -1: no gradient, -2: nothing recorded.
+ * @property {ArrayLike<number>|null} bad Steps with a NaN or an Inf.
+ */
+
+/** The rows of one answer of the server; what was summed up is kept. */
+export class Cells {
+  /**
+   * @param {import("./api.js").Heat} heat
+   * @param {Int32Array} indexOf By row of the picture, the parameter in `heat`; -1: it has none.
+   */
+  constructor(heat, indexOf) {
+    this.heat = heat;
+    this.indexOf = indexOf;
+    this.known = new WeakMap();
+    this.medians = new WeakMap();
+  }
+
+  /**
+   * Returns the numbers of a row.
+   *
+   * @param {import("./rows.js").Node} row
+   * @returns {RowCells}
+   */
+  of(row) {
+    let cells = this.known.get(row);
+    if (!cells) {
+      cells = row.leaf >= 0 ? this.#parameter(row.leaf) : this.#module(row.leaves);
+      this.known.set(row, cells);
+    }
+    return cells;
+  }
+
+  /**
+   * Returns the median of a row's norms above 0.
+   *
+   * @param {import("./rows.js").Node} row
+   * @returns {number} NaN where there is none.
+   */
+  typical(row) {
+    const known = this.medians.get(row);
+    if (known !== undefined) return known;
+    const some = this.of(row).values.filter((value) => value > 0 && value < Infinity).sort();
+    const middle = some.length >> 1;
+    const even = some.length % 2 === 0;
+    const median = some.length ? (even ? (some[middle - 1] + some[middle]) / 2 : some[middle]) : NaN;
+    this.medians.set(row, median);
+    return median;
+  }
+
+  #parameter(leaf) {
+    const { columns, norms, bad } = this.heat;
+    const index = this.indexOf[leaf];
+    if (index < 0) return { values: new Float32Array(columns).fill(-2), bad: null };
+    const [from, to] = [index * columns, (index + 1) * columns];
+    return { values: norms.subarray(from, to), bad: bad && bad.subarray(from, to) };
+  }
+
+  /** The root of the sum of squares where finite; bad if any is; -1 only where all are. */
+  #module(leaves) {
+    const { columns, norms, bad } = this.heat;
+    const squares = new Float64Array(columns);
+    const states = new Float32Array(columns).fill(-2);
+    const counts = bad && new Uint16Array(columns);
+    for (const leaf of leaves) {
+      if (this.indexOf[leaf] < 0) continue;
+      const offset = this.indexOf[leaf] * columns;
+      for (let c = 0; c < columns; c++) {
+        const value = norms[offset + c];
+        if (value >= 0 && value < Infinity) {
+          squares[c] += value * value;
+          if (!(states[c] >= 0)) states[c] = 0;
+        } else if (value === -1) {
+          if (states[c] === -2) states[c] = -1;
+        } else if (value !== -2 && states[c] < 0) states[c] = NaN;
+        if (counts && bad[offset + c] > counts[c]) counts[c] = bad[offset + c];
+      }
+    }
+    for (let c = 0; c < columns; c++) if (states[c] === 0) states[c] = Math.sqrt(squares[c]);
+    return { values: states, bad: counts };
+  }
+}
+
+/**
+ * Tells whether a cell is bad: it has a step with a NaN or an Inf.
+ *
+ * @param {RowCells} cells
+ * @param {number} column
+ * @returns {boolean}
+ */
+export function isBad(cells, column) {
+  const value = cells.values[column];
+  return (cells.bad !== null && cells.bad[column] > 0) || value !== value || value === Infinity;
+}
+
+/**
+ * Finds the column of a step.
+ *
+ * @param {{first: number, last: number, columns: number}} heat
+ * @param {number} step
+ * @returns {number} -1 where it has none.
+ */
+export function columnOf(heat, step) {
+  if (step < heat.first || step > heat.last) return -1;
+  return Math.floor(((step - heat.first) * heat.columns) / (heat.last - heat.first + 1));
+}
+
+/**
+ * Finds the steps of a column.
+ *
+ * @param {{first: number, last: number, columns: number}} heat
+ * @param {number} column
+ * @returns {{first: number, last: number}}
+ */
+export function stepsOf(heat, column) {
+  const span = heat.last - heat.first + 1;
+  const start = (c) => heat.first + Math.ceil((c * span) / heat.columns);
+  return { first: start(column), last: start(column + 1) - 1 };
+}

@@ -1,0 +1,183 @@
+/** Data: what the server is asked for, and when. */
+
+import { getHeat, getJson, isAbort } from "./api.js";
+import { Cells } from "./cells.js";
+import { joinedNames } from "./picture.js";
+import { sameChoice } from "./runs.js";
+
+/** So many cells are fetched at once: more would take longer than a glance. */
+const MOST_CELLS = 2_400_000;
+const MOST_COLUMNS = 4096;
+
+/** Runs, and the cells of those on the screen. */
+export class Data {
+  /** @param {function(import("./panel.js").Panel): number} widthOf Pixels of a panel's plot. */
+  constructor(widthOf) {
+    this.widthOf = widthOf;
+    this.runs = [];
+    this.names = [];
+    this.#summaries = new WeakMap();
+  }
+
+  #summaries;
+
+  /** Fetches the list of runs. */
+  async loadRuns() {
+    this.runs = (await getJson("runs")).runs;
+  }
+
+  /**
+   * Finds what the list says about a choice.
+   *
+   * @param {import("./state.js").Choice|null} choice
+   * @returns {Object|null}
+   */
+  summary(choice) {
+    const run = this.runs.find(({ run }) => run === choice?.run);
+    return run?.optimizers.find(({ optimizer }) => optimizer === choice.optimizer) ?? null;
+  }
+
+  /**
+   * Completes a choice that a link may have left open.
+   *
+   * @param {import("./state.js").Choice|null} choice
+   * @returns {import("./state.js").Choice|null} null where there is no such run.
+   */
+  completed(choice) {
+    if (!choice || this.summary(choice)) return choice;
+    const run = this.runs.find(({ run }) => run === choice.run);
+    return run?.optimizers.length ? { run: run.run, optimizer: run.optimizers[0].optimizer } : null;
+  }
+
+  /**
+   * Chooses a run to begin with: of those that TensorBoard's filter leaves, the newest.
+   *
+   * @param {function(string): boolean} shows
+   * @returns {import("./state.js").Choice|null}
+   */
+  newest(shows) {
+    const some = this.runs.filter(({ optimizers }) => optimizers.length);
+    const left = some.filter(({ run }) => shows(run));
+    const [run] = (left.length ? left : some).toSorted((a, b) => b.newest - a.newest);
+    return run ? { run: run.run, optimizer: run.optimizers[0].optimizer } : null;
+  }
+
+  /**
+   * Tells whether a panel shows all that there is.
+   *
+   * @param {import("./panel.js").Panel} panel
+   * @returns {boolean}
+   */
+  isFresh(panel) {
+    const { known } = this.#summaries.get(panel) ?? {};
+    return known !== undefined && known === JSON.stringify(this.summary(panel.choice));
+  }
+
+  /**
+   * Fetches all steps of a run, and those of a view with them, so that they appear together.
+   *
+   * @param {import("./panel.js").Panel} panel
+   * @param {import("./panel.js").Panel[]} panels All on the screen.
+   * @param {import("./state.js").View|null} view
+   * @param {function(): void} laidOut Is called when the names are known and the heat is not.
+   */
+  async load(panel, panels, view, laidOut) {
+    const known = JSON.stringify(this.summary(panel.choice));
+    const signal = panel.requests.overview.next();
+    const fresh = await getJson("layout", panel.choice, signal);
+    const changed = JSON.stringify(fresh.parameters) !== JSON.stringify(panel.layout?.parameters);
+    if (changed) {
+      panel.overview = panel.detail = null;
+      panel.layout = fresh;
+      this.join(panels);
+      laidOut();
+    }
+    const columns = this.#columns(panel);
+    const [heat, detail] = await Promise.all([
+      getHeat({ ...panel.choice, columns }, signal),
+      view ? getHeat({ ...panel.choice, ...cut(view, fresh), columns }, signal) : null,
+    ]);
+    const indices = this.join(panels).get(panel);
+    panel.overview = new Cells(heat, indices);
+    if (detail) {
+      panel.requests.detail.next();
+      panel.detail = new Cells(detail, indices);
+      panel.wanted = wish(view, columns);
+    }
+    this.#summaries.set(panel, { known });
+  }
+
+  /**
+   * Fetches the steps of a view.
+   *
+   * @param {import("./panel.js").Panel} panel
+   * @param {import("./state.js").View|null} view null: those of all steps are enough.
+   * @returns {Promise<boolean>} Whether there is something new.
+   */
+  async loadDetail(panel, view) {
+    if (!panel.overview) return false;
+    if (!view) {
+      panel.requests.detail.next();
+      panel.detail = panel.wanted = null;
+      return false;
+    }
+    const columns = this.#columns(panel);
+    const { heat, indexOf } = panel.overview;
+    if (view.last < heat.first || view.first > heat.last) return false;
+    if (panel.wanted === wish(view, columns)) return false;
+    panel.wanted = wish(view, columns);
+    const signal = panel.requests.detail.next();
+    try {
+      const found = await getHeat({ ...panel.choice, ...cut(view, heat), columns }, signal);
+      panel.detail = new Cells(found, indexOf);
+      return true;
+    } catch (error) {
+      if (isAbort(error)) return false;
+      panel.wanted = null;
+      throw error;
+    }
+  }
+
+  /**
+   * Joins the names of the panels; the rows of their cells follow.
+   *
+   * @param {import("./panel.js").Panel[]} panels
+   * @returns {Map<import("./panel.js").Panel, Int32Array>} By name, the index in a panel's layout.
+   */
+  join(panels) {
+    const laid = panels.filter(({ layout }) => layout);
+    const { names, indices } = joinedNames(laid.map(({ layout }) => layout));
+    if (JSON.stringify(names) !== JSON.stringify(this.names)) this.names = names;
+    laid.forEach((panel, index) => {
+      for (const cells of [panel.overview, panel.detail]) if (cells) cells.indexOf = indices[index];
+    });
+    return new Map(laid.map((panel, index) => [panel, indices[index]]));
+  }
+
+  #columns(panel) {
+    const pixels = this.widthOf(panel);
+    // Columns are one, two, three... whole pixels wide: all alike.
+    const most = Math.min(MOST_COLUMNS, MOST_CELLS / Math.max(1, panel.layout.parameters.length));
+    return Math.max(100, Math.ceil(pixels / Math.ceil(pixels / most)));
+  }
+}
+
+/**
+ * Tells whether a panel belongs to a choice.
+ *
+ * @param {import("./panel.js").Panel} panel
+ * @param {import("./state.js").Choice|null} choice
+ * @returns {boolean}
+ */
+export function isOf(panel, choice) {
+  return sameChoice(panel.choice, choice);
+}
+
+function cut(view, all) {
+  const [from, to] = [all.first_step ?? all.first, all.last_step ?? all.last];
+  return { first: Math.max(view.first, from), last: Math.min(view.last, to) };
+}
+
+function wish(view, columns) {
+  return `${view.first}-${view.last}/${columns}`;
+}

@@ -1,0 +1,74 @@
+/** What is said where there is nothing to draw. */
+
+import { h } from "./dom.js";
+
+const CODE = `import gradwatch
+from gradwatch_tensorboard import TensorBoardWriter
+
+with gradwatch.watch(model, optimizer, sinks=[TensorBoardWriter("runs/first")]):
+    for x, y in loader:
+        loss_fn(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()`;
+
+/**
+ * Says that no run has data, and how one comes by them.
+ *
+ * @returns {HTMLElement}
+ */
+export function noRuns() {
+  return h(
+    "div",
+    { class: "empty" },
+    h("h2", { text: "No gradients yet" }),
+    h("p", { text: "No run in this log directory holds gradient data. In the training, write:" }),
+    h("pre", {}, h("code", { text: CODE })),
+    h("p", {
+      class: "note",
+      text:
+        "With Lightning: GradientMonitor() beside a TensorBoardLogger. The first rows come after a " +
+        "few seconds of training; this page looks for them by itself.",
+    }),
+  );
+}
+
+/**
+ * Says that the server gave no good answer.
+ *
+ * @param {string} message
+ * @param {function(): void} again
+ * @returns {HTMLElement}
+ */
+export function failed(message, again) {
+  return h(
+    "div",
+    { class: "empty", role: "alert" },
+    h("h2", { text: "The gradients could not be read" }),
+    h("p", { text: message }),
+    h("button", { class: "button", text: "Try again", onclick: again }),
+  );
+}
+
+/**
+ * Says that the first picture is on its way.
+ *
+ * @returns {HTMLElement}
+ */
+export function loading() {
+  return h("div", { class: "empty quiet", role: "status" }, h("p", { text: "Reading gradients…" }));
+}
+
+/**
+ * Says that the filter leaves no row.
+ *
+ * @param {function(): void} clear
+ * @returns {HTMLElement}
+ */
+export function noRows(clear) {
+  return h(
+    "div",
+    { class: "no-rows", role: "status" },
+    h("p", { text: "No parameter's name matches the filter." }),
+    h("button", { class: "button", text: "Clear the filter", onclick: clear }),
+  );
+}

@@ -1,0 +1,126 @@
+/** The list of events; a click leads to the step and the row. */
+
+import { getJson, isAbort, Latest } from "./api.js";
+import { KINDS } from "./colours.js";
+import { flag, h } from "./dom.js";
+import { count, shown } from "./format.js";
+
+const PAGE = 200;
+
+/** Events of the runs on the screen. */
+export class Events {
+  /**
+   * @param {import("./state.js").State} state
+   * @param {function(Object): void} jump Is called with an event that was chosen.
+   */
+  constructor(state, jump) {
+    this.state = state;
+    this.jump = jump;
+    this.request = new Latest();
+    this.events = [];
+    this.total = 0;
+    this.page = PAGE;
+    this.known = "";
+    this.summary = h("span", { class: "side-count" });
+    this.kinds = h("div", { class: "kinds", role: "group", "aria-label": "Kinds of events" });
+    this.list = h("ol", { class: "event-list" });
+    const head = h("h3", {}, "Events", this.summary);
+    this.element = h("section", { class: "events" }, head, this.kinds, this.list);
+  }
+
+  /**
+   * Fetches the events of some runs.
+   *
+   * @param {import("./state.js").Choice[]} choices
+   */
+  async load(choices) {
+    const signal = this.request.next();
+    try {
+      const answers = await Promise.all(
+        choices.map(({ run }) => getJson("events", { run }, signal)),
+      );
+      const told = answers.flatMap(({ events }, index) =>
+        events.filter((event) => ofChoice(event, choices[index])).map((event) => ({
+          ...event,
+          choice: choices[index],
+        })),
+      );
+      told.sort((one, other) => one.step - other.step);
+      const known = JSON.stringify([choices, told.length, told.at(-1)?.step]);
+      if (known === this.known) return;
+      this.known = known;
+      this.events = told;
+      this.total = answers.reduce((sum, { total }) => sum + total, 0);
+      this.show();
+    } catch (error) {
+      if (isAbort(error)) return;
+      this.list.replaceChildren(h("li", { class: "note", text: error.message }));
+    }
+  }
+
+  /** Writes the list. */
+  show() {
+    const counts = new Map();
+    for (const { kind } of this.events) counts.set(kind, (counts.get(kind) ?? 0) + 1);
+    this.kinds.replaceChildren(...[...counts].map(([kind, some]) => this.#kind(kind, some)));
+    const seen = this.events.filter(({ kind }) => !this.state.hidden.has(kind));
+    const several = new Set(this.events.map(({ choice }) => choice.run)).size > 1;
+    const all = Math.max(this.total, this.events.length);
+    this.summary.textContent = seen.length === all ? count(all) : `${count(seen.length)} of ${count(all)}`;
+    const items = seen.slice(0, this.page).map((event) => this.#item(event, several));
+    if (!seen.length) {
+      const text = this.events.length ? "All kinds are switched off." : "Nothing out of the ordinary.";
+      items.push(h("li", { class: "note", text }));
+    }
+    if (seen.length > this.page) {
+      const text = `Show ${count(Math.min(PAGE, seen.length - this.page))} more`;
+      const more = () => {
+        this.page += PAGE;
+        this.show();
+      };
+      items.push(h("li", {}, h("button", { class: "link", text, onclick: more })));
+    }
+    this.list.replaceChildren(...items);
+  }
+
+  #kind(kind, some) {
+    const toggle = () => {
+      const hidden = new Set(this.state.hidden);
+      if (!hidden.delete(kind)) hidden.add(kind);
+      this.state.set({ hidden });
+    };
+    const dot = h("i", { class: `dot ${shapeOf(kind)}` });
+    dot.style.setProperty("--kind", KINDS[kind] ?? "#8a94a3");
+    const text = `${shown(kind).replaceAll("_", " ")} ${count(some)}`;
+    const chip = h("button", { class: "chip", onclick: toggle }, dot, text);
+    flag(chip, "aria-pressed", !this.state.hidden.has(kind));
+    return chip;
+  }
+
+  #item(event, several) {
+    const dot = h("i", { class: `dot ${shapeOf(event.kind)}` });
+    dot.style.setProperty("--kind", KINDS[event.kind] ?? "#8a94a3");
+    const words = [h("b", { text: shown(event.kind).replaceAll("_", " ") })];
+    if (several) words.push(h("em", { text: shown(event.choice.run) }));
+    const button = h(
+      "button",
+      { class: "event", onclick: () => this.jump(event), title: shown(event.message) },
+      dot,
+      h("span", { class: "event-step", text: count(event.step) }),
+      h("span", { class: "event-head" }, ...words),
+      event.parameter ? h("span", { class: "event-name", text: shown(event.parameter) }) : null,
+      h("span", { class: "event-text", text: shown(event.message) }),
+    );
+    return h("li", {}, button);
+  }
+}
+
+/** Kinds differ in shape too. */
+function shapeOf(kind) {
+  if (["nan", "inf", "overflow"].includes(kind)) return "triangle";
+  return ["skipped", "dropped", "out_of_memory"].includes(kind) ? "square" : "round";
+}
+
+function ofChoice(event, choice) {
+  return !choice.optimizer || !event.optimizer || event.optimizer === choice.optimizer;
+}

@@ -1,0 +1,147 @@
+/** Rows: the parameters one by one, or rolled up by module in a tree of their dotted names. */
+
+/** So many rows are easily read at once; fewer than `FEW` hide too much, if `MANY` would not. */
+export const READABLE = 60;
+const FEW = 12;
+const MANY = 400;
+
+/**
+ * A module or a parameter.
+ *
+ * @typedef {Object} Node
+ * @property {string} key Unlike that of any other node: `m:` and a path, or `p:` and a name.
+ * @property {string} name Full dotted name.
+ * @property {string} label What its row says; in a tree only the part below its parent.
+ * @property {number} depth Ancestors with a row.
+ * @property {number} leaf Which parameter it is; -1 for a module.
+ * @property {number[]} leaves Parameters in it.
+ * @property {Node[]} children
+ * @property {Node|null} parent
+ */
+
+/**
+ * Lists parameters as rows.
+ *
+ * @param {string[]} names
+ * @param {number[]} kept Which of them.
+ * @returns {Node[]}
+ */
+export function flatRows(names, kept) {
+  return kept.map((leaf) => node(`p:${names[leaf]}`, names[leaf], names[leaf], null, leaf));
+}
+
+/**
+ * Builds the tree of dotted names. A module with a single child is one with it.
+ *
+ * @param {string[]} names
+ * @param {number[]} kept Which of them.
+ * @returns {Node} Its root, which has no row.
+ */
+export function moduleTree(names, kept) {
+  const root = node("m:", "", "", null, -1);
+  const modules = new Map([["", root]]);
+  for (const leaf of kept) {
+    const parts = names[leaf].split(".");
+    let above = root;
+    above.leaves.push(leaf);
+    for (let i = 1; i < parts.length; i++) {
+      const path = parts.slice(0, i).join(".");
+      let module = modules.get(`${i}:${path}`);
+      if (!module) {
+        module = node(`m:${path}`, path, parts[i - 1], above, -1);
+        modules.set(`${i}:${path}`, module);
+        above.children.push(module);
+      }
+      module.leaves.push(leaf);
+      above = module;
+    }
+    above.children.push(node(`p:${names[leaf]}`, names[leaf], parts.at(-1), above, leaf));
+  }
+  root.children = root.children.map((child) => joined(child, root, 0));
+  return root;
+}
+
+/**
+ * Lists the rows of a tree: every module, and what open ones hold.
+ *
+ * @param {Node} root
+ * @param {Set<string>} open Keys of the open modules.
+ * @returns {Node[]}
+ */
+export function openRows(root, open) {
+  const rows = [];
+  const add = (child) => {
+    rows.push(child);
+    if (child.leaf < 0 && open.has(child.key)) child.children.forEach(add);
+  };
+  root.children.forEach(add);
+  return rows;
+}
+
+/**
+ * Opens a tree as far as its rows are easily read at once.
+ *
+ * @param {Node} root
+ * @returns {Set<string>}
+ */
+export function readableDepth(root) {
+  let open = new Set();
+  for (let depth = 0; ; depth++) {
+    const deeper = new Set(open);
+    for (const module of modulesOf(root)) if (module.depth === depth) deeper.add(module.key);
+    const most = openRows(root, open).length < FEW ? MANY : READABLE;
+    if (deeper.size === open.size || openRows(root, deeper).length > most) return open;
+    open = deeper;
+  }
+}
+
+/**
+ * Lists the modules of a tree.
+ *
+ * @param {Node} root
+ * @returns {Node[]} Parents before their children.
+ */
+export function modulesOf(root) {
+  const found = [];
+  const visit = (module) => {
+    for (const child of module.children) {
+      if (child.leaf >= 0) continue;
+      found.push(child);
+      visit(child);
+    }
+  };
+  visit(root);
+  return found;
+}
+
+/**
+ * Lists the modules around a parameter.
+ *
+ * @param {Node} root
+ * @param {number} leaf
+ * @returns {string[]} Keys.
+ */
+export function around(root, leaf) {
+  return modulesOf(root)
+    .filter((module) => module.leaves.includes(leaf))
+    .map((module) => module.key);
+}
+
+function node(key, name, label, parent, leaf) {
+  const leaves = leaf < 0 ? [] : [leaf];
+  return { key, name, label, depth: 0, leaf, leaves, children: [], parent };
+}
+
+function joined(child, parent, depth) {
+  let below = child;
+  let label = child.label;
+  while (below.leaf < 0 && below.children.length === 1) {
+    below = below.children[0];
+    label += `.${below.label}`;
+  }
+  below.label = label;
+  below.parent = parent;
+  below.depth = depth;
+  below.children = below.children.map((grandchild) => joined(grandchild, below, depth + 1));
+  return below;
+}

@@ -1,0 +1,118 @@
+/** The tooltip: the exact numbers under the pointer or the keyboard's cursor. */
+
+import { columnOf, stepsOf } from "./cells.js";
+import { h } from "./dom.js";
+import { count, counted, number, shown, steps } from "./format.js";
+
+/**
+ * Says what a cell holds.
+ *
+ * @param {import("./panel.js").Panel} panel
+ * @param {import("./rows.js").Node|null} row null: a whole column.
+ * @param {number} step
+ * @param {{first: number, last: number}} view
+ * @returns {{title: string, module: boolean, lines: [string, string][]}|null} null where no step is.
+ */
+export function describe(panel, row, step, view) {
+  const cells = panel.cells(view);
+  const column = cells ? columnOf(cells.heat, step) : -1;
+  if (column < 0) return null;
+  const range = stepsOf(cells.heat, column);
+  const lines = [];
+  if (row) lines.push(...aboutRow(panel, row));
+  const wide = range.last > range.first;
+  lines.push([wide ? "steps" : "step", steps(range.first, range.last).replace(/^steps? /, "")]);
+  if (row) lines.push(...aboutCell(panel, cells, row, column, wide));
+  lines.push(...aboutColumn(cells.heat, column, wide));
+  return { title: row ? shown(row.name) : "all parameters", module: !!row && row.leaf < 0, lines };
+}
+
+/**
+ * Says the same in one sentence, for those who hear it.
+ *
+ * @param {ReturnType<typeof describe>} found
+ * @returns {string}
+ */
+export function spoken(found) {
+  return found ? `${found.title}: ${found.lines.map((line) => line.join(" ")).join(", ")}` : "";
+}
+
+/** The box that follows the pointer. */
+export class Tooltip {
+  constructor() {
+    this.title = h("div", { class: "tip-title" });
+    this.list = h("dl", {});
+    this.element = h("div", { class: "tip", hidden: true, "aria-hidden": "true" });
+    this.element.append(this.title, this.list);
+  }
+
+  /**
+   * Shows a description beside a point.
+   *
+   * @param {ReturnType<typeof describe>} found
+   * @param {string} run Is named where several are on the screen.
+   * @param {number} x In CSS pixels of the window.
+   * @param {number} y
+   */
+  show(found, run, x, y) {
+    this.title.textContent = found.title;
+    const lines = run ? [["run", shown(run)], ...found.lines] : found.lines;
+    const rows = lines.flatMap(([name, text]) => {
+      const special = /NaN|Inf|^bad/.test(`${name === "run" ? "" : text}`) || name === "bad steps";
+      return [h("dt", { text: name }), h("dd", { text, class: special ? "special" : null })];
+    });
+    this.list.replaceChildren(...rows);
+    this.element.hidden = false;
+    const { offsetWidth: width, offsetHeight: height } = this.element;
+    const left = x + 16 + width > window.innerWidth - 8 ? x - 16 - width : x + 16;
+    const top = Math.min(y + 16, window.innerHeight - height - 8);
+    this.element.style.left = `${Math.max(8, left)}px`;
+    this.element.style.top = `${Math.max(8, top)}px`;
+  }
+
+  /** Hides it. */
+  hide() {
+    this.element.hidden = true;
+  }
+}
+
+function aboutRow(panel, row) {
+  if (row.leaf < 0) return [["module of", counted(row.leaves.length, "parameter")]];
+  const index = panel.overview.indexOf[row.leaf];
+  if (index < 0 || !panel.layout) return [];
+  const lines = [];
+  const module = panel.layout.modules[index];
+  const shape = panel.layout.shapes[index];
+  if (module) lines.push(["module", shown(module)]);
+  if (shape) lines.push(["shape", shape.length ? shape.map(count).join(" × ") : "scalar"]);
+  return lines;
+}
+
+function aboutCell(panel, cells, row, column, wide) {
+  const { values, bad } = cells.of(row);
+  const value = values[column];
+  const count_ = bad ? bad[column] : 0;
+  if (value === -2) return [["norm", "nothing recorded"]];
+  if (value === -1) return [["norm", "no gradient"]];
+  const lines = [[wide ? "largest norm" : "norm", value === 0 ? "exactly 0" : number(value, 5)]];
+  const typical = panel.overview.typical(row);
+  if (value > 0 && value < Infinity && typical > 0) {
+    lines.push(["relative", `${number(value / typical, 3)} × typical`]);
+  }
+  const nonfinite = Number.isNaN(value) || value === Infinity;
+  if (count_ || nonfinite) lines.push(["bad steps", `${count(count_ || 1)} with NaN or Inf`]);
+  return lines;
+}
+
+function aboutColumn({ strip }, column, wide) {
+  const at = (name) => strip[name]?.[column] ?? NaN;
+  const lines = [["total norm", number(at("grad_norm"), 5)]];
+  const coefficient = at("clip_coef");
+  if (coefficient === coefficient) {
+    lines.push([wide ? "smallest clip coefficient" : "clip coefficient", number(coefficient, 4)]);
+  }
+  const threshold = at("clip_threshold");
+  if (threshold === threshold) lines.push(["clip threshold", number(threshold, 4)]);
+  if (at("skipped_steps") > 0) lines.push(["not applied", counted(at("skipped_steps"), "step")]);
+  return lines;
+}

@@ -1,0 +1,126 @@
+"""Matrix: what the Gradients tab reads, all norms of all parameters and all events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch.record.batch import Layout, RecordBatch
+from gradwatch_dashboard.wire import Tag
+from gradwatch_tensorboard.event_log import EventLog
+from gradwatch_tensorboard.owners import Owners
+from gradwatch_tensorboard.reducer import EarlyEnds
+from gradwatch_tensorboard.sessions import new_session
+from gradwatch_tensorboard.stream import Stream
+from gradwatch_tensorboard.tensors import Outgoing
+from gradwatch_tensorboard.windows import Windows
+
+
+class Matrix:
+    """Sorts the steps of a run into streams.
+
+    A stream ends, and the next one begins, where the parameters change; and where the steps of an
+    optimizer go back, as when a checkpoint is loaded in the middle, with a new session: only so
+    does a reader replace the steps that come again.
+    """
+
+    def __init__(self, log_dir: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """Starts with no stream.
+
+        Args:
+            log_dir: The folder of the run.
+            clock: Seconds that only rise; when to write what waits.
+        """
+        self._session = new_session(log_dir)
+        self._log_dir = log_dir
+        self._clock = clock
+        self._early_ends = EarlyEnds()
+        self._events = EventLog()
+        self._streams: dict[str, Stream] = {}
+        self._count = 0
+        self._layout: Layout | None = None
+        self._owners = Owners(0)
+
+    def add(self, batch: RecordBatch, times: Sequence[float]) -> list[Outgoing]:
+        """Takes steps.
+
+        Args:
+            batch: The steps, and what happened in them.
+            times: Wall time of each step, in seconds since 1970.
+
+        Returns:
+            What is to be written now, in this order.
+        """
+        outgoing = self._add_steps(batch, times) if batch.steps and batch.layout.names else []
+        newest_time = times[-1] if times else time.time()
+        return outgoing + self._events.add(batch.events, self._session, newest_time)
+
+    def _add_steps(self, batch: RecordBatch, times: Sequence[float]) -> list[Outgoing]:
+        if self._layout != batch.layout:
+            self._layout, self._owners = batch.layout, Owners(len(batch.layout.names))
+        rows = _rows_by_optimizer(batch)
+        for optimizer, places in rows.items():
+            self._owners.see(optimizer, batch.norms[places])
+        outgoing: list[Outgoing] = []
+        for optimizer, places in rows.items():
+            for part in _rising(batch, places):
+                outgoing += self._add_part(batch, times, optimizer, part)
+        return outgoing
+
+    def rest(self) -> list[Outgoing]:
+        """Returns all that is not written yet, at the end."""
+        outgoing = [part for stream in self._streams.values() for part in stream.rest()]
+        return outgoing + self._events.rest()
+
+    def _add_part(
+        self, batch: RecordBatch, times: Sequence[float], optimizer: str, places: list[int]
+    ) -> list[Outgoing]:
+        records = [batch.steps[place] for place in places]
+        outgoing, stream = self._stream_for(batch.layout, optimizer, records[0].step)
+        norms = batch.norms[places]
+        if len(stream.columns) < norms.shape[1]:
+            norms = norms[:, stream.columns]
+        steps = Windows.of_steps(records, norms, [times[place] for place in places])
+        return outgoing + stream.take(steps, self._clock())
+
+    def _stream_for(
+        self, layout: Layout, optimizer: str, first_step: int
+    ) -> tuple[list[Outgoing], Stream]:
+        """Finds the stream of the next step; what is to be written of the one that ends."""
+        columns = self._owners.columns(optimizer)
+        old = self._streams.get(optimizer)
+        goes_back = old is not None and first_step <= old.last_step
+        if old is not None and not goes_back and old.layout == layout and _fits(old, columns):
+            return [], old
+        if goes_back:
+            self._session = new_session(self._log_dir)
+        tag = Tag("layout", self._session, self._count)
+        self._count += 1
+        new = Stream(tag, optimizer, layout, columns, self._early_ends, self._clock())
+        self._streams[optimizer] = new
+        return [] if old is None else old.rest(), new
+
+
+def _fits(stream: Stream, columns: NDArray[np.intp]) -> bool:
+    """Whether a stream holds all the columns, and not twice as many."""
+    if len(columns) == len(stream.columns):
+        return bool((columns == stream.columns).all())
+    return 2 * len(columns) > len(stream.columns) and bool(np.isin(columns, stream.columns).all())
+
+
+def _rows_by_optimizer(batch: RecordBatch) -> dict[str, list[int]]:
+    """Lists the rows of each optimizer."""
+    rows: dict[str, list[int]] = {}
+    for place, record in enumerate(batch.steps):
+        rows.setdefault(record.optimizer, []).append(place)
+    return rows
+
+
+def _rising(batch: RecordBatch, places: list[int]) -> list[list[int]]:
+    """Cuts rows where the steps do not rise."""
+    steps = np.array([batch.steps[place].step for place in places])
+    cuts = (np.flatnonzero(np.diff(steps) <= 0) + 1).tolist()
+    return [places[a:b] for a, b in zip([0, *cuts], [*cuts, len(places)], strict=True)]

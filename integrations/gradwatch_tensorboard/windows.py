@@ -1,0 +1,143 @@
+"""Windows: consecutive steps of one optimizer as one row, so that a long run stays a small file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch.record.step import StepRecord
+from gradwatch_dashboard.wire import COLUMNS
+
+MAX_COUNT = 65_535
+"""The largest count of bad steps that a window can tell."""
+
+Floats = NDArray[np.floating[Any]]
+
+_PLACE = {name: place for place, name in enumerate(COLUMNS)}
+_FIRST_STEP, _LAST_STEP = _PLACE["first_step"], _PLACE["last_step"]
+_BAD_STEPS = _PLACE["bad_steps"]
+_LARGEST = [_PLACE["grad_norm"], _PLACE["grad_norm_clipped"]]
+_SUMS = [_BAD_STEPS, _PLACE["clipped_steps"], _PLACE["skipped_steps"]]
+_CLIP_COEF = _PLACE["clip_coef"]
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Some windows of one stream, oldest first; a single step is a window too.
+
+    Attributes:
+        norms: float32 array ``[windows, parameters]``: largest finite norm; where none is finite
+            the NaN or Inf; -1 without a gradient in any step.
+        bad: uint16 array like ``norms``: steps whose norm is NaN or Inf.
+        table: float64 array ``[windows, 11]``, see :data:`gradwatch_dashboard.wire.COLUMNS`.
+    """
+
+    norms: NDArray[np.float32]
+    bad: NDArray[np.uint16]
+    table: NDArray[np.float64]
+
+    @classmethod
+    def of_steps(
+        cls, records: Sequence[StepRecord], norms: Floats, times: Sequence[float]
+    ) -> Windows:
+        """Makes a window of each step.
+
+        Args:
+            records: The steps.
+            norms: float array ``[steps, parameters]``; -1 where there was no gradient.
+            times: Wall time of each step, in seconds since 1970.
+
+        Returns:
+            The windows, in arrays of their own.
+        """
+        narrow = _narrow(norms)
+        bad = ~np.isfinite(narrow)
+        is_bad: NDArray[np.bool_] = np.logical_or.reduce(bad, axis=1)
+        table = [
+            (
+                r.step, r.step, r.global_step, time, r.grad_norm, r.grad_norm_clipped,
+                r.clip_threshold, r.clip_coef, row_bad or r.nonfinite_parameters > 0, r.clipped,
+                r.outcome != "applied",
+            )
+            for r, time, row_bad in zip(records, times, is_bad, strict=True)
+        ]  # fmt: skip
+        return cls(narrow, bad.astype(np.uint16), np.array(table, np.float64))
+
+    @classmethod
+    def join(cls, parts: Sequence[Windows]) -> Windows:
+        """Puts windows one after another.
+
+        Args:
+            parts: At least one, of the same parameters.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            np.concatenate([part.norms for part in parts]),
+            np.concatenate([part.bad for part in parts]),
+            np.concatenate([part.table for part in parts]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, rows: slice) -> Windows:
+        return Windows(self.norms[rows], self.bad[rows], self.table[rows])
+
+    @property
+    def last_steps(self) -> NDArray[np.int64]:
+        """The last step of each, int64 array ``[windows]``."""
+        return self.table[:, _LAST_STEP].astype(np.int64)
+
+    @property
+    def are_bad(self) -> NDArray[np.bool_]:
+        """Whether a step of each has a non-finite gradient, bool array ``[windows]``."""
+        bad: NDArray[np.bool_] = self.table[:, _BAD_STEPS] > 0
+        return bad
+
+    def merged(self, starts: NDArray[np.intp]) -> Windows:
+        """Merges neighbours.
+
+        Args:
+            starts: Where each of the new windows begins, from 0 and rising.
+
+        Returns:
+            One window for each start.
+        """
+        if len(starts) == len(self):
+            return self
+        bad = np.add.reduceat(self.bad, starts, axis=0, dtype=np.uint32)
+        ends = np.append(starts[1:], len(self)) - 1
+        table = self.table[ends]
+        table[:, _FIRST_STEP] = self.table[starts, _FIRST_STEP]
+        table[:, _LARGEST] = _largest_finite(self.table[:, _LARGEST], starts)
+        table[:, _CLIP_COEF] = np.fmin.reduceat(self.table[:, _CLIP_COEF], starts)
+        table[:, _SUMS] = np.add.reduceat(self.table[:, _SUMS], starts, axis=0)
+        return Windows(
+            _largest_finite(self.norms, starts), np.minimum(bad, MAX_COUNT).astype(np.uint16), table
+        )
+
+
+def _largest_finite(values: Any, starts: NDArray[np.intp]) -> Any:
+    """Takes the largest finite value of each group, else its NaN or Inf, else the -1 it is."""
+    plain = np.maximum.reduceat(values, starts, axis=0)
+    finite = np.isfinite(values)
+    if finite.all():
+        return plain
+    best = np.maximum.reduceat(np.where(finite, values, -np.inf), starts, axis=0)
+    return np.where((best < 0) & ~np.isfinite(plain), plain, best).astype(values.dtype, copy=False)
+
+
+def _narrow(norms: Floats) -> NDArray[np.float32]:
+    """Copies as float32; what is finite stays so, and what is more than zero too."""
+    with np.errstate(over="ignore", under="ignore"):
+        narrow = norms.astype(np.float32)
+    if norms.dtype != np.float32:
+        limits = np.finfo(np.float32)
+        narrow[np.isfinite(norms) & ~np.isfinite(narrow)] = limits.max
+        narrow[(norms > 0) & (narrow == 0)] = limits.smallest_subnormal
+    return narrow

@@ -1,0 +1,157 @@
+"""Real trainings: what is written, what is lost when one is killed, and disks that fail."""
+
+import math
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import gradwatch
+from gradwatch.testing import CapturingSink
+from gradwatch_tensorboard import TensorBoardWriter
+
+from . import logs
+
+ROOT = Path(__file__).parents[4]
+
+
+def train(model, steps, *, sinks=(), before=lambda step: None, optimizers=None, nan_at=()):
+    """Trains on numbers that do not depend on the sinks; returns the watcher's history."""
+    optimizers = optimizers or [torch.optim.SGD(model.parameters(), lr=0.01)]
+    generator = torch.Generator().manual_seed(0)
+    with gradwatch.watch(model, optimizers, sinks=sinks, on_nonfinite="skip") as watcher:
+        for step in range(1, steps + 1):
+            before(step)
+            x = torch.randn(8, 4, generator=generator)
+            for optimizer in optimizers:
+                loss = model(x).square().mean()
+                (loss * math.nan if step in nan_at else loss).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return watcher.history
+
+
+def model_of(seed=0):
+    """A small model, always the same."""
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+
+
+def test_the_matrix_is_what_the_history_holds(load, tmp_path):
+    """Every norm of every step, to the bit."""
+    folder = tmp_path / "run"
+    history = train(model_of(), 100, sinks=[TensorBoardWriter(folder)])
+    (stream,) = logs.streams(load(folder))
+    table = history.parameters().pivot_table(index="step", columns="parameter", values="grad_norm")
+    np.testing.assert_array_equal(
+        stream.norms, table[list(stream.layout.parameters)].to_numpy(np.float32)
+    )
+    assert stream.steps() == list(range(1, 101))
+    np.testing.assert_allclose(stream.column("grad_norm"), history.steps()["grad_norm"])
+    assert stream.layout.shapes == ((8, 4), (8,), (1, 8), (1,))
+    assert stream.layout.modules == ("0", "0", "2", "2")
+
+
+def test_two_real_optimizers(load, tmp_path):
+    """Each stream has the parameters of its own optimizer."""
+    folder = tmp_path / "run"
+    model = model_of()
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.01) for part in (model[0], model[2])]
+    train(model, 80, sinks=[TensorBoardWriter(folder)], optimizers=optimizers)
+    first, second = logs.streams(load(folder))
+    assert first.layout.parameters == ("0.weight", "0.bias")
+    assert second.layout.parameters == ("2.weight", "2.bias")
+    assert first.steps() == second.steps() == list(range(1, 81))
+    assert (first.norms > 0).all()
+
+
+@pytest.fixture
+def full_disk():
+    """Makes files fail beyond a size, as a full disk does; call it with the size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def weights(model):
+    """All weights in one row."""
+    return torch.nn.utils.parameters_to_vector(model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("failure", ["deleted", "full"])
+def test_a_disk_that_fails_is_one_warning(tmp_path, full_disk, failure):
+    """The training goes on to the same weights, bit for bit, and other sinks get every step."""
+    plain, watched = model_of(), model_of()
+    train(plain, 300, nan_at=(150, 250))
+    folder = tmp_path / "run"
+    other = CapturingSink()
+
+    def fail(step):
+        if step == 100 and failure == "deleted":
+            shutil.rmtree(folder)
+        if step == 100 and failure == "full":
+            full_disk(sum(file.stat().st_size for file in folder.iterdir()) + 100)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(
+            watched, 300, sinks=[TensorBoardWriter(folder), other], before=fail, nan_at=(150, 250)
+        )
+    full_disk(resource.RLIM_INFINITY)
+    ours = [entry for entry in caught if issubclass(entry.category, gradwatch.GradwatchWarning)]
+    assert len(ours) == 1
+    assert "TensorBoardWriter failed in" in str(ours[0].message)
+    assert "gets no more records. The training and the other sinks go on." in str(ours[0].message)
+    assert torch.equal(weights(plain), weights(watched))
+    assert len(other.steps) == 300
+
+
+SCRIPT = """
+    import sys, torch, gradwatch
+    from gradwatch_tensorboard import TensorBoardWriter
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with gradwatch.watch(model, optimizer, sinks=[TensorBoardWriter(sys.argv[1])]):
+        step = 0
+        while True:
+            step += 1
+            loss = model(torch.randn(8, 4)).square().mean()
+            (loss * float("nan") if step == 300 else loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 300:
+                print("NaN", flush=True)
+"""
+
+
+def test_a_killed_process_leaves_a_file_that_reads(load, tmp_path):
+    """All steps up to some one are there, each once: the rest had not been delivered."""
+    folder = tmp_path / "run"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "integrations")]),
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(folder)],
+        stdout=subprocess.PIPE, env=environment,
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == b"NaN\n"
+        time.sleep(1.5)
+        process.send_signal(signal.SIGKILL)
+    (stream,) = logs.streams(load(folder))
+    steps = stream.steps()
+    assert steps == list(range(1, len(steps) + 1))
+    assert len(steps) >= 300
+    assert stream.column("bad_steps")[299] == 1
+    assert np.isnan(stream.norms[299]).all()
