@@ -62,3 +62,22 @@ def test_an_accumulated_window_is_measured_once_per_micro_batch():
             x.sum().backward()
         optimizer.step()
     assert counter.calls["aten._foreach_norm.Scalar"] == 4
+
+
+def test_curvature_costs_calls_only_where_it_is_taken():
+    """Steps between two takings have the calls of a run without it, and each taking the same number."""
+    x = torch.ones(3, requires_grad=True)
+    optimizer, counts = torch.optim.SGD([x], lr=0.1), []
+    asked = gradwatch.CurvatureEvery(3, lambda: x.pow(4).sum(), iterations=2, probes=1)
+    for curvature in (None, asked):
+        with gradwatch.watch({"x": x}, optimizer, curvature=curvature):
+            for _ in range(6):
+                with CountCalls() as counter:
+                    x.sum().backward()
+                    optimizer.step()
+                counts.append(sum(counter.calls.values()))
+    without, bent = counts[:6], counts[6:]
+    assert [more > less for less, more in zip(without, bent, strict=True)] == [
+        True, False, False, True, False, False,
+    ]  # fmt: skip
+    assert bent[1:3] == bent[4:] == without[4:]

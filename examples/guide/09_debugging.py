@@ -57,13 +57,15 @@ def train(
 
 def main() -> dict[str, float]:
     """Runs it, and returns what was seen."""
-    flow = deep().parameters().set_index("parameter")[["grad_norm", "weight_norm"]]
-    print(flow.iloc[::3].to_string(float_format="{:.3g}".format))
+    flow = deep().flow()
+    columns = ["grad_norm", "weight_norm", "relative_grad"]
+    print(flow[columns].iloc[::3].to_string(float_format="{:.3g}".format))
     # The derivative of the root of w x at x = 0 is infinity times 0.
     nan = train(lambda w, x: (w * x).sqrt(), (4, 9, 0, 1), lr=0.0, on_nonfinite="skip")
     # Each step on 2 w^2 at a rate of 1 multiplies w by 1 - 4.
     large = train(lambda w, x: 2 * w**2, range(4), lr=1.0, exploding_norm=100.0)
     print(*(event.message for event in (*nan.events, *large.events)), sep="\n")
+    print(*(f"{finding.kind}: {finding.title}" for finding in large.report()), sep="\n")
     check = gradwatch.check_gradients(torch.square, torch.tensor(3.0))
     s, norms = fixed_point(), flow["grad_norm"]
     return compare(
@@ -76,6 +78,7 @@ def main() -> dict[str, float]:
             "norm of the step after it": (0.5, nan.last.grad_norm),
             "first step above 100": (4, large.events[0].step),
             "its norm": (4 * 3**3, large.events[0].value),
+            "findings, one of them exploding": (1, len(large.report().of_kind("exploding"))),
         }
     )
 

@@ -50,9 +50,11 @@ def main() -> dict[str, float]:
         w, watcher = train(Path(folder) / "run")
         loaded = gradwatch.load(Path(folder) / "run")
         same = loaded.steps().equals(watcher.history.steps())
+        same_report = str(loaded.report()) == str(watcher.report())
     steps = watcher.history.steps()
     columns = ["micro_batches", "loss", "grad_norm", "clip_coef", "outcome"]
     print(steps[columns].to_string(float_format="{:.3g}".format))
+    print(*(f"{finding.kind}: {finding.title}" for finding in watcher.report()), sep="\n")
     return compare(
         {
             "w after four steps": (3 * 0.5, w.item()),
@@ -63,6 +65,7 @@ def main() -> dict[str, float]:
             "factor of the clip, step 4": (1 / 3, steps["clip_coef"][4]),
             "steps left out": (1, (steps["outcome"] == "skipped_nonfinite").sum()),
             "the folder's steps are the same": (1, same),
+            "and so is its report": (1, same_report),
             "exp overwritten: an error": (1, overwritten()),
         }
     )

@@ -56,10 +56,10 @@ class CurvatureEvery:
 
     It costs a forward and a backward that records its graph, and about two backwards for each
     product of the Hessian with a vector: at most ``iterations`` for the eigenvalue, far fewer as
-    soon as there is an eigenvector from the time before to start from, and ``probes`` for the
-    trace. :attr:`gradwatch.Watcher.overhead` counts it. Between the steps at which it is taken only
-    that vector is kept, of the size of the model; at them six, and the graph of the batch, next to
-    the gradients of the step. On a device it waits for the numbers.
+    soon as there is a search from the time before to go on from, and ``probes`` for the trace.
+    :attr:`gradwatch.Watcher.overhead` counts it. Between the steps at which it is taken two vectors
+    of the size of the model are kept, the eigenvector and the runner-up; at them a dozen, and the
+    graph of the batch, next to the gradients of the step. On a device it waits for the numbers.
 
     The training is not changed: ``.grad`` fields, buffers, training flags, and the random numbers
     of torch, Python and NumPy stay as they are, and no hook that waits for a gradient is called. A
@@ -69,10 +69,10 @@ class CurvatureEvery:
     Args:
         every: Steps from one time to the next, at least 1.
         loss: Returns the loss: a mean over a batch, neither scaled by a ``GradScaler`` nor divided
-            for accumulation. Called without arguments, or with the model, free of its data-parallel
-            wrapper, if it takes one. Give it one batch that stays the same, or the numbers follow
-            the batches. Random numbers, dropout's say, are the same each time, from ``seed``.
-            Whether layers are in training mode is as the loop has left it. It must not
+            for accumulation. Called without arguments, or with the model if it takes one, free of
+            its data-parallel wrapper and uncompiled. Give it one batch that stays the same, or the
+            numbers follow the batches. Random numbers, dropout's say, are the same each time, from
+            ``seed``. Whether layers are in training mode is as the loop has left it. It must not
             call ``backward``.
         iterations: The most products to spend on the eigenvalue, at least 1.
         tolerance: The error of the eigenvalue at which to stop, as a share of the largest magnitude

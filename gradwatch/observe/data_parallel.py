@@ -113,6 +113,12 @@ def wrappers_of(model: object) -> list[DistributedDataParallel]:
     return inside if inside or not is_distributed() else list(_around(model))
 
 
+def all_wrappers() -> list[DistributedDataParallel]:
+    """Lists the wrappers of the process; torch keeps no list of them."""
+    # The class of an object, not isinstance(): that asks proxies, which may answer with an error.
+    return [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
+
+
 def parameter_groups(module: nn.Module) -> list[Any]:
     """Lists what FSDP2 communicates at once of a module that ``fully_shard`` was applied to.
 
@@ -221,10 +227,8 @@ class _Team:
 
 
 def _around(model: nn.Module) -> Iterator[DistributedDataParallel]:
-    """Finds the wrappers of the process that have a model in them; torch keeps no list of them."""
-    # The class of an object, not isinstance(): that asks proxies, which may answer with an error.
-    for candidate in gc.get_objects():
-        if issubclass(type(candidate), DistributedDataParallel):
-            wrapped = getattr(candidate, "module", None)
-            if wrapped is not None and any(part is model for part in wrapped.modules()):
-                yield candidate
+    """Finds the wrappers of the process that have a model in them."""
+    for wrapper in all_wrappers():
+        wrapped = getattr(wrapper, "module", None)
+        if wrapped is not None and any(part is model for part in wrapped.modules()):
+            yield wrapper

@@ -72,8 +72,7 @@ def bin_table(table: NDArray[np.float64], spans: Spans) -> dict[str, NDArray[np.
     for name in ("bad_steps", "clipped_steps", "skipped_steps"):
         counts = np.nan_to_num(named[name], nan=0.0, posinf=0.0, neginf=0.0)
         binned[name] = reduce_spans(np.add, np.maximum(counts, 0.0), spans, 0.0)
-    with np.errstate(over="ignore"):
-        return {name: values.astype(np.float32) for name, values in binned.items()}
+    return {name: _narrow(values) for name, values in binned.items()}
 
 
 def reduce_spans(
@@ -137,6 +136,8 @@ def bin_bad(
         array ``[P, columns]`` of the narrowest type that holds the counts, or of uint16, where
         65535 stands for more; None where there is none.
     """
+    if not any(len(matrix.bad_rows) for _, matrix in pieces):
+        return None
     columns = len(spans.start)
     counts = np.zeros((columns, parameters), np.uint32)
     for piece, matrix in pieces:
@@ -157,6 +158,13 @@ def bin_bad(
     if largest <= np.iinfo(np.uint8).max:
         return np.ascontiguousarray(counts.T, np.uint8)
     return np.ascontiguousarray(np.minimum(counts, np.iinfo(np.uint16).max).T, np.uint16)
+
+
+def _narrow(values: NDArray[Any]) -> NDArray[np.float32]:
+    """Copies as float32; what is finite stays so."""
+    limit = float(np.finfo(np.float32).max)
+    finite = np.isfinite(values)
+    return np.where(finite, np.clip(values, -limit, limit), values).astype(np.float32)
 
 
 def _overlaps(spans: Spans, here: slice, piece: Piece) -> list[tuple[int, int, int]]:

@@ -1,4 +1,8 @@
-"""GradientsLoader: what TensorBoard's entry point names; it makes the plugin, or leaves it out."""
+"""GradientsLoader: what TensorBoard's entry point names; it makes the plugin, or leaves it out.
+
+Any file of this package may be missing, and TensorBoard still starts. Only where all of them are
+gone while the entry point is still there does TensorBoard itself die: nothing can prevent that.
+"""
 
 from __future__ import annotations
 

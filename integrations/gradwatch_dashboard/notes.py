@@ -11,7 +11,7 @@ MAX_NOTES = 200
 _MAX_CHARACTERS = 120
 _logger = logging.getLogger("gradwatch_dashboard")
 _lock = threading.Lock()
-_seen: set[tuple[object, ...]] = set()
+_seen: set[tuple[str, ...]] = set()
 
 
 def note(message: str, *details: object) -> None:
@@ -21,11 +21,12 @@ def note(message: str, *details: object) -> None:
         message: With a ``%s`` for each detail.
         details: What the message is about, possibly a stranger's text.
     """
+    entry = (message, *map(shown, details))
     with _lock:
-        if (message, details) in _seen or len(_seen) >= MAX_NOTES:
+        if entry in _seen or len(_seen) >= MAX_NOTES:
             return
-        _seen.add((message, details))
-    _logger.warning(message, *map(shown, details))
+        _seen.add(entry)
+    _logger.warning(*entry)
 
 
 def shown(text: object) -> str:

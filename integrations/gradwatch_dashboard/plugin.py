@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,8 +26,10 @@ from gradwatch_dashboard.static_files import ENTRY, StaticFile, read_static_file
 from gradwatch_dashboard.store import Store, View
 from gradwatch_dashboard.wire import PLUGIN
 
+_logger = logging.getLogger(__name__)
 _STATIC = Path(__file__).parent / "static"
 _NO_PROVIDER = "this TensorBoard has no data provider; version 2.14 or newer has one"
+_FAILED = "The Gradients tab has failed. The log of TensorBoard says how."
 _NO_RUN = "there is no run {run} with gradients"
 _NO_OPTIMIZER = "run {run} has no optimizer {optimizer} with gradients"
 _JSON = "application/json"
@@ -172,6 +175,12 @@ def _application(respond: Callable[[Any], Any]) -> App:
             allowed = [("Allow", "GET, HEAD")]
             text = "Only GET is answered: the tab reads, and changes nothing."
             return http_util.Respond(request, text, "text/plain", code=405, headers=allowed)
-        return respond(request)
+        try:
+            return respond(request)
+        except errors.PublicError:
+            raise
+        except Exception:  # TensorBoard would say so nowhere
+            _logger.exception("The Gradients tab has failed at %s", shown(request.path))
+            return http_util.Respond(request, _FAILED, "text/plain", code=500)
 
     return application

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,10 @@ from gradwatch_dashboard.wire import PLUGIN, Tag, is_readable
 
 ALL_SAMPLES = 2**31 - 1
 
-_TOO_NEW = "The Gradients tab leaves out %s of run %s: no format that it knows. Is gradwatch old?"
+_UNKNOWN = (
+    "The Gradients tab leaves out data of run %s: it is damaged, or of a newer gradwatch. Then "
+    "pip install --upgrade gradwatch where TensorBoard runs."
+)
 _DAMAGED = "The Gradients tab leaves out %s of run %s, which cannot be read: %s"
 _UNAVAILABLE = "TensorBoard cannot read its data now: {error}. Its log says more."
 _TRANSIENT = frozenset({"UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED", "ABORTED"})
@@ -35,6 +39,18 @@ class Version(NamedTuple):
 
     max_step: int | None
     max_wall_time: float | None
+
+
+class Source(NamedTuple):
+    """What is to be read.
+
+    Attributes:
+        run: Name of the run.
+        tag: One of its tags.
+    """
+
+    run: str
+    tag: Tag
 
 
 Listing = dict[str, dict[Tag, Version]]
@@ -82,53 +98,62 @@ class Provider:
             raise UnavailableError(_UNAVAILABLE.format(error=shown(error))) from error
         return {name: ours for name, tags in found.items() if (ours := _readable(name, tags))}
 
-    def read(self, run: str, tags: Sequence[Tag]) -> dict[Tag, list[Any]]:
-        """Reads tags, all of them in one call where that goes well.
+    def read(self, wanted: Sequence[Source]) -> dict[Source, list[Any]]:
+        """Reads tags, in as few calls as go well: each takes the data server 45 ms.
 
         Args:
-            run: Their run.
-            tags: Any number.
+            wanted: Run and tag of each.
 
         Returns:
-            Tag to its ``TensorDatum``s in the order of the file. A tag that is gone or damaged has
-            none.
+            The ``TensorDatum``s of each in the order of the file. A tag that is gone, damaged or
+            too large for a reply has none.
 
         Raises:
             UnavailableError: If TensorBoard cannot read now.
         """
         try:
-            found = self._read(run, tags)
+            found = self._read(wanted)
         except Exception as error:
             if _is_transient(error):
                 raise UnavailableError(_UNAVAILABLE.format(error=shown(error))) from error
-            if len(tags) == 1:
-                note(_DAMAGED, str(tags[0]), run, type(error).__name__)
-                return {tags[0]: []}
-            return {tag: data for one in tags for tag, data in self.read(run, [one]).items()}
-        return {tag: list(found.get(str(tag), ())) for tag in tags}
+            if len(wanted) == 1:
+                run, tag = wanted[0]
+                note(_DAMAGED, str(tag), run, type(error).__name__)
+                return {wanted[0]: []}
+            middle = len(wanted) // 2
+            return self.read(wanted[:middle]) | self.read(wanted[middle:])
+        return {
+            source: list(found.get(source.run, {}).get(str(source.tag), ())) for source in wanted
+        }
 
-    def _read(self, run: str, tags: Sequence[Tag]) -> dict[str, Sequence[Any]]:
-        if not tags:
+    def _read(self, wanted: Sequence[Source]) -> dict[str, dict[str, Sequence[Any]]]:
+        if not wanted:
             return {}
         found: dict[str, dict[str, Sequence[Any]]] = self._provider.read_tensors(
             self._context,
             experiment_id=self.experiment,
             plugin_name=PLUGIN,
             downsample=ALL_SAMPLES,
-            run_tag_filter=provider.RunTagFilter(runs=[run], tags=[str(tag) for tag in tags]),
+            run_tag_filter=provider.RunTagFilter(
+                runs={source.run for source in wanted}, tags={str(source.tag) for source in wanted}
+            ),
         )
-        return found.get(run, {})
+        return found
 
 
 def _readable(run: str, tags: dict[str, Any]) -> dict[Tag, Version]:
     ours: dict[Tag, Version] = {}
     for name, series in tags.items():
         tag = _parse(name)
-        if tag is None or not _is_known(series.plugin_content):
-            note(_TOO_NEW, name, run)
+        if tag is None:
+            continue
+        if not _is_known(series.plugin_content):
+            note(_UNKNOWN, run)
             continue
         time = series.max_wall_time
-        ours[tag] = Version(series.max_step, time if time == time else None)
+        ours[tag] = Version(
+            series.max_step, time if time is not None and math.isfinite(time) else None
+        )
     return ours
 
 

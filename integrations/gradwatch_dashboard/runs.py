@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from gradwatch_dashboard.listings import Listings
-from gradwatch_dashboard.provider import Listing, Provider
-from gradwatch_dashboard.store import Store, View
+from gradwatch_dashboard.provider import Listing, Provider, Source
+from gradwatch_dashboard.store import TOGETHER, Data, Store, Tags, View
 from gradwatch_dashboard.wire import COLUMNS
 
 MAX_BYTES = 256 * 2**20
@@ -32,6 +32,7 @@ class Runs:
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._stores: OrderedDict[_Key, Store] = OrderedDict()
+        self._sizes: dict[_Key, int] = {}
         self._listings = Listings()
         self._summaries: dict[_Key, tuple[object, dict[str, Any]]] = {}
 
@@ -59,8 +60,11 @@ class Runs:
             store = self._stores.setdefault(key, Store(key[1]))
             self._stores.move_to_end(key)
         with store.lock:
-            yield store
-        self._shrink()
+            try:
+                yield store
+            finally:
+                size = store.nbytes
+        self._shrink(key, size)
 
     def summaries(self, provider: Provider) -> list[dict[str, Any]]:
         """Summarizes all runs.
@@ -73,17 +77,35 @@ class Runs:
         """
         listing = self._listings.get(provider)
         self._forget_others(provider.experiment, listing)
-        found = (self._summary(provider, run, listing) for run in sorted(listing))
-        return [summary for summary in found if summary["optimizers"] or summary["events"]]
+        changed = [run for run in sorted(listing) if self._changed(provider, run, listing[run])]
+        for runs, read in self._read(provider, changed, listing):
+            for run in runs:
+                key = (provider.experiment, run)
+                with self._store(key) as store:
+                    summary = summarize(run, store.view(provider, listing[run], read))
+                with self._lock:
+                    self._summaries[key] = listing[run], summary
+        found = (self._summaries.get((provider.experiment, run)) for run in sorted(listing))
+        summaries = (known[1] for known in found if known is not None)
+        return [one for one in summaries if one["optimizers"] or one["events"]]
 
-    def _summary(self, provider: Provider, run: str, listing: Listing) -> dict[str, Any]:
-        key, tags = (provider.experiment, run), listing[run]
-        seen, summary = self._summaries.get(key, (None, {}))
-        if seen != tags:
-            with self._store(key) as store:
-                summary = summarize(run, store.view(provider, tags))
-            self._summaries[key] = tags, summary
-        return summary
+    def _changed(self, provider: Provider, run: str, tags: Tags) -> bool:
+        known = self._summaries.get((provider.experiment, run))
+        return known is None or known[0] != tags
+
+    def _read(
+        self, provider: Provider, runs: Sequence[str], listing: Listing
+    ) -> Iterator[tuple[list[str], Data]]:
+        """Reads several runs at a time: a hundred of them one by one would take many seconds."""
+        together: list[str] = []
+        sources: list[Source] = []
+        for run in runs:
+            with self._store((provider.experiment, run)) as store:
+                sources += store.changed(listing[run])
+            together.append(run)
+            if len(sources) >= TOGETHER or run == runs[-1]:
+                yield together, provider.read(sources)
+                together, sources = [], []
 
     def _forget_others(self, experiment: str, listing: Listing) -> None:
         with self._lock:
@@ -91,17 +113,16 @@ class Runs:
             for key in known:
                 if key[0] == experiment and key[1] not in listing:
                     self._stores.pop(key, None)
+                    self._sizes.pop(key, None)
                     self._summaries.pop(key, None)
 
-    def _shrink(self) -> None:
+    def _shrink(self, key: _Key, size: int) -> None:
         with self._lock:
-            sizes = {key: store.nbytes for key, store in list(self._stores.items())}
-            total = sum(sizes.values())
-            for key in list(self._stores)[:-1]:
-                if total <= self._max_bytes:
-                    return
-                total -= sizes[key]
-                del self._stores[key]
+            if key in self._stores:
+                self._sizes[key] = size
+            while sum(self._sizes.values()) > self._max_bytes and len(self._stores) > 1:
+                oldest, _ = self._stores.popitem(last=False)
+                self._sizes.pop(oldest, None)
 
 
 def summarize(run: str, view: View) -> dict[str, Any]:

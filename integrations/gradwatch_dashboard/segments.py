@@ -111,8 +111,8 @@ def read_steps(run: str, tag: Tag, data: Sequence[Any]) -> Steps:
             tables.setdefault(_key(datum), datum.numpy)
     table = np.concatenate([np.empty((0, len(COLUMNS))), *tables.values()])
     good = _are_good(table[:, 0], table[:, 1])
-    ends = np.cumsum([len(part) for part in tables.values()], dtype=np.intp)[:-1]
-    return Steps(table[good], tuple(zip(tables, np.split(good, ends), strict=True)))
+    ends = np.cumsum([len(part) for part in tables.values()], dtype=np.intp)
+    return Steps(table[good], tuple(zip(tables, np.split(good, ends)[:-1], strict=True)))
 
 
 def read_matrix(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from gradwatch_dashboard.event_log import Chunks, Entry, kept_events, read_events
 from gradwatch_dashboard.layouts import read_layout
-from gradwatch_dashboard.provider import Provider, Version
+from gradwatch_dashboard.provider import Provider, Source, Version
 from gradwatch_dashboard.segments import Matrix, Steps, read_matrix, read_steps
 from gradwatch_dashboard.sessions import (
     Piece,
@@ -20,11 +20,14 @@ from gradwatch_dashboard.sessions import (
 )
 from gradwatch_dashboard.wire import StreamLayout, Tag
 
-_TOGETHER = 64  # small tags that are read in one call
+TOGETHER = 64
+"""Small tags that are read in one call."""
+
+_SMALL = frozenset({"layout", "steps", "events"})
 _EVENT_BYTES = 700  # about what an event takes
 
-T = TypeVar("T")
 Tags = dict[Tag, Version]
+Data = Mapping[Source, Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +71,36 @@ class Store:
         chunks = [chunk for _, chunks in self._events.values() for chunk in chunks.values()]
         return matrices + 3 * tables + _EVENT_BYTES * sum(map(len, chunks))
 
-    def view(self, provider: Provider, tags: Tags) -> View:
+    def changed(self, tags: Tags) -> list[Source]:
+        """Lists what has to be read before a view.
+
+        Args:
+            tags: What there is of the run now.
+        """
+        if tags == self._tags:
+            return []
+        known = self._layouts | self._steps | self._events
+        return [
+            Source(self._run, tag)
+            for tag, version in tags.items()
+            if tag.kind in _SMALL and (tag not in known or known[tag][0] != version)
+        ]
+
+    def view(self, provider: Provider, tags: Tags, read: Data | None = None) -> View:
         """Brings everything but the cells up to date.
 
         Args:
             provider: Where to read.
             tags: What there is of the run now.
+            read: What was read for it already.
         """
         if self._view is not None and tags == self._tags:
             return self._view
-        self._read(provider, tags)
+        data: dict[Source, Sequence[Any]] = dict(read or {})
+        missing = [source for source in self.changed(tags) if source not in data]
+        for start in range(0, len(missing), TOGETHER):
+            data |= provider.read(missing[start : start + TOGETHER])
+        self._take(tags, data)
         tables = {tag[1:]: steps.table for tag, (_, steps) in self._steps.items()}
         layouts = {
             tag[1:3]: layout for tag, (_, layout) in self._layouts.items() if layout is not None
@@ -106,28 +129,20 @@ class Store:
         """
         return [(piece, self._matrix(provider, piece.segment)) for piece in track.pieces]
 
-    def _read(self, provider: Provider, tags: Tags) -> None:
+    def _take(self, tags: Tags, data: Data) -> None:
+        """Takes what was read; forgets what is gone."""
         for known in (self._layouts, self._steps, self._events, self._matrices):
             for tag in set(known).difference(tags):
                 del known[tag]
-        for tag, data in self._changed(provider, tags, "layout", self._layouts):
-            self._layouts[tag] = tags[tag], read_layout(self._run, tag, data)
-        for tag, data in self._changed(provider, tags, "steps", self._steps):
-            self._steps[tag] = tags[tag], read_steps(self._run, tag, data)
-        for tag, data in self._changed(provider, tags, "events", self._events):
-            known_chunks = self._events[tag][1] if tag in self._events else {}
-            self._events[tag] = tags[tag], read_events(self._run, tag, data, known_chunks)
-
-    def _changed(
-        self, provider: Provider, tags: Tags, kind: str, known: dict[Tag, tuple[Version, T]]
-    ) -> Iterator[tuple[Tag, Sequence[Any]]]:
-        changed = [
-            tag
-            for tag, version in tags.items()
-            if tag.kind == kind and (tag not in known or known[tag][0] != version)
-        ]
-        for start in range(0, len(changed), _TOGETHER):
-            yield from provider.read(self._run, changed[start : start + _TOGETHER]).items()
+        for run, tag in self.changed(tags):
+            version, found = tags[tag], data[Source(run, tag)]
+            if tag.kind == "layout":
+                self._layouts[tag] = version, read_layout(run, tag, found)
+            elif tag.kind == "steps":
+                self._steps[tag] = version, read_steps(run, tag, found)
+            else:
+                known_chunks = self._events[tag][1] if tag in self._events else {}
+                self._events[tag] = version, read_events(run, tag, found, known_chunks)
 
     def _matrix(self, provider: Provider, segment: SegmentKey) -> Matrix:
         norms, bad, steps = (Tag(kind, *segment) for kind in ("norms", "bad", "steps"))
@@ -135,7 +150,8 @@ class Store:
         if norms not in self._matrices or self._matrices[norms][0] != versions:
             self._matrices.pop(norms, None)  # not two at a time: they are large
             layout = cast(StreamLayout, self._layouts[Tag("layout", *segment[:2])][1])
-            data = provider.read(self._run, [tag for tag in (norms, bad) if tag in self._tags])
+            sources = [Source(self._run, tag) for tag in (norms, bad)]
+            data = provider.read([source for source in sources if source.tag in self._tags])
             self._matrices[norms] = (
                 versions,
                 read_matrix(
@@ -143,8 +159,8 @@ class Store:
                     norms,
                     self._steps[steps][1],
                     len(layout.parameters),
-                    data.get(norms, []),
-                    data.get(bad, []),
+                    data.get(sources[0], []),
+                    data.get(sources[1], []),
                 ),
             )
         return self._matrices[norms][1]

@@ -20,8 +20,9 @@ tag                                 tensor                      content
 ``events/<session>``                string ``[events]``         JSON, the fields of an ``Event``
 ==================================  ==========================  ===================================
 
-All begin with ``gradwatch/``. The step of an Event is the ``global_step`` of its last window, or
-one more than the one before, as it has to rise within a tag.
+All begin with ``gradwatch/``. The step of an Event is the first ``global_step`` that it covers, or
+one more than that of the Event before, as it has to rise within a tag. A run that is resumed hides
+what begins at its first step or later, and leaves the chunk that it cuts in two.
 
 Events are listed up to 10,000 in a session. An entry of the kind ``left_out`` behind them says that
 there were more; a second one, at the end of the session, stands in its place and says in its

@@ -1,4 +1,4 @@
-"""gradwatch in TensorBoard's stock dashboards: a sink that writes event files."""
+"""gradwatch in TensorBoard: a sink that writes event files."""
 
 try:
     from gradwatch_tensorboard.writer import TensorBoardWriter

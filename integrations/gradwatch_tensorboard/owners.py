@@ -24,7 +24,7 @@ class Owners:
             parameters: Number of columns.
         """
         self._seen: dict[str, NDArray[np.bool_]] = {}
-        self._owners = np.zeros(parameters, np.intp)
+        self._owned = np.zeros(parameters, np.bool_)
 
     def see(self, optimizer: str, norms: NDArray[np.floating[Any]]) -> None:
         """Notes where an optimizer had gradients.
@@ -34,9 +34,8 @@ class Owners:
             norms: float array ``[steps, parameters]``: the norms of steps of it.
         """
         present = (norms != NO_GRADIENT).any(axis=0)
-        seen = self._seen.setdefault(optimizer, np.zeros_like(present))
-        self._owners += present & ~seen
-        seen |= present
+        self._seen[optimizer] = present | self._seen.get(optimizer, False)
+        self._owned |= present
 
     def columns(self, optimizer: str) -> NDArray[np.intp]:
         """Lists the columns of an optimizer.
@@ -47,4 +46,4 @@ class Owners:
         Returns:
             intp array: rising; those where it had a gradient, and those where nobody had.
         """
-        return np.flatnonzero(self._seen[optimizer] | (self._owners == 0))
+        return np.flatnonzero(self._seen[optimizer] | ~self._owned)

@@ -87,7 +87,5 @@ def _add(event: Any, tag: Tag, *, described: bool) -> Any:
 
 
 def _shape(tensor: Any, shape: Sequence[int]) -> None:
-    # Of a scalar too: without the field its shape would not be [] but unknown.
-    tensor.tensor_shape.SetInParent()
     for size in shape:
         tensor.tensor_shape.dim.add(size=size)

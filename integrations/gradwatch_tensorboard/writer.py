@@ -1,4 +1,4 @@
-"""TensorBoardWriter: a sink for TensorBoard's stock dashboards.
+"""TensorBoardWriter: a sink for TensorBoard's stock dashboards and for the Gradients tab.
 
 What it writes, all values of a step in one Event, whatever the number of parameters:
 
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
 
 
 class TensorBoardWriter:
-    """Writes gradient norms, clipping and events where TensorBoard's own dashboards show them.
+    """Writes gradient norms, clipping and events where TensorBoard shows them.
 
     The module's docstring lists every tag. An error of the disk leaves :meth:`write`: the watcher
     reports it once and goes on without this sink.
@@ -100,8 +100,8 @@ class TensorBoardWriter:
             every: Steps between two values of a scalar. The largest norm and the smallest clip
                 coefficient since the last one are written, and a step with an event always is.
             block_every: The same for the norms of module blocks, which are most of the bytes.
-            step_scalars: Whether to write the step scalars; without them only blocks, events and
-                layout are written.
+            step_scalars: Whether to write the step scalars; without them only blocks, events,
+                layout and matrix are written.
             layout: Whether to write a layout for the Custom Scalars dashboard. A run has one, so
                 say False where you write your own.
             heatmap: Whether to write the matrix of the Gradients tab, the norms of all parameters

@@ -122,7 +122,7 @@ class TestFollowing:
         )
         follower = Follower(tmp_path)
         new = follower.look()
-        assert len(opened) == 3
+        assert len(opened) < len(list((tmp_path / "steps").iterdir()))
         assert len(follower.rows) == KEPT
         assert new.left_out == 5000 - KEPT
         assert len(follower.events.newest) == 64

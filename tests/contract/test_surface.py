@@ -142,7 +142,7 @@ print(time.process_time() - start)
 PUBLIC = [
     "AccumulateByNoiseScale", "AccumulatePolicy", "AccumulationError", "AdaGC",
     "AdaptiveGradientClip", "AutoClip", "ClipByNorm", "ClipByValue", "ClipDecision", "ClipPolicy",
-    "Event", "GradwatchWarning", "History", "NoiseScale", "NonFiniteGradientError", "RecordBatch",
+    "CurvatureEvery", "Event", "GradwatchWarning", "History", "NoiseScale", "NonFiniteGradientError", "RecordBatch",
     "RobustClip", "RunFolder", "Sink", "StepRecord", "Watcher", "ZClip",
     "check_gradients", "curvature", "load", "watch",
 ]  # fmt: skip
@@ -175,6 +175,7 @@ def test_watch_has_the_signature_of_the_contract() -> None:
     defaults = {
         "clip": None, "accumulate": 1, "on_nonfinite": "record", "statistics": ("norm",), "every": 1,
         "buffer_size": 1024, "scaler": None, "sinks": (), "run_dir": None, "exploding_norm": None, "skip_spikes": None, "max_consecutive_skips": 10,
+        "curvature": None,
     }  # fmt: skip
     positional = [
         p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD

@@ -164,13 +164,13 @@ class Board:
     def get_json(self, route, **query):
         """Asks for a route that has to answer with JSON."""
         reply = self.get(route, **query)
-        assert reply.status == 200, reply
+        assert reply.status == 200, f"{reply.status} {reply.text[:500]}\n{self.log[-9000:]}"
         return reply.json()
 
     def heatmap(self, run, optimizer, **query):
         """Asks for a heat map: its header with the arrays by name."""
         reply = self.get("heatmap", run=run, optimizer=optimizer, **query)
-        assert reply.status == 200, reply
+        assert reply.status == 200, f"{reply.status} {reply.text[:500]}\n{self.log[-9000:]}"
         return unpack(reply.body)
 
     def rss_bytes(self):

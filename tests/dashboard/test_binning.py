@@ -126,6 +126,23 @@ def test_a_finite_norm_hides_no_bad_step():
     assert bin_bad(pieces, 1, spans).tolist() == [[1]]
 
 
+def test_a_nan_outweighs_an_inf():
+    """A cell with both a NaN and an Inf, and nothing finite, shows the NaN, above no gradient."""
+    spans = spans_of(np.array([1, 2, 3]), np.array([1, 2, 3]), 1, 3, 1)
+    norms = encode(np.array([[np.nan, np.inf], [np.inf, -1], [-1, -1]], "f4"))
+    matrix = Matrix(norms, np.empty(0, np.intp), np.empty((0, 2), "u2"))
+    cells = bin_norms([(Piece(("s", 0, 0), slice(0, 3), 0, None), matrix)], 2, spans)
+    np.testing.assert_array_equal(cells, [[np.nan], [np.inf]])
+
+
+def test_large_totals_stay_finite():
+    """A finite total beyond float32 is its largest number, not Inf."""
+    table = np.zeros((1, len(COLUMNS)))
+    table[0, COLUMNS.index("grad_norm")] = 1e300
+    strips = bin_table(table, spans_of(np.array([1]), np.array([1]), 1, 1, 1))
+    assert strips["grad_norm"].tolist() == [np.finfo(np.float32).max]
+
+
 def test_columns_of_huge_steps_do_not_overflow():
     """The columns are exact up to the largest step that is read."""
     firsts = np.array([0, MAX_STEP])

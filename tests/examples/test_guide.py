@@ -122,6 +122,7 @@ EXPECTED = {
         # w is 1, -3, 9, -27 and the gradient 4 w.
         "first step above 100": 4,
         "its norm": 108,
+        "findings, one of them exploding": 1,
     },
     "10_best_practices.py": {
         # w is 0, 0.5, 1, 1, 1.5: half the clipped gradient of 1 a step, and none at the NaN.
@@ -133,6 +134,7 @@ EXPECTED = {
         "factor of the clip, step 4": 1 / 3,
         "steps left out": 1,
         "the folder's steps are the same": 1,
+        "and so is its report": 1,
         "exp overwritten: an error": 1,
     },
 }

@@ -1,6 +1,9 @@
 """CurvatureEvery along trainings whose curvature is known, and the search that it goes on with."""
 
 import math
+import re
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import gradwatch
 from gradwatch.explain.hessian import sampler
 from gradwatch.explain.hessian.largest_eigenpair import largest_eigenpair
 
+PAGE = Path(__file__).parents[2] / "docs" / "curvature.md"
 COLUMNS = ["hessian_eigenvalue", "hessian_trace"]
 
 
@@ -229,3 +233,36 @@ def test_without_probes_no_trace():
     history, _ = _train(x, lambda: x.square().sum(), 1, probes=0)
     assert history.steps()["hessian_eigenvalue"].tolist() == pytest.approx([2.0])
     assert math.isnan(history.steps()["hessian_trace"].iloc[0])
+
+
+def test_the_page_runs(tmp_path, capsys):
+    """The snippet of docs/curvature.md runs as it stands, and prints numbers at steps 1, 51, 101, 151."""
+    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    script = tmp_path / "snippet.py"
+    script.write_text(snippet)
+    watcher = runpy.run_path(str(script))["watcher"]
+    seen = watcher.history.steps(COLUMNS).dropna()
+    assert seen.index.tolist() == [1, 51, 101, 151]
+    assert f"{seen['hessian_trace'].iloc[-1]:.3f}"[:3] in capsys.readouterr().out
+
+
+def test_a_compiled_model():
+    """A function of the model is given the original of a compiled one, which bends."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)), torch.randn(5, 4)
+    compiled = torch.compile(model, backend="eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    given = []
+
+    def loss(module):
+        given.append(module)
+        return module(x).square().mean()
+
+    asked = gradwatch.CurvatureEvery(1, loss, iterations=99, tolerance=1e-4)
+    with gradwatch.watch(compiled, optimizer, curvature=asked) as watcher:
+        compiled(x).square().mean().backward()
+        optimizer.step()
+    assert given == [model]
+    exact = gradwatch.curvature(model, loss, tolerance=1e-6).largest_eigenvalue
+    seen = watcher.history.steps()["hessian_eigenvalue"].tolist()
+    assert seen == pytest.approx([exact], rel=1e-3)

@@ -14,9 +14,10 @@ _NO_GRAPH = (
     "before loss.backward(), or write loss.backward(retain_graph=True)."
 )
 _ONCE_ONLY = (
-    "curvature cannot differentiate this loss a second time: {reason} A fused kernel or a custom "
-    "autograd.Function on the way has no second derivative. For attention compute the loss under "
-    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), for an RNN on a GPU under "
+    "curvature cannot differentiate this loss a second time: {reason} A fused kernel, a compiled "
+    "model or a custom autograd.Function on the way has no second derivative. Of a compiled model "
+    "call the original, as in curvature(model, lambda model: ...). For attention compute the loss "
+    "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), for an RNN on a GPU under "
     "torch.backends.cudnn.flags(enabled=False) (curvature does both by itself where the loss is "
     "given as a function that it calls); write a Function's backward in differentiable operations."
 )

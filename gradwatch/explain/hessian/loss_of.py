@@ -44,7 +44,7 @@ def evaluate_loss(model: nn.Module | Mapping[str, Tensor], loss: Loss) -> Tensor
     """Computes the loss, by operations that can be differentiated twice where there is a choice.
 
     Args:
-        model: What a function with an argument is given, free of its data-parallel wrapper.
+        model: What a function with an argument is given, once it is unwrapped and uncompiled.
         loss: The loss or the function.
 
     Returns:
@@ -66,13 +66,19 @@ def evaluate_loss(model: nn.Module | Mapping[str, Tensor], loss: Loss) -> Tensor
 
 
 def _call(model: nn.Module | Mapping[str, Tensor], loss: Callable[..., Any]) -> Any:
-    while isinstance(model, _WRAPPERS):
-        model = model.module
+    model = _unwrapped(model)
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if isinstance(model, nn.Module) and any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         return loss(model) if arguments(loss) else loss()
+
+
+def _unwrapped(model: Any) -> Any:
+    """Takes the module out of what reduces gradients, and of what torch.compile made of it."""
+    while isinstance(model, _WRAPPERS) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, _WRAPPERS) else model._orig_mod
+    return model
 
 
 def arguments(function: Callable[..., Any]) -> int:

@@ -73,7 +73,7 @@ def hessian_of(
         stack.enter_context(undisturbed_gradients(tensors))
         if isinstance(model, nn.Module):
             stack.enter_context(undisturbed_buffers(model))
-            stack.enter_context(undisturbed_communication(model))
+        stack.enter_context(undisturbed_communication())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         with undisturbed_random(seed, tensors):

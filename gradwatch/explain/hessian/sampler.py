@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gradwatch.explain.curvature_every import NOT_TAKEN, CurvatureEvery, CurvatureSample
 from gradwatch.explain.hessian.hutchinson import estimate_trace
-from gradwatch.explain.hessian.largest_eigenpair import largest_eigenpair
+from gradwatch.explain.hessian.largest_eigenpair import Eigenpair, largest_eigenpair
 from gradwatch.explain.hessian.not_finite import NotFiniteError
 from gradwatch.explain.hessian.of_model import hessian_of
 from gradwatch.observe.arrivals import inside_backward
@@ -51,7 +51,7 @@ class CurvatureSampler:
         self.busy = False
         self._asked = asked
         self._model = model
-        self._eigenvector: Tensor | None = None
+        self._last: Eigenpair | None = None
         self._owed = False
         self._warned = False
         self._dead = False
@@ -81,7 +81,7 @@ class CurvatureSampler:
         try:
             return self._take(step)
         except NotFiniteError as error:
-            self._eigenvector = None
+            self._last = None
             if not self._warned:
                 self._warned = True
                 warn_safely(NO_NUMBER.format(step=step, error=error))
@@ -95,24 +95,26 @@ class CurvatureSampler:
         asked = self._asked
         with _without_autocast(), hessian_of(self._model, asked.loss, asked.seed) as found:
             product = found.product
-            start = self._start(product.like, step)
-            top = largest_eigenpair(product, start, asked.iterations, asked.tolerance)
+            start, runner_up = self._start(product.like, step)
+            limits = (asked.iterations, asked.tolerance)
+            top = largest_eigenpair(product, start, *limits, runner_up)
             generator = torch.Generator().manual_seed(asked.seed)
             trace = estimate_trace(product, product.like, asked.probes, generator)
-        self._eigenvector = top.vector
+        self._last = top
         return CurvatureSample(top.value, trace.value)
 
-    def _start(self, like: Tensor, step: int) -> Tensor:
-        """Takes the last eigenvector, mixed with all others, so that one can overtake it."""
+    def _start(self, like: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """Takes where the last search ended, the best mixed with all others."""
         generator = torch.Generator().manual_seed(self._asked.seed + step)
         fresh = torch.randn(like.shape, generator=generator).to(like)
-        last = self._eigenvector
-        if last is None or last.shape != like.shape or last.device != like.device:
-            return fresh
-        return last.to(like).add(fresh, alpha=MIXED_IN / float(torch.linalg.vector_norm(fresh)))
+        last = self._last
+        if last is None or not _fits(last.vector, like):
+            return fresh, None
+        share = MIXED_IN / float(torch.linalg.vector_norm(fresh))
+        return last.vector.add(fresh, alpha=share), last.runner_up
 
     def _stop(self, step: int, why: str) -> None:
-        self._dead, self._eigenvector = True, None
+        self._dead, self._last = True, None
         warn_safely(STOPPED.format(step=step, error=why))
 
 
@@ -130,6 +132,10 @@ def _without_autocast() -> Iterator[None]:
 
 def _device_types() -> Iterable[str]:
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def _fits(vector: Tensor, like: Tensor) -> bool:
+    return (vector.shape, vector.dtype, vector.device) == (like.shape, like.dtype, like.device)
 
 
 def _named(error: Exception) -> str:

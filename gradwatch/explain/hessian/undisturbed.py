@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradwatch.observe.data_parallel import wrappers_of
+from gradwatch.observe.data_parallel import all_wrappers
+from gradwatch.observe.ranks import is_distributed
 
 _HAS_BACKWARD = (
     "The function that computes the loss ran a backward itself, or set a .grad. Its gradients were "
@@ -98,14 +99,15 @@ def undisturbed_gradients(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed_communication(model: nn.Module) -> Iterator[None]:
-    """Has no wrapper of the model talk to other ranks, nor expect a backward to follow.
+def undisturbed_communication() -> Iterator[None]:
+    """Has no wrapper of the process talk to other ranks, nor expect a backward to follow.
 
     ``DistributedDataParallel`` waits for the backward of every forward that it means to reduce, and
-    ``torch.autograd.grad`` is none that it would notice: its next forward would refuse to run.
+    ``torch.autograd.grad`` is none that it would notice: its next forward would refuse to run. A
+    loss may call others than that of the model, the critic of a generator say.
     """
     flags = ("require_backward_grad_sync", "require_forward_param_sync")
-    wrappers = wrappers_of(model)
+    wrappers = all_wrappers() if is_distributed() else []
     saved = [[getattr(wrapper, flag) for flag in flags] for wrapper in wrappers]
     try:
         for wrapper in wrappers:

@@ -39,6 +39,9 @@ COLUMNS = (
 )
 WINDOWS, LEAST_WINDOW = 60, 10
 BINS = 60
+WIDE_STEPS, WIDE_SPREAD = 4.5, 2.0
+"""Inches from which on there is room for two columns of legend, and for numbers between powers."""
+
 QUANTILES = (1.0, 50.0, 99.0)
 MIDDLE = 50.0
 ROOM = 0.14
@@ -53,8 +56,7 @@ def draw_clipping(history: Records, ax: Axes | None, start: int | None, stop: in
     if not tracks:
         return say(ax, EMPTY)
     ax.set_title(f"Clipping: {_summary(tracks)}", loc="left", fontsize="medium", fontweight="bold")
-    inches = ax.get_window_extent().width / ax.figure.dpi
-    gap = 0.75 / inches
+    gap = 0.75 / _inches(ax)
     by_step = inset(ax, (0.0, 0.0, 0.62 - gap / 2, 1.0))
     spread = inset(ax, (0.62 + gap / 2, 0.0, 0.38 - gap / 2, 1.0))
     ax.set_axis_off()
@@ -115,7 +117,11 @@ def _finish_steps(ax: Axes) -> None:
     low, high = ax.get_ylim()
     ax.set_ylim(min(0.0, low), max(1.04, high))
     ax.set_ylabel("factor, share")
-    legend_below(ax, columns=2)
+    legend_below(ax, columns=2 if _inches(ax) >= WIDE_STEPS else 1)
+
+
+def _inches(ax: Axes) -> float:
+    return float(ax.get_window_extent().width) / ax.figure.dpi
 
 
 def _draw_spread(ax: Axes, track: StepTrack, name: str, color: str) -> None:
@@ -175,7 +181,7 @@ def _finish_spread(ax: Axes) -> None:
     dress(ax)
     if ax.get_legend_handles_labels()[0]:
         ax.set_xscale("log")
-        log_norms(ax.xaxis, 5)
+        log_norms(ax.xaxis, 5, between=_inches(ax) >= WIDE_SPREAD)
     else:
         say(ax, "no finite norm")
     ax.set_xlabel("total gradient norm (L2)")

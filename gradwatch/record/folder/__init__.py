@@ -8,6 +8,7 @@
       steps/0001-0000000000-0000000063.parquet   one row per optimizer step
       parameters/0001-0000000000-0000000063.parquet   one row per step and parameter
       events/0001.jsonl                          one line of JSON per event
+      .lock                                      while a process writes: which one
 
 Each process that writes is a *session*; a *row* is a step of one, counted from 0. The name of a
 part says its session and its first and last row. A part is written under another name, synced and
@@ -17,7 +18,8 @@ its row in ``steps/`` exists for :func:`gradwatch.load`, and an event says in ``
 waits for.
 
 *Merging*: the merged part appears first, then the merged ones go. A reader leaves out a part whose
-rows another one covers, and lists a folder until two listings agree: it sees each row once.
+rows another one covers, and lists a folder until two listings agree: it sees each row once. Other
+tools may see rows twice for that moment; ``docs/run-folder.md`` tells how to drop them.
 
 *Resuming*: where a later session has steps of an optimizer, steps of earlier sessions from its
 first one on are void, and so are their events. Readers apply that rule, so that it holds from the

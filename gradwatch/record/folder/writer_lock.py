@@ -132,7 +132,8 @@ def _lock(file: int) -> bool:
 def _unlock(path: Path, file: int | None) -> None:
     """Removes the file while it is locked, so that nobody locks one that is about to go."""
     if file is not None:
-        _remove(path)
+        if _is_at(path, file):  # and not that of another process, in a folder that was made anew
+            _remove(path)
         with suppress(OSError):
             os.close(file)
 
@@ -145,7 +146,7 @@ def _remove(path: Path) -> None:
 def _is_at(path: Path, file: int) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(file))
-    except FileNotFoundError:
+    except OSError:
         return False
 
 

@@ -1,7 +1,7 @@
 /** The server's answers. All addresses are relative, so that they hold under any path prefix. */
 
 /** Says that the server gave no good answer. */
-export class ServerError extends Error {}
+class ServerError extends Error {}
 
 /**
  * Cells of a heat map.
@@ -37,28 +37,6 @@ export async function getJson(route, parameters, signal) {
  */
 export async function getHeat(wanted, signal) {
   return parseHeat(await (await answer("heatmap", wanted, signal)).arrayBuffer());
-}
-
-/**
- * Reads a binary answer: the length of a JSON header, the header, the arrays that it lists.
- *
- * @param {ArrayBuffer} buffer
- * @returns {Heat}
- */
-export function parseHeat(buffer) {
-  const length = new DataView(buffer).getUint32(0, true);
-  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
-  const kinds = { float32: Float32Array, uint8: Uint8Array, uint16: Uint16Array };
-  const arrays = {};
-  let at = aligned(4 + length);
-  for (const { name, dtype, shape } of header.arrays) {
-    const size = shape.reduce((product, side) => product * side, 1);
-    arrays[name] = new kinds[dtype](buffer, at, size);
-    at = aligned(at + arrays[name].byteLength);
-  }
-  const { norms, bad = null, ...strip } = arrays;
-  const { first_step: first, last_step: last, columns, parameters } = header;
-  return { first, last, columns, parameters, norms, bad, strip };
 }
 
 /**
@@ -109,4 +87,21 @@ async function answer(route, parameters = {}, signal = undefined) {
 
 function aligned(offset) {
   return (offset + 7) & ~7;
+}
+
+/** Reads a binary answer: the length of a JSON header, the header, the arrays that it lists. */
+function parseHeat(buffer) {
+  const length = new DataView(buffer).getUint32(0, true);
+  const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
+  const kinds = { float32: Float32Array, uint8: Uint8Array, uint16: Uint16Array };
+  const arrays = {};
+  let at = aligned(4 + length);
+  for (const { name, dtype, shape } of header.arrays) {
+    const size = shape.reduce((product, side) => product * side, 1);
+    arrays[name] = new kinds[dtype](buffer, at, size);
+    at = aligned(at + arrays[name].byteLength);
+  }
+  const { norms, bad = null, ...strip } = arrays;
+  const { first_step: first, last_step: last, columns, parameters } = header;
+  return { first, last, columns, parameters, norms, bad, strip };
 }

@@ -10,7 +10,7 @@ import { count, number, power } from "./format.js";
  * @param {number} most How many ticks fit.
  * @returns {number[]} Steps, rising.
  */
-export function stepTicks(first, last, most) {
+function stepTicks(first, last, most) {
   const span = Math.max(1, last - first);
   let unit = 10 ** Math.floor(Math.log10(span / Math.max(1, most)));
   unit = Math.max(1, unit);
@@ -81,7 +81,7 @@ export function drawSteps(context, plot, view, theme) {
     context.fillText(label, Math.min(Math.max(x, plot.left - 8 + half), right - half), 8);
   }
   context.textAlign = "right";
-  context.fillText("step", plot.left - 12, 8);
+  context.fillText("step", plot.left - 18, 8);
 }
 
 /**

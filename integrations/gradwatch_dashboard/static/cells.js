@@ -46,9 +46,8 @@ export class Cells {
     const known = this.medians.get(row);
     if (known !== undefined) return known;
     const some = this.of(row).values.filter((value) => value > 0 && value < Infinity).sort();
-    const middle = some.length >> 1;
-    const even = some.length % 2 === 0;
-    const median = some.length ? (even ? (some[middle - 1] + some[middle]) / 2 : some[middle]) : NaN;
+    const [low, high] = [(some.length - 1) >> 1, some.length >> 1];
+    const median = some.length ? (some[low] + some[high]) / 2 : NaN;
     this.medians.set(row, median);
     return median;
   }

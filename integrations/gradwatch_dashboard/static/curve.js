@@ -110,7 +110,7 @@ export class Curve {
     });
     context.restore();
     this.#legend(context, panels, colours, theme);
-    const bad = this.series.reduce((sum, { bad }) => sum + bad.filter((some) => some > 0).length, 0);
+    const bad = this.series.flatMap((series) => series.bad.filter((some) => some > 0)).length;
     const label = `Norm of ${shown(row.name)} by step; ${counted(bad, "bad window")}`;
     this.canvas.setAttribute("aria-label", label);
   }
@@ -128,7 +128,7 @@ export class Curve {
     context.font = theme.small;
     context.textAlign = "left";
     context.textBaseline = "middle";
-    const names = panels.length > 1 ? panels.map(({ choice }) => shown(choice.run)) : ["norm"];
+    const names = panels.length > 1 ? panels.map(({ label }) => label) : ["norm"];
     names.forEach((name, index) => {
       context.fillStyle = colours[index];
       context.fillRect(12, TOP + 7 + 17 * index, 16, 2);

@@ -8,6 +8,8 @@ import { sameChoice } from "./runs.js";
 /** So many cells are fetched at once: more would take longer than a glance. */
 const MOST_CELLS = 2_400_000;
 const MOST_COLUMNS = 4096;
+/** A window that was made this much wider needs finer columns. */
+const ROUGHLY = 0.25;
 
 /** Runs, and the cells of those on the screen. */
 export class Data {
@@ -35,6 +37,16 @@ export class Data {
   summary(choice) {
     const run = this.runs.find(({ run }) => run === choice?.run);
     return run?.optimizers.find(({ optimizer }) => optimizer === choice.optimizer) ?? null;
+  }
+
+  /**
+   * Tells whether a run has several optimizers.
+   *
+   * @param {import("./state.js").Choice} choice
+   * @returns {boolean}
+   */
+  hasSeveral(choice) {
+    return (this.runs.find(({ run }) => run === choice.run)?.optimizers.length ?? 0) > 1;
   }
 
   /**
@@ -69,8 +81,11 @@ export class Data {
    * @returns {boolean}
    */
   isFresh(panel) {
-    const { known } = this.#summaries.get(panel) ?? {};
-    return known !== undefined && known === JSON.stringify(this.summary(panel.choice));
+    const known = this.#summaries.get(panel);
+    if (!panel.overview || known !== JSON.stringify(this.summary(panel.choice))) return false;
+    const { first, last, columns } = panel.overview.heat;
+    const wanted = Math.min(this.#columns(panel), last - first + 1);
+    return Math.abs(wanted - columns) <= ROUGHLY * columns;
   }
 
   /**
@@ -104,7 +119,7 @@ export class Data {
       panel.detail = new Cells(detail, indices);
       panel.wanted = wish(view, columns);
     }
-    this.#summaries.set(panel, { known });
+    this.#summaries.set(panel, known);
   }
 
   /**

@@ -1,5 +1,5 @@
 /**
- * Elements, built without HTML text: names in a log are a stranger's, so they only ever become text.
+ * Elements, built without HTML text: names in a log are a stranger's and only ever become text.
  */
 
 /**

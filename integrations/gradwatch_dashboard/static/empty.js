@@ -26,8 +26,8 @@ export function noRuns() {
     h("p", {
       class: "note",
       text:
-        "With Lightning: GradientMonitor() beside a TensorBoardLogger. The first rows come after a " +
-        "few seconds of training; this page looks for them by itself.",
+        "With Lightning: GradientMonitor() beside a TensorBoardLogger. The first steps are " +
+        "written within seconds; TensorBoard shows them at its next reload.",
     }),
   );
 }

@@ -6,6 +6,7 @@ import { flag, h } from "./dom.js";
 import { count, shown } from "./format.js";
 
 const PAGE = 200;
+const MOST = 5000;
 
 /** Events of the runs on the screen. */
 export class Events {
@@ -18,7 +19,7 @@ export class Events {
     this.jump = jump;
     this.request = new Latest();
     this.events = [];
-    this.total = 0;
+    this.beyond = 0;
     this.page = PAGE;
     this.known = "";
     this.summary = h("span", { class: "side-count" });
@@ -37,7 +38,7 @@ export class Events {
     const signal = this.request.next();
     try {
       const answers = await Promise.all(
-        choices.map(({ run }) => getJson("events", { run }, signal)),
+        choices.map(({ run }) => getJson("events", { run, limit: MOST }, signal)),
       );
       const told = answers.flatMap(({ events }, index) =>
         events.filter((event) => ofChoice(event, choices[index])).map((event) => ({
@@ -50,7 +51,7 @@ export class Events {
       if (known === this.known) return;
       this.known = known;
       this.events = told;
-      this.total = answers.reduce((sum, { total }) => sum + total, 0);
+      this.beyond = answers.reduce((sum, { total, events }) => sum + total - events.length, 0);
       this.show();
     } catch (error) {
       if (isAbort(error)) return;
@@ -65,11 +66,13 @@ export class Events {
     this.kinds.replaceChildren(...[...counts].map(([kind, some]) => this.#kind(kind, some)));
     const seen = this.events.filter(({ kind }) => !this.state.hidden.has(kind));
     const several = new Set(this.events.map(({ choice }) => choice.run)).size > 1;
-    const all = Math.max(this.total, this.events.length);
-    this.summary.textContent = seen.length === all ? count(all) : `${count(seen.length)} of ${count(all)}`;
+    const all = this.events.length + this.beyond;
+    const some = seen.length === all ? "" : `${count(seen.length)} of `;
+    this.summary.textContent = some + count(all);
     const items = seen.slice(0, this.page).map((event) => this.#item(event, several));
     if (!seen.length) {
-      const text = this.events.length ? "All kinds are switched off." : "Nothing out of the ordinary.";
+      const none = "Nothing out of the ordinary.";
+      const text = this.events.length ? "All kinds are switched off." : none;
       items.push(h("li", { class: "note", text }));
     }
     if (seen.length > this.page) {
@@ -78,7 +81,10 @@ export class Events {
         this.page += PAGE;
         this.show();
       };
-      items.push(h("li", {}, h("button", { class: "link", text, onclick: more })));
+      items.push(h("li", { class: "note" }, h("button", { class: "link", text, onclick: more })));
+    } else if (this.beyond) {
+      const text = `${count(this.beyond)} later ones are not listed.`;
+      items.push(h("li", { class: "note", text }));
     }
     this.list.replaceChildren(...items);
   }

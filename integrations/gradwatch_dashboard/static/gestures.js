@@ -4,55 +4,42 @@ const LEAST_DRAG = 4;
 const BURST = 400;
 
 /**
- * What the application does about gestures.
- *
- * @typedef {Object} Actions
- * @property {function(number, number): Object} at What is under a point; see Panel.at.
- * @property {function(Object|null, number=, number=): void} hover
- * @property {function(Object): void} choose
- * @property {function(number, number): void} select Zooms to two shares of the width.
- * @property {function(number): void} pan Moves by a share of the width.
- * @property {function(number, number): void} zoom By a factor, about a share of the width.
- * @property {function(): void} reset
- * @property {function(): void} remember Notes where `back` returns to.
- */
-
-/**
  * Listens to the pointer.
  *
  * @param {import("./panel.js").Panel} panel
- * @param {Actions} actions
+ * @param {import("./actions.js").Actions} actions
  */
 export function listenToPointer(panel, actions) {
   const { plot, range } = panel;
+  const at = (event) => pointAt(panel, actions, event);
   const pointers = new Map();
   let drag = null;
 
   plot.addEventListener("pointerdown", (event) => {
     if (event.button !== 0 || onScrollbar(panel, event)) return;
-    const point = actions.at(event.clientX, event.clientY);
+    const point = at(event);
     pointers.set(event.pointerId, event.clientX);
+    drag = { ...point, end: point.share, x: event.clientX, pans: event.shiftKey, moved: false };
     if (pointers.size === 2) drag = { pinch: spread(pointers) };
-    else drag = { ...point, x: event.clientX, pans: event.shiftKey, moved: false, end: point.share };
   });
 
   plot.addEventListener("pointermove", (event) => {
-    const point = actions.at(event.clientX, event.clientY);
+    const point = at(event);
     if (pointers.has(event.pointerId)) pointers.set(event.pointerId, event.clientX);
     if (drag?.pinch) {
       const now = spread(pointers);
-      if (now > 10) actions.zoom(drag.pinch / now, point.share);
+      if (now > 10) actions.zoom(drag.pinch / now, point.share, false);
       drag.pinch = now;
       return;
     }
     if (!drag) {
-      actions.hover(point.inPlot ? point : null, event.clientX, event.clientY);
+      actions.hover(panel, point.inPlot ? point : null, event.clientX, event.clientY);
       return;
     }
     if (!drag.moved && (Math.abs(event.clientX - drag.x) < LEAST_DRAG || !drag.inPlot)) return;
     if (!drag.moved) start(event);
     if (drag.pans) {
-      actions.pan((drag.x - event.clientX) / panel.width);
+      actions.pan((drag.x - event.clientX) / panel.width, false);
       drag.x = event.clientX;
     } else {
       drag.end = point.share;
@@ -67,7 +54,7 @@ export function listenToPointer(panel, actions) {
     range.hidden = true;
     plot.classList.remove("panning");
     if (!done || done.pinch) return;
-    if (!done.moved) actions.choose(actions.at(event.clientX, event.clientY));
+    if (!done.moved) actions.choose(at(event));
     else if (!done.pans) actions.select(...inOrder(done.share, done.end));
   });
 
@@ -77,10 +64,10 @@ export function listenToPointer(panel, actions) {
     range.hidden = true;
   });
   plot.addEventListener("pointerleave", () => {
-    if (!drag) actions.hover(null);
+    if (!drag) actions.hover(panel, null);
   });
   plot.addEventListener("dblclick", (event) => {
-    if (actions.at(event.clientX, event.clientY).inPlot) actions.reset();
+    if (at(event).inPlot) actions.reset();
   });
   plot.addEventListener("wheel", wheel(panel, actions), { passive: false });
 
@@ -88,8 +75,8 @@ export function listenToPointer(panel, actions) {
     drag.moved = true;
     plot.setPointerCapture(event.pointerId);
     plot.classList.toggle("panning", drag.pans);
-    if (drag.pans) actions.remember();
-    actions.hover(null);
+    if (drag.pans) actions.state.remember();
+    actions.hover(panel, null);
   }
 
   function show(one, other) {
@@ -107,16 +94,20 @@ function wheel(panel, actions) {
     const zooms = event.ctrlKey || event.metaKey;
     if (!zooms && !event.shiftKey && Math.abs(event.deltaX) <= Math.abs(event.deltaY)) return;
     event.preventDefault();
-    if (event.timeStamp - last > BURST) actions.remember();
+    if (event.timeStamp - last > BURST) actions.state.remember();
     last = event.timeStamp;
     const unit = event.deltaMode === 1 ? 16 : 1;
-    if (!zooms) actions.pan((along * unit) / panel.width);
+    if (!zooms) actions.pan((along * unit) / panel.width, false);
     else {
-      const { share } = actions.at(event.clientX, event.clientY);
+      const { share } = pointAt(panel, actions, event);
       const turned = Math.max(-120, Math.min(120, event.deltaY * unit));
-      actions.zoom(Math.exp(turned * 0.004), Math.max(0, Math.min(1, share)));
+      actions.zoom(Math.exp(turned * 0.004), Math.max(0, Math.min(1, share)), false);
     }
   };
+}
+
+function pointAt(panel, { picture }, event) {
+  return picture ? panel.at(event.clientX, event.clientY, picture) : {};
 }
 
 function onScrollbar({ scroll }, event) {

@@ -11,7 +11,7 @@ const ZERO_LINE = pixel(SPECIAL.zeroLine);
 const ABSENT = bitsOf(-1);
 
 /** No bad cell and no exact zero is thinner than this, in CSS pixels. */
-export const LEAST_PIXELS = 3;
+const LEAST_PIXELS = 3;
 
 /**
  * Paints rows.
@@ -42,15 +42,8 @@ export function paint(picture) {
   for (const mark of marks.bad) fill(picture, mark, least, BAD, BAD_LINE);
 }
 
-/**
- * Finds the column under each pixel.
- *
- * @param {{first: number, last: number, columns: number}} heat
- * @param {{first: number, last: number}} view
- * @param {number} width
- * @returns {Int32Array} -1 where there is none.
- */
-export function columnsOfPixels(heat, view, width) {
+/** By pixel the column under it; -1 where there is none. */
+function columnsOfPixels(heat, view, width) {
   const columns = new Int32Array(width);
   const [span, steps] = [heat.last - heat.first + 1, view.last - view.first + 1];
   const same = heat.columns === width && heat.first === view.first && heat.last === view.last;
@@ -75,7 +68,8 @@ function edgesOfColumns(heat, view, width) {
 
 function paintRow(picture, row, columns) {
   const { pixels, width, height, scale, theme } = picture;
-  const [top, bottom] = [Math.max(0, Math.round(row.top)), Math.min(height, Math.round(row.bottom))];
+  const top = Math.max(0, Math.round(row.top));
+  const bottom = Math.min(height, Math.round(row.bottom));
   const from = bottom > top ? top : Math.max(0, Math.floor((row.top + row.bottom) / 2));
   if (from >= height || row.bottom <= 0) return;
   let values = numbersOf(row, scale.relative);
@@ -146,7 +140,8 @@ function fill({ pixels, width, height }, mark, least, colour, line) {
   for (let y = top; y < bottom; y++) {
     pixels.fill(colour, y * width + left, y * width + right);
     if (!hatched) continue;
-    for (let x = left + ((8 - ((left + y) % 8)) % 8); x < right; x += 8) pixels[y * width + x] = line;
+    const start = left + ((8 - ((left + y) % 8)) % 8);
+    for (let x = start; x < right; x += 8) pixels[y * width + x] = line;
   }
 }
 

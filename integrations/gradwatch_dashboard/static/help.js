@@ -32,7 +32,8 @@ export class Help {
         ? h("tr", {}, h("th", { text: keys, colspan: "2", scope: "colgroup" }))
         : h("tr", {}, h("td", {}, h("kbd", { text: keys })), h("td", { text })),
     );
-    const close = h("button", { class: "button", text: "Close", onclick: () => this.element.close() });
+    const onclick = () => this.element.close();
+    const close = h("button", { class: "button", text: "Close", onclick });
     this.element = h(
       "dialog",
       { class: "help", "aria-label": "Mouse and keys" },
@@ -41,9 +42,9 @@ export class Help {
       h("p", {
         class: "note",
         text:
-          "A cell shows the largest norm of its steps, before the clip. Where one of them had a NaN " +
-          "or an Inf, the cell is pink, however many good ones it holds. The row of a module shows " +
-          "the root of the sum of squares over its parameters.",
+          "A cell shows the largest norm of its steps, before the clip. Where one of them had a " +
+          "NaN or an Inf, the cell is pink, however many good ones it holds. The row of a module " +
+          "shows the root of the sum of squares over its parameters.",
       }),
       close,
     );

@@ -51,7 +51,8 @@ export function listenToHost(changed) {
 export function followDarkMode(changed) {
   const preferred = window.matchMedia("(prefers-color-scheme: dark)");
   const apply = () => {
-    const dark = ask((page) => page.document.body.classList.contains("dark-mode"), preferred.matches);
+    const isDark = (page) => page.document.body.classList.contains("dark-mode");
+    const dark = ask(isDark, preferred.matches);
     if (document.body.classList.contains("dark-mode") === dark) return;
     document.body.classList.toggle("dark-mode", dark);
     changed();
@@ -75,7 +76,7 @@ export function borrowTypeface(changed) {
     return rules
       .filter((rule) => rule.constructor.name === "CSSFontFaceRule")
       .filter((rule) => /^"?Roboto"?$/.test(rule.style.getPropertyValue("font-family")))
-      .map((rule) => faceOf(rule, page.document.baseURI));
+      .map((rule) => faceOf(rule, page.location.href));
   }, []);
   for (const face of faces) document.fonts.add(face);
   document.fonts.addEventListener("loadingdone", changed);
@@ -133,9 +134,11 @@ export function writeHash(hash) {
 }
 
 function faceOf(rule, base) {
+  // TensorBoard names its fonts from the root, which is wrong below a path prefix.
+  const found = (url) => new URL(url.replace(/^\//, "./"), base).href;
   const source = rule.style
     .getPropertyValue("src")
-    .replace(/url\("?([^")]+)"?\)/g, (_, url) => `url("${new URL(url, base).href}")`);
+    .replace(/url\("?([^")]+)"?\)/g, (_, url) => `url("${found(url)}")`);
   return new FontFace("Roboto", source, {
     weight: rule.style.getPropertyValue("font-weight") || "400",
     style: rule.style.getPropertyValue("font-style") || "normal",

@@ -4,12 +4,12 @@
  * Listens to the keys.
  *
  * @param {import("./panel.js").Panel} panel
- * @param {Object} app The application: `state`, `picture`, and what a key can ask of it.
+ * @param {import("./actions.js").Actions} actions
  */
-export function listenToKeys(panel, app) {
+export function listenToKeys(panel, actions) {
   panel.scroll.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const task = tasks(panel, app, event.shiftKey ? 10 : 1)[event.key];
+    const task = tasks(panel, actions, event.shiftKey ? 10 : 1)[event.key];
     if (!task) return;
     event.preventDefault();
     event.stopPropagation();
@@ -17,45 +17,41 @@ export function listenToKeys(panel, app) {
   });
   panel.scroll.addEventListener("focus", () => {
     // A click focuses too: there the pointer tells the place, and no outline is wanted.
-    if (panel.scroll.matches(":focus-visible")) move(panel, app, 0, 0);
+    if (panel.scroll.matches(":focus-visible")) move(panel, actions, 0, 0);
   });
-  panel.scroll.addEventListener("blur", () => app.state.set({ cursor: null }));
+  panel.scroll.addEventListener("blur", () => actions.state.set({ cursor: null }));
 }
 
-function tasks(panel, app, far) {
-  const { state } = app;
-  const { rows, view } = app.picture;
+function tasks(panel, actions, far) {
+  const { state } = actions;
+  const { rows } = actions.picture;
   const page = Math.max(1, Math.floor(panel.scroll.clientHeight / panel.rowHeight) - 1);
-  const place = () => {
-    const { cursor } = state;
-    return cursor ? (cursor.step - view.first + 0.5) / (view.last - view.first + 1) : 0.5;
-  };
   const row = () => (state.cursor ? rows[state.cursor.row] : null);
   return {
-    ArrowLeft: () => move(panel, app, -far, 0),
-    ArrowRight: () => move(panel, app, far, 0),
-    ArrowUp: () => move(panel, app, 0, -far),
-    ArrowDown: () => move(panel, app, 0, far),
-    PageUp: () => move(panel, app, 0, -page),
-    PageDown: () => move(panel, app, 0, page),
-    Home: () => move(panel, app, -Infinity, 0),
-    End: () => move(panel, app, Infinity, 0),
-    "+": () => app.zoom(0.5, place()),
-    "=": () => app.zoom(0.5, place()),
-    "-": () => app.zoom(2, place()),
-    "[": () => app.pan(-0.25),
-    "]": () => app.pan(0.25),
-    0: () => app.reset(),
+    ArrowLeft: () => move(panel, actions, -far, 0),
+    ArrowRight: () => move(panel, actions, far, 0),
+    ArrowUp: () => move(panel, actions, 0, -far),
+    ArrowDown: () => move(panel, actions, 0, far),
+    PageUp: () => move(panel, actions, 0, -page),
+    PageDown: () => move(panel, actions, 0, page),
+    Home: () => move(panel, actions, -Infinity, 0),
+    End: () => move(panel, actions, Infinity, 0),
+    "+": () => actions.zoom(0.5),
+    "=": () => actions.zoom(0.5),
+    "-": () => actions.zoom(2),
+    "[": () => actions.pan(-0.25),
+    "]": () => actions.pan(0.25),
+    0: () => actions.reset(),
     Escape: () => state.back(),
     Backspace: () => state.back(),
     Enter: () => row() && state.set({ selected: row().key }),
-    " ": () => row() && app.toggle(row()),
+    " ": () => row() && actions.toggle(row()),
   };
 }
 
 /** Moves the cursor by so many columns and rows, and says what is there. */
-function move(panel, app, columns, rows) {
-  const { picture, state } = app;
+function move(panel, actions, columns, rows) {
+  const { picture, state } = actions;
   const cells = panel.cells(picture.view);
   if (!cells || !picture.rows.length) return;
   const { first, last } = picture.view;
@@ -70,5 +66,5 @@ function move(panel, app, columns, rows) {
   const row = Math.max(0, Math.min(from.row + rows, picture.rows.length - 1));
   panel.reveal(row);
   state.set({ cursor: { row, step } });
-  app.say(panel, picture.rows[row], step);
+  actions.say(panel, picture.rows[row], step);
 }

@@ -32,7 +32,7 @@ export function readLink(hash) {
   if (range && Number(range[1]) < Number(range[2])) {
     patch.view = { first: Number(range[1]), last: Number(range[2]) };
   }
-  if (get("filter")) patch.filter = get("filter").slice(0, 500);
+  if (isPattern(get("filter"))) patch.filter = get("filter");
   if (["parameters", "modules"].includes(get("rows"))) patch.rows = get("rows");
   if (get("open") !== undefined) patch.open = new Set(readList(get("open")));
   if (get("colour") === "relative") patch.relative = true;
@@ -75,6 +75,15 @@ export function writeLink(hash, state) {
   put("marker", state.marker === null ? null : String(state.marker));
   put("hide", state.hidden.size ? JSON.stringify([...state.hidden]) : null);
   return `#${[TAB, ...kept, ...own].join("&")}`;
+}
+
+function isPattern(text) {
+  try {
+    new RegExp(text);
+    return Boolean(text) && text.length <= 500;
+  } catch {
+    return false;
+  }
 }
 
 function readList(text) {

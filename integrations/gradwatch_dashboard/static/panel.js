@@ -8,7 +8,7 @@ import { count, counted, shortened, shown } from "./format.js";
 import { paint } from "./heat_paint.js";
 import { clips, drawStrip, stripHeight } from "./strip.js";
 
-export const AXIS = 28;
+const AXIS = 28;
 const HEAD = 40;
 const RIGHT = 14;
 
@@ -70,12 +70,13 @@ export class Panel {
     return this.overview !== null && clips(this.overview.heat);
   }
 
-  /** Writes what run it is. */
+  /** Writes what run it is, and which optimizer where it has several. */
   describe(summary, several) {
     const { run, optimizer } = this.choice;
     this.title.textContent = shown(run);
     this.title.title = shown(run);
     const parts = several ? [shown(optimizer)] : [];
+    this.label = [shown(run), ...parts].join(" · ");
     if (summary) {
       parts.push(counted(summary.parameters, "parameter"));
       parts.push(`steps ${count(summary.first_step)}–${count(summary.last_step)}`);
@@ -112,6 +113,7 @@ export class Panel {
     const cells = this.cells(view);
     const place = { left: this.left, width: this.width, legend: this.left >= 150 };
     place.height = stripHeight(picture.clipping, small);
+    this.plot.style.setProperty("--strip", `${place.height}px`);
     const strip = fitted(this.strip, this.left + this.width + RIGHT, place.height);
     drawStrip(strip, place, cells.heat, view, picture.norms, picture.clipping, theme);
     drawSteps(fitted(this.axis, this.left + this.width + RIGHT, AXIS), place, view, theme);
@@ -131,7 +133,8 @@ export class Panel {
     const width = Math.max(10, this.width / (view.last - view.first + 1));
     const height = Math.max(9, this.rowHeight);
     const top = (cursor.row + 0.5) * this.rowHeight - this.scroll.scrollTop - height / 2;
-    this.cell.style.cssText = `left:${x - width / 2}px;top:${top}px;width:${width}px;height:${height}px`;
+    const place = { left: x - width / 2, top, width, height };
+    for (const [name, value] of Object.entries(place)) this.cell.style[name] = `${value}px`;
   }
 
   /** Shows where the pointer is. */
@@ -163,8 +166,9 @@ export class Panel {
   reveal(row) {
     const [top, bottom] = [row * this.rowHeight, (row + 1) * this.rowHeight];
     const { scrollTop, clientHeight } = this.scroll;
-    if (top < scrollTop) this.scroll.scrollTop = top;
-    else if (bottom > scrollTop + clientHeight) this.scroll.scrollTop = bottom - clientHeight;
+    const [more, end] = [2 * this.rowHeight, scrollTop + clientHeight];
+    if (top < scrollTop) this.scroll.scrollTop = top - more;
+    else if (bottom > end) this.scroll.scrollTop = bottom + more - clientHeight;
   }
 
   #line(line, step, view) {
@@ -205,17 +209,18 @@ export class Panel {
     if (!picture.labelled(this)) return this.labels.replaceChildren();
     const context = this.axis.getContext("2d");
     context.font = theme.small;
-    const every = Math.max(1, Math.ceil(12 / rowHeight));
+    const every = Math.max(1, Math.ceil(11 / rowHeight));
     const scrolled = this.scroll.scrollTop;
     const labels = [];
-    const from = Math.floor(scrolled / rowHeight / every) * every;
+    // Of rows thinner than a letter, the middle one of each group has its name shown.
+    const from = Math.floor(scrolled / rowHeight / every) * every + (every >> 1);
     for (let index = from; index < rows.length; index += every) {
       const middle = (index + 0.5) * rowHeight - scrolled - (rowHeight >= 10 ? 0.5 : 0);
       if (middle > height + 8) break;
-      const inside = rowHeight < 12 ? Math.max(middle, 7) : middle;
-      labels.push(this.#label(rows[index], index, inside, context, picture));
+      labels.push(this.#label(rows[index], index, middle, context, picture));
     }
     this.labels.style.width = `${this.left}px`;
+    this.labels.classList.toggle("dense", rowHeight < 13);
     this.labels.replaceChildren(...labels);
   }
 

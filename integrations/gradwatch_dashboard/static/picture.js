@@ -5,7 +5,8 @@ import { makeScale, sampled } from "./scale.js";
 import { shown } from "./format.js";
 
 const MOST_SAMPLED = 400;
-const [LEAST_HEIGHT, MOST_HEIGHT] = [13, 22];
+/** Heights of a row: the least if that makes all fit, that of rows to scroll through, the most. */
+const [LEAST_HEIGHT, EASY_HEIGHT, MOST_HEIGHT] = [11, 13, 22];
 
 /**
  * Joins the parameters of several runs: those of the first, then what only later ones have.
@@ -108,7 +109,7 @@ export class ScaleKeeper {
  */
 export function rowHeight(rows, room, fit) {
   const share = room / Math.max(1, rows);
-  if (share < LEAST_HEIGHT) return fit ? share : LEAST_HEIGHT;
+  if (share < LEAST_HEIGHT) return fit ? share : EASY_HEIGHT;
   return Math.min(MOST_HEIGHT, Math.floor(share));
 }
 

@@ -4,6 +4,8 @@
 export const READABLE = 60;
 const FEW = 12;
 const MANY = 400;
+/** Deeper names are a stranger's joke; their end stays in one piece. */
+const DEEPEST = 40;
 
 /**
  * A module or a parameter.
@@ -41,7 +43,7 @@ export function moduleTree(names, kept) {
   const root = node("m:", "", "", null, -1);
   const modules = new Map([["", root]]);
   for (const leaf of kept) {
-    const parts = names[leaf].split(".");
+    const parts = partsOf(names[leaf]);
     let above = root;
     above.leaves.push(leaf);
     for (let i = 1; i < parts.length; i++) {
@@ -125,6 +127,12 @@ export function around(root, leaf) {
   return modulesOf(root)
     .filter((module) => module.leaves.includes(leaf))
     .map((module) => module.key);
+}
+
+function partsOf(name) {
+  const parts = name.split(".");
+  if (parts.length <= DEEPEST) return parts;
+  return [...parts.slice(0, DEEPEST - 1), parts.slice(DEEPEST - 1).join(".")];
 }
 
 function node(key, name, label, parent, leaf) {

@@ -42,8 +42,8 @@ export function sampled(rows, relative) {
   for (const { values, typical } of rows) {
     const shift = relative ? Math.log10(typical) : 0;
     for (; at < values.length; at += stride) {
-      const value = values[at];
-      if (value > 0 && value < Infinity && !Number.isNaN(shift)) logs.push(Math.log10(value) - shift);
+      const log = values[at] > 0 ? Math.log10(values[at]) - shift : NaN;
+      if (Number.isFinite(log)) logs.push(log);
     }
     at -= values.length;
   }

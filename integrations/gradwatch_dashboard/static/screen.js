@@ -116,7 +116,7 @@ export class Screen {
     picture.rowHeight = rowHeight(rows.rows.length, picture.room, state.fit);
     this.picture = picture;
     for (const panel of panels) {
-      panel.describe(this.data.summary(panel.choice), panel.several);
+      panel.describe(this.data.summary(panel.choice), this.data.hasSeveral(panel.choice));
       panel.draw(picture);
     }
     this.#noRows(panels[0], rows.rows.length);

@@ -17,10 +17,10 @@ const ICONS = {
 export class Toolbar {
   /**
    * @param {import("./state.js").State} state
-   * @param {Object<string, function(): void>} actions `zoom(factor)`, `pan(share)`, `reset`,
-   *   `expand`, `collapse`, `help`.
+   * @param {import("./actions.js").Actions} actions
+   * @param {function(): void} openHelp
    */
-  constructor(state, actions) {
+  constructor(state, actions, openHelp) {
     this.state = state;
     this.input = h("input", {
       type: "search",
@@ -39,8 +39,8 @@ export class Toolbar {
     this.tree = h(
       "span",
       { class: "group", role: "group", "aria-label": "Modules" },
-      action("expand", "Expand all", actions.expand, true),
-      action("collapse", "Collapse all", actions.collapse, true),
+      action("expand", "Expand all", () => actions.expandAll(), true),
+      action("collapse", "Collapse all", () => actions.collapseAll(), true),
     );
     this.colours = choice("Colours", [
       ["Norm", () => state.set({ relative: false })],
@@ -58,7 +58,7 @@ export class Toolbar {
       ["Stacked", () => state.set({ stacked: true })],
     ]);
     this.seen = h("span", { class: "seen" });
-    this.reset = h("button", { class: "button", text: "Reset", onclick: actions.reset });
+    this.reset = h("button", { class: "button", text: "Reset", onclick: () => actions.reset() });
     this.reset.title = "Show all steps (0)";
     const zoom = h(
       "span",
@@ -68,7 +68,7 @@ export class Toolbar {
       action("plus", "Zoom in", () => actions.zoom(0.5)),
       action("right", "Later steps", () => actions.pan(0.5)),
     );
-    const help = h("button", { class: "button circle", text: "?", onclick: actions.help });
+    const help = h("button", { class: "button circle", text: "?", onclick: openHelp });
     help.title = "Mouse and keys (?)";
     help.setAttribute("aria-label", "Mouse and keys");
     this.element = h(
@@ -144,7 +144,8 @@ function action(icon, label, onclick, named = false) {
   const path = document.createElementNS(SVG, "path");
   path.setAttribute("d", ICONS[icon]);
   svg.append(path);
-  const button = h("button", { class: named ? "button" : "button icon", title: label, onclick }, svg);
+  const kind = named ? "button" : "button icon";
+  const button = h("button", { class: kind, title: label, onclick }, svg);
   if (named) button.append(label);
   else button.setAttribute("aria-label", label);
   return button;

@@ -11,7 +11,8 @@ import { count, counted, number, shown, steps } from "./format.js";
  * @param {import("./rows.js").Node|null} row null: a whole column.
  * @param {number} step
  * @param {{first: number, last: number}} view
- * @returns {{title: string, module: boolean, lines: [string, string][]}|null} null where no step is.
+ * @returns {{title: string, lines: [string, string, boolean?][]}|null} Names, texts, and whether it
+ *   is bad; null where no step is.
  */
 export function describe(panel, row, step, view) {
   const cells = panel.cells(view);
@@ -24,7 +25,7 @@ export function describe(panel, row, step, view) {
   lines.push([wide ? "steps" : "step", steps(range.first, range.last).replace(/^steps? /, "")]);
   if (row) lines.push(...aboutCell(panel, cells, row, column, wide));
   lines.push(...aboutColumn(cells.heat, column, wide));
-  return { title: row ? shown(row.name) : "all parameters", module: !!row && row.leaf < 0, lines };
+  return { title: row ? shown(row.name) : "all parameters", lines };
 }
 
 /**
@@ -34,7 +35,7 @@ export function describe(panel, row, step, view) {
  * @returns {string}
  */
 export function spoken(found) {
-  return found ? `${found.title}: ${found.lines.map((line) => line.join(" ")).join(", ")}` : "";
+  return found ? `${found.title}: ${found.lines.map(([name, text]) => `${name} ${text}`).join(", ")}` : "";
 }
 
 /** The box that follows the pointer. */
@@ -56,11 +57,11 @@ export class Tooltip {
    */
   show(found, run, x, y) {
     this.title.textContent = found.title;
-    const lines = run ? [["run", shown(run)], ...found.lines] : found.lines;
-    const rows = lines.flatMap(([name, text]) => {
-      const special = /NaN|Inf|^bad/.test(`${name === "run" ? "" : text}`) || name === "bad steps";
-      return [h("dt", { text: name }), h("dd", { text, class: special ? "special" : null })];
-    });
+    const lines = run ? [["run", run], ...found.lines] : found.lines;
+    const rows = lines.flatMap(([name, text, bad]) => [
+      h("dt", { text: name }),
+      h("dd", { text, class: bad ? "special" : null }),
+    ]);
     this.list.replaceChildren(...rows);
     this.element.hidden = false;
     const { offsetWidth: width, offsetHeight: height } = this.element;
@@ -91,22 +92,26 @@ function aboutRow(panel, row) {
 function aboutCell(panel, cells, row, column, wide) {
   const { values, bad } = cells.of(row);
   const value = values[column];
-  const count_ = bad ? bad[column] : 0;
+  const badSteps = bad ? bad[column] : 0;
   if (value === -2) return [["norm", "nothing recorded"]];
   if (value === -1) return [["norm", "no gradient"]];
-  const lines = [[wide ? "largest norm" : "norm", value === 0 ? "exactly 0" : number(value, 5)]];
+  const nonfinite = Number.isNaN(value) || value === Infinity;
+  const text = value === 0 ? "exactly 0" : number(value, 5);
+  const lines = [[wide ? "largest norm" : "norm", text, nonfinite]];
   const typical = panel.overview.typical(row);
   if (value > 0 && value < Infinity && typical > 0) {
     lines.push(["relative", `${number(value / typical, 3)} × typical`]);
   }
-  const nonfinite = Number.isNaN(value) || value === Infinity;
-  if (count_ || nonfinite) lines.push(["bad steps", `${count(count_ || 1)} with NaN or Inf`]);
+  if (badSteps || nonfinite) {
+    lines.push(["bad steps", `${count(badSteps || 1)} with NaN or Inf`, true]);
+  }
   return lines;
 }
 
 function aboutColumn({ strip }, column, wide) {
   const at = (name) => strip[name]?.[column] ?? NaN;
-  const lines = [["total norm", number(at("grad_norm"), 5)]];
+  const total = at("grad_norm");
+  const lines = [["total norm", number(total, 5), !Number.isFinite(total)]];
   const coefficient = at("clip_coef");
   if (coefficient === coefficient) {
     lines.push([wide ? "smallest clip coefficient" : "clip coefficient", number(coefficient, 4)]);

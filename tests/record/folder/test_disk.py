@@ -156,21 +156,24 @@ print(len(caught), caught[0].message)
 """
 
 
+@pytest.fixture
+def read_only():
+    """A folder that nobody may write to, not below those that pytest keeps for its own user."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+        yield Path(folder)
+        Path(folder).chmod(0o755)
+
+
 @pytest.mark.parametrize("inside", ["", "new/run"])
-def test_a_read_only_folder_is_one_warning(tmp_path, inside):
+def test_a_read_only_folder_is_one_warning(read_only, inside):
     """Neither a folder that cannot be made nor one that cannot be written to stops anything."""
-    tmp_path.chmod(0o555)
-    for parent in tmp_path.parents:  # pytest makes them for its own user only
-        if parent == Path(tempfile.gettempdir()):
-            break
-        parent.chmod(0o755)
-    process = runs.child(READ_ONLY, tmp_path / inside, UNPRIVILEGED)
+    process = runs.child(READ_ONLY, read_only / inside, UNPRIVILEGED)
     output, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
     assert output.startswith("1 gradwatch cannot write to the run folder")
     assert "Permission denied" in output
-    tmp_path.chmod(0o755)
-    assert list(tmp_path.iterdir()) == []
+    assert list(read_only.iterdir()) == []
 
 
 def test_a_damaged_older_part_stops_only_the_tidying(tmp_path):

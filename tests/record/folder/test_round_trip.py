@@ -46,6 +46,8 @@ STEPS = st.builds(
     loss_scale=NUMBERS,
     noise_scale=NUMBERS,
     noise_scale_stderr=NUMBERS,
+    hessian_eigenvalue=NUMBERS,
+    hessian_trace=NUMBERS,
     global_step=st.integers(-(2**62), 2**62),
 )
 EVENTS = st.builds(

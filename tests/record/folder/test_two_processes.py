@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -46,8 +47,8 @@ def writer(tmp_path):
     """Starts a process that writes into the folder; it is over after the test."""
     started = []
 
-    def start(*arguments):
-        process = runs.child(WRITER, tmp_path, *arguments, stdin=runs.subprocess.PIPE)
+    def start(how="alone", folder=""):
+        process = runs.child(WRITER, tmp_path / folder, how, stdin=runs.subprocess.PIPE)
         started.append(process)
         return process
 
@@ -182,6 +183,16 @@ def test_a_lock_that_goes_while_it_is_taken_is_taken_anew(tmp_path, monkeypatch)
     assert not _in_a_fresh_process(tmp_path)
     sink.close()
     assert _in_a_fresh_process(tmp_path)
+
+
+def test_the_lock_of_another_process_is_left_alone(tmp_path, writer):
+    """Where the folder was deleted and another process has made it anew, closing does not free it."""
+    sink = RunFolder(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    process = writer(folder="run")
+    assert process.stdout.readline() == "writes\n"
+    sink.close()
+    assert (tmp_path / "run" / LOCK).read_text().startswith(f"{process.pid} ")
 
 
 def _in_a_fresh_process(path):

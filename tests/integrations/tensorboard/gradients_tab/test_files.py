@@ -99,7 +99,7 @@ def test_steps_of_every_tag_rise(tmp_path):
     """The data server drops a point that is not above the one before."""
     logs.write(
         tmp_path,
-        *(logs.batch([step], [[math.nan]], events=[logs.event(step)] * 2, global_step=7)
+        *(logs.batch([step], [[math.nan]], events=[logs.event(step, global_step=7)] * 2, global_step=7)
           for step in range(1, 30)),
     )  # fmt: skip
     steps = {}

@@ -5,6 +5,10 @@ import struct
 
 import numpy as np
 import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from gradwatch_tensorboard import TensorBoardWriter
+from gradwatch_tensorboard.matrix import Matrix
 
 from . import logs
 
@@ -38,7 +42,7 @@ def batches(steps, size, pool, change=lambda norms, part: None):
 def test_a_step_takes_four_and_a_half_bytes_per_parameter(tmp_path):
     """Before the first doubling, in the batches that the watcher makes; 16 were allowed."""
     pool = np.random.default_rng(0).random((64, PARAMETERS), np.float32)
-    logs.write(tmp_path, *batches(range(1, 2049), 64, pool))
+    write_run(tmp_path, batches(range(1, 2049), 64, pool))
     (file,) = tmp_path.iterdir()
     per_number = file.stat().st_size / (2048 * PARAMETERS)
     assert size_of_ours(tmp_path) <= file.stat().st_size
@@ -48,9 +52,28 @@ def test_a_step_takes_four_and_a_half_bytes_per_parameter(tmp_path):
 def test_a_nan_in_every_step_stays_below_sixteen_bytes(tmp_path):
     """Each step its own chunk, with a table of bad counts: the most that a step can take."""
     pool = np.full((1, PARAMETERS), math.nan, np.float32)
-    logs.write(tmp_path, *batches(range(1, 301), 1, pool))
+    write_run(tmp_path, batches(range(1, 301), 1, pool))
     (file,) = tmp_path.iterdir()
     assert file.stat().st_size / (300 * PARAMETERS) < 16
+
+
+def write_run(folder, parts):
+    """Writes a whole run, of which one batch at a time is in memory."""
+    writer = TensorBoardWriter(folder, step_scalars=False, block_every=10**6, layout=False)
+    for part in parts:
+        writer.write(part)
+    writer.close()
+
+
+def write_matrix(folder, parts):
+    """Writes nothing but the matrix of a run."""
+    matrix = Matrix(str(folder))
+    with SummaryWriter(folder, max_queue=1000) as summary_writer:
+        for part in parts:
+            for event, step, time in matrix.add(part, [record.time_s for record in part.steps]):
+                summary_writer.file_writer.add_event(event, step, time)
+        for event, step, time in matrix.rest():
+            summary_writer.file_writer.add_event(event, step, time)
 
 
 @pytest.mark.slow
@@ -60,7 +83,7 @@ def test_a_million_steps_of_300_parameters(tmp_path, often_bad):
     rng = np.random.default_rng(0)
     pool = rng.random((5000, PARAMETERS), np.float32)
     lone = rng.choice(np.arange(1, 1_000_001), 20, replace=False)
-    spike = 777_777
+    spike = 777_778
 
     def change(norms, part):
         if often_bad:
@@ -70,7 +93,8 @@ def test_a_million_steps_of_300_parameters(tmp_path, often_bad):
             norms[spike - part.start, 11] = 1e6
 
     folder = tmp_path / "run"
-    logs.write(folder, *batches(range(1, 1_000_001), 5000, pool, change))
+    write = write_matrix if often_bad else write_run  # bad steps have scalars too, 400 MB of them
+    write(folder, batches(range(1, 1_000_001), 5000, pool, change))
     assert size_of_ours(folder) < 30e6
     (stream,) = logs.streams(logs.tensors(folder))
     assert stream.column("first_step").tolist() == [1, *(stream.column("last_step")[:-1] + 1)]

@@ -127,6 +127,7 @@ def test_windows_equal_a_plain_loop(run):
         )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2**50))
 def test_window_ends_by_definition(step):
     """A window begins behind a multiple of its width, and ends at the next one."""
@@ -157,10 +158,11 @@ def test_a_nan_does_not_wait():
     assert rest is None
 
 
-def test_early_ends_are_counted():
+@pytest.mark.parametrize("cuts", [(), range(0, 8192, 5)])
+def test_early_ends_are_counted(cuts):
     """After the last early end a NaN waits for the end of its window, and is counted there."""
     rows = [[NAN if step % 2 else 1.0] for step in range(8192)]
-    windows, rest = reduce(list(range(8193, 16385)), rows, early_ends=10)
+    windows, rest = reduce(list(range(8193, 16385)), rows, cuts, early_ends=10)
     assert len(windows) == 8192 // 8 + 10
     assert windows.bad.sum() == 4096
     assert rest is None
@@ -200,6 +202,13 @@ def test_a_bad_step_without_a_bad_norm():
     windows = Windows.of_steps([record], np.ones((1, 2), np.float32), [0.0])
     assert windows.are_bad.tolist() == [True]
     assert windows.bad.tolist() == [[0, 0]]
+
+
+def test_a_clip_coefficient_that_is_not_known():
+    """A NaN, of a bad step, does not hide the smallest coefficient of the others."""
+    records = [StepRecord(step=2049 + i, clip_coef=coef) for i, coef in enumerate([0.5, NAN])]
+    windows = Windows.of_steps(records, np.ones((2, 1), np.float32), [0.0, 0.0])
+    assert windows.merged(np.array([0])).table[0, COLUMNS.index("clip_coef")] == 0.5
 
 
 def test_takes_arrays_of_its_own():

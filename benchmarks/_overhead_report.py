@@ -1,0 +1,138 @@
+"""Report: RESULTS.md, written anew after every setting, so that a run that is cut off leaves it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from _overhead_once import Once
+from _overhead_peers import DISTRIBUTIONS, PEERS
+from _overhead_results import Result
+from _overhead_spread import spread
+from _overhead_targets import Row, spread_text, target_rows
+from _overhead_ways import BARE, CLIP, LIMITS, Way
+from _overhead_workloads import Setting
+
+HEAD = """# What gradwatch costs: results
+
+`benchmarks/overhead.py` wrote this page; do not edit it. Run that again to have the numbers of your
+machine: `make bench`.
+"""
+
+HOW = f"""## How to read it
+
+All ways to train take turns of a few steps on one model within one process. With a process or a
+model each, they would differ by where their memory lies and by what else the machine did meanwhile,
+and that is as much as what is measured. The bare loop has its turn after every second other one;
+what a way adds in a turn is the median of its steps less that of the bare loop's turns on both
+sides. A round is the median of these differences; a table shows the median over the rounds, and
+their quartiles in brackets. The order is shuffled.
+
+- *÷ clip* is what a way adds over what `{CLIP}` adds in the same round; one that does not clip is
+  held against a clip that changes nothing. A dash: the clip itself was lost in the noise. The
+  quartiles are those of the rounds in which it was not.
+- Handing records to TensorBoard and the run folder (every 64 steps or 5 seconds) is timed by
+  itself, the work of the background thread included, and shared out over those steps.
+- The background threads of the peers are waited for between the turns and not counted, in favour
+  of the peers; so is the process behind `wandb`.
+- *ATen calls* are those that a step makes beyond the bare loop, counted, not timed.
+"""
+
+
+@dataclass
+class Report:
+    """All that RESULTS.md says.
+
+    Attributes:
+        path: Where it is written.
+        machine: What and its value, of the machine.
+        failed: Peers that are installed and could not be started, and why.
+        absent: Packages that could not be imported, and why.
+        planned: The settings that are to be measured.
+        notes: What a reader must know about this run.
+        once: What is measured once.
+        results: The settings that are measured.
+    """
+
+    path: Path
+    machine: Sequence[tuple[str, str]]
+    absent: Mapping[str, str]
+    planned: Sequence[Setting]
+    notes: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    once: Once = field(default_factory=Once)
+    results: list[Result] = field(default_factory=list)
+
+    def write(self) -> None:
+        """Writes the page as it stands."""
+        self.path.write_text(self.text(), encoding="utf-8")
+
+    def text(self) -> str:
+        """Returns the page."""
+        open_settings = [s.title for s in self.planned[len(self.results) :]]
+        parts = [HEAD, table(["", ""], self.machine), *self.notes, *self._peers()]
+        if open_settings:
+            parts.append("**This run was not finished.** Not measured: " + "; ".join(open_settings))
+        parts += ["## What was to be reached", targets_table(target_rows(self.results, self.once))]
+        for result in self.results:
+            parts += [f"## {result.setting.title}", setting_table(result)]
+        return "\n\n".join(part.strip("\n") for part in [*parts, HOW]) + "\n"
+
+    def _peers(self) -> list[str]:
+        lines = [
+            f"- {name}: not measured, `{DISTRIBUTIONS[package]}` cannot be imported "
+            f"({self.absent[package]})."
+            for name, package in PEERS.items()
+            if package in self.absent
+        ]
+        lines += [
+            f"- {name}: not measured, it could not be started ({reason})."
+            for name, reason in self.failed.items()
+        ]
+        return ["Peers that are missing here:\n\n" + "\n".join(lines)] if lines else []
+
+
+def targets_table(rows: Sequence[Row]) -> str:
+    """Makes the table of what was to be reached."""
+    return table(
+        ["what", "to reach", "measured", ""],
+        [(row.what, row.limit, row.measured, f"**{row.verdict}**") for row in rows],
+    )
+
+
+def setting_table(result: Result) -> str:
+    """Makes the table of a setting, and the line above it."""
+    rounds, turns = len(result.rounds), result.turns
+    head = (
+        f"{BARE}: {result.bare_s * 1e3:.2f} ms a step. {rounds} rounds; a way that a target hangs "
+        f"on has {turns} turn(s) in each, others one, of {result.steps} steps."
+    )
+    cuda = any(counts.kernels for counts in result.counts.values())
+    exact = ["kernels", "host waits"] if cuda else ["ATen calls"]
+    titles = ["", "added, ms", "of the bare step", "÷ clip", *exact]
+    return head + "\n\n" + table(titles, [_way_row(result, way, cuda) for way in result.ways])
+
+
+def _way_row(result: Result, way: Way, cuda: bool) -> list[str]:
+    name = f"{way.name}, {way.regime}" if way.regime in LIMITS else way.name
+    count = result.count(way)
+    if count is None:
+        exact = ["-"] * (1 + cuda)
+    elif cuda:
+        exact = [f"{count.kernels:+,}", f"{count.waits:+,}"]
+    else:
+        exact = [f"{count.calls:+,}"]
+    return [
+        name,
+        spread_text(spread(result.added(way)).times(1e3), ".3f"),
+        spread_text(result.share(way), ".1%"),
+        spread_text(result.ratio(way), ".2f"),
+        *exact,
+    ]
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Writes a table in Markdown."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,157 @@
+/** Actions: what a person can do to the picture, by mouse, keys or buttons. */
+
+import { isOf } from "./data.js";
+import { around, modulesOf } from "./rows.js";
+import { clamped, scaled } from "./state.js";
+import { describe, spoken } from "./tooltip.js";
+
+const JUMP = 200;
+
+/** Changes the state; the rest follows it. */
+export class Actions {
+  /**
+   * @param {Object} parts
+   * @param {import("./state.js").State} parts.state
+   * @param {import("./screen.js").Screen} parts.screen
+   * @param {import("./data.js").Data} parts.data
+   * @param {import("./curve.js").Curve} parts.curve
+   * @param {import("./tooltip.js").Tooltip} parts.tooltip
+   * @param {HTMLElement} parts.voice What is read out.
+   */
+  constructor(parts) {
+    Object.assign(this, parts);
+    this.rest = 0;
+    this.toReveal = -1;
+  }
+
+  /** What is common to all panels; null while there is nothing to see. */
+  get picture() {
+    return this.screen.picture;
+  }
+
+  /** Steps in view. */
+  get view() {
+    return this.state.view ?? this.screen.all;
+  }
+
+  /**
+   * Zooms.
+   *
+   * @param {number} factor Below 1: in.
+   * @param {number} [place] Share of the width that stays where it is; by default the cursor's.
+   * @param {boolean} [remember] Whether `back` undoes it.
+   */
+  zoom(factor, place = this.#cursorPlace(), remember = true) {
+    if (this.picture) this.look(scaled(this.view, factor, place), remember);
+  }
+
+  /**
+   * Moves along the steps.
+   *
+   * @param {number} share Of the width.
+   * @param {boolean} [remember] Whether `back` undoes it; without, parts of a step add up.
+   */
+  pan(share, remember = true) {
+    if (!this.picture || !this.state.view) return;
+    const { first, last } = this.view;
+    const exact = share * (last - first + 1) + (remember ? 0 : this.rest);
+    const distance = Math.round(exact);
+    this.rest = exact - distance;
+    this.look({ first: first + distance, last: last + distance }, remember);
+  }
+
+  /** Shows some steps. */
+  look(view, remember = true) {
+    this.state.look(view && clamped(view, this.screen.all), remember);
+  }
+
+  /** Shows all steps. */
+  reset() {
+    this.state.look(null);
+  }
+
+  /** Opens or closes a module. */
+  toggle(row) {
+    if (row.leaf >= 0) return;
+    const open = new Set(this.screen.rows.open);
+    if (!open.delete(row.key)) open.add(row.key);
+    this.state.set({ open });
+  }
+
+  /** Leads to the step and the row of an event. */
+  jump(event) {
+    if (!this.picture) return;
+    const { rows } = this.screen;
+    const leaf = this.data.names.indexOf(event.parameter);
+    if (leaf >= 0 && rows.root) {
+      this.state.set({ open: new Set([...rows.open, ...around(rows.root, leaf)]) });
+    }
+    const { first, last } = this.view;
+    const size = Math.min(last - first + 1, JUMP);
+    const from = event.step - Math.floor(size / 2);
+    this.look({ first: from, last: from + size - 1 });
+    rows.update(this.data.names, this.state);
+    const row = rows.rows.findIndex((node) => node.key === `p:${event.parameter}`);
+    this.state.set({ marker: event.step, cursor: row >= 0 ? { row, step: event.step } : null });
+    this.toReveal = row;
+    const panel = this.screen.panels.find((one) => isOf(one, event.choice));
+    this.say(panel ?? this.screen.panels[0], rows.rows[row] ?? null, event.step);
+  }
+
+  /** Tells those who listen what a cell holds; shows it to those who use the keys. */
+  say(panel, row, step) {
+    const found = describe(panel, row, step, this.view);
+    this.voice.textContent = spoken(found);
+    const { cursor } = this.state;
+    if (!cursor || !found || document.activeElement !== panel.scroll) return;
+    const box = panel.scroll.getBoundingClientRect();
+    const y = (cursor.row + 0.5) * panel.rowHeight - panel.scroll.scrollTop;
+    const x = box.left + panel.left + panel.xOf(step, this.view);
+    this.tooltip.show(found, null, x, box.top + y);
+  }
+
+  /** A click: on the name of a module opens or closes it, elsewhere draws the curve of the row. */
+  choose({ row, inPlot }) {
+    if (!row) return;
+    if (!inPlot && row.leaf < 0) this.toggle(row);
+    else this.state.set({ selected: this.state.selected === row.key ? null : row.key });
+  }
+
+  /** Zooms to what lies between two shares of the width. */
+  select(from, to) {
+    const { first, last } = this.view;
+    const size = last - first + 1;
+    const end = Math.max(Math.floor(first + from * size), Math.ceil(first + to * size) - 1);
+    this.look({ first: Math.floor(first + from * size), last: end });
+  }
+
+  /** Shows what is under the pointer; nothing where there is no point. */
+  hover(panel, point, x, y) {
+    if (!this.picture) return;
+    const step = point ? point.step : null;
+    const row = point?.row ? this.picture.rows.indexOf(point.row) : null;
+    for (const one of this.screen.panels) one.hover(step, row, this.picture);
+    this.curve.hover(step, this.picture.view);
+    const found = point && describe(panel, point.row, point.step, this.picture.view);
+    if (!found) return this.tooltip.hide();
+    this.tooltip.show(found, this.picture.several ? panel.label : null, x, y);
+  }
+
+  /** Opens all modules. */
+  expandAll() {
+    const { root } = this.screen.rows;
+    this.state.set({ open: new Set(root ? modulesOf(root).map(({ key }) => key) : []) });
+  }
+
+  /** Closes all modules. */
+  collapseAll() {
+    this.state.set({ open: new Set() });
+  }
+
+  #cursorPlace() {
+    const { cursor } = this.state;
+    const { first, last } = this.view;
+    const inside = cursor && cursor.step >= first && cursor.step <= last;
+    return inside ? (cursor.step - first + 0.5) / (last - first + 1) : 0.5;
+  }
+}
