@@ -38,17 +38,26 @@ SINKS: tuple[tuple[str, ...], ...] = (("tensorboard",), ("folder",), ("tensorboa
 
 
 class Plan:
-    """Shares the time out over the settings, by their weights."""
+    """Shares the time out over the settings, by their weights.
+
+    On a machine too slow for that every setting still has one turn in every round, until half as
+    much time again has passed; the page names what was left out then.
+    """
 
     def __init__(self, settings: Sequence[Setting], seconds: float) -> None:
         """Starts the clock."""
         self._settings = list(settings)
-        self._end = time.perf_counter() + seconds
+        self._seconds, self._end = seconds, time.perf_counter() + seconds
 
     @property
     def left_s(self) -> float:
         """Seconds until it should all be over."""
         return max(0.0, self._end - time.perf_counter())
+
+    @property
+    def over(self) -> bool:
+        """Whether no further setting may begin."""
+        return time.perf_counter() > self._end + self._seconds / 2
 
     def share(self, setting: Setting) -> float:
         """Returns the seconds of the next setting: its weight's part of what is left."""
@@ -86,7 +95,8 @@ def measure(setting: Setting, args: argparse.Namespace, plan: Plan, report: Repo
         labels = [way.label() for way in ways]
         result = Result(setting, labels, deliveries, number, steps)
         each_s = turns.round_seconds(number)
-        say(f"{setting.title}: {args.rounds} rounds of {each_s:.0f} s, {number} turn(s) each")
+        say(f"{setting.title}, {plan.left_s / 60:.0f} minutes left")
+        say(f"  {args.rounds} rounds of {each_s:.0f} s, with {number} turn(s) each")
         for count in range(1, args.rounds + 1):
             result.rounds.append(turns.round(number))
             say(f"  round {count} of {args.rounds}; bare step {result.bare_s * 1e3:.1f} ms")
@@ -122,10 +132,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     choose("--optimizer", choices=["unfused", "fused", "both"], help="AdamW; both if left out")
     choose("--accumulate", nargs="+", type=int, help="micro-batches per step; 1 8 if left out")
     choose("--rounds", type=int, help="5 if left out")
-    choose("--minutes", type=float, help="about how long to measure; 25 if left out")
-    choose("--quick", action="store_true", help="unfused, one micro-batch, 3 rounds, 1 minute")
+    choose("--minutes", type=float, help="how long to measure; 25 if left out")
+    choose("--quick", action="store_true", help="unfused, one micro-batch, 3 rounds, 2 minutes")
     choose("--threads", type=int, default=torch.get_num_threads(), help="threads of PyTorch")
-    choose("--clock", choices=["wall", "cpu"], default="wall", help="cpu is steadier where other")
+    choose(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu is steadier on a busy machine"
+    )
     choose("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: timed on the GPU")
     choose("--out", type=Path, default=OUT, help="the page; benchmarks/RESULTS.md if left out")
     args = parser.parse_args(argv)
@@ -134,7 +146,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "optimizer": "unfused" if args.quick else "both",
         "accumulate": [1] if args.quick else [1, 8],
         "rounds": 3 if args.quick else 5,
-        "minutes": 1.0 if args.quick else 25.0,
+        "minutes": 2.0 if args.quick else 25.0,
     }
     for name, value in usual.items():
         if getattr(args, name) is None:
@@ -174,6 +186,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     report.once = measure_once(say, quick=args.quick)
     report.write()
     for setting in settings:
+        if plan.over:
+            say("the time is over: this machine is too slow for all of it, or too busy")
+            break
         measure(setting, args, plan, report)
     say(f"done: {args.out.name}")
 

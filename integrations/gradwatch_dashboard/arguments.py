@@ -12,7 +12,7 @@ from gradwatch_dashboard.notes import shown
 LIMIT = 10**18
 """No step is larger, nor further below 0."""
 
-_INTEGER = re.compile(r"-?[0-9]{1,18}", re.ASCII)
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 _MISSING = "{name} is missing. Write {name}=..."
 _REPEATED = "{name} must be given once, got it {count} times"
 _EMPTY = "{name} must not be empty"

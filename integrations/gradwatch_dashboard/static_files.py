@@ -10,7 +10,7 @@ ENTRY = "index.js"
 """The module that TensorBoard opens."""
 
 _TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-_NAME = re.compile(r"[A-Za-z0-9_.-]+", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
 class StaticFile(NamedTuple):

@@ -68,6 +68,9 @@ threshold of the last step (NaN without a policy), the smallest clip coefficient
 a non-finite gradient, those that were clipped, and those that were not applied.
 """
 
+MAX_DIGITS = 9
+"""Of a number in a tag: longer ones are not ours."""
+
 _KINDS = ("layout", "norms", "bad", "steps", "events")
 
 
@@ -109,7 +112,7 @@ class Tag(NamedTuple):
         if plugin != PLUGIN or kind not in _KINDS or not parts:
             return None
         numbers = parts[1:]
-        if not all(number.isascii() and number.isdigit() for number in numbers):
+        if not all(n.isascii() and n.isdigit() and len(n) <= MAX_DIGITS for n in numbers):
             return None
         found = cls(kind, parts[0], *map(int, numbers)) if len(numbers) <= 2 else None
         return found if found is not None and str(found) == tag else None
@@ -153,7 +156,7 @@ class StreamLayout:
                 modules=tuple(map(_text, content["modules"])),
                 shapes=tuple(tuple(map(int, shape)) for shape in content.get("shapes", ())),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"This is no layout of a stream: {error!r}") from error
 
 
@@ -170,9 +173,9 @@ def is_readable(content: bytes) -> bool:
     """
     try:
         version = json.loads(content)["version"]
-    except (KeyError, TypeError, ValueError):
+    except (LookupError, RecursionError, TypeError, ValueError):
         return False
-    return isinstance(version, int) and version <= VERSION
+    return type(version) is int and 1 <= version <= VERSION
 
 
 def _text(value: object) -> str:

@@ -20,7 +20,7 @@ CHUNK_BYTES = 16 * 2**20
 SEGMENT_CHUNKS = 100
 """Chunks of a segment: as many as the data server keeps of a tag where nobody tells it to."""
 
-SEGMENT_BYTES = 64 * 2**20
+SEGMENT_BYTES = 24 * 2**20
 """Norms of a segment at most: it is read in one reply, and one of 256 MiB fails."""
 
 FLUSH_SECONDS = 4.5

@@ -22,6 +22,7 @@ def _tiny(device):
 def tiny(monkeypatch):
     """One small workload in the place of the four, and fewer of what is measured once."""
     import _overhead_once
+    import _overhead_turns
     import _overhead_workloads
 
     workloads = _overhead_workloads.WORKLOADS
@@ -29,6 +30,7 @@ def tiny(monkeypatch):
         monkeypatch.delitem(workloads, name)
     monkeypatch.setitem(workloads, "gpt", _overhead_workloads.Workload(TITLE, _tiny))
     monkeypatch.setitem(workloads, "mlp", _overhead_workloads.Workload("MLP, other", _tiny))
+    monkeypatch.setattr(_overhead_turns, "MOST_TURNS", 1)
     monkeypatch.setattr(_overhead_once, "MANY", 100)
     monkeypatch.setattr(_overhead_once, "MEMORY_FROM", 100)
     monkeypatch.setattr(_overhead_once, "MEMORY_TO", {False: 300, True: 200})
@@ -54,7 +56,7 @@ def test_script_measures_and_writes(tiny, tmp_path, capsys):
     from _overhead_ways import BOTH, CLIP, MANAGED, WATCH
 
     page = tmp_path / "RESULTS.md"
-    options = ["--quick", "--workload", "gpt", "--rounds", 2, "--minutes", 0.01]
+    options = ["--quick", "--workload", "gpt", "--rounds", 2]
     options += ["--optimizer", "both", "--accumulate", 1, 2, "--out", page]
     overhead.main(list(map(str, options)))
     text = page.read_text()
@@ -81,7 +83,7 @@ def test_script_measures_and_writes(tiny, tmp_path, capsys):
     assert any(row[0].startswith("ATen calls") and row[2] == "5 / 5" for row in targets)
     assert "not finished" not in text
     assert f"torch | 3.{sys.version_info.minor}" in text
-    assert "4 settings, about 0.01 minutes" in capsys.readouterr().out
+    assert "4 settings, about 2 minutes" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -100,11 +102,25 @@ def test_a_run_that_is_cut_off_leaves_its_page(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(overhead.Training, "of", of)
     page = tmp_path / "RESULTS.md"
     with pytest.raises(KeyboardInterrupt):
-        overhead.main(["--quick", "--rounds", "1", "--minutes", "0.01", "--out", str(page)])
+        overhead.main(["--quick", "--rounds", "1", "--out", str(page)])
     text = page.read_text()
     assert "**This was a quick run" in text
     assert "Not measured: MLP, other; AdamW unfused; one micro-batch a step" in text
     assert f"## {TITLE}; AdamW unfused; one micro-batch a step" in text
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_no_setting_begins_when_the_time_is_over(tiny, tmp_path, capsys):
+    """A machine that is too slow does not make the run endless, and the page names the rest."""
+    import overhead
+
+    page = tmp_path / "RESULTS.md"
+    overhead.main(["--quick", "--minutes", "0.001", "--out", str(page)])
+    assert "the time is over" in capsys.readouterr().out
+    text = page.read_text()
+    assert f"Not measured: {TITLE}; AdamW unfused; one micro-batch a step; MLP, other" in text
+    assert "**reached**" in text
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -107,7 +107,8 @@ def undisturbed_communication() -> Iterator[None]:
     loss may call others than that of the model, the critic of a generator say.
     """
     flags = ("require_backward_grad_sync", "require_forward_param_sync")
-    wrappers = all_wrappers() if is_distributed() else []
+    there = all_wrappers() if is_distributed() else []
+    wrappers = [one for one in there if all(hasattr(one, flag) for flag in flags)]
     saved = [[getattr(wrapper, flag) for flag in flags] for wrapper in wrappers]
     try:
         for wrapper in wrappers:

@@ -9,10 +9,10 @@ import { failed, loading, noRuns } from "./empty.js";
 import { Events } from "./events.js";
 import { listenToPointer } from "./gestures.js";
 import { Help } from "./help.js";
-import { runFilter } from "./host.js";
+import { isInFront, runFilter } from "./host.js";
 import { listenToKeys } from "./keyboard.js";
 import { Panel } from "./panel.js";
-import { Runs } from "./runs.js";
+import { Runs, sameChoice } from "./runs.js";
 import { Screen } from "./screen.js";
 import { clamped, State } from "./state.js";
 import { Toolbar } from "./toolbar.js";
@@ -47,6 +47,11 @@ export class App {
     });
   }
 
+  /** Whether the tab is in front. */
+  get isSeen() {
+    return !document.hidden && this.element.clientWidth > 0 && isInFront();
+  }
+
   /** Reads colours and letters again. */
   restyle() {
     this.screen.restyle();
@@ -72,6 +77,21 @@ export class App {
       this.#arrange();
       await this.#loadStale();
     });
+  }
+
+  /**
+   * Takes over what a link says.
+   *
+   * @param {Object} patch Of `readLink`.
+   */
+  restore(patch) {
+    for (const name of ["main", "other"]) {
+      if (!patch[name] || !this.data.runs.length) continue;
+      const choice = this.data.completed(patch[name]);
+      if (choice && !sameChoice(choice, this.state[name])) patch[name] = choice;
+      else delete patch[name];
+    }
+    this.state.set(patch);
   }
 
   /** Follows TensorBoard's own filter of runs. */
@@ -115,8 +135,9 @@ export class App {
   }
 
   #resized() {
-    this.redraw();
     clearTimeout(this.settling);
+    if (!this.isSeen) return;
+    this.redraw();
     this.settling = setTimeout(() => this.#busy(() => this.#loadStale()), SETTLED);
   }
 

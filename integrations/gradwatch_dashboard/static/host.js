@@ -44,6 +44,16 @@ export function listenToHost(changed) {
 }
 
 /**
+ * Tells whether TensorBoard shows the frame of this page: it hides the frames of other tabs.
+ *
+ * @returns {boolean}
+ */
+export function isInFront() {
+  const hidden = (page) => page.getComputedStyle(window.frameElement).visibility === "hidden";
+  return !ask(hidden, false);
+}
+
+/**
  * Follows dark mode.
  *
  * @param {function(): void} changed Is called after each change.

@@ -35,7 +35,7 @@ export async function render() {
 function linkWith(app) {
   let written = host.readHash();
   let timer = null;
-  app.state.set(readLink(written));
+  app.restore(readLink(written));
   app.onChange = () => {
     clearTimeout(timer);
     timer = setTimeout(() => {
@@ -48,26 +48,32 @@ function linkWith(app) {
   host.ask((page) => {
     page.addEventListener("hashchange", () => {
       const hash = host.readHash();
-      if (hash !== written) app.state.set(readLink((written = hash)));
+      if (hash !== written) app.restore(readLink((written = hash)));
     });
   }, null);
 }
 
 function follow(app) {
-  let asked = null;
+  let [asked, late] = [null, false];
   const refresh = () => {
     clearTimeout(asked);
-    asked = setTimeout(() => app.refresh(), QUIET);
+    // Behind another tab nothing is fetched: it is made up for as soon as this one is in front.
+    asked = setTimeout(() => {
+      late = !app.isSeen;
+      if (!late) app.refresh();
+    }, QUIET);
   };
   host.listenToHost(refresh);
+  const makeUp = () => (late && app.isSeen ? refresh() : null);
+  document.addEventListener("visibilitychange", makeUp);
   let filter = host.runFilter().key;
   setInterval(() => {
     const { key } = host.runFilter();
     if (key !== filter) app.refilter();
     filter = key;
+    makeUp();
   }, LOOK_AT_HOST);
   setInterval(() => {
-    const seen = !document.hidden && app.element.clientWidth > 0;
-    if (seen && host.reloadsItself()) refresh();
+    if (app.isSeen && host.reloadsItself()) refresh();
   }, POLL);
 }

@@ -1,6 +1,8 @@
 """Runs with numbers that the tests know."""
 
 import numpy as np
+from tensorboard.compat.proto import event_pb2
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from ..logs import LogFile, event  # noqa: TID252
 
@@ -89,11 +91,21 @@ def two(folder, session="018000000001"):
         )
 
 
+def scalar(folder):
+    """Writes a run without gradients: it makes TensorBoard show another tab."""
+    value = event_pb2.Event(step=1)
+    value.summary.value.add(tag="loss", simple_value=1.0)
+    writer = EventFileWriter(str(folder))
+    writer.add_event(value)
+    writer.close()
+
+
 def write_all(logdir):
     """Writes every run of the tests; `known/a` is the newest."""
     hostile = np.full((50, len(HOSTILE)), 0.5, "f4")
     message = event(7, "nan", parameter=HOSTILE[0], message=HOSTILE_MESSAGE)
     write(logdir / HOSTILE_RUN, hostile, HOSTILE, events=[message])
+    scalar(logdir / "scalar")
     two(logdir / "two")
     write(logdir / "wide", wide(), WIDE_NAMES)
     write(logdir / "known" / "b", known(200, 3.0), NAMES, SHAPES)

@@ -65,9 +65,13 @@ class Tab:
 
     def open(self, wait=READY, **state):
         """Opens TensorBoard's page at the tab."""
-        self.page.goto(self.base_url + link(**state))
-        self.page.wait_for_selector("iframe[src*=gradwatch]", state="attached")
-        self.frame = next(frame for frame in self.page.frames if "plugin_entry" in frame.url)
+        return self.open_at(link(**state), wait)
+
+    def open_at(self, address, wait=READY):
+        """Opens TensorBoard's page at an address below the base URL."""
+        self.page.goto(self.base_url + address)
+        iframe = self.page.wait_for_selector("iframe[src*=gradwatch]", state="attached")
+        self.frame = iframe.content_frame()
         self.frame.wait_for_selector(wait)
         return self
 

@@ -49,11 +49,7 @@ def test_what_is_seen_is_in_the_address_and_comes_back_from_it(tab, new_tab):
     tab.page.wait_for_function("location.hash.includes('steps') && location.hash.includes('attn')")
     address = tab.page.evaluate("location.hash")
     assert address.startswith("#gradwatch&")
-    again = new_tab(tab.base_url + address)
-    again.page.goto(tab.base_url + address)
-    again.page.wait_for_selector("iframe[src*=gradwatch]", state="attached")
-    again.frame = next(frame for frame in again.page.frames if "plugin_entry" in frame.url)
-    again.frame.wait_for_selector(READY)
+    again = new_tab(tab.base_url).open_at(address)
     assert again.seen == seen
     assert again.labels == labels
     assert again.frame.locator(".filter").input_value() == "attn"
@@ -63,10 +59,7 @@ def test_what_is_seen_is_in_the_address_and_comes_back_from_it(tab, new_tab):
 
 def test_tensorboards_own_part_of_the_address_stays(tab):
     """What other tabs keep there is left alone, and other tabs open as before."""
-    tab.page.goto(f"{tab.base_url}#gradwatch&tagFilter=loss&p.other.key=1")
-    tab.page.wait_for_selector("iframe[src*=gradwatch]", state="attached")
-    tab.frame = next(frame for frame in tab.page.frames if "plugin_entry" in frame.url)
-    tab.frame.wait_for_selector(READY)
+    tab.open_at("#gradwatch&tagFilter=loss&p.other.key=1")
     tab.frame.get_by_role("button", name="Relative").click()
     tab.page.wait_for_function("location.hash.includes('colour=relative')")
     assert "tagFilter=loss" in tab.page.evaluate("location.hash")
@@ -98,10 +91,7 @@ def selection(**runs):
 )
 def test_tensorboards_filter_of_runs_is_followed(tab, address):
     """Runs that are filtered out elsewhere leave the list; a button brings them back."""
-    tab.page.goto(tab.base_url + address)
-    tab.page.wait_for_selector("iframe[src*=gradwatch]", state="attached")
-    tab.frame = next(frame for frame in tab.page.frames if "plugin_entry" in frame.url)
-    tab.frame.wait_for_selector(READY)
+    tab.open_at(address)
     names = tab.frame.locator(".run-name")
     assert names.all_text_contents() == ["known/a", "known/b"]
     tab.frame.get_by_role("button", name="Show them").click()
@@ -161,3 +151,22 @@ def test_it_works_below_a_path_prefix(new_tab, browser, logdir):
         tab.wait_for(loaded)
         # TensorBoard's own page asks for its fonts without the prefix.
         tab.problems[:] = [text for text in tab.problems if "/font-roboto/" not in text]
+
+
+def test_another_tab_and_back_leaves_the_picture(tab):
+    """Behind another tab nothing is fetched, not even at a reload; back in front all is as it was."""
+    tab.open(run="known/a", steps="11-60")
+    pixels, asked = tab.row_pixels(0), []
+    tab.page.on("request", lambda request: asked.append(request.url))
+    tab.page.locator("[role=tab]", has_text="Scalars").first.click()
+    iframe = "getComputedStyle(document.querySelector('iframe[src*=gradwatch]'))"
+    tab.page.wait_for_function(f"{iframe}.visibility === 'hidden'")
+    tab.page.locator("app-header-reload button").click()
+    tab.page.wait_for_timeout(800)
+    assert [url for url in asked if "/plugin/gradwatch/" in url] == []
+    with tab.page.expect_request("**/gradwatch/runs"):
+        tab.page.locator("[role=tab]", has_text="Gradients").click()
+    tab.ready()
+    assert tab.seen == (11, 60)
+    assert np.array_equal(tab.row_pixels(0), pixels)
+    assert [url for url in asked if "/gradwatch/heatmap" in url] == []
