@@ -9,6 +9,7 @@ calls of these.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import Counter
@@ -43,7 +44,7 @@ class Outside:
     """
 
     added_s: Spread
-    operators_s: float
+    operators_s: Spread
     share: Spread
 
 
@@ -73,10 +74,11 @@ def outside_operators(tensors: int, rounds: int, turns: int) -> Outside:
     way = Way("watch()", partial(watched, training))
     order = Turns(bare(training), [way], TIMERS["wall"], steps=4)
     order.rehearse()
-    added = [order.round(turns).added[way.key] for _ in range(rounds)]
-    operators_s = _replayed(added_calls(training))
-    shares = [1 - operators_s / seconds if seconds > 0 else float("nan") for seconds in added]
-    return Outside(spread(added), operators_s, spread(shares))
+    calls = added_calls(training)
+    both = [(order.round(turns).added[way.key], _replayed(calls)) for _ in range(rounds)]
+    shares = [1 - alone / added if added > 0 else math.nan for added, alone in both]
+    added, alone = map(spread, zip(*both, strict=True))
+    return Outside(added, alone, spread(shares))
 
 
 class _Capture(TorchDispatchMode):

@@ -73,7 +73,7 @@ def outside_text(outside: Outside, tensors: int) -> str:
     """Says how much of the time is spent outside of PyTorch's operators."""
     return (
         f"`watch()` on {tensors:,} tensors of 16 elements adds {_ms(outside.added_s)} ms to a "
-        f"step. Its operators, called alone, take {outside.operators_s * 1e3:.3f} ms; outside of "
+        f"step. Its operators, called alone, take {_ms(outside.operators_s)} ms; outside of "
         f"them is {spread_text(outside.share, '.0%')} of the time."
     )
 

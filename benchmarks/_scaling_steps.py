@@ -63,6 +63,7 @@ def kept(sink: str, last: int, parameters: int) -> list[Reached]:
             if done >= open_marks[0]:
                 grown = resident_bytes() - start
                 found.append(Reached(done, took / (done - since), grown, _size(folder)))
+                print(f"        {done:,} steps", flush=True)
                 open_marks.pop(0)
                 took, since = 0.0, done
         writer.close()
@@ -88,6 +89,7 @@ def watched_steps(last: int) -> list[Reached]:
             step_s = (time.perf_counter() - before) / (mark - since)
             start = start or resident_bytes()
             found.append(Reached(mark, step_s, resident_bytes() - start, 0))
+            print(f"        {mark:,} steps", flush=True)
             since = mark
     return found
 

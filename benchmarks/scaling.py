@@ -1,6 +1,6 @@
 """Measures how the cost of gradwatch grows with parameters, steps, ranks and statistics.
 
-    python benchmarks/scaling.py              # some 10 minutes
+    python benchmarks/scaling.py              # some 15 minutes
     python benchmarks/scaling.py --quick      # a minute or two: shows that all runs, no more
 
 Writes benchmarks/SCALING.md, and benchmarks/scaling.png if matplotlib is installed (`pip install

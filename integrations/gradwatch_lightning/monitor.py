@@ -68,6 +68,7 @@ class GradientMonitor(Callback):
         skip_spikes: Leaves a step out whose norm is so many deviations above the usual; ``"auto"``
             for 6, None to take all.
         max_consecutive_skips: How many steps in a row may be left out.
+        curvature: Takes the curvature of the loss along the training.
         log: Whether the loggers of the Trainer get anything.
         accumulate: Batches of the Trainer per step, where they change: ``"auto"``, ``{step:
             number}``, a function of the step or a policy such as
@@ -100,6 +101,7 @@ class GradientMonitor(Callback):
         exploding_norm: float | None = None,
         skip_spikes: float | str | None = None,
         max_consecutive_skips: int = 10,
+        curvature: gradwatch.CurvatureEvery | None = None,
         log: bool = True,
         accumulate: str | Mapping[int, int] | Callable[[int], int] | AccumulatePolicy | None = None,
     ) -> None:
@@ -119,6 +121,7 @@ class GradientMonitor(Callback):
             exploding_norm=exploding_norm,
             skip_spikes=skip_spikes,
             max_consecutive_skips=max_consecutive_skips,
+            curvature=curvature,
             caller="GradientMonitor",
         )
         self._accumulation = TrainerAccumulation(policy)
@@ -196,6 +199,7 @@ class GradientMonitor(Callback):
             exploding_norm=options.exploding_norm,
             skip_spikes=options.skip_spikes,
             max_consecutive_skips=options.max_consecutive_skips,
+            curvature=options.curvature,
         )
         self._accumulates = self._accumulation.active or accumulates(trainer)
         watcher.leave_windows(self._accumulates)

@@ -61,6 +61,8 @@ STEP_SCALARS = {
     "noise_scale": Scalar("Gradient noise scale, in the unit of the weights.", newest),
     "weight": Scalar("The batch: sum of the micro-batches' weights.", newest),
     "micro_batches": Scalar("Backward passes whose gradients are in the step.", newest),
+    "hessian_eigenvalue": Scalar("Largest eigenvalue of the Hessian after the step.", newest),
+    "hessian_trace": Scalar("Trace of the Hessian after the step, an estimate.", newest),
 }
 """Every scalar of a step by its name, in the order in which they are written."""
 
@@ -92,7 +94,8 @@ class StepScalars:
         Returns:
             Name to value. A loss or learning rate that is not a finite number is left out, and so
             is a loss scale as long as it was never anything but 1. The batch is in it from the
-            first step on that has several micro-batches or a noise scale.
+            first step on that has several micro-batches or a noise scale; the curvature at the
+            steps at which it was taken.
         """
         self.nonfinite_steps += record.nonfinite_parameters > 0
         self.skipped_steps += record.outcome != "applied"
@@ -124,6 +127,9 @@ class StepScalars:
         if self.accumulated:
             row["weight"] = record.weight
             row["micro_batches"] = float(record.micro_batches)
+        for name in ("hessian_eigenvalue", "hessian_trace"):
+            if math.isfinite(value := getattr(record, name)):
+                row[name] = value
         return row
 
 

@@ -126,7 +126,7 @@ def test_what_is_measured_once():
     from _overhead_spread import Spread
     from _overhead_targets import target_rows
 
-    outside = Outside(Spread(2.0, 2.0, 2.0), 0.9, Spread(0.55, 0.5, 0.6))
+    outside = Outside(Spread(2.0, 2.0, 2.0), Spread(0.9, 0.9, 0.9), Spread(0.55, 0.5, 0.6))
     calls = {"watch()": (5, 5), "watch(clip=)": (6, 606)}
     once = Once(calls, {"watch()": 1}, (1 << 20, 100_000), 0.05, outside)
     told = [row.verdict for row in target_rows([], once)][-6:]

@@ -70,7 +70,7 @@ def test_operators_of_watch_are_found():
     ]
     assert len(calls) == 5
     outside = outside_operators(20, rounds=1, turns=1)
-    assert 0 < outside.operators_s < 1
+    assert 0 < outside.operators_s.middle < 1
 
 
 def test_numbers_below_one_are_refused(capsys):

@@ -137,6 +137,12 @@ export class Actions {
     this.tooltip.show(found, this.picture.several ? panel.label : null, x, y);
   }
 
+  /** Scrolls to the row whose curve is drawn: the curve takes room from the rows. */
+  revealSelected() {
+    const { rows } = this.screen.rows;
+    this.toReveal = rows?.findIndex(({ key }) => key === this.state.selected) ?? -1;
+  }
+
   /** Opens all modules. */
   expandAll() {
     const { root } = this.screen.rows;

@@ -119,6 +119,7 @@ export class App {
       this.#busy(() => this.#loadStale());
     }
     if (has("hidden")) this.events.show();
+    if (has("selected")) this.actions.revealSelected();
     if (has("view")) this.#busy(() => this.#loadDetail());
     if (has("rows", "filter", "open")) this.state.cursor = null;
     if (changed.size === 1 && has("cursor")) return this.#moveCursor();

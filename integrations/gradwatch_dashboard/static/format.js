@@ -95,5 +95,5 @@ export function shortened(text, room, context) {
     if (context.measureText(`…${text.slice(middle)}`).width <= room) high = middle;
     else low = middle + 1;
   }
-  return `…${text.slice(low)}`;
+  return `…${text.slice(low).replace(/^\./, "")}`;
 }

@@ -35,6 +35,17 @@ def test_a_click_on_a_row_draws_its_curve(tab):
     assert not tab.frame.locator(".curve").is_visible()
 
 
+def test_the_row_of_the_curve_stays_in_sight(new_tab, board):
+    """The curve takes room from the rows, not the row that was clicked."""
+    tab = new_tab(board.base_url, height=700).open_alone(run="known/a")
+    box = tab.box()
+    tab.page.mouse.click(*tab.point(len(tab.labels) - 1, 0.5))
+    tab.wait_for_text(".curve-head", "ln_f.bias")
+    tab.ready()
+    assert tab.box()["height"] < box["height"]
+    assert tab.labels[-1] == "ln_f.bias"
+
+
 def test_the_curve_has_the_steps_in_view(tab):
     """A zoom takes the curve along."""
     tab.open_alone(run="known/a", curve="p:h.0.attn.q", steps="11-60")
