@@ -12,10 +12,10 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-matrix lint format bench bench-clip clean
+.PHONY: help demo test test-slow test-matrix lint format bench bench-scaling bench-clip clean
 
 help: ## Lists the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Trains a small GPT under gradwatch in a minute or less, with one poisoned batch
 	OMP_NUM_THREADS=1 $(BIN)/python examples/plain_loop.py --logdir runs/plain_loop --poison-step 150
@@ -42,8 +42,11 @@ format: $(VENV)/.dev ## Rewrites the files as `make lint` wants them
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(VENV)/.dev ## Measures what gradwatch adds to a training step
+bench: $(VENV)/.bench ## Measures what gradwatch and others add to a training step (25 minutes)
 	$(BIN)/python benchmarks/overhead.py
+
+bench-scaling: $(VENV)/.dev ## Measures how that grows with parameters, steps and ranks (15 minutes)
+	$(BIN)/python benchmarks/scaling.py
 
 bench-clip: $(VENV)/.dev ## Trains through gradient spikes with every clipping policy (some 10 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/spike_recovery.py --jobs $(WORKERS)
@@ -64,6 +67,10 @@ $(VENV)/.created:
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/.created
 	@echo "Setting up $(VENV) (a few minutes the first time: PyTorch is large) ..."
 	$(PIP_INSTALL) --editable '.[tensorboard]' tqdm
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml constraints.txt | $(VENV)/.dev
+	$(PIP_INSTALL) --editable '.[bench]' || echo "Some peers could not be installed; the page names them."
 	@touch $@
 
 # The tests of the TensorBoard tab drive Chromium; where there is none they are skipped, and say so.

@@ -20,7 +20,8 @@ from _overhead_turns import TIMERS, Turns
 from _overhead_ways import LIMITS, Way, bare, watched
 from _overhead_workloads import Training
 
-KINDS = ("DDP", "FSDP2")
+# FSDP2 on a CPU needs torch 2.9.
+KINDS = ("DDP", "FSDP2") if torch.__version__ >= "2.9" else ("DDP",)
 LAYERS, WIDTH, ROWS = 30, 64, 16
 LIMIT = LIMITS["every step clipped"]
 

@@ -34,6 +34,7 @@ OUT = Path(__file__).with_name("RESULTS.md")
 STEPS = {1: 4, 8: 1}  # timed steps of a turn, by micro-batches
 DELIVERIES = {False: 64, True: 3}  # by quick
 QUICK_NOTE = "**This was a quick run, which shows that all runs and proves nothing.**"
+CUDA_NOTE = "Counts for 10 and 10,000 tensors, memory, import and the share outside: on the CPU."
 SINKS: tuple[tuple[str, ...], ...] = (("tensorboard",), ("folder",), ("tensorboard", "folder"))
 
 
@@ -178,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = machine_rows(
         args.device, args.threads, "GPU" if args.device == "cuda" else args.clock
     )
-    report = Report(args.out, machine, absent, settings, [QUICK_NOTE] if args.quick else [])
+    notes = [QUICK_NOTE] * args.quick + [CUDA_NOTE] * (args.device == "cuda")
+    report = Report(args.out, machine, absent, settings, notes)
     say(f"{len(settings)} settings, about {args.minutes:g} minutes, into {args.out.name}")
     for package, reason in absent.items():
         say(f"{package} is missing and will be named as such: {reason}")

@@ -26,15 +26,18 @@ def tiny(monkeypatch):
     import _overhead_workloads
 
     workloads = _overhead_workloads.WORKLOADS
-    for name in list(workloads):
-        monkeypatch.delitem(workloads, name)
-    monkeypatch.setitem(workloads, "gpt", _overhead_workloads.Workload(TITLE, _tiny))
-    monkeypatch.setitem(workloads, "mlp", _overhead_workloads.Workload("MLP, other", _tiny))
+    before = dict(workloads)
+    workloads.clear()
+    workloads["gpt"] = _overhead_workloads.Workload(TITLE, _tiny)
+    workloads["mlp"] = _overhead_workloads.Workload("MLP, other", _tiny)
     monkeypatch.setattr(_overhead_turns, "MOST_TURNS", 1)
     monkeypatch.setattr(_overhead_once, "MANY", 100)
     monkeypatch.setattr(_overhead_once, "MEMORY_FROM", 100)
     monkeypatch.setattr(_overhead_once, "MEMORY_TO", {False: 300, True: 200})
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    yield
+    workloads.clear()
+    workloads.update(before)
 
 
 def _tables(page):

@@ -26,7 +26,7 @@ export class Actions {
 
   /** What is common to all panels; null while there is nothing to see. */
   get picture() {
-    return this.screen.picture;
+    return this.screen.all ? this.screen.picture : null;
   }
 
   /** Steps in view. */
@@ -62,6 +62,7 @@ export class Actions {
 
   /** Shows some steps. */
   look(view, remember = true) {
+    if (!this.picture) return;
     this.state.look(view && clamped(view, this.screen.all), remember);
   }
 
@@ -119,6 +120,7 @@ export class Actions {
 
   /** Zooms to what lies between two shares of the width. */
   select(from, to) {
+    if (!this.picture) return;
     const { first, last } = this.view;
     const size = last - first + 1;
     const end = Math.max(Math.floor(first + from * size), Math.ceil(first + to * size) - 1);

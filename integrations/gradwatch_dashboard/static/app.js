@@ -204,7 +204,8 @@ export class App {
     const laidOut = () => this.redraw();
     await Promise.all(stale.map((panel) => this.data.load(panel, panels, next, laidOut)));
     if (grown && this.state.view === view) this.state.set({ view: next });
-    if (this.state.view) this.state.look(clamped(this.state.view, this.screen.all), false);
+    const { all } = this.screen;
+    if (all && this.state.view) this.state.look(clamped(this.state.view, all), false);
     if (stale.length || this.eventsOf !== panels) {
       this.eventsOf = panels;
       await this.events.load(panels.map(({ choice }) => choice));

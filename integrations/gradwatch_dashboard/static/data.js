@@ -108,9 +108,10 @@ export class Data {
       laidOut();
     }
     const columns = this.#columns(panel);
+    const part = view && cut(view, fresh);
     const [heat, detail] = await Promise.all([
       getHeat({ ...panel.choice, columns }, signal),
-      view ? getHeat({ ...panel.choice, ...cut(view, fresh), columns }, signal) : null,
+      part && getHeat({ ...panel.choice, ...part, columns }, signal),
     ]);
     const indices = this.join(panels).get(panel);
     panel.overview = new Cells(heat, indices);
@@ -138,12 +139,12 @@ export class Data {
     }
     const columns = this.#columns(panel);
     const { heat, indexOf } = panel.overview;
-    if (view.last < heat.first || view.first > heat.last) return false;
-    if (panel.wanted === wish(view, columns)) return false;
+    const part = cut(view, heat);
+    if (!part || panel.wanted === wish(view, columns)) return false;
     panel.wanted = wish(view, columns);
     const signal = panel.requests.detail.next();
     try {
-      const found = await getHeat({ ...panel.choice, ...cut(view, heat), columns }, signal);
+      const found = await getHeat({ ...panel.choice, ...part, columns }, signal);
       panel.detail = new Cells(found, indexOf);
       return true;
     } catch (error) {
@@ -188,9 +189,11 @@ export function isOf(panel, choice) {
   return sameChoice(panel.choice, choice);
 }
 
+/** The steps of a view that a run has; null where it has none of them. */
 function cut(view, all) {
-  const [from, to] = [all.first_step ?? all.first, all.last_step ?? all.last];
-  return { first: Math.max(view.first, from), last: Math.min(view.last, to) };
+  const first = Math.max(view.first, all.first_step ?? all.first);
+  const last = Math.min(view.last, all.last_step ?? all.last);
+  return first <= last ? { first, last } : null;
 }
 
 function wish(view, columns) {

@@ -8,20 +8,16 @@ import { h } from "./dom.js";
 import * as host from "./host.js";
 import { readLink, writeLink } from "./links.js";
 
+const SHEETS = ["style", "side", "toolbar", "plots", "overlays"];
 const LOOK_AT_HOST = 1_000;
 const POLL = 10_000;
 const QUIET = 300;
 
 /** Shows the tab. */
 export async function render() {
-  const sheet = h("link", { rel: "stylesheet", href: "./style.css" });
-  const styled = new Promise((done) => {
-    sheet.onload = sheet.onerror = done;
-  });
-  document.head.append(sheet);
   document.documentElement.lang = "en";
   document.title = "Gradients";
-  await styled;
+  await Promise.all(SHEETS.map(styled));
   const app = new App();
   host.followDarkMode(() => app.restyle());
   host.borrowTypeface(() => app.restyle());
@@ -30,6 +26,13 @@ export async function render() {
   linkWith(app);
   follow(app);
   await app.refresh();
+}
+
+function styled(name) {
+  return new Promise((done) => {
+    const href = `./${name}.css`;
+    document.head.append(h("link", { rel: "stylesheet", href, onload: done, onerror: done }));
+  });
 }
 
 function linkWith(app) {

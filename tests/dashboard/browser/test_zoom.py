@@ -125,3 +125,21 @@ def test_of_two_zooms_only_the_last_is_drawn(tab):
     assert last - first < 100
     found = tab.hover(0, 0.5)
     assert first <= int(found["step"].replace(",", "")) <= last
+
+
+def test_another_run_is_seen_at_the_same_steps_if_it_has_them(tab):
+    """The view stays with the steps; a run that ends before them is seen at its own end."""
+    tab.open_alone(run="known/a", steps="101-150")
+    tab.frame.locator(".run", has_text="known/b").click()
+    tab.wait_for_text(".panel-title", "known/b")
+    tab.ready()
+    assert tab.seen == (101, 150)
+    tab.frame.locator(".run", has_text="known/a").click()
+    tab.ready()
+    tab.frame.locator(".event", has_text="the total norm is large").click()
+    tab.ready()
+    assert tab.seen == (215, 264)
+    tab.frame.locator(".run", has_text="known/b").click()
+    tab.wait_for_text(".panel-title", "known/b")
+    tab.ready()
+    assert tab.seen == (151, 200)
