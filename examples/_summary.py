@@ -30,7 +30,8 @@ def print_summary(watcher: gradwatch.Watcher, logdir: Path) -> None:
         print(f"  {name:<{width}}  {value}")
     if watcher.events:
         print(f"\nFirst event: {watcher.events[0].message}")
-    print(f"\nNext, see the norms over time: {command('tensorboard')} --logdir {logdir}")
+    board = f"{command('tensorboard')} --logdir {logdir}"
+    print(f"\nNext, see every parameter at every step, in the tab Gradients: {board}")
 
 
 def _norm_rows(steps: pd.DataFrame) -> dict[str, str]:
