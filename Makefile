@@ -45,7 +45,7 @@ format: $(VENV)/.dev ## Rewrites the files as `make lint` wants them
 bench: $(VENV)/.bench ## Measures what gradwatch and others add to a training step (25 minutes)
 	$(BIN)/python benchmarks/overhead.py
 
-bench-scaling: $(VENV)/.dev ## Measures how that grows with parameters, steps and ranks (15 minutes)
+bench-scaling: $(VENV)/.dev ## Measures how that grows with parameters, steps and ranks (6 minutes)
 	$(BIN)/python benchmarks/scaling.py
 
 bench-clip: $(VENV)/.dev ## Trains through gradient spikes with every clipping policy (some 10 minutes)
