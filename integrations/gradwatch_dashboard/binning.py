@@ -16,6 +16,9 @@ _BLOCK = 64  # columns that are transposed together: they fit into the cache
 
 Ints = NDArray[np.int64]
 
+Cells = Sequence[tuple[Piece, Matrix]]
+"""The pieces of a track, each with the cells of its segment."""
+
 
 class Spans(NamedTuple):
     """The windows that each column shows.
@@ -95,9 +98,7 @@ def reduce_spans(
     return np.where(spans.start < spans.stop, reduced, nothing)
 
 
-def bin_norms(
-    pieces: Sequence[tuple[Piece, Matrix]], parameters: int, spans: Spans
-) -> NDArray[np.float32]:
+def bin_norms(pieces: Cells, parameters: int, spans: Spans) -> NDArray[np.float32]:
     """Bins the norms: the largest finite one of each cell.
 
     Args:
@@ -123,7 +124,7 @@ def bin_norms(
 
 
 def bin_bad(
-    pieces: Sequence[tuple[Piece, Matrix]], parameters: int, spans: Spans
+    pieces: Cells, parameters: int, spans: Spans
 ) -> NDArray[np.uint8] | NDArray[np.uint16] | None:
     """Counts the bad steps of each cell.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,16 +11,15 @@ from tensorboard import errors
 
 from gradwatch_dashboard.answers import json_numbers
 from gradwatch_dashboard.arguments import Arguments
-from gradwatch_dashboard.segments import NOTHING, Matrix, decode, encode
-from gradwatch_dashboard.sessions import Piece, Track
+from gradwatch_dashboard.binning import Cells
+from gradwatch_dashboard.segments import NOTHING, decode, encode
+from gradwatch_dashboard.sessions import Track
 from gradwatch_dashboard.wire import COLUMNS
 
 MAX_WINDOWS = 20_000
 """Points of a curve; where there are more, neighbours share one."""
 
 _NO_PARAMETER = "parameter must be 0 to {highest}, got {parameter}"
-
-Cells = Sequence[tuple[Piece, Matrix]]
 
 
 def curve(track: Track, cells: Cells, arguments: Arguments) -> str:

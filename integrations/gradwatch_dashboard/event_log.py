@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 from gradwatch_dashboard.names import fit_name
 from gradwatch_dashboard.notes import note
-from gradwatch_dashboard.wire import Tag
+from gradwatch_dashboard.segments import ChunkKey
+from gradwatch_dashboard.wire import Tag, checked_text
 
 _WRONG = "The Gradients tab leaves out an event of %s of run %s: it is damaged."
 _INTEGERS = ("step", "micro_batch", "rank", "nan_count", "inf_count", "global_step")
 _TEXTS = ("kind", "parameter", "module", "message", "optimizer")
 _MAX_INTEGER = 2**53  # what a browser can count
 
-ChunkKey = tuple[int, float]
 Chunks = Mapping[ChunkKey, Sequence["Entry"]]
 
 
@@ -119,7 +119,7 @@ def _entry(fields: Any) -> Entry:
     for name in _INTEGERS:
         event[name] = _integer(fields.get(name, 0) if name != "step" else fields["step"])
     for name in _TEXTS:
-        event[name] = fit_name(_text(fields.get(name, "")))
+        event[name] = fit_name(checked_text(fields.get(name, "")))
     value = float(fields.get("value", math.nan))
     event["value"] = value if math.isfinite(value) else str(value).replace("inf", "Infinity")
     if event["value"] == "nan":
@@ -132,9 +132,3 @@ def _integer(value: Any) -> int:
     if number != value or abs(number) > _MAX_INTEGER:
         raise ValueError(f"{number} is no count")
     return number
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{type(value)} is no text")
-    return value

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from numpy.typing import NDArray
 
 from gradwatch_dashboard.answers import pack
 from gradwatch_dashboard.arguments import Arguments
-from gradwatch_dashboard.binning import bin_bad, bin_norms, bin_table, spans_of
-from gradwatch_dashboard.segments import Matrix
-from gradwatch_dashboard.sessions import Piece, Track
+from gradwatch_dashboard.binning import Cells, bin_bad, bin_norms, bin_table, spans_of
+from gradwatch_dashboard.sessions import Track
 
 MAX_COLUMNS = 4096
 DEFAULT_COLUMNS = 1000
 MAX_CELLS = 32 * 2**20
 """Cells of a heat map; with more parameters there are fewer columns."""
-
-Cells = Sequence[tuple[Piece, Matrix]]
 
 
 def heatmap(run: str, track: Track, cells: Cells, arguments: Arguments) -> bytes:

@@ -34,7 +34,7 @@ def _read(array: Any) -> StreamLayout | None:
     try:
         (text,) = array.ravel().tolist()
         return _checked(StreamLayout.from_json(text))
-    except (TypeError, ValueError, ArithmeticError, RecursionError):
+    except ValueError:
         return None
 
 

@@ -14,14 +14,14 @@ from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
 from gradwatch_dashboard.arguments import LIMIT, Arguments
+from gradwatch_dashboard.binning import Cells
 from gradwatch_dashboard.curve import curve
 from gradwatch_dashboard.event_log import page
 from gradwatch_dashboard.heatmap import heatmap
 from gradwatch_dashboard.notes import shown
 from gradwatch_dashboard.provider import Provider
 from gradwatch_dashboard.runs import Runs
-from gradwatch_dashboard.segments import Matrix
-from gradwatch_dashboard.sessions import Piece, Track
+from gradwatch_dashboard.sessions import Track
 from gradwatch_dashboard.static_files import ENTRY, StaticFile, read_static_files
 from gradwatch_dashboard.store import Store, View
 from gradwatch_dashboard.wire import PLUGIN
@@ -40,7 +40,6 @@ DEFAULT_EVENTS = 2000
 
 App = Callable[[Any, Any], Any]
 Answer = Callable[[Arguments, Provider], "tuple[str | bytes | dict[str, Any], str]"]
-Cells = list[tuple[Piece, Matrix]]
 
 
 class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoard has no types

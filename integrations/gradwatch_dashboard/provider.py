@@ -144,10 +144,10 @@ class Provider:
 def _readable(run: str, tags: dict[str, Any]) -> dict[Tag, Version]:
     ours: dict[Tag, Version] = {}
     for name, series in tags.items():
-        tag = _parse(name)
+        tag = Tag.parse(name)
         if tag is None:
             continue
-        if not _is_known(series.plugin_content):
+        if not is_readable(series.plugin_content):
             note(_UNKNOWN, run)
             continue
         time = series.max_wall_time
@@ -155,20 +155,6 @@ def _readable(run: str, tags: dict[str, Any]) -> dict[Tag, Version]:
             series.max_step, time if time is not None and math.isfinite(time) else None
         )
     return ours
-
-
-def _parse(name: str) -> Tag | None:
-    try:
-        return Tag.parse(name)
-    except ValueError:  # a number of thousands of digits
-        return None
-
-
-def _is_known(content: bytes) -> bool:
-    try:
-        return is_readable(content)
-    except RecursionError:  # nested thousands deep
-        return False
 
 
 def _is_transient(error: Exception) -> bool:

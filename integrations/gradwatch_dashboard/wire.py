@@ -151,9 +151,9 @@ class StreamLayout:
         try:
             content = json.loads(text)
             return cls(
-                optimizer=_text(content["optimizer"]),
-                parameters=tuple(map(_text, content["parameters"])),
-                modules=tuple(map(_text, content["modules"])),
+                optimizer=checked_text(content["optimizer"]),
+                parameters=tuple(map(checked_text, content["parameters"])),
+                modules=tuple(map(checked_text, content["modules"])),
                 shapes=tuple(tuple(map(int, shape)) for shape in content.get("shapes", ())),
             )
         except (LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
@@ -178,7 +178,15 @@ def is_readable(content: bytes) -> bool:
     return type(version) is int and 1 <= version <= VERSION
 
 
-def _text(value: object) -> str:
+def checked_text(value: object) -> str:
+    """Returns what is a text.
+
+    Args:
+        value: Out of a stranger's JSON.
+
+    Raises:
+        TypeError: If it is something else.
+    """
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
     return value
