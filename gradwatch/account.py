@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
 
 from gradwatch.control.judge import Outcome, Verdict
 from gradwatch.control.noise_sample import NoiseSample
@@ -20,9 +21,10 @@ from gradwatch.record.buffer import Entry
 from gradwatch.record.event import Event
 from gradwatch.record.step import StepRecord
 
+_NO_SAMPLE = Sample()
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+
+class Facts(NamedTuple):
     """What is known of a step when it ends; numbers may still be on their way from the device.
 
     Attributes:
@@ -63,26 +65,35 @@ class Facts:
     missing: Sequence[int] = ()
     local: Reading | None = None
     noise: NoiseSample | None = None
-    sample: Sample = field(default_factory=Sample)
+    sample: Sample = _NO_SAMPLE
     curvature: CurvatureSample = NOT_TAKEN
 
-    def readings(self) -> list[Reading]:
-        """Lists the numbers that must have arrived before the step can be written down."""
-        singles = [self.lr, self.local, self.weight, *(one for pair in self.losses for one in pair)]
+    def awaited(self) -> list[Reading]:
+        """Lists the numbers that must arrive from a device before the step can be written down."""
+        before, after, *units = self.settled
+        numbers = [*units, self.lr, self.weight, *chain(*self.losses), *self.verdict[1:]]
+        more = self.local is not None or self.noise is not None or self.sample.parts or self.late
+        if before.total.at_hand and not more and Reading not in map(type, numbers):
+            return []
         looks = [r for look in self.late for r in (look.measurement.norms, look.measurement.total)]
         readings = [
-            *self.settled.readings(),
-            *self.verdict.readings(),
-            *(one for one in singles if isinstance(one, Reading)),
+            *(before.norms, before.total, after.norms, after.total),
+            *(one for one in (*numbers, self.local) if isinstance(one, Reading)),
             *looks,
             *(() if self.noise is None else self.noise.readings()),
             *self.sample.readings(),
         ]
-        return list({id(reading): reading for reading in readings}.values())
+        each_once = {id(reading): reading for reading in readings}.values()
+        return [reading for reading in each_once if not reading.at_hand]
 
 
 class Account:
-    """One step on its way into the records: there at once, or when a transfer has arrived."""
+    """One step on its way into the records: there at once, or when a transfer has arrived.
+
+    Attributes:
+        can_wait: Whether it may be written down later, together with other steps: its numbers are
+            on the host, and they are all finite.
+    """
 
     def __init__(
         self,
@@ -106,17 +117,20 @@ class Account:
         self._facts = facts
         self._table = table
         self._exploding_norm = exploding_norm
-        self._transfer = Transfer(facts.readings())
+        awaited = facts.awaited()
+        self._transfer = Transfer(awaited) if awaited else None
         self._entry: Entry | None = None
+        self.can_wait = not (awaited or facts.nonfinite or facts.settled.before.overflowed)
 
     def ready(self) -> bool:
         """Tells, without waiting, whether the step can be written down."""
-        return self._transfer.arrived()
+        return self._transfer is None or self._transfer.arrived()
 
     def entry(self) -> Entry:
         """Writes the step down; waits for its numbers where they have not arrived."""
         if self._entry is None:
-            self._transfer.wait()
+            if self._transfer is not None:
+                self._transfer.wait()
             self._entry = self._make_entry()
             if self._note is not None:
                 self._note(self._entry.record.outcome)

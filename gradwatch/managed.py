@@ -129,7 +129,7 @@ class ManagedLoop:
 
     def before_forward(self) -> None:
         """Decides whether the micro-batch that begins communicates its gradients."""
-        if self._sync is None or not torch.is_grad_enabled():
+        if self._sync is None:
             return
         self._sync.restore()  # left over where a forward had no backward
         wanted = self._run.accumulation.micro_batches
@@ -240,7 +240,8 @@ class ManagedLoop:
         finally:
             track.last_window = False
         if track.step == before:
-            track.abandon_window(left_out=True)
+            with torch.no_grad():
+                track.abandon_window(left_out=True)
         return track.applied
 
     def _given(self, weight: float | Tensor | None) -> Number | None:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from operator import setitem
-from types import TracebackType
 from typing import NamedTuple
 
 _CALIBRATION_CALLS = 2_000
@@ -33,7 +32,6 @@ class Stopwatch:
         self._busy = 0.0
         self._arrivals = 0
         self._mark_s = _mark_seconds()
-        self._depth = 0
         self._entered = 0.0
         self._started = time.perf_counter()
         self._stopped: float | None = None
@@ -42,20 +40,13 @@ class Stopwatch:
         """Sets the beginning of the wall time to now."""
         self._started = time.perf_counter()
 
-    def __enter__(self) -> None:
-        if self._depth == 0:
-            self._entered = time.perf_counter()
-        self._depth += 1
+    def begin(self) -> None:
+        """Begins an entry."""
+        self._entered = time.perf_counter()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self._busy += time.perf_counter() - self._entered
+    def end(self) -> None:
+        """Ends the entry that has begun."""
+        self._busy += time.perf_counter() - self._entered
 
     def count_arrivals(self, number: int) -> None:
         """Counts marks that parameters have left.

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from types import TracebackType
 
-from torch.optim import Optimizer
+import torch
 
-from gradwatch.control.boundary import StepListener
 from gradwatch.errors import AccumulationError, NonFiniteGradientError
+from gradwatch.overhead import Stopwatch
 from gradwatch.record.sinks import warn_safely
-
-T = TypeVar("T")
 
 UNSUPPORTED = "gradwatch stopped watching: {error} The training goes on untouched."
 
@@ -22,70 +20,55 @@ STOPPED = (
 
 
 class Shield:
-    """Runs gradwatch's code inside the training.
+    """Stands around gradwatch's code inside the training: ``with shield: ...``.
 
-    Where gradwatch acts (clips, skips, accumulates) an error must stop the run: going on without
-    the clip would silently be another training.
+    Inside, no graph is recorded, and the time counts as gradwatch's own. No error gets out where
+    gradwatch only watches; what follows the block is reached then, too. Where it acts (clips,
+    skips, accumulates) an error must stop the run: going on without the clip would silently be
+    another training.
     """
 
-    def __init__(self, acts: bool, on_failure: Callable[[], None]) -> None:
+    __slots__ = ("_acts", "_on_failure", "_recording", "_stopwatch")
+
+    def __init__(self, acts: bool, on_failure: Callable[[], None], stopwatch: Stopwatch) -> None:
         """Starts whole.
 
         Args:
             acts: Whether gradwatch changes the training.
             on_failure: Called once when it must stop watching.
+            stopwatch: Measures what gradwatch takes.
         """
         self._acts = acts
         self._on_failure = on_failure
+        self._stopwatch = stopwatch
+        self._recording: list[bool] = []  # whether a graph was recorded before, block by block
 
-    def run(self, call: Callable[[], T], otherwise: T) -> T:
-        """Runs a piece of gradwatch.
+    def __enter__(self) -> None:
+        if not self._recording:
+            self._stopwatch.begin()
+        self._recording.append(torch.is_grad_enabled())
+        torch._C._set_grad_enabled(False)  # torch.no_grad() costs ten calls
 
-        Args:
-            call: The piece.
-            otherwise: What stands for its result where it failed.
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool:
+        torch._C._set_grad_enabled(self._recording.pop())
+        if not self._recording:
+            self._stopwatch.end()
+        return error is not None and self._holds_back(error)
 
-        Returns:
-            The result.
-        """
-        try:
-            return call()
-        except (NonFiniteGradientError, AccumulationError):
-            raise
-        except Exception as error:
-            if self._acts:
-                raise
-            self._on_failure()
-            unsupported = isinstance(error, NotImplementedError)
-            text = UNSUPPORTED if unsupported else STOPPED
-            warn_safely(text.format(error=error if unsupported else _named(error)))
-            return otherwise
-
-
-class ShieldedListener:
-    """Stands between a step boundary and its listener."""
-
-    def __init__(self, listener: StepListener, shield: Shield) -> None:
-        """Passes everything on.
-
-        Args:
-            listener: Who listens.
-            shield: What stands in front of it.
-        """
-        self._listener = listener
-        self._shield = shield
-
-    def begin(self, optimizer: Optimizer, has_closure: bool) -> None:
-        """A step begins."""
-        self._shield.run(lambda: self._listener.begin(optimizer, has_closure), None)
-
-    def settle(self, optimizer: Optimizer, loss: object) -> bool:
-        """The gradients stand; where the listener fails the step is taken."""
-        return self._shield.run(lambda: self._listener.settle(optimizer, loss), True)
-
-    def finish(self, optimizer: Optimizer) -> None:
-        """The step is over."""
-        self._shield.run(lambda: self._listener.finish(optimizer), None)
+    def _holds_back(self, error: BaseException) -> bool:
+        meant = isinstance(error, (NonFiniteGradientError, AccumulationError))
+        if meant or self._acts or not isinstance(error, Exception):
+            return False
+        self._on_failure()
+        unsupported = isinstance(error, NotImplementedError)
+        text = UNSUPPORTED if unsupported else STOPPED
+        warn_safely(text.format(error=error if unsupported else _named(error)))
+        return True
 
 
 def _named(error: Exception) -> str:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -86,7 +84,7 @@ class Track:
         )
         self._losses: list[tuple[Number, Number]] = []
         self._settled: Settled | None = None
-        self._verdict = Verdict()
+        self._verdict = _APPLIED
         self._lr: Number = math.nan
         self._scale_at_backward: Number = 1.0
         self._generation: object = None
@@ -113,7 +111,7 @@ class Track:
         """
         late = self._refresh()
         if late:
-            backward = replace(backward, arrived=[*backward.arrived, *late])
+            backward = backward._replace(arrived=[*backward.arrived, *late])
         if self.optimizer is None:
             self._drop_what_a_scaler_left_out()
         elif self._may_be_left_out(backward):
@@ -136,7 +134,8 @@ class Track:
         """Makes a step of the newest backward, where no optimizer steps."""
         whole, self.window = self.window, self.window.latest()
         self.step += 1
-        account = self._account(self.window.look(None, self._scale), self.step)
+        settled = self.window.look(self._scale, self._scale.left_in(None))
+        account = self._account(settled, self.step)
         self.window = whole
         return account
 
@@ -148,7 +147,9 @@ class Track:
         """
         if self.optimizer is None:
             return []
-        held = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        held = 0
+        for group in self.optimizer.param_groups:
+            held += len(group["params"])
         if held == self._held_parameters:
             return []
         self._held_parameters = held
@@ -195,10 +196,11 @@ class Track:
         """A step begins."""
         self._refresh()
         self.stepping = True
-        self._require_control().withdraw()  # what is left over where the step before raised
+        control = self._require_control()
+        control.withdraw()  # what is left over where the step before raised
         self._settled = None
-        self._verdict = Verdict()
-        self._require_control().learning_rate.scale(self._run.accumulation.lr_factor)
+        self._verdict = _APPLIED
+        control.learning_rate.scale(self._run.accumulation.lr_factor)
         self._lr = learning_rate(optimizer)
         if has_closure:
             self._losses = []
@@ -212,29 +214,30 @@ class Track:
             raise
 
     def _settle(self, optimizer: Optimizer, loss: object) -> bool:
-        with self._run.stopwatch, torch.no_grad():
-            if inside_backward():
-                self._step_inside_backward()
-            self._scale.settle_whose(optimizer)
-            accumulation = self._run.accumulation
-            if accumulation.checked and not self.last_window:
-                found = self.window.micro_batches if self.units is None else self.units
-                check_window(self.label, found, accumulation.micro_batches)
-            if loss is not None:
-                self._losses = [(_loss(loss), 1.0)]
-            self._losses = self.weighing.weigh(self.window, self._losses, self._scale_at_backward)
-            sampled = self._sampler.due(self.step + 1)
-            if sampled:
-                self._sampler.see_weights(self.window.indices, self._parameters())
-            ride = self._sampler.exchange if sampled else _no_ride
-            self._settled = self.window.look(optimizer, self._scale, ride)
-            self._verdict = self._judge(self._settled, LossScale.found_inf(optimizer))
-            if self._verdict.outcome == "applied":
-                left = self._scale.left_in(optimizer)
-                self._settled = self._require_control().clip(self.window, self._settled, left)
-                if sampled:
-                    self._sampler.before_step(self._parameters())
+        if inside_backward():
+            self._step_inside_backward()
+        self._scale.settle_whose(optimizer)
+        accumulation = self._run.accumulation
+        if accumulation.checked and not self.last_window:
+            found = self.window.micro_batches if self.units is None else self.units
+            check_window(self.label, found, accumulation.micro_batches)
+        if loss is not None:
+            self._losses = [(_loss(loss), 1.0)]
+        self._losses = self.weighing.weigh(self.window, self._losses, self._scale_at_backward)
+        sampled = self._sampler.due(self.step + 1)
+        if sampled:
+            self._sampler.see_weights(self.window.indices, self._parameters())
+        ride = self._sampler.exchange if sampled else _no_ride
+        left = self._scale.left_in(optimizer)
+        settled = self.window.look(self._scale, left, ride)
+        self._settled = settled  # what is known where the judge raises
+        self._verdict = self._judge(settled, LossScale.found_inf(optimizer))
+        if self._verdict.outcome != "applied":
             return not self._verdict.refused and not self._left_out_cleanly()
+        self._settled = self._require_control().clip(self.window, settled, left)
+        if sampled:
+            self._sampler.before_step(self._parameters())
+        return True
 
     def _left_out_cleanly(self) -> bool:
         """Whether gradwatch sees to it that a step which a scaler leaves out leaves no trace.
@@ -251,20 +254,19 @@ class Track:
 
     def finish(self, optimizer: Optimizer) -> None:
         """Records the step that is over."""
-        with self._run.stopwatch, torch.no_grad():
-            settled = self._settled
-            if settled is None:  # the optimizer never called the closure that it was given
-                settled = self.window.look(optimizer, self._scale)
-            self.step += 1
-            self.stepping = False
-            if self.control is not None:
-                self.control.finish(self._verdict)
-            self._run.recorder.expect(self._account(settled, self.step))
-            self.window.reset()
-            self.weighing.reset()
-            self._losses = []
-            self._settled = self.units = None
-            self.on_finished()
+        settled = self._settled
+        if settled is None:  # the optimizer never called the closure that it was given
+            settled = self.window.look(self._scale, self._scale.left_in(optimizer))
+        self.step += 1
+        self.stepping = False
+        if self.control is not None:
+            self.control.finish(self._verdict)
+        self._run.recorder.expect(self._account(settled, self.step))
+        self.window.reset()
+        self.weighing.reset()
+        self._losses = []
+        self._settled = self.units = None
+        self.on_finished()
 
     def shares(self, indices: Sequence[int]) -> bool:
         """Tells whether the optimizer holds any of some parameters."""
@@ -334,7 +336,7 @@ class Track:
         return entry.record, events
 
     def _account(self, settled: Settled, step: int, taken: bool = True) -> Account:
-        sample = Sample()
+        sample = _NO_SAMPLE
         if self._sampler.due(step):
             sample = self._sampler.after_step(
                 self.window.indices, self._parameters(), settled.unit_before
@@ -360,7 +362,7 @@ class Track:
             sample=sample,
             curvature=self.curvature(step, self._verdict.outcome) if taken else NOT_TAKEN,
         )
-        known = not (taken and self._verdict.readings())
+        known = not (taken and self._verdict.late)
         note = None if self.control is None or known else self.control.judge.note
         noise = self.weighing.noise if taken and self.optimizer is not None else None
         return Account(facts, self._run.table, self._options.exploding_norm, note, noise)
@@ -385,6 +387,9 @@ class Track:
 
     def _parameters(self) -> list[Tensor]:
         return [self._run.table.tensors[index] for index in self.window.indices]
+
+
+_APPLIED, _NO_SAMPLE = Verdict(), Sample()
 
 
 def _no_ride(exchange: Exchange) -> None:

@@ -25,7 +25,7 @@ from gradwatch.observe.parameters import optimizer_parameters
 from gradwatch.observe.readings import Number, number
 from gradwatch.record.sinks import warn_safely
 from gradwatch.run import Run
-from gradwatch.shield import Shield, ShieldedListener
+from gradwatch.shield import Shield
 from gradwatch.track import Track
 from gradwatch.unclaimed import Unclaimed
 
@@ -120,19 +120,20 @@ class Tracks:
         self._run.scale.look_once()
         thawed = self._run.hooks.hook_thawed()
         if thawed:
-            backward = replace(backward, arrived=[*backward.arrived, *thawed])
+            backward = backward._replace(arrived=[*backward.arrived, *thawed])
         for track in self.followed:
             track.add(backward, weight)
         if self._unclaimed is not None:
-            backward = replace(backward, freed=self._run.hooks.take_freed(backward.arrived))
+            backward = backward._replace(freed=self._run.hooks.take_freed(backward.arrived))
             self._unclaimed.add(backward, weight, alone=not self.followed)
         self._watch_what_is_added()
 
     def _watch_what_is_added(self) -> None:
         """Measures what the next backward adds, where something is there to add to."""
         added = self._run.hooks.added
-        added.begin()
-        added.active = any(track.window.micro_batches for track in self.followed)
+        if added.watching:
+            added.begin()
+            added.active = any(track.window.micro_batches for track in self.followed)
 
     def noise_scale(self) -> NoiseScale:
         """Returns the noise scale of the first optimizer; with the reason where there is none."""
@@ -152,7 +153,8 @@ class Tracks:
     def end(self) -> None:
         """Ends the windows that are open when the run ends."""
         for track in self.followed:
-            self._shield.run(track.end, None)
+            with self._shield:
+                track.end()
         self.settle()
         stepped = self.followed or self._unclaimed is None or not self._unclaimed.steps
         if self._options.acting and not stepped:
@@ -225,8 +227,7 @@ class Tracks:
         self.followed.append(track)
         self._load_into(track)
         may_refuse = self._options.on_nonfinite != "record" or self._options.skip_spikes is not None
-        listener = ShieldedListener(track, self._shield)
-        self._boundaries.append(StepBoundary(optimizer, listener, may_refuse))
+        self._boundaries.append(StepBoundary(optimizer, track, self._shield, may_refuse))
 
     def _on_finished(self, track: Track) -> None:
         self._watch_what_is_added()

@@ -76,7 +76,7 @@ class Watcher:
         self._sync = GradientSync.of(model, self._run.data_parallel)
         self._managed = ManagedLoop(self._run, self._sync)
         self._batches = BatchRunner(self._run, self._managed, model)
-        self._shield = Shield(options.acts, self._stop_watching)
+        self._shield = Shield(options.acts, self._stop_watching, self._run.stopwatch)
         self._curvature = sampler_of(options.curvature, model)
         self._tracks = Tracks(self._run, self._shield, self._curvature)
         self._state = "new"
@@ -371,18 +371,19 @@ class Watcher:
     def _on_arrived(self) -> None:
         local = self._hooks.local
         if local is not None and not self._is_ours:
-            with self._run.stopwatch, torch.no_grad():
-                self._shield.run(local.take, None)
+            with self._shield:
+                local.take()
 
     def _before_forward(self, module: nn.Module, args: object) -> None:
-        if not self._is_ours:
-            self._shield.run(self._managed.before_forward, None)
+        if not self._is_ours and torch.is_grad_enabled():
+            with self._shield:
+                self._managed.before_forward()
 
     def _on_backward(self, backward: Backward) -> None:
         if self._is_ours:
             return
         if not self._managed.active:
             self._managed.after_other_backward()
-        with self._run.stopwatch, torch.no_grad():
+        with self._shield:
             self._run.stopwatch.count_arrivals(len(backward.arrived))
-            self._shield.run(lambda: self._tracks.add(backward, self._managed.weight), None)
+            self._tracks.add(backward, self._managed.weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -35,17 +36,25 @@ class StepListener(Protocol):
 class StepBoundary:
     """Stands around every step of one optimizer, through its own step hooks."""
 
-    def __init__(self, optimizer: Optimizer, listener: StepListener, may_refuse: bool) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        listener: StepListener,
+        shield: AbstractContextManager[None],
+        may_refuse: bool,
+    ) -> None:
         """Registers the hooks.
 
         Args:
             optimizer: The optimizer.
             listener: Who is told.
+            shield: What to stand inside of while it is told, and may hold its errors back.
             may_refuse: Whether the listener may refuse a step or raise; only then an optimizer
                 that evaluates its closure several times is copied before the step.
         """
         self._optimizer = optimizer
         self._listener = listener
+        self._shield = shield
         self._may_refuse = may_refuse
         self._stash = GradientStash()
         self._checkpoint: OptimizerCheckpoint | None = None
@@ -68,9 +77,11 @@ class StepBoundary:
         self._refused = False
         self._checkpoint = None
         closure = _closure_of(args, kwargs)
-        self._listener.begin(optimizer, closure is not None)
+        with self._shield:
+            self._listener.begin(optimizer, closure is not None)
+            if closure is None:
+                self._settle(None)
         if closure is None:
-            self._settle(None)
             return None
         if self._may_refuse and _evaluates_repeatedly(optimizer):
             self._checkpoint = OptimizerCheckpoint(optimizer, optimizer_parameters(optimizer))
@@ -83,7 +94,8 @@ class StepBoundary:
             nonlocal last
             if not self._refused:
                 last = closure()
-                self._settle(last)
+                with self._shield:
+                    self._settle(last)
             return last
 
         return evaluate
@@ -102,7 +114,8 @@ class StepBoundary:
             self._restore_checkpoint()
         self._checkpoint = None
         self._stash.restore()
-        self._listener.finish(optimizer)
+        with self._shield:
+            self._listener.finish(optimizer)
 
     def _restore_checkpoint(self) -> None:
         if self._checkpoint is not None:

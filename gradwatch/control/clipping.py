@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
@@ -42,24 +42,51 @@ class Clipping:
     fused: FusedStep | None
     table: ParameterTable
 
-    def clip_(
-        self, gradients: list[Tensor], settled: Settled, left: Number
+    def decide(self, settled: Settled) -> tuple[ClipDecision, Settled]:
+        """Asks the policy about a step.
+
+        Args:
+            settled: Both sides so far.
+
+        Returns:
+            What it wants done, and both sides with its limit in them.
+        """
+        if self.policy is None:
+            return _NO_DECISION, settled
+        norms = self.scopes.norms(settled, self._scope, self.policy.norm_type)
+        decision = self.policy.decide(norms)
+        return decision, settled._replace(threshold=_number(decision.threshold))
+
+    def changes(self, decision: ClipDecision, settled: Settled) -> bool:
+        """Tells whether any gradient must be written to: for the clip, or to make up the mean.
+
+        Args:
+            decision: What the policy wants done.
+            settled: Both sides so far.
+        """
+        return (
+            decision.coefficient is not None
+            or decision.clip_value is not None
+            or decision.units is not None
+            or settled.correction != 1.0
+        )
+
+    def carry_out_(
+        self, decision: ClipDecision, gradients: list[Tensor], settled: Settled, left: Number
     ) -> tuple[Settled, bool]:
         """Clips the gradients of a step, in place or in the optimizer's own kernel.
 
         Args:
+            decision: What the policy wants done.
             gradients: The gradients; of sharded ones the parts of this rank.
             settled: Both sides so far.
             left: The loss scale that the gradients still carry.
 
         Returns:
-            Both sides with the decision in them, and whether elements were changed one by one, so
-            that the norm must be taken anew.
+            Both sides of the clip, and whether elements were changed one by one, so that the norm
+            must be taken anew.
         """
-        scope = getattr(self.policy, "scope", "global")
-        decision = self._decision(settled, scope)
-        settled = replace(settled, threshold=_number(decision.threshold))
-        coefficient = decision.coefficient
+        scope, coefficient = self._scope, decision.coefficient
         if coefficient is not None and not settled.after.total.at_hand:
             # Nobody has looked yet whether the norm is finite; if it is not, leave the gradients.
             finite = torch.isfinite(settled.after.total.tensor)
@@ -78,10 +105,9 @@ class Clipping:
             self._scale_units(decision.units, settled.after.indices, gradients, number(left))
         return settled, decision.clip_value is not None or decision.units is not None
 
-    def _decision(self, settled: Settled, scope: str) -> ClipDecision:
-        if self.policy is None:
-            return ClipDecision()
-        return self.policy.decide(self.scopes.norms(settled, scope, self.policy.norm_type))
+    @property
+    def _scope(self) -> str:
+        return getattr(self.policy, "scope", "global")
 
     def _scale(
         self, gradients: list[Tensor], settled: Settled, coefficient: Tensor | None
@@ -97,7 +123,7 @@ class Clipping:
                 self.fused.scale(whole, gradients[0].device)
             else:
                 scale_(gradients, whole)
-        return replace(settled, coefficient=factor)
+        return settled._replace(coefficient=factor)
 
     def _scales(self, gradients: list[Tensor]) -> bool:
         """Tells whether the optimizer can be left to scale the gradients.
@@ -121,6 +147,7 @@ class Clipping:
                 gradient.mul_(factors)
 
 
+_NO_DECISION = ClipDecision()
 _dtype = attrgetter("dtype")
 
 
@@ -136,4 +163,4 @@ def _with_factors(settled: Settled, factors: Tensor, policy: ClipPolicy | None) 
     norms = after.norms.tensor * factors
     total = total_norm(norms, 2.0 if policy is None else policy.norm_type)
     scaled = Measurement(after.indices, Reading(norms), Reading(total), after.overflowed)
-    return replace(settled, after=scaled)
+    return settled._replace(after=scaled)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +16,7 @@ Outcome = Literal["applied", "skipped_nonfinite", "skipped_scaler", "skipped_pol
 OURS: tuple[Outcome, ...] = ("skipped_nonfinite", "skipped_policy")
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What becomes of a step.
 
     Attributes:
@@ -41,13 +39,15 @@ class Verdict:
     @property
     def refusal(self) -> Tensor | None:
         """Tensor ``[]``, float32, above 0 where the device is to leave it out; None for no such."""
+        if not self.late:
+            return None
         flags = [one.tensor for one in (self.nonfinite, self.spike) if isinstance(one, Reading)]
         return torch.stack(flags).amax() if flags else None
 
-    def readings(self) -> list[Reading]:
-        """Lists what must be read before :meth:`final` can be."""
-        numbers = (self.found_inf, self.nonfinite, self.spike)
-        return [one for one in numbers if isinstance(one, Reading)]
+    @property
+    def late(self) -> bool:
+        """Whether something must be read before :meth:`final` can be."""
+        return Reading in (type(self.found_inf), type(self.nonfinite), type(self.spike))
 
     def final(self) -> Outcome:
         """Returns what became of the step; waits where only the device knows."""

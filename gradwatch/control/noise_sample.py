@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +14,7 @@ from gradwatch.observe.data_parallel import DataParallel
 from gradwatch.observe.readings import Number, Reading, number, number_of, operand
 
 
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """One micro-batch of a window.
 
     Attributes:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from gradwatch.observe.measurement import Measurement
-from gradwatch.observe.readings import Number, Reading, number, operand
+from gradwatch.observe.readings import Number, number, operand
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(NamedTuple):
     """Both sides of the clip of one step; the properties are true units, and read the numbers.
 
     Attributes:
@@ -47,20 +46,6 @@ class Settled:
         factor = operand(self.correction) / operand(self.unit_after)
         # A multiplication by one would cost a call; a policy must see the very bits of the norm.
         return norms if isinstance(factor, float) and factor == 1.0 else norms * factor
-
-    def readings(self) -> list[Reading]:
-        """Lists what must be read before the properties can be."""
-        parts = [self.before.norms, self.before.total, self.after.norms, self.after.total]
-        numbers = [
-            self.unit_before,
-            self.unit_after,
-            self.correction,
-            self.coefficient,
-            self.threshold,
-            self.loss_scale,
-        ]
-        readings = [*parts, *(one for one in numbers if isinstance(one, Reading))]
-        return list({id(reading): reading for reading in readings}.values())
 
     @property
     def before_scale(self) -> float:

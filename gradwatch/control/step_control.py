@@ -98,7 +98,7 @@ class StepControl:
             verdict: What became of it; what only the device knows is noted when it has arrived.
         """
         self.withdraw()
-        if not verdict.readings():
+        if not verdict.late:
             self.judge.note(verdict.outcome)
 
     def withdraw(self) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from operator import attrgetter, is_
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from gradwatch.control.clipping import Clipping
 from gradwatch.control.loss_scale import LossScale
@@ -63,6 +63,7 @@ class Window:
     _before: Measurement | None = None
     _snapshot: GradientSnapshot | None = None
     _tensors: list[Tensor] = field(default_factory=list)
+    _dtype: torch.dtype | None = None
 
     @property
     def micro_batches(self) -> int:
@@ -72,6 +73,8 @@ class Window:
     @property
     def weight(self) -> Number:
         """Sum of their weights."""
+        if len(self.filled) == 1:
+            return self.filled[0][1]
         return number_of(sum(operand(weight) for _, weight in self.filled))
 
     @property
@@ -122,14 +125,16 @@ class Window:
         if self.discarded_before(backward):
             self.reset()
         indices, gradients = self.gradients()
-        freed = {i: norm for i, norm in backward.freed.items() if i in self.indices}
+        freed = backward.freed
+        if freed:
+            freed = {i: norm for i, norm in freed.items() if i in self.indices}
         if not gradients and not freed:
             return None  # an optimizer inside the backward has used and freed them
         if backward.continues and self.filled:
             self.filled[-1][0].update(arrived)
         else:
             self.filled.append((arrived, weight))
-        self._before = measure(indices, gradients, self.norm_type)
+        self._before = measure(indices, gradients, self.norm_type, self._dtype)
         if freed:
             self._before = with_freed(self._before, freed, self.norm_type)
         if self.shards is None:
@@ -179,15 +184,19 @@ class Window:
         Returns:
             Both, of the same length; of sharded gradients the parts that this rank holds.
         """
+        gradients, indices = self._listed(), self.indices
+        if any(map(is_, gradients, repeat(None))):
+            pairs = [(i, g) for i, g in zip(indices, gradients, strict=True) if g is not None]
+            indices, gradients = [i for i, _ in pairs], [g for _, g in pairs]
+        return indices, gradients if self.shards is None else list(map(local_part, gradients))
+
+    def _listed(self) -> list[Any]:
+        """Lists ``.grad`` of every parameter, None where there is none."""
         if len(self._tensors) != len(self.indices):
             self._tensors = [self.table.tensors[index] for index in self.indices]
-        gradients = list(map(_grad, self._tensors))
-        if any(map(is_, gradients, repeat(None))):
-            pairs = [(i, g) for i, g in zip(self.indices, gradients, strict=True) if g is not None]
-            indices, gradients = [i for i, _ in pairs], [g for _, g in pairs]
-        else:
-            indices = self.indices
-        return indices, gradients if self.shards is None else list(map(local_part, gradients))
+            dtypes = {tensor.dtype for tensor in self._tensors}
+            self._dtype = dtypes.pop() if len(dtypes) == 1 else None
+        return list(map(_grad, self._tensors))
 
     def latest(self) -> Window:
         """Makes a window that holds the newest backward only, as a step of its own."""
@@ -225,8 +234,8 @@ class Window:
 
     def look(
         self,
-        optimizer: Optimizer | None,
         scale: LossScale,
+        left: Number,
         ride: Callable[[Exchange], None] = lambda exchange: None,
     ) -> Settled:
         """Looks at the gradients that a step is about to use.
@@ -235,19 +244,18 @@ class Window:
         loop's own clip, or the scaler.
 
         Args:
-            optimizer: Whose step it is.
             scale: The loss scale of the run.
+            left: The loss scale that the gradients still carry.
             ride: Adds further numbers to the exchange between ranks, where there is one.
 
         Returns:
             Both sides of the loop's own clip.
         """
-        left = scale.left_in(optimizer)
         loss_scale = scale.value() if scale.active else left
         # Unscaling moves no version counter: what was measured at the end of the backward has the
         # unit of the scaled loss, whatever the scaler has done to the gradients since.
         unit_before = left if self._before is None else loss_scale
-        before, after = self._measure_again(*self.gradients())
+        before, after = self._measure_again()
         unit_after = unit_before if after is before else left
         if self.shards is not None:
             before, after = self._agree(self.shards, before, after, ride)
@@ -269,8 +277,11 @@ class Window:
         """
         if settled.after.total.at_hand and not settled.after.finite:
             return settled
+        decision, settled = clipping.decide(settled)
+        if not clipping.changes(decision, settled):
+            return settled
         indices, gradients = self.gradients()
-        settled, limited = clipping.clip_(gradients, settled, left)
+        settled, limited = clipping.carry_out_(decision, gradients, settled, left)
         if not limited:
             return settled
         after = measure(indices, gradients, self.norm_type)
@@ -278,7 +289,7 @@ class Window:
             _, after = self._agree(self.shards, after, after)
         # The correction has been multiplied in by now.
         unit = operand(left) * operand(settled.correction)
-        return replace(settled, after=after, unit_after=number_of(unit))
+        return settled._replace(after=after, unit_after=number_of(unit))
 
     def unapplied(self, loss_scale: Number, together: bool) -> Settled | None:
         """Returns the numbers of a window that no step has used, gradients gone or not.
@@ -300,23 +311,29 @@ class Window:
             before, self.offender, self.nonfinite = agreed.before, agreed.offender, agreed.nonfinite
         return Settled(before, before, loss_scale, loss_scale, loss_scale=loss_scale)
 
-    def _measure_again(
-        self, indices: list[int], gradients: list[Tensor]
-    ) -> tuple[Measurement, Measurement]:
-        snapshot = self._snapshot
-        if self._before is not None and snapshot is not None and snapshot.matches(gradients):
-            return self._before, self._before
-        after = measure(indices, gradients, self.norm_type)
+    def _measure_again(self) -> tuple[Measurement, Measurement]:
+        before, snapshot = self._before, self._snapshot
+        if before is not None and snapshot is not None and snapshot.matches(self._now(before)):
+            return before, before
+        indices, gradients = self.gradients()
+        after = measure(indices, gradients, self.norm_type, self._dtype)
         if self._before is not None and _zeroed(self._before, after):
             self.reset()  # zero_grad came after the last backward
         self._look_for_offender(after, gradients, ())
         return self._before or after, after
 
+    def _now(self, before: Measurement) -> list[Any]:
+        """Lists the gradients, without a look at each where none was missing before."""
+        return self._listed() if before.indices is self.indices else self.gradients()[1]
+
     def _look_for_offender(
         self, measurement: Measurement, gradients: list[Tensor] | None, order: Sequence[int]
     ) -> None:
+        at_hand = measurement.total.at_hand
+        if at_hand and (measurement.finite or measurement.overflowed):
+            return
         look = Look(self.micro_batches, measurement, order)
-        if not measurement.total.at_hand:
+        if not at_hand:
             self.late.append(look)
             return
         bad = look.offenders(gradients)

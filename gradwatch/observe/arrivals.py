@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from operator import setitem
-from types import FrameType
-from typing import Any
+from types import FrameType, MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +24,10 @@ from torch.utils.hooks import RemovableHandle
 _engine = torch.autograd.Variable._execution_engine
 _ENGINE_CODE = _engine_run_backward.__code__
 _FUNCTION_CODE = BackwardCFunction.apply.__code__
+_NONE_FREED: Mapping[int, Tensor] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Backward:
+class Backward(NamedTuple):
     """A backward that has ended.
 
     Attributes:
@@ -44,7 +43,7 @@ class Backward:
     arrived: Sequence[int]
     continues: bool
     create_graph: bool
-    freed: Mapping[int, Tensor] = field(default_factory=dict)
+    freed: Mapping[int, Tensor] = _NONE_FREED
 
 
 class Arrivals(dict[int, Tensor]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,8 +15,7 @@ from gradwatch.observe.readings import Reading
 from gradwatch.observe.values import gradient_values
 
 
-@dataclass(frozen=True, slots=True)
-class Measurement:
+class Measurement(NamedTuple):
     """Norms of some gradients, taken in one batched pass.
 
     Attributes:
@@ -59,20 +58,26 @@ class Measurement:
         return Measurement(kept, Reading(norms), Reading(total), self.overflowed)
 
 
-def measure(indices: Sequence[int], gradients: list[Tensor], norm_type: float) -> Measurement:
+def measure(
+    indices: Sequence[int],
+    gradients: list[Tensor],
+    norm_type: float,
+    dtype: torch.dtype | None = None,
+) -> Measurement:
     """Measures gradients in one batched pass.
 
     Args:
         indices: Index in the parameter table of each gradient, ascending.
         gradients: The gradients.
         norm_type: The p of the norm, positive or ``math.inf``.
+        dtype: As for :func:`~gradwatch.observe.norms.gradient_norms`.
 
     Returns:
         The norms. Where the float32 norm of finite gradients overflows they are taken once more
         in float64, so that the true number stands there and a clip can still work with it; not so
         on an accelerator, where finding out would wait for it.
     """
-    norms = gradient_norms(gradients, norm_type)
+    norms = gradient_norms(gradients, norm_type, dtype)
     total = Reading(total_norm(norms, norm_type))
     if not total.at_hand or math.isfinite(total.value()) or not all(map(_all_finite, gradients)):
         return Measurement(indices, Reading(norms), total)

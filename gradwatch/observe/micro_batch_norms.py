@@ -38,6 +38,11 @@ class MicroBatchNorms:
         self._task = -1
         self._measured: list[tuple[list[int], Tensor]] = []
 
+    @property
+    def watching(self) -> bool:
+        """Whether any tensor carries a hook."""
+        return bool(self._handles)
+
     def watch(self, indices: Iterable[int]) -> None:
         """Hangs hooks on tensors, once each, as far as they require a gradient.
 
@@ -70,6 +75,8 @@ class MicroBatchNorms:
         Returns:
             Tensor ``[]``, in the unit of the gradients; None where nothing was kept.
         """
+        if not self._handles:
+            return None
         self._measure()
         if not self._measured:
             return None

@@ -109,6 +109,8 @@ class ModelHooks:
         Returns:
             Those of them that have a gradient already.
         """
+        if not self._unhooked:
+            return []
         tensors = self._table.tensors
         thawed = sorted(index for index in self._unhooked if tensors[index].requires_grad)
         for index in thawed:

@@ -12,9 +12,12 @@ from gradwatch.observe.values import gradient_values
 
 _dtype = attrgetter("dtype")
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
+_UP_TO_FLOAT32 = (*_LOW_PRECISION, torch.float32)
 
 
-def gradient_norms(gradients: list[Tensor], norm_type: float = 2.0) -> Tensor:
+def gradient_norms(
+    gradients: list[Tensor], norm_type: float = 2.0, dtype: torch.dtype | None = None
+) -> Tensor:
     """Takes the p-norm of each gradient, float16 and bfloat16 accumulated in float32.
 
     On finite float32 gradients every value equals, bit for bit, the one that
@@ -23,6 +26,8 @@ def gradient_norms(gradients: list[Tensor], norm_type: float = 2.0) -> Tensor:
     Args:
         gradients: Any number of tensors: any shapes, real or complex dtypes, dense or sparse.
         norm_type: The p of the norm, positive; ``math.inf`` for the largest magnitude.
+        dtype: That of all gradients, where it is float16, bfloat16 or float32 and known: they need
+            not be asked for it then. One that has another one after all is measured right.
 
     Returns:
         Tensor ``[len(gradients)]`` on the device of the first one, float32 or, where a gradient
@@ -30,10 +35,12 @@ def gradient_norms(gradients: list[Tensor], norm_type: float = 2.0) -> Tensor:
     """
     if not gradients:
         return torch.zeros(0)
-    dtypes = set(map(_dtype, gradients))
+    known = dtype in _UP_TO_FLOAT32
+    dtypes = {torch.float32} if known else set(map(_dtype, gradients))
     if len(dtypes) == 1:
+        accumulator = torch.float32 if known else _accumulator(dtypes.pop())
         try:
-            norms = torch._foreach_norm(gradients, norm_type, _accumulator(dtypes.pop()))
+            norms = torch._foreach_norm(gradients, norm_type, accumulator)
             return torch.stack(norms)
         except (NotImplementedError, RuntimeError):
             pass  # some are sparse, or on another device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -37,8 +38,7 @@ class Offender:
         return math.isnan(self.norm) if self.counts is None else self.counts.nan > 0
 
 
-@dataclass(frozen=True, slots=True)
-class Look:
+class Look(NamedTuple):
     """The gradients of a window at the end of one backward, or when the step begins.
 
     Attributes:

@@ -120,15 +120,14 @@ class Transfer:
     """One asynchronous copy to the host of all numbers of a step."""
 
     def __init__(self, readings: Sequence[Reading]) -> None:
-        """Starts the copy; there is nothing to do for readings that are at hand.
+        """Starts the copy.
 
         Args:
-            readings: What is to be read, on any devices.
+            readings: What is to be read, on any devices; none that is at hand.
         """
         groups: dict[torch.device, list[Reading]] = {}
         for reading in readings:
-            if not reading.at_hand:
-                groups.setdefault(reading.tensor.device, []).append(reading)
+            groups.setdefault(reading.tensor.device, []).append(reading)
         self._copies = [_Copy(device, group) for device, group in groups.items()]
 
     def arrived(self) -> bool:

@@ -48,11 +48,11 @@ class GradientSnapshot:
         part._versions = list(compress(self._versions, keep))
         return part
 
-    def matches(self, gradients: Sequence[Tensor]) -> bool:
+    def matches(self, gradients: Sequence[Tensor | None]) -> bool:
         """Tells whether these are the same tensors, and nothing wrote into them since.
 
         Args:
-            gradients: Those of the parameters that have one now.
+            gradients: Those of the parameters now, None where one has none.
 
         Returns:
             False as soon as one was replaced, written to, added or taken away.
@@ -94,4 +94,7 @@ class GradientSnapshot:
         )
 
     def _alive(self) -> bool:
-        return all(reference() is not None for reference in self._references)
+        for reference in self._references:  # noqa: SIM110 - a generator costs more than the loop
+            if reference() is None:
+                return False
+        return True

@@ -50,8 +50,18 @@ class SinkHub:
         if not self._sinks:
             return False
         self._waiting += 1
-        age = time.perf_counter() - self._delivered_at
-        return self._waiting >= self._limit or age > (URGENT_SECONDS if urgent else FLUSH_SECONDS)
+        return self.due(0, URGENT_SECONDS if urgent else FLUSH_SECONDS)
+
+    def due(self, more: int, seconds: float = FLUSH_SECONDS) -> bool:
+        """Tells whether it is time to deliver.
+
+        Args:
+            more: How many steps are to be counted, as soon as they are written down.
+            seconds: How long the sinks may have got nothing.
+        """
+        if self._waiting + more >= self._limit:
+            return True
+        return bool(self._sinks) and time.perf_counter() - self._delivered_at > seconds
 
     def deliver(self, take: Callable[[int], RecordBatch]) -> None:
         """Hands the waiting steps to every sink.
