@@ -40,6 +40,9 @@ class Accumulation:
         checked: Whether a step whose window has another number is refused. A framework's adapter,
             which leaves the windows to the framework, switches it off.
         by_framework: Whether that framework accumulates, whatever the policy says.
+        micro_batches: Micro-batches of the window under way.
+        lr_factor: What the learning rate is multiplied with in the step under way.
+        by_noise: Whether the noise scale decides, so that all ranks must have the same.
     """
 
     def __init__(self, policy: AccumulatePolicy, note: Callable[[Event], None]) -> None:
@@ -51,28 +54,19 @@ class Accumulation:
         """
         self.checked = True
         self.by_framework = False
+        self.by_noise = not isinstance(policy, (FixedAccumulation, AccumulationSchedule))
+        self._fixed = isinstance(policy, FixedAccumulation)
         self._policy = policy
         self._note = note
+        self._read()
 
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches of the window under way."""
-        return self._policy.micro_batches
-
-    @property
-    def lr_factor(self) -> float:
-        """What the learning rate is multiplied with in the step under way."""
-        return self._policy.lr_factor
+    def _read(self) -> None:
+        self.micro_batches, self.lr_factor = self._policy.micro_batches, self._policy.lr_factor
 
     @property
     def accumulates(self) -> bool:
         """Whether a step may ever have more than one micro-batch."""
         return self.by_framework or self._policy.most != 1
-
-    @property
-    def by_noise(self) -> bool:
-        """Whether the noise scale decides, so that all ranks must have the same."""
-        return not isinstance(self._policy, (FixedAccumulation, AccumulationSchedule))
 
     def next_window(self, step: int, noise: Callable[[], NoiseScale]) -> None:
         """Has the next window decided about.
@@ -82,8 +76,11 @@ class Accumulation:
             noise: Gives the noise scale; waits for numbers that are still on their way, and is
                 asked only where they are needed.
         """
+        if self._fixed:
+            return
         looked = noise() if self._policy.looks_at(step) else None
         old, new = self.micro_batches, self._policy.decide(step, looked or UNKNOWN)
+        self._read()
         if new != old:
             self._note(changed_event(step + 1, old, new, looked))
 
@@ -95,6 +92,7 @@ class Accumulation:
         """Takes back what :meth:`state_dict` gave; another policy than that begins anew."""
         if state["policy"] == type(self._policy).__name__:
             self._policy.load_state_dict(state["state"])
+            self._read()
 
 
 _NAN = float("nan")

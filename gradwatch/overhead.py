@@ -25,36 +25,24 @@ class Overhead(NamedTuple):
 
 
 class Stopwatch:
-    """Adds up the time of gradwatch's entries into the training."""
+    """Adds up the time of gradwatch's entries into the training.
+
+    Attributes:
+        busy: Seconds of all entries so far.
+        arrivals: Marks that parameters have left so far.
+    """
 
     def __init__(self) -> None:
         """Starts at zero."""
-        self._busy = 0.0
-        self._arrivals = 0
+        self.busy = 0.0
+        self.arrivals = 0
         self._mark_s = _mark_seconds()
-        self._entered = 0.0
         self._started = time.perf_counter()
         self._stopped: float | None = None
 
     def start(self) -> None:
         """Sets the beginning of the wall time to now."""
         self._started = time.perf_counter()
-
-    def begin(self) -> None:
-        """Begins an entry."""
-        self._entered = time.perf_counter()
-
-    def end(self) -> None:
-        """Ends the entry that has begun."""
-        self._busy += time.perf_counter() - self._entered
-
-    def count_arrivals(self, number: int) -> None:
-        """Counts marks that parameters have left.
-
-        Args:
-            number: How many.
-        """
-        self._arrivals += number
 
     def elapsed(self) -> float:
         """Returns the seconds since the start, until :meth:`stop`."""
@@ -68,7 +56,7 @@ class Stopwatch:
 
     def read(self) -> Overhead:
         """Returns what was measured so far."""
-        seconds = self._busy + self._arrivals * self._mark_s
+        seconds = self.busy + self.arrivals * self._mark_s
         return Overhead(seconds, seconds / max(self.elapsed(), 1e-9))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from types import TracebackType
 
@@ -28,7 +29,7 @@ class Shield:
     another training.
     """
 
-    __slots__ = ("_acts", "_on_failure", "_recording", "_stopwatch")
+    __slots__ = ("_acts", "_entered", "_on_failure", "_recording", "_stopwatch")
 
     def __init__(self, acts: bool, on_failure: Callable[[], None], stopwatch: Stopwatch) -> None:
         """Starts whole.
@@ -41,11 +42,12 @@ class Shield:
         self._acts = acts
         self._on_failure = on_failure
         self._stopwatch = stopwatch
+        self._entered = 0.0
         self._recording: list[bool] = []  # whether a graph was recorded before, block by block
 
     def __enter__(self) -> None:
         if not self._recording:
-            self._stopwatch.begin()
+            self._entered = time.perf_counter()
         self._recording.append(torch.is_grad_enabled())
         torch._C._set_grad_enabled(False)  # torch.no_grad() costs ten calls
 
@@ -57,7 +59,7 @@ class Shield:
     ) -> bool:
         torch._C._set_grad_enabled(self._recording.pop())
         if not self._recording:
-            self._stopwatch.end()
+            self._stopwatch.busy += time.perf_counter() - self._entered
         return error is not None and self._holds_back(error)
 
     def _holds_back(self, error: BaseException) -> bool:

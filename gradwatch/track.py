@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from gradwatch.account import Account, Facts
 from gradwatch.control.accumulate import check_window
 from gradwatch.control.in_backward import refuse_what_needs_all_gradients
-from gradwatch.control.judge import TooManySkipsError, Verdict
+from gradwatch.control.judge import APPLIED, TooManySkipsError, Verdict
 from gradwatch.control.learning_rate import learning_rate
 from gradwatch.control.loss_scale import LossScale
 from gradwatch.control.settled import Settled
@@ -84,7 +84,7 @@ class Track:
         )
         self._losses: list[tuple[Number, Number]] = []
         self._settled: Settled | None = None
-        self._verdict = _APPLIED
+        self._verdict = APPLIED
         self._lr: Number = math.nan
         self._scale_at_backward: Number = 1.0
         self._generation: object = None
@@ -114,7 +114,7 @@ class Track:
             backward = backward._replace(arrived=[*backward.arrived, *late])
         if self.optimizer is None:
             self._drop_what_a_scaler_left_out()
-        elif self._may_be_left_out(backward):
+        elif self._scale.scaler is not None and self._may_be_left_out(backward):
             self.abandon_window(self.left_out_by_scaler)
         self._generation = self._run.scale.generation()
         self.units, filled, before = None, self.window.filled, self.window.micro_batches
@@ -199,7 +199,7 @@ class Track:
         control = self._require_control()
         control.withdraw()  # what is left over where the step before raised
         self._settled = None
-        self._verdict = _APPLIED
+        self._verdict = APPLIED
         control.learning_rate.scale(self._run.accumulation.lr_factor)
         self._lr = learning_rate(optimizer)
         if has_closure:
@@ -279,7 +279,7 @@ class Track:
 
     def _may_be_left_out(self, backward: Backward) -> bool:
         """Whether something has happened that a scaler's skip brings with it."""
-        if not self._scale.active or not self.window.filled:
+        if not self.window.filled:
             return False
         return self._scaler_has_updated() or self.window.discarded_before(backward)
 
@@ -389,7 +389,7 @@ class Track:
         return [self._run.table.tensors[index] for index in self.window.indices]
 
 
-_APPLIED, _NO_SAMPLE = Verdict(), Sample()
+_NO_SAMPLE = Sample()
 
 
 def _no_ride(exchange: Exchange) -> None:

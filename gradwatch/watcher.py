@@ -385,5 +385,5 @@ class Watcher:
         if not self._managed.active:
             self._managed.after_other_backward()
         with self._shield:
-            self._run.stopwatch.count_arrivals(len(backward.arrived))
+            self._run.stopwatch.arrivals += len(backward.arrived)
             self._tracks.add(backward, self._managed.weight)

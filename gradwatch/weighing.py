@@ -109,8 +109,10 @@ class Weighing:
         Returns:
             The losses: one, of all ranks where they were asked.
         """
-        self.reset()
-        ranks = self._ranks(window)
+        self.sample = self._weight = None
+        ranks = None
+        if window.divisor is not None or self._run.accumulation.by_noise:
+            ranks = self._run.data_parallel  # but not in a loop that is only watched
         alone = len(window.noted) < 2 and self._run.data_parallel is None
         if not window.noted or (alone and window.divisor is None):
             self.silent = ONE_MICRO_BATCH
@@ -128,11 +130,6 @@ class Weighing:
             window.correction = number_of(operand(divisor) * count / weight)
         self.sample, self.silent = self._sample(window, _Added(sums, ranks, divisor, scale))
         return losses
-
-    def _ranks(self, window: Window) -> DataParallel | None:
-        """Returns the ranks to add up with: not in a loop that is only watched."""
-        asked = window.divisor is not None or self._run.accumulation.by_noise
-        return self._run.data_parallel if asked else None
 
     def _sample(self, window: Window, added: _Added) -> tuple[NoiseSample | None, str]:
         if window.norm_type != 2.0:

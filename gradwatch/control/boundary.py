@@ -73,10 +73,11 @@ class StepBoundary:
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self._stash.restore()  # left over where the step before raised
+        if self._refused:
+            self._stash.restore()  # left over where the step before raised
         self._refused = False
         self._checkpoint = None
-        closure = _closure_of(args, kwargs)
+        closure = _closure_of(args, kwargs) if kwargs or len(args) > 1 else None
         with self._shield:
             self._listener.begin(optimizer, closure is not None)
             if closure is None:
@@ -112,8 +113,8 @@ class StepBoundary:
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._refused:
             self._restore_checkpoint()
+            self._stash.restore()
         self._checkpoint = None
-        self._stash.restore()
         with self._shield:
             self._listener.finish(optimizer)
 

@@ -39,8 +39,6 @@ class Verdict(NamedTuple):
     @property
     def refusal(self) -> Tensor | None:
         """Tensor ``[]``, float32, above 0 where the device is to leave it out; None for no such."""
-        if not self.late:
-            return None
         flags = [one.tensor for one in (self.nonfinite, self.spike) if isinstance(one, Reading)]
         return torch.stack(flags).amax() if flags else None
 
@@ -56,6 +54,9 @@ class Verdict(NamedTuple):
         if number(self.nonfinite) > 0:
             return "skipped_nonfinite"
         return "skipped_policy" if number(self.spike) > 0 else self.outcome
+
+
+APPLIED = Verdict()
 
 
 class TooManySkipsError(Exception):
@@ -107,6 +108,8 @@ class Judge:
         if by_flag and self._on_nonfinite != "raise":
             return self._by_flag(settled, found_inf)
         waits = self._on_nonfinite != "record" or self._spikes is not None
+        if not waits and found_inf == 0.0:
+            return APPLIED
         if not waits and isinstance(found_inf, Reading) and not found_inf.at_hand:
             return Verdict(found_inf=found_inf)
         if number(found_inf) > 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,11 @@ from gradwatch.observe.readings import Number, number, reading_of
 
 
 class LossScale:
-    """Reads the loss scale of a ``torch.amp.GradScaler``, or stands for its absence."""
+    """Reads the loss scale of a ``torch.amp.GradScaler``, or stands for its absence.
+
+    Attributes:
+        scaler: The scaler; None where there is none, and so no step is left out by one.
+    """
 
     def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
         """Reads from a scaler.
@@ -24,7 +28,7 @@ class LossScale:
         Args:
             scaler: The scaler of the training loop; None where there is none.
         """
-        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._candidates: list[torch.amp.GradScaler] = []
         self._looked = scaler is not None
 
@@ -38,7 +42,7 @@ class LossScale:
             return
         self._looked = True
         self._candidates = [scaler for scaler in _scalers() if scaler._scale is not None]
-        self._scaler = _at_hand(self._candidates, sys._getframe())
+        self.scaler = _at_hand(self._candidates, sys._getframe())
 
     def settle_whose(self, optimizer: Optimizer) -> None:
         """Keeps the scaler that unscales the gradients of a step, and forgets all others.
@@ -48,27 +52,22 @@ class LossScale:
         """
         if self._candidates:
             serving = [scaler for scaler in self._candidates if _serves(scaler, optimizer)]
-            self._scaler = serving[0] if serving else None
+            self.scaler = serving[0] if serving else None
             self._candidates = []
-
-    @property
-    def active(self) -> bool:
-        """Whether there is a scaler, and so steps may be left out by it."""
-        return self._scaler is not None
 
     def value(self) -> Number:
         """Returns the factor that the loss, and so each gradient, is multiplied with now."""
-        if self._scaler is None:
+        if self.scaler is None:
             return 1.0
-        scale = self._scaler._scale
-        return self._scaler.get_scale() if scale is None else reading_of(scale)
+        scale = self.scaler._scale
+        return self.scaler.get_scale() if scale is None else reading_of(scale)
 
     def generation(self) -> object:
         """Returns an object that is another one after each ``update()`` of the scaler.
 
         It costs no wait. ``update()`` begins what the scaler knows of its optimizers anew.
         """
-        return None if self._scaler is None else self._scaler._per_optimizer_states
+        return None if self.scaler is None else self.scaler._per_optimizer_states
 
     def lowered_since(self, earlier: Number) -> bool:
         """Tells whether the scaler has lowered its scale: it has met a gradient that overflowed.
@@ -135,7 +134,7 @@ def _serves(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
 
 
 def _carried(optimizer: Optimizer | None, name: str, otherwise: float) -> Number:
-    value = cast("Tensor | float | None", getattr(optimizer, name, None))
+    value: Tensor | float | None = getattr(optimizer, name, None)
     if value is None:
         return otherwise
     return reading_of(value) if isinstance(value, Tensor) else float(value)

@@ -43,8 +43,10 @@ class Settled(NamedTuple):
         return self._in_true_units(self.after.norms.tensor)
 
     def _in_true_units(self, norms: Tensor) -> Tensor:
-        factor = operand(self.correction) / operand(self.unit_after)
         # A multiplication by one would cost a call; a policy must see the very bits of the norm.
+        if self.correction == self.unit_after == 1.0:
+            return norms
+        factor = operand(self.correction) / operand(self.unit_after)
         return norms if isinstance(factor, float) and factor == 1.0 else norms * factor
 
     @property

@@ -83,8 +83,9 @@ class StepControl:
         late = not settled.after.total.at_hand
         by_flag = late and self._fused is not None and self._fused.can_skip
         verdict = self.judge.judge(settled, found_inf, by_flag)
-        if self._fused is not None and verdict.refusal is not None:
-            self._fused.refuse(verdict.refusal)
+        refusal = verdict.refusal if verdict.late else None
+        if self._fused is not None and refusal is not None:
+            self._fused.refuse(refusal)
         return verdict
 
     def clip(self, window: Window, settled: Settled, left: Number) -> Settled:

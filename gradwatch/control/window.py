@@ -122,7 +122,7 @@ class Window:
             return None
         if arrived.isdisjoint(self.indices):
             return None
-        if self.discarded_before(backward):
+        if self._before is not None and self.discarded_before(backward):
             self.reset()
         indices, gradients = self.gradients()
         freed = backward.freed
@@ -251,7 +251,7 @@ class Window:
         Returns:
             Both sides of the loop's own clip.
         """
-        loss_scale = scale.value() if scale.active else left
+        loss_scale = left if scale.scaler is None else scale.value()
         # Unscaling moves no version counter: what was measured at the end of the backward has the
         # unit of the scaled loss, whatever the scaler has done to the gradients since.
         unit_before = left if self._before is None else loss_scale
@@ -329,14 +329,12 @@ class Window:
     def _look_for_offender(
         self, measurement: Measurement, gradients: list[Tensor] | None, order: Sequence[int]
     ) -> None:
-        at_hand = measurement.total.at_hand
-        if at_hand and (measurement.finite or measurement.overflowed):
+        if not measurement.total.at_hand:
+            self.late.append(Look(self.micro_batches, measurement, order))
             return
-        look = Look(self.micro_batches, measurement, order)
-        if not at_hand:
-            self.late.append(look)
+        if measurement.finite or measurement.overflowed:
             return
-        bad = look.offenders(gradients)
+        bad = Look(self.micro_batches, measurement, order).offenders(gradients)
         self.nonfinite = max(self.nonfinite, len(bad))
         if bad and self.offender is None:
             self.offender = bad[0]

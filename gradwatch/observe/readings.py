@@ -60,7 +60,8 @@ class Reading:
     @property
     def at_hand(self) -> bool:
         """Whether asking does not wait."""
-        return self._array is not None or is_at_hand(self.tensor)
+        known = self._value is not None or self._array is not None
+        return known or is_at_hand(self.tensor)
 
     def array(self) -> Array:
         """Returns the numbers in the shape of the tensor."""
