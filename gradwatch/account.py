@@ -95,6 +95,17 @@ class Account:
             on the host, and they are all finite.
     """
 
+    __slots__ = (
+        "_entry",
+        "_exploding_norm",
+        "_facts",
+        "_noise",
+        "_note",
+        "_table",
+        "_transfer",
+        "can_wait",
+    )
+
     def __init__(
         self,
         facts: Facts,

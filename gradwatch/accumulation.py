@@ -42,6 +42,7 @@ class Accumulation:
         by_framework: Whether that framework accumulates, whatever the policy says.
         micro_batches: Micro-batches of the window under way.
         lr_factor: What the learning rate is multiplied with in the step under way.
+        fixed: Whether all windows have the same, so that nobody needs to decide.
         by_noise: Whether the noise scale decides, so that all ranks must have the same.
     """
 
@@ -55,7 +56,7 @@ class Accumulation:
         self.checked = True
         self.by_framework = False
         self.by_noise = not isinstance(policy, (FixedAccumulation, AccumulationSchedule))
-        self._fixed = isinstance(policy, FixedAccumulation)
+        self.fixed = isinstance(policy, FixedAccumulation)
         self._policy = policy
         self._note = note
         self._read()
@@ -76,8 +77,6 @@ class Accumulation:
             noise: Gives the noise scale; waits for numbers that are still on their way, and is
                 asked only where they are needed.
         """
-        if self._fixed:
-            return
         looked = noise() if self._policy.looks_at(step) else None
         old, new = self.micro_batches, self._policy.decide(step, looked or UNKNOWN)
         self._read()

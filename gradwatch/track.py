@@ -117,12 +117,13 @@ class Track:
         elif self._scale.scaler is not None and self._may_be_left_out(backward):
             self.abandon_window(self.left_out_by_scaler)
         self._generation = self._run.scale.generation()
-        self.units, filled, before = None, self.window.filled, self.window.micro_batches
-        measurement = self.window.add(backward, weight)
-        if self.window.filled is not filled:  # the gradients were thrown away, and so the losses
+        window = self.window
+        self.units, filled, before = None, window.filled, len(window.filled)
+        measurement = window.add(backward, weight)
+        if window.filled is not filled:  # the gradients were thrown away, and so the losses
             self._losses = []
-        if measurement is not None or self.window.micro_batches > before:
-            self.weighing.note(self.window, weight, measurement)
+        if measurement is not None or len(window.filled) > before:
+            self.weighing.note(window, weight, measurement)
         if measurement is None:
             return False
         self._scale_at_backward = self._scale.value()
@@ -200,27 +201,31 @@ class Track:
         control.withdraw()  # what is left over where the step before raised
         self._settled = None
         self._verdict = APPLIED
-        control.learning_rate.scale(self._run.accumulation.lr_factor)
+        factor = self._run.accumulation.lr_factor
+        if factor != 1.0:
+            control.learning_rate.scale(factor)
         self._lr = learning_rate(optimizer)
         if has_closure:
             self._losses = []
 
     def settle(self, optimizer: Optimizer, loss: object) -> bool:
         """Measures, decides and clips; raises where that was asked for."""
+        control = self._require_control()
         try:
-            return self._settle(optimizer, loss)
+            return self._settle(optimizer, loss, control)
         except BaseException:
-            self._require_control().withdraw()
+            control.withdraw()
             raise
 
-    def _settle(self, optimizer: Optimizer, loss: object) -> bool:
+    def _settle(self, optimizer: Optimizer, loss: object, control: StepControl) -> bool:
         if inside_backward():
             self._step_inside_backward()
         self._scale.settle_whose(optimizer)
         accumulation = self._run.accumulation
         if accumulation.checked and not self.last_window:
-            found = self.window.micro_batches if self.units is None else self.units
-            check_window(self.label, found, accumulation.micro_batches)
+            found = len(self.window.filled) if self.units is None else self.units
+            if found != accumulation.micro_batches:
+                check_window(self.label, found, accumulation.micro_batches)
         if loss is not None:
             self._losses = [(_loss(loss), 1.0)]
         self._losses = self.weighing.weigh(self.window, self._losses, self._scale_at_backward)
@@ -231,10 +236,13 @@ class Track:
         left = self._scale.left_in(optimizer)
         settled = self.window.look(self._scale, left, ride)
         self._settled = settled  # what is known where the judge raises
-        self._verdict = self._judge(settled, LossScale.found_inf(optimizer))
-        if self._verdict.outcome != "applied":
-            return not self._verdict.refused and not self._left_out_cleanly()
-        self._settled = self._require_control().clip(self.window, settled, left)
+        found_inf = LossScale.found_inf(optimizer)
+        if found_inf != 0.0 or not control.takes_all:
+            self._verdict = self._judge(settled, found_inf)
+            if self._verdict.outcome != "applied":
+                return not self._verdict.refused and not self._left_out_cleanly()
+        if control.clips or settled.correction != 1.0:
+            self._settled = control.clip(self.window, settled, left)
         if sampled:
             self._sampler.before_step(self._parameters())
         return True
@@ -341,28 +349,29 @@ class Track:
             sample = self._sampler.after_step(
                 self.window.indices, self._parameters(), settled.unit_before
             )
-        own = self.weighing.own_norm(self.window)
+        window, verdict = self.window, self._verdict
+        own = None if self._run.hooks.local is None else self.weighing.own_norm(window)
         facts = Facts(
             step=step,
             optimizer=self.label,
             time_s=self._run.stopwatch.elapsed(),
             global_step=self._run.global_step(step),
-            micro_batches=self.window.micro_batches,
-            weight=self.weighing.weight(self.window),
+            micro_batches=len(window.filled),
+            weight=self.weighing.weight(window),
             settled=settled,
-            verdict=self._verdict,
-            offender=self.window.offender,
-            nonfinite=self.window.nonfinite,
-            late=self.window.late,
+            verdict=verdict,
+            offender=window.offender,
+            nonfinite=window.nonfinite,
+            late=window.late,
             losses=self._losses,
             lr=self._lr,
             missing=self._missing(),
             local=None if own is None else Reading(own),
             noise=self.weighing.sample,
             sample=sample,
-            curvature=self.curvature(step, self._verdict.outcome) if taken else NOT_TAKEN,
+            curvature=self.curvature(step, verdict.outcome) if taken else NOT_TAKEN,
         )
-        known = not (taken and self._verdict.late)
+        known = verdict is APPLIED or not (taken and verdict.late)
         note = None if self.control is None or known else self.control.judge.note
         noise = self.weighing.noise if taken and self.optimizer is not None else None
         return Account(facts, self._run.table, self._options.exploding_norm, note, noise)

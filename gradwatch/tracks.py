@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
@@ -117,23 +118,24 @@ class Tracks:
             backward: What arrived in it.
             weight: Weight of the micro-batch.
         """
-        self._run.scale.look_once()
-        thawed = self._run.hooks.hook_thawed()
-        if thawed:
-            backward = backward._replace(arrived=[*backward.arrived, *thawed])
+        run = self._run
+        if not run.scale.looked:
+            run.scale.look()
+        if run.hooks.unhooked:
+            backward = backward._replace(arrived=[*backward.arrived, *run.hooks.hook_thawed()])
         for track in self.followed:
             track.add(backward, weight)
         if self._unclaimed is not None:
-            backward = backward._replace(freed=self._run.hooks.take_freed(backward.arrived))
+            backward = backward._replace(freed=run.hooks.take_freed(backward.arrived))
             self._unclaimed.add(backward, weight, alone=not self.followed)
-        self._watch_what_is_added()
+        if run.hooks.added.watching:
+            self._watch_what_is_added()
 
     def _watch_what_is_added(self) -> None:
         """Measures what the next backward adds, where something is there to add to."""
         added = self._run.hooks.added
-        if added.watching:
-            added.begin()
-            added.active = any(track.window.micro_batches for track in self.followed)
+        added.begin()
+        added.active = any(track.window.micro_batches for track in self.followed)
 
     def noise_scale(self) -> NoiseScale:
         """Returns the noise scale of the first optimizer; with the reason where there is none."""
@@ -221,7 +223,7 @@ class Tracks:
         control = StepControl(optimizer, self._run.table, self._rules())
         track = Track(label, optimizer, window, self._run, control)
         track.on_parameters_added = self._run.hooks.watch_also
-        track.on_finished = lambda: self._on_finished(track)
+        track.on_finished = partial(self._on_finished, track)
         if self._curvature is not None and not self.followed:
             track.curvature = self._curvature
         self.followed.append(track)
@@ -230,8 +232,9 @@ class Tracks:
         self._boundaries.append(StepBoundary(optimizer, track, self._shield, may_refuse))
 
     def _on_finished(self, track: Track) -> None:
-        self._watch_what_is_added()
-        if track is self.followed[0]:
+        if self._run.hooks.added.watching:
+            self._watch_what_is_added()
+        if track is self.followed[0] and not self._run.accumulation.fixed:
             self._run.accumulation.next_window(track.step, self._noise_now)
 
     def _noise_now(self) -> NoiseScale:

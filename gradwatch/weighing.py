@@ -76,13 +76,16 @@ class Weighing:
             weight: Weight of the micro-batch.
             measurement: The gradients as they are now; None where they cannot be seen.
         """
-        count = window.micro_batches
+        count, hooks = len(window.filled), self._run.hooks
+        if count == 1 and hooks.local is None and not hooks.added.watching:
+            window.noted = [MicroBatch(weight, None if measurement is None else measurement.total)]
+            return
         first, again = count == 1, count == len(window.noted)
         self._reduced = 0 if first else self._reduced
         own, added = self.own_norm(window), None
         self._reduced += own is not None
         if first or not again:  # a nested backward adds to a micro-batch in parts
-            added = self._run.hooks.added.total(window.indices)
+            added = hooks.added.total(window.indices)
         if added is None and first:
             added = own
         norm = None if added is None else number_of(added)

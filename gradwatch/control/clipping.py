@@ -35,12 +35,14 @@ class Clipping:
         scopes: The parameters of the optimizer, and its groups.
         fused: The optimizer, where it can scale by itself; None where it cannot.
         table: Names and values of the parameters.
+        scope: What the norms are of that the policy is given.
     """
 
     policy: ClipPolicy | None
     scopes: Scopes
     fused: FusedStep | None
     table: ParameterTable
+    scope: str
 
     def decide(self, settled: Settled) -> tuple[ClipDecision, Settled]:
         """Asks the policy about a step.
@@ -53,7 +55,10 @@ class Clipping:
         """
         if self.policy is None:
             return _NO_DECISION, settled
-        norms = self.scopes.norms(settled, self._scope, self.policy.norm_type)
+        if self.scope == "global":
+            norms = settled.true_norm()
+        else:
+            norms = self.scopes.norms(settled, self.scope, self.policy.norm_type)
         decision = self.policy.decide(norms)
         return decision, settled._replace(threshold=_number(decision.threshold))
 
@@ -86,15 +91,15 @@ class Clipping:
             Both sides of the clip, and whether elements were changed one by one, so that the norm
             must be taken anew.
         """
-        scope, coefficient = self._scope, decision.coefficient
+        coefficient = decision.coefficient
         if coefficient is not None and not settled.after.total.at_hand:
             # Nobody has looked yet whether the norm is finite; if it is not, leave the gradients.
             finite = torch.isfinite(settled.after.total.tensor)
             coefficient = torch.where(finite, coefficient, 1.0)
-        if coefficient is not None and scope != "global":
+        if coefficient is not None and self.scope != "global":
             if settled.correction != 1.0:
                 scale_(gradients, operand(settled.correction))
-            factors = self.scopes.for_gradients(settled, scope, coefficient)
+            factors = self.scopes.for_gradients(settled, self.scope, coefficient)
             scale_each_(gradients, factors)
             settled = _with_factors(settled, factors, self.policy)
         else:
@@ -104,10 +109,6 @@ class Clipping:
         if decision.units is not None:
             self._scale_units(decision.units, settled.after.indices, gradients, number(left))
         return settled, decision.clip_value is not None or decision.units is not None
-
-    @property
-    def _scope(self) -> str:
-        return getattr(self.policy, "scope", "global")
 
     def _scale(
         self, gradients: list[Tensor], settled: Settled, coefficient: Tensor | None

@@ -22,7 +22,11 @@ _NAMES = ("grad_scale", "found_inf")
 
 
 class FusedStep:
-    """The two attributes of one optimizer, during one step."""
+    """The two attributes of one optimizer, during one step.
+
+    Attributes:
+        saved: What is to be put back, by name.
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
         """Tries out whether the optimizer listens to the attributes.
@@ -32,7 +36,7 @@ class FusedStep:
         """
         self._optimizer = optimizer
         self._listens = _is_fused(optimizer) and _listens(optimizer)
-        self._before: dict[str, Any] = {}
+        self.saved: dict[str, Any] = {}
 
     @property
     def can_scale(self) -> bool:
@@ -73,15 +77,15 @@ class FusedStep:
 
     def restore(self) -> None:
         """Puts the attributes back as they were; does nothing where none was set."""
-        for name, value in self._before.items():
+        for name, value in self.saved.items():
             if value is _NOTHING:
                 delattr(self._optimizer, name)
             else:
                 setattr(self._optimizer, name, value)
-        self._before = {}
+        self.saved = {}
 
     def _set(self, name: str, value: Tensor) -> None:
-        self._before.setdefault(name, getattr(self._optimizer, name, _NOTHING))
+        self.saved.setdefault(name, getattr(self._optimizer, name, _NOTHING))
         setattr(self._optimizer, name, value)
 
 

@@ -27,6 +27,9 @@ class ScaledLearningRate:
 
     So they stay what the user, or a scheduler, has made them: nothing adds up, and a schedule
     that works them out from the last one, or from the step, goes on as it would have.
+
+    Attributes:
+        saved: Groups and rates that are to be put back.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -36,7 +39,7 @@ class ScaledLearningRate:
             optimizer: Its groups may hold numbers or tensors.
         """
         self._optimizer = optimizer
-        self._before: list[tuple[dict[str, Any], Any]] = []
+        self.saved: list[tuple[dict[str, Any], Any]] = []
 
     def scale(self, factor: float) -> None:
         """Multiplies them, until :meth:`restore`.
@@ -47,12 +50,12 @@ class ScaledLearningRate:
         if factor == 1.0:
             return
         groups = [group for group in self._optimizer.param_groups if "lr" in group]
-        self._before = [(group, group["lr"]) for group in groups]
-        for group, rate in self._before:
+        self.saved = [(group, group["lr"]) for group in groups]
+        for group, rate in self.saved:
             group["lr"] = rate * factor
 
     def restore(self) -> None:
         """Puts them back; does nothing where nothing was changed."""
-        for group, rate in self._before:
+        for group, rate in self.saved:
             group["lr"] = rate
-        self._before = []
+        self.saved = []

@@ -20,6 +20,7 @@ class LossScale:
 
     Attributes:
         scaler: The scaler; None where there is none, and so no step is left out by one.
+        looked: Whether that is settled, until an optimizer steps.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
@@ -30,17 +31,15 @@ class LossScale:
         """
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._candidates: list[torch.amp.GradScaler] = []
-        self._looked = scaler is not None
+        self.looked = scaler is not None
 
-    def look_once(self) -> None:
+    def look(self) -> None:
         """Looks for the scaler of the loop, in the first backward, where none was given.
 
         One that has scaled something by then, and that the code which called the backward has at
         hand, is taken for it until an optimizer steps; that tells for certain.
         """
-        if self._looked:
-            return
-        self._looked = True
+        self.looked = True
         self._candidates = [scaler for scaler in _scalers() if scaler._scale is not None]
         self.scaler = _at_hand(self._candidates, sys._getframe())
 

@@ -33,15 +33,13 @@ class Scopes:
         self._tensors: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
     def norms(self, settled: Settled, scope: str, norm_type: float) -> Tensor:
-        """Returns what a policy is given: tensor ``[]``, or ``[n]`` per group or parameter.
+        """Returns what a policy is given: tensor ``[n]``, one norm per group or parameter.
 
         Args:
             settled: Both sides of the clip so far.
-            scope: One of ``SCOPES``.
+            scope: ``"group"`` or ``"parameter"``.
             norm_type: The p of the norms.
         """
-        if scope == "global":
-            return settled.true_norm()
         norms = self._of_all(settled)
         if scope == "parameter":
             return norms

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from gradwatch.control.clipping import Clipping
 from gradwatch.control.fused import FusedStep
-from gradwatch.control.judge import Judge, Verdict
+from gradwatch.control.judge import APPLIED, Judge, Verdict
 from gradwatch.control.learning_rate import ScaledLearningRate
 from gradwatch.control.policy import ClipPolicy
 from gradwatch.control.scopes import Scopes
@@ -44,6 +44,8 @@ class StepControl:
     Attributes:
         judge: Decides whether a step is taken.
         learning_rate: Follows the batch, where that was asked for.
+        clips: Whether there is a policy.
+        takes_all: Whether every step is taken, unless a scaler leaves it out.
     """
 
     def __init__(self, optimizer: Optimizer, table: ParameterTable, rules: Rules) -> None:
@@ -59,6 +61,8 @@ class StepControl:
         self._optimizer = optimizer
         self._table = table
         self._policy = rules.clip
+        self.clips = rules.clip is not None
+        self.takes_all = rules.on_nonfinite == "record" and rules.spikes is None
         needed = rules.clip is not None or self.judge.may_refuse
         self._fused = FusedStep(optimizer) if needed else None
         self.refresh()
@@ -68,7 +72,8 @@ class StepControl:
         groups = [self._table.indices_of(group["params"]) for group in self._optimizer.param_groups]
         indices = sorted({index for group in groups for index in group})
         scopes = Scopes(indices, groups)
-        self._clipping = Clipping(self._policy, scopes, self._fused, self._table)
+        scope = getattr(self._policy, "scope", "global")
+        self._clipping = Clipping(self._policy, scopes, self._fused, self._table, scope)
 
     def decide(self, settled: Settled, found_inf: Number) -> Verdict:
         """Judges a step, and tells the optimizer where it can leave the step out by itself.
@@ -99,13 +104,14 @@ class StepControl:
             verdict: What became of it; what only the device knows is noted when it has arrived.
         """
         self.withdraw()
-        if not verdict.late:
+        if verdict is APPLIED or not verdict.late:
             self.judge.note(verdict.outcome)
 
     def withdraw(self) -> None:
         """Takes back what the optimizer was told for one step; safe to call again."""
-        self.learning_rate.restore()
-        if self._fused is not None:
+        if self.learning_rate.saved:
+            self.learning_rate.restore()
+        if self._fused is not None and self._fused.saved:
             self._fused.restore()
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -139,8 +140,10 @@ class Window:
             self._before = with_freed(self._before, freed, self.norm_type)
         if self.shards is None:
             self._snapshot = GradientSnapshot(gradients)
-        there = None if freed else gradients
-        self._look_for_offender(self._before, there, backward.arrived)
+        total = self._before.total.if_known()
+        if total is None or not math.isfinite(total):
+            there = None if freed else gradients
+            self._look_for_offender(self._before, there, backward.arrived)
         return self._before
 
     def discarded_before(self, backward: Backward) -> bool:
@@ -255,7 +258,11 @@ class Window:
         # Unscaling moves no version counter: what was measured at the end of the backward has the
         # unit of the scaled loss, whatever the scaler has done to the gradients since.
         unit_before = left if self._before is None else loss_scale
-        before, after = self._measure_again()
+        measured = self._before
+        if measured is not None and self._is_unchanged(measured):
+            before = after = measured
+        else:
+            before, after = self._measure_again()
         unit_after = unit_before if after is before else left
         if self.shards is not None:
             before, after = self._agree(self.shards, before, after, ride)
@@ -275,7 +282,8 @@ class Window:
         Returns:
             Both sides of every clip.
         """
-        if settled.after.total.at_hand and not settled.after.finite:
+        total = settled.after.total.if_known()
+        if total is not None and not math.isfinite(total):
             return settled
         decision, settled = clipping.decide(settled)
         if not clipping.changes(decision, settled):
@@ -312,9 +320,6 @@ class Window:
         return Settled(before, before, loss_scale, loss_scale, loss_scale=loss_scale)
 
     def _measure_again(self) -> tuple[Measurement, Measurement]:
-        before, snapshot = self._before, self._snapshot
-        if before is not None and snapshot is not None and snapshot.matches(self._now(before)):
-            return before, before
         indices, gradients = self.gradients()
         after = measure(indices, gradients, self.norm_type, self._dtype)
         if self._before is not None and _zeroed(self._before, after):
@@ -322,9 +327,13 @@ class Window:
         self._look_for_offender(after, gradients, ())
         return self._before or after, after
 
-    def _now(self, before: Measurement) -> list[Any]:
-        """Lists the gradients, without a look at each where none was missing before."""
-        return self._listed() if before.indices is self.indices else self.gradients()[1]
+    def _is_unchanged(self, before: Measurement) -> bool:
+        """Tells whether the gradients are those that were measured, and nothing wrote into them."""
+        if self._snapshot is None:
+            return False
+        if before.indices is self.indices:  # all had one, so that none needs a look by itself
+            return self._snapshot.matches(list(map(_grad, self._tensors)))
+        return self._snapshot.matches(self.gradients()[1])
 
     def _look_for_offender(
         self, measurement: Measurement, gradients: list[Tensor] | None, order: Sequence[int]

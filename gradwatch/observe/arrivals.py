@@ -57,7 +57,7 @@ class Arrivals(dict[int, Tensor]):
     def __init__(
         self,
         on_end: Callable[[Backward], None],
-        on_arrived: Callable[[], None] = lambda: None,
+        on_arrived: Callable[[], None] | None = None,
     ) -> None:
         """Starts with no parameter hooked.
 
@@ -65,7 +65,7 @@ class Arrivals(dict[int, Tensor]):
             on_end: Called at the end of each backward: every ``.grad`` is final then, and no code
                 of the user has run yet.
             on_arrived: Called before it, when every gradient has arrived and none has been reduced
-                over ranks yet.
+                over ranks yet; None where nobody listens.
         """
         super().__init__()
         self._handles: dict[int, RemovableHandle] = {}
@@ -122,7 +122,9 @@ class Arrivals(dict[int, Tensor]):
             return
         arrived = list(self)
         self._arm()
-        continues = self._continues(arrived, end.task, end.nested)
+        continues = False
+        if end.nested or self._open:
+            continues = self._continues(arrived, end.task, end.nested)
         self._on_end(Backward(arrived, continues, end.create_graph))
 
     def _continues(self, arrived: Sequence[int], task: int, nested: bool) -> bool:
@@ -172,7 +174,8 @@ class _BackwardEnd:
         self.create_graph = torch.is_grad_enabled()
 
     def __call__(self) -> None:
-        self._arrivals._on_arrived()
+        if self._arrivals._on_arrived is not None:
+            self._arrivals._on_arrived()
         _engine.queue_callback(self._finish)
 
     def _finish(self) -> None:

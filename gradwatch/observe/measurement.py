@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.observe.norms import gradient_norms, total_norm, wide_norms
-from gradwatch.observe.readings import Reading
+from gradwatch.observe.readings import Reading, is_at_hand
 from gradwatch.observe.values import gradient_values
 
 
@@ -78,12 +78,13 @@ def measure(
         on an accelerator, where finding out would wait for it.
     """
     norms = gradient_norms(gradients, norm_type, dtype)
-    total = Reading(total_norm(norms, norm_type))
-    if not total.at_hand or math.isfinite(total.value()) or not all(map(_all_finite, gradients)):
-        return Measurement(indices, Reading(norms), total)
+    total = total_norm(norms, norm_type)
+    value = total.item() if is_at_hand(total) else None
+    if value is None or math.isfinite(value) or not all(map(_all_finite, gradients)):
+        return Measurement(indices, Reading(norms), Reading(total, value))
     norms = wide_norms(gradients, norm_type)
-    total = Reading(total_norm(norms, norm_type))
-    return Measurement(indices, Reading(norms), total, overflowed=True)
+    total = total_norm(norms, norm_type)
+    return Measurement(indices, Reading(norms), Reading(total), overflowed=True)
 
 
 def _all_finite(gradient: Tensor) -> bool:

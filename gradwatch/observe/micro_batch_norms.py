@@ -31,6 +31,7 @@ class MicroBatchNorms:
             tensors: The tensors of the parameter table.
         """
         self.active = False
+        self.watching = False
         self._tensors = tensors
         self._handles: dict[int, RemovableHandle] = {}
         self._held: dict[int, Tensor] = {}
@@ -38,17 +39,13 @@ class MicroBatchNorms:
         self._task = -1
         self._measured: list[tuple[list[int], Tensor]] = []
 
-    @property
-    def watching(self) -> bool:
-        """Whether any tensor carries a hook."""
-        return bool(self._handles)
-
     def watch(self, indices: Iterable[int]) -> None:
         """Hangs hooks on tensors, once each, as far as they require a gradient.
 
         Args:
             indices: The tensors.
         """
+        self.watching = True
         for index in indices:
             if index not in self._handles and self._tensors[index].requires_grad:
                 tensor = self._tensors[index]
@@ -60,6 +57,7 @@ class MicroBatchNorms:
         for handle in self._handles.values():
             handle.remove()
         self._handles = {}
+        self.watching = False
         self.begin()
 
     def begin(self) -> None:
@@ -75,8 +73,6 @@ class MicroBatchNorms:
         Returns:
             Tensor ``[]``, in the unit of the gradients; None where nothing was kept.
         """
-        if not self._handles:
-            return None
         self._measure()
         if not self._measured:
             return None

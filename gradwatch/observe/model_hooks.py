@@ -20,6 +20,7 @@ class ModelHooks:
     Attributes:
         local: This rank's own norms; None where the model is not wrapped for data parallelism.
         added: What each backward adds to the gradients; hooks are hung by :meth:`watch_added`.
+        unhooked: Parameters that require no gradient yet, and so have no mark.
     """
 
     def __init__(
@@ -37,13 +38,13 @@ class ModelHooks:
             on_backward: Called at the end of each backward, when every ``.grad`` is final.
             on_arrived: Called before it, when nothing has been reduced over ranks yet.
         """
+        self.unhooked: set[int] = set()
         self.local = LocalNorms.of(model, table)
         self.added = MicroBatchNorms(table.tensors)
         self._freed = FreedGradients(table.tensors)
         self._model = model
         self._table = table
-        self._arrivals = Arrivals(on_backward, on_arrived)
-        self._unhooked: set[int] = set()
+        self._arrivals = Arrivals(on_backward, None if self.local is None else on_arrived)
         self._watches_added = False
         self._held_back: HeldBack | None = None
 
@@ -71,7 +72,7 @@ class ModelHooks:
         self._arrivals.unhook()
         self._freed.detach()
         self.added.detach()
-        self._unhooked = set()
+        self.unhooked = set()
         if self._held_back is not None:
             self._held_back.remove()
         if self.local is not None:
@@ -86,7 +87,7 @@ class ModelHooks:
         Returns:
             Those that have a gradient already: they arrived before they had a mark.
         """
-        self._unhooked.update(index for index in indices if not self.hooked(index))
+        self.unhooked.update(index for index in indices if not self.hooked(index))
         return self.hook_thawed()
 
     def watch_added(self) -> None:
@@ -109,13 +110,11 @@ class ModelHooks:
         Returns:
             Those of them that have a gradient already.
         """
-        if not self._unhooked:
-            return []
         tensors = self._table.tensors
-        thawed = sorted(index for index in self._unhooked if tensors[index].requires_grad)
+        thawed = sorted(index for index in self.unhooked if tensors[index].requires_grad)
         for index in thawed:
             self._arrivals.hook(index, tensors[index])
         if self._watches_added:
             self.added.watch(thawed)
-        self._unhooked.difference_update(thawed)
+        self.unhooked.difference_update(thawed)
         return [index for index in thawed if tensors[index].grad is not None]

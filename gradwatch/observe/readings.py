@@ -39,7 +39,7 @@ def late_readings(polls: int = 1) -> Iterator[None]:
 
 def is_at_hand(tensor: Tensor) -> bool:
     """Tells whether the numbers of a tensor can be read without waiting for a device."""
-    return tensor.device.type == "cpu" and _polls_until_arrival is None
+    return tensor.is_cpu and _polls_until_arrival is None
 
 
 class Reading:
@@ -51,11 +51,16 @@ class Reading:
 
     __slots__ = ("_array", "_value", "tensor")
 
-    def __init__(self, tensor: Tensor) -> None:
-        """Takes a tensor of any shape, floating dtype and device."""
+    def __init__(self, tensor: Tensor, value: float | None = None) -> None:
+        """Takes note of a tensor.
+
+        Args:
+            tensor: Of any shape, floating dtype and device.
+            value: The number of a tensor with one element, where it has been read.
+        """
         self.tensor = tensor
         self._array: Array | None = None
-        self._value: float | None = None
+        self._value = value
 
     @property
     def at_hand(self) -> bool:
@@ -74,6 +79,12 @@ class Reading:
         if self._value is None:
             arrived = self._array is not None
             self._value = float(self.array()) if arrived else self.tensor.item()
+        return self._value
+
+    def if_known(self) -> float | None:
+        """Returns the number of a tensor with one element; None where asking would wait."""
+        if self._value is None and self.at_hand:
+            return self.value()
         return self._value
 
     def arrive(self, array: Array) -> None:
