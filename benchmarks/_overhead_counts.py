@@ -106,13 +106,13 @@ def tally(names: Iterable[str]) -> Counts:
 
 
 def calls_added(parameters: int, **options: Any) -> int:
-    """Counts the ATen calls that a watcher adds to a step.
+    """Counts the ATen calls that a watcher adds to a step, and to its record, made later.
 
     Args:
         parameters: How many tensors.
         options: Those of ``watch``.
     """
-    return _small_step(parameters, options).calls - _small_step(parameters, None).calls
+    return _small_step(parameters, options, True).calls - _small_step(parameters, None).calls
 
 
 def numbers_added(**options: Any) -> int:
@@ -121,7 +121,7 @@ def numbers_added(**options: Any) -> int:
         return _small_step(10, options).numbers - _small_step(10, None).numbers
 
 
-def _small_step(parameters: int, options: dict[str, Any] | None) -> Counts:
+def _small_step(parameters: int, options: dict[str, Any] | None, recorded: bool = False) -> Counts:
     tensors = {f"p{i}": torch.ones(2, requires_grad=True) for i in range(parameters)}
     optimizer = torch.optim.SGD(tensors.values(), lr=0.1)
 
@@ -133,6 +133,7 @@ def _small_step(parameters: int, options: dict[str, Any] | None) -> Counts:
     if options is None:
         step()
         return count_cpu(step)
-    with gradwatch.watch(tensors, optimizer, **options):
+    with gradwatch.watch(tensors, optimizer, **options) as watcher:
         step()
-        return count_cpu(step)
+        watcher.flush()
+        return count_cpu(lambda: (step(), watcher.flush() if recorded else None))

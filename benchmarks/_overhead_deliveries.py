@@ -1,4 +1,4 @@
-"""Deliveries: what handing 64 steps to TensorBoard and the run folder takes."""
+"""Deliveries: what writing 64 steps down, and handing them to the sinks, takes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def delivery_seconds(names: tuple[str, ...], sinks: tuple[str, ...], deliveries:
 
     Args:
         names: Names of the parameters.
-        sinks: Which sinks get it.
+        sinks: Which sinks get it; none where the records just enter the buffer.
         deliveries: How many to take the mean of: now and then one merges what earlier ones wrote.
 
     Returns:

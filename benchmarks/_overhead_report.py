@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from _overhead_least import LEAST
 from _overhead_once import Once
 from _overhead_peers import DISTRIBUTIONS, PEERS
 from _overhead_results import Result
@@ -32,8 +33,11 @@ their quartiles in brackets. The order is shuffled.
 - *÷ clip* is what a way adds over what `{CLIP}` adds in the same round; one that does not clip is
   held against a clip that changes nothing. A dash: the clip itself was lost in the noise. The
   quartiles are those of the rounds in which it was not.
-- Handing records to TensorBoard and the run folder (every 64 steps or 5 seconds) is timed by
-  itself, the work of the background thread included, and shared out over those steps.
+- Writing records down, and handing them to TensorBoard and the run folder (every 64 steps or 5
+  seconds), is timed by itself, the work of the background thread included, and shared out over
+  those steps.
+- *{LEAST}* is a sketch without records and without a look for NaN, to tell what is gradwatch's own
+  from what the clip and the norms cost anybody on this machine.
 - The background threads of the peers are waited for between the turns and not counted, in favour
   of the peers; so is the process behind `wandb`.
 - *ATen calls* are those that a step makes beyond the bare loop, counted, not timed.

@@ -23,7 +23,7 @@ class Result:
     Attributes:
         setting: Which one.
         ways: All that was compared with the bare loop; labels only.
-        deliveries: By sinks, the seconds of handing 64 steps to them.
+        deliveries: By sinks, the seconds of writing 64 steps down and handing them over.
         turns: Turns of a precise way in a round.
         steps: Timed steps in a turn.
         rounds: What each round has measured.
@@ -50,7 +50,7 @@ class Result:
     def added(self, way: Way) -> list[float]:
         """Returns the seconds that a way adds to a step, by round, deliveries included."""
         shared = steps_per_delivery(self.bare_s)
-        delivery_s = self.deliveries.get(way.sinks, 0.0) / shared
+        delivery_s = 0.0 if way.sinks is None else self.deliveries.get(way.sinks, 0.0) / shared
         return [each.added[way.key] + delivery_s for each in self.rounds]
 
     def ratios(self, way: Way) -> list[float]:

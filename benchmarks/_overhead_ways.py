@@ -42,14 +42,14 @@ class Way:
         name: What the table calls it.
         lend: Prepares the training, lends its step, and leaves the training as it was.
         regime: Under which of ``LIMITS`` it clips; empty where it does not clip.
-        sinks: Which sinks get its records: ``tensorboard``, ``folder``.
+        sinks: Which sinks get its records: ``tensorboard``, ``folder``; None where it has none.
         precise: Whether a target hangs on it, so that it has more turns than the others.
     """
 
     name: str
     lend: Lend
     regime: str = ""
-    sinks: tuple[str, ...] = ()
+    sinks: tuple[str, ...] | None = None
     precise: bool = True
 
     @property
@@ -160,13 +160,13 @@ def gradwatch_ways(training: Training) -> list[Way]:
         (BOTH, untouched, ("tensorboard", "folder")),
         (BOTH, clipped, ("tensorboard", "folder")),
     ]
-    ways = [Way(WATCH, partial(watched, training))]
+    ways = [Way(WATCH, partial(watched, training), sinks=())]
     for name, regime, sinks in kinds:
         lend = partial(watched, training, sinks, clip=LIMITS[regime])
         ways.append(Way(name, lend, regime, sinks))
     every = partial(watched, training, statistics=STATISTICS)
-    ways.append(Way(STATISTICS_ON, every, precise=False))
+    ways.append(Way(STATISTICS_ON, every, sinks=(), precise=False))
     if training.accumulate > 1:
         lend = partial(managed, training, LIMITS[untouched])
-        ways.append(Way(MANAGED, lend, untouched, precise=False))
+        ways.append(Way(MANAGED, lend, untouched, (), precise=False))
     return ways

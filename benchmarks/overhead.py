@@ -21,6 +21,7 @@ import torch
 
 from _overhead_counts import count_way
 from _overhead_deliveries import delivery_seconds, endless_deliveries
+from _overhead_least import least_ways
 from _overhead_machine import machine_rows
 from _overhead_once import measure_once
 from _overhead_peers import missing, peer_ways
@@ -35,7 +36,7 @@ STEPS = {1: 4, 8: 1}  # timed steps of a turn, by micro-batches
 DELIVERIES = {False: 64, True: 3}  # by quick
 QUICK_NOTE = "**This was a quick run, which shows that all runs and proves nothing.**"
 CUDA_NOTE = "Counts for 10 and 10,000 tensors, memory, import and the share outside: on the CPU."
-SINKS: tuple[tuple[str, ...], ...] = (("tensorboard",), ("folder",), ("tensorboard", "folder"))
+SINKS: tuple[tuple[str, ...], ...] = ((), ("tensorboard",), ("folder",), ("tensorboard", "folder"))
 
 
 class Plan:
@@ -111,7 +112,8 @@ def measure(setting: Setting, args: argparse.Namespace, plan: Plan, report: Repo
 def all_ways(training: Training, failed: dict[str, str]) -> Iterator[tuple[Way, list[Way]]]:
     """Opens all that is compared: the bare loop, and the others."""
     with peer_ways(training, failed) as peers:
-        yield bare(training), [*clip_ways(training), *peers, *gradwatch_ways(training)]
+        others = [*clip_ways(training), *peers, *least_ways(training)]
+        yield bare(training), [*others, *gradwatch_ways(training)]
 
 
 def say(text: str) -> None:

@@ -19,6 +19,7 @@ from gradwatch.control.step_control import StepControl
 from gradwatch.control.window import Window
 from gradwatch.explain.curvature_every import NOT_TAKEN, TakeCurvature, never
 from gradwatch.explain.refusal import nonfinite_error, too_many_skips_error
+from gradwatch.missing import Missing
 from gradwatch.observe.arrivals import Backward, inside_backward
 from gradwatch.observe.parameters import optimizer_parameters
 from gradwatch.observe.readings import Number, Reading, reading_of
@@ -88,7 +89,7 @@ class Track:
         self._lr: Number = math.nan
         self._scale_at_backward: Number = 1.0
         self._generation: object = None
-        self._told: set[int] = set()
+        self._missing = Missing(run)
         self._held_parameters = 0 if optimizer is None else len(optimizer_parameters(optimizer))
         self.curvature: TakeCurvature = never
         self.on_finished: Callable[[], None] = lambda: None
@@ -365,7 +366,7 @@ class Track:
             late=window.late,
             losses=self._losses,
             lr=self._lr,
-            missing=self._missing(),
+            missing=self._missing.of(window),
             local=None if own is None else Reading(own),
             noise=self.weighing.sample,
             sample=sample,
@@ -375,24 +376,6 @@ class Track:
         note = None if self.control is None or known else self.control.judge.note
         noise = self.weighing.noise if taken and self.optimizer is not None else None
         return Account(facts, self._run.table, self._options.exploding_norm, note, noise)
-
-    def _missing(self) -> list[int]:
-        """Lists the parameters that received no gradient in the window, each once per run."""
-        filled, indices = self.window.filled, self.window.indices
-        if not filled or len(filled[0][0]) >= len(indices):
-            return []
-        arrived = self.window.arrived
-        tensors, hooked = self._run.table.tensors, self._run.hooks.hooked
-        missing = [
-            index
-            for index in indices
-            if index not in arrived
-            and index not in self._told
-            and tensors[index].requires_grad
-            and hooked(index)
-        ]
-        self._told.update(missing)
-        return missing
 
     def _parameters(self) -> list[Tensor]:
         return [self._run.table.tensors[index] for index in self.window.indices]

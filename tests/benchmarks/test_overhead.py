@@ -79,7 +79,7 @@ def test_script_measures_and_writes(tiny, tmp_path, capsys):
         assert f"{BOTH}, every step clipped" in names
         assert (f"{MANAGED}, nothing clipped" in names) == ("2 micro" in heading)
         calls = {row[0]: row[4] for row in rows}
-        assert calls[WATCH] == ("+5" if "one" in heading else "+9")
+        assert calls[WATCH] == ("+4" if "one" in heading else "+8")
         assert all((name in names) != (f"- {name}: not measured" in text) for name in PEERS)
     targets = tables["What was to be reached"]
     assert {row[3] for row in targets[2:]} <= {"**reached**", "**not reached**", "**not measured**"}
