@@ -160,8 +160,8 @@ class Window:
         if is_distributed():
             return False  # a reduction over ranks writes into gradients, and replaces them, as well
         arrived = set(backward.arrived)
-        tensors = [self.table.tensors[index].grad for index in before.indices]
-        return snapshot.was_discarded(tensors, [index in arrived for index in before.indices])
+        now = (self.table.tensors[index].grad for index in before.indices)
+        return snapshot.was_discarded(now, (index in arrived for index in before.indices))
 
     def add_unfinished(self) -> None:
         """Takes in a backward that is still under way: an optimizer steps inside it."""

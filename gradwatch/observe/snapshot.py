@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import compress
 from operator import attrgetter
 
@@ -63,7 +63,7 @@ class GradientSnapshot:
             and self._alive()
         )
 
-    def was_discarded(self, gradients: Sequence[Tensor | None], grew: Sequence[bool]) -> bool:
+    def was_discarded(self, gradients: Iterable[Tensor | None], grew: Iterable[bool]) -> bool:
         """Tells whether the gradients of this moment were thrown away before a backward added more.
 
         A backward adds in place, which moves the version counter by one. A new tensor means
@@ -78,17 +78,16 @@ class GradientSnapshot:
             True where every dense gradient that grew had been reset.
         """
         alive = self._alive()
-        grown = [
-            (gradient, identity, gradient._version - version)
-            for identity, version, gradient, added in zip(
-                self._ids, self._versions, gradients, grew, strict=True
-            )
-            if added and gradient is not None and gradient.layout is torch.strided
-        ]
-        if not grown or any(alive and i == id(g) and moved <= 1 for g, i, moved in grown):
-            return False
+        grown = []
+        then_and_now = zip(self._ids, self._versions, gradients, grew, strict=True)
+        for identity, version, gradient, added in then_and_now:
+            if added and gradient is not None and gradient.layout is torch.strided:
+                moved = gradient._version - version
+                if alive and identity == id(gradient) and moved <= 1:
+                    return False  # one that was kept tells that all were
+                grown.append((gradient, identity, moved))
         sharing = Counter(gradient.untyped_storage().data_ptr() for gradient, _, _ in grown)
-        return all(
+        return bool(grown) and all(
             not alive or i != id(g) or moved > sharing[g.untyped_storage().data_ptr()]
             for g, i, moved in grown
         )
