@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from dataclasses import replace
 
@@ -42,6 +43,7 @@ class Recorder:
         self._events: deque[Event] = deque(maxlen=NEWEST_EVENTS)
         self._undelivered: list[Event] = []
         self._expected: deque[Account] = deque()
+        self._receiving = threading.RLock()
         self._held: list[Account] = []
         self._last: StepRecord | None = None
         self.skipped = 0
@@ -76,8 +78,11 @@ class Recorder:
         Args:
             wait: Waits for those that have not.
         """
-        while self._expected and (wait or self._expected[0].ready()):
-            self.add(self._expected.popleft().entry())
+        if not self._expected:
+            return
+        with self._receiving:  # the history may be read by another thread than the training
+            while self._expected and (wait or self._expected[0].ready()):
+                self.add(self._expected.popleft().entry())
 
     def add(self, entry: Entry) -> None:
         """Keeps a finished step, and delivers when it is time.
@@ -128,9 +133,10 @@ class Recorder:
 
     def flush(self) -> None:
         """Delivers what the sinks have not seen."""
-        self.receive(wait=True)
-        events, self._undelivered = tuple(self._undelivered), []
-        self._hub.deliver(lambda count: self._buffer.batch(count, events))
+        with self._receiving:
+            self.receive(wait=True)
+            events, self._undelivered = tuple(self._undelivered), []
+            self._hub.deliver(lambda count: self._buffer.batch(count, events))
 
     def close(self) -> None:
         """Delivers the rest and closes the sinks."""
@@ -145,13 +151,15 @@ class Recorder:
 
     def batch(self) -> RecordBatch:
         """Copies out all that is kept, the held backwards included."""
-        events = self.events()
+        with self._receiving:
+            events = self.events()
+            old = self._buffer.batch()
         if not self._held:
-            return self._buffer.batch(events=events)
+            return replace(old, events=events)
         held = RingBuffer(self._buffer.layout, len(self._held))
         for account in self._held:
             held.append(account.entry())
-        old, new = self._buffer.batch(), held.batch()
+        new = held.batch()
         return replace(
             new,
             steps=[*old.steps, *new.steps],

@@ -1,5 +1,6 @@
 """What a step costs, counted exactly: ATen calls that do not grow with the model."""
 
+import sys
 from collections import Counter
 
 import pytest
@@ -51,6 +52,42 @@ def _added(parameters, **options):
 def test_calls_do_not_grow_with_the_model(options, limit):
     """10 and 1,000 parameters cost the same number of ATen calls, at most 12."""
     assert _added(10, **options) == _added(1_000, **options) == limit <= 12
+
+
+def _python_calls(parameters, watched, **options):
+    tensors = {f"p{i}": torch.ones(2, requires_grad=True) for i in range(parameters)}
+    optimizer = torch.optim.SGD(tensors.values(), lr=0.1)
+    calls = Counter()
+
+    def step():
+        torch.stack(torch._foreach_norm(list(tensors.values()))).sum().backward()
+        optimizer.step()
+
+    def count(frame, event, argument):
+        calls[event] += 1
+
+    watcher = gradwatch.watch(tensors, optimizer, **options)
+    if watched:
+        watcher.attach()
+    step()
+    sys.setprofile(count)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    watcher.close()
+    return calls["call"]
+
+
+@pytest.mark.parametrize("options", [{}, {"clip": 1e9}, {"clip": 1e-3}], ids=str)
+def test_python_calls_do_not_grow_with_the_model(options):
+    """A step makes as many calls of Python functions with 10 parameters as with 1,000, and few."""
+    few, many = (
+        _python_calls(number, True, **options) - _python_calls(number, False)
+        for number in (10, 1_000)
+    )
+    assert abs(few - many) <= 10  # one for each gradient that is looked after, of at most 17
+    assert many <= 125
 
 
 def test_an_accumulated_window_is_measured_once_per_micro_batch():
