@@ -40,6 +40,9 @@ their quartiles in brackets. The order is shuffled.
   from what the clip and the norms cost anybody on this machine.
 - The background threads of the peers are waited for between the turns and not counted, in favour
   of the peers; so is the process behind `wandb`.
+- *within* is the time of a step inside of a way's own calls, on some steps in a row: steadier than
+  the difference of two steps, but without what the step around it loses or gains, and without
+  deliveries.
 - *ATen calls* are those that a step makes beyond the bare loop, counted, not timed.
 """
 
@@ -114,7 +117,7 @@ def setting_table(result: Result) -> str:
     )
     cuda = any(counts.kernels for counts in result.counts.values())
     exact = ["kernels", "host waits"] if cuda else ["ATen calls"]
-    titles = ["", "added, ms", "of the bare step", "÷ clip", *exact]
+    titles = ["", "added, ms", "of the bare step", "÷ clip", "within, ms", *exact]
     return head + "\n\n" + table(titles, [_way_row(result, way, cuda) for way in result.ways])
 
 
@@ -132,6 +135,7 @@ def _way_row(result: Result, way: Way, cuda: bool) -> list[str]:
         spread_text(spread(result.added(way)).times(1e3), ".3f"),
         spread_text(result.share(way), ".1%"),
         spread_text(result.ratio(way), ".2f"),
+        spread_text(result.within.get(way.key, spread([])).times(1e3), ".3f"),
         *exact,
     ]
 

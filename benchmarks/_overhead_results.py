@@ -27,6 +27,7 @@ class Result:
         turns: Turns of a precise way in a round.
         steps: Timed steps in a turn.
         rounds: What each round has measured.
+        within: By way, the seconds of a step within its own calls, where it can tell.
         counts: By way, what one step makes PyTorch do; the bare loop is ``BARE, ""``.
     """
 
@@ -36,6 +37,7 @@ class Result:
     turns: int
     steps: int
     rounds: list[Round] = field(default_factory=list)
+    within: dict[Key, Spread] = field(default_factory=dict)
     counts: dict[Key, Counts] = field(default_factory=dict)
 
     @property

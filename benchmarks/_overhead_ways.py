@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import gradwatch
+from _overhead_within import METER, metered
 from _overhead_workloads import Training
 from gradwatch.observe.statistics import STATISTICS
 from gradwatch_tensorboard import TensorBoardWriter
@@ -114,8 +115,16 @@ def watched(training: Training, sinks: tuple[str, ...] = (), **options: Any) -> 
     """Lends the bare step while a watcher is attached."""
     with tempfile.TemporaryDirectory() as folder:
         options |= sink_options(sinks, folder)
-        with gradwatch.watch(training.model, training.optimizer, **options):
+        with gradwatch.watch(training.model, training.optimizer, **options) as watcher:
+            METER.read = lambda: watcher.overhead.seconds
             yield training.step
+
+
+@contextmanager
+def clipped(training: Training, max_norm: float) -> Iterator[Step]:
+    """Lends the step with PyTorch's clip in it."""
+    call = metered(lambda: nn.utils.clip_grad_norm_(training.parameters, max_norm))
+    yield lambda: training.step(call)
 
 
 @contextmanager
@@ -139,13 +148,8 @@ def bare(training: Training) -> Way:
 
 def clip_ways(training: Training) -> list[Way]:
     """Returns PyTorch's clip, where it does nothing and where it clips every step."""
-
-    def step(max_norm: float) -> None:
-        training.step(lambda: nn.utils.clip_grad_norm_(training.parameters, max_norm))
-
     return [
-        Way(CLIP, partial(lend_step, partial(step, limit)), regime)
-        for regime, limit in LIMITS.items()
+        Way(CLIP, partial(clipped, training, limit), regime) for regime, limit in LIMITS.items()
     ]
 
 

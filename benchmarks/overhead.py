@@ -29,6 +29,8 @@ from _overhead_report import Report
 from _overhead_results import Result
 from _overhead_turns import TIMERS, Turns
 from _overhead_ways import Way, bare, clip_ways, gradwatch_ways
+from _overhead_within import STEPS as STEPS_WITHIN
+from _overhead_within import within
 from _overhead_workloads import WORKLOADS, Setting, Training
 
 OUT = Path(__file__).with_name("RESULTS.md")
@@ -102,6 +104,8 @@ def measure(setting: Setting, args: argparse.Namespace, plan: Plan, report: Repo
         for count in range(1, args.rounds + 1):
             result.rounds.append(turns.round(number))
             say(f"  round {count} of {args.rounds}; bare step {result.bare_s * 1e3:.1f} ms")
+        inside_steps = max(4, STEPS_WITHIN // setting.accumulate)
+        result.within = {way.key: within(way, inside_steps) for way in ways if way.precise}
         result.counts = {way.key: count_way(way, args.device) for way in (loop, *ways)}
     report.results.append(result)
     report.write()

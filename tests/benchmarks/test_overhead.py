@@ -72,13 +72,20 @@ def test_script_measures_and_writes(tiny, tmp_path, capsys):
     assert [heading for heading in tables if heading.startswith(TITLE)] == headings
     for heading in headings:
         titles, _, *rows = tables[heading]
-        assert titles == ["", "added, ms", "of the bare step", "÷ clip", "ATen calls"]
-        assert {len(row) for row in rows} == {5}
+        assert titles == [
+            "", "added, ms", "of the bare step", "÷ clip", "within, ms", "ATen calls"
+        ]  # fmt: skip
+        assert {len(row) for row in rows} == {6}
         names = [row[0] for row in rows]
         assert f"{CLIP}, nothing clipped" in names
         assert f"{BOTH}, every step clipped" in names
         assert (f"{MANAGED}, nothing clipped" in names) == ("2 micro" in heading)
-        calls = {row[0]: row[4] for row in rows}
+        calls = {row[0]: row[5] for row in rows}
+        inside = {row[0]: row[4] for row in rows}
+        assert all(
+            float(inside[name].split()[0]) > 0 for name in (f"{CLIP}, nothing clipped", WATCH)
+        )
+        assert inside["a loop of .norm().item()"] == "-"
         assert calls[WATCH] == ("+4" if "one" in heading else "+8")
         assert all((name in names) != (f"- {name}: not measured" in text) for name in PEERS)
     targets = tables["What was to be reached"]
