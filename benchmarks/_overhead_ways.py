@@ -118,6 +118,7 @@ def watched(training: Training, sinks: tuple[str, ...] = (), **options: Any) -> 
         with gradwatch.watch(training.model, training.optimizer, **options) as watcher:
             METER.read = lambda: watcher.overhead.seconds
             yield training.step
+    METER.read = None  # the watcher, and with it the model, would live on in it
 
 
 @contextmanager

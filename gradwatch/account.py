@@ -16,12 +16,10 @@ from gradwatch.explain.curvature_every import NOT_TAKEN, CurvatureSample
 from gradwatch.observe.offender import Look, Offender
 from gradwatch.observe.parameters import ParameterTable
 from gradwatch.observe.readings import Number, Reading, Transfer, number
-from gradwatch.observe.sampler import Sample
+from gradwatch.observe.sampler import NO_SAMPLE, Sample
 from gradwatch.record.buffer import Entry
 from gradwatch.record.event import Event
 from gradwatch.record.step import StepRecord
-
-_NO_SAMPLE = Sample()
 
 
 class Facts(NamedTuple):
@@ -65,7 +63,7 @@ class Facts(NamedTuple):
     missing: Sequence[int] = ()
     local: Reading | None = None
     noise: NoiseSample | None = None
-    sample: Sample = _NO_SAMPLE
+    sample: Sample = NO_SAMPLE
     curvature: CurvatureSample = NOT_TAKEN
 
     def awaited(self) -> list[Reading]:

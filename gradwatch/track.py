@@ -23,7 +23,7 @@ from gradwatch.missing import Missing
 from gradwatch.observe.arrivals import Backward, inside_backward
 from gradwatch.observe.parameters import optimizer_parameters
 from gradwatch.observe.readings import Number, Reading, reading_of
-from gradwatch.observe.sampler import Sample, StatisticsSampler
+from gradwatch.observe.sampler import NO_SAMPLE, StatisticsSampler
 from gradwatch.observe.shards import Exchange
 from gradwatch.record.event import Event
 from gradwatch.record.step import StepRecord
@@ -238,7 +238,7 @@ class Track:
         settled = self.window.look(self._scale, left, ride)
         self._settled = settled  # what is known where the judge raises
         found_inf = LossScale.found_inf(optimizer)
-        if found_inf != 0.0 or not control.takes_all:
+        if found_inf != 0.0 or not control.judge.takes_all:
             self._verdict = self._judge(settled, found_inf)
             if self._verdict.outcome != "applied":
                 return not self._verdict.refused and not self._left_out_cleanly()
@@ -345,13 +345,13 @@ class Track:
         return entry.record, events
 
     def _account(self, settled: Settled, step: int, taken: bool = True) -> Account:
-        sample = _NO_SAMPLE
+        sample = NO_SAMPLE
         if self._sampler.due(step):
             sample = self._sampler.after_step(
                 self.window.indices, self._parameters(), settled.unit_before
             )
         window, verdict = self.window, self._verdict
-        own = None if self._run.hooks.local is None else self.weighing.own_norm(window)
+        own = self.weighing.own_norm(window)
         facts = Facts(
             step=step,
             optimizer=self.label,
@@ -372,16 +372,13 @@ class Track:
             sample=sample,
             curvature=self.curvature(step, verdict.outcome) if taken else NOT_TAKEN,
         )
-        known = verdict is APPLIED or not (taken and verdict.late)
+        known = not (taken and verdict.late)
         note = None if self.control is None or known else self.control.judge.note
         noise = self.weighing.noise if taken and self.optimizer is not None else None
         return Account(facts, self._run.table, self._options.exploding_norm, note, noise)
 
     def _parameters(self) -> list[Tensor]:
         return [self._run.table.tensors[index] for index in self.window.indices]
-
-
-_NO_SAMPLE = Sample()
 
 
 def _no_ride(exchange: Exchange) -> None:

@@ -112,7 +112,7 @@ class Weighing:
         Returns:
             The losses: one, of all ranks where they were asked.
         """
-        self.sample = self._weight = None
+        self.reset()
         ranks = None
         if window.divisor is not None or self._run.accumulation.by_noise:
             ranks = self._run.data_parallel  # but not in a loop that is only watched

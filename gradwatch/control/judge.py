@@ -67,6 +67,7 @@ class Judge:
     """Decides about the steps of one optimizer.
 
     Attributes:
+        takes_all: Whether every step is taken, unless a scaler leaves it out.
         in_a_row: Steps that it has left out since the last one that was taken.
     """
 
@@ -81,6 +82,7 @@ class Judge:
         self._on_nonfinite = on_nonfinite
         self._spikes = spikes
         self._most_in_a_row = most_in_a_row
+        self.takes_all = on_nonfinite == "record" and spikes is None
         self.in_a_row = 0
         self._last_skip: Outcome = "skipped_nonfinite"
         self._fresh_spikes = {} if spikes is None else spikes.state_dict()
@@ -107,14 +109,11 @@ class Judge:
         """
         if by_flag and self._on_nonfinite != "raise":
             return self._by_flag(settled, found_inf)
-        waits = self._on_nonfinite != "record" or self._spikes is not None
-        if not waits and found_inf == 0.0:
-            return APPLIED
-        if not waits and isinstance(found_inf, Reading) and not found_inf.at_hand:
+        if self.takes_all and isinstance(found_inf, Reading) and not found_inf.at_hand:
             return Verdict(found_inf=found_inf)
         if number(found_inf) > 0:
             return Verdict("skipped_scaler")
-        outcome = self._outcome(settled) if waits else "applied"
+        outcome = "applied" if self.takes_all else self._outcome(settled)
         if outcome in OURS and self.in_a_row >= self._most_in_a_row:
             if outcome == "skipped_nonfinite":
                 raise TooManySkipsError

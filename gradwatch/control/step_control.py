@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from gradwatch.control.clipping import Clipping
 from gradwatch.control.fused import FusedStep
-from gradwatch.control.judge import APPLIED, Judge, Verdict
+from gradwatch.control.judge import Judge, Verdict
 from gradwatch.control.learning_rate import ScaledLearningRate
 from gradwatch.control.policy import ClipPolicy
 from gradwatch.control.scopes import Scopes
@@ -45,7 +45,6 @@ class StepControl:
         judge: Decides whether a step is taken.
         learning_rate: Follows the batch, where that was asked for.
         clips: Whether there is a policy.
-        takes_all: Whether every step is taken, unless a scaler leaves it out.
     """
 
     def __init__(self, optimizer: Optimizer, table: ParameterTable, rules: Rules) -> None:
@@ -62,7 +61,6 @@ class StepControl:
         self._table = table
         self._policy = rules.clip
         self.clips = rules.clip is not None
-        self.takes_all = rules.on_nonfinite == "record" and rules.spikes is None
         needed = rules.clip is not None or self.judge.may_refuse
         self._fused = FusedStep(optimizer) if needed else None
         self.refresh()
@@ -104,7 +102,7 @@ class StepControl:
             verdict: What became of it; what only the device knows is noted when it has arrived.
         """
         self.withdraw()
-        if verdict is APPLIED or not verdict.late:
+        if not verdict.late:
             self.judge.note(verdict.outcome)
 
     def withdraw(self) -> None:

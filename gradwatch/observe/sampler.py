@@ -65,6 +65,9 @@ class Sample:
         return made
 
 
+NO_SAMPLE = Sample()
+
+
 class StatisticsSampler:
     """The further statistics of one optimizer's parameters.
 
