@@ -7,19 +7,25 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from gradwatch.control.judge import Outcome, Verdict
+from gradwatch.control.judge import Verdict
 from gradwatch.control.noise_sample import NoiseSample
 from gradwatch.control.noise_scale import NoiseScaleEstimator, noise_terms
 from gradwatch.control.settled import Settled
-from gradwatch.explain import detectors
 from gradwatch.explain.curvature_every import NOT_TAKEN, CurvatureSample
+from gradwatch.explain.detectors import (
+    exploding_event,
+    no_gradient_events,
+    nonfinite_event,
+    overflow_event,
+    skipped_event,
+)
 from gradwatch.observe.offender import Look, Offender
 from gradwatch.observe.parameters import ParameterTable
 from gradwatch.observe.readings import Number, Reading, Transfer, number
 from gradwatch.observe.sampler import NO_SAMPLE, Sample
 from gradwatch.record.buffer import Entry
 from gradwatch.record.event import Event
-from gradwatch.record.step import StepRecord
+from gradwatch.record.step import Outcome, StepRecord
 
 
 class Facts(NamedTuple):
@@ -220,14 +226,14 @@ class Account:
         before, table, limit = self._facts.settled.before, self._table, self._exploding_norm
         events = []
         if offender is not None:
-            events.append(detectors.nonfinite_event(record, offender, table))
+            events.append(nonfinite_event(record, offender, table))
         if before.overflowed:
-            events.append(detectors.overflow_event(record, before, table))
+            events.append(overflow_event(record, before, table))
         if limit is not None and record.grad_norm > limit:
-            events.append(detectors.exploding_event(record, before, table, limit))
+            events.append(exploding_event(record, before, table, limit))
         if record.outcome != "applied":
-            events.append(detectors.skipped_event(record))
-        return (*events, *detectors.no_gradient_events(record, self._facts.missing, table))
+            events.append(skipped_event(record))
+        return (*events, *no_gradient_events(record, self._facts.missing, table))
 
 
 def _mean(losses: Sequence[tuple[Number, Number]]) -> float:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import threading
 from collections import deque
 from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 
-from gradwatch.account import Account
 from gradwatch.record.batch import RecordBatch
 from gradwatch.record.buffer import Entry, RingBuffer
 from gradwatch.record.event import Event
@@ -17,6 +17,19 @@ from gradwatch.record.step import StepRecord
 
 FIRST_EVENTS = 1_000
 NEWEST_EVENTS = 9_000
+
+
+class FinishedStep(Protocol):
+    """A step that is over, and whose numbers may still be on their way from a device."""
+
+    can_wait: bool
+    """Whether it may be written down later, together with other steps."""
+
+    def ready(self) -> bool:
+        """Tells, without waiting, whether its numbers have arrived."""
+
+    def entry(self) -> Entry:
+        """Writes the step down; waits for its numbers where they have not arrived."""
 
 
 class Recorder:
@@ -42,9 +55,9 @@ class Recorder:
         self._first_events: list[Event] = []
         self._events: deque[Event] = deque(maxlen=NEWEST_EVENTS)
         self._undelivered: list[Event] = []
-        self._expected: deque[Account] = deque()
+        self._expected: deque[FinishedStep] = deque()
         self._receiving = threading.RLock()
-        self._held: list[Account] = []
+        self._held: list[FinishedStep] = []
         self._last: StepRecord | None = None
         self.skipped = 0
 
@@ -60,16 +73,16 @@ class Recorder:
         self.receive()
         return self._last
 
-    def expect(self, account: Account) -> None:
+    def expect(self, step: FinishedStep) -> None:
         """Takes a finished step, and keeps it when its numbers have arrived and it is time.
 
         Args:
-            account: The step.
+            step: The step.
         """
-        self._expected.append(account)
+        self._expected.append(step)
         # Python that has not run for the length of a step costs several times what it costs in a
         # loop: the caches have forgotten it. So steps are written down many at a time.
-        if not account.can_wait or self._hub.due(len(self._expected)):
+        if not step.can_wait or self._hub.due(len(self._expected)):
             self.receive()
 
     def receive(self, wait: bool = False) -> None:
@@ -109,23 +122,23 @@ class Recorder:
         if self._hub:
             self._undelivered.extend(events)
 
-    def hold(self, account: Account) -> int:
+    def hold(self, step: FinishedStep) -> int:
         """Keeps a backward of which nobody knows yet whether it is a step.
 
         Args:
-            account: The backward as a step of its own.
+            step: The backward as a step of its own.
 
         Returns:
             How many are held now.
         """
-        self._held.append(account)
+        self._held.append(step)
         return len(self._held)
 
     def commit(self) -> None:
         """Turns the held backwards into steps."""
         held, self._held = self._held, []
-        for account in held:
-            self.expect(account)
+        for step in held:
+            self.expect(step)
 
     def retract(self) -> None:
         """Forgets the held backwards: they belong to the window of an optimizer."""
@@ -146,7 +159,7 @@ class Recorder:
     def events(self) -> tuple[Event, ...]:
         """Returns the events that are kept, those of held backwards included, oldest first."""
         self.receive(wait=True)
-        held = (event for account in self._held for event in account.entry().events)
+        held = (event for step in self._held for event in step.entry().events)
         return (*self._first_events, *self._events, *held)
 
     def batch(self) -> RecordBatch:
@@ -157,8 +170,8 @@ class Recorder:
         if not self._held:
             return replace(old, events=events)
         held = RingBuffer(self._buffer.layout, len(self._held))
-        for account in self._held:
-            held.append(account.entry())
+        for step in self._held:
+            held.append(step.entry())
         new = held.batch()
         return replace(
             new,

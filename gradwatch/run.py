@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from gradwatch.accumulation import Accumulation
+from gradwatch.control.accumulation import AccumulationPlan
 from gradwatch.control.loss_scale import LossScale
+from gradwatch.explain.accumulation import changed_event
 from gradwatch.observe.data_parallel import DataParallel
 from gradwatch.observe.model_hooks import ModelHooks
 from gradwatch.observe.parameters import ParameterTable
@@ -46,7 +47,7 @@ class Run:
     recorder: Recorder
     stopwatch: Stopwatch
     hooks: ModelHooks
-    accumulation: Accumulation
+    accumulation: AccumulationPlan
     data_parallel: DataParallel | None
     global_step: Callable[[int], int]
     note: Callable[[Event], None]
@@ -90,7 +91,9 @@ class Run:
             recorder=recorder,
             stopwatch=Stopwatch(),
             hooks=hooks,
-            accumulation=Accumulation(options.accumulate, note),
+            accumulation=AccumulationPlan(
+                options.accumulate, lambda *change: note(changed_event(*change))
+            ),
             note=note,
             data_parallel=data_parallel,
             global_step=global_step,

@@ -71,7 +71,7 @@ class Track:
         self.optimizer = optimizer
         self.window = window
         self.control = control
-        self.weighing = Weighing(run)
+        self.weighing = Weighing(run.hooks, run.accumulation, run.data_parallel)
         self.step = 0
         self.last_window = False
         self.units: int | None = None

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradwatch.accumulation import check_can_be_had
 from gradwatch.batches import BatchRunner, Closure
+from gradwatch.control.accumulation import check_can_be_had
 from gradwatch.control.gradient_sync import GradientSync
 from gradwatch.control.noise_scale import NoiseScale
 from gradwatch.explain.curvature_every import sampler_of

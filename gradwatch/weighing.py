@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradwatch.control.accumulation import AccumulationPlan
 from gradwatch.control.noise_sample import (
     MicroBatch,
     NoiseSample,
@@ -19,8 +20,8 @@ from gradwatch.control.noise_scale import NoiseScaleEstimator
 from gradwatch.control.window import Window
 from gradwatch.observe.data_parallel import DataParallel
 from gradwatch.observe.measurement import Measurement
+from gradwatch.observe.model_hooks import ModelHooks
 from gradwatch.observe.readings import Number, number_of, operand
-from gradwatch.run import Run
 
 Losses = list[tuple[Number, Number]]
 
@@ -47,17 +48,23 @@ class Weighing:
         sample: What it said; None where it said nothing.
     """
 
-    def __init__(self, run: Run) -> None:
+    def __init__(
+        self, hooks: ModelHooks, accumulation: AccumulationPlan, data_parallel: DataParallel | None
+    ) -> None:
         """Starts with no window.
 
         Args:
-            run: The run.
+            hooks: See what a micro-batch adds, and each rank's own gradients.
+            accumulation: How many micro-batches a window has.
+            data_parallel: The ranks that average their gradients; None where there is one only.
         """
         self.noise = NoiseScaleEstimator()
         self.silent = ""
         self.sample: NoiseSample | None = None
         self._weight: Number | None = None
-        self._run = run
+        self._hooks = hooks
+        self._accumulation = accumulation
+        self._data_parallel = data_parallel
         self._reduced = 0
 
     def weight(self, window: Window) -> Number:
@@ -76,7 +83,7 @@ class Weighing:
             weight: Weight of the micro-batch.
             measurement: The gradients as they are now; None where they cannot be seen.
         """
-        count, hooks = len(window.filled), self._run.hooks
+        count, hooks = len(window.filled), self._hooks
         if count == 1 and hooks.local is None and not hooks.added.watching:
             window.noted = [MicroBatch(weight, None if measurement is None else measurement.total)]
             return
@@ -95,7 +102,7 @@ class Weighing:
 
     def own_norm(self, window: Window) -> Tensor | None:
         """Returns the norm of this rank's own gradients before the newest reduction, if any."""
-        local = self._run.hooks.local
+        local = self._hooks.local
         return None if local is None else local.total(window.indices)
 
     def weigh(self, window: Window, losses: Losses, scale: Number) -> Losses:
@@ -114,9 +121,9 @@ class Weighing:
         """
         self.reset()
         ranks = None
-        if window.divisor is not None or self._run.accumulation.by_noise:
-            ranks = self._run.data_parallel  # but not in a loop that is only watched
-        alone = len(window.noted) < 2 and self._run.data_parallel is None
+        if window.divisor is not None or self._accumulation.by_noise:
+            ranks = self._data_parallel  # but not in a loop that is only watched
+        alone = len(window.noted) < 2 and self._data_parallel is None
         if not window.noted or (alone and window.divisor is None):
             self.silent = ONE_MICRO_BATCH
             return losses
@@ -139,14 +146,14 @@ class Weighing:
             return None, NOT_L2
         if window.shards is not None:
             return None, SHARDED
-        if added.ranks is None and self._run.data_parallel is not None:
-            return self._sample_of_rank(window, self._run.data_parallel, added.scale)
+        if added.ranks is None and self._data_parallel is not None:
+            return self._sample_of_rank(window, self._data_parallel, added.scale)
         if added.ranks is None and len(window.noted) < 2:
             return None, ONE_MICRO_BATCH
         units = window.units or len(window.noted)
         sample = sample_of_all(added.sums, added.divisor, added.scale, units)
         if sample is not None and window.units:  # a short last window says nothing of the next one
-            sample = sample.of_full_window(self._run.accumulation.micro_batches)
+            sample = sample.of_full_window(self._accumulation.micro_batches)
         if sample is None and added.ranks is None:
             sample = sample_of_first(window.noted, added.divisor, added.scale)
         return sample, "" if sample is not None else NOT_SEEN

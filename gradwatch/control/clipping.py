@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -14,10 +15,11 @@ from gradwatch.control.fused import FusedStep
 from gradwatch.control.policy import ClipDecision, ClipPolicy, UnitRule
 from gradwatch.control.scopes import Scopes
 from gradwatch.control.settled import Settled
+from gradwatch.control.window import Window
 from gradwatch.observe.measurement import Measurement
 from gradwatch.observe.norms import total_norm
 from gradwatch.observe.parameters import ParameterTable
-from gradwatch.observe.readings import Number, Reading, is_at_hand, number, operand
+from gradwatch.observe.readings import Number, Reading, is_at_hand, number, number_of, operand
 from gradwatch.observe.shards import is_sharded, local_part
 
 UNITS_OF_SHARDS = (
@@ -43,6 +45,32 @@ class Clipping:
     fused: FusedStep | None
     table: ParameterTable
     scope: str
+
+    def clip_(self, window: Window, settled: Settled, left: Number) -> Settled:
+        """Clips the gradients that a step is about to use.
+
+        Args:
+            window: Holds them.
+            settled: What :meth:`Window.look` saw; the policy is not asked where the norm is known
+                not to be finite.
+            left: The loss scale that the gradients still carry.
+
+        Returns:
+            Both sides of every clip.
+        """
+        total = settled.after.total.if_known()
+        if total is not None and not math.isfinite(total):
+            return settled
+        decision, settled = self.decide(settled)
+        if not self.changes(decision, settled):
+            return settled
+        indices, gradients = window.gradients()
+        settled, limited = self.carry_out_(decision, gradients, settled, left)
+        if not limited:
+            return settled
+        # The correction has been multiplied in by now.
+        unit = number_of(operand(left) * operand(settled.correction))
+        return settled._replace(after=window.measure_clipped(indices, gradients), unit_after=unit)
 
     def decide(self, settled: Settled) -> tuple[ClipDecision, Settled]:
         """Asks the policy about a step.

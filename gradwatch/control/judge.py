@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,8 @@ from torch import Tensor
 from gradwatch.control.settled import Settled
 from gradwatch.control.spikes import SpikeRule
 from gradwatch.observe.readings import Number, Reading, number
+from gradwatch.record.step import Outcome
 
-Outcome = Literal["applied", "skipped_nonfinite", "skipped_scaler", "skipped_policy"]
 OURS: tuple[Outcome, ...] = ("skipped_nonfinite", "skipped_policy")
 
 

@@ -92,8 +92,8 @@ class StepControl:
         return verdict
 
     def clip(self, window: Window, settled: Settled, left: Number) -> Settled:
-        """Clips the gradients of a step; see :meth:`Window.clip`."""
-        return window.clip(settled, self._clipping, left)
+        """Clips the gradients of a step; see :meth:`Clipping.clip_`."""
+        return self._clipping.clip_(window, settled, left)
 
     def finish(self, verdict: Verdict) -> None:
         """Takes note of a step that is over.

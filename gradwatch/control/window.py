@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradwatch.control.clipping import Clipping
 from gradwatch.control.loss_scale import LossScale
 from gradwatch.control.noise_sample import MicroBatch
 from gradwatch.control.settled import Settled
@@ -270,34 +269,15 @@ class Window:
             before, after, unit_before, unit_after, self.correction, loss_scale=loss_scale
         )
 
-    def clip(self, settled: Settled, clipping: Clipping, left: Number) -> Settled:
-        """Clips the gradients that a step is about to use.
+    def measure_clipped(self, indices: Sequence[int], gradients: list[Tensor]) -> Measurement:
+        """Measures gradients that a clip has changed element by element.
 
         Args:
-            settled: What :meth:`look` saw.
-            clipping: The clip of the optimizer; it is not asked where the norm is known not to be
-                finite.
-            left: The loss scale that the gradients still carry.
-
-        Returns:
-            Both sides of every clip.
+            indices: Their parameters.
+            gradients: The gradients; of sharded ones the parts of this rank.
         """
-        total = settled.after.total.if_known()
-        if total is not None and not math.isfinite(total):
-            return settled
-        decision, settled = clipping.decide(settled)
-        if not clipping.changes(decision, settled):
-            return settled
-        indices, gradients = self.gradients()
-        settled, limited = clipping.carry_out_(decision, gradients, settled, left)
-        if not limited:
-            return settled
         after = measure(indices, gradients, self.norm_type)
-        if self.shards is not None:
-            _, after = self._agree(self.shards, after, after)
-        # The correction has been multiplied in by now.
-        unit = operand(left) * operand(settled.correction)
-        return settled._replace(after=after, unit_after=number_of(unit))
+        return after if self.shards is None else self._agree(self.shards, after, after)[1]
 
     def unapplied(self, loss_scale: Number, together: bool) -> Settled | None:
         """Returns the numbers of a window that no step has used, gradients gone or not.

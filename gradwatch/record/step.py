@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
-from gradwatch.control.judge import Outcome
+Outcome = Literal["applied", "skipped_nonfinite", "skipped_scaler", "skipped_policy"]
 
 
 @dataclass(slots=True)

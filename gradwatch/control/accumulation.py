@@ -1,4 +1,4 @@
-"""Accumulation: how many micro-batches the windows of a run have, as its policy decides."""
+"""AccumulationPlan: how many micro-batches the windows of a run have, as its policy decides."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from gradwatch.control.accumulate import AccumulatePolicy
 from gradwatch.control.accumulate_by_noise_scale import AccumulateByNoiseScale
 from gradwatch.control.accumulate_schedule import AccumulationSchedule, FixedAccumulation
 from gradwatch.control.noise_scale import NoiseScale
-from gradwatch.explain.accumulation import changed_event
 from gradwatch.observe.data_parallel import DataParallel
-from gradwatch.record.event import Event
 
 ALONE = (
     "watch(accumulate={policy!r}) may come down to one micro-batch per step, which has no noise "
     "scale on one process, so that it would never leave it again. Write min=2."
 )
+
+
+OnChange = Callable[[int, int, int, NoiseScale | None], None]
+"""Told the first step of windows of another length, the old and new one, and what decided."""
 
 
 def check_can_be_had(policy: AccumulatePolicy, data_parallel: DataParallel | None) -> None:
@@ -33,7 +35,7 @@ def check_can_be_had(policy: AccumulatePolicy, data_parallel: DataParallel | Non
         raise ValueError(ALONE.format(policy=policy))
 
 
-class Accumulation:
+class AccumulationPlan:
     """Asks the policy before each window, and tells of every change.
 
     Attributes:
@@ -46,19 +48,19 @@ class Accumulation:
         by_noise: Whether the noise scale decides, so that all ranks must have the same.
     """
 
-    def __init__(self, policy: AccumulatePolicy, note: Callable[[Event], None]) -> None:
+    def __init__(self, policy: AccumulatePolicy, on_change: OnChange) -> None:
         """Begins the first window.
 
         Args:
             policy: Decides.
-            note: Told of every change.
+            on_change: Told of every change.
         """
         self.checked = True
         self.by_framework = False
         self.by_noise = not isinstance(policy, (FixedAccumulation, AccumulationSchedule))
         self.fixed = isinstance(policy, FixedAccumulation)
         self._policy = policy
-        self._note = note
+        self._on_change = on_change
         self._read()
 
     def _read(self) -> None:
@@ -81,7 +83,7 @@ class Accumulation:
         old, new = self.micro_batches, self._policy.decide(step, looked or UNKNOWN)
         self._read()
         if new != old:
-            self._note(changed_event(step + 1, old, new, looked))
+            self._on_change(step + 1, old, new, looked)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs to decide the same."""
