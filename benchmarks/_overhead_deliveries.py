@@ -14,9 +14,9 @@ import torch
 
 import gradwatch
 from _overhead_ways import LIMITS, sink_options
-from gradwatch.record import hub
+from gradwatch.record import recorder
 
-REAL_SECONDS = hub.FLUSH_SECONDS  # as users have it; benchmarks stretch it
+REAL_SECONDS = recorder.FLUSH_SECONDS  # as users have it; benchmarks stretch it
 
 
 @cache  # the settings of one workload have the same parameters
@@ -43,13 +43,13 @@ def delivery_seconds(names: tuple[str, ...], sinks: tuple[str, ...], deliveries:
         options = sink_options(sinks, folder)
         with endless_deliveries(), gradwatch.watch(model, optimizer, clip=limit, **options):
             # The first one opens the files, once in a run.
-            for step in range(1, (deliveries + 1) * hub.FLUSH_STEPS + 1):
+            for step in range(1, (deliveries + 1) * recorder.FLUSH_STEPS + 1):
                 optimizer.zero_grad()
                 (torch.cat(tensors) * torch.randn(len(tensors))).sum().backward()
                 start = time.perf_counter()
                 optimizer.step()
                 seconds = time.perf_counter() - start
-                due = step % hub.FLUSH_STEPS == 0
+                due = step % recorder.FLUSH_STEPS == 0
                 (delivering if due else ordinary).append(seconds)
     return max(0.0, statistics.fmean(delivering[1:]) - statistics.median(ordinary))
 
@@ -57,11 +57,11 @@ def delivery_seconds(names: tuple[str, ...], sinks: tuple[str, ...], deliveries:
 @contextmanager
 def endless_deliveries() -> Iterator[None]:
     """Keeps the clock from starting a delivery inside of a turn: they are timed by themselves."""
-    before, hub.FLUSH_SECONDS = hub.FLUSH_SECONDS, math.inf
+    before, recorder.FLUSH_SECONDS = recorder.FLUSH_SECONDS, math.inf
     try:
         yield
     finally:
-        hub.FLUSH_SECONDS = before
+        recorder.FLUSH_SECONDS = before
 
 
 def steps_per_delivery(step_s: float) -> float:
@@ -70,4 +70,4 @@ def steps_per_delivery(step_s: float) -> float:
     Args:
         step_s: Seconds of a step.
     """
-    return min(float(hub.FLUSH_STEPS), max(1.0, REAL_SECONDS / step_s))
+    return min(float(recorder.FLUSH_STEPS), max(1.0, REAL_SECONDS / step_s))

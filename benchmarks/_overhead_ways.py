@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 import gradwatch
 from _overhead_within import METER, metered
 from _overhead_workloads import Training
-from gradwatch.observe.statistics import STATISTICS
+from gradwatch.measure.statistics import STATISTICS
 from gradwatch_tensorboard import TensorBoardWriter
 
 LIMITS = {"nothing clipped": 1e6, "every step clipped": 1e-3}  # max_norm

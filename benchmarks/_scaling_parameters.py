@@ -13,7 +13,7 @@ from _overhead_outside import narrow_training
 from _overhead_spread import Spread, spread
 from _overhead_turns import TIMERS, Turns
 from _overhead_ways import LIMITS, Way, bare, watched
-from gradwatch.observe.statistics import STATISTICS
+from gradwatch.measure.statistics import STATISTICS
 
 UNTOUCHED, CLIPPED = LIMITS
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ import torch
 
 import gradwatch
 from _overhead_once import resident_bytes
-from gradwatch.record.run_folder import RunFolder
+from gradwatch.record.folder.writer import RunFolder
 from gradwatch_tensorboard import TensorBoardWriter
 from run_folder import DELIVERY, batches
 

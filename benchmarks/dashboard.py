@@ -26,8 +26,7 @@ from typing import Any
 import numpy as np
 from playwright.sync_api import Frame, Page, sync_playwright
 
-from gradwatch.record.batch import Layout, RecordBatch, clipped_by
-from gradwatch.record.step import StepRecord
+from gradwatch.record.records import Layout, RecordBatch, StepRecord, clipped_by
 from gradwatch_tensorboard import TensorBoardWriter
 
 DELIVERY = 64

@@ -18,7 +18,7 @@ import torch
 from _report_more_runs import MORE
 from _report_runs import HEALTHY, SICK, STATISTICS
 from gradwatch import History
-from gradwatch.explain.report import Report, make_report
+from gradwatch.report import Report, make_report
 
 
 def main() -> None:

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gradwatch.record.batch import Layout, RecordBatch, clipped_by
-from gradwatch.record.run_folder import RunFolder
-from gradwatch.record.step import StepRecord
+from gradwatch.record.folder.writer import RunFolder
+from gradwatch.record.records import Layout, RecordBatch, StepRecord, clipped_by
 
 DELIVERY = 64
 

@@ -3,30 +3,25 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gradwatch.control.accumulate import AccumulatePolicy
-from gradwatch.control.accumulate_by_noise_scale import AccumulateByNoiseScale
-from gradwatch.control.adagc import AdaGC
-from gradwatch.control.agc import AdaptiveGradientClip
-from gradwatch.control.auto import RobustClip
-from gradwatch.control.autoclip import AutoClip
-from gradwatch.control.clip import ClipByNorm, ClipByValue
-from gradwatch.control.noise_scale import NoiseScale
-from gradwatch.control.policy import ClipDecision, ClipPolicy
-from gradwatch.control.zclip import ZClip
+from gradwatch.accumulate.noise_scale import NoiseScale
+from gradwatch.accumulate.policies import AccumulateByNoiseScale, AccumulatePolicy
+from gradwatch.clip.adagc import AdaGC
+from gradwatch.clip.agc import AdaptiveGradientClip
+from gradwatch.clip.autoclip import AutoClip
+from gradwatch.clip.fixed import ClipByNorm, ClipByValue
+from gradwatch.clip.policy import ClipDecision, ClipPolicy
+from gradwatch.clip.robust import RobustClip
+from gradwatch.clip.zclip import ZClip
 from gradwatch.errors import AccumulationError, NonFiniteGradientError
-from gradwatch.explain.curvature_every import CurvatureEvery
+from gradwatch.hessian.every import CurvatureEvery
 from gradwatch.history import History, load
-from gradwatch.record.batch import RecordBatch
-from gradwatch.record.event import Event
-from gradwatch.record.run_folder import RunFolder
-from gradwatch.record.sinks import GradwatchWarning, Sink
-from gradwatch.record.step import StepRecord
-from gradwatch.watcher import Watcher
-from gradwatch.watching import watch
+from gradwatch.record.folder.writer import RunFolder
+from gradwatch.record.records import Event, GradwatchWarning, RecordBatch, Sink, StepRecord
+from gradwatch.watcher import Watcher, watch
 
 if TYPE_CHECKING:
-    from gradwatch.explain.check_gradients import check_gradients
-    from gradwatch.explain.curvature import curvature
+    from gradwatch.gradcheck.check import check_gradients
+    from gradwatch.hessian.curvature import curvature
 
 __version__ = "0.1.0"
 
@@ -61,8 +56,8 @@ __all__ = [
 ]
 
 _ON_DEMAND = {
-    "check_gradients": "gradwatch.explain.check_gradients",
-    "curvature": "gradwatch.explain.curvature",
+    "check_gradients": "gradwatch.gradcheck.check",
+    "curvature": "gradwatch.hessian.curvature",
 }
 """What few runs need, and so is loaded when somebody asks for it."""
 

@@ -1,40 +1,129 @@
-"""History: what a run left behind, live or loaded, as pandas frames."""
+"""What a run left behind, live or loaded, as pandas frames."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradwatch.explain import plots
-from gradwatch.explain.advice import WINDOW, clip_advice, clip_rate
-from gradwatch.record.batch import Layout, RecordBatch
+from gradwatch import plots
 from gradwatch.record.columns import (
     NORM_COLUMNS,
     STEP_COLUMNS,
     Array,
+    LiveSource,
+    Source,
     Span,
     Table,
+    events_frame,
     labels_in,
     step_records,
+    table_frame,
 )
 from gradwatch.record.folder.reader import FolderSource
-from gradwatch.record.frames import events_frame, table_frame
-from gradwatch.record.selection import (
-    Names,
-    chosen_columns,
-    chosen_parameters,
-    chosen_span,
-)
-from gradwatch.record.source import LiveSource, Source
+from gradwatch.record.records import Layout, RecordBatch
+from gradwatch.report.advice import WINDOW, clip_advice, clip_rate
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from gradwatch.explain.report import Report, Thresholds
+    from gradwatch.report import Report, Thresholds
+
+
+Names = str | re.Pattern[str] | Iterable[str]
+"""Parameters: one by its name, several, or those in whose name a compiled pattern is found."""
+
+
+MOST_COMPARED = 5_000
+"""Names that are looked through for one like an unknown one."""
+
+
+def chosen_columns(
+    columns: Iterable[str] | None, known: Sequence[str], what: str
+) -> tuple[str, ...]:
+    """Checks which columns are asked for.
+
+    Args:
+        columns: Their names; None for all.
+        known: The columns that there are.
+        what: What the user wrote, for the text of errors.
+
+    Raises:
+        TypeError: If they are no sequence of names.
+        ValueError: If one is unknown.
+    """
+    if columns is None:
+        return tuple(known)
+    if isinstance(columns, str) or not isinstance(columns, Iterable):
+        raise TypeError(
+            f'{what} must be a sequence of names, got {columns!r}. Write ["{known[0]}"].'
+        )
+    chosen = tuple(dict.fromkeys(columns))
+    for name in chosen:
+        if name not in known:
+            raise ValueError(f"{what} must be of {', '.join(known)}, got {name!r}.")
+    return chosen
+
+
+def chosen_span(start: object, stop: object, what: str) -> Span:
+    """Checks which steps are asked for.
+
+    Args:
+        start: The first one; None for no bound.
+        stop: One after the last; None for no bound.
+        what: What the user called, for the text of errors.
+
+    Raises:
+        TypeError: If a bound is no integer.
+    """
+    return Span(_bound(start, f"{what}(start=)"), _bound(stop, f"{what}(stop=)"))
+
+
+def _bound(value: object, what: str) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{what} must be a step number or None, got {value!r}.")
+    return int(value)
+
+
+def chosen_parameters(names: Names, known: Sequence[str]) -> list[int]:
+    """Finds which parameters are asked for.
+
+    Args:
+        names: As for :meth:`gradwatch.History.parameters`.
+        known: The names that there are.
+
+    Returns:
+        Their places in ``known``, rising.
+
+    Raises:
+        TypeError: If they are no names.
+        ValueError: If one is unknown.
+    """
+    if isinstance(names, re.Pattern):
+        return [index for index, name in enumerate(known) if names.search(name)]
+    if not isinstance(names, Iterable):
+        raise TypeError(f"parameters(names=) must be names or a compiled pattern, got {names!r}.")
+    wanted = {names} if isinstance(names, str) else set(names)
+    for name in wanted.difference(known):
+        raise ValueError(_unknown(str(name), known))
+    return [index for index, name in enumerate(known) if name in wanted]
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    close = get_close_matches(name, known[:MOST_COMPARED], n=3, cutoff=0.5)
+    hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
+    return (
+        f"parameters(names=) got {name!r}, which is no parameter of this run.{hint} "
+        "history.names lists them; re.compile(...) finds names by a pattern."
+    )
+
 
 _CLIP_COLUMNS = ("step", "optimizer", "grad_norm", "clip_threshold", "clipped", "outcome")
 
@@ -93,7 +182,7 @@ class History:
             weight, grad_norm, grad_norm_clipped, grad_norm_local, clip_coef, clip_threshold,
             clipped, outcome, nonfinite_parameters, loss, lr, loss_scale, noise_scale,
             noise_scale_stderr, hessian_eigenvalue, hessian_trace`` as
-            :class:`~gradwatch.record.step.StepRecord` explains them.
+            :class:`~gradwatch.record.records.StepRecord` explains them.
 
         Raises:
             TypeError: If a bound is no integer, or the columns are no sequence of names.
@@ -139,7 +228,7 @@ class History:
 
         Returns:
             Columns ``step, micro_batch, kind, parameter, module, value, rank, message, nan_count,
-            inf_count, optimizer`` as :class:`~gradwatch.record.event.Event` explains them.
+            inf_count, optimizer`` as :class:`~gradwatch.record.records.Event` explains them.
         """
         return events_frame(self._source.events())
 
@@ -174,31 +263,31 @@ class History:
             The findings, the weightiest first: print it, show it in a notebook, or take
             ``.to_dict()``.
         """
-        from gradwatch.explain.report import make_report
+        from gradwatch.report import make_report
 
         return make_report(self, thresholds, **changes)
 
     def flow(self, start: int | None = None, stop: int | None = None) -> pd.DataFrame:
-        """Returns the gradient flow: a row per parameter, see :func:`~gradwatch.explain.flow.flow`.
+        """Returns the gradient flow: a row per parameter, see :func:`~gradwatch.plots.flow.flow`.
 
         Args:
             start: The first step.
             stop: One after the last step.
         """
-        from gradwatch.explain.flow import flow
+        from gradwatch.plots.flow import flow
 
         return flow(self, start, stop)
 
     def plot_norms(
         self, ax: Axes | None = None, *, start: int | None = None, stop: int | None = None
     ) -> Axes:
-        """Draws the total norm by step; see :func:`~gradwatch.explain.plots.plot_norms`."""
+        """Draws the total norm by step; see :func:`~gradwatch.plots.plot_norms`."""
         return plots.plot_norms(self, ax, start=start, stop=stop)
 
     def plot_flow(
         self, ax: Axes | None = None, *, start: int | None = None, stop: int | None = None
     ) -> Axes:
-        """Draws the norms layer by layer; see :func:`~gradwatch.explain.plots.plot_flow`."""
+        """Draws the norms layer by layer; see :func:`~gradwatch.plots.plot_flow`."""
         return plots.plot_flow(self, ax, start=start, stop=stop)
 
     def plot_heatmap(
@@ -209,13 +298,13 @@ class History:
         start: int | None = None,
         stop: int | None = None,
     ) -> Axes:
-        """Draws parameters by steps; see :func:`~gradwatch.explain.plots.plot_heatmap`."""
+        """Draws parameters by steps; see :func:`~gradwatch.plots.plot_heatmap`."""
         return plots.plot_heatmap(self, ax, relative, start=start, stop=stop)
 
     def plot_clipping(
         self, ax: Axes | None = None, *, start: int | None = None, stop: int | None = None
     ) -> Axes:
-        """Draws what the clip does; see :func:`~gradwatch.explain.plots.plot_clipping`."""
+        """Draws what the clip does; see :func:`~gradwatch.plots.plot_clipping`."""
         return plots.plot_clipping(self, ax, start=start, stop=stop)
 
     def _applied(self) -> tuple[Table, Array]:

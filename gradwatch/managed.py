@@ -1,22 +1,199 @@
-"""ManagedLoop: backward and step for a loop that leaves both to gradwatch."""
+"""A loop that leaves backward and step to gradwatch, and how far it has come in its window."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradwatch.control.gradient_sync import GradientSync
-from gradwatch.control.splitting import split_batch
-from gradwatch.control.weights import checked_weight
+from gradwatch.accumulate.splitting import split_batch
+from gradwatch.clip.norm_history import exact_dtype
 from gradwatch.errors import AccumulationError
-from gradwatch.observe.readings import Number, number_of, operand
-from gradwatch.progress import WindowProgress
-from gradwatch.run import Run
-from gradwatch.track import Track
+from gradwatch.hooks.data_parallel import GradientSync
+from gradwatch.measure.deferred import FloatOrDeferred, as_operand, defer, is_at_hand, reading_of
+from gradwatch.step.optimizer_steps import OptimizerSteps
+from gradwatch.step.run import Run
+
+TWICE = (
+    "watcher.backward() was called again before the loop over watcher.micro_batches() had gone on "
+    "to its next part, so it is not clear which part the loss is of, and what it weighs. Add the "
+    "losses of a part up, and call watcher.backward() once for each."
+)
+LEFT_OUT = (
+    "watcher.backward() was called after the loop over watcher.micro_batches() had handed out "
+    "parts without a backward, so it is not clear which part the loss is of, and what it weighs. "
+    "Call watcher.backward() inside the loop, before the next part is taken: make no list of the "
+    "parts, do not read ahead, and give a part that shall not count watcher.backward(loss, "
+    "weight=0)."
+)
+NOT_ALONE = (
+    "The loop over watcher.micro_batches() went on after another one had begun inside it, or after "
+    "watcher.step(last=True) had ended its window, so that its parts no longer count as one batch. "
+    "End one loop before the next begins, and call watcher.step() after it."
+)
+
+
+@dataclass(slots=True)
+class Split:
+    """A batch that is run in parts; together they count as one.
+
+    Attributes:
+        parts: How many there are.
+        examples: Examples in all of them.
+        current: Examples in the one under way.
+        taken: Parts that were handed out since the newest backward.
+        done: Parts whose backward is over.
+    """
+
+    parts: int
+    examples: int
+    current: int = 0
+    taken: int = 0
+    done: int = 0
+
+
+class WindowProgress:
+    """Counts the batches of a window; a batch that is split counts once.
+
+    Attributes:
+        units: Batches so far.
+        split: The batch that is being split; None where none is.
+    """
+
+    def __init__(self) -> None:
+        """Starts with an empty window."""
+        self.units = 0
+        self.split: Split | None = None
+        self._left_out: Split | None = None  # a loop that ended before the last backward
+
+    def restart(self) -> None:
+        """Counts from the start: nothing is in the window."""
+        self.units = 0
+
+    def end(self) -> None:
+        """Ends the window: its step was taken."""
+        self.units, self.split, self._left_out = 0, None, None
+
+    def forgive(self) -> None:
+        """Forgets parts that were handed out without a backward: the loop has gone on."""
+        self._left_out = None
+
+    def count(self, restarted: bool) -> None:
+        """Counts a backward.
+
+        Args:
+            restarted: Whether the loop has thrown away what was in the window before it.
+        """
+        if restarted:
+            self.units = 0
+        if self.split is None:
+            self.units += 1
+            return
+        self.split.taken = 0
+        self.split.done += 1
+        if self.split.done == self.split.parts:
+            self.units += 1
+            self.split = None
+
+    def is_last(self, wanted: int) -> bool:
+        """Tells whether the next backward ends the window.
+
+        Args:
+            wanted: Batches that make a window.
+        """
+        split = self.split
+        finishes = split is None or split.done + 1 == split.parts
+        return finishes and self.units + 1 >= wanted
+
+    def check_turn(self, weighs: bool) -> None:
+        """Refuses a loss of which it is not clear to what part of a batch it belongs.
+
+        Args:
+            weighs: Whether the loop gives its weight.
+
+        Raises:
+            AccumulationError: If it is not.
+        """
+        split = self.split
+        if split is not None and split.taken == 0:
+            raise AccumulationError(TWICE)
+        read_ahead = split is not None and split.taken > 1 and not weighs
+        if read_ahead or self._left_out is not None:
+            raise AccumulationError(LEFT_OUT)
+
+    def parts(self, parts: Sequence[tuple[Any, int]]) -> Iterator[Any]:
+        """Hands out the parts of a batch.
+
+        Args:
+            parts: Each with its number of examples.
+
+        Raises:
+            AccumulationError: If another loop has begun, or the window has ended, in between.
+        """
+        split = self.split = Split(len(parts), sum(count for _, count in parts))
+        try:
+            for part, count in parts:
+                if self.split is not split:
+                    raise AccumulationError(NOT_ALONE)
+                split.current = count
+                split.taken += 1
+                yield part
+            if self.split is split:
+                self._left_out = split
+        finally:
+            if self.split is split:  # the loop was left before the last backward
+                self.split = None
+                self.units += split.done > 0
+
+    def mark(self) -> Callable[[], None]:
+        """Returns a function that puts the progress back as it is now, outside of a split batch."""
+        units, left_out = self.units, self._left_out
+
+        def put_back() -> None:
+            self.units, self._left_out, self.split = units, left_out, None
+
+        return put_back
+
+
+WEIGHT = (
+    "watcher.backward(weight=) must be a finite number of at least 0, or a tensor of one, got "
+    "{weight!r}. Pass the number of examples, or tokens, that the loss is the mean of."
+)
+
+
+def checked_weight(weight: float | Tensor) -> FloatOrDeferred:
+    """Checks the weight that somebody gave.
+
+    Args:
+        weight: A number, or a tensor of one number on any device.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If it is negative or not finite; on a device nobody looks.
+    """
+    if isinstance(weight, Tensor):
+        if weight.numel() != 1 or weight.is_complex() or weight.dtype == torch.bool:
+            raise TypeError(WEIGHT.format(weight=weight))
+        if not is_at_hand(weight):  # to look at it would wait for the device
+            # A quotient of integers would be of the default dtype, which is float32.
+            return reading_of(weight.reshape(()).to(exact_dtype(weight.device)))
+        weight = weight.item()
+    if isinstance(weight, bool) or not isinstance(weight, Real):  # of NumPy as well
+        raise TypeError(WEIGHT.format(weight=weight))
+    try:
+        number = float(weight)
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(WEIGHT.format(weight=weight))
+    return number
+
 
 NO_OPTIMIZER = (
     "watcher.{call}() needs to know the optimizer, but none was named. Write "
@@ -53,14 +230,16 @@ class ManagedLoop:
             run: The run.
             sync: Keeps micro-batches from communicating; None where they do not.
         """
-        self.weight: Number = 1.0
-        self.newest_weight: Number = 1.0
+        self.weight: FloatOrDeferred = 1.0
+        self.newest_weight: FloatOrDeferred = 1.0
         self.active = False
         self._run = run
         self._sync = sync
         self._progress = WindowProgress()
-        self._divisor: Number = 1.0
-        self._agreed: Number | None = None  # the weight of one batch, the same on all ranks
+        self._divisor: FloatOrDeferred = 1.0
+        self._agreed: FloatOrDeferred | None = (
+            None  # the weight of one batch, the same on all ranks
+        )
         self._communicated = True
         self._holds_all = False
         self._manages = run.accumulation.checked
@@ -68,7 +247,7 @@ class ManagedLoop:
     # -- what the loop calls ---------------------------------------------------------------------
 
     def backward(
-        self, tracks: Sequence[Track], loss: Tensor, weight: float | Tensor | None
+        self, tracks: Sequence[OptimizerSteps], loss: Tensor, weight: float | Tensor | None
     ) -> None:
         """Runs the backward of one micro-batch; see :meth:`gradwatch.watcher.Watcher.backward`."""
         before = self._filled(tracks, "backward")
@@ -87,7 +266,7 @@ class ManagedLoop:
         self._run_backward(self._shared(loss) if weighs else loss)
         self._take_note(tracks, was, loss, weighs)
 
-    def step(self, tracks: Sequence[Track], last: bool) -> bool:
+    def step(self, tracks: Sequence[OptimizerSteps], last: bool) -> bool:
         """Steps when the window is full; see :meth:`gradwatch.watcher.Watcher.step`."""
         self._progress.forgive()
         if self._filled(tracks, "step") == 0:
@@ -104,7 +283,7 @@ class ManagedLoop:
         return any(stepped)
 
     def micro_batches(
-        self, tracks: Sequence[Track], batch: Any, size: int, call: str = "micro_batches"
+        self, tracks: Sequence[OptimizerSteps], batch: Any, size: int, call: str = "micro_batches"
     ) -> Iterator[Any]:
         """Splits a batch; see :meth:`gradwatch.watcher.Watcher.micro_batches`."""
         if self._filled(tracks, call) == 0:
@@ -145,7 +324,7 @@ class ManagedLoop:
         if self._sync is not None:
             self._sync.restore()
 
-    def agree(self, weight: Number) -> Number:
+    def agree(self, weight: FloatOrDeferred) -> FloatOrDeferred:
         """Has the ranks divide by one number, once and for all; the mean of what each would.
 
         Args:
@@ -154,8 +333,8 @@ class ManagedLoop:
         ranks = self._run.data_parallel
         if self._agreed is None and ranks is not None:
             device = self._run.table.tensors[0].device
-            value = torch.as_tensor(operand(weight), dtype=torch.float64).reshape(1).to(device)
-            self._agreed = number_of(ranks.add_up_(value)[0] / ranks.ranks)
+            value = torch.as_tensor(as_operand(weight), dtype=torch.float64).reshape(1).to(device)
+            self._agreed = defer(ranks.add_up_(value)[0] / ranks.ranks)
         return weight if self._agreed is None else self._agreed
 
     def mark(self) -> Callable[[], None]:
@@ -170,7 +349,7 @@ class ManagedLoop:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs to divide by the same."""
-        agreed = None if self._agreed is None else float(operand(self._agreed))
+        agreed = None if self._agreed is None else float(as_operand(self._agreed))
         return {"agreed": agreed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -193,7 +372,7 @@ class ManagedLoop:
 
     def _take_note(
         self,
-        tracks: Sequence[Track],
+        tracks: Sequence[OptimizerSteps],
         was: Sequence[tuple[list[Any], int]],
         loss: Tensor,
         weighs: bool,
@@ -214,7 +393,7 @@ class ManagedLoop:
                 track.window.divisor = self._divisor if weighs else None
             track.units = self._progress.units
 
-    def _communicate(self, tracks: Sequence[Track]) -> None:
+    def _communicate(self, tracks: Sequence[OptimizerSteps]) -> None:
         """Makes up for a last backward that did not know that it was the last."""
         if self._sync is None:
             return
@@ -227,7 +406,7 @@ class ManagedLoop:
         for track in tracks:
             track.window.measure_again()
 
-    def _step(self, track: Track) -> bool:
+    def _step(self, track: OptimizerSteps) -> bool:
         optimizer, scaler, before = track.require_optimizer(), self._run.options.scaler, track.step
         track.last_window = True
         track.window.units = self._progress.units
@@ -244,14 +423,14 @@ class ManagedLoop:
                 track.abandon_window(left_out=True)
         return track.applied
 
-    def _given(self, weight: float | Tensor | None) -> Number | None:
+    def _given(self, weight: float | Tensor | None) -> FloatOrDeferred | None:
         """Returns the weight that the user gave, or that the split knows; None for neither."""
         if weight is not None:
             return checked_weight(weight)
         split = self._progress.split
         return None if split is None else float(split.current)
 
-    def _expected(self, given: Number | None) -> Number:
+    def _expected(self, given: FloatOrDeferred | None) -> FloatOrDeferred:
         """Returns what the window that begins is expected to weigh, the same on every rank.
 
         Any number would do, as the step corrects it. This one makes gradients of the size of the
@@ -261,16 +440,16 @@ class ManagedLoop:
         if given is None:
             return float(wanted)
         split = self._progress.split
-        batch: Number = given if split is None else float(split.examples)
+        batch: FloatOrDeferred = given if split is None else float(split.examples)
         if self._run.data_parallel is not None:
             batch = self.agree(batch)
-        weight = operand(batch)
+        weight = as_operand(batch)
         if isinstance(weight, Tensor):
-            return number_of(torch.where(weight > 0, weight, 1.0) * wanted)
+            return defer(torch.where(weight > 0, weight, 1.0) * wanted)
         return (weight or 1.0) * wanted
 
     def _shared(self, loss: Tensor) -> Tensor:
-        weight, divisor = operand(self.newest_weight), operand(self._divisor)
+        weight, divisor = as_operand(self.newest_weight), as_operand(self._divisor)
         if isinstance(weight, float) and weight == 1.0:
             return loss / divisor
         return loss * (weight / divisor)
@@ -280,7 +459,7 @@ class ManagedLoop:
         progress = self._progress
         return progress.split is None and progress.units >= self._run.accumulation.micro_batches
 
-    def _check_room(self, tracks: Sequence[Track], call: str) -> None:
+    def _check_room(self, tracks: Sequence[OptimizerSteps], call: str) -> None:
         wanted, units = self._run.accumulation.micro_batches, self._progress.units
         # With a loss for each optimizer, the window of one is full before that of another.
         full = all(track.window.micro_batches >= units for track in tracks)
@@ -288,7 +467,7 @@ class ManagedLoop:
             text = WINDOW_FULL.format(call=call, next=units + 1, wanted=wanted)
             raise AccumulationError(text)
 
-    def _filled(self, tracks: Sequence[Track], call: str) -> int:
+    def _filled(self, tracks: Sequence[OptimizerSteps], call: str) -> int:
         if not tracks:
             raise RuntimeError(NO_OPTIMIZER.format(call=call))
         if call != "step":

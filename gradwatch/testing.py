@@ -5,10 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gradwatch.observe.readings import late_readings
-from gradwatch.record.batch import RecordBatch
-from gradwatch.record.event import Event
-from gradwatch.record.step import StepRecord
+from gradwatch.measure.deferred import late_readings
+from gradwatch.record.records import Event, RecordBatch, StepRecord
 
 __all__ = ["CapturingSink", "LinearModel", "late_readings"]
 

@@ -1,9 +1,10 @@
-"""Watcher: a run being watched; ties together what is observed, decided, recorded and explained."""
+"""watch() and Watcher: a run being watched, from attaching the hooks to closing the sinks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -11,29 +12,96 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradwatch.batches import BatchRunner, Closure
-from gradwatch.control.accumulation import check_can_be_had
-from gradwatch.control.gradient_sync import GradientSync
-from gradwatch.control.noise_scale import NoiseScale
-from gradwatch.explain.curvature_every import sampler_of
+from gradwatch.accumulate.noise_scale import NoiseScale
+from gradwatch.accumulate.policies import check_can_be_had
+from gradwatch.clip.policy import ClipPolicy
+from gradwatch.guard import Overhead, Shield
+from gradwatch.hessian.every import CurvatureEvery, sampler_of
 from gradwatch.history import History
+from gradwatch.hooks.backward import Backward
+from gradwatch.hooks.data_parallel import DataParallel, GradientSync, rank
+from gradwatch.hooks.model import ModelHooks
 from gradwatch.managed import ManagedLoop
-from gradwatch.observe.arrivals import Backward
-from gradwatch.observe.data_parallel import DataParallel
-from gradwatch.observe.model_hooks import ModelHooks
-from gradwatch.observe.parameters import ParameterTable
-from gradwatch.options import Options
-from gradwatch.overhead import Overhead
-from gradwatch.postfix import postfix
-from gradwatch.record.event import Event
-from gradwatch.record.step import StepRecord
-from gradwatch.run import Run
-from gradwatch.shield import Shield
-from gradwatch.targets import check_unwatched
-from gradwatch.tracks import Tracks
+from gradwatch.measure.parameters import ParameterTable
+from gradwatch.options import (
+    Accumulate,
+    Options,
+    check_options,
+    check_unwatched,
+    optimizer_list,
+    parameter_table,
+)
+from gradwatch.record.folder.writer import RunFolder
+from gradwatch.record.recorder import Recorder
+from gradwatch.record.records import Event, Sink, StepRecord
+from gradwatch.run_batch import BatchRunner, Closure
+from gradwatch.step.registry import OptimizerRegistry
+from gradwatch.step.run import Run
 
 if TYPE_CHECKING:
-    from gradwatch.explain.report import Report, Thresholds
+    from gradwatch.report import Report, Thresholds
+
+
+_PLAIN = (str, int, float, bool, type(None))
+
+
+def described_optimizer(optimizer: Optimizer) -> dict[str, Any]:
+    """Describes an optimizer.
+
+    Args:
+        optimizer: The optimizer.
+
+    Returns:
+        Its class, and for each parameter group its settings and the number of its parameters.
+    """
+    kind = type(optimizer)
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "groups": [
+            {
+                "parameters": len(group["params"]),
+                **{name: _plain(value) for name, value in group.items() if name != "params"},
+            }
+            for group in optimizer.param_groups
+        ],
+    }
+
+
+def described_options(options: Options) -> dict[str, Any]:
+    """Describes the arguments of ``watch()``, those that are objects as their ``repr``."""
+    left_out = ("sinks", "run_dir")
+    names = [field.name for field in fields(options) if field.name not in left_out]
+    return {name: _plain(getattr(options, name)) for name in names}
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, Tensor):
+        return value.tolist() if value.numel() <= 8 else f"tensor {tuple(value.shape)}"
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return repr(value)
+
+
+def postfix(recorder: Recorder) -> dict[str, str]:
+    """Makes a few short texts of the newest step; see :meth:`gradwatch.watcher.Watcher.postfix`.
+
+    Args:
+        recorder: The memory of the watcher.
+    """
+    record = recorder.newest
+    if record is None:
+        return {}
+    texts = {"grad_norm": f"{record.grad_norm:.3g}"}
+    if record.clipped:
+        texts["clip_coef"] = f"{record.clip_coef:.2g}"
+    if record.nonfinite_parameters:
+        texts["nonfinite"] = str(record.nonfinite_parameters)
+    if recorder.skipped:
+        texts["skipped"] = str(recorder.skipped)
+    return texts
+
 
 STATE_VERSION = 3
 
@@ -78,7 +146,7 @@ class Watcher:
         self._batches = BatchRunner(self._run, self._managed, model)
         self._shield = Shield(options.acts, self._stop_watching, self._run.stopwatch)
         self._curvature = sampler_of(options.curvature, model)
-        self._tracks = Tracks(self._run, self._shield, self._curvature)
+        self._tracks = OptimizerRegistry(self._run, self._shield, self._curvature)
         self._state = "new"
 
     # -- life ----------------------------------------------------------------------------------
@@ -387,3 +455,99 @@ class Watcher:
         with self._shield:
             self._run.stopwatch.arrivals += len(backward.arrived)
             self._tracks.add(backward, self._managed.weight)
+
+
+def watch(
+    model: nn.Module | Mapping[str, Tensor],
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    *,
+    clip: float | str | ClipPolicy | None = None,
+    accumulate: Accumulate = 1,
+    on_nonfinite: str = "record",
+    statistics: Iterable[str] = ("norm",),
+    every: int = 1,
+    buffer_size: int = 1024,
+    scaler: torch.amp.GradScaler | None = None,
+    sinks: Iterable[Sink] = (),
+    run_dir: str | os.PathLike[str] | None = None,
+    exploding_norm: float | None = None,
+    skip_spikes: float | str | None = None,
+    max_consecutive_skips: int = 10,
+    curvature: CurvatureEvery | None = None,
+) -> Watcher:
+    """Watches the gradients of a model while its training loop runs.
+
+    Args:
+        model: A module, or a mapping from names to leaf tensors.
+        optimizer: One or several. Left out, the optimizers that step the model's parameters are
+            found at their first step; where none ever steps, each backward counts as a step.
+        clip: A maximum for the global L2 norm, ``"auto"`` to have it found, or a policy such as
+            ``ClipByNorm``, ``ClipByValue`` or ``ZClip``. None leaves the gradients alone.
+        accumulate: Micro-batches per step: a number, ``{step: number}``, a function of the step, or
+            a policy such as :class:`~gradwatch.AccumulateByNoiseScale`, which is what ``"auto"``
+            stands for.
+        on_nonfinite: What to do about a gradient with NaN or Inf: ``"record"`` it, ``"skip"`` the
+            step (weights and optimizer state stay as they were) or ``"raise"``
+            :class:`~gradwatch.NonFiniteGradientError` before any weight changes.
+        statistics: What to take per parameter besides ``"norm"``: ``"max"``, ``"mean"``, ``"std"``,
+            ``"zeros"``, ``"weight_norm"``, ``"update_ratio"``.
+        every: Take those at every so many steps.
+        buffer_size: Steps kept in memory.
+        scaler: The ``GradScaler`` of the loop, so that norms are in true units.
+        sinks: Receive all records: objects with ``write(batch)`` and ``close()``; of several ranks
+            the first one's do.
+        run_dir: A folder that keeps the whole run, for :func:`gradwatch.load` and every tool that
+            reads Parquet; one that holds a run is gone on with. Needs ``gradwatch[runs]``.
+        exploding_norm: A total norm above it is an ``exploding`` event; None for no limit.
+        skip_spikes: Leaves a step out whose norm is so many deviations above the usual, as
+            ``on_nonfinite="skip"`` does; ``"auto"`` for 6, None to take all.
+        max_consecutive_skips: How many steps in a row gradwatch may leave out. One more with a NaN
+            or Inf raises :class:`~gradwatch.NonFiniteGradientError`; one more that is finite is
+            taken: so many outliers in a row are a rise that lasts.
+        curvature: Takes the curvature of a loss along the training:
+            ``CurvatureEvery(200, lambda: criterion(model(x), y))``. Not with FSDP2, nor with
+            weights in half precision.
+
+    Returns:
+        The watcher, to be used in a ``with`` statement.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If an argument is out of bounds, or the optimizer's parameters are not the
+            model's.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor(2.0, requires_grad=True)
+        >>> with watch({"x": x}) as watcher:
+        ...     (x**2 + 3 * x + 1).backward()
+        >>> watcher.last.grad_norm
+        7.0
+    """
+    options = check_options(
+        clip=clip,
+        accumulate=accumulate,
+        on_nonfinite=on_nonfinite,
+        statistics=statistics,
+        every=every,
+        buffer_size=buffer_size,
+        scaler=scaler,
+        sinks=sinks,
+        run_dir=run_dir,
+        exploding_norm=exploding_norm,
+        skip_spikes=skip_spikes,
+        max_consecutive_skips=max_consecutive_skips,
+        curvature=curvature,
+    )
+    table = parameter_table(model)
+    check_unwatched(table)
+    sampler_of(options.curvature, model)  # refuses what cannot be had before a folder is made
+    optimizers = optimizer_list(optimizer, table)
+    if options.run_dir is not None and rank() == 0:
+        folder = RunFolder(
+            options.run_dir,
+            optimizers=list(map(described_optimizer, optimizers)),
+            options=described_options(options),
+        )
+        options = replace(options, sinks=(*options.sinks, folder))
+    return Watcher(model, table, optimizers, options)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gradwatch.observe.statistics import STATISTICS
-from gradwatch.record.event import EVENT_KINDS
-from gradwatch.record.frames import EVENT_COLUMNS, STEP_COLUMNS
+from gradwatch.measure.statistics import STATISTICS
+from gradwatch.record.columns import EVENT_COLUMNS, STEP_COLUMNS
+from gradwatch.record.records import EVENT_KINDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -6,10 +6,8 @@ import torch
 
 import gradwatch
 from gradwatch import Event
-from gradwatch.record.batch import Layout
-from gradwatch.record.buffer import RingBuffer
-from gradwatch.record.hub import SinkHub
-from gradwatch.recorder import FIRST_EVENTS, NEWEST_EVENTS, Recorder
+from gradwatch.record.recorder import FIRST_EVENTS, NEWEST_EVENTS, Recorder, RingBuffer, SinkHub
+from gradwatch.record.records import Layout
 from gradwatch.testing import CapturingSink
 
 

@@ -1,1 +1,1 @@
-"""What to keep: step records, events, the ring buffer, pandas frames and sinks."""
+"""What is written down: records, events, the memory of the newest steps, sinks and files."""

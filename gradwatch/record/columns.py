@@ -1,15 +1,21 @@
-"""Columns: records as arrays by name, the form that frames and files are made of."""
+"""Records as columns: arrays by name, pandas frames, and where a History reads them from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.record.step import StepRecord
+from gradwatch.record.records import NO_GRADIENT, Event, Layout, RecordBatch, StepRecord
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["EVENT_COLUMNS", "STEP_COLUMNS", "events_frame", "table_frame"]
+
 
 Array = NDArray[Any]
 
@@ -138,7 +144,7 @@ def step_table(records: Sequence[StepRecord], names: Iterable[str]) -> dict[str,
 
     Args:
         records: One per row.
-        names: Fields of :class:`~gradwatch.record.step.StepRecord`.
+        names: Fields of :class:`~gradwatch.record.records.StepRecord`.
 
     Returns:
         The columns by name.
@@ -167,3 +173,167 @@ def _objects(column: Column) -> list[Any]:
         return [column.values[code] for code in column.codes]
     objects: list[Any] = column.tolist()
     return objects
+
+
+class Source(Protocol):
+    """Records that can be read by columns and by ranges of steps, oldest first."""
+
+    def layout(self) -> Layout:
+        """Returns the parameters."""
+
+    def statistics(self) -> tuple[str, ...]:
+        """Returns the names of the further statistics per parameter."""
+
+    def steps(self, columns: Iterable[str], span: Span) -> Table:
+        """Reads steps.
+
+        Args:
+            columns: Fields of :class:`~gradwatch.record.records.StepRecord`.
+            span: Which steps.
+
+        Returns:
+            The columns, one row per step.
+        """
+
+    def parameters(
+        self, indices: Sequence[int] | None, columns: Sequence[str], span: Span
+    ) -> Table:
+        """Reads numbers per parameter.
+
+        Args:
+            indices: Parameters by their place in the layout; None for all.
+            columns: Of ``grad_norm``, ``grad_norm_clipped`` and the further statistics.
+            span: Which steps.
+
+        Returns:
+            ``step``, ``parameter`` and the columns: one row per step and parameter that had a
+            gradient in it, in the order of the steps and within one in that of the layout.
+        """
+
+    def events(self) -> Sequence[Event]:
+        """Returns the events."""
+
+
+class LiveSource:
+    """What the memory of a watcher holds now."""
+
+    def __init__(self, take: Callable[[], RecordBatch]) -> None:
+        """Reads from a watcher.
+
+        Args:
+            take: Copies out what is kept when it is called.
+        """
+        self._take = take
+
+    def layout(self) -> Layout:
+        """See :class:`Source`."""
+        return self._take().layout
+
+    def statistics(self) -> tuple[str, ...]:
+        """See :class:`Source`."""
+        return tuple(self._take().statistics)
+
+    def steps(self, columns: Iterable[str], span: Span) -> Table:
+        """See :class:`Source`."""
+        return step_table(_within(self._take(), span).steps, columns)
+
+    def parameters(
+        self, indices: Sequence[int] | None, columns: Sequence[str], span: Span
+    ) -> Table:
+        """See :class:`Source`."""
+        batch = _within(self._take(), span)
+        chosen = np.arange(len(batch.layout.names)) if indices is None else np.array(indices, int)
+        rows, places = np.nonzero(batch.norms[:, chosen] != NO_GRADIENT)
+        where = (rows, chosen[places])
+        steps = np.array([record.step for record in batch.steps], np.int64)
+        planes = {
+            **dict(zip(NORM_COLUMNS, (batch.norms, batch.clipped_norms), strict=True)),
+            **batch.statistics,
+        }
+        table: dict[str, Column] = {
+            "step": steps[rows],
+            "parameter": Labels(batch.layout.names, where[1]),
+        }
+        return table | {name: planes[name][where] for name in columns}
+
+    def events(self) -> Sequence[Event]:
+        """See :class:`Source`."""
+        return self._take().events
+
+
+def _within(batch: RecordBatch, span: Span) -> RecordBatch:
+    steps = np.array([record.step for record in batch.steps], np.int64)
+    inside = span.holds(steps)
+    if inside.all():
+        return batch
+    return replace(
+        batch,
+        steps=[record for record, kept in zip(batch.steps, inside, strict=True) if kept],
+        norms=batch.norms[inside],
+        clipped_norms=batch.clipped_norms[inside],
+        statistics={name: plane[inside] for name, plane in batch.statistics.items()},
+    )
+
+
+EVENT_COLUMNS = (
+    "step",
+    "micro_batch",
+    "kind",
+    "parameter",
+    "module",
+    "value",
+    "rank",
+    "message",
+    "nan_count",
+    "inf_count",
+    "optimizer",
+)
+_EVENT_DTYPES = {
+    **dict.fromkeys(("step", "micro_batch", "rank", "nan_count", "inf_count"), np.int64),
+    "value": np.float64,
+}
+
+
+def table_frame(table: Table, index: str | None = None) -> pd.DataFrame:
+    """Makes a frame; its dtypes do not depend on what the rows hold, nor on whether there are any.
+
+    Args:
+        table: The columns by name.
+        index: The column that becomes the index; None for a plain one.
+
+    Returns:
+        One column each: int64, float32 or float64, bool, and the dtype that pandas has for strings.
+    """
+    import pandas as pd
+
+    columns = {name: _values(column) for name, column in table.items() if name != index}
+    rows = None if index is None else pd.Index(array_of(table[index]), name=index, dtype="int64")
+    # The arrays were made for this frame; a copy of a million steps takes longer than reading them.
+    frame: pd.DataFrame = pd.DataFrame(columns, index=rows, columns=list(columns), copy=False)
+    return frame
+
+
+def events_frame(events: Sequence[Event]) -> pd.DataFrame:
+    """Makes a frame with one row per event.
+
+    Args:
+        events: The events, oldest first.
+
+    Returns:
+        Columns as named by the fields of :class:`~gradwatch.record.records.Event`.
+    """
+    table: dict[str, Column] = {}
+    for name in EVENT_COLUMNS:
+        values = [getattr(event, name) for event in events]
+        dtype = _EVENT_DTYPES.get(name)
+        table[name] = Labels.of(values) if dtype is None else np.array(values, dtype)
+    return table_frame(table)
+
+
+def _values(column: Column) -> Any:
+    if not isinstance(column, Labels):
+        return column
+    import pandas as pd
+
+    # Taken by code, a million strings cost what a million integers cost.
+    return pd.Series(list(map(safe_text, column.values)), dtype="str").array.take(column.codes)

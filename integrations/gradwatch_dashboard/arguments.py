@@ -1,13 +1,65 @@
-"""Arguments: what a request asks for, checked."""
+"""What a request asks for, checked; and what cannot be read, said once in the log."""
 
 from __future__ import annotations
 
+import logging
 import re
+import threading
 from typing import Any
 
 from tensorboard import errors
 
-from gradwatch_dashboard.notes import shown
+MAX_NOTES = 200
+"""Different notes of a process; a log of damaged files need not fill the terminal."""
+
+_MAX_CHARACTERS = 120
+_logger = logging.getLogger("gradwatch_dashboard")
+_lock = threading.Lock()
+_seen: set[tuple[str, ...]] = set()
+
+
+def note(message: str, *details: object) -> None:
+    """Writes a warning, unless the same was written before.
+
+    Args:
+        message: With a ``%s`` for each detail.
+        details: What the message is about, possibly a stranger's text.
+    """
+    entry = (message, *map(shown, details))
+    with _lock:
+        if entry in _seen or len(_seen) >= MAX_NOTES:
+            return
+        _seen.add(entry)
+    _logger.warning(*entry)
+
+
+def shown(text: object) -> str:
+    """Makes a text fit for one line of a log or an error.
+
+    Args:
+        text: Of any length, with any characters.
+    """
+    line = repr(text)
+    return line if len(line) <= _MAX_CHARACTERS else f"{line[:_MAX_CHARACTERS]}..."
+
+
+MAX_CHARACTERS = 1000
+"""Longer names are cut: a browser has to lay them out."""
+
+
+def fit_name(name: str) -> str:
+    """Cuts what is too long and replaces what no UTF-8 text can hold.
+
+    Args:
+        name: Any text.
+
+    >>> fit_name("layer.weight")
+    'layer.weight'
+    """
+    if len(name) > MAX_CHARACTERS:
+        name = f"{name[:MAX_CHARACTERS]}..."
+    return name.encode("utf-8", "replace").decode()
+
 
 LIMIT = 10**18
 """No step is larger, nor further below 0."""

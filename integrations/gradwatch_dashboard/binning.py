@@ -1,22 +1,68 @@
-"""Binning: windows of a track into the columns of a picture."""
+"""Windows of steps in the columns of a picture: the heat map, and the curve of one parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import struct
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tensorboard import errors
 
-from gradwatch_dashboard.segments import NOTHING, Matrix, decode, encode
-from gradwatch_dashboard.sessions import Piece
+from gradwatch_dashboard.arguments import Arguments
+from gradwatch_dashboard.segments import NOTHING, MatrixChunks, decode, encode
+from gradwatch_dashboard.sessions import Piece, Timeline
 from gradwatch_dashboard.wire import COLUMNS
+
+_ALIGNMENT = 8
+_WORDS = {"nan": '"NaN"', "inf": '"Infinity"', "-inf": '"-Infinity"'}
+
+
+def pack(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """Frames arrays.
+
+    Args:
+        header: What is to be said of them.
+        arrays: Name to array, in the order in which they are to be sent.
+
+    Returns:
+        The length of the header as uint32, the header with ``arrays`` added as JSON, and the
+        arrays, little-endian, each from a multiple of 8 bytes on.
+    """
+    described = [
+        {"name": name, "dtype": array.dtype.name, "shape": list(array.shape)}
+        for name, array in arrays.items()
+    ]
+    text = json.dumps({**header, "arrays": described}).encode()
+    text += b" " * (-(len(text) + 4) % _ALIGNMENT)
+    parts: list[Any] = [struct.pack("<I", len(text)), text]
+    for array in arrays.values():
+        plain = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        parts += [plain.data if plain.size else b"", b"\0" * (-plain.nbytes % _ALIGNMENT)]
+    return b"".join(parts)
+
+
+def json_numbers(values: NDArray[Any]) -> str:
+    """Writes numbers as a JSON array; NaN and Inf, which JSON has not, as texts.
+
+    Args:
+        values: array ``[n]``: of integers, or of floats, which are rounded to 7 digits.
+    """
+    if values.dtype.kind in "iu":
+        return json.dumps(values.tolist())
+    texts = map("%.7g".__mod__, values.tolist())
+    if np.isfinite(values).all():
+        return f"[{','.join(texts)}]"
+    return f"[{','.join(_WORDS.get(text, text) for text in texts)}]"
+
 
 _BLOCK = 64  # columns that are transposed together: they fit into the cache
 
 Ints = NDArray[np.int64]
 
-Cells = Sequence[tuple[Piece, Matrix]]
+Cells = Sequence[tuple[Piece, MatrixChunks]]
 """The pieces of a track, each with the cells of its segment."""
 
 
@@ -184,3 +230,119 @@ def _take_larger(
         np.maximum(cells, row, out=cells)
     else:
         cells[columns] = np.maximum(cells[columns], row)
+
+
+MAX_COLUMNS = 4096
+DEFAULT_COLUMNS = 1000
+MAX_CELLS = 32 * 2**20
+"""Cells of a heat map; with more parameters there are fewer columns."""
+
+
+def heatmap(run: str, track: Timeline, cells: Cells, arguments: Arguments) -> bytes:
+    """Answers the route ``heatmap``.
+
+    Args:
+        run: Name of the run.
+        track: What is asked for.
+        cells: Its cells.
+        arguments: The range and the columns.
+    """
+    parameters = len(track.layout.parameters)
+    first, last = arguments.range(track.first_step, track.last_step)
+    asked = arguments.integer("columns", DEFAULT_COLUMNS, 1, MAX_COLUMNS)
+    columns = max(1, min(asked, last - first + 1, MAX_CELLS // max(1, parameters)))
+    spans = spans_of(track.first_steps, track.last_steps, first, last, columns)
+    arrays: dict[str, NDArray[Any]] = {"norms": bin_norms(cells, parameters, spans)}
+    bad = bin_bad(cells, parameters, spans)
+    if bad is not None:
+        arrays["bad"] = bad
+    header = {
+        "run": run,
+        "optimizer": track.layout.optimizer,
+        "first_step": first,
+        "last_step": last,
+        "columns": columns,
+        "parameters": parameters,
+    }
+    return pack(header, arrays | bin_table(track.table, spans))
+
+
+MAX_WINDOWS = 20_000
+"""Points of a curve; where there are more, neighbours share one."""
+
+_NO_PARAMETER = "parameter must be 0 to {highest}, got {parameter}"
+
+
+def curve(track: Timeline, cells: Cells, arguments: Arguments) -> str:
+    """Answers the route ``curve``.
+
+    Args:
+        track: What is asked for.
+        cells: Its cells.
+        arguments: The parameter and the range.
+
+    Returns:
+        JSON.
+
+    Raises:
+        errors.InvalidArgumentError: If the parameter is left out or malformed.
+        errors.NotFoundError: If there is none of that number.
+    """
+    arguments.text("parameter")
+    parameter = arguments.integer("parameter", 0, -1, 10**18)
+    highest = len(track.layout.parameters) - 1
+    if not 0 <= parameter <= highest:
+        raise errors.NotFoundError(_NO_PARAMETER.format(highest=highest, parameter=parameter))
+    first, last = arguments.range(track.first_step, track.last_step)
+    start = int(np.searchsorted(track.last_steps, first))
+    stop = max(start, int(np.searchsorted(track.first_steps, last, side="right")))
+    norms, bad = column_of(cells, parameter, len(track.table))
+    total = encode(track.table[start:stop, COLUMNS.index("grad_norm")].copy())
+    groups = np.arange(0, stop - start, max(1, -(-(stop - start) // MAX_WINDOWS)))
+    ends = np.append(groups[1:], stop - start)[: len(groups)] - 1
+    numbers: dict[str, NDArray[Any]] = {
+        "first": track.first_steps[start:stop][groups],
+        "last": track.last_steps[start:stop][ends],
+        "norm": decode(_reduce(np.maximum, norms[start:stop], groups)),
+        "bad": _reduce(np.add, bad[start:stop], groups),
+        "grad_norm": decode(_reduce(np.maximum, total, groups)),
+    }
+    parts = [f'"{name}": {json_numbers(values)}' for name, values in numbers.items()]
+    name = json.dumps(track.layout.parameters[parameter])
+    return f'{{"parameter": {name}, {", ".join(parts)}}}'
+
+
+def column_of(
+    cells: Cells, parameter: int, windows: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Takes one parameter out of the cells.
+
+    Args:
+        cells: Of the track.
+        parameter: Its number in the track.
+        windows: Windows of the track.
+
+    Returns:
+        Its norms, coded, float32 array ``[windows]``, and its bad steps, int64 array ``[windows]``.
+    """
+    norms = np.full(windows, NOTHING, np.float32)
+    bad = np.zeros(windows, np.int64)
+    for piece, matrix in cells:
+        column = parameter
+        if piece.columns is not None:
+            places = np.flatnonzero(piece.columns == parameter)
+            if not len(places):
+                continue
+            column = int(places[0])
+        norms[piece.start : piece.stop] = matrix.norms[piece.rows, column]
+        rows = slice(
+            *np.searchsorted(matrix.bad_rows, [piece.rows.start, piece.rows.stop]).tolist()
+        )
+        numbers = matrix.bad_rows[rows] - piece.rows.start + piece.start
+        bad[numbers] = matrix.bad[rows, column]
+    return norms, bad
+
+
+def _reduce(function: np.ufunc, values: NDArray[Any], groups: NDArray[np.intp]) -> NDArray[Any]:
+    reduced: NDArray[Any] = function.reduceat(values, groups) if len(groups) else values
+    return reduced

@@ -7,8 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from gradwatch_dashboard.names import fit_name
-from gradwatch_dashboard.notes import note
+from gradwatch_dashboard.arguments import fit_name, note
 from gradwatch_dashboard.segments import ChunkKey
 from gradwatch_dashboard.wire import Tag, checked_text
 

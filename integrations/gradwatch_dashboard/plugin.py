@@ -13,17 +13,13 @@ from tensorboard.backend import http_util
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
-from gradwatch_dashboard.arguments import LIMIT, Arguments
-from gradwatch_dashboard.binning import Cells
-from gradwatch_dashboard.curve import curve
+from gradwatch_dashboard.arguments import LIMIT, Arguments, shown
+from gradwatch_dashboard.binning import Cells, curve, heatmap
 from gradwatch_dashboard.event_log import page
-from gradwatch_dashboard.heatmap import heatmap
-from gradwatch_dashboard.notes import shown
 from gradwatch_dashboard.provider import Provider
-from gradwatch_dashboard.runs import Runs
-from gradwatch_dashboard.sessions import Track
+from gradwatch_dashboard.sessions import Timeline
 from gradwatch_dashboard.static_files import ENTRY, StaticFile, read_static_files
-from gradwatch_dashboard.store import Store, View
+from gradwatch_dashboard.store import Runs, Store, View
 from gradwatch_dashboard.wire import PLUGIN
 
 _logger = logging.getLogger(__name__)
@@ -123,15 +119,15 @@ class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoar
 
     def _track(
         self, arguments: Arguments, provider: Provider, optimizer: str, *, with_cells: bool = False
-    ) -> tuple[Cells, Track]:
-        def take(store: Store, view: View) -> tuple[Cells, Track]:
+    ) -> tuple[Cells, Timeline]:
+        def take(store: Store, view: View) -> tuple[Cells, Timeline]:
             track = view.tracks.get(optimizer)
             if track is None:
                 names = {"run": shown(arguments.text("run")), "optimizer": shown(optimizer)}
                 raise errors.NotFoundError(_NO_OPTIMIZER.format(**names))
             return store.cells(provider, track) if with_cells else [], track
 
-        found: tuple[Cells, Track] = self._in_store(arguments, provider, take)
+        found: tuple[Cells, Timeline] = self._in_store(arguments, provider, take)
         return found
 
     def _in_store(
@@ -145,7 +141,7 @@ class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoar
             return take(*found)
 
 
-def _describe(track: Track) -> dict[str, Any]:
+def _describe(track: Timeline) -> dict[str, Any]:
     return {
         "optimizer": track.layout.optimizer,
         "parameters": track.layout.parameters,

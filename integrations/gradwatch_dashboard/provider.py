@@ -1,15 +1,17 @@
-"""Provider: what TensorBoard's data provider holds of ours, with either of its loaders."""
+"""What TensorBoard's data provider holds of ours, asked for once by requests that come together."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from tensorboard import errors, plugin_util
 from tensorboard.data import provider
 
-from gradwatch_dashboard.notes import note, shown
+from gradwatch_dashboard.arguments import note, shown
 from gradwatch_dashboard.wire import PLUGIN, Tag, is_readable
 
 ALL_SAMPLES = 2**31 - 1
@@ -41,7 +43,7 @@ class Version(NamedTuple):
     max_wall_time: float | None
 
 
-class Source(NamedTuple):
+class TagSource(NamedTuple):
     """What is to be read.
 
     Attributes:
@@ -98,7 +100,7 @@ class Provider:
             raise UnavailableError(_UNAVAILABLE.format(error=shown(error))) from error
         return {name: ours for name, tags in found.items() if (ours := _readable(name, tags))}
 
-    def read(self, wanted: Sequence[Source]) -> dict[Source, list[Any]]:
+    def read(self, wanted: Sequence[TagSource]) -> dict[TagSource, list[Any]]:
         """Reads tags, in as few calls as go well: each takes the data server 45 ms.
 
         Args:
@@ -126,7 +128,7 @@ class Provider:
             source: list(found.get(source.run, {}).get(str(source.tag), ())) for source in wanted
         }
 
-    def _read(self, wanted: Sequence[Source]) -> dict[str, dict[str, Sequence[Any]]]:
+    def _read(self, wanted: Sequence[TagSource]) -> dict[str, dict[str, Sequence[Any]]]:
         if not wanted:
             return {}
         found: dict[str, dict[str, Sequence[Any]]] = self._provider.read_tensors(
@@ -161,3 +163,39 @@ def _is_transient(error: Exception) -> bool:
     """Whether it is gRPC that says so: the data server is down, or slow."""
     code = getattr(error, "code", None)
     return callable(code) and getattr(code(), "name", "") in _TRANSIENT
+
+
+FRESH_SECONDS = 0.5
+"""Age up to which a listing still stands: TensorBoard looks at the files once a second at most."""
+
+
+class Listings:
+    """Remembers the newest listings."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Starts empty.
+
+        Args:
+            clock: Seconds that only rise.
+        """
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._known: dict[tuple[str, str | None], tuple[float, Listing]] = {}
+
+    def get(self, provider: Provider, run: str | None = None) -> Listing:
+        """Lists what there is.
+
+        Args:
+            provider: Where to ask.
+            run: Only of this run; of all by default.
+        """
+        whole, key = (provider.experiment, None), (provider.experiment, run)
+        with self._lock:
+            now = self._clock()
+            self._known = {
+                k: known for k, known in self._known.items() if now - known[0] <= FRESH_SECONDS
+            }
+            known = self._known.get(whole) or self._known.get(key)
+            if known is None:
+                known = self._known[key] = now, provider.listing(run)
+            return known[1]

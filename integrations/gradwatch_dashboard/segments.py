@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch_dashboard.notes import note
+from gradwatch_dashboard.arguments import note
 from gradwatch_dashboard.wire import COLUMNS, NO_GRADIENT, Tag
 
 NAN_CODE = -0.25
@@ -75,7 +75,7 @@ class Steps:
 
 
 @dataclass(frozen=True, slots=True)
-class Matrix:
+class MatrixChunks:
     """The cells of a segment.
 
     Attributes:
@@ -122,7 +122,7 @@ def read_matrix(
     parameters: int,
     norms: Sequence[Any],
     bad: Sequence[Any],
-) -> Matrix:
+) -> MatrixChunks:
     """Checks the cells of a segment.
 
     Args:
@@ -154,7 +154,7 @@ def read_matrix(
             rows.append(places + start)
             counts.append(here[places])
         start = stop
-    return Matrix(cells, np.concatenate(rows), np.concatenate(counts))
+    return MatrixChunks(cells, np.concatenate(rows), np.concatenate(counts))
 
 
 def _by_chunk(

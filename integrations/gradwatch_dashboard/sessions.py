@@ -45,7 +45,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Track:
+class Timeline:
     """All that a run holds of one optimizer.
 
     Attributes:
@@ -76,7 +76,7 @@ class Track:
 
 def join_sessions(
     layouts: Mapping[StreamKey, StreamLayout], tables: Mapping[SegmentKey, NDArray[np.float64]]
-) -> dict[str, Track]:
+) -> dict[str, Timeline]:
     """Joins the streams of a run.
 
     Args:
@@ -120,7 +120,7 @@ def _track(
     streams: Mapping[StreamKey, Sequence[SegmentKey]],
     layouts: Mapping[StreamKey, StreamLayout],
     tables: Mapping[SegmentKey, NDArray[np.float64]],
-) -> Track:
+) -> Timeline:
     layout, columns = _join_layouts({stream: layouts[stream] for stream in streams})
     kept: list[tuple[SegmentKey, slice]] = []
     lasts: list[NDArray[np.float64]] = []
@@ -142,7 +142,7 @@ def _track(
         start = pieces[-1].stop
     table = np.concatenate([tables[segment][rows] for segment, rows in kept])
     last_steps = np.concatenate(lasts).astype(np.int64)
-    return Track(layout, table[:, 0].astype(np.int64), last_steps, table, tuple(pieces))
+    return Timeline(layout, table[:, 0].astype(np.int64), last_steps, table, tuple(pieces))
 
 
 def _join_layouts(

@@ -11,24 +11,30 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 import gradwatch
-from gradwatch.control.accumulate import AccumulatePolicy
-from gradwatch.control.noise_scale import NoiseScale
-from gradwatch.control.policy import ClipPolicy
+from gradwatch.accumulate.noise_scale import NoiseScale
+from gradwatch.accumulate.policies import AccumulatePolicy
+from gradwatch.clip.policy import ClipPolicy
 from gradwatch.history import History
 from gradwatch.options import check_options
-from gradwatch.record.event import Event
-from gradwatch.record.sinks import Sink
-from gradwatch.record.step import StepRecord
+from gradwatch.record.records import Event, Sink, StepRecord
 from gradwatch.watcher import Watcher
-from gradwatch_lightning.accumulation import TrainerAccumulation, accumulates
-from gradwatch_lightning.boards import tensorboard_sinks
-from gradwatch_lightning.conflicts import (
+from gradwatch_lightning.tensorboard import (
+    NORM_TAG,
+    retire_scalars,
+    step_scalars,
+    tensorboard_sinks,
+)
+from gradwatch_lightning.trainer import (
+    TrainerAccumulation,
     accumulate_policy_of,
+    accumulates,
+    logged_step_of,
+    optimizers_of,
     refuse_two_clips,
     refuse_two_numbers,
+    scaler_of,
+    wrapped_of,
 )
-from gradwatch_lightning.parts import logged_step_of, optimizers_of, scaler_of, wrapped_of
-from gradwatch_lightning.scalars import NORM_TAG, retire_scalars, step_scalars
 
 NUMBER = "accumulate_grad_batches"
 NOTHING_YET = (
@@ -41,8 +47,8 @@ class GradientMonitor(Callback):
     """Watches the gradients of a training, and on request clips them or skips poisoned steps.
 
     Automatic and manual optimization, any number of optimizers, any logger: every
-    ``Trainer(log_every_n_steps=)`` steps, the :func:`~gradwatch_lightning.scalars.step_scalars` of
-    each optimizer that stepped since go out through ``LightningModule.log_dict``. A
+    ``Trainer(log_every_n_steps=)`` steps, the :func:`~gradwatch_lightning.tensorboard.step_scalars`
+    of each optimizer that stepped since go out through ``LightningModule.log_dict``. A
     ``TensorBoardLogger`` also gets the norms of module blocks, every non-finite step and the events
     as text, whatever that number is. ``Trainer(gradient_clip_val=)`` and
     ``Trainer(accumulate_grad_batches=)`` are observed: both sides of the clip, the number of

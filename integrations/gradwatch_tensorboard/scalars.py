@@ -1,4 +1,4 @@
-"""Step scalars: the handful of numbers that stand for one optimizer step."""
+"""The handful of numbers that stand for one optimizer step, their tags and their charts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,44 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from gradwatch.record.step import StepRecord
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.tensorboard.summary import custom_scalars
+
+from gradwatch.record.records import StepRecord
+
+QUANTILES = (0.05, 0.5, 0.95, 1.0)
+
+
+def norm_spread(norms: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Takes the 5th, 50th, 95th and 100th percentile of each row.
+
+    Only finite norms count: parameters without a gradient (-1) and those with a NaN or an Inf are
+    left out. Percentiles between two norms are interpolated linearly, as ``numpy.percentile`` does.
+
+    Args:
+        norms: float array ``[steps, parameters]``; ``NO_GRADIENT`` (-1) where there was none.
+
+    Returns:
+        float64 array ``[steps, 4]``; NaN in a row that holds no finite norm.
+    """
+    if norms.shape[1] == 0:
+        return np.full((len(norms), len(QUANTILES)), np.nan)
+    usable = (norms >= 0) & (norms < np.inf)
+    counts = np.count_nonzero(usable, axis=1)
+    ascending = np.where(usable, norms, np.inf)
+    ascending.sort(axis=1)
+
+    position = np.maximum(counts - 1, 0)[:, None] * np.array(QUANTILES)
+    lower = np.floor(position).astype(np.intp)
+    upper = np.ceil(position).astype(np.intp)
+    low = np.take_along_axis(ascending, lower, axis=1).astype(np.float64)
+    high = np.take_along_axis(ascending, upper, axis=1).astype(np.float64)
+    low[counts == 0] = high[counts == 0] = np.nan
+    spread: NDArray[np.float64] = low + (position - lower) * (high - low)
+    return spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +125,7 @@ class StepScalars:
 
         Args:
             record: The step.
-            spread: The four percentiles of :func:`~gradwatch_tensorboard.spread.norm_spread`.
+            spread: The four percentiles of :func:`~gradwatch_tensorboard.scalars.norm_spread`.
 
         Returns:
             Name to value. A loss or learning rate that is not a finite number is left out, and so
@@ -144,3 +180,34 @@ def _is_known(record: StepRecord) -> bool:
     Where it is less, it says nothing, and may be so large that nothing else is seen on its axis.
     """
     return 0 <= record.noise_scale_stderr < record.noise_scale < math.inf
+
+
+_SPREAD = ["gradwatch/norm_p50", "gradwatch/norm_p05", "gradwatch/norm_p95"]
+
+
+def chart_layout(*, step_scalars: bool, accumulates: bool = False) -> Any:
+    """Lays out the charts that one scalar each cannot show.
+
+    Args:
+        step_scalars: Whether the percentiles are written, which the spread is drawn from.
+        accumulates: Whether steps have a batch that the noise scale is to be compared with.
+
+    Returns:
+        A ``Summary`` for the tag that the dashboard reads. Multiline charts name their tags by
+        regular expressions, so that further optimizers are in them as soon as they appear.
+    """
+    charts: dict[str, list[Any]] = {
+        "norm before and after the clip": [
+            "Multiline",
+            ["gradwatch[^/]*/grad_norm$", "gradwatch[^/]*/grad_norm_clipped$"],
+        ],
+    }
+    if step_scalars:
+        charts["norms over parameters: median, 5 % to 95 %"] = ["Margin", _SPREAD]
+    if step_scalars and accumulates:
+        charts["batch and noise scale"] = [
+            "Multiline",
+            ["gradwatch[^/]*/noise_scale$", "gradwatch[^/]*/weight$"],
+        ]
+    charts["norms of module blocks"] = ["Multiline", ["gradwatch[^/]*_blocks/.*"]]
+    return custom_scalars({"gradwatch": charts})  # type: ignore[no-untyped-call]  # torch's own

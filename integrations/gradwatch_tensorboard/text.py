@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from gradwatch.record.event import Event
+from gradwatch.record.records import Event
 
 MAX_EVENTS = 20
 """Events that are listed; where there are more, the first ones tell the story."""

@@ -52,17 +52,13 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from gradwatch.record.batch import Layout, RecordBatch
-from gradwatch.record.step import StepRecord
+from gradwatch.record.records import Layout, RecordBatch, StepRecord
 from gradwatch_tensorboard.blocks import Blocks
-from gradwatch_tensorboard.files import event_file
-from gradwatch_tensorboard.layout import chart_layout
-from gradwatch_tensorboard.matrix import Matrix
-from gradwatch_tensorboard.protos import ScalarEvents, text_summary
-from gradwatch_tensorboard.scalars import accumulates
+from gradwatch_tensorboard.files import ScalarEvents, event_file, text_summary
+from gradwatch_tensorboard.matrix import MatrixStream
+from gradwatch_tensorboard.scalars import accumulates, chart_layout, norm_spread
 from gradwatch_tensorboard.series import OptimizerSeries, Point
-from gradwatch_tensorboard.spread import norm_spread
-from gradwatch_tensorboard.tensors import Outgoing
+from gradwatch_tensorboard.stream import Outgoing
 from gradwatch_tensorboard.text import EventText
 
 if TYPE_CHECKING:
@@ -123,7 +119,7 @@ class TensorBoardWriter:
         self._text = EventText()
         self._text_step = -1
         self._blocks: tuple[Layout, Blocks] | None = None
-        self._matrix: Matrix | None = None
+        self._matrix: MatrixStream | None = None
         self._newest_time = 0.0
         self._begun = False
         self._closed = False
@@ -179,7 +175,7 @@ class TensorBoardWriter:
         if self._begun:
             return
         if self._heatmap:
-            self._matrix = Matrix(self.log_dir)
+            self._matrix = MatrixStream(self.log_dir)
         file_writer = self._file.writer(first_step)
         if self._layout:
             layout = chart_layout(step_scalars=self._step_scalars, accumulates=accumulates)

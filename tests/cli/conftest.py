@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from gradwatch.cli import main
+from gradwatch.cli.main import main
 
 from .runs import HOSTILE, train
 

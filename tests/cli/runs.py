@@ -4,10 +4,8 @@ import numpy as np
 import torch
 
 import gradwatch
-from gradwatch.record.batch import Layout, RecordBatch
-from gradwatch.record.event import Event
-from gradwatch.record.run_folder import RunFolder
-from gradwatch.record.step import StepRecord
+from gradwatch.record.folder.writer import RunFolder
+from gradwatch.record.records import Event, Layout, RecordBatch, StepRecord
 
 HOSTILE = ("\x1b[31mred", "[bold]x[/bold]", "two\nlines", "\u202egnp", "宽" * 20, '=cmd|x, "y"')
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gradwatch.commands.exporting import pieces
+from gradwatch.cli import export
 from gradwatch.history import load
 
 from .runs import HOSTILE, batch, write
@@ -81,7 +81,7 @@ def test_numbers_in_json_that_are_not_finite(command, tmp_path):
 
 def test_a_long_run_is_written_in_pieces(command, runs, monkeypatch):
     """The pieces together are the table, without gap or repetition."""
-    monkeypatch.setattr(pieces, "ROWS", 50)
+    monkeypatch.setattr(export, "ROWS", 50)
     for form, reader in READ.items():
         command("export", "sick", "-o", f"x.{form}", "--table", "parameters")
         read = reader(f"x.{form}")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from gradwatch.commands.plot import KINDS
+from gradwatch.cli.plot import KINDS
 
 STARTS = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
 
@@ -61,7 +61,7 @@ def test_never_over_the_run_itself(command, runs):
 def test_a_range_of_steps(command, runs, monkeypatch):
     """--start and --stop choose the steps, as in History.plot_norms()."""
     seen = []
-    monkeypatch.setattr("gradwatch.explain.plots.norms.step_axis", lambda ax, *of: seen.append(of))
+    monkeypatch.setattr("gradwatch.plots.norms.step_axis", lambda ax, *of: seen.append(of))
     ran = command("plot", "good", "-o", "x.png", "--start", "20", "--stop", "31")
     assert (ran.code, seen) == (0, [(20, 30)])
 

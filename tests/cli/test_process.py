@@ -16,7 +16,7 @@ import gradwatch
 from .runs import batch, write
 
 ROOT = Path(gradwatch.__file__).parent.parent
-COMMAND = [sys.executable, "-m", "gradwatch.cli"]
+COMMAND = [sys.executable, "-m", "gradwatch"]
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "HOME": "/tmp",
@@ -129,7 +129,7 @@ def _read_until(terminal, wanted):
 def test_help_starts_without_pandas_and_pyarrow():
     """What is not needed for the help is not loaded; torch is, as `import gradwatch` loads it."""
     code = (
-        "import sys, gradwatch.cli; gradwatch.cli.main(['--help']); "
+        "import sys, gradwatch.cli.main; gradwatch.cli.main.main(['--help']); "
         "print(*{'pandas', 'pyarrow', 'rich', 'matplotlib'}.intersection(sys.modules))"
     )
     returned, out, err = _ended(_start(command=[sys.executable, "-c", code]))
@@ -166,7 +166,7 @@ def test_without_rich_tail_writes_lines(long_run, tmp_path):
     """Where rich is not installed, tail says so in a line and goes on with plain lines."""
     code = (
         "import sys; sys.modules['rich'] = None; "
-        "import gradwatch.cli; sys.exit(gradwatch.cli.main(sys.argv[1:]))"
+        "import gradwatch.cli.main; sys.exit(gradwatch.cli.main.main(sys.argv[1:]))"
     )
     mine, theirs = pty.openpty()
     tail = _start("tail", long_run, command=[sys.executable, "-c", code], stdout=theirs)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from gradwatch.explain.report import KINDS, make_report
 from gradwatch.history import load
+from gradwatch.report import KINDS, make_report
 
 from .runs import write
 

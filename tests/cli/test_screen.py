@@ -5,10 +5,9 @@ import math
 
 import pytest
 
-from gradwatch.commands.live.follower import Follower
-from gradwatch.commands.live.screen import Screen
-from gradwatch.commands.shared.output import Output
-from gradwatch.commands.shared.printable import width
+from gradwatch.cli.follower import Follower
+from gradwatch.cli.tail import Screen
+from gradwatch.cli.terminal import Output, width
 
 from .runs import batch, nan_at, write
 

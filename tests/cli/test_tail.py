@@ -5,11 +5,12 @@ import json
 
 import pytest
 
-from gradwatch.commands.live import newest_steps, plain
-from gradwatch.commands.live.follower import KEPT, Follower
-from gradwatch.commands.shared.output import Output
+from gradwatch.cli import follower as follower_module
+from gradwatch.cli import tail
+from gradwatch.cli.follower import KEPT, Follower
+from gradwatch.cli.terminal import Output
 from gradwatch.history import load
-from gradwatch.record.folder import merge
+from gradwatch.record.folder import parts
 
 from .runs import batch, nan_at, write
 
@@ -56,7 +57,7 @@ class TestOnce:
 class TestFollowing:
     def test_sees_each_step_once(self, tmp_path, monkeypatch):
         """Steps come in order, each once, across parts that are merged meanwhile."""
-        monkeypatch.setattr(merge, "LEVELS", (8, 64, 512))
+        monkeypatch.setattr(parts, "LEVELS", (8, 64, 512))
         sink = write(tmp_path, batch([1, 2, 3]), close=False)
         follower = Follower(tmp_path)
         seen = [row.step for row in follower.look().rows]
@@ -114,9 +115,9 @@ class TestFollowing:
             events = [nan_at(step) for step in range(first, first + 500)]
             sink.write(batch(range(first, first + 500), events=events))
         opened = []
-        real = newest_steps.open_parquet
+        real = follower_module.open_parquet
         monkeypatch.setattr(
-            newest_steps,
+            follower_module,
             "open_parquet",
             lambda path, names: opened.append(path) or real(path, names),
         )
@@ -137,7 +138,7 @@ class TestFollowing:
                 part.unlink()
             (runs / "good" / "steps").rmdir()
 
-        monkeypatch.setattr("gradwatch.commands.tail.time.sleep", delete)
+        monkeypatch.setattr("gradwatch.cli.tail.time.sleep", delete)
         ran = command("tail", "good")
         assert ran.code == 2
         assert ran.err.count("\n") == 1
@@ -155,7 +156,7 @@ class TestFollowing:
             if len(looks) == 4:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr("gradwatch.commands.tail.time.sleep", sleep)
+        monkeypatch.setattr("gradwatch.cli.tail.time.sleep", sleep)
         ran = command("tail", tmp_path / folder, *more, "--json")
         assert ran.code == 0
         assert _steps(ran) == [1, 2, 3]
@@ -166,7 +167,7 @@ class TestFollowing:
         def interrupt(_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("gradwatch.commands.tail.time.sleep", interrupt)
+        monkeypatch.setattr("gradwatch.cli.tail.time.sleep", interrupt)
         assert command("tail", "good", "-n", "2").code == 0
 
 
@@ -189,7 +190,7 @@ class TestScreen:
 def _screen(run, plain_only=False):
     from rich.console import Console
 
-    from gradwatch.commands.live.screen import Screen
+    from gradwatch.cli.tail import Screen
 
     stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     screen = Screen(Output(stream), run, 10)
@@ -204,7 +205,7 @@ def _screen(run, plain_only=False):
 def test_plain_says_once_that_it_waits():
     """A log is not filled with waiting."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    view = plain.Plain(Output(stream), "runs/\x1b宽", 10, json=False)
+    view = tail.Plain(Output(stream), "runs/\x1b宽", 10, json=False)
     view.waiting()
     view.waiting()
     assert stream.buffer.getvalue() == b"Waiting for runs/\\x1b\\u5bbd to begin ...\n"

@@ -5,7 +5,8 @@ import signal
 
 import pytest
 
-from gradwatch import __version__, cli
+from gradwatch import __version__
+from gradwatch.cli import main
 
 from .runs import write
 
@@ -195,15 +196,15 @@ class TestUnreadableRuns:
 class TestErrorsOfOurOwn:
     def test_are_one_line_that_says_how_to_see_more(self, command, runs, monkeypatch):
         """A bug is told in one line too, with its type and the way to the traceback."""
-        monkeypatch.setattr("gradwatch.commands.report.open_run", lambda path: {}["no\nway"])
+        monkeypatch.setattr("gradwatch.cli.report.open_run", lambda path: {}["no\nway"])
         ran = command("report", "good")
         _assert_one_line(ran)
         assert "KeyError" in ran.err
-        assert cli.TRACEBACK in ran.err
+        assert main.TRACEBACK in ran.err
 
     def test_show_where_they_come_from_if_asked(self, command, runs, monkeypatch):
         """GRADWATCH_TRACEBACK=1 lets the error through."""
-        monkeypatch.setenv(cli.TRACEBACK, "1")
+        monkeypatch.setenv(main.TRACEBACK, "1")
         with pytest.raises(Exception, match="There is no folder"):
             command("report", "nowhere")
 
@@ -220,7 +221,7 @@ class TestErrorsOfOurOwn:
         def interrupt(path):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("gradwatch.commands.report.open_run", interrupt)
+        monkeypatch.setattr("gradwatch.cli.report.open_run", interrupt)
         assert command("report", "good") == (130, "", "")
 
 
@@ -249,5 +250,5 @@ class TestHostileNames:
 def test_a_caller_keeps_its_own_handler_of_signals(capsys):
     """main() as a function leaves SIGTERM as it was."""
     before = signal.getsignal(signal.SIGTERM)
-    assert cli.main(["report", "no-such-folder"]) == 2
+    assert main.main(["report", "no-such-folder"]) == 2
     assert signal.getsignal(signal.SIGTERM) is before

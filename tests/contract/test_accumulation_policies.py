@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import gradwatch
-from gradwatch.control.noise_scale import NoiseScale
+from gradwatch.accumulate.noise_scale import NoiseScale
 
 from .full_batch import (
     Batch,

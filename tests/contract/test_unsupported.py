@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch.observe import fsdp
+from gradwatch.hooks import data_parallel
 
 
 def test_a_managed_backward_that_reaches_nothing_is_an_error():
@@ -47,6 +47,6 @@ def test_an_optimizer_inside_the_reduction_is_refused():
 def test_a_whole_model_is_neither_refused_nor_resharded():
     """Without FSDP there is nothing to do."""
     model = nn.Linear(2, 2)
-    fsdp.refuse_fsdp1(model)
-    fsdp.reshard(model)
-    assert list(fsdp.fully_sharded(model)) == []
+    data_parallel.refuse_fsdp1(model)
+    data_parallel.reshard(model)
+    assert list(data_parallel.fully_sharded(model)) == []

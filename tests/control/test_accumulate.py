@@ -8,10 +8,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradwatch.control.accumulate import AccumulatePolicy, accumulate_policy, check_window
-from gradwatch.control.accumulate_by_noise_scale import AccumulateByNoiseScale
-from gradwatch.control.accumulate_schedule import AccumulationSchedule, FixedAccumulation
-from gradwatch.control.noise_scale import NoiseScaleEstimator
+from gradwatch.accumulate.noise_scale import NoiseScaleEstimator
+from gradwatch.accumulate.policies import (
+    AccumulateByNoiseScale,
+    AccumulatePolicy,
+    AccumulationSchedule,
+    FixedAccumulation,
+    accumulate_policy,
+    check_window,
+)
 from gradwatch.errors import AccumulationError
 
 NAME = "watch(accumulate=)"

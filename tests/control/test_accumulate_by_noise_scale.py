@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradwatch.control.accumulate_by_noise_scale import AccumulateByNoiseScale
-from gradwatch.control.noise_scale import NoiseScale, NoiseScaleEstimator, noise_terms
+from gradwatch.accumulate.noise_scale import NoiseScale, NoiseScaleEstimator, noise_terms
+from gradwatch.accumulate.policies import AccumulateByNoiseScale
 
 SIZE = 8  # examples in a micro-batch
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradwatch.control.adagc import AdaGC
+from gradwatch.clip.adagc import AdaGC
 
 
 def _run(policy, rows):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradwatch.control.agc import AdaptiveGradientClip
+from gradwatch.clip.agc import AdaptiveGradientClip
 from gradwatch.testing import late_readings
 from tests.control.test_policies import CountWaits
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradwatch.control.auto import RobustClip
+from gradwatch.clip.robust import RobustClip
 
 SEEDS = range(5)
 SPREADS = [0.05, 0.15, 0.3, 0.5]  # coefficients of variation of lognormal norms

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradwatch.control.autoclip import AutoClip
+from gradwatch.clip.autoclip import AutoClip
 
 
 def _factors(policy, norms):

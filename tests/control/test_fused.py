@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch.control.fused import FusedStep
+from gradwatch.hooks.optimizer import FusedStep
 from gradwatch.testing import late_readings
 
 FUSED = [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad]

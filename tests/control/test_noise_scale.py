@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from gradwatch.control.noise_scale import NoiseScale, NoiseScaleEstimator, noise_terms
+from gradwatch.accumulate.noise_scale import NoiseScale, NoiseScaleEstimator, noise_terms
 
 SIZE = 8  # examples in a micro-batch
 SIGNAL = 1.0  # |G|^2

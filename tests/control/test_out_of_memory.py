@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradwatch.control.out_of_memory import Rollback, forget, is_out_of_memory, release_memory
+from gradwatch.run_batch import Rollback, forget, is_out_of_memory, release_memory
 
 CPU = torch.device("cpu")
 

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradwatch.control.adagc import AdaGC
-from gradwatch.control.agc import AdaptiveGradientClip
-from gradwatch.control.auto import RobustClip
-from gradwatch.control.autoclip import AutoClip
-from gradwatch.control.clip import ClipByNorm, ClipByValue
-from gradwatch.control.policy import ClipPolicy
-from gradwatch.control.zclip import ZClip
+from gradwatch.clip.adagc import AdaGC
+from gradwatch.clip.agc import AdaptiveGradientClip
+from gradwatch.clip.autoclip import AutoClip
+from gradwatch.clip.fixed import ClipByNorm, ClipByValue
+from gradwatch.clip.policy import ClipPolicy
+from gradwatch.clip.robust import RobustClip
+from gradwatch.clip.zclip import ZClip
 from gradwatch.testing import late_readings
 
 POLICIES = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradwatch.control.skip import GradientStash, OptimizerCheckpoint
+from gradwatch.hooks.optimizer import GradientStash, OptimizerCheckpoint
 
 
 def _same(a, b):

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradwatch.control.spikes import SpikeRule
+from gradwatch.clip.spikes import SpikeRule
 from gradwatch.testing import late_readings
 from tests.control.test_policies import ANY_NORM, CountWaits
 

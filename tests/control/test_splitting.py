@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import default_collate
 
-from gradwatch.control.splitting import batch_length, split_batch
+from gradwatch.accumulate.splitting import batch_length, split_batch
 
 Pair = namedtuple("Pair", ["x", "y"])
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gradwatch.control.zclip import ZClip
+from gradwatch.clip.zclip import ZClip
 
 
 def _run(policy, norms):

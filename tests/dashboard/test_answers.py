@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from tensorboard import errors
 from werkzeug.datastructures import MultiDict
 
-from gradwatch_dashboard.answers import json_numbers, pack
-from gradwatch_dashboard.arguments import Arguments
-from gradwatch_dashboard.names import MAX_CHARACTERS, fit_name
+from gradwatch_dashboard.arguments import MAX_CHARACTERS, Arguments, fit_name
+from gradwatch_dashboard.binning import json_numbers, pack
 
 from .board import unpack
 

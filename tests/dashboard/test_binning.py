@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradwatch_dashboard.binning import bin_bad, bin_norms, bin_table, spans_of
-from gradwatch_dashboard.segments import MAX_STEP, Matrix, encode
+from gradwatch_dashboard.segments import MAX_STEP, MatrixChunks, encode
 from gradwatch_dashboard.sessions import Piece
 from gradwatch_dashboard.wire import COLUMNS
 
@@ -48,7 +48,7 @@ def tracks(draw):
         same = list(columns) == list(range(parameters))
         piece = Piece(("s", 0, segment), slice(skipped, skipped + len(rows)), start,
                       None if same else np.array(columns, np.intp))  # fmt: skip
-        pieces.append((piece, Matrix(norms, bad_rows, counts[bad_rows])))
+        pieces.append((piece, MatrixChunks(norms, bad_rows, counts[bad_rows])))
     return parameters, windows, pieces
 
 
@@ -110,7 +110,7 @@ def test_strips_agree_with_their_windows(track, data):
 def test_a_wide_window_fills_every_column_that_it_overlaps():
     """A window of eight steps fills eight columns of one step."""
     spans = spans_of(np.array([1, 9]), np.array([8, 9]), 1, 9, 9)
-    matrix = Matrix(np.array([[3.0], [5.0]], "f4"), np.array([0]), np.array([[2]], "u2"))
+    matrix = MatrixChunks(np.array([[3.0], [5.0]], "f4"), np.array([0]), np.array([[2]], "u2"))
     pieces = [(Piece(("s", 0, 0), slice(0, 2), 0, None), matrix)]
     assert bin_norms(pieces, 1, spans).tolist() == [[3.0] * 8 + [5.0]]
     assert bin_bad(pieces, 1, spans).tolist() == [[2] * 8 + [0]]
@@ -120,7 +120,7 @@ def test_a_finite_norm_hides_no_bad_step():
     """A cell with one finite and one NaN norm shows the finite one and counts the bad step."""
     spans = spans_of(np.array([1, 2]), np.array([1, 2]), 1, 2, 1)
     norms = encode(np.array([[np.nan], [2.0]], "f4"))
-    matrix = Matrix(norms, np.array([0]), np.array([[1]], "u2"))
+    matrix = MatrixChunks(norms, np.array([0]), np.array([[1]], "u2"))
     pieces = [(Piece(("s", 0, 0), slice(0, 2), 0, None), matrix)]
     assert bin_norms(pieces, 1, spans).tolist() == [[2.0]]
     assert bin_bad(pieces, 1, spans).tolist() == [[1]]
@@ -130,7 +130,7 @@ def test_a_nan_outweighs_an_inf():
     """A cell with both a NaN and an Inf, and nothing finite, shows the NaN, above no gradient."""
     spans = spans_of(np.array([1, 2, 3]), np.array([1, 2, 3]), 1, 3, 1)
     norms = encode(np.array([[np.nan, np.inf], [np.inf, -1], [-1, -1]], "f4"))
-    matrix = Matrix(norms, np.empty(0, np.intp), np.empty((0, 2), "u2"))
+    matrix = MatrixChunks(norms, np.empty(0, np.intp), np.empty((0, 2), "u2"))
     cells = bin_norms([(Piece(("s", 0, 0), slice(0, 3), 0, None), matrix)], 2, spans)
     np.testing.assert_array_equal(cells, [[np.nan], [np.inf]])
 
@@ -163,7 +163,7 @@ def test_is_fast(windows, width):
     )
     firsts, lasts = edges[:-1], edges[1:] - 1
     norms = rng.random((len(firsts), 3000), "f4")
-    matrix = Matrix(norms, np.empty(0, np.intp), np.empty((0, 3000), "u2"))
+    matrix = MatrixChunks(norms, np.empty(0, np.intp), np.empty((0, 3000), "u2"))
     pieces = [(Piece(("s", 0, 0), slice(0, len(firsts)), 0, None), matrix)]
     times = []
     for _ in range(3):

@@ -4,9 +4,9 @@ import pytest
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 
-from gradwatch_dashboard import listings
+from gradwatch_dashboard import provider as provider_module
 from gradwatch_dashboard.provider import Provider, UnavailableError
-from gradwatch_dashboard.runs import Runs
+from gradwatch_dashboard.store import Runs
 
 from .logs import LogFile, write_run
 
@@ -49,7 +49,7 @@ class GrpcError(Exception):
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch):
-    monkeypatch.setattr(listings, "FRESH_SECONDS", -1.0)
+    monkeypatch.setattr(provider_module, "FRESH_SECONDS", -1.0)
 
 
 def cells(runs, provider, run="a"):
@@ -160,10 +160,10 @@ def test_a_data_server_that_is_away_is_no_damage(tmp_path):
 def test_requests_that_come_together_ask_once(tmp_path, monkeypatch):
     """A listing stands for half a second, that of all runs for each of them too."""
     write_run(tmp_path / "a")
-    monkeypatch.setattr(listings, "FRESH_SECONDS", 0.5)
+    monkeypatch.setattr(provider_module, "FRESH_SECONDS", 0.5)
     now = [100.0]
     remembered, provider = (
-        listings.Listings(lambda: now[0]),
+        provider_module.Listings(lambda: now[0]),
         Provider(CountingProvider(tmp_path), {}),
     )
     first = remembered.get(provider)

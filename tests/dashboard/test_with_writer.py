@@ -5,9 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from gradwatch.record.batch import Layout, RecordBatch
-from gradwatch.record.event import Event
-from gradwatch.record.step import StepRecord
+from gradwatch.record.records import Event, Layout, RecordBatch, StepRecord
 from gradwatch_tensorboard import TensorBoardWriter
 
 from .board import LOADERS, Board

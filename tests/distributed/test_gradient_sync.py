@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradwatch.control.gradient_sync import GradientSync, can_hold
-from gradwatch.observe.data_parallel import DataParallel, _buckets
+from gradwatch.hooks.data_parallel import DataParallel, GradientSync, _buckets, can_hold
 
 from .launch import on_ranks
 

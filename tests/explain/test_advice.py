@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from gradwatch.explain.advice import clip_advice, clip_rate
-from gradwatch.record.step import StepRecord
+from gradwatch.record.records import StepRecord
+from gradwatch.report.advice import clip_advice, clip_rate
 
 
 def _steps(clipped, norm=2.0, threshold=1.0, optimizer="Adam", outcome="applied"):

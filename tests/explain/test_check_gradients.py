@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gradwatch
-from gradwatch.explain.check_gradients import WrongGradientError, check_gradients
-from gradwatch.explain.gradients.structures import map_tensors
+from gradwatch.gradcheck.check import WrongGradientError, check_gradients
+from gradwatch.gradcheck.function import map_tensors
 
 
 class Cube(torch.autograd.Function):

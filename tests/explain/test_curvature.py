@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradwatch
-from gradwatch.explain.curvature import curvature
-from gradwatch.explain.hessian.hessian_product import HessianProduct
-from gradwatch.explain.hessian.hutchinson import estimate_trace
-from gradwatch.explain.hessian.lanczos import extreme_eigenvalues
+from gradwatch.hessian.curvature import curvature
+from gradwatch.hessian.of_model import HessianProduct
+from gradwatch.hessian.spectrum import estimate_trace, extreme_eigenvalues
 from gradwatch.testing import LinearModel
 
 

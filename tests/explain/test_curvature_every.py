@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradwatch
-from gradwatch.explain.hessian import sampler
-from gradwatch.explain.hessian.largest_eigenpair import largest_eigenpair
+from gradwatch.hessian import every
+from gradwatch.hessian.spectrum import largest_eigenpair
 
 PAGE = Path(__file__).parents[2] / "docs" / "curvature.md"
 COLUMNS = ["hessian_eigenvalue", "hessian_trace"]
@@ -52,7 +52,7 @@ def searches(monkeypatch):
         found.append(largest_eigenpair(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(sampler, "largest_eigenpair", search)
+    monkeypatch.setattr(every, "largest_eigenpair", search)
     return found
 
 

@@ -5,13 +5,11 @@ import math
 import pytest
 import torch
 
-from gradwatch.explain import detectors
-from gradwatch.observe.measurement import Measurement
-from gradwatch.observe.nonfinite import NonFiniteCount
-from gradwatch.observe.offender import Offender
-from gradwatch.observe.parameters import ParameterTable
-from gradwatch.observe.readings import Reading
-from gradwatch.record.step import StepRecord
+from gradwatch.measure.deferred import Deferred
+from gradwatch.measure.norms import FirstNonFinite, Measurement, NonFiniteCount
+from gradwatch.measure.parameters import ParameterTable
+from gradwatch.record import events
+from gradwatch.record.records import StepRecord
 
 TABLE = ParameterTable.of({"a.w": torch.ones(4, requires_grad=True), "b.w": torch.ones(2)})
 RECORD = StepRecord(step=7, optimizer="Adam", grad_norm=5.0, nonfinite_parameters=2, global_step=70)
@@ -20,8 +18,8 @@ RECORD = StepRecord(step=7, optimizer="Adam", grad_norm=5.0, nonfinite_parameter
 @pytest.mark.parametrize(("counts", "kind"), [((2, 1), "nan"), ((0, 3), "inf")])
 def test_nonfinite_event_names_the_offender(counts, kind):
     """Parameter, micro-batch, exact counts and how far it spread."""
-    event = detectors.nonfinite_event(
-        RECORD, Offender(0, 3, math.nan, NonFiniteCount(*counts)), TABLE
+    event = events.nonfinite_event(
+        RECORD, FirstNonFinite(0, 3, math.nan, NonFiniteCount(*counts)), TABLE
     )
     assert (event.kind, event.parameter, event.module, event.micro_batch) == (kind, "a.w", "a", 3)
     assert (event.nan_count, event.inf_count) == counts
@@ -34,15 +32,17 @@ def test_nonfinite_event_names_the_offender(counts, kind):
 @pytest.mark.parametrize(("norm", "kind"), [(math.nan, "nan"), (math.inf, "inf")])
 def test_what_was_gone_is_not_counted(norm, kind):
     """Where the gradient was gone when its norm arrived, the norm tells what it was."""
-    event = detectors.nonfinite_event(RECORD, Offender(0, 3, norm, None), TABLE)
+    event = events.nonfinite_event(RECORD, FirstNonFinite(0, 3, norm, None), TABLE)
     assert (event.kind, event.nan_count, event.inf_count) == (kind, -1, -1)
     assert "not counted" in event.message
 
 
 def test_exploding_names_the_largest():
     """The parameter with the largest norm stands in the event."""
-    measurement = Measurement([0, 1], Reading(torch.tensor([1.0, 4.9])), Reading(torch.tensor(5.0)))
-    event = detectors.exploding_event(RECORD, measurement, TABLE, 2.0)
+    measurement = Measurement(
+        [0, 1], Deferred(torch.tensor([1.0, 4.9])), Deferred(torch.tensor(5.0))
+    )
+    event = events.exploding_event(RECORD, measurement, TABLE, 2.0)
     assert (event.parameter, event.value) == ("b.w", 5.0)
     assert "above the limit 2" in event.message
     assert not event.nonfinite
@@ -51,10 +51,10 @@ def test_exploding_names_the_largest():
 def test_skipped_says_why():
     """The outcome stands in the message."""
     record = StepRecord(step=1, outcome="skipped_nonfinite")
-    assert "skipped_nonfinite" in detectors.skipped_event(record).message
+    assert "skipped_nonfinite" in events.skipped_event(record).message
 
 
 def test_no_gradient_is_one_event_per_parameter():
     """Each missing parameter is named."""
-    events = detectors.no_gradient_events(RECORD, [0, 1], TABLE)
-    assert [event.parameter for event in events] == ["a.w", "b.w"]
+    missing = events.no_gradient_events(RECORD, [0, 1], TABLE)
+    assert [event.parameter for event in missing] == ["a.w", "b.w"]

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gradwatch
-from gradwatch.control.splitting import split_batch
+from gradwatch.accumulate.splitting import split_batch
 from gradwatch.testing import late_readings
 
 from .oracle import KnownCovariance, Oracle, draws, gradient_of

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gradwatch.observe.arrivals import Arrivals, Backward, is_watched
+from gradwatch.hooks.backward import Arrivals, Backward, is_watched
 
 
 @pytest.fixture

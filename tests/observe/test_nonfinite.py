@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradwatch.observe.nonfinite import count_nonfinite
+from gradwatch.measure.norms import count_nonfinite
 
 NAN, INF = float("nan"), float("inf")
 

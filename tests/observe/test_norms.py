@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradwatch.observe.norms import gradient_norms, total_norm, wide_norms
+from gradwatch.measure.norms import gradient_norms, total_norm, wide_norms
 
 shapes = st.lists(st.lists(st.integers(0, 5), min_size=0, max_size=3), min_size=1, max_size=6)
 norm_types = st.sampled_from([1.0, 2.0, 3.5, math.inf])

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from gradwatch.observe.parameters import ParameterTable
+from gradwatch.measure.parameters import ParameterTable
 
 
 class _Tied(nn.Module):

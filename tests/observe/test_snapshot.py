@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradwatch.observe.snapshot import GradientSnapshot
+from gradwatch.hooks.snapshot import GradientSnapshot
 
 
 @pytest.fixture

@@ -6,8 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradwatch.observe.sampler import StatisticsSampler
-from gradwatch.observe.statistics import gradient_rows, statistics_of, update_row, weight_row
+from gradwatch.measure.statistics import (
+    StatisticsSampler,
+    gradient_rows,
+    statistics_of,
+    update_row,
+    weight_row,
+)
 
 NAMES = ("max", "mean", "std", "zeros")
 

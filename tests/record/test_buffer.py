@@ -5,9 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gradwatch.record.batch import NO_GRADIENT, Layout
-from gradwatch.record.buffer import Entry, RingBuffer
-from gradwatch.record.step import StepRecord
+from gradwatch.record.recorder import Entry, RingBuffer
+from gradwatch.record.records import NO_GRADIENT, Layout, StepRecord
 
 LAYOUT = Layout(names=("a", "b", "c"), modules=("", "", ""))
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from gradwatch import GradwatchWarning, RecordBatch, StepRecord
-from gradwatch.record.batch import Layout
-from gradwatch.record.hub import FLUSH_STEPS, SinkHub
-from gradwatch.record.sinks import warn_safely
+from gradwatch.record.recorder import FLUSH_STEPS, SinkHub
+from gradwatch.record.records import Layout, warn_safely
 from gradwatch.testing import CapturingSink
 
 

@@ -26,8 +26,7 @@ first one on are void, and so are their events. Readers apply that rule, so that
 instant in which the later session's first part appears; the session then rewrites the parts without
 those rows, for the tools that do not know the rule.
 
-``steps/`` has the fields of :class:`~gradwatch.record.step.StepRecord` and ``row``; ``parameters/``
-has
+``steps/`` has the fields of :class:`~gradwatch.StepRecord` and ``row``; ``parameters/`` has
 
 ===================== ================== ==========================================================
 column                type               meaning

@@ -11,7 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gradwatch.record.event import Event
+from gradwatch.record.records import Event
 
 _FIELDS = tuple(field.name for field in fields(Event))
 _SPELLED = "value_is"
@@ -24,7 +24,7 @@ LINES = ".jsonl"
 """Ends the name of a file of events."""
 
 
-class Noted(NamedTuple):
+class LoggedEvent(NamedTuple):
     """An event in the file of a session.
 
     Attributes:
@@ -64,7 +64,7 @@ class EventLog:
         """
         if not events:
             return
-        content = lines_of(Noted(event, row) for event in events)
+        content = lines_of(LoggedEvent(event, row) for event in events)
         with self._path.open("r+b") as file:
             # What a failed attempt has left behind the length that counts is written over.
             file.truncate(self.length)
@@ -88,7 +88,7 @@ class EventLog:
         return True
 
 
-def lines_of(events: Iterable[Noted]) -> bytes:
+def lines_of(events: Iterable[LoggedEvent]) -> bytes:
     """Writes events as lines of JSON.
 
     Args:
@@ -98,7 +98,7 @@ def lines_of(events: Iterable[Noted]) -> bytes:
     return "".join(lines).encode()
 
 
-def read_events(path: Path) -> list[Noted]:
+def read_events(path: Path) -> list[LoggedEvent]:
     """Reads the events of a session.
 
     Args:
@@ -111,7 +111,7 @@ def read_events(path: Path) -> list[Noted]:
     return [noted for noted in map(event_in, lines) if noted is not None]
 
 
-def event_in(line: bytes) -> Noted | None:
+def event_in(line: bytes) -> LoggedEvent | None:
     """Reads a line of JSON.
 
     Args:
@@ -126,7 +126,7 @@ def event_in(line: bytes) -> Noted | None:
         if spelled is not None:
             content["value"] = float(spelled)
         event = Event(**{name: content[name] for name in _FIELDS})
-        return Noted(event, content[_ROW]) if _is_sound(event, content[_ROW]) else None
+        return LoggedEvent(event, content[_ROW]) if _is_sound(event, content[_ROW]) else None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
 
@@ -142,7 +142,7 @@ def _is_sound(event: Event, row: object) -> bool:
     )
 
 
-def _plain(noted: Noted) -> dict[str, Any]:
+def _plain(noted: LoggedEvent) -> dict[str, Any]:
     content = asdict(noted.event) | {_ROW: noted.row}
     if not math.isfinite(noted.event.value):
         content |= {"value": None, _SPELLED: str(float(noted.event.value))}

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gradwatch.record.batch import Layout
-from gradwatch.record.folder.atomic import write_whole
-from gradwatch.record.folder.unreadable import UnreadableError
-from gradwatch.record.folder.writer_lock import LOCK
+from gradwatch.record.folder.files import UnreadableError, write_whole
+from gradwatch.record.folder.lock import LOCK
+from gradwatch.record.records import Layout
 
 FORMAT = "gradwatch run"
 VERSION = 1

@@ -68,7 +68,7 @@ def test_tensorboards_own_part_of_the_address_stays(tab):
 
 def test_a_damaged_link_is_no_problem(tab):
     """Parts that are no good are left out."""
-    damage = "&p.gradwatch.steps=9-2&p.gradwatch.open=%7B&p.gradwatch.filter=(&%zz=%&p.gradwatch.run=gone"
+    damage = "&p.gradwatch.steps=9-2&p.gradwatch.open=%7B&p.gradwatch.filter=(&%zz=%&p.gradwatch.step.run=gone"
     tab.page.goto(f"{tab.base_url}data/plugin_entry.html?name=gradwatch#gradwatch{damage}")
     tab.frame.wait_for_selector(READY)
     assert tab.frame.locator(".panel-title").text_content() == "known/a"

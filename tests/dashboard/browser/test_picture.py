@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gradwatch.explain.plots.heat_scale import color_scale
+from gradwatch.plots.heatmap import color_scale
 
 from . import data
 from .tab import bad_pixels

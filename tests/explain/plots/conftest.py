@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from gradwatch import History
-from gradwatch.record.batch import NO_GRADIENT, Layout, RecordBatch
-from gradwatch.record.step import StepRecord
+from gradwatch.record.records import NO_GRADIENT, Layout, RecordBatch, StepRecord
 
 mpl.use("Agg")
 

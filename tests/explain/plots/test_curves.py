@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from gradwatch.record.event import Event
+from gradwatch.record.records import Event
 
 
 def _labels(ax):

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from gradwatch import History
-from gradwatch.explain.report import make_report
-from gradwatch.record.batch import NO_GRADIENT, Layout, RecordBatch
-from gradwatch.record.step import StepRecord
+from gradwatch.record.records import NO_GRADIENT, Layout, RecordBatch, StepRecord
+from gradwatch.report import make_report
 
 
 def _per_step(value, number):

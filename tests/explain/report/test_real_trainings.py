@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradwatch
-from gradwatch.explain.report import make_report
+from gradwatch.report import make_report
 
 STEPS = 60
 

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from gradwatch.explain.report import KINDS, Finding, Report, Seen, Thresholds, make_report
-from gradwatch.explain.report.finding import SEVERITIES
-from gradwatch.record.event import Event
+from gradwatch.record.records import Event
+from gradwatch.report import KINDS, Finding, Report, Seen, Thresholds, make_report
+from gradwatch.report.finding import SEVERITIES
 
 HOSTILE = "<script>alert('x')</script>&[bold red]\x1b[2J\u202e.weight"
 

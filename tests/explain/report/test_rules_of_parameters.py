@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from gradwatch.explain.report import make_report
-from gradwatch.record.event import Event
+from gradwatch.record.records import Event
+from gradwatch.report import make_report
 
 NAN = math.nan
 DEEP = tuple(f"{number}.weight" for number in range(10))

@@ -10,9 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from gradwatch.record.batch import NO_GRADIENT, Layout, RecordBatch
-from gradwatch.record.event import Event
-from gradwatch.record.step import StepRecord
+from gradwatch.record.records import NO_GRADIENT, Event, Layout, RecordBatch, StepRecord
 
 
 class Run:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gradwatch_tensorboard.spread import norm_spread
+from gradwatch_tensorboard.scalars import norm_spread
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from gradwatch_tensorboard.scalars import STEP_SCALARS, largest, middle, newest, smallest
-from gradwatch_tensorboard.thinning import Thinner
+from gradwatch_tensorboard.series import Thinner
 
 
 def thinner(every):

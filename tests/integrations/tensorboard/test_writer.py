@@ -6,7 +6,7 @@ import math
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from gradwatch.record.sinks import Sink
+from gradwatch.record.records import Sink
 from gradwatch_tensorboard import TensorBoardWriter
 from gradwatch_tensorboard.scalars import STEP_SCALARS
 

@@ -9,11 +9,9 @@ import pandas as pd
 
 import gradwatch
 from gradwatch.history import History, load
-from gradwatch.record.batch import Layout, RecordBatch
-from gradwatch.record.buffer import Entry, RingBuffer
-from gradwatch.record.event import Event
-from gradwatch.record.run_folder import RunFolder
-from gradwatch.record.step import StepRecord
+from gradwatch.record.folder.writer import RunFolder
+from gradwatch.record.recorder import Entry, RingBuffer
+from gradwatch.record.records import Event, Layout, RecordBatch, StepRecord
 
 ROOT = Path(gradwatch.__file__).parent.parent
 

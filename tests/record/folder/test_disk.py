@@ -12,8 +12,8 @@ import torch
 
 import gradwatch
 from gradwatch.history import load
-from gradwatch.record import run_folder
-from gradwatch.record.run_folder import RunFolder
+from gradwatch.record.folder import writer
+from gradwatch.record.folder.writer import RunFolder
 
 from . import runs
 
@@ -23,7 +23,7 @@ UNPRIVILEGED = 65534
 @pytest.fixture
 def _no_patience(monkeypatch):
     """Each delivery tries the disk again, however short ago it failed."""
-    monkeypatch.setattr(run_folder, "RETRY_S", 0.0)
+    monkeypatch.setattr(writer, "RETRY_S", 0.0)
 
 
 @pytest.fixture
@@ -86,8 +86,8 @@ def test_a_full_disk_is_not_tried_at_every_delivery(tmp_path, full_disk, monkeyp
         _write_to_full_disk(full_disk, 0, sink, [runs.batch([2])])
     sink.write(runs.batch([3]))
     assert runs.steps_of(tmp_path) == [1]
-    now = run_folder.time.monotonic()
-    monkeypatch.setattr(run_folder.time, "monotonic", lambda: now + 31)
+    now = writer.time.monotonic()
+    monkeypatch.setattr(writer.time, "monotonic", lambda: now + 31)
     sink.write(runs.batch([4]))
     assert runs.steps_of(tmp_path) == [1, 2, 3, 4]
 

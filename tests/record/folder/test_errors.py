@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gradwatch.history import load
-from gradwatch.record.run_folder import RunFolder
+from gradwatch.record.folder.writer import RunFolder
 
 from . import runs
 

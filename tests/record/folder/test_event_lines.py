@@ -6,17 +6,17 @@ import math
 import pytest
 
 from gradwatch.history import load
-from gradwatch.record.folder.event_log import Noted, event_in, lines_of
+from gradwatch.record.folder.event_log import LoggedEvent, event_in, lines_of
 
 from . import runs
 
-LINE = json.loads(lines_of([Noted(runs.event(3), 7)]))
+LINE = json.loads(lines_of([LoggedEvent(runs.event(3), 7)]))
 
 
 @pytest.mark.parametrize("value", [1.0, 0, math.inf, -math.inf, math.nan, 1e308])
 def test_a_line_comes_back(value):
     """Also where its value is one that JSON does not have."""
-    noted = Noted(runs.event(3, value=value), 7)
+    noted = LoggedEvent(runs.event(3, value=value), 7)
     (line,) = lines_of([noted]).splitlines()
     assert repr(event_in(line)) == repr(noted)
 

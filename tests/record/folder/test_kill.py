@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from gradwatch.history import load
-from gradwatch.record.folder import merge
+from gradwatch.record.folder import parts
 
 from . import runs, training
 
@@ -80,8 +80,8 @@ def _deliver_all(path, first, last):
 @pytest.mark.parametrize("resumed", [False, True])
 def test_killed_between_any_two_file_operations(tmp_path, monkeypatch, stride, resumed):
     """Whatever operation on the files is the last one, merging and cutting ones included."""
-    monkeypatch.setattr(merge, "FULL", 60)
-    monkeypatch.setattr(merge, "LEVELS", (12, 60))
+    monkeypatch.setattr(parts, "FULL", 60)
+    monkeypatch.setattr(parts, "LEVELS", (12, 60))
     operation, alive = 1 + random.randrange(stride), True
     while alive:
         path = tmp_path / str(operation)

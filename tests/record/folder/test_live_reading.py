@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from gradwatch.history import load
-from gradwatch.record.folder import merge
+from gradwatch.record.folder import parts
 
 from . import runs
 
@@ -34,8 +34,8 @@ print(reads)
 
 def test_reading_from_another_process(tmp_path, monkeypatch):
     """A reader sees whole prefixes of the run only, each at least as long as the last one."""
-    monkeypatch.setattr(merge, "FULL", 300)
-    monkeypatch.setattr(merge, "LEVELS", (9, 30, 300))
+    monkeypatch.setattr(parts, "FULL", 300)
+    monkeypatch.setattr(parts, "LEVELS", (9, 30, 300))
     path, steps = tmp_path / "run", 600
     reader = runs.child(READER, path, steps)
     try:

@@ -8,38 +8,38 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradwatch.history import load
-from gradwatch.record.folder import merge
-from gradwatch.record.folder.parts import Part, list_parts, uncovered
+from gradwatch.record.folder import parts as parts_module
+from gradwatch.record.folder.parts import FULL, LEVELS, Part, due, leftovers, list_parts, uncovered
 
 from . import runs
 
 
-@given(st.lists(st.integers(1, merge.FULL // 3), max_size=400), st.integers(1, 5000))
+@given(st.lists(st.integers(1, FULL // 3), max_size=400), st.integers(1, 5000))
 def test_files_stay_few(sizes, many):
     """Whatever the sizes of deliveries, there are at most 32 parts of each level and full ones."""
     parts, rewritten = [], 0
     for size in sizes + [sizes[0] if sizes else 1] * many:
         parts.append(size)
-        chosen = merge.due(parts)
+        chosen = due(parts)
         if chosen is not None:
             assert chosen.stop == len(parts)
             assert chosen.stop - chosen.start > 1
             rewritten += sum(parts[chosen])
             parts[chosen] = [sum(parts[chosen])]
-    small = [size for size in parts if size < merge.FULL]
-    assert len(small) <= len(merge.LEVELS) * 64
-    assert rewritten <= len(merge.LEVELS) * sum(parts)
+    small = [size for size in parts if size < FULL]
+    assert len(small) <= len(LEVELS) * 64
+    assert rewritten <= len(LEVELS) * sum(parts)
 
 
-@given(st.lists(st.integers(1, 2 * merge.FULL), max_size=60))
+@given(st.lists(st.integers(1, 2 * FULL), max_size=60))
 def test_nothing_small_is_left_at_the_end(sizes):
     """At the close neighbours are merged up to a full part; full ones are left alone."""
-    groups = merge.leftovers(sizes)
+    groups = leftovers(sizes)
     for group in reversed(groups):
-        assert all(size < merge.FULL for size in sizes[group])
-        assert sum(sizes[group]) < 2 * merge.FULL
+        assert all(size < FULL for size in sizes[group])
+        assert sum(sizes[group]) < 2 * FULL
         sizes[group] = [sum(sizes[group])]
-    assert not any(sum(pair) < merge.FULL for pair in itertools.pairwise(sizes))
+    assert not any(sum(pair) < FULL for pair in itertools.pairwise(sizes))
 
 
 @given(st.sets(st.builds(lambda s, a, b: Part(s, min(a, b), max(a, b)), *[st.integers(0, 9)] * 3)))
@@ -60,8 +60,8 @@ def test_a_name_says_the_rows():
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts count as full early, so that a short run has merges of every kind."""
-    monkeypatch.setattr(merge, "FULL", 200)
-    monkeypatch.setattr(merge, "LEVELS", (20, 200))
+    monkeypatch.setattr(parts_module, "FULL", 200)
+    monkeypatch.setattr(parts_module, "LEVELS", (20, 200))
 
 
 @pytest.mark.usefixtures("small_parts")

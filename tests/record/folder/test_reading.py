@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradwatch.history import load
-from gradwatch.record.folder.parameter_rows import _order
-from gradwatch.record.folder.unreadable import UnreadableError
+from gradwatch.record.folder.files import UnreadableError
+from gradwatch.record.folder.reader import _order
 
 from . import runs
 

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from gradwatch.history import load
-from gradwatch.record.run_folder import RunFolder
+from gradwatch.record.folder.writer import RunFolder
 
 from . import runs
 
@@ -37,7 +37,7 @@ def test_the_rule_holds_before_the_files_are_cut(tmp_path, monkeypatch):
     """Killed between its first part and the cutting, a resumed process has resumed all the same."""
     runs.write(tmp_path, runs.batch(range(1, 11), loss=1.0, events=[runs.event(9)]), close=False)
     with monkeypatch.context() as patch:
-        patch.setattr("gradwatch.record.folder.session.Session.tidy", lambda self, batch: None)
+        patch.setattr("gradwatch.record.folder.writer.Session.tidy", lambda self, batch: None)
         runs.write(tmp_path, runs.batch([6, 7], loss=2.0), close=False)
     assert len(pd.read_parquet(tmp_path / "steps")) == 12
     assert _losses(tmp_path) == [1.0] * 5 + [2.0] * 2

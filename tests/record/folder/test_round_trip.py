@@ -13,11 +13,16 @@ from hypothesis.extra import numpy as hnp
 
 import gradwatch
 from gradwatch.history import load
-from gradwatch.record.batch import NO_GRADIENT, RecordBatch, clipped_by
 from gradwatch.record.columns import safe_text
-from gradwatch.record.event import EVENT_KINDS, Event
-from gradwatch.record.run_folder import RunFolder
-from gradwatch.record.step import StepRecord
+from gradwatch.record.folder.writer import RunFolder
+from gradwatch.record.records import (
+    EVENT_KINDS,
+    NO_GRADIENT,
+    Event,
+    RecordBatch,
+    StepRecord,
+    clipped_by,
+)
 
 from . import runs
 

@@ -74,7 +74,7 @@ def test_polars_reads_all(run):
 def test_rows_that_are_there_twice_can_be_dropped(tmp_path, monkeypatch):
     """In the middle of a merge a tool sees rows twice, as the docs say, and load() sees them once."""
     sink = runs.write(tmp_path, *(runs.batch([step]) for step in range(1, 5)), close=False)
-    monkeypatch.setattr("gradwatch.record.folder.shelf.Shelf._remove", lambda self, parts: None)
+    monkeypatch.setattr("gradwatch.record.folder.parts.PartStore._remove", lambda self, parts: None)
     sink.close()
     steps = pd.read_parquet(tmp_path / "steps")
     assert sorted(steps["step"]) == [1, 1, 2, 2, 3, 3, 4, 4]

@@ -14,8 +14,8 @@ import torch
 
 import gradwatch
 from gradwatch.history import load
-from gradwatch.record.folder.writer_lock import LOCK
-from gradwatch.record.run_folder import RunFolder
+from gradwatch.record.folder.lock import LOCK
+from gradwatch.record.folder.writer import RunFolder
 
 from . import runs
 

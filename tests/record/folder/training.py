@@ -6,7 +6,7 @@ import os
 import torch
 
 import gradwatch
-from gradwatch.record.run_folder import RunFolder
+from gradwatch.record.folder.writer import RunFolder
 
 FOREVER = 10**9
 CHECKPOINT_EVERY = 90

@@ -9,9 +9,7 @@ import numpy as np
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.util import tensor_util
 
-from gradwatch.record.batch import Layout, RecordBatch
-from gradwatch.record.event import Event
-from gradwatch.record.step import StepRecord
+from gradwatch.record.records import Event, Layout, RecordBatch, StepRecord
 from gradwatch_dashboard.wire import COLUMNS, StreamLayout, Tag
 from gradwatch_tensorboard import TensorBoardWriter
 

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from gradwatch.record.batch import Layout
+from gradwatch.record.records import Layout
 from gradwatch_dashboard.wire import Tag
 from gradwatch_tensorboard import stream as stream_module
-from gradwatch_tensorboard.matrix import Matrix
+from gradwatch_tensorboard.matrix import MatrixStream
 
 from . import logs
 
@@ -31,7 +31,7 @@ def clock():
 @pytest.fixture
 def matrix(tmp_path, clock):
     """A matrix of an empty folder."""
-    return Matrix(str(tmp_path), clock)
+    return MatrixStream(str(tmp_path), clock)
 
 
 def add(matrix, part):

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gradwatch.record.step import StepRecord
+from gradwatch.record.records import StepRecord
 from gradwatch_dashboard.wire import COLUMNS
-from gradwatch_tensorboard.reducer import EarlyEnds, WindowReducer, window_ends
-from gradwatch_tensorboard.windows import Windows
+from gradwatch_tensorboard.windows import EarlyEnds, WindowReducer, Windows, window_ends
 
 NAN, INF = math.nan, math.inf
 

@@ -1,0 +1,592 @@
+"""How many micro-batches make a step: fixed, by schedule, or by the gradient noise scale."""
+
+from __future__ import annotations
+
+import math
+import operator
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, asdict, dataclass, field
+from functools import partial
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
+
+from gradwatch.accumulate.noise_scale import NoiseScale
+from gradwatch.checks import check_between, check_choice, check_count
+from gradwatch.errors import AccumulationError
+from gradwatch.hooks.data_parallel import DataParallel
+
+_SCHEDULE = "AccumulationSchedule(schedule=)"
+
+
+class FixedAccumulation:
+    """The same number of micro-batches in every window.
+
+    Args:
+        number: How many, at least 1.
+        name: What errors call the number.
+
+    Raises:
+        TypeError: If it is not an integer.
+        ValueError: If it is less than 1.
+    """
+
+    __slots__ = ("_number",)
+
+    def __init__(self, number: SupportsIndex, *, name: str = "FixedAccumulation(number=)") -> None:
+        self._number = _whole(name, number, least=1, advice="Write 1 to step after every backward.")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._number})"
+
+    def __str__(self) -> str:
+        return str(self._number)
+
+    @property
+    def micro_batches(self) -> int:
+        """The number."""
+        return self._number
+
+    @property
+    def most(self) -> int:
+        """The number."""
+        return self._number
+
+    @property
+    def lr_factor(self) -> float:
+        """1, for nothing changes."""
+        return 1.0
+
+    def looks_at(self, step: int) -> bool:
+        """Tells that the noise scale is never read."""
+        return False
+
+    def decide(self, step: int, noise: NoiseScale) -> int:
+        """Returns the number."""
+        return self._number
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing: the rule has no memory."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes nothing: the rule has no memory."""
+
+
+class AccumulationSchedule:
+    """A number of micro-batches that depends on the step.
+
+    Args:
+        schedule: ``{step: micro-batches}``, each from that step on, with a number for step 0; or a
+            function that takes the step and returns the number. Steps are optimizer steps, and the
+            first is 0. The function is called once for each window, for step 0 at once.
+        name: What errors call the schedule.
+
+    Raises:
+        TypeError: If a step or a number is not an integer.
+        ValueError: If a step is negative, a number less than 1, or step 0 left out.
+
+    Example:
+        >>> from gradwatch.accumulate.noise_scale import NoiseScaleEstimator
+        >>> noise = NoiseScaleEstimator().read()
+        >>> schedule = AccumulationSchedule({0: 1, 1000: 4})
+        >>> [schedule.decide(step, noise) for step in (0, 999, 1000, 5000)]
+        [1, 1, 4, 4]
+    """
+
+    __slots__ = ("_function", "_micro_batches", "_most", "_name", "_schedule")
+
+    def __init__(
+        self, schedule: Mapping[int, int] | Callable[[int], int], *, name: str = _SCHEDULE
+    ) -> None:
+        self._name, self._schedule = name, schedule
+        self._most: int | None = None
+        self._function: Callable[[int], int]
+        if isinstance(schedule, Mapping):
+            table = _table(name, schedule)
+            self._schedule, self._most = table, max(table.values())
+            self._function = partial(_looked_up, table)  # a lambda cannot be pickled
+        elif callable(schedule):
+            self._function = schedule
+        else:
+            raise TypeError(
+                f"{name} must be a mapping {{step: micro-batches}} or a function of the step, got "
+                f"{schedule!r} of type {type(schedule).__name__}. Write {{0: 1, 1000: 4}}."
+            )
+        self._micro_batches = self._at(0)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._schedule!r})"
+
+    def __str__(self) -> str:
+        return str(self._schedule)
+
+    @property
+    def micro_batches(self) -> int:
+        """The number of the window under way."""
+        return self._micro_batches
+
+    @property
+    def most(self) -> int | None:
+        """The largest number of the mapping; None for a function, which may give any."""
+        return self._most
+
+    @property
+    def lr_factor(self) -> float:
+        """1: the learning rate is the schedule's author's to choose."""
+        return 1.0
+
+    def looks_at(self, step: int) -> bool:
+        """Tells that the noise scale is never read."""
+        return False
+
+    def decide(self, step: int, noise: NoiseScale) -> int:
+        """Returns the number for a step; see ``AccumulatePolicy``.
+
+        Raises:
+            TypeError: If the function returned no integer.
+            ValueError: If it returned less than 1.
+        """
+        self._micro_batches = self._at(step)
+        return self._micro_batches
+
+    def _at(self, step: int) -> int:
+        name = f"The micro-batches that {self._name} gives for step {step}"
+        return _whole(name, self._function(step), least=1, advice="Return 1 or more.")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the number of the window under way."""
+        return {"micro_batches": self._micro_batches}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave."""
+        self._micro_batches = int(state["micro_batches"])
+
+
+def _table(name: str, schedule: Mapping[int, int]) -> dict[int, int]:
+    table = {}
+    for key, value in schedule.items():
+        advice = "Steps count from 0: write {0: 1, 1000: 4}."
+        step = _whole(f"A step of {name}", key, least=0, advice=advice)
+        advice = f"Write {{{step}: 1}} or more."
+        number = f"The micro-batches that {name} gives for step {step}"
+        table[step] = _whole(number, value, least=1, advice=advice)
+    if 0 not in table:
+        raise ValueError(
+            f"{name} must say how many micro-batches step 0 has, got {dict(schedule)!r}. "
+            "Add 0 to it: {0: 1, ...}."
+        )
+    return dict(sorted(table.items()))
+
+
+def _looked_up(table: Mapping[int, int], step: int) -> int:
+    steps = list(table)
+    return table[steps[bisect_right(steps, step) - 1]]
+
+
+def _whole(name: str, value: object, least: int, advice: str) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type] # of NumPy and torch as well
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an integer of at least {least}, got {value!r} of type "
+            f"{type(value).__name__}. {advice}"
+        ) from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}. {advice}")
+    return number
+
+
+_CHECKS = 3  # this many in a row must find the noise scale out of range before more are tried
+_SIGNIFICANCE = 3.0  # standard errors of |G|^2 at each of them: it does have a size
+_LR_POWERS = {"sqrt": 0.5, "linear": 1.0}
+
+
+@dataclass(slots=True)
+class _State:
+    """What changes from window to window.
+
+    Attributes:
+        micro_batches: Of the window under way.
+        start: Of the first window.
+        out_of_range: Checks in a row that found the noise scale out of range.
+    """
+
+    micro_batches: int
+    start: int
+    out_of_range: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class AccumulateByNoiseScale:
+    """Lets the batch follow the gradient noise scale; ``accumulate="auto"``.
+
+    The noise scale is where a larger batch begins to pay less than it costs. Every few steps it is
+    compared with the batch, both in micro-batches, and if it is well away the number of
+    micro-batches is doubled or halved: to the nearest power of two in the end, one factor of two at
+    a time. An estimate that is not valid changes nothing, but for one case: if the noise scale is
+    above four times the batch, and that alone is wrong with it, in three checks in a row in which
+    the squared gradient is at least three standard errors above 0, the number is doubled. How far
+    to go cannot be told from there, but the direction can; without it a small ``min`` would never
+    be left.
+
+    This is a heuristic: the noise scale stands in for the critical batch size, and how well it
+    does is disputed (arXiv 2505.23971). On one device, more micro-batches rarely save time.
+
+    Attributes:
+        min: The least number of micro-batches, a power of two. One has no noise scale on a single
+            process: 1 makes sense only with several ranks.
+        max: The largest, a power of two.
+        start: The number to start with, a power of two between them; None for ``min``.
+        every: Optimizer steps from one check to the next.
+        hysteresis: By what factor the noise scale must be away from the batch; above 1.
+        min_updates: Windows that the estimate must have seen.
+        scale_lr: How the learning rate follows the batch: ``"sqrt"`` by its square root, for Adam;
+            ``"linear"``, for SGD; None for not at all.
+
+    Raises:
+        TypeError: If an argument is not of the kind that is asked for.
+        ValueError: If an argument is out of bounds.
+
+    References:
+        McCandlish, Kaplan, Amodei: An Empirical Model of Large-Batch Training. 2018,
+        arXiv 1812.06162.
+
+    Example:
+        >>> policy = AccumulateByNoiseScale(scale_lr="sqrt")
+        >>> noise = NoiseScale(
+        ...     b_simple=60.0, tr_sigma=60.0, grad_sq=1.0, stderr=2.0, valid=True, updates=100,
+        ...     suggested_micro_batches=8, micro_batches=7.5, significance=30.0, batch=16.0,
+        ... )
+        >>> [policy.decide(step, noise) for step in (99, 100, 110, 120)]
+        [2, 4, 8, 8]
+        >>> policy.lr_factor
+        2.0
+    """
+
+    min: int = 2
+    max: int = 32
+    _: KW_ONLY
+    start: int | None = None
+    every: int = 10
+    hysteresis: float = 1.5
+    min_updates: int = 50
+    scale_lr: str | None = None
+    _state: _State = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._check_bounds()
+        check_count(_named("every"), self.every, 1)
+        advice = "Write 1.5 to change at one and a half times the batch."
+        check_between(_named("hysteresis"), self.hysteresis, 1.0, math.inf, advice)
+        check_count(_named("min_updates"), self.min_updates, 1)
+        if self.scale_lr is not None:
+            check_choice(f"{_named('scale_lr')}, where not None,", self.scale_lr, list(_LR_POWERS))
+        start = self.min if self.start is None else self.start
+        object.__setattr__(self, "_state", _State(start, start))
+
+    def _check_bounds(self) -> None:
+        _check_power("min", self.min)
+        _check_power("max", self.max)
+        if self.min > self.max:
+            raise ValueError(
+                f"{_named('min')} must be at most the max of {self.max}, got {self.min}. Write a "
+                "larger max."
+            )
+        if self.start is None:
+            return
+        _check_power("start", self.start)
+        if not self.min <= self.start <= self.max:
+            raise ValueError(
+                f"{_named('start')} must be between the min of {self.min} and the max of "
+                f"{self.max}, got {self.start}. Leave it out to start with the min."
+            )
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of the window under way."""
+        return self._state.micro_batches
+
+    @property
+    def most(self) -> int:
+        """The largest number it may ask for."""
+        return self.max
+
+    @property
+    def lr_factor(self) -> float:
+        """By what the learning rate follows the batch, in proportion to the first window's."""
+        if self.scale_lr is None:
+            return 1.0
+        growth = self._state.micro_batches / self._state.start
+        return float(growth ** _LR_POWERS[self.scale_lr])
+
+    def looks_at(self, step: int) -> bool:
+        """Tells whether there is a check at a step."""
+        return step > 0 and step % self.every == 0
+
+    def decide(self, step: int, noise: NoiseScale) -> int:
+        """Decides about the window that begins; see ``AccumulatePolicy``."""
+        state = self._state
+        if self.looks_at(step) and noise.updates >= self.min_updates:
+            state.out_of_range = state.out_of_range + 1 if _surely_out_of_range(noise) else 0
+            state.micro_batches = self._within(self._wanted(noise))
+        return state.micro_batches
+
+    def _wanted(self, noise: NoiseScale) -> int:
+        now = self._state.micro_batches
+        if self._state.out_of_range == _CHECKS:
+            self._state.out_of_range = 0
+            return 2 * now
+        nearest, exact = noise.suggested_micro_batches, noise.micro_batches
+        if not noise.valid or nearest is None or not 0 <= exact < math.inf:
+            return now
+        if nearest > now and exact >= self.hysteresis * now:
+            return 2 * now
+        return now // 2 if nearest < now and exact * self.hysteresis <= now else now
+
+    def _within(self, number: int) -> int:
+        # Inside the methods min and max are the functions, not the fields.
+        return max(self.min, min(self.max, number))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the micro-batches, those of the first window, and the checks in a row."""
+        return asdict(self._state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave, within the bounds of this policy."""
+        self._state.micro_batches = self._within(int(state["micro_batches"]))
+        self._state.start = int(state["start"])
+        self._state.out_of_range = int(state["out_of_range"])
+
+
+def _surely_out_of_range(noise: NoiseScale) -> bool:
+    """Tells whether an estimate has nothing wrong with it but that it is out of range."""
+    significant = noise.significance >= _SIGNIFICANCE
+    return significant and noise.out_of_range and math.isfinite(noise.b_simple)
+
+
+def _named(argument: str) -> str:
+    return f"AccumulateByNoiseScale({argument}=)"
+
+
+def _check_power(argument: str, value: object) -> None:
+    """Refuses what is not a power of two, and names the nearest ones."""
+    name = _named(argument)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(
+            f"{name} must be an integer, a power of two, got {value!r} of type "
+            f"{type(value).__name__}. Write 2, for instance."
+        )
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value!r}. Write 2, for instance.")
+    if value & (value - 1):
+        below = 1 << (value.bit_length() - 1)
+        raise ValueError(
+            f"{name} must be a power of two, got {value!r}. Write {below} or {2 * below}."
+        )
+
+
+TOO_EARLY = (
+    "{optimizer}.step() was called after {found} of the {wanted} micro-batches that "
+    "watch(accumulate={wanted}) asks for: the update would use a part of the window only. "
+    "Call watcher.step() after every micro-batch, it steps the optimizer when the window is full "
+    "(watcher.step(last=True) for a short last one), or pass the number that your loop "
+    "accumulates, watch(accumulate={found})."
+)
+TOO_LATE = (
+    "{found} micro-batches came before {optimizer}.step(), but watch(accumulate={wanted}) asks for "
+    "{wanted}: the gradient would have a weight of {found}/{wanted}. Call watcher.step() after "
+    "every micro-batch, it steps the optimizer when the window is full, or pass the number that "
+    "your loop accumulates, watch(accumulate={found})."
+)
+
+
+def check_window(optimizer: str, found: int, wanted: int) -> None:
+    """Refuses a step whose window has another number of micro-batches than was asked for.
+
+    Args:
+        optimizer: Label of the optimizer that is about to step.
+        found: Micro-batches in its window.
+        wanted: Micro-batches that make a step; with 1 every number is taken.
+
+    Raises:
+        AccumulationError: If they differ.
+    """
+    if wanted > 1 and found != wanted:
+        text = TOO_EARLY if found < wanted else TOO_LATE
+        raise AccumulationError(text.format(optimizer=optimizer, found=found, wanted=wanted))
+
+
+@runtime_checkable
+class AccumulatePolicy(Protocol):
+    """A rule that says before each window how many micro-batches it has.
+
+    Steps are optimizer steps done so far: the window that begins first is step 0. All ranks are
+    given the same numbers, and must come to the same answer.
+    """
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of the window under way, before the first decision of the first one."""
+
+    @property
+    def most(self) -> int | None:
+        """The largest number it may ever ask for; None for any. With 1 nothing accumulates."""
+
+    @property
+    def lr_factor(self) -> float:
+        """What the learning rate is to be multiplied with in the window under way; else 1."""
+
+    def looks_at(self, step: int) -> bool:
+        """Tells whether it will read the noise scale at a step: only then is it waited for.
+
+        Args:
+            step: Optimizer steps done so far.
+        """
+
+    def decide(self, step: int, noise: NoiseScale) -> int:
+        """Decides about the window that begins; called once, between two windows.
+
+        Args:
+            step: Optimizer steps done so far.
+            noise: The noise scale; nothing can be said of what it holds where :meth:`looks_at` is
+                false.
+
+        Returns:
+            Its micro-batches, at least 1.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as plain numbers and lists; empty for a rule without memory."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave."""
+
+
+def accumulate_policy(name: str, value: object) -> AccumulatePolicy:
+    """Turns what a user wrote into the rule that it means.
+
+    Args:
+        name: The argument as the user wrote it, for errors.
+        value: A number of micro-batches; a mapping ``{step: micro-batches}`` or a function of the
+            step; ``"auto"``; or a policy, which is taken as it is, callable or not.
+
+    Returns:
+        The rule.
+
+    Raises:
+        TypeError: If it is none of them, or a class rather than an object.
+        ValueError: If it is another word, or a number out of bounds.
+    """
+    if isinstance(value, str) and value == "auto":
+        return AccumulateByNoiseScale()
+    if isinstance(value, (str, bool, type)):
+        raise _unknown(name, value)
+    if isinstance(value, AccumulatePolicy):
+        return value
+    if isinstance(value, SupportsIndex):
+        return FixedAccumulation(value, name=name)
+    if isinstance(value, Mapping) or callable(value):
+        return AccumulationSchedule(value, name=name)
+    raise _unknown(name, value)
+
+
+def _unknown(name: str, value: object) -> Exception:
+    return (ValueError if isinstance(value, str) else TypeError)(
+        f"{name} must be an integer of at least 1, a mapping {{step: micro-batches}}, a function "
+        f'of the step, "auto" or an accumulation policy, got {value!r} of type '
+        f"{type(value).__name__}. Write accumulate=4 for four micro-batches per step, accumulate="
+        '{0: 1, 1000: 4} to change it at a step, or accumulate="auto" (or an object, '
+        "AccumulateByNoiseScale(min=2, max=32)) to have it follow the gradient noise."
+    )
+
+
+ALONE = (
+    "watch(accumulate={policy!r}) may come down to one micro-batch per step, which has no noise "
+    "scale on one process, so that it would never leave it again. Write min=2."
+)
+
+
+OnChange = Callable[[int, int, int, NoiseScale | None], None]
+"""Told the first step of windows of another length, the old and new one, and what decided."""
+
+
+def check_can_be_had(policy: AccumulatePolicy, data_parallel: DataParallel | None) -> None:
+    """Refuses a policy that would blind itself.
+
+    Args:
+        policy: What was asked for.
+        data_parallel: The ranks that average their gradients; None where there is one only.
+
+    Raises:
+        ValueError: If it follows a noise scale that there may be none of.
+    """
+    if isinstance(policy, AccumulateByNoiseScale) and policy.min == 1 and data_parallel is None:
+        raise ValueError(ALONE.format(policy=policy))
+
+
+class AccumulationPlan:
+    """Asks the policy before each window, and tells of every change.
+
+    Attributes:
+        checked: Whether a step whose window has another number is refused. A framework's adapter,
+            which leaves the windows to the framework, switches it off.
+        by_framework: Whether that framework accumulates, whatever the policy says.
+        micro_batches: Micro-batches of the window under way.
+        lr_factor: What the learning rate is multiplied with in the step under way.
+        fixed: Whether all windows have the same, so that nobody needs to decide.
+        by_noise: Whether the noise scale decides, so that all ranks must have the same.
+    """
+
+    def __init__(self, policy: AccumulatePolicy, on_change: OnChange) -> None:
+        """Begins the first window.
+
+        Args:
+            policy: Decides.
+            on_change: Told of every change.
+        """
+        self.checked = True
+        self.by_framework = False
+        self.by_noise = not isinstance(policy, (FixedAccumulation, AccumulationSchedule))
+        self.fixed = isinstance(policy, FixedAccumulation)
+        self._policy = policy
+        self._on_change = on_change
+        self._read()
+
+    def _read(self) -> None:
+        self.micro_batches, self.lr_factor = self._policy.micro_batches, self._policy.lr_factor
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step may ever have more than one micro-batch."""
+        return self.by_framework or self._policy.most != 1
+
+    def next_window(self, step: int, noise: Callable[[], NoiseScale]) -> None:
+        """Has the next window decided about.
+
+        Args:
+            step: Optimizer steps done so far.
+            noise: Gives the noise scale; waits for numbers that are still on their way, and is
+                asked only where they are needed.
+        """
+        looked = noise() if self._policy.looks_at(step) else None
+        old, new = self.micro_batches, self._policy.decide(step, looked or UNKNOWN)
+        self._read()
+        if new != old:
+            self._on_change(step + 1, old, new, looked)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs to decide the same."""
+        return {"policy": type(self._policy).__name__, "state": self._policy.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave; another policy than that begins anew."""
+        if state["policy"] == type(self._policy).__name__:
+            self._policy.load_state_dict(state["state"])
+            self._read()
+
+
+_NAN = float("nan")
+UNKNOWN = NoiseScale(_NAN, _NAN, _NAN, _NAN, valid=False, updates=0, suggested_micro_batches=None)
+"""What a policy is given at steps where it does not look."""

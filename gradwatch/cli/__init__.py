@@ -1,0 +1,1 @@
+"""The command line: ``gradwatch COMMAND``, one file for each command."""

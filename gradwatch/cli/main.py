@@ -1,0 +1,153 @@
+"""The command line: ``gradwatch COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import NoReturn
+
+from gradwatch import __version__
+from gradwatch.cli import compare, export, plot, report, tail
+from gradwatch.cli.arguments import INTERRUPTED, PROBLEM, TERMINATED, CommandError
+from gradwatch.cli.terminal import Output, one_line
+from gradwatch.record.folder.files import UnreadableError
+
+TRACEBACK = "GRADWATCH_TRACEBACK"
+"""Set to 1, this variable of the environment shows where an error came from."""
+
+DESCRIPTION = """\
+Reads the runs that gradwatch.watch(run_dir=) has written, also while they are written.
+
+RUN is the folder of a run. Nothing in it is ever executed or changed."""
+
+EPILOG = """\
+examples:
+  gradwatch tail runs/a                    watch it train
+  gradwatch report runs/a                  what went wrong, and what to try
+  gradwatch plot runs/a -o norms.png
+  gradwatch compare runs/a runs/b
+  gradwatch export runs/a -o steps.csv
+
+exit codes:
+  0  fine
+  1  the report has findings that --fail-on names
+  2  wrong usage, or a run that cannot be read
+
+'gradwatch COMMAND --help' says more. GRADWATCH_TRACEBACK=1 shows where an error came from."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program.
+
+        Args:
+            message: What is wrong with the arguments.
+        """
+        hint = f"Try '{self.prog} --help'."
+        self.exit(PROBLEM, f"{self.prog}: {one_line(message).rstrip('.')}. {hint}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: What the user typed behind ``gradwatch``; that of this process if left out.
+
+    Returns:
+        The exit code.
+    """
+    out = Output(sys.stdout)
+    typed = sys.argv[1:] if arguments is None else arguments
+    try:
+        chosen = _parser().parse_args(typed or ["--help"])
+    except SystemExit as end:  # help and version are output too
+        _finish(out)
+        return end.code if typed and isinstance(end.code, int) else PROBLEM
+    with _ended_by_sigterm():
+        return _run(chosen, out)
+
+
+def _run(chosen: argparse.Namespace, out: Output) -> int:
+    try:
+        code: int = chosen.run_command(chosen, out)
+        out.flush()
+    except KeyboardInterrupt:
+        _finish(out)
+        return INTERRUPTED
+    except Exception as error:
+        if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+            raise
+        _finish(out)
+        return _told(error, f"gradwatch {chosen.command}")
+    return code
+
+
+def _told(error: Exception, program: str) -> int:
+    """Says in one line what was wrong."""
+    expected = isinstance(error, CommandError | UnreadableError | OSError | ModuleNotFoundError)
+    why = (
+        _text(error) if expected else f"{type(error).__name__}: {error} ({TRACEBACK}=1 shows more)"
+    )
+    if sys.stderr is not None:
+        with suppress(OSError):
+            sys.stderr.write(f"{program}: {one_line(why)}\n")
+            sys.stderr.flush()
+    return PROBLEM
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
+    return str(error)
+
+
+def _finish(out: Output) -> None:
+    """Sends what there is; a disk that is full has been told of, or is not worth it."""
+    try:
+        out.flush()
+    except OSError:
+        out.close()
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Lets a command put the terminal in order when it is terminated."""
+
+    def end(*_: object) -> NoReturn:
+        sys.exit(TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no place to handle a signal
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="gradwatch",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    version = f"gradwatch {__version__}"
+    parser.add_argument("--version", action="version", version=version, help="print it and exit")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+    for command in (report, tail, plot, compare, export):
+        command.add_to(commands)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

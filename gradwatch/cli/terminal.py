@@ -1,0 +1,344 @@
+"""Text for terminals, pipes and files: numbers, tables, curves, JSON, and nothing unprintable."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import pairwise
+from typing import Any, TextIO
+from unicodedata import combining, east_asian_width
+
+import numpy as np
+
+
+def number(value: float) -> str:
+    """Writes a measured number with four digits.
+
+    Args:
+        value: Any number.
+
+    Example:
+        >>> number(0.123456), number(1234567.0), number(float("nan"))
+        ('0.1235', '1.235e+06', 'nan')
+    """
+    return f"{value:.4g}"
+
+
+def or_dash(value: float) -> str:
+    """Writes a number, and a dash where there is none.
+
+    Args:
+        value: A number; NaN where it is not known.
+    """
+    return "-" if math.isnan(value) else number(value)
+
+
+def times(ratio: float) -> str:
+    """Writes a ratio.
+
+    Args:
+        ratio: What one number is, divided by the other.
+
+    Example:
+        >>> times(0.5), times(1234.0)
+        ('x0.5', 'x1234')
+    """
+    return f"x{ratio:.4g}"
+
+
+def percent(share: float) -> str:
+    """Writes a share from 0 to 1; a dash where it is NaN.
+
+    Args:
+        share: The share.
+    """
+    return "-" if math.isnan(share) else f"{100 * share:.3g} %"
+
+
+def counted(amount: int, one: str, many: str = "") -> str:
+    """Writes a number of things.
+
+    Args:
+        amount: How many.
+        one: The word for one of them.
+        many: The word for several; ``one`` with an s if left out.
+
+    Example:
+        >>> counted(1, "step"), counted(12000, "step")
+        ('1 step', '12,000 steps')
+    """
+    return f"{amount:,} {one if amount == 1 else many or one + 's'}"
+
+
+ELLIPSIS = "..."
+
+
+def printable(text: str) -> str:
+    r"""Escapes what would move the cursor, colour, reorder or break the line.
+
+    Args:
+        text: Any string.
+
+    Returns:
+        The text on one line; an escape character is shown as ``\x1b``, a line break as ``\n``.
+
+    Example:
+        >>> printable("a\x1b[31mb\nc")
+        'a\\x1b[31mb\\nc'
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else _escaped(one) for one in text)
+
+
+def printable_lines(text: str) -> str:
+    """Escapes like :func:`printable`, and keeps the line breaks.
+
+    Args:
+        text: Text of several lines.
+    """
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def one_line(text: str) -> str:
+    """Puts text on one line, runs of spaces and breaks as one space, and escapes the rest.
+
+    Args:
+        text: Any string.
+    """
+    return printable(" ".join(text.split()))
+
+
+def width(text: str) -> int:
+    """Returns how many columns of a terminal a text takes.
+
+    Args:
+        text: Printable text.
+    """
+    if text.isascii():
+        return len(text)
+    return sum(0 if combining(one) else 1 + (east_asian_width(one) in "WF") for one in text)
+
+
+def shortened(text: str, columns: int) -> str:
+    """Cuts the middle out of a text that is too wide: the ends of a parameter's name say most.
+
+    Args:
+        text: Printable text.
+        columns: How wide it may be, at least 8.
+    """
+    if width(text) <= columns:
+        return text
+    room = columns - len(ELLIPSIS)
+    head, tail = _prefix(text, room // 3), _prefix(text[::-1], room - room // 3)[::-1]
+    return head + ELLIPSIS + tail
+
+
+def _prefix(text: str, columns: int) -> str:
+    used = 0
+    for place, one in enumerate(text):
+        used += width(one)
+        if used > columns:
+            return text[:place]
+    return text
+
+
+def _escaped(one: str) -> str:
+    return one.encode("unicode_escape").decode("ascii")
+
+
+GAP = "  "
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligns cells: the first column to the left, the others to the right.
+
+    Args:
+        header: The names of the columns.
+        rows: Cells of printable text.
+
+    Returns:
+        One line per row, the header first.
+    """
+    lines = [header, *rows]
+    widths = [max(width(row[place]) for row in lines) for place in range(len(header))]
+    return [_line(row, widths) for row in lines]
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    padding = [" " * (wide - width(cell)) for cell, wide in zip(row, widths, strict=True)]
+    cells = [row[0] + padding[0]]
+    cells += [gap + cell for cell, gap in zip(row[1:], padding[1:], strict=True)]
+    return GAP.join(cells).rstrip()
+
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+ASCII = "_.,-~=+#"
+BAD = "!"
+"""Stands where a number is NaN or infinite."""
+
+
+def sparkline(values: Sequence[float], columns: int, levels: str = BLOCKS) -> str:
+    """Draws positive numbers; where several share a column, the largest counts.
+
+    Args:
+        values: The numbers, oldest first.
+        columns: How wide the curve may be.
+        levels: Characters from low to high.
+
+    Returns:
+        At most so many characters: ``!`` where a number is not finite, a space where all are 0.
+
+    Example:
+        >>> sparkline([1.0, 10.0, 100.0, float("nan")], 10)
+        '▁▅█!'
+    """
+    cells = [_cell(cell) for cell in _split(values, columns)]
+    logs = [math.log(value) for value in cells if 0 < value < math.inf]
+    if not logs:
+        return "".join(BAD if not math.isfinite(value) else " " for value in cells)
+    low, high = min(logs), max(logs)
+    return "".join(_drawn(value, low, high, levels) for value in cells)
+
+
+def _split(values: Sequence[float], columns: int) -> list[Sequence[float]]:
+    count = min(columns, len(values))
+    bounds = [len(values) * place // count for place in range(count + 1)] if count else [0]
+    return [values[start:stop] for start, stop in pairwise(bounds)]
+
+
+def _cell(values: Sequence[float]) -> float:
+    return max(values, key=lambda value: value if math.isfinite(value) else math.inf)
+
+
+def _drawn(value: float, low: float, high: float, levels: str) -> str:
+    if not math.isfinite(value):
+        return BAD
+    if value <= 0:
+        return " "
+    share = (math.log(value) - low) / (high - low) if high > low else 0.0
+    return levels[min(len(levels) - 1, round(share * (len(levels) - 1)))]
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """Writes a value as strict JSON in ASCII.
+
+    Args:
+        value: Mappings, sequences, strings and numbers, those of numpy too; what JSON has no form
+            for becomes its text.
+        indent: As for :func:`json.dumps`.
+
+    Returns:
+        The text; NaN is ``null``, and infinities are ``"Infinity"`` and ``"-Infinity"``.
+
+    Example:
+        >>> as_json({"norm": float("inf"), "loss": float("nan")})
+        '{"norm": "Infinity", "loss": null}'
+    """
+    return json.dumps(plain(value), allow_nan=False, indent=indent)
+
+
+def plain(value: Any) -> Any:
+    """Turns a value into what strict JSON can say; see :func:`as_json`.
+
+    Args:
+        value: Anything.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [plain(one) for one in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return _number(value)
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _number(value: float) -> float | str | None:
+    if math.isnan(value):
+        return None
+    return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
+
+
+class Output:
+    """Writes lines; what is written after the reader has gone is dropped without a word.
+
+    So ``gradwatch ... | head`` is silent, and the exit code stays what the command found.
+
+    Attributes:
+        closed: Whether nobody reads any more.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        """Takes a stream; what its encoding has no bytes for is written as an escape.
+
+        Args:
+            stream: Where to write; None where it was closed from the beginning.
+        """
+        self.closed = stream is None
+        self._stream = stream
+        with suppress(AttributeError, ValueError):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+    @property
+    def stream(self) -> TextIO:
+        """The stream itself."""
+        return self._stream if self._stream is not None else sys.stderr
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether a person reads it, on a terminal that can move its cursor."""
+        return not self.closed and self.stream.isatty() and os.environ.get("TERM") != "dumb"
+
+    def can_show(self, text: str) -> bool:
+        """Tells whether the encoding has bytes for a text.
+
+        Args:
+            text: Any string.
+        """
+        try:
+            text.encode(getattr(self._stream, "encoding", None) or "ascii")
+        except (UnicodeError, LookupError):
+            return False
+        return True
+
+    def line(self, text: str = "") -> None:
+        """Writes a line.
+
+        Args:
+            text: Without its line break.
+        """
+        self.write(text + "\n")
+
+    def write(self, text: str) -> None:
+        """Writes text as it is.
+
+        Args:
+            text: Any string.
+        """
+        if not self.closed:
+            try:
+                self.stream.write(text)
+            except BrokenPipeError:
+                self.close()
+
+    def flush(self) -> None:
+        """Sends what has been written."""
+        if not self.closed:
+            try:
+                self.stream.flush()
+            except BrokenPipeError:
+                self.close()
+
+    def close(self) -> None:
+        """Writes nothing more, and keeps Python from complaining about the pipe as it exits."""
+        self.closed = True
+        with suppress(OSError, ValueError, AttributeError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)

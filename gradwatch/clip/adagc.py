@@ -1,0 +1,182 @@
+"""AdaGC: every parameter's norm limited by the moving average of its own norms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradwatch.checks import check_between, check_count
+from gradwatch.clip.fixed import check_positive
+from gradwatch.clip.norm_history import exact_dtype
+from gradwatch.clip.policy import ClipDecision
+from gradwatch.measure.deferred import is_at_hand
+
+Kept = tuple[Tensor, Tensor]  # factors [n], and averages [n] for the next step
+
+
+@dataclass
+class _State:
+    """What AdaGC remembers.
+
+    Attributes:
+        steps: How many steps it has seen: a number on the host, or a tensor ``[]`` of int64.
+        averages: Tensor ``[n]``: gamma of each parameter; 0 for one that never had a gradient.
+    """
+
+    steps: int | Tensor = 0
+    averages: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class AdaGC:
+    r"""Limits the norm of each parameter's gradient by the average of its own earlier norms.
+
+    For the norm :math:`n_i` of parameter :math:`i` and its average :math:`\gamma_i`:
+
+    .. math::
+        h_i = \min(1, \lambda_{rel}\,\gamma_i / n_i), \qquad
+        \gamma_i \leftarrow \beta\gamma_i + (1 - \beta)\,h_i n_i
+
+    During the first ``warmup`` steps all gradients are scaled together instead, by
+    :math:`h = \min(1, \lambda_{abs} / \|n\|)`, and :math:`\gamma_i` becomes the smallest
+    :math:`h n_i` so far. With λ_rel close to 1, most steps are clipped a little.
+
+    λ_abs is in the unit of the gradients; with ``math.inf``, nothing is clipped in the warm-up and
+    the rule is independent of the scale of the loss. A norm of zero says nothing about a parameter:
+    it enters no average. A parameter whose first gradient comes late is left alone that time, and
+    its norm starts the average. A step with a norm that is not finite, or with none but zeros, is
+    no step for the rule.
+
+    Attributes:
+        lambda_rel: How many times its average a parameter's norm may be; positive, 1 or more.
+        beta: The share that the past keeps at each step, between 0 and 1.
+        lambda_abs: The limit of the total norm during the warm-up; positive, or ``math.inf``.
+        warmup: The length of the warm-up in steps.
+        norm_type: The p of the norms, positive.
+
+    Raises:
+        TypeError: If an argument is not of the kind that is asked for.
+        ValueError: If an argument is out of bounds.
+
+    References:
+        Wang et al.: AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient Clipping.
+        2025, arXiv 2502.11034.
+
+    Example:
+        >>> import torch
+        >>> policy = AdaGC(warmup=1)
+        >>> _ = policy.decide(torch.tensor([0.6, 0.3]))
+        >>> policy.decide(torch.tensor([0.6, 3.0])).coefficient
+        tensor([1.0000, 0.1050])
+    """
+
+    lambda_rel: float = 1.05
+    beta: float = 0.98
+    lambda_abs: float = 1.0
+    warmup: int = 100
+    norm_type: float = 2.0
+    scope: str = field(default="parameter", init=False, repr=False)
+    _state: _State = field(init=False, repr=False, default_factory=_State)
+
+    def __post_init__(self) -> None:
+        check_positive("AdaGC(lambda_rel=)", self.lambda_rel)
+        if self.lambda_rel < 1:
+            raise ValueError(
+                f"AdaGC(lambda_rel=) must be at least 1, got {self.lambda_rel!r}: less would clip "
+                "every step by more than the one before. Write 1.05."
+            )
+        check_between("AdaGC(beta=)", self.beta, 0.0, 1.0, "Write 0.98 for about 50 steps.")
+        check_positive("AdaGC(lambda_abs=)", self.lambda_abs)
+        check_count("AdaGC(warmup=)", self.warmup, 0)
+        check_positive("AdaGC(norm_type=)", self.norm_type)
+
+    def decide(self, total_norm: Tensor) -> ClipDecision:
+        """Decides about the norms of one step.
+
+        Args:
+            total_norm: Tensor ``[n]``: one norm for each parameter.
+        """
+        norms = total_norm.detach().to(exact_dtype(total_norm.device))
+        averages = self._averages(norms)
+        if is_at_hand(norms):
+            return self._on_host(norms, averages, total_norm.dtype)
+        return self._on_device(norms, averages, total_norm.dtype)
+
+    def _on_host(self, norms: Tensor, averages: Tensor, dtype: torch.dtype) -> ClipDecision:
+        state, steps = self._state, int(self._state.steps)
+        # The sum tells at once, unless finite norms overflow it.
+        if not (0.0 < norms.sum().item() < math.inf or bool(_says_something(norms))):
+            return ClipDecision()
+        warm = steps < self.warmup
+        rule = self._together if warm else self._apart
+        factors, state.averages = rule(norms, averages)
+        state.steps = steps + 1
+        limit = self.lambda_abs if warm else math.nan
+        if not len(factors) or factors.min().item() == 1.0:
+            return ClipDecision(threshold=limit)
+        return ClipDecision(factors.to(dtype), limit)
+
+    def _on_device(self, norms: Tensor, averages: Tensor, dtype: torch.dtype) -> ClipDecision:
+        state = self._state
+        steps = torch.as_tensor(state.steps, device=norms.device)
+        keep, warm = _says_something(norms), steps < self.warmup
+        together, apart = self._together(norms, averages), self._apart(norms, averages)
+        factors, new = (torch.where(warm, *pair) for pair in zip(together, apart, strict=True))
+        state.averages = torch.where(keep, new, averages)
+        state.steps = steps + keep
+        limit = torch.where(warm & keep, norms.new_full((), self.lambda_abs), math.nan)
+        return ClipDecision(torch.where(keep, factors, 1.0).to(dtype), limit.to(dtype))
+
+    def _together(self, norms: Tensor, averages: Tensor) -> Kept:
+        # Divided by the largest, no square leaves the range of the dtype.
+        largest = norms.max() if len(norms) else norms.sum()
+        scaled = norms / torch.where(largest > 0, largest, 1.0)
+        total = largest * torch.linalg.vector_norm(scaled, self.norm_type)
+        factor = torch.clamp(self.lambda_abs / total, max=1.0)
+        least = torch.where(averages > 0, averages, math.inf)
+        kept = torch.minimum(factor * norms, least)
+        return factor.expand_as(norms), torch.where(norms > 0, kept, averages)
+
+    def _apart(self, norms: Tensor, averages: Tensor) -> Kept:
+        known, present = averages > 0, norms > 0
+        kept = torch.where(known, torch.minimum(norms, self.lambda_rel * averages), norms)
+        moved = torch.where(known, self.beta * averages + (1 - self.beta) * kept, kept)
+        factors = torch.where(present, kept / norms, 1.0)
+        return factors, torch.where(present, moved, averages)
+
+    def _averages(self, norms: Tensor) -> Tensor:
+        """Returns the averages so far, where the norms are."""
+        averages = self._state.averages
+        if averages is None:
+            return torch.zeros_like(norms)
+        if averages.shape != norms.shape:
+            raise ValueError(
+                f"AdaGC has averages of {len(averages)} parameters and is asked about "
+                f"{len(norms)}. Use a policy of its own for each optimizer, and load the state of "
+                "the same model."
+            )
+        return averages.to(norms)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the count of steps and the averages; on an accelerator this waits for them."""
+        averages = self._state.averages
+        return {
+            "steps": int(self._state.steps),
+            "averages": None if averages is None else averages.tolist(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave."""
+        averages, own = state["averages"], self._state
+        own.steps = int(state["steps"])
+        own.averages = None if averages is None else torch.tensor(averages, dtype=torch.float64)
+
+
+def _says_something(norms: Tensor) -> Tensor:
+    """Tells, bool ``[]``, whether all norms are finite and not all are zero."""
+    return torch.isfinite(norms).all() & (norms > 0).any()

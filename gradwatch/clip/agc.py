@@ -1,0 +1,127 @@
+"""AdaptiveGradientClip: each output unit's gradient limited by the norm of its own weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradwatch.clip.fixed import check_positive
+from gradwatch.clip.policy import ClipDecision
+
+_HALF = {torch.float16, torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class AdaptiveGradientClip:
+    r"""Limits the gradient of each output unit to a share of the norm of its weights (AGC).
+
+    For the gradient :math:`g_i` and the weights :math:`w_i` of unit :math:`i` the factor is
+
+    .. math::
+        c_i = \min\left(1, \lambda \frac{\max(\|w_i\|, \epsilon)}{\|g_i\|}\right)
+
+    A unit is one index of dimension 0: a row of a linear layer's weight, a filter of a convolution.
+    A parameter with one dimension or none, a bias or a gain, is one unit as a whole. This is what
+    timm does; a unit whose gradient is zero is left alone, so no further epsilon is needed.
+
+    The paper leaves out the last linear layer, and so should you: name it in ``exclude``. The limit
+    depends on the weights and not on the loss, so unlike the rules with a history this one does
+    clip more when the loss is multiplied by a number.
+
+    Attributes:
+        clip_factor: λ, positive.
+        eps: ε, positive: the norm that weights are at least taken to have, so that those that
+            start at zero can move. In the unit of the weights.
+        exclude: Shell-style patterns of names of parameters to leave alone, ``("head.*",)`` say;
+            case matters.
+        norm_type: The p of all norms, positive.
+
+    Raises:
+        TypeError: If a number is not a number, or ``exclude`` is not a tuple or list of strings.
+        ValueError: If a number is not positive.
+
+    References:
+        Brock, De, Smith, Simonyan: High-Performance Large-Scale Image Recognition Without
+        Normalization. ICML 2021, arXiv 2102.06171.
+
+    Example:
+        >>> import torch
+        >>> policy = AdaptiveGradientClip(clip_factor=0.1, exclude=("head.*",))
+        >>> gradient, weight = torch.tensor([[3.0, 4.0], [0.3, 0.4]]), torch.eye(2) * 5
+        >>> policy.coefficient("body.weight", gradient, weight)
+        tensor([[0.1000],
+                [1.0000]])
+        >>> policy.coefficient("head.weight", gradient, weight) is None
+        True
+    """
+
+    clip_factor: float = 0.01
+    eps: float = 1e-3
+    exclude: tuple[str, ...] = ()
+    norm_type: float = 2.0
+    scope: str = field(default="global", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_positive("AdaptiveGradientClip(clip_factor=)", self.clip_factor)
+        check_positive("AdaptiveGradientClip(eps=)", self.eps)
+        check_positive("AdaptiveGradientClip(norm_type=)", self.norm_type)
+        patterns: object = self.exclude
+        if not isinstance(patterns, (tuple, list)) or not all(
+            isinstance(pattern, str) for pattern in patterns
+        ):
+            raise TypeError(
+                "AdaptiveGradientClip(exclude=) must be a tuple of patterns of names, got "
+                f"{patterns!r} of type {type(patterns).__name__}. Write ('head.*',) to "
+                "leave out the parameters of a module named head."
+            )
+        object.__setattr__(self, "exclude", tuple(patterns))
+
+    def decide(self, total_norm: Tensor) -> ClipDecision:
+        """Refers to the units, whatever the norm; see ``ClipPolicy``."""
+        return ClipDecision(threshold=math.nan, units=self)
+
+    def coefficient(self, name: str, gradient: Tensor, weight: Tensor) -> Tensor | None:
+        """Computes the factors of one parameter's units, without a wait.
+
+        Args:
+            name: Its name.
+            gradient: Its dense gradient, in true units.
+            weight: Its value, in the same shape.
+
+        Returns:
+            Tensor ``[units, 1, ...]`` with as many dimensions as the gradient, or ``[]`` where
+            there is one unit; float32 for halves. None if the parameter is excluded or empty.
+
+        Raises:
+            TypeError: If the gradient is sparse.
+        """
+        if any(fnmatchcase(name, pattern) for pattern in self.exclude) or not gradient.numel():
+            return None
+        if gradient.layout is not torch.strided:
+            raise TypeError(
+                f"AdaptiveGradientClip cannot limit the sparse gradient of {name}: its units are "
+                f"not all there. Write exclude=({name!r},), or sparse=False for the embedding."
+            )
+        limit = self.clip_factor * torch.clamp(self._unit_norm(weight.detach()), min=self.eps)
+        return torch.clamp(limit / self._unit_norm(gradient.detach()), max=1.0)
+
+    def _unit_norm(self, tensor: Tensor) -> Tensor:
+        dtype = torch.float32 if tensor.dtype in _HALF else None
+        inner = tuple(range(1, tensor.ndim)) or None
+        norms: Tensor = torch.linalg.vector_norm(
+            tensor, self.norm_type, inner, keepdim=inner is not None, dtype=dtype
+        )
+        return norms
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing: the rule has no memory."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes nothing: the rule has no memory."""

@@ -1,0 +1,96 @@
+"""AutoClip: a percentile of earlier norms as the limit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from gradwatch.checks import check_between, check_count
+from gradwatch.clip.fixed import check_positive
+from gradwatch.clip.norm_history import Backend, Flag, NormHistory, Scalar, limit_norm
+from gradwatch.clip.policy import ClipDecision
+
+
+@dataclass(frozen=True, eq=False)
+class AutoClip:
+    r"""Limits the norm to a percentile of the norms of earlier steps.
+
+    The factor is :math:`c = \min(1, P_p(H) / n)` for the norm :math:`n` and the p-th percentile
+    :math:`P_p`, interpolated linearly, of a history :math:`H`: the last ``window`` norms before
+    this one, each as it was before the clip. Nothing is clipped until there are ``warmup`` of them.
+    Norms that are zero or not finite never enter the history. The rule knows no absolute size:
+    a loss a hundred times as large changes no decision.
+
+    It clips about ``100 - percentile`` percent of all steps, however quiet they are. The paper
+    recommends the 10th percentile of all norms so far, the present one among them, which clips
+    nine steps in ten: ``AutoClip(10, window=1_000_000, warmup=1, include_current=True)``. The
+    default, the 90th percentile of a bounded history, clips one in ten and follows decaying norms.
+
+    Attributes:
+        percentile: p, between 0 and 100.
+        window: The length of the history, in steps.
+        warmup: How many norms the history needs before anything is clipped.
+        include_current: Whether the present norm is in the history by which it is judged.
+        norm_type: The p of the norm itself, positive.
+
+    Raises:
+        TypeError: If an argument is not of the kind that is asked for.
+        ValueError: If an argument is out of bounds.
+
+    References:
+        Seetharaman, Wichern, Pardo, Le Roux: AutoClip: Adaptive Gradient Clipping for Source
+        Separation Networks. MLSP 2020, arXiv 2007.14469.
+
+    Example:
+        >>> import torch
+        >>> policy = AutoClip(percentile=50, warmup=3)
+        >>> for norm in (1.0, 2.0, 3.0):
+        ...     _ = policy.decide(torch.tensor(norm))
+        >>> policy.decide(torch.tensor(8.0)).coefficient
+        tensor(0.2500)
+    """
+
+    percentile: float = 90.0
+    window: int = 1000
+    warmup: int = 5
+    include_current: bool = False
+    norm_type: float = 2.0
+    scope: str = field(default="global", init=False, repr=False)
+    _memory: NormHistory = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        advice = "Write 90 to clip the largest tenth of the norms."
+        check_between("AutoClip(percentile=)", self.percentile, 0.0, 100.0, advice)
+        check_count("AutoClip(window=)", self.window, 1)
+        check_count("AutoClip(warmup=)", self.warmup, 1)
+        if self.warmup > self.window:
+            raise ValueError(
+                f"AutoClip(warmup=) must be at most the window of {self.window}, got "
+                f"{self.warmup!r}: the history would never be long enough. Write a larger window."
+            )
+        check_positive("AutoClip(norm_type=)", self.norm_type)
+        object.__setattr__(self, "_memory", NormHistory(self.window))
+
+    def decide(self, total_norm: Tensor) -> ClipDecision:
+        """Decides about one norm; see :class:`~gradwatch.clip.policy.ClipPolicy`."""
+        return limit_norm(total_norm, self._memory, self._limit)
+
+    def _limit(self, place: Backend, norm: Scalar, keep: Flag) -> Scalar:
+        history: Any = self._memory.window
+        if self.include_current:
+            history.push(norm, keep)
+        enough, percentile = history.count >= self.warmup, history.quantile(self.percentile / 100)
+        if not self.include_current:
+            history.push(norm, keep)
+        return place.where(enough, percentile, float("inf"))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the history; on an accelerator this waits for it."""
+        return self._memory.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave."""
+        self._memory.load_state_dict(state)

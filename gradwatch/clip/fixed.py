@@ -1,0 +1,136 @@
+"""The fixed clipping rules: by norm and by value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradwatch.checks import SCOPES, check_choice
+from gradwatch.clip.policy import ClipDecision
+from gradwatch.measure.deferred import is_at_hand
+
+
+@dataclass(frozen=True)
+class ClipByNorm:
+    r"""Scales gradients down when their norm exceeds a limit: all together, or in parts.
+
+    The factor is :math:`c = \min(1, m / (n + 10^{-6}))` for the norm :math:`n` and the limit
+    :math:`m`, computed as ``torch.nn.utils.clip_grad_norm_`` computes it, so that finite float32
+    gradients come out bit for bit the same. Unlike there, gradients stay as they are where the
+    norm is not finite: no NaN spreads, and no finite gradient is zeroed because another is Inf.
+
+    Attributes:
+        max_norm: The limit m, positive; ``math.inf`` only measures.
+        norm_type: The p of the norm, positive; ``math.inf`` for the largest magnitude.
+        scope: What the limit is for: ``"global"`` for the norm over all gradients; ``"group"`` or
+            ``"parameter"`` for the norm of each parameter group of the optimizer, or of each
+            parameter, which are then scaled independently of each other.
+
+    Raises:
+        TypeError: If a number is not a number, or the scope not a string.
+        ValueError: If a number is not positive, or the scope another word.
+
+    References:
+        Pascanu, Mikolov, Bengio: On the difficulty of training recurrent neural networks.
+        ICML 2013, arXiv 1211.5063.
+
+    Example:
+        >>> import torch
+        >>> round(float(ClipByNorm(1.0).decide(torch.tensor(4.0)).coefficient), 3)
+        0.25
+    """
+
+    max_norm: float
+    norm_type: float = 2.0
+    scope: str = "global"
+
+    def __post_init__(self) -> None:
+        check_positive("ClipByNorm(max_norm=)", self.max_norm)
+        check_positive("ClipByNorm(norm_type=)", self.norm_type)
+        check_choice("ClipByNorm(scope=)", self.scope, SCOPES)
+
+    def decide(self, total_norm: Tensor) -> ClipDecision:
+        """Computes the factors for norms; see :class:`~gradwatch.clip.policy.ClipPolicy`."""
+        # The limit of a part is no limit of the total norm.
+        threshold = float(self.max_norm) if self.scope == "global" else math.nan
+        if _surely_below(total_norm, self.max_norm):
+            return ClipDecision(threshold=threshold)
+        coefficient = torch.clamp(self.max_norm / (total_norm + 1e-6), max=1.0)
+        return ClipDecision(coefficient=coefficient, threshold=threshold)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing: the rule has no memory."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes nothing: the rule has no memory."""
+
+
+@dataclass(frozen=True)
+class ClipByValue:
+    """Limits every element of every gradient to ``[-clip_value, clip_value]``.
+
+    The direction of the gradient changes. The recorded ``clip_coef`` is the ratio of the total
+    norms after and before.
+
+    Attributes:
+        clip_value: The limit, positive, in the unit of the gradient.
+
+    Raises:
+        TypeError: If ``clip_value`` is not a number.
+        ValueError: If ``clip_value`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> ClipByValue(0.5).decide(torch.tensor(4.0)).clip_value
+        0.5
+    """
+
+    clip_value: float
+    norm_type: float = 2.0
+    scope: str = field(default="global", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_positive("ClipByValue(clip_value=)", self.clip_value)
+        check_positive("ClipByValue(norm_type=)", self.norm_type)
+
+    def decide(self, total_norm: Tensor) -> ClipDecision:
+        """Names the limit, whatever the norm; see ``ClipPolicy``."""
+        return ClipDecision(threshold=float(self.clip_value), clip_value=float(self.clip_value))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing: the rule has no memory."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes nothing: the rule has no memory."""
+
+
+def _surely_below(norm: Tensor, limit: float) -> bool:
+    """Tells where no rounding can make the factor less than 1, and so no arithmetic is needed."""
+    if not is_at_hand(norm) or not norm.numel():
+        return False
+    largest = norm.max() if norm.ndim else norm
+    return largest.item() < limit * (1 - 1e-5) - 2e-6
+
+
+def check_positive(name: str, value: object) -> None:
+    """Refuses what is not a positive number.
+
+    Args:
+        name: The argument as the user wrote it.
+        value: What the user gave.
+
+    Raises:
+        TypeError: If the value is not a number.
+        ValueError: If it is NaN, zero or negative.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
+    if math.isnan(value) or value <= 0:
+        raise ValueError(f"{name} must be greater than 0, got {value!r}.")

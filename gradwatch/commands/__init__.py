@@ -1,1 +1,0 @@
-"""The commands of the command line: each file adds one to the parser, and runs it."""

@@ -1,1 +1,0 @@
-"""``gradwatch compare``: two runs by settings, by step and by parameter."""

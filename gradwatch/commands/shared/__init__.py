@@ -1,1 +1,0 @@
-"""What several commands use: opening a run, text for terminals, JSON, files."""

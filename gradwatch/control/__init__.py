@@ -1,1 +1,0 @@
-"""What to do: clipping policies, accumulation, skipping, and the optimizer-step boundary."""

@@ -1,1 +1,0 @@
-"""What it means: events made from measured numbers."""

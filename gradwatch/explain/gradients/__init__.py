@@ -1,1 +1,0 @@
-"""check_gradients(): analytic gradients beside numeric ones, and where they differ."""

@@ -1,1 +1,0 @@
-"""curvature(): eigenvalues and trace of the Hessian, from products with vectors."""

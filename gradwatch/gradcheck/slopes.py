@@ -1,0 +1,320 @@
+"""Derivatives along a line, by the graph and by differences, and how to compare them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from gradwatch.gradcheck.function import Leaf, Repeatable
+
+_LEAST_SCALE = 1e-2
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """A direction in a stretch of one leaf.
+
+    Attributes:
+        leaf: The leaf, by its place among all.
+        start: The first position in ``flat``.
+        values: float64 ``[n]``: how far each number from there moves per unit of the step.
+    """
+
+    leaf: int
+    start: int
+    values: Tensor
+
+    @property
+    def stop(self) -> int:
+        """The position after the last one."""
+        return self.start + self.values.numel()
+
+    def part(self, start: int, stop: int) -> Line:
+        """Cuts out a stretch, by positions in ``flat``."""
+        return Line(self.leaf, start, self.values[start - self.start : stop - self.start])
+
+    @classmethod
+    def element(cls, leaf: int, position: int, like: Tensor) -> Line:
+        """Makes the line of one number alone, on the device of ``like``."""
+        return cls(leaf, position, torch.ones(1, dtype=torch.float64, device=like.device))
+
+    @classmethod
+    def random(cls, leaf: int, like: Tensor, generator: torch.Generator) -> Line:
+        """Makes a line that moves every number by ±0.5 to 1.5, for ``like`` in ``[n]``."""
+        values = torch.rand(like.shape, generator=generator, dtype=torch.float64) + 0.5
+        values *= torch.randint(0, 2, like.shape, generator=generator) * 2 - 1
+        return cls(leaf, 0, values.to(like.device))
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """What counts as equal.
+
+    Attributes:
+        eps: The step, per unit of the root mean square of what is varied.
+        rtol: The share of the larger number that is let pass.
+        atol: What is let pass besides.
+    """
+
+    eps: float
+    rtol: float
+    atol: float
+
+
+def scale_of(leaf: Leaf) -> float:
+    """Computes the unit of a step: the root mean square of a leaf, or 0.01 if that is less."""
+    size = leaf.flat.numel()
+    return max(_LEAST_SCALE, float(torch.linalg.vector_norm(leaf.flat)) / math.sqrt(size or 1))
+
+
+_ROUNDING = 16 * torch.finfo(torch.float64).eps
+_JITTER = 1e-4
+
+
+class Slopes:
+    r"""The derivatives of :math:`L = \sum_j w_j y_j` for the outputs :math:`y` of a function.
+
+    The weights are random signs times 0.5 to 1.5, so that no error in one output hides behind
+    another; a single number is taken as it is. Numeric derivatives are central differences,
+    :math:`(y(t + h) - y(t - h)) / 2h` with an error of :math:`O(h^2)`, summed after the
+    subtraction. A complex step would have no rounding at all, but torch's piecewise functions
+    (ReLU, max, abs) take no complex numbers.
+
+    Attributes:
+        function: What is differentiated.
+        places: Where the outputs are in what the function returns.
+        weights: The w by output, in the shape and dtype of it.
+        sparse: Whether a gradient came as a sparse tensor.
+        gradients: For each leaf the gradient of L, float64 ``[n]``; None where the graph has none.
+
+    References:
+        Baydin, Pearlmutter, Radul, Siskind: Automatic Differentiation in Machine Learning: a
+        Survey. JMLR 18, 2018, arXiv 1502.05767, section 2.1 on the choice of the step.
+        torch.autograd.gradcheck, whose fast mode compares along random lines too.
+    """
+
+    def __init__(self, function: Repeatable, tolerance: Tolerance, seed: int) -> None:
+        """Computes the gradient once.
+
+        Args:
+            function: What is differentiated; it must have outputs.
+            tolerance: What counts as equal.
+            seed: Where the weights start.
+        """
+        self.function = function
+        self.tolerance = tolerance
+        self.sparse = False
+        outputs = function.outputs()
+        generator = torch.Generator().manual_seed(seed)
+        self.weights = [_weights(tensor, generator, len(outputs) == 1) for _, tensor in outputs]
+        self.places = [place for place, _ in outputs]
+        self._rounding = _ROUNDING * _size(self.weights, [tensor for _, tensor in outputs])
+        self.gradients = self.differentiate(self.weights, outputs)
+        self.scales = [scale_of(leaf) for leaf in function.leaves]
+
+    def differentiate(
+        self, weights: Sequence[Tensor], outputs: Sequence[tuple[str, Tensor]] | None = None
+    ) -> list[Tensor | None]:
+        """Computes the gradient of weighted outputs by the graph.
+
+        Args:
+            weights: For each output.
+            outputs: The outputs; None to compute them.
+
+        Returns:
+            For each leaf float64 ``[n]``, or None where no graph leads to it.
+        """
+        outputs = self.function.outputs() if outputs is None else outputs
+        ends = [(y, w) for w, (_, y) in zip(weights, outputs, strict=True) if y.requires_grad]
+        leaves = [leaf.tensor for leaf in self.function.leaves]
+        if not ends:
+            return [None] * len(leaves)
+        heads, seeds = [y for y, _ in ends], [w for _, w in ends]
+        found: Sequence[Tensor | None] = torch.autograd.grad(
+            heads, leaves, seeds, allow_unused=True
+        )
+        self.sparse |= any(g is not None and g.layout is not torch.strided for g in found)
+        return [None if g is None else _flat(g) for g in found]
+
+    def analytic(self, line: Line) -> float:
+        """Computes the derivative along a line from the gradient."""
+        gradient = self.gradients[line.leaf]
+        if gradient is None:
+            return 0.0
+        part = gradient[line.start : line.start + line.values.numel()]
+        return float(torch.dot(part, line.values))
+
+    def changes(self, line: Line, factor: float = 1.0) -> list[Tensor]:
+        """Computes the derivatives of all outputs along a line by central differences.
+
+        Args:
+            line: The line.
+            factor: The step, in units of the usual one.
+
+        Returns:
+            A tensor for each output; NaN where the function refuses the values.
+        """
+        step = factor * self.tolerance.eps * self.scales[line.leaf]
+        try:
+            above, below = self._moved(line, step), self._moved(line, -step)
+            pairs = zip(above, below, self.weights, strict=True)
+            return [torch.where(w != 0, (a - b) / (2 * step), 0.0) for a, b, w in pairs]
+        except (RuntimeError, ValueError):  # outside of what the function is defined for
+            return [torch.full_like(w, math.nan) for w in self.weights]
+
+    def numeric(self, line: Line, factor: float = 1.0) -> float:
+        """Computes the derivative along a line by central differences; see :meth:`changes`."""
+        changes = self.changes(line, factor)
+        return sum(float(_inner(w, c)) for w, c in zip(self.weights, changes, strict=True))
+
+    @contextmanager
+    def nearby(self, sign: float) -> Iterator[Slopes]:
+        """Moves all leaves a little, by random amounts, and gives the slopes there.
+
+        Args:
+            sign: 1 or -1, for two places on opposite sides.
+        """
+        generator = torch.Generator().manual_seed(0)
+        saved = [leaf.flat.clone() for leaf in self.function.leaves]
+        try:
+            for leaf, scale in zip(self.function.leaves, self.scales, strict=True):
+                moves = Line.random(0, leaf.flat, generator).values  # unlike, or ties stay ties
+                leaf.flat.add_(moves, alpha=sign * _JITTER * scale)
+            yield Slopes(self.function, self.tolerance, 0)
+        finally:
+            for leaf, values in zip(self.function.leaves, saved, strict=True):
+                leaf.flat.copy_(values)
+
+    def allowed(self, line: Line, analytic: float, numeric: float) -> float:
+        """Computes how far apart two equal derivatives may be."""
+        rounding = self._rounding / (self.tolerance.eps * self.scales[line.leaf])
+        relative = self.tolerance.rtol * max(abs(analytic), abs(numeric))
+        return relative + self.tolerance.atol + rounding
+
+    def _moved(self, line: Line, step: float) -> list[Tensor]:
+        part = self.function.leaves[line.leaf].flat[line.start :][: line.values.numel()]
+        saved = part.clone()
+        try:
+            part.add_(line.values, alpha=step)
+            return [tensor.detach() for _, tensor in self.function.outputs()]
+        finally:
+            part.copy_(saved)
+
+
+def _weights(output: Tensor, generator: torch.Generator, alone: bool) -> Tensor:
+    shape = (*output.shape, 2) if output.is_complex() else tuple(output.shape)
+    numbers = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
+    numbers *= torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    if alone and numbers.numel() == 1:
+        numbers = torch.ones_like(numbers)
+    weights = torch.view_as_complex(numbers) if output.is_complex() else numbers
+    # An output of -Inf, as masks make them, has no differences.
+    return torch.where(torch.isfinite(output.detach()), weights.to(output), 0.0)
+
+
+def _size(weights: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+    products = [
+        torch.where(w != 0, w * y.detach(), 0.0) for w, y in zip(weights, outputs, strict=True)
+    ]
+    return math.sqrt(sum(float(product.abs().square().sum()) for product in products))
+
+
+def _flat(gradient: Tensor) -> Tensor:
+    dense = gradient.detach() if gradient.layout is torch.strided else gradient.to_dense()
+    real = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
+    return real.reshape(-1).to(torch.float64)
+
+
+def _inner(weights: Tensor, changes: Tensor) -> Tensor:
+    return (
+        (weights.conj() * changes).real.sum() if weights.is_complex() else (weights * changes).sum()
+    )
+
+
+_STEPS = (1.0, 1 / 16, 16.0, 1 / 256, 256.0)
+_IN_ORDER = (3, 1, 0, 2, 4)  # the steps by size, as indices
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One derivative, computed in two ways.
+
+    Attributes:
+        analytic: By the graph.
+        numeric: By central differences.
+        agrees: Whether they are the same within the tolerance.
+        settled: Whether the numeric one is the same for several steps. If not, what differs may be
+            a jump or rounding.
+        traceable: Whether either is above the rounding of the other.
+    """
+
+    analytic: float
+    numeric: float
+    agrees: bool
+    settled: bool = True
+    traceable: bool = True
+
+
+def compare(slopes: Slopes, line: Line) -> Comparison:
+    """Compares the derivatives along a line, with other steps where they differ.
+
+    A smaller step leaves a kink nearby outside, a larger one is above the rounding of large
+    outputs.
+
+    Args:
+        slopes: The derivatives.
+        line: The line.
+
+    Returns:
+        The numbers and what to think of them.
+    """
+    analytic = slopes.analytic(line)
+    tried: list[float] = []
+    for factor in _STEPS:
+        numeric = slopes.numeric(line, factor)
+        tried.append(numeric)
+        allowed = slopes.allowed(line, analytic, numeric)
+        if abs(analytic - numeric) <= allowed:
+            traceable = max(abs(analytic), abs(numeric)) > allowed
+            return Comparison(analytic, numeric, True, traceable=traceable)
+    return _disagreement(analytic, [tried[i] for i in _IN_ORDER])
+
+
+def _disagreement(analytic: float, numeric: list[float]) -> Comparison:
+    pairs = [(abs(a - b), b) for a, b in pairwise(numeric) if math.isfinite(a - b)]
+    if not pairs:
+        return Comparison(analytic, math.nan, False, settled=False)
+    spread, best = min(pairs)
+    settled = not math.isfinite(analytic) or 4 * spread < abs(analytic - best)
+    return Comparison(analytic, best, False, settled)
+
+
+def is_wrong(slopes: Slopes, line: Line, found: Comparison) -> bool:
+    """Tells a wrong gradient from a place where there is none.
+
+    A kink is a matter of one point, and a wrong gradient is wrong next to it as well. What differs
+    is therefore compared again on both sides of it, all leaves moved by random amounts. A gradient
+    of NaN where the function is finite is wrong in any case: a training would meet it.
+
+    Args:
+        slopes: The derivatives.
+        line: Where they differ.
+        found: How.
+    """
+    if not math.isfinite(found.analytic):
+        return math.isfinite(slopes.numeric(line))
+    for sign in (1.0, -1.0):
+        try:
+            with slopes.nearby(sign) as moved:
+                again = compare(moved, line)
+        except (RuntimeError, ValueError):  # outside of what the function is defined for
+            continue
+        if not again.agrees and again.settled:
+            return True
+    return False

@@ -1,0 +1,3 @@
+"""curvature(): eigenvalues and trace of the Hessian, from products with vectors."""
+
+from __future__ import annotations

@@ -1,0 +1,164 @@
+"""curvature(): how sharply a loss bends, from products of its Hessian with vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gradwatch.checks import check_between, check_count
+from gradwatch.hessian.of_model import HessianOfModel, Loss, check_loss, hessian_of
+from gradwatch.hessian.spectrum import estimate_trace, extreme_eigenvalues
+
+__all__ = ["Curvature", "curvature"]
+
+
+@dataclass(frozen=True, slots=True)
+class Curvature:
+    """How a loss bends around the weights that a model has.
+
+    Attributes:
+        loss: The loss there.
+        largest_eigenvalue: The largest eigenvalue of the Hessian, in units of the loss per squared
+            unit of a weight: the curvature in the steepest valley wall.
+        smallest_eigenvalue: The smallest one; clearly negative at a saddle or a ridge.
+        trace: The sum of all eigenvalues; NaN if ``probes=0``.
+        trace_stderr: Its standard error; 0 where it is exact.
+        iterations: Products spent on the eigenvalues.
+        probes: Products spent on the trace.
+        converged: Whether both eigenvalues are within the tolerance.
+        parameters: How many numbers the Hessian has rows.
+        unused: The names of parameters that the loss does not depend on; their rows are zero.
+    """
+
+    loss: float
+    largest_eigenvalue: float
+    smallest_eigenvalue: float
+    trace: float
+    trace_stderr: float
+    iterations: int
+    probes: int
+    converged: bool
+    parameters: int
+    unused: tuple[str, ...] = ()
+
+    @property
+    def dominant_eigenvalue(self) -> float:
+        """The eigenvalue of largest magnitude, with its sign."""
+        return max(self.largest_eigenvalue, self.smallest_eigenvalue, key=abs)
+
+    @property
+    def learning_rate_limit(self) -> float:
+        """Where plain gradient descent begins to oscillate: 2 / largest eigenvalue.
+
+        Inf where no direction bends upwards. Momentum β raises it to (2 + 2β) / largest; adaptive
+        optimizers have another one. Cohen et al., ICLR 2021, arXiv 2103.00065.
+        """
+        top = self.largest_eigenvalue
+        return 2 / top if top > 0 else math.inf
+
+    def __str__(self) -> str:
+        """Says it in two or three lines."""
+        eigenvalues = f"{self.smallest_eigenvalue:.4g} to {self.largest_eigenvalue:.4g}"
+        effort = f"{self.iterations} products" + ("" if self.converged else ", not converged")
+        head = f"Curvature over {self.parameters:,} parameters at loss {self.loss:.4g}: "
+        lines = [
+            f"{head}eigenvalues from {eigenvalues} ({effort}){self._trace_text()}.",
+            f"Plain gradient descent oscillates above a learning rate of {self._limit_text()}.",
+        ]
+        if self.unused:
+            lines.append(f"The loss does not depend on {', '.join(self.unused)}.")
+        return "\n".join(lines)
+
+    def _limit_text(self) -> str:
+        return f"{self.learning_rate_limit:.3g} (2 / largest eigenvalue)"
+
+    def _trace_text(self) -> str:
+        if not self.probes:
+            return ""
+        if not self.trace_stderr:
+            return f", trace {self.trace:.4g} (exact, {self.probes} products)"
+        return f", trace {self.trace:.4g} ± {self.trace_stderr:.2g} ({self.probes} products)"
+
+
+def curvature(
+    model: nn.Module | Mapping[str, Tensor],
+    loss: Loss,
+    *,
+    iterations: int = 100,
+    tolerance: float = 1e-3,
+    probes: int = 32,
+    seed: int = 0,
+) -> Curvature:
+    """Computes both ends of the spectrum of the Hessian of a loss, and its trace.
+
+    The Hessian is that of all parameters that require a gradient, together. It is never formed:
+    each product with a vector costs about two backwards, and memory for a few vectors of the size
+    of the model and for the graph of one backward. Nothing changes: neither ``.grad`` fields nor
+    buffers, hooks, training flags or the state of random numbers. In training mode dropout and
+    batch statistics belong to the loss; write ``model.eval()`` for the loss without them.
+
+    Args:
+        model: The module, or a mapping from names to leaf tensors. Tied weights count once.
+        loss: A function without arguments or of the model, which returns the loss; or the loss, a
+            tensor with one element whose graph is still there. A function is called once, under
+            the kernels of attention and RNNs that can be differentiated twice, with random
+            numbers from ``seed``. With DDP it is given the module inside, which it must call.
+        iterations: The most products to spend on the eigenvalues, at least 1; 10 to 50 are usual.
+        tolerance: The error of the eigenvalues at which to stop, as a share of the larger
+            magnitude, between 0 and 1. Float32 can do 1e-5.
+        probes: Products to spend on the trace; 0 leaves it out. A model with no more parameters
+            than that gets an exact trace.
+        seed: Where the random vectors start; the same seed gives the same numbers.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        TypeError: If parameters are in half precision or sharded, or the loss is none of these.
+        ValueError: If an argument is out of bounds, nothing is trainable, or the loss or its
+            Hessian is not finite.
+        RuntimeError: If the loss cannot be differentiated, or not twice.
+
+    References:
+        Pearlmutter 1994 for the products, Lanczos 1950 for the eigenvalues, Hutchinson 1990 for
+        the trace; see the functions used.
+        Yao, Gholami, Keutzer, Mahoney: PyHessian: Neural Networks Through the Lens of the Hessian.
+        IEEE Big Data 2020, arXiv 1912.07145: the same numbers, the eigenvalue by power iteration.
+
+    Example:
+        >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> found = curvature({"x": x}, lambda: x[0] ** 2 + x[1] ** 2 + x[0] * x[1])
+        >>> round(found.smallest_eigenvalue, 4), round(found.largest_eigenvalue, 4), found.trace
+        (1.0, 3.0, 4.0)
+    """
+    check_count("curvature(iterations=)", iterations, 1)
+    check_between("curvature(tolerance=)", tolerance, 0.0, 1.0, "Write 1e-3.")
+    check_count("curvature(probes=)", probes, 0)
+    check_loss(loss)
+    with hessian_of(model, loss, seed) as found:
+        return _measure(found, (iterations, tolerance, probes, seed))
+
+
+def _measure(found: HessianOfModel, options: tuple[int, float, int, int]) -> Curvature:
+    product, loss, names = found
+    iterations, tolerance, probes, seed = options
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(product.like.shape, generator=generator).to(product.like)
+    ends = extreme_eigenvalues(product, start, iterations, tolerance)
+    trace = estimate_trace(product, product.like, probes, generator)
+    return Curvature(
+        loss=loss,
+        largest_eigenvalue=ends.largest,
+        smallest_eigenvalue=ends.smallest,
+        trace=trace.value,
+        trace_stderr=trace.stderr,
+        iterations=ends.iterations,
+        probes=trace.probes,
+        converged=ends.converged,
+        parameters=product.like.numel(),
+        unused=tuple(name for name, used in zip(names, product.used, strict=True) if not used),
+    )

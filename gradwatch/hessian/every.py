@@ -1,0 +1,281 @@
+"""The curvature along a training: taken at every so many steps, and harming none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from gradwatch.checks import check_between, check_count
+from gradwatch.hessian.of_model import hessian_of
+from gradwatch.hessian.spectrum import Eigenpair, NotFiniteError, estimate_trace, largest_eigenpair
+from gradwatch.hooks.backward import inside_backward
+from gradwatch.record.records import warn_safely
+
+_NOT_A_FUNCTION = (
+    "CurvatureEvery(loss=) must be a function without arguments, or of the model, that returns the "
+    "loss, got {loss!r} of type {kind}. Write CurvatureEvery(200, lambda: criterion(model(x), y)) "
+    "with a batch x, y that stays the same."
+)
+
+
+class CurvatureSample(NamedTuple):
+    """What is kept of the curvature at a step.
+
+    Attributes:
+        largest_eigenvalue: Of the Hessian.
+        trace: Its trace.
+    """
+
+    largest_eigenvalue: float = math.nan
+    trace: float = math.nan
+
+
+NOT_TAKEN = CurvatureSample()
+
+TakeCurvature: TypeAlias = Callable[[int, str], CurvatureSample]
+"""What a step and its outcome are told to, when it is over."""
+
+
+def never(step: int, outcome: str) -> CurvatureSample:
+    """Takes nothing, at any step."""
+    return NOT_TAKEN
+
+
+@dataclass(frozen=True, slots=True)
+class CurvatureEvery:
+    r"""Takes the curvature of the loss along a training, for ``watch(curvature=)``.
+
+    After step 1, and then after every so many steps of the first optimizer, the largest eigenvalue
+    of the Hessian and its trace go into the columns ``hessian_eigenvalue`` and ``hessian_trace`` of
+    that step, for the weights that the step has left. The Hessian is that of all parameters of the
+    model that require a gradient, whichever optimizer steps them. :func:`gradwatch.curvature` is
+    the same for one moment, and has the smallest eigenvalue and standard errors besides.
+
+    It costs a forward and a backward that records its graph, and about two backwards for each
+    product of the Hessian with a vector: at most ``iterations`` for the eigenvalue, far fewer as
+    soon as there is a search from the time before to go on from, and ``probes`` for the trace.
+    :attr:`gradwatch.Watcher.overhead` counts it. Between the steps at which it is taken two vectors
+    of the size of the model are kept, the eigenvector and the runner-up; at them a dozen, and the
+    graph of the batch, next to the gradients of the step. On a device it waits for the numbers.
+
+    The training is not changed: ``.grad`` fields, buffers, training flags, and the random numbers
+    of torch, Python and NumPy stay as they are, and no hook that waits for a gradient is called. A
+    function that fails, or a loss that cannot be differentiated twice, is warned of once, and the
+    columns stay NaN from there on; a loss or Hessian that is not finite is a NaN for that step.
+
+    Args:
+        every: Steps from one time to the next, at least 1.
+        loss: Returns the loss: a mean over a batch, neither scaled by a ``GradScaler`` nor divided
+            for accumulation. Called without arguments, or with the model if it takes one, free of
+            its data-parallel wrapper and uncompiled. Give it one batch that stays the same, or the
+            numbers follow the batches. Random numbers, dropout's say, are the same each time, from
+            ``seed``. Whether layers are in training mode is as the loop has left it. It must not
+            call ``backward``.
+        iterations: The most products to spend on the eigenvalue, at least 1.
+        tolerance: The error of the eigenvalue at which to stop, as a share of the largest magnitude
+            seen, between 0 and 1.
+        probes: Products to spend on the trace, with the same random signs each time, so that a
+            trend is not theirs; 0 leaves it out.
+        seed: Where the random numbers start.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If one is out of bounds.
+
+    References:
+        Pearlmutter: Fast Exact Multiplication by the Hessian. Neural Computation 6(1), 1994.
+        Hutchinson: A stochastic estimator of the trace of the influence matrix for Laplacian
+        smoothing splines. Communications in Statistics 19(2), 1990.
+        Cohen, Kaur, Li, Kolter, Talwalkar: Gradient Descent on Neural Networks Typically Occurs at
+        the Edge of Stability. ICLR 2021, arXiv 2103.00065: without momentum the eigenvalue rises to
+        about 2 / learning rate, and stays there.
+
+    Example:
+        >>> import torch, gradwatch
+        >>> x = torch.tensor([1.0, 1.0], requires_grad=True)
+        >>> loss = lambda: x[0] ** 4 + x[1] ** 2
+        >>> optimizer = torch.optim.SGD([x], lr=0.1)
+        >>> with gradwatch.watch({"x": x}, optimizer, curvature=CurvatureEvery(2, loss)) as watcher:
+        ...     for _ in range(3):
+        ...         optimizer.zero_grad()
+        ...         loss().backward()
+        ...         optimizer.step()
+        >>> [round(value, 2) for value in watcher.history.steps()["hessian_eigenvalue"]]
+        [4.32, nan, 2.53]
+    """
+
+    every: int
+    loss: Callable[..., Any] = field(repr=False)
+    iterations: int = 20
+    tolerance: float = 1e-2
+    probes: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks what was given."""
+        from gradwatch.hessian.of_model import arguments
+
+        check_count("CurvatureEvery(every=)", self.every, 1)
+        given: object = self.loss
+        if not callable(given) or arguments(given) not in (0, 1):
+            kind = type(given).__name__
+            raise TypeError(_NOT_A_FUNCTION.format(loss=given, kind=kind))
+        check_count("CurvatureEvery(iterations=)", self.iterations, 1)
+        check_between("CurvatureEvery(tolerance=)", self.tolerance, 0.0, 1.0, "Write 1e-2.")
+        check_count("CurvatureEvery(probes=)", self.probes, 0)
+
+
+def sampler_of(
+    asked: CurvatureEvery | None, model: nn.Module | Mapping[str, Tensor]
+) -> CurvatureSampler | None:
+    """Makes what takes the curvature, where it is asked for.
+
+    Args:
+        asked: What is asked for.
+        model: The watched model.
+
+    Returns:
+        None where nothing is.
+
+    Raises:
+        TypeError: If parameters are in half precision or sharded.
+        ValueError: If nothing is trainable.
+    """
+    if asked is None:
+        return None
+    from gradwatch.hessian.of_model import trainable
+
+    trainable(model)
+    return CurvatureSampler(asked, model)
+
+
+MIXED_IN = 0.1
+"""Length of the random vector that is added to the last eigenvector, whose length is 1."""
+
+STOPPED = (
+    "gradwatch takes no curvature from step {step} on: {error} The training and all other records "
+    "go on. gradwatch.curvature(model, loss) tries the same at once."
+)
+NO_NUMBER = (
+    "gradwatch has no curvature at step {step}, nor says so again at later ones: {error} The "
+    "training and all other records go on."
+)
+IN_BACKWARD = (
+    "the optimizer steps inside the backward, where weights of before and after a step are mixed. "
+    "Call gradwatch.curvature(model, loss) between two steps."
+)
+
+
+class CurvatureSampler:
+    """Takes the curvature when it is due.
+
+    Attributes:
+        busy: Whether the loss of the user is being computed; what happens then is no part of the
+            training.
+    """
+
+    def __init__(self, asked: CurvatureEvery, model: nn.Module | Mapping[str, Tensor]) -> None:
+        """Takes nothing yet.
+
+        Args:
+            asked: What to take, and when.
+            model: The watched model.
+        """
+        self.busy = False
+        self._asked = asked
+        self._model = model
+        self._last: Eigenpair | None = None
+        self._owed = False
+        self._warned = False
+        self._dead = False
+
+    def __call__(self, step: int, outcome: str) -> CurvatureSample:
+        """Takes the curvature after a step, if it is due.
+
+        Args:
+            step: The step, counted from 1.
+            outcome: What became of it. One that a scaler has left out may show only in the next
+                backward, in which nothing can be taken: the next step makes up for it.
+
+        Returns:
+            The numbers; NaN where none were taken. Nothing is raised.
+        """
+        self._owed |= (step - 1) % self._asked.every == 0
+        if self._dead or not self._owed or outcome == "skipped_scaler":
+            return NOT_TAKEN
+        self._owed = False
+        if inside_backward():
+            self._stop(step, IN_BACKWARD)
+            return NOT_TAKEN
+        return self._try(step)
+
+    def _try(self, step: int) -> CurvatureSample:
+        self.busy = True
+        try:
+            return self._take(step)
+        except NotFiniteError as error:
+            self._last = None
+            if not self._warned:
+                self._warned = True
+                warn_safely(NO_NUMBER.format(step=step, error=error))
+        except Exception as error:
+            self._stop(step, _named(error))
+        finally:
+            self.busy = False
+        return NOT_TAKEN
+
+    def _take(self, step: int) -> CurvatureSample:
+        asked = self._asked
+        with _without_autocast(), hessian_of(self._model, asked.loss, asked.seed) as found:
+            product = found.product
+            start, runner_up = self._start(product.like, step)
+            limits = (asked.iterations, asked.tolerance)
+            top = largest_eigenpair(product, start, *limits, runner_up)
+            generator = torch.Generator().manual_seed(asked.seed)
+            trace = estimate_trace(product, product.like, asked.probes, generator)
+        self._last = top
+        return CurvatureSample(top.value, trace.value)
+
+    def _start(self, like: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """Takes where the last search ended, the best mixed with all others."""
+        generator = torch.Generator().manual_seed(self._asked.seed + step)
+        fresh = torch.randn(like.shape, generator=generator).to(like)
+        last = self._last
+        if last is None or not _fits(last.vector, like):
+            return fresh, None
+        share = MIXED_IN / float(torch.linalg.vector_norm(fresh))
+        return last.vector.add(fresh, alpha=share), last.runner_up
+
+    def _stop(self, step: int, why: str) -> None:
+        self._dead, self._last = True, None
+        warn_safely(STOPPED.format(step=step, error=why))
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Leaves the autocast that the loop may be in; the loss can enter one of its own.
+
+    Without its cache: that would keep the half-precision weights of this moment for the loop.
+    """
+    with ExitStack() as stack:
+        for kind in _device_types():
+            stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+        yield
+
+
+def _device_types() -> Iterable[str]:
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def _fits(vector: Tensor, like: Tensor) -> bool:
+    return (vector.shape, vector.dtype, vector.device) == (like.shape, like.dtype, like.device)
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".rstrip(". ") + "."

@@ -1,0 +1,1 @@
+"""What hangs on PyTorch while a run is watched: on parameters, modules, optimizers, ranks."""

@@ -1,0 +1,139 @@
+"""LossScale: what a GradScaler has done to the gradients, so that every number is a true one."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import OptState
+from torch.optim import Optimizer
+
+from gradwatch.measure.deferred import FloatOrDeferred, reading_of, resolve
+
+
+class LossScale:
+    """Reads the loss scale of a ``torch.amp.GradScaler``, or stands for its absence.
+
+    Attributes:
+        scaler: The scaler; None where there is none, and so no step is left out by one.
+        looked: Whether that is settled, until an optimizer steps.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
+        """Reads from a scaler.
+
+        Args:
+            scaler: The scaler of the training loop; None where there is none.
+        """
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._candidates: list[torch.amp.GradScaler] = []
+        self.looked = scaler is not None
+
+    def look(self) -> None:
+        """Looks for the scaler of the loop, in the first backward, where none was given.
+
+        One that has scaled something by then, and that the code which called the backward has at
+        hand, is taken for it until an optimizer steps; that tells for certain.
+        """
+        self.looked = True
+        self._candidates = [scaler for scaler in _scalers() if scaler._scale is not None]
+        self.scaler = _at_hand(self._candidates, sys._getframe())
+
+    def settle_whose(self, optimizer: Optimizer) -> None:
+        """Keeps the scaler that unscales the gradients of a step, and forgets all others.
+
+        Args:
+            optimizer: The optimizer that is about to step.
+        """
+        if self._candidates:
+            serving = [scaler for scaler in self._candidates if _serves(scaler, optimizer)]
+            self.scaler = serving[0] if serving else None
+            self._candidates = []
+
+    def value(self) -> FloatOrDeferred:
+        """Returns the factor that the loss, and so each gradient, is multiplied with now."""
+        if self.scaler is None:
+            return 1.0
+        scale = self.scaler._scale
+        return self.scaler.get_scale() if scale is None else reading_of(scale)
+
+    def generation(self) -> object:
+        """Returns an object that is another one after each ``update()`` of the scaler.
+
+        It costs no wait. ``update()`` begins what the scaler knows of its optimizers anew.
+        """
+        return None if self.scaler is None else self.scaler._per_optimizer_states
+
+    def lowered_since(self, earlier: FloatOrDeferred) -> bool:
+        """Tells whether the scaler has lowered its scale: it has met a gradient that overflowed.
+
+        On an accelerator it waits for the device.
+
+        Args:
+            earlier: An earlier value.
+        """
+        return resolve(self.value()) < resolve(earlier)
+
+    def left_in(self, optimizer: Optimizer | None) -> FloatOrDeferred:
+        """Returns the factor that the gradients still carry when the optimizer's step begins.
+
+        A fused optimizer unscales inside its step and carries ``grad_scale`` for it; for every
+        other one the scaler has unscaled the gradients already.
+
+        Args:
+            optimizer: The optimizer that is about to step; None where there is none.
+
+        Returns:
+            The factor, 1.0 where the gradients are true.
+        """
+        return _carried(optimizer, "grad_scale", 1.0)
+
+    @staticmethod
+    def found_inf(optimizer: Optimizer | None) -> FloatOrDeferred:
+        """Tells whether the scaler has asked a fused optimizer not to apply this step.
+
+        Args:
+            optimizer: The optimizer that is about to step; None where there is none.
+
+        Returns:
+            A number above 0 if it has.
+        """
+        return _carried(optimizer, "found_inf", 0.0)
+
+
+def _scalers() -> list[torch.amp.GradScaler]:
+    """Lists every enabled scaler of the process; torch keeps no list of them."""
+    # The class of an object, not isinstance(): that asks proxies, which may answer with an error.
+    objects = [o for o in gc.get_objects() if issubclass(type(o), torch.amp.GradScaler)]
+    return [scaler for scaler in objects if scaler.is_enabled()]
+
+
+def _at_hand(
+    scalers: list[torch.amp.GradScaler], frame: FrameType | None
+) -> torch.amp.GradScaler | None:
+    """Picks the one that the code which called the backward has at hand; None if it has none."""
+    while frame is not None and scalers:
+        own: dict[str, Any] = getattr(frame.f_locals.get("self"), "__dict__", {})
+        values = [*frame.f_locals.values(), *own.values(), *frame.f_globals.values()]
+        held = [scaler for scaler in scalers if any(value is scaler for value in values)]
+        if held:
+            return held[0] if len(held) == 1 else None
+        frame = frame.f_back
+    return None
+
+
+def _serves(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
+    """Tells whether a scaler has unscaled, or is stepping, an optimizer since its last update."""
+    state = scaler._per_optimizer_states.get(id(optimizer))
+    return state is not None and state["stage"] is not OptState.READY
+
+
+def _carried(optimizer: Optimizer | None, name: str, otherwise: float) -> FloatOrDeferred:
+    value: Tensor | float | None = getattr(optimizer, name, None)
+    if value is None:
+        return otherwise
+    return reading_of(value) if isinstance(value, Tensor) else float(value)

@@ -1,0 +1,1 @@
+"""Pure numbers: norms, statistics and where gradients are not finite."""

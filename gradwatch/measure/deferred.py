@@ -1,0 +1,196 @@
+"""Deferred numbers: computed on a device, brought to the host without a wait."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.floating[Any]]
+
+_polls_until_arrival: int | None = None
+
+
+@contextmanager
+def late_readings(polls: int = 1) -> Iterator[None]:
+    """Treats the CPU like an accelerator, so that what a run does on one can be seen on the CPU.
+
+    Args:
+        polls: How often a copy is asked for before it has arrived.
+    """
+    global _polls_until_arrival  # noqa: PLW0603 - one process, one kind of machine
+    before, _polls_until_arrival = _polls_until_arrival, polls
+    try:
+        yield
+    finally:
+        _polls_until_arrival = before
+
+
+def is_at_hand(tensor: Tensor) -> bool:
+    """Tells whether the numbers of a tensor can be read without waiting for a device."""
+    return tensor.is_cpu and _polls_until_arrival is None
+
+
+class Deferred:
+    """The numbers of a tensor of any shape; asking for them waits unless they are at hand.
+
+    Attributes:
+        tensor: Where they are computed; nothing may write into it later.
+    """
+
+    __slots__ = ("_array", "_value", "tensor")
+
+    def __init__(self, tensor: Tensor, value: float | None = None) -> None:
+        """Takes note of a tensor.
+
+        Args:
+            tensor: Of any shape, floating dtype and device.
+            value: The number of a tensor with one element, where it has been read.
+        """
+        self.tensor = tensor
+        self._array: Array | None = None
+        self._value = value
+
+    @property
+    def at_hand(self) -> bool:
+        """Whether asking does not wait."""
+        known = self._value is not None or self._array is not None
+        return known or is_at_hand(self.tensor)
+
+    def array(self) -> Array:
+        """Returns the numbers in the shape of the tensor."""
+        if self._array is None:
+            self._array = _on_host(self.tensor).numpy()
+        return self._array
+
+    def value(self) -> float:
+        """Returns the number of a tensor with one element."""
+        if self._value is None:
+            arrived = self._array is not None
+            self._value = float(self.array()) if arrived else self.tensor.item()
+        return self._value
+
+    def if_known(self) -> float | None:
+        """Returns the number of a tensor with one element; None where asking would wait."""
+        if self._value is None and self.at_hand:
+            return self.value()
+        return self._value
+
+    def arrive(self, array: Array) -> None:
+        """Takes the numbers that a transfer has brought."""
+        self._array = array
+
+
+FloatOrDeferred = float | Deferred
+
+
+def resolve(value: FloatOrDeferred) -> float:
+    """Returns a number that may have to come from a device."""
+    return value.value() if isinstance(value, Deferred) else value
+
+
+def as_operand(value: FloatOrDeferred) -> float | Tensor:
+    """Returns a number to calculate with, where it is: on the host, or as a tensor on a device."""
+    if not isinstance(value, Deferred):
+        return value
+    return value.value() if value.at_hand else value.tensor
+
+
+def defer(result: float | Tensor) -> FloatOrDeferred:
+    """Takes the result of a calculation with :func:`as_operand`.
+
+    Args:
+        result: A float, or a tensor ``[]`` that nothing will write into.
+    """
+    if not isinstance(result, Tensor):
+        return float(result)
+    return result.item() if is_at_hand(result) else Deferred(result)
+
+
+def reading_of(tensor: Tensor) -> FloatOrDeferred:
+    """Reads a tensor ``[]`` where that costs nothing, else keeps a copy to be read later.
+
+    Args:
+        tensor: One that its owner may write into later, the scale of a ``GradScaler`` say.
+    """
+    tensor = tensor.detach()
+    return float(tensor) if is_at_hand(tensor) else Deferred(tensor.clone())
+
+
+class Transfer:
+    """One asynchronous copy to the host of all numbers of a step."""
+
+    def __init__(self, readings: Sequence[Deferred]) -> None:
+        """Starts the copy.
+
+        Args:
+            readings: What is to be read, on any devices; none that is at hand.
+        """
+        groups: dict[torch.device, list[Deferred]] = {}
+        for reading in readings:
+            groups.setdefault(reading.tensor.device, []).append(reading)
+        self._copies = [_Copy(device, group) for device, group in groups.items()]
+
+    def arrived(self) -> bool:
+        """Tells, without waiting, whether all numbers can be read."""
+        if self._copies:
+            self._copies = [copy for copy in self._copies if not copy.delivered()]
+        return not self._copies
+
+    def wait(self) -> None:
+        """Waits until they can."""
+        for copy in self._copies:
+            copy.deliver()
+        self._copies = []
+
+
+class _Copy:
+    """The copy of a transfer from one device."""
+
+    def __init__(self, device: torch.device, readings: list[Deferred]) -> None:
+        self._readings = readings
+        flat = torch.cat([reading.tensor.reshape(-1) for reading in readings])
+        self._event = _event(device)
+        self._polls = _polls_until_arrival or 0
+        if self._event is None:
+            self._host = flat.clone() if device.type == "cpu" else flat
+        else:
+            self._host = torch.empty_like(flat, device="cpu", pin_memory=True)
+            self._host.copy_(flat, non_blocking=True)
+            self._event.record()
+
+    def delivered(self) -> bool:
+        if self._event is None:
+            self._polls -= 1
+            here = self._polls < 0
+        else:
+            here = self._event.query()
+        if here:
+            self.deliver()
+        return here
+
+    def deliver(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+        numbers = self._host.cpu().numpy()
+        ends = np.cumsum([reading.tensor.numel() for reading in self._readings])
+        for reading, part in zip(self._readings, np.split(numbers, ends[:-1]), strict=True):
+            precision = np.float64 if reading.tensor.dtype == torch.float64 else np.float32
+            reading.arrive(part.reshape(tuple(reading.tensor.shape)).astype(precision))
+
+
+def _event(device: torch.device) -> Any:
+    """Makes an event of a device that can copy to the host by itself; None where it cannot."""
+    module = getattr(torch, device.type, None)
+    return module.Event() if device.type in ("cuda", "xpu") and module is not None else None
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu" and not is_at_hand(tensor):
+        tensor.new_zeros(()).item()  # on a device the copy below waits; here, show the same wait
+    return tensor.cpu()

@@ -1,0 +1,320 @@
+"""The gradient norm of every parameter at every step, as one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import Colormap, LogNorm
+from matplotlib.patches import Patch
+
+from gradwatch.plots.canvas import (
+    EMPTY,
+    GREY,
+    NO_GRADIENT_GREY,
+    NONFINITE,
+    NORM_MAP,
+    RELATIVE_MAP,
+    ZERO,
+    canvas,
+    dress,
+    inset,
+    legend_below,
+    log_norms,
+    name_rows,
+    pixel_columns,
+    say,
+    step_axis,
+)
+from gradwatch.plots.data import (
+    Array,
+    Block,
+    Rows,
+    StepTrack,
+    blocks,
+    every_step,
+    rows_of,
+    starts_of,
+    step_tracks,
+)
+from gradwatch.plots.norms import (
+    bounds,
+    colors_of,
+    draw_curve,
+    draw_edges,
+    draw_threshold,
+    positive,
+    thresholds,
+)
+
+if TYPE_CHECKING:
+    from gradwatch.report.run_data import Records
+
+
+TAIL = 0.5
+"""Percent of the cells at each end that may lie outside of the scale: a spike must not take all
+colours from the rest. It has the last colour."""
+
+LEAST_FACTOR, LARGEST_FACTOR = 10.0, 1_000.0
+"""Bounds of the scale of relative norms."""
+
+
+def color_scale(values: Array, relative: bool) -> tuple[LogNorm, Colormap]:
+    """Chooses the scale.
+
+    Args:
+        values: float64: the cells; what is not above 0 counts for nothing.
+        relative: Whether they are relative to a typical one, 1.
+
+    Returns:
+        The scale and its colours.
+    """
+    some = values[np.isfinite(values) & (values > 0)]
+    colors = colormaps[RELATIVE_MAP if relative else NORM_MAP].with_extremes(bad=NO_GRADIENT_GREY)
+    if relative:
+        factor = float(10 ** np.percentile(np.abs(np.log10(some)), 100 - TAIL)) if len(some) else 1
+        factor = min(max(factor, LEAST_FACTOR), LARGEST_FACTOR)
+        return LogNorm(1 / factor, factor), colors
+    low, high = np.log10(np.percentile(some, [TAIL, 100 - TAIL])) if len(some) else (-1.0, 0.0)
+    # Less than a decade would show noise as if it were a contrast.
+    missing = max(0.0, 1.0 - (high - low)) / 2
+    return LogNorm(float(10 ** (low - missing)), float(10 ** (high + missing))), colors
+
+
+@dataclass(frozen=True, slots=True)
+class HeatCells:
+    """A matrix of cells.
+
+    Attributes:
+        norms: float64 ``[rows, bins]``: the largest finite norm; NaN where there is none.
+        bad: int64 like it: how many norms were NaN or Inf.
+    """
+
+    norms: Array
+    bad: Array
+
+    @property
+    def zero(self) -> Array:
+        """Bool ``[rows, bins]``: whether no norm was other than exactly 0."""
+        zero: Array = (self.norms == 0) & (self.bad == 0)
+        return zero
+
+    @property
+    def absent(self) -> Array:
+        """Bool ``[rows, bins]``: whether there was no gradient."""
+        absent: Array = np.isnan(self.norms) & (self.bad == 0)
+        return absent
+
+    def relative(self) -> Array:
+        """Divides the norms of each row by the row's typical one.
+
+        Returns:
+            float64 ``[rows, bins]``; the median of the positive numbers of each row is 1.
+        """
+        positive = np.where(self.norms > 0, self.norms, np.nan)
+        typical = np.full(len(positive), np.nan)
+        some = np.isfinite(positive).any(axis=1)
+        if some.any():
+            typical[some] = np.nanmedian(positive[some], axis=1)
+        relative: Array = self.norms / typical[:, None]
+        return relative
+
+
+def heat_cells(blocks: Iterable[Block], rows: Rows, first: int, last: int, bins: int) -> HeatCells:
+    """Fills the cells.
+
+    Args:
+        blocks: Every step from the first to the last, with ``grad_norm``.
+        rows: The rows.
+        first: The first step.
+        last: The last step.
+        bins: How many steps or ranges of steps there are in a row.
+    """
+    norms = np.full((bins, len(rows)), -1.0)
+    bad = np.zeros((bins, len(rows)), np.int64)
+    for block in blocks:
+        gathered = rows.norms(block.planes["grad_norm"], block.present)
+        steps = block.first + np.arange(len(gathered))
+        bin_of = (steps - first) * bins // (last - first + 1)
+        starts = starts_of(bin_of)
+        finite = np.isfinite(gathered)
+        if not finite.all():  # which it is nearly everywhere
+            there = rows.present(block.present)
+            gathered = np.where(finite, gathered, -1.0)
+            amiss = (there & ~finite).astype(np.int64)
+            bad[bin_of[starts]] += np.add.reduceat(amiss, starts, axis=0)
+        highest = np.maximum.reduceat(gathered, starts, axis=0)
+        norms[bin_of[starts]] = np.maximum(norms[bin_of[starts]], highest)
+    return HeatCells(np.where(norms < 0, np.nan, norms).T, bad.T)
+
+
+LEAST_PIXELS = 3.0
+
+
+class WideMarks(PolyCollection):
+    """Rectangles in data coordinates; how wide they must be is known when they are drawn only.
+
+    Attributes:
+        runs: float64 ``[marks, 4]``: left, right, lower and upper edge in the data.
+    """
+
+    def __init__(self, runs: Array, **look: Any) -> None:
+        """Makes the marks.
+
+        Args:
+            runs: float64 ``[marks, 4]``: left, right, lower and upper edge.
+            look: For ``PolyCollection``.
+        """
+        self.runs = runs
+        super().__init__(_corners(runs), linewidths=0, antialiaseds=False, **look)
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Draws them as wide as they must be."""
+        axes = self.axes
+        if axes is not None and self.get_visible():
+            (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+            x = LEAST_PIXELS * abs(right - left) / max(axes.bbox.width, 1.0)
+            y = LEAST_PIXELS * abs(high - low) / max(axes.bbox.height, 1.0)
+            self.set_verts(
+                _corners(
+                    np.hstack([_at_least(self.runs[:, :2], x), _at_least(self.runs[:, 2:], y)])
+                )
+            )
+        super().draw(renderer)
+
+
+def runs_of(cells: Array, left: float, right: float) -> Array:
+    """Joins cells that lie side by side.
+
+    Args:
+        cells: bool ``[rows, bins]``.
+        left: Left edge of the first bin.
+        right: Right edge of the last bin.
+
+    Returns:
+        float64 ``[marks, 4]`` for :class:`WideMarks`; row ``i`` lies between ``i - 0.5`` and
+        ``i + 0.5``.
+    """
+    padded = np.pad(cells, ((0, 0), (1, 1))).astype(np.int8)
+    change = np.diff(padded, axis=1)
+    row, begin = np.nonzero(change == 1)
+    end = np.nonzero(change == -1)[1]
+    width = (right - left) / cells.shape[1]
+    return np.stack([left + begin * width, left + end * width, row - 0.5, row + 0.5], axis=1)
+
+
+def _at_least(edges: Array, size: float) -> Array:
+    middle = edges.mean(axis=1, keepdims=True)
+    half = np.maximum(np.abs(edges[:, 1:] - edges[:, :1]), size) / 2
+    return np.hstack([middle - half, middle + half])
+
+
+def _corners(runs: Array) -> Any:
+    left, right, low, high = runs.T
+    x = np.stack([left, left, right, right], axis=1)
+    y = np.stack([low, high, high, low], axis=1)
+    return np.stack([x, y], axis=2)
+
+
+COLUMNS = ("grad_norm", "clip_threshold", "nonfinite_parameters")
+ROW_INCHES, LOWEST_INCHES, HIGHEST_INCHES = 0.125, 2.6, 13.0
+AROUND_INCHES = 2.0
+
+
+def draw_heatmap(
+    history: Records, ax: Axes | None, relative: bool, start: int | None, stop: int | None
+) -> Axes:
+    """Draws the plot; see :func:`gradwatch.plots.plot_heatmap`."""
+    layout = history.layout
+    height = min(max(ROW_INCHES * len(layout.names), LOWEST_INCHES), HIGHEST_INCHES)
+    ax = canvas(ax, 10.0, height + AROUND_INCHES)
+    what = "Gradient norm over the parameter's typical one" if relative else "Gradient norm"
+    dress(ax, f"{what}, by parameter and step", grid=False)
+    tracks = step_tracks(history, COLUMNS, start, stop)
+    if not tracks or not layout.names:
+        return say(ax, EMPTY)
+    first, last = bounds(tracks)
+    rows = rows_of(layout, max(1, int(ax.get_window_extent().height / LEAST_PIXELS)))
+    _frame(ax, rows, tracks, first, last)
+    # Only now is it known what room the names leave.
+    figure: Any = ax.figure
+    figure.draw_without_rendering()
+    name_rows(ax, rows.labels)
+    bins = min(last - first + 1, pixel_columns(ax))
+    read = blocks(history, ["grad_norm"], every_step(first, last))
+    cells = heat_cells(read, rows, first, last, bins)
+    _fill(ax, cells, relative)
+    return ax
+
+
+def _frame(ax: Axes, rows: Rows, tracks: list[StepTrack], first: int, last: int) -> None:
+    step_axis(ax, first, last)
+    name_rows(ax, rows.labels)
+    ax.spines[:].set_visible(False)
+    _strip(ax, tracks)
+
+
+def _strip(ax: Axes, tracks: list[StepTrack]) -> None:
+    """Draws the total norm above the picture."""
+    inches = ax.get_window_extent().height / ax.figure.dpi
+    strip = inset(ax, (0.0, 1.0 + 0.06 / inches, 1.0, max(0.12, 0.7 / inches)), sharex=ax)
+    dress(strip)
+    strip.set_yscale("log")
+    columns = pixel_columns(ax)
+    colors = colors_of(tracks)
+    for track, color in zip(tracks, colors, strict=True):
+        draw_curve(strip, track.step, positive(track["grad_norm"]), columns, color, "total norm")
+    for track, color, label in thresholds(tracks, colors):
+        draw_threshold(strip, track, columns, color, label)
+    if not any(np.isfinite(positive(track["grad_norm"])).any() for track in tracks):
+        strip.set_ylim(0.1, 10.0)
+    log_norms(strip.yaxis, 3, between=False)
+    draw_edges(strip, tracks)
+    strip.tick_params(axis="x", which="both", length=0, labelbottom=False)
+    strip.set_ylabel("total\nnorm", rotation=0, ha="right", va="center", fontsize="small")
+
+
+def _fill(ax: Axes, cells: HeatCells, relative: bool) -> None:
+    left, right = ax.get_xlim()
+    values = cells.relative() if relative else cells.norms
+    scale, colors = color_scale(values, relative)
+    image = ax.imshow(
+        np.ma.masked_where(~(values > 0), values),
+        norm=scale,
+        cmap=colors,
+        aspect="auto",
+        interpolation="nearest",
+        extent=(left, right, len(values) - 0.5, -0.5),
+    )
+    bar = inset(ax, (1.012, 0.0, 0.014, 1.0))
+    ax.figure.colorbar(image, cax=bar, extend="both", extendfrac=0.012)
+    unit = "norm / typical norm" if relative else "gradient norm (L2), largest of each cell's steps"
+    bar.set_ylabel(unit, fontsize="small", color=ax.xaxis.label.get_color())
+    log_norms(bar.yaxis)
+    bar.spines[:].set_edgecolor(GREY)
+    _mark(ax, cells)
+
+
+def _mark(ax: Axes, cells: HeatCells) -> None:
+    left, right = ax.get_xlim()
+    kinds = (
+        ("exactly 0", cells.zero, ZERO, 2.0),
+        ("NaN or Inf", cells.bad > 0, NONFINITE, 3.0),
+    )
+    handles = []
+    for label, mask, color, above in kinds:
+        if mask.any():
+            runs = runs_of(mask, left, right)
+            ax.add_collection(
+                WideMarks(runs, facecolors=color, zorder=above, label=label), autolim=False
+            )
+            handles.append(Patch(facecolor=color, edgecolor=GREY, linewidth=0.6, label=label))
+    if cells.absent.any():
+        handles.append(Patch(color=NO_GRADIENT_GREY, label="no gradient"))
+    legend_below(ax, handles=handles)

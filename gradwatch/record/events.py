@@ -1,0 +1,291 @@
+"""Every event: the rules that make one of measured numbers, and its text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from gradwatch.accumulate.noise_scale import NoiseScale
+from gradwatch.errors import NonFiniteGradientError
+from gradwatch.hooks.data_parallel import rank
+from gradwatch.measure.norms import FirstNonFinite, Measurement
+from gradwatch.measure.parameters import ParameterTable
+from gradwatch.record.records import Event, StepRecord
+
+NONFINITE = (
+    "{what} in the gradient of {parameter} ({counts}), the "
+    "first in backward order, in micro-batch {micro_batch} of step {step}; {affected} parameter(s) "
+    "affected."
+)
+COUNTS = "{nan} NaN and {inf} Inf of {total} elements"
+NOT_COUNTED = "not counted: it was gone when its norm arrived from the device"
+UNKNOWN = -1
+OVERFLOW = (
+    "The gradients of step {step} are finite, but their norm {value:.3g} is beyond float32; the "
+    "largest is that of {parameter}."
+)
+EXPLODING = (
+    "The gradient norm {value:.4g} of step {step} is above the limit {limit:g}; the largest "
+    "is that of {parameter}."
+)
+NO_GRADIENT = (
+    "{parameter} requires a gradient and is in {optimizer}, but received none in step {step}: it "
+    "takes no part in the loss, or its branch is detached."
+)
+SKIPPED = "Step {step} was not applied ({outcome}): weights and optimizer state are as before."
+
+
+def nonfinite_event(record: StepRecord, offender: FirstNonFinite, table: ParameterTable) -> Event:
+    """Names the parameter that went bad first.
+
+    Args:
+        record: The step in which it happened.
+        offender: Where it was seen.
+        table: The names.
+
+    Returns:
+        An event of kind ``nan``, or ``inf`` where the parameter had no NaN.
+    """
+    nan, inf = (UNKNOWN, UNKNOWN) if offender.counts is None else offender.counts
+    name = table.names[offender.index]
+    message = NONFINITE.format(
+        what="NaN" if offender.is_nan else "Inf",
+        parameter=name,
+        counts=COUNTS.format(nan=nan, inf=inf, total=table.tensors[offender.index].numel())
+        if offender.counts is not None
+        else NOT_COUNTED,
+        micro_batch=offender.micro_batch,
+        step=record.step,
+        affected=record.nonfinite_parameters,
+    )
+    return Event(
+        step=record.step,
+        micro_batch=offender.micro_batch,
+        kind="nan" if offender.is_nan else "inf",
+        parameter=name,
+        module=table.modules[offender.index],
+        value=offender.norm if offender.counts is None else float(nan or inf),
+        rank=rank(),
+        message=message,
+        nan_count=nan,
+        inf_count=inf,
+        optimizer=record.optimizer,
+        global_step=record.global_step,
+    )
+
+
+def overflow_event(record: StepRecord, measurement: Measurement, table: ParameterTable) -> Event:
+    """Tells that finite gradients have a norm beyond float32.
+
+    Args:
+        record: The step.
+        measurement: Its pre-clip numbers.
+        table: The names.
+    """
+    name, module = _largest(measurement, table)
+    message = OVERFLOW.format(step=record.step, value=record.grad_norm, parameter=name)
+    return _event(record, "overflow", name, module, record.grad_norm, message)
+
+
+def exploding_event(
+    record: StepRecord, measurement: Measurement, table: ParameterTable, limit: float
+) -> Event:
+    """Tells that the norm is above the limit that the user set.
+
+    Args:
+        record: The step.
+        measurement: Its pre-clip numbers.
+        table: The names.
+        limit: The limit.
+    """
+    name, module = _largest(measurement, table)
+    message = EXPLODING.format(
+        step=record.step, value=record.grad_norm, limit=limit, parameter=name
+    )
+    return _event(record, "exploding", name, module, record.grad_norm, message)
+
+
+def skipped_event(record: StepRecord) -> Event:
+    """Tells that the step was not applied.
+
+    Args:
+        record: The step.
+    """
+    message = SKIPPED.format(step=record.step, outcome=record.outcome)
+    return _event(record, "skipped", "", "", record.grad_norm, message)
+
+
+def no_gradient_events(
+    record: StepRecord, missing: Sequence[int], table: ParameterTable
+) -> list[Event]:
+    """Tells which parameters received no gradient.
+
+    Args:
+        record: The step.
+        missing: Their indices.
+        table: The names.
+    """
+    return [
+        _event(
+            record,
+            "no_gradient",
+            table.names[index],
+            table.modules[index],
+            0.0,
+            NO_GRADIENT.format(
+                parameter=table.names[index], optimizer=record.optimizer, step=record.step
+            ),
+        )
+        for index in missing
+    ]
+
+
+def _largest(measurement: Measurement, table: ParameterTable) -> tuple[str, str]:
+    norms = measurement.norms.array()
+    if not len(norms):
+        return "", ""
+    index = measurement.indices[int(np.argmax(norms))]
+    return table.names[index], table.modules[index]
+
+
+def _event(
+    record: StepRecord, kind: str, parameter: str, module: str, value: float, message: str
+) -> Event:
+    return Event(
+        step=record.step,
+        micro_batch=0,
+        kind=kind,  # type: ignore[arg-type]
+        parameter=parameter,
+        module=module,
+        value=value,
+        rank=rank(),
+        message=message,
+        optimizer=record.optimizer,
+        global_step=record.global_step,
+    )
+
+
+CHANGED = "From step {step} on a step has {new} micro-batches instead of {old}{why}."
+WHY = ": the noise scale is {noise} \N{PLUS-MINUS SIGN} {stderr} at a batch of {batch}"
+DROPPED = (
+    "{count} micro-batch(es) of weight {weight:g} were in the window of step {step} when its state "
+    "was saved. Their gradients are not in a checkpoint: the window begins anew, and they are lost."
+)
+OUT_OF_MEMORY = (
+    "A micro-batch of {old} examples did not fit into memory in step {step}. The batch was run "
+    "again in micro-batches of at most {new}, and later ones will be."
+)
+
+
+def changed_event(step: int, old: int, new: int, noise: NoiseScale | None) -> Event:
+    """Tells that windows have another number of micro-batches from now on.
+
+    Args:
+        step: The first step that has it.
+        old: The number so far.
+        new: The number from now on.
+        noise: What decided; None where it was a schedule.
+    """
+    why = ""
+    if noise is not None and math.isfinite(noise.b_simple):
+        sizes = {"noise": noise.b_simple, "stderr": noise.stderr, "batch": noise.batch}
+        why = WHY.format(**{name: _short(size) for name, size in sizes.items()})
+    text = CHANGED.format(step=step, new=new, old=old, why=why)
+    return Event(step, 0, "accumulate", "", "", float(new), rank(), text)
+
+
+def dropped_event(step: int, count: int, weight: float) -> Event:
+    """Tells that a run was resumed in the middle of a window.
+
+    Args:
+        step: The step that the window was for.
+        count: Micro-batches that had come.
+        weight: Sum of their weights.
+    """
+    text = DROPPED.format(step=step, count=count, weight=weight)
+    return Event(step, 0, "dropped", "", "", float(count), rank(), text)
+
+
+def out_of_memory_event(step: int, old: int, new: int) -> Event:
+    """Tells that micro-batches are smaller from now on.
+
+    Args:
+        step: The step under way.
+        old: The examples that did not fit.
+        new: The largest number from now on.
+    """
+    text = OUT_OF_MEMORY.format(step=step, old=old, new=new)
+    return Event(step, 0, "out_of_memory", "", "", float(new), rank(), text)
+
+
+def _short(size: float) -> str:
+    return f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
+
+
+RAISED = (
+    '{story} on_nonfinite="raise" stopped the training before any weight changed. Look at the '
+    'batch and at the loss of this step; with on_nonfinite="skip" the step is left out instead.'
+)
+TOO_MANY_SKIPS = (
+    "{steps} steps in a row were left out, and the next one would be too (step {step} of "
+    "{optimizer}, gradient norm {norm:.4g}, loss {loss:.4g}, learning rate {lr:.4g}). {story} "
+    "Weights and optimizer state are those of the last good step. A run that meets nothing but bad "
+    "steps does not recover by itself: go back to an earlier checkpoint, lower the learning rate "
+    "or leave out the data that it meets here; watch(max_consecutive_skips=...) sets how many are "
+    "let pass."
+)
+NO_STORY = "The gradient norm of step {step} is {norm:.4g}."
+
+
+def nonfinite_error(record: StepRecord, events: Sequence[Event]) -> NonFiniteGradientError:
+    """Makes the error that ``on_nonfinite="raise"`` raises.
+
+    Args:
+        record: The step that is not taken.
+        events: What was found in it.
+    """
+    return _error(RAISED.format(story=_story(record, events)), record, events)
+
+
+def too_many_skips_error(
+    record: StepRecord, events: Sequence[Event], steps: int
+) -> NonFiniteGradientError:
+    """Makes the error that ends a run in which one step after the other was left out.
+
+    Args:
+        record: The step that would have been the next one.
+        events: What was found in it.
+        steps: How many in a row were left out before it.
+    """
+    text = TOO_MANY_SKIPS.format(
+        steps=steps,
+        step=record.step,
+        optimizer=record.optimizer,
+        norm=record.grad_norm,
+        loss=record.loss,
+        lr=record.lr,
+        story=_story(record, events),
+    )
+    return _error(text, record, events)
+
+
+def _story(record: StepRecord, events: Sequence[Event]) -> str:
+    if events:
+        return events[0].message
+    return NO_STORY.format(step=record.step, norm=record.grad_norm)
+
+
+def _error(text: str, record: StepRecord, events: Sequence[Event]) -> NonFiniteGradientError:
+    if not events:
+        return NonFiniteGradientError(text, step=record.step)
+    event = events[0]
+    return NonFiniteGradientError(
+        text,
+        step=event.step,
+        micro_batch=event.micro_batch,
+        parameter=event.parameter,
+        nan_count=event.nan_count,
+        inf_count=event.inf_count,
+    )

@@ -1,0 +1,53 @@
+"""Finding: one thing that a report has found, with its evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Severity = Literal["critical", "warning", "note"]
+SEVERITIES: tuple[str, ...] = get_args(Severity)
+"""From the heaviest to the lightest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """The evidence of a finding.
+
+    Attributes:
+        steps: Steps at which it shows, at most :data:`MOST_STEPS`; the first one comes first.
+        parameters: Parameters that it is about, in the order in which they matter.
+        numbers: What was measured, and the threshold that it was held against.
+        optimizer: Label of the optimizer whose steps these are; empty where it is about all.
+    """
+
+    steps: tuple[int, ...] = ()
+    parameters: tuple[str, ...] = ()
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    optimizer: str = ""
+
+
+MOST_STEPS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something in a run that deserves a person's attention.
+
+    Attributes:
+        kind: A short name that scripts can use, one of :data:`~gradwatch.report.KINDS`.
+        severity: ``"critical"`` (the run is lost, or will be), ``"warning"`` (it learns less than
+            it could) or ``"note"`` (worth knowing).
+        title: What is the matter, in one sentence with numbers.
+        seen: The evidence.
+        why: Why it matters.
+        advice: What to try.
+    """
+
+    kind: str
+    severity: Severity
+    title: str
+    seen: Evidence
+    why: str
+    advice: str

@@ -1,0 +1,76 @@
+"""Rules: each turns what was read of a run into findings, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from gradwatch.report.finding import Finding
+from gradwatch.report.rules.accumulating import accumulating
+from gradwatch.report.rules.clipping import clipping
+from gradwatch.report.rules.exploding import exploding
+from gradwatch.report.rules.half import half
+from gradwatch.report.rules.loss import rising_loss
+from gradwatch.report.rules.loss_scale import loss_scale
+from gradwatch.report.rules.no_gradient import no_gradient
+from gradwatch.report.rules.noise import noise
+from gradwatch.report.rules.nonfinite import nonfinite
+from gradwatch.report.rules.ranks import ranks
+from gradwatch.report.rules.skipped import skipped
+from gradwatch.report.rules.spikes import spikes
+from gradwatch.report.rules.unstable_start import unstable_start
+from gradwatch.report.rules.updates import updates
+from gradwatch.report.rules.vanishing import vanishing
+from gradwatch.report.rules.zero_gradient import zero_gradient
+from gradwatch.report.run_data import RunData
+from gradwatch.report.thresholds import Thresholds
+
+Rule = Callable[[RunData, Thresholds], Iterator[Finding]]
+
+RULES: tuple[Rule, ...] = (
+    accumulating,
+    half,
+    nonfinite,
+    loss_scale,
+    exploding,
+    rising_loss,
+    vanishing,
+    no_gradient,
+    ranks,
+    updates,
+    unstable_start,
+    zero_gradient,
+    spikes,
+    skipped,
+    clipping,
+    noise,
+)
+"""In the order of weight within a severity: causes before what follows from them."""
+
+ALWAYS: tuple[Rule, ...] = (nonfinite, no_gradient, loss_scale, skipped, exploding, half)
+"""Those that need no minimum of steps."""
+
+KINDS = (
+    "accumulating",
+    "half_precision",
+    "nan",
+    "inf",
+    "overflow",
+    "loss_scale",
+    "exploding",
+    "loss_rising",
+    "vanishing",
+    "no_gradient",
+    "rank",
+    "update_large",
+    "update_small",
+    "unstable_start",
+    "zero_gradient",
+    "dead_units",
+    "spike",
+    "skipped",
+    "clip_always",
+    "clip_never",
+    "batch_small",
+    "batch_large",
+)
+"""The kinds of findings, those of one rule together."""

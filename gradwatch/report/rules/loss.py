@@ -1,0 +1,49 @@
+"""Rising loss: where gradwatch saw the losses, whether they ended higher than they began."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from gradwatch.report.finding import Evidence, Finding
+from gradwatch.report.run_data import RunData
+from gradwatch.report.thresholds import Thresholds
+
+_ENDS = 10
+
+WHY = "A model that is worse than an untrained one has not learnt: its steps overshoot."
+ADVICE = (
+    "Lower the learning rate ({lr:.3g}), by ten to begin with, and warm it up. If that does not "
+    "help, check the sign of the loss and custom gradients: gradwatch.check_gradients(function)."
+)
+
+
+def rising_loss(run: RunData, limits: Thresholds) -> Iterator[Finding]:
+    """Finds losses that ended above their start; losses below zero are left alone.
+
+    Args:
+        run: The run.
+        limits: ``loss_rise`` and ``few_steps``.
+    """
+    for track in run.tracks:
+        rows = np.flatnonzero(np.isfinite(track["loss"]))
+        if len(rows) < limits.few_steps:
+            continue
+        losses = track["loss"][rows]
+        start, end = float(np.median(losses[:_ENDS])), float(np.median(losses[-_ENDS:]))
+        if 0 < limits.loss_rise * min(start, losses[0]) < end:
+            start = min(start, float(losses[0]))
+            yield Finding(
+                "loss_rising",
+                "critical",
+                f"The loss rose from {start:.4g} to {end:.4g}.",
+                Evidence(
+                    (int(track.step[rows[-_ENDS]]),),
+                    (),
+                    {"start": start, "end": end, "limit": limits.loss_rise},
+                    track.optimizer,
+                ),
+                WHY,
+                ADVICE.format(lr=float(track["lr"][rows[-1]])),
+            )

@@ -1,0 +1,68 @@
+"""Loss scale: a GradScaler that finds no scale at which the gradients are finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from gradwatch.report.finding import Evidence, Finding
+from gradwatch.report.run_data import OptimizerArrays, RunData, first_steps
+from gradwatch.report.thresholds import Thresholds
+
+WHY = (
+    "The scaler halves its scale at every step with a NaN or Inf, and leaves the step out. A scale "
+    "that keeps falling means that they do not come from the scale, and that nothing is learnt."
+)
+ADVICE = (
+    "Train some steps in float32 or bfloat16: if NaN or Inf come there as well, look for them with "
+    "this report. If not, keep the layers with the largest gradients{where} in float32, or lower "
+    "the learning rate."
+)
+
+
+def loss_scale(run: RunData, limits: Thresholds) -> Iterator[Finding]:
+    """Finds a loss scale that has collapsed.
+
+    Args:
+        run: The run.
+        limits: ``scaler_halvings``.
+    """
+    for track in run.tracks:
+        scales = track["loss_scale"]
+        rows = np.flatnonzero(np.isfinite(scales) & (scales > 0))
+        if not len(rows) or (scales[rows] == 1).all():
+            continue
+        top, last = float(scales[rows].max()), float(scales[rows[-1]])
+        halvings = float(np.log2(top / last))
+        if halvings >= limits.scaler_halvings:
+            yield _finding(run, track, top, last, halvings, limits)
+
+
+def _finding(
+    run: RunData,
+    track: OptimizerArrays,
+    top: float,
+    last: float,
+    halvings: float,
+    limits: Thresholds,
+) -> Finding:
+    events = run.events_of(track, ("nan", "inf"))
+    names = tuple(dict.fromkeys(map(str, events["parameter"])))[:3]
+    steps = track.step[track.by_scaler]
+    numbers = {
+        "largest": top,
+        "last": last,
+        "halvings": halvings,
+        "skipped": float(len(steps)),
+        "limit": float(limits.scaler_halvings),
+    }
+    return Finding(
+        "loss_scale",
+        "critical",
+        f"The loss scale collapsed from {top:,.6g} to {last:.3g}; {len(steps):,} of "
+        f"{len(track):,} steps were left out.",
+        Evidence(first_steps(steps), names, numbers, track.optimizer),
+        WHY,
+        ADVICE.format(where=f" (first seen in {names[0]})" if names else ""),
+    )

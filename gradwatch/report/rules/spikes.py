@@ -1,0 +1,93 @@
+"""Spikes: single steps whose norm is far above those around them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from gradwatch.report.finding import Evidence, Finding
+from gradwatch.report.run_data import Array, OptimizerArrays, RunData, counted
+from gradwatch.report.thresholds import Thresholds
+
+_BLOCK = 32
+_MOST = 10
+
+WHY = (
+    "One step in a wrong direction can cost hundreds of good ones, and Adam's second moment "
+    "remembers it for a thousand. {clip}"
+)
+UNCLIPPED = "{count} of them were applied unclipped."
+CLIPPED = "All of them were clipped or left out."
+ADVICE = (
+    'watch(..., clip="auto") brings such steps down to the usual norm, skip_spikes="auto" leaves '
+    "them out. Look at the batches of these steps: wrong labels, an empty or overlong example."
+)
+
+
+def spikes(run: RunData, limits: Thresholds) -> Iterator[Finding]:
+    """Finds steps far above the usual norm around them.
+
+    Args:
+        run: The run.
+        limits: ``spike`` and ``spike_z``.
+    """
+    for track in run.tracks:
+        rows = np.flatnonzero(np.isfinite(track["grad_norm"]))
+        norms = track["grad_norm"][rows].astype(float)
+        rows, norms = rows[norms > 0], np.log(norms[norms > 0])
+        if len(rows) < 2 * _BLOCK:
+            continue
+        usual, deviation = surroundings(norms)
+        above = norms - usual
+        out = np.flatnonzero(above > np.maximum(math.log(limits.spike), limits.spike_z * deviation))
+        if len(out):
+            yield _finding(track, rows[out], np.exp(above[out]), limits)
+
+
+def surroundings(logs: Array) -> tuple[Array, Array]:
+    """Takes for each step what is usual around it.
+
+    That is the largest of the medians of the step's block of 32, of the one before and of the one
+    after, so that the first steps of a rise or the last ones before a fall are no spikes; and
+    likewise of the deviations, 1.4826 times the median absolute one.
+
+    Args:
+        logs: float64 ``[steps]``, at least 32: logarithms of norms.
+
+    Returns:
+        The usual logarithm and its deviation, float64 ``[steps]`` each.
+    """
+    whole = len(logs) // _BLOCK
+    blocks = logs[: whole * _BLOCK].reshape(whole, _BLOCK)
+    medians = np.median(blocks, axis=1)
+    deviations = 1.4826 * np.median(np.abs(blocks - medians[:, None]), axis=1)
+    block = np.minimum(np.arange(len(logs)) // _BLOCK, whole - 1)
+    return _largest_around(medians)[block], _largest_around(deviations)[block]
+
+
+def _largest_around(values: Array) -> Array:
+    padded = np.pad(values, 1, mode="edge")
+    largest: Array = np.maximum(np.maximum(padded[:-2], padded[1:-1]), padded[2:])
+    return largest
+
+
+def _finding(track: OptimizerArrays, rows: Array, sizes: Array, limits: Thresholds) -> Finding:
+    worst = np.argsort(-sizes, kind="stable")[:_MOST]
+    free = int((track.applied & ~track["clipped"].astype(bool))[rows].sum())
+    step = int(track.step[rows[worst[0]]])
+    title = (
+        f"{counted(len(rows), 'spike')} of the gradient norm, the largest in step {step}: "
+        f"{sizes[worst[0]]:.3g} times the usual norm."
+    )
+    numbers = {
+        "spikes": float(len(rows)),
+        "largest": float(sizes[worst[0]]),
+        "applied_unclipped": float(free),
+        "limit": limits.spike,
+    }
+    steps = tuple(int(one) for one in track.step[rows[worst]])
+    why = WHY.format(clip=UNCLIPPED.format(count=free) if free else CLIPPED)
+    seen = Evidence(steps, (), numbers, track.optimizer)
+    return Finding("spike", "warning" if free else "note", title, seen, why, ADVICE)

@@ -1,0 +1,48 @@
+"""Unstable start: norms that leap up within the first steps, and may come down again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from gradwatch.report.finding import Evidence, Finding, Severity
+from gradwatch.report.run_data import OptimizerArrays, RunData
+from gradwatch.report.thresholds import Thresholds
+
+_FIRST = 6
+
+WHY = (
+    "The first steps threw the weights far from where they were initialised. Optimizers that "
+    "normalise, such as Adam, recover in their norms, and go on from a worse place."
+)
+ADVICE = (
+    "Lower the learning rate ({lr}), by ten to begin with, or warm it up over some hundred steps. "
+    'Take watch(..., statistics=("update_ratio",)) to see how far each step goes.'
+)
+
+
+def unstable_start(run: RunData, limits: Thresholds) -> Iterator[Finding]:
+    """Finds norms that multiply within the first six steps.
+
+    Args:
+        run: The run; without its first step nothing is said.
+        limits: ``start_leap``; beyond ``exploding`` it is critical.
+    """
+    for track in run.tracks:
+        norms = track["grad_norm"][:_FIRST].astype(float)
+        if track.step[0] != 1 or len(norms) < _FIRST or not np.isfinite(norms).all():
+            continue
+        growth = float(norms.max() / norms[0]) if norms[0] > 0 else 0.0
+        if growth > limits.start_leap:
+            yield _finding(track, growth, int(norms.argmax()), limits)
+
+
+def _finding(track: OptimizerArrays, growth: float, row: int, limits: Thresholds) -> Finding:
+    step, lr = int(track.step[row]), float(track["lr"][row])
+    title = f"The gradient norm grew {growth:.3g} times within the first {step} steps."
+    numbers = {"growth": growth, "limit": limits.start_leap}
+    advice = ADVICE.format(lr=f"{lr:.3g}" if np.isfinite(lr) else "not recorded")
+    seen = Evidence((step,), (), numbers, track.optimizer)
+    severity: Severity = "critical" if growth > limits.exploding else "warning"
+    return Finding("unstable_start", severity, title, seen, WHY, advice)

@@ -1,0 +1,75 @@
+"""Updates: steps that are too large or too small for the weights that they change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from gradwatch.report.finding import Evidence, Finding
+from gradwatch.report.run_data import RunData, medians, named
+from gradwatch.report.thresholds import Thresholds
+
+LARGE_WHY = "Weights that are rewritten within a few steps forget what they have learnt."
+SMALL_WHY = "At this pace the weights stay, in effect, as they were initialised."
+LARGE = (
+    "Lower the learning rate ({lr}) until a step changes weights by about 1e-3 of their size, and "
+    "warm it up: the first steps of Adam are the largest."
+)
+SMALL = (
+    "Raise the learning rate ({lr}), step by step, towards a ratio of 1e-3; check that the loss "
+    "is not divided by a large number, and that no schedule has brought the rate to 0."
+)
+
+
+def updates(run: RunData, limits: Thresholds) -> Iterator[Finding]:
+    """Finds updates out of proportion; needs ``watch(statistics=("update_ratio",))``.
+
+    Matrices only: a bias or a gain begins at 0, where every ratio is large. Too small is said only
+    where it was so from first to last: at the end of a schedule it is meant.
+
+    Args:
+        run: The run.
+        limits: ``update_large``, ``update_leap`` and ``update_small``.
+    """
+    if "update_ratio" not in run.sample.statistics or not run.layout.shapes:
+        return
+    ratios = run.sample.statistics["update_ratio"][:, run.matrices]
+    ratios = ratios[np.isfinite(ratios).any(axis=1)]
+    if not len(ratios):
+        return
+    names = [n for n, is_matrix in zip(run.layout.names, run.matrices, strict=True) if is_matrix]
+    usual, over_time = medians(ratios), medians(ratios.T)
+    leap, largest = float(over_time.max()), float(np.quantile(over_time, 0.9))
+    if np.nanmedian(usual) > limits.update_large or leap > limits.update_leap:
+        order = np.argsort(-np.nan_to_num(usual), kind="stable")
+        yield _large(run, float(np.nanmedian(usual)), leap, [names[i] for i in order], limits)
+    elif 0 < largest < limits.update_small:
+        order = np.argsort(np.nan_to_num(usual, nan=np.inf), kind="stable")
+        yield _small(run, largest, [names[i] for i in order], limits)
+
+
+def _large(
+    run: RunData, ratio: float, leap: float, names: list[str], limits: Thresholds
+) -> Finding:
+    title = (
+        f"A step changes the weights by {ratio:.2g} of their size, the largest by {leap:.2g}; most "
+        f"in {named(names)}."
+    )
+    numbers = {"update_ratio": ratio, "limit": limits.update_large}
+    numbers |= {"largest": leap, "limit_of_one": limits.update_leap}
+    seen = Evidence((), tuple(names), numbers)
+    advice = LARGE.format(lr=_rate(run))
+    return Finding("update_large", "warning", title, seen, LARGE_WHY, advice)
+
+
+def _small(run: RunData, ratio: float, names: list[str], limits: Thresholds) -> Finding:
+    title = f"A step changes the weights by {ratio:.2g} of their size at most."
+    seen = Evidence((), tuple(names), {"update_ratio": ratio, "limit": limits.update_small})
+    return Finding("update_small", "warning", title, seen, SMALL_WHY, SMALL.format(lr=_rate(run)))
+
+
+def _rate(run: RunData) -> str:
+    rates = run.tracks[0]["lr"]
+    rates = rates[np.isfinite(rates)]
+    return f"{np.median(rates):.3g}" if len(rates) else "not recorded"

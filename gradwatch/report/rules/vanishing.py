@@ -1,0 +1,110 @@
+"""Vanishing: gradients that shrink from layer to layer towards the input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from gradwatch.report.finding import Evidence, Finding
+from gradwatch.report.run_data import Array, RunData
+from gradwatch.report.thresholds import Thresholds
+
+_SMALLEST = 1e-45  # of float32; a gradient of zero is at most that
+
+TITLE = (
+    "Gradients vanish with depth: an element of the first layers has {ratio:.1e} times the "
+    "gradient of one of the last, a factor of {factor:.2g} per layer over {layers} layers."
+)
+WHY = (
+    "The first layers hardly learn, so that the last ones work on random features; the factor per "
+    "layer is that of its activation and its weights."
+)
+ADVICE = (
+    "Replace sigmoid and tanh by ReLU or GELU, initialise for that (nn.init.kaiming_normal_), add "
+    "residual connections or normalisation. A larger learning rate does not help: it is the last "
+    "layers that limit it."
+)
+
+
+def vanishing(run: RunData, limits: Thresholds) -> Iterator[Finding]:
+    """Finds a geometric fall of the gradient per element over the depth of the model.
+
+    Args:
+        run: The run.
+        limits: ``vanishing``, ``vanishing_layers`` and ``vanishing_trend``.
+    """
+    if not run.layout.shapes:
+        return
+    with np.errstate(invalid="ignore"):
+        typical = run.sample.typical() / np.sqrt(run.sizes)
+    layers = np.flatnonzero(run.matrices & np.isfinite(typical))
+    if len(layers) < limits.vanishing_layers or not typical[layers].any():
+        return
+    logs = np.log10(np.maximum(typical[layers], _SMALLEST))
+    quarter = max(2, len(layers) // 4)
+    fall = float(np.median(logs[:quarter]) - np.median(logs[-quarter:]))
+    trend = rank_correlation(logs)
+    if fall < np.log10(limits.vanishing) and trend >= limits.vanishing_trend:
+        names = tuple(run.layout.names[index] for index in layers[:quarter])
+        yield _finding(run, fall, factor_per_layer(logs), trend, names, limits)
+
+
+def factor_per_layer(logs: Array) -> float:
+    """Fits a line to the layers whose gradient is above zero.
+
+    Args:
+        logs: float64 ``[layers]``: base-10 logarithms of their gradients, first layer first.
+
+    Returns:
+        What a layer multiplies the gradient with on its way back.
+
+    Example:
+        >>> round(factor_per_layer(np.array([-3.0, -2.0, -1.0, 0.0])), 6)
+        0.1
+    """
+    places = np.flatnonzero(logs > np.log10(_SMALLEST))
+    if len(places) < 2:
+        return 0.0
+    return float(10 ** -np.polyfit(places, logs[places], 1)[0])
+
+
+def rank_correlation(values: Array) -> float:
+    """Takes Spearman's correlation of values with their place.
+
+    Args:
+        values: float ``[n]``, without NaN.
+
+    Returns:
+        From -1 to 1; 0 where all are equal.
+
+    Example:
+        >>> round(rank_correlation(np.array([1.0, 5.0, 7.0])), 3)
+        1.0
+    """
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    if len(counts) < 2:
+        return 0.0
+    return float(np.corrcoef(ranks, np.arange(len(values)))[0, 1])
+
+
+def _finding(
+    run: RunData,
+    fall: float,
+    factor: float,
+    trend: float,
+    names: tuple[str, ...],
+    limits: Thresholds,
+) -> Finding:
+    ratio, layers = 10**fall, int(run.matrices.sum())
+    numbers = {"ratio": ratio, "factor_per_layer": factor, "trend": trend, "layers": float(layers)}
+    steps = run.sample.steps
+    return Finding(
+        "vanishing",
+        "critical",
+        TITLE.format(ratio=ratio, factor=factor, layers=layers),
+        Evidence((int(steps[0]), int(steps[-1])), names, {**numbers, "limit": limits.vanishing}),
+        WHY,
+        ADVICE,
+    )

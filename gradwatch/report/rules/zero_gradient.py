@@ -1,0 +1,86 @@
+"""Zero gradients: parameters, or units of a layer, whose gradient is exactly zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from gradwatch.report.finding import Evidence, Finding
+from gradwatch.report.run_data import Array, RunData, counted, medians, named
+from gradwatch.report.thresholds import Thresholds
+
+WHY = (
+    "What has a gradient of exactly zero does not learn. A ReLU that is off for every input passes "
+    "nothing back, so that it stays off: all layers before it stand still as well. So do gradients "
+    "that are too small for their dtype."
+)
+ADVICE = (
+    "The cause sits right after the last of them in the model ({last}). Lower the learning rate "
+    "or warm it up, for a step too long is what kills a ReLU; use LeakyReLU or GELU; check biases "
+    "that begin far below zero, masks and factors of zero, and clamp() at its edge."
+)
+
+
+def zero_gradient(run: RunData, limits: Thresholds) -> Iterator[Finding]:
+    """Finds gradients of exactly zero in a large share of the steps.
+
+    Args:
+        run: The run.
+        limits: ``zero_share`` and ``dead_units``.
+    """
+    zeros = (run.sample.norms == 0) & run.sample.present
+    seen = run.sample.present.sum(axis=0)
+    share = zeros.sum(axis=0) / np.maximum(seen, 1)
+    dead = np.flatnonzero(share >= limits.zero_share)
+    if len(dead):
+        yield _whole(run, dead, share, limits)
+    yield from _units(run, limits, set(dead.tolist()))
+
+
+def _whole(run: RunData, dead: Array, share: Array, limits: Thresholds) -> Finding:
+    names = tuple(run.layout.names[index] for index in dead)
+    least = float(share[dead].min())
+    title = (
+        f"{counted(len(names), 'parameter')} with a gradient of exactly zero in {_share(least)} "
+        f"steps: {named(names)}."
+    )
+    rows = (run.sample.norms[:, dead] == 0).any(axis=1)
+    numbers = {
+        "parameters": float(len(names)),
+        "of": float(len(run.layout.names)),
+        "least_share": least,
+        "limit": limits.zero_share,
+    }
+    seen = Evidence((int(run.sample.steps[rows][0]),), names, numbers)
+    advice = ADVICE.format(last=names[-1])
+    return Finding("zero_gradient", "critical", title, seen, WHY, advice)
+
+
+def _share(share: float) -> str:
+    return "all" if share == 1 else f"{share:.0%} or more of the"
+
+
+def _units(run: RunData, limits: Thresholds, whole: set[int]) -> Iterator[Finding]:
+    """Looks at biases, where it was recorded how many of their elements are zero.
+
+    An element of a bias has a gradient of zero only where its unit is off for the whole batch;
+    the rows of an embedding, for instance, have one whenever their word is not there.
+    """
+    if "zeros" not in run.sample.statistics or not run.layout.shapes:
+        return
+    shares = medians(run.sample.statistics["zeros"])
+    off = [
+        index
+        for index, shape in enumerate(run.layout.shapes)
+        if len(shape) == 1 and shares[index] >= limits.dead_units and index not in whole
+    ]
+    if off:
+        names = tuple(run.layout.names[index] for index in off)
+        worst = float(shares[off].max())
+        title = (
+            f"Up to {worst:.0%} of the units of a layer have a gradient of exactly zero: "
+            f"{named(names)}."
+        )
+        seen = Evidence((), names, {"largest_share": worst, "limit": limits.dead_units})
+        yield Finding("dead_units", "warning", title, seen, WHY, ADVICE.format(last=names[-1]))

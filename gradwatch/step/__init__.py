@@ -1,0 +1,1 @@
+"""The life of one optimizer step: from the first backward of its window to its record."""

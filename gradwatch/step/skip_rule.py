@@ -1,0 +1,173 @@
+"""Judge: whether a step is taken, from its norm alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradwatch.clip.spikes import SpikeRule
+from gradwatch.measure.deferred import Deferred, FloatOrDeferred, resolve
+from gradwatch.record.records import Outcome
+from gradwatch.step.window import StepNorms
+
+OURS: tuple[Outcome, ...] = ("skipped_nonfinite", "skipped_policy")
+
+
+class StepOutcome(NamedTuple):
+    """What becomes of a step.
+
+    Attributes:
+        outcome: What is known now; ``"applied"`` where only the device knows better.
+        found_inf: Above 0 where a scaler makes a fused optimizer leave the step out.
+        nonfinite: Above 0 where the norm is not finite and the device is told to leave it out.
+        spike: Above 0 where it is an outlier and the device is told to leave it out.
+    """
+
+    outcome: Outcome = "applied"
+    found_inf: FloatOrDeferred = 0.0
+    nonfinite: FloatOrDeferred = 0.0
+    spike: FloatOrDeferred = 0.0
+
+    @property
+    def refused(self) -> bool:
+        """Whether it is known already that gradwatch leaves the step out."""
+        return self.outcome in OURS
+
+    @property
+    def refusal(self) -> Tensor | None:
+        """Tensor ``[]``, float32, above 0 where the device is to leave it out; None for no such."""
+        flags = [one.tensor for one in (self.nonfinite, self.spike) if isinstance(one, Deferred)]
+        return torch.stack(flags).amax() if flags else None
+
+    @property
+    def late(self) -> bool:
+        """Whether something must be read before :meth:`final` can be."""
+        return Deferred in (type(self.found_inf), type(self.nonfinite), type(self.spike))
+
+    def final(self) -> Outcome:
+        """Returns what became of the step; waits where only the device knows."""
+        if resolve(self.found_inf) > 0:
+            return "skipped_scaler"
+        if resolve(self.nonfinite) > 0:
+            return "skipped_nonfinite"
+        return "skipped_policy" if resolve(self.spike) > 0 else self.outcome
+
+
+APPLIED = StepOutcome()
+
+
+class TooManySkipsError(Exception):
+    """More steps in a row would be left out than is allowed; caught and told in full above."""
+
+
+class SkipRule:
+    """Decides about the steps of one optimizer.
+
+    Attributes:
+        takes_all: Whether every step is taken, unless a scaler leaves it out.
+        in_a_row: Steps that it has left out since the last one that was taken.
+    """
+
+    def __init__(self, on_nonfinite: str, spikes: SpikeRule | None, most_in_a_row: int) -> None:
+        """Starts with no step.
+
+        Args:
+            on_nonfinite: As for ``watch``.
+            spikes: The rule for outliers; None to take them.
+            most_in_a_row: How many steps in a row may be left out.
+        """
+        self._on_nonfinite = on_nonfinite
+        self._spikes = spikes
+        self._most_in_a_row = most_in_a_row
+        self.takes_all = on_nonfinite == "record" and spikes is None
+        self.in_a_row = 0
+        self._last_skip: Outcome = "skipped_nonfinite"
+        self._fresh_spikes = {} if spikes is None else spikes.state_dict()
+
+    @property
+    def may_refuse(self) -> bool:
+        """Whether it may ever leave a step out."""
+        return self._on_nonfinite == "skip" or self._spikes is not None
+
+    def judge(self, settled: StepNorms, found_inf: FloatOrDeferred, by_flag: bool) -> StepOutcome:
+        """Decides about one step.
+
+        Args:
+            settled: Both sides of the clip so far.
+            found_inf: What the scaler has found, above 0 for an overflow.
+            by_flag: Whether the norm is not at hand and the optimizer can be told on the device to
+                leave the step out, so that nobody needs to wait for it.
+
+        Returns:
+            The verdict.
+
+        Raises:
+            TooManySkipsError: If this step would be one too many in a row to leave out.
+        """
+        if by_flag and self._on_nonfinite != "raise":
+            return self._by_flag(settled, found_inf)
+        if self.takes_all and isinstance(found_inf, Deferred) and not found_inf.at_hand:
+            return StepOutcome(found_inf=found_inf)
+        if resolve(found_inf) > 0:
+            return StepOutcome("skipped_scaler")
+        outcome = "applied" if self.takes_all else self._outcome(settled)
+        if outcome in OURS and self.in_a_row >= self._most_in_a_row:
+            if outcome == "skipped_nonfinite":
+                raise TooManySkipsError
+            self._accept_the_new_level()
+            return StepOutcome()
+        return StepOutcome(outcome)
+
+    def note(self, outcome: Outcome) -> None:
+        """Takes note of what became of a step.
+
+        Args:
+            outcome: Its outcome; what a scaler left out counts neither way.
+        """
+        if outcome == "applied":
+            self.in_a_row = 0
+        elif outcome in OURS:
+            self.in_a_row += 1
+            self._last_skip = outcome
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs to decide the same."""
+        spikes = {} if self._spikes is None else self._spikes.state_dict()
+        return {"in_a_row": self.in_a_row, "spikes": spikes}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes back what :meth:`state_dict` gave."""
+        self.in_a_row = int(state["in_a_row"])
+        if self._spikes is not None and state["spikes"]:
+            self._spikes.load_state_dict(state["spikes"])
+
+    def _outcome(self, settled: StepNorms) -> Outcome:
+        finite = settled.after.finite or settled.after.overflowed
+        if not finite:
+            return "applied" if self._on_nonfinite == "record" else "skipped_nonfinite"
+        if self._spikes is not None and bool(self._spikes.is_spike(settled.true_norm())):
+            return "skipped_policy"
+        return "applied"
+
+    def _accept_the_new_level(self) -> None:
+        """Forgets the usual norm: so many outliers in a row are a rise that lasts, no spike."""
+        if self._spikes is not None:
+            self._spikes.load_state_dict(self._fresh_spikes)
+        self.in_a_row = 0
+
+    def _by_flag(self, settled: StepNorms, found_inf: FloatOrDeferred) -> StepOutcome:
+        if self.in_a_row >= self._most_in_a_row and self._last_skip == "skipped_policy":
+            self._accept_the_new_level()
+        elif self.in_a_row > self._most_in_a_row:
+            raise TooManySkipsError
+        norm = settled.true_norm()
+        nonfinite: FloatOrDeferred = 0.0
+        spike: FloatOrDeferred = 0.0
+        if self._on_nonfinite == "skip":
+            nonfinite = Deferred((~torch.isfinite(norm)).float())
+        if self._spikes is not None:
+            spike = Deferred(self._spikes.is_spike(norm).float())
+        return StepOutcome("applied", found_inf, nonfinite, spike)

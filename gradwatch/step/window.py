@@ -1,0 +1,627 @@
+"""The micro-batches of one optimizer step: gradients, weights, norms before and after the clip."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import repeat
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradwatch.accumulate.noise_scale import (
+    MicroBatch,
+    NoiseSample,
+    NoiseScaleEstimator,
+    WindowSums,
+    sample_of_all,
+    sample_of_first,
+    sample_of_rank,
+)
+from gradwatch.accumulate.policies import AccumulationPlan
+from gradwatch.hooks.backward import Backward
+from gradwatch.hooks.data_parallel import DataParallel, is_distributed
+from gradwatch.hooks.model import ModelHooks, with_freed
+from gradwatch.hooks.scaler import LossScale
+from gradwatch.hooks.snapshot import GradientSnapshot
+from gradwatch.measure.deferred import FloatOrDeferred, as_operand, defer, resolve
+from gradwatch.measure.norms import FirstNonFinite, LateCheck, Measurement, measure
+from gradwatch.measure.parameters import ParameterTable
+from gradwatch.measure.sharded import Exchange, Shards, Sides, agree, is_pending, local_part
+
+
+class StepNorms(NamedTuple):
+    """Both sides of the clip of one step; the properties are true units, and read the numbers.
+
+    Attributes:
+        before: The measurement before the clip.
+        after: The measurement after the user's own clip; ``before`` itself where nothing was done.
+        unit_before: The loss scale that ``before`` still carries.
+        unit_after: The same for ``after``.
+        correction: The factor that turns a sum over the window, and the ranks, into the mean.
+        coefficient: The factor that gradwatch multiplied the gradients with on top; 1.0 for none.
+        threshold: The limit of the clipping policy; NaN without one.
+        loss_scale: The loss scale in force.
+    """
+
+    before: Measurement
+    after: Measurement
+    unit_before: FloatOrDeferred = 1.0
+    unit_after: FloatOrDeferred = 1.0
+    correction: FloatOrDeferred = 1.0
+    coefficient: FloatOrDeferred = 1.0
+    threshold: FloatOrDeferred = math.nan
+    loss_scale: FloatOrDeferred = 1.0
+
+    def true_norm(self) -> Tensor:
+        """Returns the total norm when the step begins, in true units: tensor ``[]``."""
+        return self._in_true_units(self.after.total.tensor)
+
+    def true_norms(self) -> Tensor:
+        """Returns the norm of each gradient when the step begins: tensor ``[n]``."""
+        return self._in_true_units(self.after.norms.tensor)
+
+    def _in_true_units(self, norms: Tensor) -> Tensor:
+        # A multiplication by one would cost a call; a policy must see the very bits of the norm.
+        if self.correction == self.unit_after == 1.0:
+            return norms
+        factor = as_operand(self.correction) / as_operand(self.unit_after)
+        return norms if isinstance(factor, float) and factor == 1.0 else norms * factor
+
+    @property
+    def before_scale(self) -> float:
+        """What to multiply ``before`` with to have true units."""
+        return resolve(self.correction) / resolve(self.unit_before)
+
+    @property
+    def after_scale(self) -> float:
+        """What to multiply ``after`` with to have true units."""
+        return resolve(self.correction) / resolve(self.unit_after)
+
+    @property
+    def grad_norm(self) -> float:
+        """The total norm before any clip."""
+        return self.before.total.value() * self.before_scale
+
+    @property
+    def clip_coef(self) -> float:
+        """The factor between both sides; 1.0 where there was no gradient."""
+        if self.untouched or self.grad_norm == 0:
+            return resolve(self.coefficient)
+        return self.grad_norm_clipped / self.grad_norm
+
+    @property
+    def grad_norm_clipped(self) -> float:
+        """The total norm after every clip."""
+        if self.untouched:
+            return self.grad_norm * resolve(self.coefficient)
+        return self.after.total.value() * self.after_scale * resolve(self.coefficient)
+
+    @property
+    def clipped(self) -> bool:
+        """Whether a clip changed the gradients: gradwatch's own, or one that shows in the norm."""
+        return resolve(self.coefficient) < 1.0 or (
+            not self.untouched and self.clip_coef < 1.0 - 1e-6
+        )
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nobody but gradwatch changed the gradients after the last backward."""
+        return self.after is self.before
+
+
+@dataclass(slots=True)
+class Window:
+    """What has come since the last step of one optimizer.
+
+    Attributes:
+        table: All watched parameters.
+        indices: Those of this optimizer, in model order.
+        norm_type: The p of the norms.
+        filled: For each micro-batch the indices that received a gradient in it, and its weight.
+        noted: For each micro-batch what the noise scale is made of.
+        offender: The first that went bad; None while all is finite.
+        nonfinite: How many parameters were bad at the worst moment.
+        divisor: What the weighted losses were divided by; None where the loop weighs its losses
+            itself.
+        correction: The factor that turns the gradients into the weighted mean.
+        shards: Knows which gradients this rank holds a part of; None where all are whole.
+        units: What the window counts as, in the unit of ``watch(accumulate=)``; 0 for as many as it
+            has micro-batches.
+        late: What was measured and could not be looked at yet.
+    """
+
+    table: ParameterTable
+    indices: list[int]
+    norm_type: float = 2.0
+    filled: list[tuple[set[int], FloatOrDeferred]] = field(default_factory=list)
+    noted: list[MicroBatch] = field(default_factory=list)
+    offender: FirstNonFinite | None = None
+    nonfinite: int = 0
+    divisor: FloatOrDeferred | None = None
+    correction: FloatOrDeferred = 1.0
+    units: int = 0
+    shards: Shards | None = None
+    late: list[LateCheck] = field(default_factory=list)
+    _before: Measurement | None = None
+    _snapshot: GradientSnapshot | None = None
+    _tensors: list[Tensor] = field(default_factory=list)
+    _dtype: torch.dtype | None = None
+
+    @property
+    def micro_batches(self) -> int:
+        """Backwards whose gradients are in the window."""
+        return len(self.filled)
+
+    @property
+    def weight(self) -> FloatOrDeferred:
+        """Sum of their weights."""
+        if len(self.filled) == 1:
+            return self.filled[0][1]
+        return defer(sum(as_operand(weight) for _, weight in self.filled))
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return self.table.tensors[self.indices[0]].device
+
+    @property
+    def arrived(self) -> set[int]:
+        """Indices that received a gradient."""
+        return set().union(*(arrived for arrived, _ in self.filled))
+
+    def copy(self) -> Window:
+        """Returns a window that further backwards do not change."""
+        filled = [(set(arrived), weight) for arrived, weight in self.filled]
+        return replace(self, filled=filled, noted=list(self.noted), late=list(self.late))
+
+    def reset(self) -> None:
+        """Empties the window: a step was taken, or the gradients were thrown away."""
+        self.filled = []
+        self.offender = None
+        self.nonfinite = 0
+        self.noted = []
+        self.divisor = None
+        self.correction = 1.0
+        self.units = 0
+        self.late = []
+        self._before = None
+        self._snapshot = None
+
+    def add(self, backward: Backward, weight: FloatOrDeferred = 1.0) -> Measurement | None:
+        """Takes in a backward that has ended: one batched pass over the gradients.
+
+        Args:
+            backward: What arrived in it.
+            weight: Weight of the micro-batch.
+
+        Returns:
+            The norms, in the units of the gradients; None where none of the window's parameters
+            received a gradient.
+        """
+        arrived = set(backward.arrived)
+        if not arrived:
+            self.filled.append((arrived, weight))
+            return None
+        if arrived.isdisjoint(self.indices):
+            return None
+        if self._before is not None and self.discarded_before(backward):
+            self.reset()
+        indices, gradients = self.gradients()
+        freed = backward.freed
+        if freed:
+            freed = {i: norm for i, norm in freed.items() if i in self.indices}
+        if not gradients and not freed:
+            return None  # an optimizer inside the backward has used and freed them
+        if backward.continues and self.filled:
+            self.filled[-1][0].update(arrived)
+        else:
+            self.filled.append((arrived, weight))
+        self._before = measure(indices, gradients, self.norm_type, self._dtype)
+        if freed:
+            self._before = with_freed(self._before, freed, self.norm_type)
+        if self.shards is None:
+            self._snapshot = GradientSnapshot(gradients)
+        total = self._before.total.if_known()
+        if total is None or not math.isfinite(total):
+            there = None if freed else gradients
+            self._look_for_offender(self._before, there, backward.arrived)
+        return self._before
+
+    def discarded_before(self, backward: Backward) -> bool:
+        """Tells whether the window's gradients were thrown away before a backward.
+
+        Args:
+            backward: The backward, which has ended.
+        """
+        before, snapshot = self._before, self._snapshot
+        if before is None or snapshot is None or backward.create_graph or backward.continues:
+            return False
+        if backward.freed:
+            return True  # each backward uses its gradients up
+        if is_distributed():
+            return False  # a reduction over ranks writes into gradients, and replaces them, as well
+        arrived = set(backward.arrived)
+        now = (self.table.tensors[index].grad for index in before.indices)
+        return snapshot.was_discarded(now, (index in arrived for index in before.indices))
+
+    def add_unfinished(self) -> None:
+        """Takes in a backward that is still under way: an optimizer steps inside it."""
+        self.filled.append((set(self.indices), 1.0))
+
+    def measure_again(self) -> None:
+        """Measures the gradients that a reduction over the ranks has put in place of its own."""
+        indices, gradients = self.gradients()
+        self.filled[-1][0].update(indices)  # none has arrived so far where FSDP2 kept them all
+        self._before = measure(indices, gradients, self.norm_type)
+        if self.shards is None:
+            self._snapshot = GradientSnapshot(gradients)
+        self._look_for_offender(self._before, gradients, ())
+
+    def gradients_put_back(self) -> None:
+        """Takes the gradients for those that were measured: they have been written into twice."""
+        if self._snapshot is not None:
+            self._snapshot = GradientSnapshot(self.gradients()[1])
+
+    def gradients(self) -> tuple[list[int], list[Tensor]]:
+        """Lists the gradients that are there now, with the indices of their parameters.
+
+        Returns:
+            Both, of the same length; of sharded gradients the parts that this rank holds.
+        """
+        gradients, indices = self._listed(), self.indices
+        if any(map(is_, gradients, repeat(None))):
+            pairs = [(i, g) for i, g in zip(indices, gradients, strict=True) if g is not None]
+            indices, gradients = [i for i, _ in pairs], [g for _, g in pairs]
+        return indices, gradients if self.shards is None else list(map(local_part, gradients))
+
+    def _listed(self) -> list[Any]:
+        """Lists ``.grad`` of every parameter, None where there is none."""
+        if len(self._tensors) != len(self.indices):
+            self._tensors = [self.table.tensors[index] for index in self.indices]
+            dtypes = {tensor.dtype for tensor in self._tensors}
+            self._dtype = dtypes.pop() if len(dtypes) == 1 else None
+        return list(map(_grad, self._tensors))
+
+    def latest(self) -> Window:
+        """Makes a window that holds the newest backward only, as a step of its own."""
+        offender = self.offender and replace(self.offender, micro_batch=1)
+        return replace(self, filled=self.filled[-1:], offender=offender)
+
+    def part(self, indices: Sequence[int]) -> Window:
+        """Makes the window of an optimizer that was found while this one was filling.
+
+        Args:
+            indices: Parameters of the optimizer, ascending.
+
+        Returns:
+            A window with what has come so far. What was measured is in it where this window has
+            all of the parameters; else the step will measure.
+        """
+        mine = set(indices)
+        part = Window(self.table, list(indices), self.norm_type, shards=self.shards)
+        kept = [(arrived, w) for arrived, w in self.filled if arrived & mine or not arrived]
+        part.filled = [(arrived & mine, w) for arrived, w in kept]
+        if mine.issuperset(self.indices):
+            part.noted = list(self.noted)
+        if self.offender is not None and self.offender.index in mine:
+            before = self.filled[: self.offender.micro_batch]
+            number = sum(bool(arrived & mine) for arrived, _ in before)
+            part.offender = replace(self.offender, micro_batch=number)
+            part.nonfinite = self.nonfinite
+        complete = mine.issubset(self.indices) and part.filled
+        if self._before is not None and complete:
+            part.late = [look for look in self.late if mine.issuperset(look.measurement.indices)]
+            part._before = self._before.subset(indices, self.norm_type)
+            if self._snapshot is not None:
+                part._snapshot = self._snapshot.subset([i in mine for i in self._before.indices])
+        return part
+
+    def look(
+        self,
+        scale: LossScale,
+        left: FloatOrDeferred,
+        ride: Callable[[Exchange], None] = lambda exchange: None,
+    ) -> StepNorms:
+        """Looks at the gradients that a step is about to use.
+
+        They are measured once more only where something wrote into them since the backward: the
+        loop's own clip, or the scaler.
+
+        Args:
+            scale: The loss scale of the run.
+            left: The loss scale that the gradients still carry.
+            ride: Adds further numbers to the exchange between ranks, where there is one.
+
+        Returns:
+            Both sides of the loop's own clip.
+        """
+        loss_scale = left if scale.scaler is None else scale.value()
+        # Unscaling moves no version counter: what was measured at the end of the backward has the
+        # unit of the scaled loss, whatever the scaler has done to the gradients since.
+        unit_before = left if self._before is None else loss_scale
+        measured = self._before
+        if measured is not None and self._is_unchanged(measured):
+            before = after = measured
+        else:
+            before, after = self._measure_again()
+        unit_after = unit_before if after is before else left
+        if self.shards is not None:
+            before, after = self._agree(self.shards, before, after, ride)
+        return StepNorms(
+            before, after, unit_before, unit_after, self.correction, loss_scale=loss_scale
+        )
+
+    def measure_clipped(self, indices: Sequence[int], gradients: list[Tensor]) -> Measurement:
+        """Measures gradients that a clip has changed element by element.
+
+        Args:
+            indices: Their parameters.
+            gradients: The gradients; of sharded ones the parts of this rank.
+        """
+        after = measure(indices, gradients, self.norm_type)
+        return after if self.shards is None else self._agree(self.shards, after, after)[1]
+
+    def unapplied(self, loss_scale: FloatOrDeferred, together: bool) -> StepNorms | None:
+        """Returns the numbers of a window that no step has used, gradients gone or not.
+
+        Args:
+            loss_scale: The loss scale at its last backward.
+            together: Whether all ranks are here at once, and can add up the norms of their parts;
+                else those of sharded gradients are of the part of this rank.
+
+        Returns:
+            Both sides of no clip; None where the window is empty.
+        """
+        before = self._before
+        if before is None:
+            return None
+        if self.shards is not None and together:
+            mine = Sides(before, before, self.offender, self.nonfinite)
+            agreed = agree(self.shards, mine, {}, self.norm_type)
+            before, self.offender, self.nonfinite = agreed.before, agreed.offender, agreed.nonfinite
+        return StepNorms(before, before, loss_scale, loss_scale, loss_scale=loss_scale)
+
+    def _measure_again(self) -> tuple[Measurement, Measurement]:
+        indices, gradients = self.gradients()
+        after = measure(indices, gradients, self.norm_type, self._dtype)
+        if self._before is not None and _zeroed(self._before, after):
+            self.reset()  # zero_grad came after the last backward
+        self._look_for_offender(after, gradients, ())
+        return self._before or after, after
+
+    def _is_unchanged(self, before: Measurement) -> bool:
+        """Tells whether the gradients are those that were measured, and nothing wrote into them."""
+        if self._snapshot is None:
+            return False
+        if before.indices is self.indices:  # all had one, so that none needs a look by itself
+            return self._snapshot.matches(list(map(_grad, self._tensors)))
+        return self._snapshot.matches(self.gradients()[1])
+
+    def _look_for_offender(
+        self, measurement: Measurement, gradients: list[Tensor] | None, order: Sequence[int]
+    ) -> None:
+        if not measurement.total.at_hand:
+            self.late.append(LateCheck(self.micro_batches, measurement, order))
+            return
+        if measurement.finite or measurement.overflowed:
+            return
+        bad = LateCheck(self.micro_batches, measurement, order).offenders(gradients)
+        self.nonfinite = max(self.nonfinite, len(bad))
+        if bad and self.offender is None:
+            self.offender = bad[0]
+
+    def _agree(
+        self,
+        shards: Shards,
+        before: Measurement,
+        after: Measurement,
+        ride: Callable[[Exchange], None] = lambda exchange: None,
+    ) -> tuple[Measurement, Measurement]:
+        gradients = {index: self.table.tensors[index].grad for index in after.indices}
+        pending = {
+            i: local_part(g) for i, g in gradients.items() if g is not None and is_pending(g)
+        }
+        mine = Sides(before, after, self.offender, self.nonfinite)
+        agreed = agree(shards, mine, pending, self.norm_type, ride)
+        self.offender, self.nonfinite = agreed.offender, agreed.nonfinite
+        return agreed.before, agreed.after
+
+    def leave(self, indices: Sequence[int]) -> None:
+        """Gives parameters away to another window.
+
+        Args:
+            indices: The parameters.
+        """
+        others = set(indices)
+        self.indices = [index for index in self.indices if index not in others]
+        self._tensors = []
+        self.filled = [(arrived - others, w) for arrived, w in self.filled if arrived - others]
+        if self.offender is not None and self.offender.index in others:
+            self.offender = None
+        if self._before is not None:
+            keep = [index not in others for index in self._before.indices]
+            self._before = self._before.subset(self.indices, self.norm_type)
+            if self._snapshot is not None:
+                self._snapshot = self._snapshot.subset(keep)
+        if not self.filled:
+            self.reset()
+
+
+_grad = attrgetter("grad")
+
+
+def _zeroed(before: Measurement, after: Measurement) -> bool:
+    return after.total.at_hand and after.total.value() == 0 != before.total.value()
+
+
+Losses = list[tuple[FloatOrDeferred, FloatOrDeferred]]
+
+ONE_MICRO_BATCH = (
+    "a step has one micro-batch on one process, and there is nothing to compare it with: "
+    "accumulate 2 or more"
+)
+NOT_L2 = "the clip works with another norm than L2, so that is the one measured"
+SHARDED = "sharded parameters do not show what a micro-batch adds to their gradients"
+REDUCED_EACH = (
+    "every micro-batch was reduced over the ranks by itself, so that no gradient was of one rank: "
+    "use watcher.backward(), or no_sync() for all but the last"
+)
+NOT_ONE_RANK = "this rank's own gradients were not seen before they were averaged over the ranks"
+NOT_SEEN = "the gradient of the first micro-batch was not measured by itself"
+
+
+class WindowWeights:
+    """Weighs the windows of one optimizer.
+
+    Attributes:
+        noise: Its gradient noise scale.
+        silent: Why the newest window said nothing about the noise; empty where it did.
+        sample: What it said; None where it said nothing.
+    """
+
+    def __init__(
+        self, hooks: ModelHooks, accumulation: AccumulationPlan, data_parallel: DataParallel | None
+    ) -> None:
+        """Starts with no window.
+
+        Args:
+            hooks: See what a micro-batch adds, and each rank's own gradients.
+            accumulation: How many micro-batches a window has.
+            data_parallel: The ranks that average their gradients; None where there is one only.
+        """
+        self.noise = NoiseScaleEstimator()
+        self.silent = ""
+        self.sample: NoiseSample | None = None
+        self._weight: FloatOrDeferred | None = None
+        self._hooks = hooks
+        self._accumulation = accumulation
+        self._data_parallel = data_parallel
+        self._reduced = 0
+
+    def weight(self, window: Window) -> FloatOrDeferred:
+        """Returns the weight of a window, of all ranks where they were asked."""
+        return window.weight if self._weight is None else self._weight
+
+    def reset(self) -> None:
+        """Forgets what was said about a window: its step is over, or another one begins."""
+        self.sample = self._weight = None
+
+    def note(
+        self, window: Window, weight: FloatOrDeferred, measurement: Measurement | None
+    ) -> None:
+        """Takes note of a backward that the window has just taken in.
+
+        Args:
+            window: The window.
+            weight: Weight of the micro-batch.
+            measurement: The gradients as they are now; None where they cannot be seen.
+        """
+        count, hooks = len(window.filled), self._hooks
+        if count == 1 and hooks.local is None and not hooks.added.watching:
+            window.noted = [MicroBatch(weight, None if measurement is None else measurement.total)]
+            return
+        first, again = count == 1, count == len(window.noted)
+        self._reduced = 0 if first else self._reduced
+        own, added = self.own_norm(window), None
+        self._reduced += own is not None
+        if first or not again:  # a nested backward adds to a micro-batch in parts
+            added = hooks.added.total(window.indices)
+        if added is None and first:
+            added = own
+        norm = None if added is None else defer(added)
+        if norm is None and first and measurement is not None:
+            norm = measurement.total
+        window.noted = [*window.noted[: count - 1], MicroBatch(weight, norm)]
+
+    def own_norm(self, window: Window) -> Tensor | None:
+        """Returns the norm of this rank's own gradients before the newest reduction, if any."""
+        local = self._hooks.local
+        return None if local is None else local.total(window.indices)
+
+    def weigh(self, window: Window, losses: Losses, scale: FloatOrDeferred) -> Losses:
+        """Adds a window up, before its step.
+
+        Works out what the gradients lack to be the mean over all micro-batches of all ranks, and
+        what they tell about the noise.
+
+        Args:
+            window: The window.
+            losses: Its losses and their weights on this rank.
+            scale: The loss scale at its last backward.
+
+        Returns:
+            The losses: one, of all ranks where they were asked.
+        """
+        self.reset()
+        ranks = None
+        if window.divisor is not None or self._accumulation.by_noise:
+            ranks = self._data_parallel  # but not in a loop that is only watched
+        alone = len(window.noted) < 2 and self._data_parallel is None
+        if not window.noted or (alone and window.divisor is None):
+            self.silent = ONE_MICRO_BATCH
+            return losses
+        sums = WindowSums.of(window.noted, losses)
+        if ranks is not None:
+            sums = sums.over_ranks(ranks, window.device)
+            losses = [(_mean_loss(sums), 1.0)] if losses else []
+        self._weight = sums.weight
+        weight, count = _nonzero(as_operand(sums.weight)), 1 if ranks is None else ranks.ranks
+        divisor = window.divisor
+        if divisor is None:  # the loop has made a mean of it itself
+            divisor = defer(weight / count)
+        else:
+            window.correction = defer(as_operand(divisor) * count / weight)
+        self.sample, self.silent = self._sample(window, _Added(sums, ranks, divisor, scale))
+        return losses
+
+    def _sample(self, window: Window, added: _Added) -> tuple[NoiseSample | None, str]:
+        if window.norm_type != 2.0:
+            return None, NOT_L2
+        if window.shards is not None:
+            return None, SHARDED
+        if added.ranks is None and self._data_parallel is not None:
+            return self._sample_of_rank(window, self._data_parallel, added.scale)
+        if added.ranks is None and len(window.noted) < 2:
+            return None, ONE_MICRO_BATCH
+        units = window.units or len(window.noted)
+        sample = sample_of_all(added.sums, added.divisor, added.scale, units)
+        if sample is not None and window.units:  # a short last window says nothing of the next one
+            sample = sample.of_full_window(self._accumulation.micro_batches)
+        if sample is None and added.ranks is None:
+            sample = sample_of_first(window.noted, added.divisor, added.scale)
+        return sample, "" if sample is not None else NOT_SEEN
+
+    def _sample_of_rank(
+        self, window: Window, ranks: DataParallel, scale: FloatOrDeferred
+    ) -> tuple[NoiseSample | None, str]:
+        own, units = self.own_norm(window), window.units or len(window.noted)
+        if own is None:
+            return None, NOT_ONE_RANK
+        if self._reduced != 1:
+            return None, REDUCED_EACH
+        return sample_of_rank(own, window.weight, ranks.ranks, scale, units), ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """A window that has been added up, over which ranks, and what the sums are to be read with."""
+
+    sums: WindowSums
+    ranks: DataParallel | None
+    divisor: FloatOrDeferred
+    scale: FloatOrDeferred
+
+
+def _mean_loss(sums: WindowSums) -> FloatOrDeferred:
+    return defer(as_operand(sums.loss) / _nonzero(as_operand(sums.weight)))
+
+
+def _nonzero(weight: float | Tensor) -> float | Tensor:
+    """Returns a weight to divide by: 1 for a window of nothing, whose gradients are all zero."""
+    if isinstance(weight, Tensor):
+        return torch.where(weight > 0, weight, 1.0)
+    return weight if weight > 0 else 1.0
