@@ -21,10 +21,10 @@ from gradwatch.measure.deferred import (
     is_at_hand,
     resolve,
 )
-from gradwatch.measure.norms import Measurement, total_norm
+from gradwatch.measure.norms import Measurement, StepNorms, total_norm
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.measure.sharded import is_sharded, local_part
-from gradwatch.step.window import StepNorms, Window
+from gradwatch.step.window import Window
 
 SCOPES = ("global", "group", "parameter")
 

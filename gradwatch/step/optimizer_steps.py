@@ -23,6 +23,7 @@ from gradwatch.hooks.optimizer import (
 )
 from gradwatch.hooks.scaler import LossScale
 from gradwatch.measure.deferred import Deferred, FloatOrDeferred, reading_of
+from gradwatch.measure.norms import StepNorms
 from gradwatch.measure.parameters import ParameterTable, optimizer_parameters
 from gradwatch.measure.sharded import Exchange
 from gradwatch.measure.statistics import NO_SAMPLE, StatisticsSampler
@@ -32,7 +33,7 @@ from gradwatch.step.clipping import Clipping, Scopes
 from gradwatch.step.pending import Facts, PendingStep
 from gradwatch.step.run import Run
 from gradwatch.step.skip_rule import APPLIED, SkipRule, StepOutcome, TooManySkipsError
-from gradwatch.step.window import StepNorms, Window, WindowWeights
+from gradwatch.step.window import Window, WindowWeights
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from gradwatch.accumulate.noise_scale import NoiseSample, NoiseScaleEstimator, noise_terms
 from gradwatch.hessian.every import NOT_TAKEN, CurvatureSample
 from gradwatch.measure.deferred import Deferred, FloatOrDeferred, Transfer, resolve
-from gradwatch.measure.norms import FirstNonFinite, LateCheck
+from gradwatch.measure.norms import FirstNonFinite, LateCheck, StepNorms
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.measure.statistics import NO_SAMPLE, StatisticsSample
 from gradwatch.record.events import (
@@ -23,7 +23,6 @@ from gradwatch.record.events import (
 from gradwatch.record.recorder import Entry
 from gradwatch.record.records import Event, Outcome, StepRecord
 from gradwatch.step.skip_rule import StepOutcome
-from gradwatch.step.window import StepNorms
 
 
 class Facts(NamedTuple):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gradwatch.clip.spikes import SpikeRule
 from gradwatch.measure.deferred import Deferred, FloatOrDeferred, resolve
+from gradwatch.measure.norms import StepNorms
 from gradwatch.record.records import Outcome
-from gradwatch.step.window import StepNorms
 
 OURS: tuple[Outcome, ...] = ("skipped_nonfinite", "skipped_policy")
 
