@@ -1,22 +1,30 @@
-"""A loop that leaves backward and step to gradwatch, and how far it has come in its window."""
+"""A loop that leaves backward and step to gradwatch, and batches that are split to fit in."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gradwatch.accumulate.splitting import split_batch
+from gradwatch.accumulate.splitting import batch_length, largest_part, split_batch
 from gradwatch.clip.norm_history import exact_dtype
 from gradwatch.errors import AccumulationError
-from gradwatch.hooks.data_parallel import GradientSync
-from gradwatch.measure.deferred import FloatOrDeferred, as_operand, defer, is_at_hand, reading_of
+from gradwatch.hooks.data_parallel import GradientSync, broadcast_buffers, can_hold
+from gradwatch.measure.deferred import (
+    FloatOrDeferred,
+    as_operand,
+    defer,
+    is_at_hand,
+    reading_of,
+)
+from gradwatch.out_of_memory import Rollback, forget, is_out_of_memory, release_memory
+from gradwatch.record.events import out_of_memory_event
 from gradwatch.step.optimizer_steps import OptimizerSteps
 from gradwatch.step.run import Run
 
@@ -221,20 +229,25 @@ class ManagedLoop:
         weight: Weight of the backward under way.
         newest_weight: Weight of the newest one.
         active: Whether a backward of this loop is under way.
+        manages: Whether the newest backward was this loop's: else the loop's windows are its own.
     """
 
-    def __init__(self, run: Run, sync: GradientSync | None) -> None:
+    def __init__(
+        self, run: Run, sync: GradientSync | None, optimizers: Sequence[OptimizerSteps]
+    ) -> None:
         """Starts with an empty window.
 
         Args:
             run: The run.
             sync: Keeps micro-batches from communicating; None where they do not.
+            optimizers: Steps of each optimizer; grows where they are found later.
         """
         self.weight: FloatOrDeferred = 1.0
         self.newest_weight: FloatOrDeferred = 1.0
         self.active = False
         self._run = run
         self._sync = sync
+        self._optimizers = optimizers
         self._progress = WindowProgress()
         self._divisor: FloatOrDeferred = 1.0
         self._agreed: FloatOrDeferred | None = (
@@ -242,53 +255,49 @@ class ManagedLoop:
         )
         self._communicated = True
         self._holds_all = False
-        self._manages = run.accumulation.checked
+        self.manages = run.accumulation.checked
 
     # -- what the loop calls ---------------------------------------------------------------------
 
-    def backward(
-        self, tracks: Sequence[OptimizerSteps], loss: Tensor, weight: float | Tensor | None
-    ) -> None:
+    def backward(self, loss: Tensor, weight: float | Tensor | None) -> None:
         """Runs the backward of one micro-batch; see :meth:`gradwatch.watcher.Watcher.backward`."""
-        before = self._filled(tracks, "backward")
-        self._manages = True
+        before = self._filled("backward")
+        self.manages = True
         if before == 0:
             self._progress.restart()
-        self._check_room(tracks, "backward")
+        self._check_room("backward")
         self._progress.check_turn(weighs=weight is not None)
         given = self._given(weight)
         weighs = given is not None or self._run.accumulation.micro_batches > 1
-        weighs = weighs or any(track.window.divisor is not None for track in tracks)
+        weighs = weighs or any(one.window.divisor is not None for one in self._optimizers)
         self.weight = self.newest_weight = 1.0 if given is None else given
         if before == 0:
             self._divisor = self._expected(given) if weighs else 1.0
-        was = [(track.window.filled, track.window.micro_batches) for track in tracks]
+        was = [(one.window.arrivals, one.window.micro_batches) for one in self._optimizers]
         self._run_backward(self._shared(loss) if weighs else loss)
-        self._take_note(tracks, was, loss, weighs)
+        self._note(was, loss, weighs)
 
-    def step(self, tracks: Sequence[OptimizerSteps], last: bool) -> bool:
+    def step(self, last: bool) -> bool:
         """Steps when the window is full; see :meth:`gradwatch.watcher.Watcher.step`."""
         self._progress.forgive()
-        if self._filled(tracks, "step") == 0:
+        if self._filled("step") == 0:
             return False
         if not last and not self._is_full:
             return False
-        self._communicate(tracks)
-        stepped = [self._step(track) for track in tracks if track.window.micro_batches]
+        self._communicate()
+        stepped = [self._step(one) for one in self._optimizers if one.window.micro_batches]
         self._progress.end()
         if self._run.options.scaler is not None:
             self._run.options.scaler.update()
-        for track in tracks:
-            track.require_optimizer().zero_grad()
+        for one in self._optimizers:
+            one.optimizer.zero_grad()
         return any(stepped)
 
-    def micro_batches(
-        self, tracks: Sequence[OptimizerSteps], batch: Any, size: int, call: str = "micro_batches"
-    ) -> Iterator[Any]:
+    def micro_batches(self, batch: Any, size: int, call: str = "micro_batches") -> Iterator[Any]:
         """Splits a batch; see :meth:`gradwatch.watcher.Watcher.micro_batches`."""
-        if self._filled(tracks, call) == 0:
+        if self._filled(call) == 0:
             self._progress.restart()
-        self._check_room(tracks, call)
+        self._check_room(call)
         self._progress.forgive()
         parts = split_batch(batch, size, f"watcher.{call}")
         if len(parts) > 1:
@@ -312,15 +321,15 @@ class ManagedLoop:
             return
         self._sync.restore()  # left over where a forward had no backward
         wanted = self._run.accumulation.micro_batches
-        if self._holds_all or (self._manages and not self._progress.is_last(wanted)):
+        if self._holds_all or (self.manages and not self._progress.is_last(wanted)):
             self._sync.hold_back()
 
     def after_other_backward(self) -> None:
-        """Takes note that the loop calls ``loss.backward()`` itself: the rest is up to it too.
+        """Leaves the rest to a loop that calls ``loss.backward()`` itself.
 
         The micro-batch may have been held back; that of a later one makes up for it.
         """
-        self._manages = False
+        self.manages = False
         if self._sync is not None:
             self._sync.restore()
 
@@ -353,7 +362,7 @@ class ManagedLoop:
         return {"agreed": agreed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what :meth:`state_dict` gave."""
+        """Restores what :meth:`state_dict` gave."""
         self._agreed = state["agreed"]
 
     # -- parts -----------------------------------------------------------------------------------
@@ -370,30 +379,21 @@ class ManagedLoop:
                 self._communicated = not self._sync.is_held
                 self._sync.restore()
 
-    def _take_note(
-        self,
-        tracks: Sequence[OptimizerSteps],
-        was: Sequence[tuple[list[Any], int]],
-        loss: Tensor,
-        weighs: bool,
-    ) -> None:
-        """Takes note of a backward: of what it was a part, and which windows it went into."""
-        before, now = max(count for _, count in was), self._filled(tracks, "backward")
+    def _note(self, was: Sequence[tuple[list[Any], int]], loss: Tensor, weighs: bool) -> None:
+        """Notes of what a backward was a part, and which windows it went into."""
+        before, now = max(count for _, count in was), self._filled("backward")
         if now == before == 0:
             raise RuntimeError(NOTHING_ARRIVED)
-        again = [
-            track.window.filled is not filled
-            for track, (filled, _) in zip(tracks, was, strict=True)
-        ]
+        windows = list(zip(self._optimizers, was, strict=True))
+        again = [one.window.arrivals is not arrivals for one, (arrivals, _) in windows]
         if now > before or any(again):  # else another optimizer's window caught up
             self._progress.count(restarted=now <= before)
-        for track, restarted, (_, count) in zip(tracks, again, was, strict=True):
-            if restarted or track.window.micro_batches > count:
-                track.add_loss(loss, self.newest_weight)
-                track.window.divisor = self._divisor if weighs else None
-            track.units = self._progress.units
+        for restarted, (one, (_, count)) in zip(again, windows, strict=True):
+            if restarted or one.window.micro_batches > count:
+                one.note_managed(loss, self.newest_weight, self._divisor if weighs else None)
+            one.units = self._progress.units
 
-    def _communicate(self, tracks: Sequence[OptimizerSteps]) -> None:
+    def _communicate(self) -> None:
         """Makes up for a last backward that did not know that it was the last."""
         if self._sync is None:
             return
@@ -403,13 +403,12 @@ class ManagedLoop:
             return
         self._sync.reduce_()
         self._communicated = True
-        for track in tracks:
-            track.window.measure_again()
+        for one in self._optimizers:
+            one.window.remeasure_reduced()
 
-    def _step(self, track: OptimizerSteps) -> bool:
-        optimizer, scaler, before = track.require_optimizer(), self._run.options.scaler, track.step
-        track.last_window = True
-        track.window.units = self._progress.units
+    def _step(self, steps: OptimizerSteps) -> bool:
+        optimizer, scaler, before = steps.optimizer, self._run.options.scaler, steps.step
+        steps.units, steps.ends_window = self._progress.units, True
         try:
             if scaler is None:
                 optimizer.step()
@@ -417,11 +416,11 @@ class ManagedLoop:
                 scaler.unscale_(optimizer)
                 scaler.step(optimizer)
         finally:
-            track.last_window = False
-        if track.step == before:
+            steps.ends_window = False
+        if steps.step == before:  # the scaler has not called the optimizer
             with torch.no_grad():
-                track.abandon_window(left_out=True)
-        return track.applied
+                steps.abandon_window()
+        return steps.applied
 
     def _given(self, weight: float | Tensor | None) -> FloatOrDeferred | None:
         """Returns the weight that the user gave, or that the split knows; None for neither."""
@@ -459,18 +458,212 @@ class ManagedLoop:
         progress = self._progress
         return progress.split is None and progress.units >= self._run.accumulation.micro_batches
 
-    def _check_room(self, tracks: Sequence[OptimizerSteps], call: str) -> None:
+    def _check_room(self, call: str) -> None:
         wanted, units = self._run.accumulation.micro_batches, self._progress.units
         # With a loss for each optimizer, the window of one is full before that of another.
-        full = all(track.window.micro_batches >= units for track in tracks)
+        full = all(one.window.micro_batches >= units for one in self._optimizers)
         if wanted > 1 and units >= wanted and full:
             text = WINDOW_FULL.format(call=call, next=units + 1, wanted=wanted)
             raise AccumulationError(text)
 
-    def _filled(self, tracks: Sequence[OptimizerSteps], call: str) -> int:
-        if not tracks:
+    def _filled(self, call: str) -> int:
+        if not self._optimizers:
             raise RuntimeError(NO_OPTIMIZER.format(call=call))
         if call != "step":
-            for track in tracks:
-                track.drop_what_was_thrown_away()
-        return max(track.window.micro_batches for track in tracks)
+            for one in self._optimizers:
+                one.drop_discarded_window()
+        return max(one.window.micro_batches for one in self._optimizers)
+
+
+Closure = Callable[[Any], "Tensor | tuple[Tensor, float | Tensor]"]
+
+CALL = "watcher.run_batch"
+NO_LOSS = (
+    "The closure of watcher.run_batch() must return the mean loss of the micro-batch that it is "
+    "given, a tensor of one element, or the pair of it and a weight, got {result}."
+)
+ELSEWHERE = (
+    "Another rank ran out of memory with a micro-batch of one example, so that the batch cannot be "
+    "run. Use a smaller model, shorter examples or activation checkpointing."
+)
+
+
+class BatchRunner:
+    """Halves the micro-batch when memory runs out, and runs the same batch again.
+
+    Attributes:
+        size: The most examples that a micro-batch may have; None while memory has sufficed.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        managed: ManagedLoop,
+        model: nn.Module | Mapping[str, Tensor],
+        optimizers: Sequence[OptimizerSteps],
+    ) -> None:
+        """Starts with whole batches.
+
+        Args:
+            run: The run.
+            managed: Runs the backwards.
+            model: Its buffers are put back where a batch is run again.
+            optimizers: As for :class:`ManagedLoop`.
+        """
+        self.size: int | None = None
+        self._run = run
+        self._managed = managed
+        self._optimizers = optimizers
+        self._modules = list(model.modules()) if isinstance(model, nn.Module) else []
+        self._devices = {tensor.device for tensor in run.table.tensors}
+
+    def run(self, closure: Closure, batch: Any) -> Tensor:
+        """Runs a batch; see :meth:`gradwatch.watcher.Watcher.run_batch`."""
+        length = batch_length(batch, CALL)
+        if not self._may_run_again:
+            return self._run_parts(closure, batch, self._size(length))
+        self._communicate_ahead(length)
+        while True:
+            size = self._size(length)
+            start = self._start()
+            loss, error = self._attempt(start, closure, batch, size)
+            too_large = self._smallest_of_ranks(None if error is None else size)
+            if too_large is None:
+                return loss
+            start.go_back()
+            if too_large == 1:
+                raise _last_error(error, size)
+            del start, error, loss  # they would be there beside the next attempt
+            self._halve(too_large, self._optimizers[0].step + 1)
+
+    # -- one attempt -----------------------------------------------------------------------------
+
+    def _start(self) -> _Start:
+        return _Start(self._run, self._managed, self._optimizers, self._modules, self._devices)
+
+    def _attempt(
+        self, start: _Start, closure: Closure, batch: Any, size: int
+    ) -> tuple[Tensor, Exception | None]:
+        """Runs a batch once; returns its loss, and the error where memory ran out."""
+        try:
+            with self._managed.all_held_back():
+                return self._run_parts(closure, batch, size), None
+        except BaseException as error:
+            if isinstance(error, Exception) and is_out_of_memory(error):
+                if size > 1:  # else it will be raised, with its story
+                    forget(error)
+                return torch.zeros(()), error
+            start.go_back()
+            raise
+
+    def _run_parts(self, closure: Closure, batch: Any, size: int) -> Tensor:
+        loss_sum = torch.zeros(())
+        weight_sum: float | Tensor = 0.0
+        for part in self._managed.micro_batches(batch, size, "run_batch"):
+            loss, weight = self._run_part(closure, part)
+            loss_sum = loss_sum + loss * weight
+            weight_sum = weight_sum + weight
+        return loss_sum / (weight_sum + (weight_sum == 0))
+
+    def _run_part(self, closure: Closure, part: Any) -> tuple[Tensor, float | Tensor]:
+        """Runs a micro-batch; the graph of its loss ends here, before the next one has begun."""
+        loss, weight = _loss_and_weight(closure(part))
+        self._managed.backward(loss, weight)
+        wide = torch.promote_types(loss.dtype, torch.float32)
+        return loss.detach().reshape(()).to(wide), as_operand(self._managed.newest_weight)
+
+    # -- what the ranks do together --------------------------------------------------------------
+
+    @property
+    def _may_run_again(self) -> bool:
+        """Whether a rank can run a batch again: not while the others wait for it in the middle.
+
+        FSDP2 gathers parameters in each forward, SyncBatchNorm statistics, and a static graph
+        reduces gradients in its first backward.
+        """
+        ranks = self._run.data_parallel
+        if ranks is None or self._run.shards is not None:
+            return self._run.shards is None
+        synced = any(isinstance(module, nn.SyncBatchNorm) for module in self._modules)
+        return not synced and all(map(can_hold, ranks.wrappers))
+
+    def _communicate_ahead(self, length: int) -> None:
+        """Leaves nothing to communicate until each rank has run its batch, or failed to."""
+        ranks = self._run.data_parallel
+        if ranks is not None:
+            self._managed.agree(float(length))
+            broadcast_buffers(ranks.wrappers)
+
+    def _smallest_of_ranks(self, failed: int | None) -> int | None:
+        """Returns the smallest micro-batch that failed on any rank; None where the batch has run.
+
+        Args:
+            failed: The one that failed on this rank.
+        """
+        ranks = self._run.data_parallel
+        if ranks is None:
+            return failed
+        device = self._run.table.tensors[0].device
+        told = torch.tensor([-math.inf if failed is None else -float(failed)], device=device)
+        smallest = -ranks.largest_(told).item()
+        return None if math.isinf(smallest) else int(smallest)
+
+    # -- sizes -----------------------------------------------------------------------------------
+
+    def _size(self, length: int) -> int:
+        return largest_part(length, min(self.size or length, length))
+
+    def _halve(self, too_large: int, step: int) -> None:
+        release_memory(self._devices)
+        self.size = (too_large + 1) // 2
+        self._run.note(out_of_memory_event(step, too_large, self.size))
+
+
+class _Start:
+    """Where a batch begins, to go back to: gradients, buffers, random numbers, the window."""
+
+    def __init__(
+        self,
+        run: Run,
+        managed: ManagedLoop,
+        optimizers: Sequence[OptimizerSteps],
+        modules: Sequence[nn.Module],
+        devices: set[torch.device],
+    ) -> None:
+        self._added = run.hooks.added
+        self._optimizers = optimizers
+        self._rollback = Rollback(run.table.tensors, modules, devices)
+        self._marks = [managed.mark(), *(one.mark() for one in optimizers)]
+
+    def go_back(self) -> None:
+        self._rollback.restore()
+        for put_back in self._marks:
+            put_back()
+        for one in self._optimizers:
+            one.window.accept_restored_gradients()
+        self._added.begin()  # it holds gradients of a backward that failed
+        self._added.active = any(one.window.micro_batches for one in self._optimizers)
+
+
+def _last_error(error: Exception | None, size: int) -> Exception:
+    """Returns what to raise where some rank cannot run even one example."""
+    if error is not None and size == 1:
+        return error
+    elsewhere = RuntimeError(ELSEWHERE)
+    elsewhere.__cause__ = error
+    return elsewhere
+
+
+def _loss_and_weight(result: object) -> tuple[Tensor, float | Tensor | None]:
+    loss, weight = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss, weight
+    raise TypeError(NO_LOSS.format(result=_described(result)))
+
+
+def _described(result: object) -> str:
+    if isinstance(result, Tensor):
+        return f"a tensor of shape {list(result.shape)}"
+    if isinstance(result, tuple):
+        return f"({', '.join(map(_described, result))})"
+    return f"{result!r:.100} of type {type(result).__name__}"

@@ -21,7 +21,7 @@ from gradwatch.history import History
 from gradwatch.hooks.backward import Backward
 from gradwatch.hooks.data_parallel import DataParallel, GradientSync, rank
 from gradwatch.hooks.model import ModelHooks
-from gradwatch.managed import ManagedLoop
+from gradwatch.managed import BatchRunner, Closure, ManagedLoop
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.options import (
     Accumulate,
@@ -34,7 +34,6 @@ from gradwatch.options import (
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.recorder import Recorder
 from gradwatch.record.records import Event, Sink, StepRecord
-from gradwatch.run_batch import BatchRunner, Closure
 from gradwatch.step.registry import OptimizerRegistry
 from gradwatch.step.run import Run
 
@@ -142,11 +141,12 @@ class Watcher:
         )
         check_can_be_had(options.accumulate, self._run.data_parallel)
         self._sync = GradientSync.of(model, self._run.data_parallel)
-        self._managed = ManagedLoop(self._run, self._sync)
-        self._batches = BatchRunner(self._run, self._managed, model)
         self._shield = Shield(options.acts, self._stop_watching, self._run.stopwatch)
         self._curvature = sampler_of(options.curvature, model)
-        self._tracks = OptimizerRegistry(self._run, self._shield, self._curvature)
+        self._registry = OptimizerRegistry(self._run, self._shield, self._curvature)
+        followed = self._registry.followed
+        self._managed = ManagedLoop(self._run, self._sync, followed)
+        self._batches = BatchRunner(self._run, self._managed, model, followed)
         self._state = "new"
 
     # -- life ----------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ class Watcher:
         check_unwatched(self._run.table)
         self._state = "attached"
         self._run.stopwatch.start()
-        self._tracks.attach(self._optimizers)
+        self._registry.attach(self._optimizers)
         if self._sync is not None:
             self._sync.before_forwards(self._model, self._before_forward)
         return self
@@ -193,7 +193,7 @@ class Watcher:
             return
         self._state = "closed"
         self._stop_watching()
-        self._tracks.end()
+        self._registry.end()
         self._run.stopwatch.stop()
         self._run.recorder.close()
 
@@ -230,7 +230,7 @@ class Watcher:
             TypeError: If the weight is of another type.
             ValueError: If it is negative or not finite.
         """
-        self._managed.backward(self._tracks.followed, loss, weight)
+        self._managed.backward(loss, weight)
 
     def step(self, last: bool = False) -> bool:
         """Steps when the window is full: unscales, measures, clips, steps and zeroes.
@@ -245,7 +245,7 @@ class Watcher:
         Raises:
             NonFiniteGradientError: If asked for by ``on_nonfinite="raise"``.
         """
-        return self._managed.step(self._tracks.followed, last)
+        return self._managed.step(last)
 
     def micro_batches(self, batch: Any, size: int) -> Iterator[Any]:
         """Splits a batch into micro-batches that count as one: for what does not fit into memory.
@@ -279,7 +279,7 @@ class Watcher:
             >>> watcher.last.micro_batches, watcher.last.weight
             (3, 10.0)
         """
-        return self._managed.micro_batches(self._tracks.followed, batch, size)
+        return self._managed.micro_batches(batch, size)
 
     def run_batch(self, closure: Closure, batch: Any) -> Tensor:
         """Runs forward and backward of a batch, in micro-batches that fit into memory.
@@ -302,7 +302,7 @@ class Watcher:
                 example fits.
             TypeError: If the batch cannot be split, or the closure returns something else.
         """
-        return self._batches.run(self._tracks.followed, closure, batch)
+        return self._batches.run(closure, batch)
 
     @property
     def micro_batch_size(self) -> int | None:
@@ -339,7 +339,7 @@ class Watcher:
         there is none, its ``reason`` says why.
         """
         self._run.recorder.receive(wait=True)
-        return self._tracks.noise_scale()
+        return self._registry.noise_scale()
 
     def report(self, thresholds: Thresholds | None = None, **changes: float) -> Report:
         """Says what the run shows so far; see :meth:`gradwatch.History.report`."""
@@ -373,7 +373,7 @@ class Watcher:
 
     def flush(self) -> None:
         """Delivers what the sinks have not seen yet, rather than with the next batch."""
-        self._tracks.settle()
+        self._registry.commit_backwards()
         self._run.recorder.flush()
 
     def state_dict(self) -> dict[str, Any]:
@@ -387,7 +387,7 @@ class Watcher:
         self.flush()
         return {
             "version": STATE_VERSION,
-            **self._tracks.state_dict(),
+            **self._registry.state_dict(),
             "accumulation": self._run.accumulation.state_dict(),
             "managed": self._managed.state_dict(),
             "micro_batch_size": self._batches.size,
@@ -416,7 +416,7 @@ class Watcher:
                 f"load_state_dict() got a state of version {state.get('version')!r}, this "
                 f"gradwatch reads version {STATE_VERSION}. Pass what Watcher.state_dict() returned."
             )
-        self._tracks.load_state_dict(state)
+        self._registry.load_state_dict(state)
         self._run.accumulation.load_state_dict(state["accumulation"])
         self._managed.load_state_dict(state["managed"])
         self._batches.size = state["micro_batch_size"]
@@ -425,36 +425,33 @@ class Watcher:
         return step if self.global_step is None else self.global_step()
 
     def _stop_watching(self) -> None:
-        self._tracks.detach()
+        self._registry.detach()
         if self._sync is not None:
             self._sync.detach()
 
     # -- what the hooks call -----------------------------------------------------------------------
 
-    @property
-    def _is_ours(self) -> bool:
-        """Whether gradwatch itself has a loss computed, which is no part of the training."""
-        return self._curvature is not None and self._curvature.busy
+    # A loss that gradwatch itself has computed, for the curvature, is no part of the training.
 
     def _on_arrived(self) -> None:
         local = self._hooks.local
-        if local is not None and not self._is_ours:
+        if local is not None and not (self._curvature and self._curvature.busy):
             with self._shield:
                 local.take()
 
     def _before_forward(self, module: nn.Module, args: object) -> None:
-        if not self._is_ours and torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not (self._curvature and self._curvature.busy):
             with self._shield:
                 self._managed.before_forward()
 
     def _on_backward(self, backward: Backward) -> None:
-        if self._is_ours:
+        if self._curvature and self._curvature.busy:
             return
-        if not self._managed.active:
+        if not self._managed.active and (self._managed.manages or self._sync is not None):
             self._managed.after_other_backward()
         with self._shield:
             self._run.stopwatch.arrivals += len(backward.arrived)
-            self._tracks.add(backward, self._managed.weight)
+            self._registry.add(backward, self._managed.weight)
 
 
 def watch(

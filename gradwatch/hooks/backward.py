@@ -117,16 +117,6 @@ class Arrivals(dict[int, Tensor]):
         if token == self._token:
             self._arm()
 
-    def _finish(self, end: _BackwardEnd) -> None:
-        if end.token != self._token:
-            return
-        arrived = list(self)
-        self._arm()
-        continues = False
-        if end.nested or self._open:
-            continues = self._continues(arrived, end.task, end.nested)
-        self._on_end(Backward(arrived, continues, end.create_graph))
-
     def _continues(self, arrived: Sequence[int], task: int, nested: bool) -> bool:
         """Decides whether a backward that ended belongs to the micro-batch of the one before.
 
@@ -150,7 +140,8 @@ class _ArmedArrivals(Arrivals):
         self._begin()
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
-        if inside_backward():  # FSDP2 calls the mark where a reduction is made up for, as well
+        # FSDP2 calls the mark where a reduction is made up for, as well: outside of a backward.
+        if torch._C._current_graph_task_id() != -1:
             self._begin()
             self[index] = tensor
 
@@ -180,7 +171,15 @@ class _BackwardEnd:
 
     def _finish(self) -> None:
         self._finished = True
-        self._arrivals._finish(self)
+        arrivals = self._arrivals
+        if self.token != arrivals._token:
+            return  # the hooks were taken off, or hung anew, in between
+        arrived = list(arrivals)
+        arrivals._arm()
+        continues = False
+        if self.nested or arrivals._open:
+            continues = arrivals._continues(arrived, self.task, self.nested)
+        arrivals._on_end(Backward(arrived, continues, self.create_graph))
 
     def __del__(self) -> None:
         if not self._finished:

@@ -21,32 +21,25 @@ from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.measure.sharded import is_sharded
 
 
-class GradientStash:
+def hide_gradients(parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Hides the gradients from an optimizer, which then has nothing to do.
 
     Every optimizer passes over a parameter whose ``.grad`` is None, moments and step count
     included.
+
+    Returns:
+        What :func:`restore_gradients` takes.
     """
+    hidden = [(p, p.grad) for p in parameters if p.grad is not None]
+    for parameter, _ in hidden:
+        parameter.grad = None
+    return hidden
 
-    def __init__(self) -> None:
-        """Starts with nothing hidden."""
-        self._hidden: list[tuple[Tensor, Tensor]] = []
 
-    def hide(self, parameters: Sequence[Tensor]) -> None:
-        """Takes the gradients away.
-
-        Args:
-            parameters: All parameters of the optimizer.
-        """
-        self._hidden = [(p, p.grad) for p in parameters if p.grad is not None]
-        for parameter, _ in self._hidden:
-            parameter.grad = None
-
-    def restore(self) -> None:
-        """Gives the gradients back; does nothing where none are hidden."""
-        for parameter, gradient in self._hidden:
-            parameter.grad = gradient
-        self._hidden = []
+def restore_gradients(hidden: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Gives hidden gradients back."""
+    for parameter, gradient in hidden:
+        parameter.grad = gradient
 
 
 class OptimizerCheckpoint:
@@ -127,43 +120,57 @@ def learning_rate(optimizer: Optimizer) -> FloatOrDeferred:
     return reading_of(value) if isinstance(value, Tensor) else float(value)
 
 
-class ScaledLearningRate:
-    """Multiplies the learning rates of an optimizer for one step, and puts them back after it.
+LearningRates = list[tuple[dict[str, Any], Any]]
 
-    So they stay what the user, or a scheduler, has made them: nothing adds up, and a schedule
-    that works them out from the last one, or from the step, goes on as it would have.
 
-    Attributes:
-        saved: Groups and rates that are to be put back.
+def scale_learning_rates(optimizer: Optimizer, factor: float) -> LearningRates:
+    """Multiplies the learning rates of an optimizer for one step.
+
+    They are put back after it, so that they stay what the user, or a scheduler, has made them:
+    nothing adds up, and a schedule that works them out from the last one goes on as it would have.
+
+    Args:
+        optimizer: Its groups may hold numbers or tensors.
+        factor: Positive.
+
+    Returns:
+        Groups and rates, for :func:`restore_learning_rates`.
     """
+    saved = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group]
+    for group, rate in saved:
+        group["lr"] = rate * factor
+    return saved
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        """Changes nothing yet.
 
-        Args:
-            optimizer: Its groups may hold numbers or tensors.
-        """
-        self._optimizer = optimizer
-        self.saved: list[tuple[dict[str, Any], Any]] = []
+def restore_learning_rates(saved: LearningRates) -> None:
+    """Puts learning rates back."""
+    for group, rate in saved:
+        group["lr"] = rate
 
-    def scale(self, factor: float) -> None:
-        """Multiplies them, until :meth:`restore`.
 
-        Args:
-            factor: Positive; 1.0 changes nothing.
-        """
-        if factor == 1.0:
-            return
-        groups = [group for group in self._optimizer.param_groups if "lr" in group]
-        self.saved = [(group, group["lr"]) for group in groups]
-        for group, rate in self.saved:
-            group["lr"] = rate * factor
+def carried_by(optimizer: Optimizer) -> tuple[FloatOrDeferred, FloatOrDeferred]:
+    """Returns what a scaler has left to a fused optimizer, which unscales inside its step.
 
-    def restore(self) -> None:
-        """Puts them back; does nothing where nothing was changed."""
-        for group, rate in self.saved:
-            group["lr"] = rate
-        self.saved = []
+    For every other optimizer the scaler has unscaled the gradients already.
+
+    Args:
+        optimizer: The optimizer that is about to step.
+
+    Returns:
+        The loss scale that the gradients still carry, 1.0 where they are true; and a number above 0
+        where the scaler has asked the optimizer not to apply this step.
+    """
+    left = getattr(optimizer, "grad_scale", None)
+    found_inf = getattr(optimizer, "found_inf", None)
+    if left is None is found_inf:
+        return 1.0, 0.0
+    return _number(left, 1.0), _number(found_inf, 0.0)
+
+
+def _number(value: Tensor | float | None, otherwise: float) -> FloatOrDeferred:
+    if value is None:
+        return otherwise
+    return reading_of(value) if isinstance(value, Tensor) else float(value)
 
 
 _NOTHING = object()
@@ -354,7 +361,7 @@ class StepBoundary:
         self._listener = listener
         self._shield = shield
         self._may_refuse = may_refuse
-        self._stash = GradientStash()
+        self._hidden: list[tuple[Tensor, Tensor]] = []
         self._checkpoint: OptimizerCheckpoint | None = None
         self._refused = False
         self._handles: list[RemovableHandle] = [
@@ -372,7 +379,7 @@ class StepBoundary:
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if self._refused:
-            self._stash.restore()  # left over where the step before raised
+            self._show_gradients()  # left over where the step before raised
         self._refused = False
         self._checkpoint = None
         closure = _closure_of(args, kwargs) if kwargs or len(args) > 1 else None
@@ -406,15 +413,19 @@ class StepBoundary:
             self._restore_checkpoint()
             raise
         if self._refused:
-            self._stash.hide(optimizer_parameters(self._optimizer))
+            self._hidden += hide_gradients(optimizer_parameters(self._optimizer))
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._refused:
             self._restore_checkpoint()
-            self._stash.restore()
+            self._show_gradients()
         self._checkpoint = None
         with self._shield:
             self._listener.finish(optimizer)
+
+    def _show_gradients(self) -> None:
+        restore_gradients(self._hidden)
+        self._hidden = []
 
     def _restore_checkpoint(self) -> None:
         if self._checkpoint is not None:

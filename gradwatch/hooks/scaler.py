@@ -8,7 +8,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
@@ -20,7 +19,8 @@ class LossScale:
 
     Attributes:
         scaler: The scaler; None where there is none, and so no step is left out by one.
-        looked: Whether that is settled, until an optimizer steps.
+        looked: Whether that is known, until an optimizer steps.
+        candidates: Scalers of which one may be the loop's, until an optimizer steps.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
@@ -30,7 +30,7 @@ class LossScale:
             scaler: The scaler of the training loop; None where there is none.
         """
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self._candidates: list[torch.amp.GradScaler] = []
+        self.candidates: list[torch.amp.GradScaler] = []
         self.looked = scaler is not None
 
     def look(self) -> None:
@@ -40,19 +40,18 @@ class LossScale:
         hand, is taken for it until an optimizer steps; that tells for certain.
         """
         self.looked = True
-        self._candidates = [scaler for scaler in _scalers() if scaler._scale is not None]
-        self.scaler = _at_hand(self._candidates, sys._getframe())
+        self.candidates = [scaler for scaler in _scalers() if scaler._scale is not None]
+        self.scaler = _at_hand(self.candidates, sys._getframe())
 
-    def settle_whose(self, optimizer: Optimizer) -> None:
+    def keep_scaler_of(self, optimizer: Optimizer) -> None:
         """Keeps the scaler that unscales the gradients of a step, and forgets all others.
 
         Args:
             optimizer: The optimizer that is about to step.
         """
-        if self._candidates:
-            serving = [scaler for scaler in self._candidates if _serves(scaler, optimizer)]
-            self.scaler = serving[0] if serving else None
-            self._candidates = []
+        serving = [scaler for scaler in self.candidates if _serves(scaler, optimizer)]
+        self.scaler = serving[0] if serving else None
+        self.candidates = []
 
     def value(self) -> FloatOrDeferred:
         """Returns the factor that the loss, and so each gradient, is multiplied with now."""
@@ -77,32 +76,6 @@ class LossScale:
             earlier: An earlier value.
         """
         return resolve(self.value()) < resolve(earlier)
-
-    def left_in(self, optimizer: Optimizer | None) -> FloatOrDeferred:
-        """Returns the factor that the gradients still carry when the optimizer's step begins.
-
-        A fused optimizer unscales inside its step and carries ``grad_scale`` for it; for every
-        other one the scaler has unscaled the gradients already.
-
-        Args:
-            optimizer: The optimizer that is about to step; None where there is none.
-
-        Returns:
-            The factor, 1.0 where the gradients are true.
-        """
-        return _carried(optimizer, "grad_scale", 1.0)
-
-    @staticmethod
-    def found_inf(optimizer: Optimizer | None) -> FloatOrDeferred:
-        """Tells whether the scaler has asked a fused optimizer not to apply this step.
-
-        Args:
-            optimizer: The optimizer that is about to step; None where there is none.
-
-        Returns:
-            A number above 0 if it has.
-        """
-        return _carried(optimizer, "found_inf", 0.0)
 
 
 def _scalers() -> list[torch.amp.GradScaler]:
@@ -130,10 +103,3 @@ def _serves(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
     """Tells whether a scaler has unscaled, or is stepping, an optimizer since its last update."""
     state = scaler._per_optimizer_states.get(id(optimizer))
     return state is not None and state["stage"] is not OptState.READY
-
-
-def _carried(optimizer: Optimizer | None, name: str, otherwise: float) -> FloatOrDeferred:
-    value: Tensor | float | None = getattr(optimizer, name, None)
-    if value is None:
-        return otherwise
-    return reading_of(value) if isinstance(value, Tensor) else float(value)

@@ -345,7 +345,7 @@ class LateCheck(NamedTuple):
     measurement: Measurement
     order: Sequence[int]
 
-    def offenders(self, gradients: Sequence[Tensor] | None) -> list[FirstNonFinite]:
+    def nonfinite(self, gradients: Sequence[Tensor] | None) -> list[FirstNonFinite]:
         """Lists the parameters that are bad, the first in backward order first.
 
         Args:
@@ -362,4 +362,4 @@ class LateCheck(NamedTuple):
                 norm = float(self.measurement.norms.array()[column])
                 place = places.get(index, len(places) + column)
                 found.append(FirstNonFinite(index, self.micro_batch, norm, counts, place))
-        return sorted(found, key=lambda offender: offender.place)
+        return sorted(found, key=lambda first: first.place)

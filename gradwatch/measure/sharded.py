@@ -275,15 +275,15 @@ class Sides:
     Attributes:
         before: The measurement before the clip.
         after: The measurement when the step begins.
-        offender: The first parameter that went bad; None while all is finite, or while the
+        first_nonfinite: The first parameter that went bad; None while all is finite, or while the
             numbers are on their way from the device.
-        nonfinite: How many parameters were bad.
+        nonfinite_count: How many parameters were bad.
     """
 
     before: Measurement
     after: Measurement
-    offender: FirstNonFinite | None
-    nonfinite: int
+    first_nonfinite: FirstNonFinite | None
+    nonfinite_count: int
 
 
 def agree(
@@ -327,7 +327,7 @@ def agree(
     overflowed = before.overflowed or after.overflowed
     sides = [_measurement(shards, indices, row, norm_type, overflowed) for row in whole]
     agreed = replace(mine, before=sides[0], after=sides[1])
-    return _with_offender(agreed, exchange.told(note)) if after.total.at_hand else agreed
+    return _with_first_nonfinite(agreed, exchange.told(note)) if after.total.at_hand else agreed
 
 
 class _Powers:
@@ -369,21 +369,21 @@ def _ratio(before: Measurement, after: Measurement, index: int) -> Tensor:
 
 
 def _note(mine: Sides, like: Tensor) -> Tensor:
-    first = mine.offender
+    first = mine.first_nonfinite
     if first is None or first.counts is None:
         return like.new_zeros(6)
     facts = [first.micro_batch, first.place, first.index, first.norm, *first.counts]
     return like.new_tensor(facts)
 
 
-def _with_offender(agreed: Sides, told: Tensor) -> Sides:
+def _with_first_nonfinite(agreed: Sides, told: Tensor) -> Sides:
     """Names the first parameter that went bad on any rank, and counts its bad elements on all."""
     seen = [note for note in told.tolist() if note[0] > 0]
     bad = {i for m in (agreed.before, agreed.after) for i in m.nonfinite_indices()}
     if not seen:
-        return replace(agreed, nonfinite=len(bad))
+        return replace(agreed, nonfinite_count=len(bad))
     micro_batch, place, index, norm, *_ = min(seen)
     same = [note for note in seen if (note[0], note[2]) == (micro_batch, index)]
     counts = NonFiniteCount(int(sum(n[4] for n in same)), int(sum(n[5] for n in same)))
-    offender = FirstNonFinite(int(index), int(micro_batch), norm, counts, int(place))
-    return replace(agreed, offender=offender, nonfinite=max(len(bad), 1))
+    first = FirstNonFinite(int(index), int(micro_batch), norm, counts, int(place))
+    return replace(agreed, first_nonfinite=first, nonfinite_count=max(len(bad), 1))

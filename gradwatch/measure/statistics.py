@@ -249,6 +249,13 @@ class StatisticsSampler:
         self._exchange: Exchange | None = None
         self._tickets: list[dict[str, int]] = []
 
+    @classmethod
+    def of(
+        cls, names: Sequence[str], every: int, columns: int, shards: Shards | None
+    ) -> StatisticsSampler | None:
+        """Returns a sampler; None where no more than the norm is wanted."""
+        return cls(names, every, columns, shards) if any(name != "norm" for name in names) else None
+
     def due(self, step: int) -> bool:
         """Tells whether statistics are to be taken at a step, counted from 1."""
         return bool(self._names) and (step - 1) % self._every == 0

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from gradwatch.clip.apply import clamp_, scale_, scale_each_
 from gradwatch.clip.policy import ClipDecision, ClipPolicy, UnitRule
@@ -18,7 +18,6 @@ from gradwatch.measure.deferred import (
     FloatOrDeferred,
     as_operand,
     defer,
-    is_at_hand,
     resolve,
 )
 from gradwatch.measure.norms import Measurement, StepNorms, total_norm
@@ -26,20 +25,22 @@ from gradwatch.measure.parameters import ParameterTable
 from gradwatch.measure.sharded import is_sharded, local_part
 from gradwatch.step.window import Window
 
-SCOPES = ("global", "group", "parameter")
+UNITS_OF_SHARDS = (
+    "AdaptiveGradientClip looks at whole output units, but {name} is sharded over ranks, each of "
+    'which holds a part only. Use a policy of norms there, such as clip="auto".'
+)
 
 
 class Scopes:
-    """The parameters of one optimizer, and the groups that they are in."""
+    """The norms of parameter groups, or of single parameters, for a policy that wants these."""
 
-    def __init__(self, indices: Sequence[int], groups: Sequence[Sequence[int]]) -> None:
-        """Takes note of them.
+    def __init__(self, groups: Sequence[Sequence[int]]) -> None:
+        """Reads which parameter is in which group of the optimizer.
 
         Args:
-            indices: All parameters of the optimizer, ascending.
-            groups: The same by parameter group.
+            groups: Indices of the parameters in the parameter table, by group.
         """
-        self._indices = list(indices)
+        self._indices = sorted({index for group in groups for index in group})
         place = {index: position for position, index in enumerate(self._indices)}
         self._group_of = [0] * len(self._indices)
         for number, members in enumerate(groups):
@@ -48,15 +49,18 @@ class Scopes:
         self._groups = len(groups)
         self._tensors: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
-    def norms(self, settled: StepNorms, scope: str, norm_type: float) -> Tensor:
+    def norms(self, step: StepNorms, scope: str, norm_type: float) -> Tensor:
         """Returns what a policy is given: tensor ``[n]``, one norm per group or parameter.
 
         Args:
-            settled: Both sides of the clip so far.
+            step: The norms before gradwatch's clip.
             scope: ``"group"`` or ``"parameter"``.
             norm_type: The p of the norms.
         """
-        norms = self._of_all(settled)
+        norms, there = step.true_norms(), list(step.after.indices)
+        if there != self._indices:
+            row = norms.new_zeros(len(self._indices))
+            norms = row.index_copy_(0, self._places(there, norms.device), norms)
         if scope == "parameter":
             return norms
         groups = norms.new_zeros(self._groups)
@@ -65,29 +69,23 @@ class Scopes:
             return groups.scatter_reduce_(0, members, norms, "amax")
         return groups.index_add_(0, members, norms.pow(norm_type)).pow(1 / norm_type)
 
-    def for_gradients(self, settled: StepNorms, scope: str, coefficients: Tensor) -> Tensor:
+    def for_gradients(self, there: Sequence[int], scope: str, coefficients: Tensor) -> Tensor:
         """Returns the factor of each gradient that is there.
 
         Args:
-            settled: Both sides of the clip so far.
+            there: Indices of the gradients, ascending.
             scope: ``"group"`` or ``"parameter"``.
             coefficients: Tensor ``[n]``, one per group or parameter.
 
         Returns:
-            Tensor ``[number of gradients]``.
+            Tensor ``[len(there)]``.
         """
         device = coefficients.device
         if scope == "group":
             coefficients = coefficients[self._tensor(self._group_of, device)]
-        there = list(settled.after.indices)
-        return coefficients if there == self._indices else coefficients[self._places(there, device)]
-
-    def _of_all(self, settled: StepNorms) -> Tensor:
-        norms, there = settled.true_norms(), list(settled.after.indices)
-        if there == self._indices:
-            return norms
-        row = norms.new_zeros(len(self._indices))
-        return row.index_copy_(0, self._places(there, norms.device), norms)
+        if list(there) == self._indices:
+            return coefficients
+        return coefficients[self._places(there, device)]
 
     def _places(self, there: Sequence[int], device: torch.device) -> Tensor:
         place = {index: position for position, index in enumerate(self._indices)}
@@ -101,148 +99,122 @@ class Scopes:
         return self._tensors[key]
 
 
-UNITS_OF_SHARDS = (
-    "AdaptiveGradientClip looks at whole output units, but {name} is sharded over ranks, each of "
-    'which holds a part only. Use a policy of norms there, such as clip="auto".'
-)
-
-
-@dataclass(frozen=True, slots=True)
 class Clipping:
-    """The clip of one optimizer.
+    """The clip of one optimizer."""
 
-    Attributes:
-        policy: The rule; None for none.
-        scopes: The parameters of the optimizer, and its groups.
-        fused: The optimizer, where it can scale by itself; None where it cannot.
-        table: Names and values of the parameters.
-        scope: What the norms are of that the policy is given.
-    """
+    def __init__(
+        self,
+        policy: ClipPolicy | None,
+        optimizer: Optimizer,
+        table: ParameterTable,
+        fused: FusedStep | None,
+    ) -> None:
+        """Reads the groups of the optimizer.
 
-    policy: ClipPolicy | None
-    scopes: Scopes
-    fused: FusedStep | None
-    table: ParameterTable
-    scope: str
+        Args:
+            policy: The rule; None for none: then gradients are only made the mean of the window.
+            optimizer: The optimizer.
+            table: Names and values of the parameters.
+            fused: The optimizer, where it may scale by itself; None where it is not asked to.
+        """
+        self.policy = policy
+        self._optimizer = optimizer
+        self._table = table
+        self._fused = fused
+        self._scope: str = getattr(policy, "scope", "global")
+        self.refresh()
 
-    def clip_(self, window: Window, settled: StepNorms, left: FloatOrDeferred) -> StepNorms:
+    def refresh(self) -> None:
+        """Reads the parameter groups again: one was added."""
+        groups = self._optimizer.param_groups
+        members = [] if self._scope == "global" else [g["params"] for g in groups]
+        self._scopes = Scopes(list(map(self._table.indices_of, members)))
+
+    def clip_(self, window: Window, norms: StepNorms, left: FloatOrDeferred) -> StepNorms:
         """Clips the gradients that a step is about to use.
 
         Args:
             window: Holds them.
-            settled: What :meth:`Window.look` saw; the policy is not asked where the norm is known
-                not to be finite.
+            norms: Those before it; the policy is not asked where the norm is known not to be
+                finite.
             left: The loss scale that the gradients still carry.
 
         Returns:
-            Both sides of every clip.
+            The norms before and after every clip.
         """
-        total = settled.after.total.if_known()
+        total = norms.after.total.if_known()
         if total is not None and not math.isfinite(total):
-            return settled
-        decision, settled = self.decide(settled)
-        if not self.changes(decision, settled):
-            return settled
+            return norms
+        decision, norms = self._decide(norms)
+        if not _changes(decision, norms):
+            return norms
         indices, gradients = window.gradients()
-        settled, limited = self.carry_out_(decision, gradients, settled, left)
-        if not limited:
-            return settled
+        norms = self._carry_out_(decision, gradients, norms, left)
+        if decision.clip_value is None and decision.units is None:
+            return norms
         # The correction has been multiplied in by now.
-        unit = defer(as_operand(left) * as_operand(settled.correction))
-        return settled._replace(after=window.measure_clipped(indices, gradients), unit_after=unit)
+        unit = defer(as_operand(left) * as_operand(norms.correction))
+        return norms._replace(after=window.measure_clipped(indices, gradients), unit_after=unit)
 
-    def decide(self, settled: StepNorms) -> tuple[ClipDecision, StepNorms]:
-        """Asks the policy about a step.
-
-        Args:
-            settled: Both sides so far.
-
-        Returns:
-            What it wants done, and both sides with its limit in them.
-        """
+    def _decide(self, norms: StepNorms) -> tuple[ClipDecision, StepNorms]:
         if self.policy is None:
-            return _NO_DECISION, settled
-        if self.scope == "global":
-            norms = settled.true_norm()
+            return _NO_DECISION, norms
+        if self._scope == "global":
+            given = norms.true_norm()
         else:
-            norms = self.scopes.norms(settled, self.scope, self.policy.norm_type)
-        decision = self.policy.decide(norms)
-        return decision, settled._replace(threshold=_number(decision.threshold))
+            given = self._scopes.norms(norms, self._scope, self.policy.norm_type)
+        decision = self.policy.decide(given)
+        return decision, norms._replace(threshold=defer(decision.threshold))
 
-    def changes(self, decision: ClipDecision, settled: StepNorms) -> bool:
-        """Tells whether any gradient must be written to: for the clip, or to make up the mean.
-
-        Args:
-            decision: What the policy wants done.
-            settled: Both sides so far.
-        """
-        return (
-            decision.coefficient is not None
-            or decision.clip_value is not None
-            or decision.units is not None
-            or settled.correction != 1.0
-        )
-
-    def carry_out_(
+    def _carry_out_(
         self,
         decision: ClipDecision,
         gradients: list[Tensor],
-        settled: StepNorms,
+        norms: StepNorms,
         left: FloatOrDeferred,
-    ) -> tuple[StepNorms, bool]:
-        """Clips the gradients of a step, in place or in the optimizer's own kernel.
-
-        Args:
-            decision: What the policy wants done.
-            gradients: The gradients; of sharded ones the parts of this rank.
-            settled: Both sides so far.
-            left: The loss scale that the gradients still carry.
-
-        Returns:
-            Both sides of the clip, and whether elements were changed one by one, so that the norm
-            must be taken anew.
-        """
+    ) -> StepNorms:
+        """Clips the gradients of a step, in place or in the optimizer's own kernel."""
         coefficient = decision.coefficient
-        if coefficient is not None and not settled.after.total.at_hand:
+        if coefficient is not None and not norms.after.total.at_hand:
             # Nobody has looked yet whether the norm is finite; if it is not, leave the gradients.
-            finite = torch.isfinite(settled.after.total.tensor)
+            finite = torch.isfinite(norms.after.total.tensor)
             coefficient = torch.where(finite, coefficient, 1.0)
-        if coefficient is not None and self.scope != "global":
-            if settled.correction != 1.0:
-                scale_(gradients, as_operand(settled.correction))
-            factors = self.scopes.for_gradients(settled, self.scope, coefficient)
+        if coefficient is not None and self._scope != "global":
+            if norms.correction != 1.0:
+                scale_(gradients, as_operand(norms.correction))
+            factors = self._scopes.for_gradients(norms.after.indices, self._scope, coefficient)
             scale_each_(gradients, factors)
-            settled = _with_factors(settled, factors, self.policy)
+            norms = _with_factors(norms, factors, self.policy)
         else:
-            settled = self._scale(gradients, settled, coefficient)
+            norms = self._scale(gradients, norms, coefficient)
         if decision.clip_value is not None:
             clamp_(gradients, decision.clip_value * resolve(left))
         if decision.units is not None:
-            self._scale_units(decision.units, settled.after.indices, gradients, resolve(left))
-        return settled, decision.clip_value is not None or decision.units is not None
+            self._scale_units(decision.units, norms.after.indices, gradients, resolve(left))
+        return norms
 
     def _scale(
-        self, gradients: list[Tensor], settled: StepNorms, coefficient: Tensor | None
+        self, gradients: list[Tensor], norms: StepNorms, coefficient: Tensor | None
     ) -> StepNorms:
-        factor = 1.0 if coefficient is None else _number(coefficient)
+        factor = 1.0 if coefficient is None else defer(coefficient)
         whole: float | Tensor | None = None  # what is left to multiply the gradients with
-        if settled.correction != 1.0:
-            whole = as_operand(factor) * as_operand(settled.correction)
+        if norms.correction != 1.0:
+            whole = as_operand(factor) * as_operand(norms.correction)
         elif coefficient is not None and factor != 1.0:
             whole = coefficient
         if whole is not None:
-            if self.fused is not None and factor != 0.0 and self._scales(gradients):
-                self.fused.scale(whole, gradients[0].device)
+            if self._fused is not None and factor != 0.0 and self._scales(gradients):
+                self._fused.scale(whole, gradients[0].device)
             else:
                 scale_(gradients, whole)
-        return settled._replace(coefficient=factor)
+        return norms._replace(coefficient=factor)
 
     def _scales(self, gradients: list[Tensor]) -> bool:
         """Tells whether the optimizer can be left to scale the gradients.
 
         It takes a float32 factor: not near enough for gradients in double precision.
         """
-        if self.fused is None or not self.fused.can_scale:
+        if self._fused is None or not self._fused.can_scale:
             return False
         return torch.float64 not in set(map(_dtype, gradients))
 
@@ -250,7 +222,7 @@ class Clipping:
         self, rule: UnitRule, indices: Sequence[int], gradients: list[Tensor], left: float
     ) -> None:
         for index, gradient in zip(indices, gradients, strict=True):
-            weight, name = self.table.tensors[index], self.table.names[index]
+            weight, name = self._table.tensors[index], self._table.names[index]
             if is_sharded(weight):
                 raise NotImplementedError(UNITS_OF_SHARDS.format(name=name))
             true = gradient if left == 1.0 else gradient / left
@@ -263,16 +235,20 @@ _NO_DECISION = ClipDecision()
 _dtype = attrgetter("dtype")
 
 
-def _number(value: Tensor | float) -> FloatOrDeferred:
-    if not isinstance(value, Tensor):
-        return float(value)
-    return value.item() if is_at_hand(value) else Deferred(value)
+def _changes(decision: ClipDecision, norms: StepNorms) -> bool:
+    """Tells whether any gradient must be written to: for the clip, or to make up the mean."""
+    return (
+        decision.coefficient is not None
+        or decision.clip_value is not None
+        or decision.units is not None
+        or norms.correction != 1.0
+    )
 
 
-def _with_factors(settled: StepNorms, factors: Tensor, policy: ClipPolicy | None) -> StepNorms:
+def _with_factors(step: StepNorms, factors: Tensor, policy: ClipPolicy | None) -> StepNorms:
     """Works the norms after the clip out of those before it, where each has its own factor."""
-    after = settled.after
+    after = step.after
     norms = after.norms.tensor * factors
     total = total_norm(norms, 2.0 if policy is None else policy.norm_type)
     scaled = Measurement(after.indices, Deferred(norms), Deferred(total), after.overflowed)
-    return settled._replace(after=scaled)
+    return step._replace(after=scaled)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch.optim import Optimizer
 
 from gradwatch.accumulate.noise_scale import NoiseScale, NoiseScaleEstimator
-from gradwatch.clip.spikes import SpikeRule
+from gradwatch.clip.policy import ClipPolicy
 from gradwatch.guard import Shield
 from gradwatch.hooks.backward import Backward
 from gradwatch.hooks.optimizer import (
@@ -20,104 +19,87 @@ from gradwatch.hooks.optimizer import (
     first_stepped_in_backward,
     refuse_what_needs_all_gradients,
 )
+from gradwatch.hooks.scaler import LossScale
 from gradwatch.measure.deferred import FloatOrDeferred, resolve
 from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.record.events import dropped_event, nonfinite_error
 from gradwatch.record.records import warn_safely
-from gradwatch.step.optimizer_steps import OptimizerSteps, Rules, StepControl
+from gradwatch.step.optimizer_steps import Curvature, OptimizerSteps, Steps
 from gradwatch.step.pending import PendingStep
 from gradwatch.step.run import Run
 from gradwatch.step.window import Window
 
-if TYPE_CHECKING:
-    from gradwatch.hessian.every import CurvatureSampler
 
-
-class BackwardSteps:
+class BackwardSteps(Steps):
     """What happens to parameters before it is known which optimizer steps them.
 
-    Where no optimizer ever steps, each backward is a step. That is settled as soon as the weights
+    Where no optimizer ever steps, each backward is a step. That is known as soon as the weights
     move without one, or at the end of the run; until then the backwards are held.
     """
 
-    def __init__(self, run: Run, indices: Sequence[int], norm_type: float) -> None:
+    def __init__(self, run: Run, window: Window) -> None:
         """Starts with all watched parameters.
 
         Args:
-            run: What all tracks share.
-            indices: The parameters.
-            norm_type: The p of the norms.
+            run: What all parts of a watcher share.
+            window: Empty, over those parameters.
         """
-        self._run = run
-        window = Window(run.table, list(indices), norm_type, shards=run.shards)
-        self._track = OptimizerSteps("none", None, window, run)
-        self._by_backward = False
+        # Where no optimizer steps, nobody can tell whether a scaler that was found is in use.
+        super().__init__("none", window, run, LossScale(run.options.scaler))
+        # A scaler overflows on purpose while it looks for its scale, and skips those steps.
+        self._raises = run.options.on_nonfinite == "raise" and run.options.scaler is None
+        self._are_steps = False
         self._versions = -1
 
-    @property
-    def _raises(self) -> bool:
-        # A scaler overflows on purpose while it looks for its scale, and skips those steps.
-        return self._run.options.on_nonfinite == "raise" and self._run.options.scaler is None
-
-    @property
-    def steps(self) -> int:
-        """Backwards that count as steps so far."""
-        return self._track.step
-
-    @steps.setter
-    def steps(self, value: int) -> None:
-        self._track.step = value
-
-    def add(self, backward: Backward, weight: FloatOrDeferred, alone: bool) -> None:
-        """Takes in a backward that has ended.
+    def add_alone(self, backward: Backward, weight: FloatOrDeferred, alone: bool) -> None:
+        """Adds a backward that has ended.
 
         Args:
             backward: What arrived in it.
             weight: Weight of the micro-batch.
             alone: Whether no optimizer has been found at all.
         """
-        if self._by_backward:
-            self._track.window.reset()
-        if not self._track.add(backward, weight) or not alone:
+        if self._are_steps or self._scaler_has_updated():
+            self.window.reset()
+        if not self.add(backward, weight) or not alone:
             return
-        self._settle_how_steps_count()
-        account = self._track.account_of_backward()
-        self._keep(account)
-        if self._raises and account.entry().record.nonfinite_parameters:
-            raise nonfinite_error(account.entry().record, account.entry().events)
+        self._find_out_what_steps_are()
+        pending = self._step_of_newest()
+        if self._are_steps:
+            self._run.recorder.expect(pending)
+        elif self._run.recorder.hold(pending) >= self._options.buffer_size:
+            self.commit()
+        if self._raises and pending.entry().record.nonfinite_parameters:
+            raise nonfinite_error(pending.entry().record, pending.entry().events)
 
-    @property
-    def window(self) -> Window:
-        """What has come for the parameters that no optimizer has stepped."""
-        return self._track.window
-
-    def give_up(self, indices: Sequence[int]) -> None:
+    def release(self, indices: Sequence[int]) -> None:
         """Leaves parameters to an optimizer that is about to step them.
 
         Args:
             indices: Its parameters.
         """
-        if not self._by_backward:
+        if not self._are_steps:
             self._run.recorder.retract()
-            self._track.step = 0
-        self._track.window.leave(indices)
+            self.step = 0
+        self.window.leave(indices)
 
     def commit(self) -> None:
-        """Settles that each backward was a step."""
-        self._by_backward = True
+        """Decides that each backward was a step."""
+        self._are_steps = True
         self._run.recorder.commit()
 
-    def _keep(self, account: PendingStep) -> None:
-        recorder = self._run.recorder
-        if self._by_backward:
-            recorder.expect(account)
-        elif recorder.hold(account) >= self._run.options.buffer_size:
-            self.commit()
+    def _step_of_newest(self) -> PendingStep:
+        whole, self.window = self.window, self.window.latest()
+        self.step += 1
+        norms = self.window.step_norms(self._scale, 1.0)
+        pending = self._pending(norms, self.step)
+        self.window = whole
+        return pending
 
-    def _settle_how_steps_count(self) -> None:
+    def _find_out_what_steps_are(self) -> None:
         versions = sum(tensor._version for tensor in self._run.table.tensors)
-        if not self._by_backward and 0 <= self._versions < versions:
-            self.commit()
+        if not self._are_steps and 0 <= self._versions < versions:
+            self.commit()  # something without an optimizer has moved the weights
         self._versions = versions
 
 
@@ -142,11 +124,11 @@ class OptimizerRegistry:
         followed: One for each optimizer, in the order in which they came.
     """
 
-    def __init__(self, run: Run, shield: Shield, curvature: CurvatureSampler | None = None) -> None:
+    def __init__(self, run: Run, shield: Shield, curvature: Curvature | None = None) -> None:
         """Follows nothing yet.
 
         Args:
-            run: What all tracks share.
+            run: What all parts of a watcher share.
             shield: Stands between the training and the errors of gradwatch.
             curvature: Takes the curvature after steps of the first optimizer.
         """
@@ -156,7 +138,7 @@ class OptimizerRegistry:
         self._shield = shield
         self._curvature = curvature
         self._boundaries: list[StepBoundary] = []
-        self._unclaimed: BackwardSteps | None = None
+        self._unowned: BackwardSteps | None = None
         self._discovery: OptimizerDiscovery | None = None
         self._steps: dict[str, int] = {}
         self._controls: dict[str, Any] = {}
@@ -182,10 +164,10 @@ class OptimizerRegistry:
         if optimizers:
             for optimizer in optimizers:
                 self._follow(optimizer, self._window(self._indices(optimizer)))
-            watched = [index for track in self.followed for index in track.window.indices]
+            watched = [index for one in self.followed for index in one.window.indices]
         else:
-            self._unclaimed = BackwardSteps(self._run, watched, self._norm_type)
-            self._unclaimed.steps = self._steps.get("none", 0)
+            self._unowned = BackwardSteps(self._run, self._window(watched))
+            self._unowned.step = self._steps.get("none", 0)
             self._discovery = OptimizerDiscovery(set(table.positions()), self._on_found)
         self._run.hooks.attach(watched, self._norm_type, owned=bool(optimizers))
         if accumulates:
@@ -200,7 +182,7 @@ class OptimizerRegistry:
         self._run.hooks.detach()
 
     def add(self, backward: Backward, weight: FloatOrDeferred) -> None:
-        """Takes in a backward that has ended.
+        """Adds a backward that has ended.
 
         Args:
             backward: What arrived in it.
@@ -211,11 +193,11 @@ class OptimizerRegistry:
             run.scale.look()
         if run.hooks.unhooked:
             backward = backward._replace(arrived=[*backward.arrived, *run.hooks.hook_thawed()])
-        for track in self.followed:
-            track.add(backward, weight)
-        if self._unclaimed is not None:
+        for one in self.followed:
+            one.add(backward, weight)
+        if self._unowned is not None:
             backward = backward._replace(freed=run.hooks.take_freed(backward.arrived))
-            self._unclaimed.add(backward, weight, alone=not self.followed)
+            self._unowned.add_alone(backward, weight, alone=not self.followed)
         if run.hooks.added.watching:
             self._watch_what_is_added()
 
@@ -223,30 +205,29 @@ class OptimizerRegistry:
         """Measures what the next backward adds, where something is there to add to."""
         added = self._run.hooks.added
         added.begin()
-        added.active = any(track.window.micro_batches for track in self.followed)
+        added.active = any(one.window.micro_batches for one in self.followed)
 
     def noise_scale(self) -> NoiseScale:
         """Returns the noise scale of the first optimizer; with the reason where there is none."""
         if not self.followed:
             return replace(NoiseScaleEstimator().read(), reason=NO_STEP)
-        weighing = self.followed[0].weighing
-        noise = weighing.noise.read()
-        if noise.updates or not weighing.silent:
-            return noise
-        return replace(noise, reason=weighing.silent)
+        weights = self.followed[0].weights
+        noise = weights.noise.read()
+        silent = weights.silent if not noise.updates else ""
+        return replace(noise, reason=silent) if silent else noise
 
-    def settle(self) -> None:
-        """Settles that each backward was a step, where no optimizer has been found."""
-        if self._unclaimed is not None and not self.followed:
-            self._unclaimed.commit()
+    def commit_backwards(self) -> None:
+        """Decides that each backward was a step, where no optimizer has been found."""
+        if self._unowned is not None and not self.followed:
+            self._unowned.commit()
 
     def end(self) -> None:
         """Ends the windows that are open when the run ends."""
-        for track in self.followed:
+        for one in self.followed:
             with self._shield:
-                track.end()
-        self.settle()
-        stepped = self.followed or self._unclaimed is None or not self._unclaimed.steps
+                one.end()
+        self.commit_backwards()
+        stepped = self.followed or self._unowned is None or not self._unowned.step
         if self._options.acting and not stepped:
             warn_safely(NEVER_ACTED.format(asked=" and ".join(self._options.acting)))
         if self._options.of_steps and not stepped:
@@ -254,13 +235,12 @@ class OptimizerRegistry:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs: steps and decisions per optimizer."""
-        steps = {**self._steps, **{track.label: track.step for track in self.followed}}
-        if self._unclaimed is not None and self._unclaimed.steps:
-            steps["none"] = self._unclaimed.steps
+        steps = {**self._steps, **{one.label: one.step for one in self.followed}}
+        if self._unowned is not None and self._unowned.step:
+            steps["none"] = self._unowned.step
         self._run.recorder.receive(wait=True)
-        tracked = [(track.label, track.control) for track in self.followed]
-        controls = {label: c.state_dict() for label, c in tracked if c is not None}
-        noise = {track.label: track.weighing.noise.state_dict() for track in self.followed}
+        controls = {one.label: one.state_dict() for one in self.followed}
+        noise = {one.label: one.weights.noise.state_dict() for one in self.followed}
         return {
             "steps": steps,
             "control": {**self._controls, **controls},
@@ -269,7 +249,7 @@ class OptimizerRegistry:
         }
 
     def _window_state(self) -> dict[str, Any]:
-        windows = [track.window for track in self.followed if track.window.micro_batches]
+        windows = [one.window for one in self.followed if one.window.micro_batches]
         if not windows:
             return {}
         return {
@@ -278,15 +258,15 @@ class OptimizerRegistry:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what :meth:`state_dict` gave, also for optimizers that are still to come."""
+        """Restores what :meth:`state_dict` gave, also for optimizers that are still to come."""
         self._steps = dict(state["steps"])
         self._controls = dict(state["control"])
         self._noise = dict(state["noise"])
         self._report_dropped(**state["window"])
-        for track in self.followed:
-            self._load_into(track)
-        if self._unclaimed is not None:
-            self._unclaimed.steps = self._steps.get("none", 0)
+        for one in self.followed:
+            self._load_into(one)
+        if self._unowned is not None:
+            self._unowned.step = self._steps.get("none", 0)
 
     def _report_dropped(self, micro_batches: int = 0, weight: float = 0.0) -> None:
         if micro_batches:
@@ -296,53 +276,51 @@ class OptimizerRegistry:
             warn_safely(f"gradwatch: {event.message}")
 
     def _on_found(self, optimizer: Optimizer) -> None:
-        if self._unclaimed is None:
+        if self._unowned is None:
             return
         indices = self._indices(optimizer)
-        if any(track.stepping and track.shares(indices) for track in self.followed):
+        if any(one.stepping and one.shares(indices) for one in self.followed):
             return  # an optimizer that another one calls, as SAM does: one step, not two
-        windows = [self._unclaimed.window, *(track.window for track in self.followed)]
+        windows = [self._unowned.window, *(one.window for one in self.followed)]
         parts = [window.part(indices) for window in windows]
-        self._unclaimed.give_up(indices)
+        self._unowned.release(indices)
         self._follow(optimizer, max(parts, key=lambda part: len(part.arrived)))
 
     def _follow(self, optimizer: Optimizer, window: Window) -> None:
-        label = _label(optimizer, [track.label for track in self.followed])
-        control = StepControl(optimizer, self._run.table, self._rules())
-        track = OptimizerSteps(label, optimizer, window, self._run, control)
-        track.on_parameters_added = self._run.hooks.watch_also
-        track.on_finished = partial(self._on_finished, track)
-        if self._curvature is not None and not self.followed:
-            track.curvature = self._curvature
-        self.followed.append(track)
-        self._load_into(track)
+        label = _label(optimizer, [one.label for one in self.followed])
+        curvature = None if self.followed else self._curvature
+        steps = OptimizerSteps(
+            label, optimizer, window, self._run, self._own_clip(), curvature, self._on_finished
+        )
+        self.followed.append(steps)
+        self._load_into(steps)
         may_refuse = self._options.on_nonfinite != "record" or self._options.skip_spikes is not None
-        self._boundaries.append(StepBoundary(optimizer, track, self._shield, may_refuse))
+        self._boundaries.append(StepBoundary(optimizer, steps, self._shield, may_refuse))
 
-    def _on_finished(self, track: OptimizerSteps) -> None:
+    def _on_finished(self, steps: OptimizerSteps) -> None:
         if self._run.hooks.added.watching:
             self._watch_what_is_added()
-        if track is self.followed[0] and not self._run.accumulation.fixed:
-            self._run.accumulation.next_window(track.step, self._noise_now)
+        if steps is self.followed[0] and not self._run.accumulation.fixed:
+            self._run.accumulation.next_window(steps.step, self._noise_now)
 
     def _noise_now(self) -> NoiseScale:
         self._run.recorder.receive(wait=True)
-        return self.followed[0].weighing.noise.read()
+        return self.followed[0].weights.noise.read()
 
-    def _load_into(self, track: OptimizerSteps) -> None:
-        track.step = self._steps.get(track.label, 0)
-        if track.label in self._noise:
-            track.weighing.noise.load_state_dict(self._noise[track.label])
-        if track.control is not None and track.label in self._controls:
-            track.control.load_state_dict(self._controls[track.label])
+    def _load_into(self, steps: OptimizerSteps) -> None:
+        steps.step = self._steps.get(steps.label, 0)
+        if steps.label in self._noise:
+            steps.weights.noise.load_state_dict(self._noise[steps.label])
+        if steps.label in self._controls:
+            steps.load_state_dict(self._controls[steps.label])
 
-    def _rules(self) -> Rules:
-        options, clip = self._options, self._options.clip
-        if clip is not None and self.followed:  # each optimizer's policy has a memory of its own
+    def _own_clip(self) -> ClipPolicy | None:
+        """Returns a clipping policy for one more optimizer, with a memory of its own."""
+        clip = self._options.clip
+        if clip is not None and self.followed:
             clip = copy.deepcopy(clip)
             clip.load_state_dict(self._fresh_clip)
-        spikes = None if options.skip_spikes is None else SpikeRule(options.skip_spikes)
-        return Rules(clip, options.on_nonfinite, spikes, options.max_consecutive_skips)
+        return clip
 
     def _indices(self, optimizer: Optimizer) -> list[int]:
         return self._run.table.indices_of(optimizer_parameters(optimizer))

@@ -1,4 +1,4 @@
-"""Judge: whether a step is taken, from its norm alone."""
+"""SkipRule: whether a step is taken, from its norm alone."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class StepOutcome(NamedTuple):
     @property
     def late(self) -> bool:
         """Whether something must be read before :meth:`final` can be."""
-        return Deferred in (type(self.found_inf), type(self.nonfinite), type(self.spike))
+        return Deferred in map(type, self)
 
     def final(self) -> Outcome:
         """Returns what became of the step; waits where only the device knows."""
@@ -64,11 +64,11 @@ class TooManySkipsError(Exception):
 
 
 class SkipRule:
-    """Decides about the steps of one optimizer.
+    """Decides which steps of one optimizer are left out.
 
     Attributes:
         takes_all: Whether every step is taken, unless a scaler leaves it out.
-        in_a_row: Steps that it has left out since the last one that was taken.
+        in_a_row: Steps left out since the last one that was taken.
     """
 
     def __init__(self, on_nonfinite: str, spikes: SpikeRule | None, most_in_a_row: int) -> None:
@@ -92,41 +92,34 @@ class SkipRule:
         """Whether it may ever leave a step out."""
         return self._on_nonfinite == "skip" or self._spikes is not None
 
-    def judge(self, settled: StepNorms, found_inf: FloatOrDeferred, by_flag: bool) -> StepOutcome:
+    def decide(self, norms: StepNorms, found_inf: FloatOrDeferred, by_flag: bool) -> StepOutcome:
         """Decides about one step.
 
         Args:
-            settled: Both sides of the clip so far.
+            norms: The norms before gradwatch's own clip.
             found_inf: What the scaler has found, above 0 for an overflow.
             by_flag: Whether the norm is not at hand and the optimizer can be told on the device to
                 leave the step out, so that nobody needs to wait for it.
-
-        Returns:
-            The verdict.
 
         Raises:
             TooManySkipsError: If this step would be one too many in a row to leave out.
         """
         if by_flag and self._on_nonfinite != "raise":
-            return self._by_flag(settled, found_inf)
+            return self._decide_on_device(norms, found_inf)
         if self.takes_all and isinstance(found_inf, Deferred) and not found_inf.at_hand:
             return StepOutcome(found_inf=found_inf)
         if resolve(found_inf) > 0:
             return StepOutcome("skipped_scaler")
-        outcome = "applied" if self.takes_all else self._outcome(settled)
+        outcome = "applied" if self.takes_all else self._outcome(norms)
         if outcome in OURS and self.in_a_row >= self._most_in_a_row:
             if outcome == "skipped_nonfinite":
                 raise TooManySkipsError
-            self._accept_the_new_level()
-            return StepOutcome()
+            self._accept_new_level()
+            return APPLIED
         return StepOutcome(outcome)
 
     def note(self, outcome: Outcome) -> None:
-        """Takes note of what became of a step.
-
-        Args:
-            outcome: Its outcome; what a scaler left out counts neither way.
-        """
+        """Counts what became of a step; what a scaler left out counts neither way."""
         if outcome == "applied":
             self.in_a_row = 0
         elif outcome in OURS:
@@ -139,31 +132,32 @@ class SkipRule:
         return {"in_a_row": self.in_a_row, "spikes": spikes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what :meth:`state_dict` gave."""
+        """Restores what :meth:`state_dict` gave."""
         self.in_a_row = int(state["in_a_row"])
         if self._spikes is not None and state["spikes"]:
             self._spikes.load_state_dict(state["spikes"])
 
-    def _outcome(self, settled: StepNorms) -> Outcome:
-        finite = settled.after.finite or settled.after.overflowed
-        if not finite:
+    def _outcome(self, norms: StepNorms) -> Outcome:
+        # A norm that only overflowed is of finite gradients: the clip can still work with it.
+        if not (norms.after.finite or norms.after.overflowed):
             return "applied" if self._on_nonfinite == "record" else "skipped_nonfinite"
-        if self._spikes is not None and bool(self._spikes.is_spike(settled.true_norm())):
+        if self._spikes is not None and bool(self._spikes.is_spike(norms.true_norm())):
             return "skipped_policy"
         return "applied"
 
-    def _accept_the_new_level(self) -> None:
+    def _accept_new_level(self) -> None:
         """Forgets the usual norm: so many outliers in a row are a rise that lasts, no spike."""
         if self._spikes is not None:
             self._spikes.load_state_dict(self._fresh_spikes)
         self.in_a_row = 0
 
-    def _by_flag(self, settled: StepNorms, found_inf: FloatOrDeferred) -> StepOutcome:
+    def _decide_on_device(self, norms: StepNorms, found_inf: FloatOrDeferred) -> StepOutcome:
         if self.in_a_row >= self._most_in_a_row and self._last_skip == "skipped_policy":
-            self._accept_the_new_level()
+            self._accept_new_level()
+        # Outcomes arrive a step late, so that one more than allowed may have been left out by now.
         elif self.in_a_row > self._most_in_a_row:
             raise TooManySkipsError
-        norm = settled.true_norm()
+        norm = norms.true_norm()
         nonfinite: FloatOrDeferred = 0.0
         spike: FloatOrDeferred = 0.0
         if self._on_nonfinite == "skip":

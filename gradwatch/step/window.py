@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
 from operator import attrgetter, is_
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,16 +20,21 @@ from gradwatch.accumulate.noise_scale import (
     sample_of_first,
     sample_of_rank,
 )
-from gradwatch.accumulate.policies import AccumulationPlan
 from gradwatch.hooks.backward import Backward
 from gradwatch.hooks.data_parallel import DataParallel, is_distributed
 from gradwatch.hooks.model import ModelHooks, with_freed
 from gradwatch.hooks.scaler import LossScale
 from gradwatch.hooks.snapshot import GradientSnapshot
 from gradwatch.measure.deferred import FloatOrDeferred, as_operand, defer
-from gradwatch.measure.norms import FirstNonFinite, LateCheck, Measurement, measure
+from gradwatch.measure.norms import FirstNonFinite, LateCheck, Measurement, StepNorms, measure
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.measure.sharded import Exchange, Shards, Sides, agree, is_pending, local_part
+
+_grad = attrgetter("grad")
+
+
+def no_ride(exchange: Exchange) -> None:
+    """Adds nothing to an exchange between ranks."""
 
 
 @dataclass(slots=True)
@@ -41,78 +45,73 @@ class Window:
         table: All watched parameters.
         indices: Those of this optimizer, in model order.
         norm_type: The p of the norms.
-        filled: For each micro-batch the indices that received a gradient in it, and its weight.
-        noted: For each micro-batch what the noise scale is made of.
-        offender: The first that went bad; None while all is finite.
-        nonfinite: How many parameters were bad at the worst moment.
+        shards: Knows which gradients this rank holds a part of; None where all are whole.
+        arrivals: For each micro-batch the indices that received a gradient in it, and its weight.
+        noise_terms: For each micro-batch what the noise scale is made of.
+        first_nonfinite: The first parameter that went bad; None while all is finite.
+        nonfinite_count: How many parameters were bad at the worst moment.
+        late_checks: What was measured and could not be looked at yet.
         divisor: What the weighted losses were divided by; None where the loop weighs its losses
             itself.
         correction: The factor that turns the gradients into the weighted mean.
-        shards: Knows which gradients this rank holds a part of; None where all are whole.
-        units: What the window counts as, in the unit of ``watch(accumulate=)``; 0 for as many as it
-            has micro-batches.
-        late: What was measured and could not be looked at yet.
     """
 
     table: ParameterTable
     indices: list[int]
     norm_type: float = 2.0
-    filled: list[tuple[set[int], FloatOrDeferred]] = field(default_factory=list)
-    noted: list[MicroBatch] = field(default_factory=list)
-    offender: FirstNonFinite | None = None
-    nonfinite: int = 0
+    shards: Shards | None = None
+    arrivals: list[tuple[set[int], FloatOrDeferred]] = field(default_factory=list)
+    noise_terms: list[MicroBatch] = field(default_factory=list)
+    first_nonfinite: FirstNonFinite | None = None
+    nonfinite_count: int = 0
+    late_checks: list[LateCheck] = field(default_factory=list)
     divisor: FloatOrDeferred | None = None
     correction: FloatOrDeferred = 1.0
-    units: int = 0
-    shards: Shards | None = None
-    late: list[LateCheck] = field(default_factory=list)
     _before: Measurement | None = None
     _snapshot: GradientSnapshot | None = None
     _tensors: list[Tensor] = field(default_factory=list)
     _dtype: torch.dtype | None = None
 
+    # -- what is in it -----------------------------------------------------------------------------
+
     @property
     def micro_batches(self) -> int:
         """Backwards whose gradients are in the window."""
-        return len(self.filled)
+        return len(self.arrivals)
 
     @property
     def weight(self) -> FloatOrDeferred:
-        """Sum of their weights."""
-        if len(self.filled) == 1:
-            return self.filled[0][1]
-        return defer(sum(as_operand(weight) for _, weight in self.filled))
-
-    @property
-    def device(self) -> torch.device:
-        """Where its parameters are."""
-        return self.table.tensors[self.indices[0]].device
+        """Sum of the weights of its micro-batches."""
+        if len(self.arrivals) == 1:  # no addition, which on a device would be a call
+            return self.arrivals[0][1]
+        return defer(sum(as_operand(weight) for _, weight in self.arrivals))
 
     @property
     def arrived(self) -> set[int]:
         """Indices that received a gradient."""
-        return set().union(*(arrived for arrived, _ in self.filled))
+        return set().union(*(arrived for arrived, _ in self.arrivals))
 
-    def copy(self) -> Window:
-        """Returns a window that further backwards do not change."""
-        filled = [(set(arrived), weight) for arrived, weight in self.filled]
-        return replace(self, filled=filled, noted=list(self.noted), late=list(self.late))
+    def gradients(self) -> tuple[list[int], list[Tensor]]:
+        """Lists the gradients that are there now, with the indices of their parameters.
 
-    def reset(self) -> None:
-        """Empties the window: a step was taken, or the gradients were thrown away."""
-        self.filled = []
-        self.offender = None
-        self.nonfinite = 0
-        self.noted = []
-        self.divisor = None
-        self.correction = 1.0
-        self.units = 0
-        self.late = []
-        self._before = None
-        self._snapshot = None
+        Returns:
+            Both, of the same length; of sharded gradients the parts that this rank holds.
+        """
+        if len(self._tensors) != len(self.indices):
+            self._tensors = [self.table.tensors[index] for index in self.indices]
+            dtypes = {tensor.dtype for tensor in self._tensors}
+            self._dtype = dtypes.pop() if len(dtypes) == 1 else None
+        # C loops over all parameters: a Python loop here would cost more than the norms.
+        indices, gradients = self.indices, list(map(_grad, self._tensors))
+        if any(map(is_, gradients, repeat(None))):
+            pairs = [(i, g) for i, g in zip(indices, gradients, strict=True) if g is not None]
+            indices, gradients = [i for i, _ in pairs], [g for _, g in pairs]
+        return indices, gradients if self.shards is None else list(map(local_part, gradients))
+
+    # -- backwards come in -------------------------------------------------------------------------
 
     def add(self, backward: Backward, weight: FloatOrDeferred = 1.0) -> Measurement | None:
-        """Takes in a backward that has ended: one batched pass over the gradients.
+        """Adds a backward that has ended: one batched pass over the gradients.
 
         Args:
             backward: What arrived in it.
@@ -123,8 +122,8 @@ class Window:
             received a gradient.
         """
         arrived = set(backward.arrived)
-        if not arrived:
-            self.filled.append((arrived, weight))
+        if not arrived:  # FSDP2 keeps the gradients to itself until the last micro-batch
+            self.arrivals.append((arrived, weight))
             return None
         if arrived.isdisjoint(self.indices):
             return None
@@ -136,20 +135,24 @@ class Window:
             freed = {i: norm for i, norm in freed.items() if i in self.indices}
         if not gradients and not freed:
             return None  # an optimizer inside the backward has used and freed them
-        if backward.continues and self.filled:
-            self.filled[-1][0].update(arrived)
+        if backward.continues and self.arrivals:
+            self.arrivals[-1][0].update(arrived)
         else:
-            self.filled.append((arrived, weight))
+            self.arrivals.append((arrived, weight))
         self._before = measure(indices, gradients, self.norm_type, self._dtype)
         if freed:
             self._before = with_freed(self._before, freed, self.norm_type)
         if self.shards is None:
+            # The parts of sharded gradients are made anew at each look, so they have no identity.
             self._snapshot = GradientSnapshot(gradients)
         total = self._before.total.if_known()
         if total is None or not math.isfinite(total):
-            there = None if freed else gradients
-            self._look_for_offender(self._before, there, backward.arrived)
+            self._check(self._before, None if freed else gradients, backward.arrived)
         return self._before
+
+    def add_unfinished(self) -> None:
+        """Adds a backward that is still under way: an optimizer steps inside it."""
+        self.arrivals.append((set(self.indices), 1.0))
 
     def discarded_before(self, backward: Backward) -> bool:
         """Tells whether the window's gradients were thrown away before a backward.
@@ -168,85 +171,36 @@ class Window:
         now = (self.table.tensors[index].grad for index in before.indices)
         return snapshot.was_discarded(now, (index in arrived for index in before.indices))
 
-    def add_unfinished(self) -> None:
-        """Takes in a backward that is still under way: an optimizer steps inside it."""
-        self.filled.append((set(self.indices), 1.0))
+    def reset(self) -> None:
+        """Empties the window: a step was taken, or the gradients were thrown away."""
+        self.arrivals, self.noise_terms, self.late_checks = [], [], []
+        self.first_nonfinite, self.nonfinite_count = None, 0
+        self.divisor, self.correction = None, 1.0
+        self._before = self._snapshot = None
 
-    def measure_again(self) -> None:
+    def remeasure_reduced(self) -> None:
         """Measures the gradients that a reduction over the ranks has put in place of its own."""
         indices, gradients = self.gradients()
-        self.filled[-1][0].update(indices)  # none has arrived so far where FSDP2 kept them all
+        self.arrivals[-1][0].update(indices)  # none has arrived so far where FSDP2 kept them all
         self._before = measure(indices, gradients, self.norm_type)
         if self.shards is None:
             self._snapshot = GradientSnapshot(gradients)
-        self._look_for_offender(self._before, gradients, ())
+        self._check(self._before, gradients, ())
 
-    def gradients_put_back(self) -> None:
-        """Takes the gradients for those that were measured: they have been written into twice."""
+    def accept_restored_gradients(self) -> None:
+        """Treats the gradients as those that were measured: they were put back by writing twice."""
         if self._snapshot is not None:
             self._snapshot = GradientSnapshot(self.gradients()[1])
 
-    def gradients(self) -> tuple[list[int], list[Tensor]]:
-        """Lists the gradients that are there now, with the indices of their parameters.
+    # -- a step looks at it ------------------------------------------------------------------------
 
-        Returns:
-            Both, of the same length; of sharded gradients the parts that this rank holds.
-        """
-        gradients, indices = self._listed(), self.indices
-        if any(map(is_, gradients, repeat(None))):
-            pairs = [(i, g) for i, g in zip(indices, gradients, strict=True) if g is not None]
-            indices, gradients = [i for i, _ in pairs], [g for _, g in pairs]
-        return indices, gradients if self.shards is None else list(map(local_part, gradients))
-
-    def _listed(self) -> list[Any]:
-        """Lists ``.grad`` of every parameter, None where there is none."""
-        if len(self._tensors) != len(self.indices):
-            self._tensors = [self.table.tensors[index] for index in self.indices]
-            dtypes = {tensor.dtype for tensor in self._tensors}
-            self._dtype = dtypes.pop() if len(dtypes) == 1 else None
-        return list(map(_grad, self._tensors))
-
-    def latest(self) -> Window:
-        """Makes a window that holds the newest backward only, as a step of its own."""
-        offender = self.offender and replace(self.offender, micro_batch=1)
-        return replace(self, filled=self.filled[-1:], offender=offender)
-
-    def part(self, indices: Sequence[int]) -> Window:
-        """Makes the window of an optimizer that was found while this one was filling.
-
-        Args:
-            indices: Parameters of the optimizer, ascending.
-
-        Returns:
-            A window with what has come so far. What was measured is in it where this window has
-            all of the parameters; else the step will measure.
-        """
-        mine = set(indices)
-        part = Window(self.table, list(indices), self.norm_type, shards=self.shards)
-        kept = [(arrived, w) for arrived, w in self.filled if arrived & mine or not arrived]
-        part.filled = [(arrived & mine, w) for arrived, w in kept]
-        if mine.issuperset(self.indices):
-            part.noted = list(self.noted)
-        if self.offender is not None and self.offender.index in mine:
-            before = self.filled[: self.offender.micro_batch]
-            number = sum(bool(arrived & mine) for arrived, _ in before)
-            part.offender = replace(self.offender, micro_batch=number)
-            part.nonfinite = self.nonfinite
-        complete = mine.issubset(self.indices) and part.filled
-        if self._before is not None and complete:
-            part.late = [look for look in self.late if mine.issuperset(look.measurement.indices)]
-            part._before = self._before.subset(indices, self.norm_type)
-            if self._snapshot is not None:
-                part._snapshot = self._snapshot.subset([i in mine for i in self._before.indices])
-        return part
-
-    def look(
+    def step_norms(
         self,
         scale: LossScale,
         left: FloatOrDeferred,
-        ride: Callable[[Exchange], None] = lambda exchange: None,
+        ride: Callable[[Exchange], None] = no_ride,
     ) -> StepNorms:
-        """Looks at the gradients that a step is about to use.
+        """Returns the norms of the gradients that a step is about to use.
 
         They are measured once more only where something wrote into them since the backward: the
         loop's own clip, or the scaler.
@@ -257,15 +211,14 @@ class Window:
             ride: Adds further numbers to the exchange between ranks, where there is one.
 
         Returns:
-            Both sides of the loop's own clip.
+            The norms before and after the loop's own clip.
         """
         loss_scale = left if scale.scaler is None else scale.value()
         # Unscaling moves no version counter: what was measured at the end of the backward has the
         # unit of the scaled loss, whatever the scaler has done to the gradients since.
         unit_before = left if self._before is None else loss_scale
-        measured = self._before
-        if measured is not None and self._is_unchanged(measured):
-            before = after = measured
+        if self._before is not None and self._is_unchanged(self._before):
+            before = after = self._before
         else:
             before, after = self._measure_again()
         unit_after = unit_before if after is before else left
@@ -285,8 +238,8 @@ class Window:
         after = measure(indices, gradients, self.norm_type)
         return after if self.shards is None else self._agree(self.shards, after, after)[1]
 
-    def unapplied(self, loss_scale: FloatOrDeferred, together: bool) -> StepNorms | None:
-        """Returns the numbers of a window that no step has used, gradients gone or not.
+    def unused_norms(self, loss_scale: FloatOrDeferred, together: bool) -> StepNorms | None:
+        """Returns the norms of a window that no step has used, gradients gone or not.
 
         Args:
             loss_scale: The loss scale at its last backward.
@@ -294,61 +247,104 @@ class Window:
                 else those of sharded gradients are of the part of this rank.
 
         Returns:
-            Both sides of no clip; None where the window is empty.
+            The same norms on both sides; None where the window is empty.
         """
         before = self._before
         if before is None:
             return None
         if self.shards is not None and together:
-            mine = Sides(before, before, self.offender, self.nonfinite)
-            agreed = agree(self.shards, mine, {}, self.norm_type)
-            before, self.offender, self.nonfinite = agreed.before, agreed.offender, agreed.nonfinite
+            before, _ = self._agree(self.shards, before, before, gradients=False)
         return StepNorms(before, before, loss_scale, loss_scale, loss_scale=loss_scale)
 
-    def _measure_again(self) -> tuple[Measurement, Measurement]:
-        indices, gradients = self.gradients()
-        after = measure(indices, gradients, self.norm_type, self._dtype)
-        if self._before is not None and _zeroed(self._before, after):
-            self.reset()  # zero_grad came after the last backward
-        self._look_for_offender(after, gradients, ())
-        return self._before or after, after
-
     def _is_unchanged(self, before: Measurement) -> bool:
-        """Tells whether the gradients are those that were measured, and nothing wrote into them."""
         if self._snapshot is None:
             return False
         if before.indices is self.indices:  # all had one, so that none needs a look by itself
             return self._snapshot.matches(list(map(_grad, self._tensors)))
         return self._snapshot.matches(self.gradients()[1])
 
-    def _look_for_offender(
+    def _measure_again(self) -> tuple[Measurement, Measurement]:
+        indices, gradients = self.gradients()
+        after = measure(indices, gradients, self.norm_type, self._dtype)
+        if self._before is not None and _zeroed(self._before, after):
+            self.reset()  # zero_grad came after the last backward
+        self._check(after, gradients, ())
+        return self._before or after, after
+
+    def _check(
         self, measurement: Measurement, gradients: list[Tensor] | None, order: Sequence[int]
     ) -> None:
+        """Finds the first parameter that is not finite, now or when its norm has arrived."""
+        check = LateCheck(self.micro_batches, measurement, order)
         if not measurement.total.at_hand:
-            self.late.append(LateCheck(self.micro_batches, measurement, order))
+            self.late_checks.append(check)
             return
-        if measurement.finite or measurement.overflowed:
-            return
-        bad = LateCheck(self.micro_batches, measurement, order).offenders(gradients)
-        self.nonfinite = max(self.nonfinite, len(bad))
-        if bad and self.offender is None:
-            self.offender = bad[0]
+        bad = check.nonfinite(gradients)
+        self.nonfinite_count = max(self.nonfinite_count, len(bad))
+        if bad and self.first_nonfinite is None:
+            self.first_nonfinite = bad[0]
 
     def _agree(
         self,
         shards: Shards,
         before: Measurement,
         after: Measurement,
-        ride: Callable[[Exchange], None] = lambda exchange: None,
+        ride: Callable[[Exchange], None] = no_ride,
+        gradients: bool = True,
     ) -> tuple[Measurement, Measurement]:
-        gradients = {index: self.table.tensors[index].grad for index in after.indices}
-        pending = {
-            i: local_part(g) for i, g in gradients.items() if g is not None and is_pending(g)
-        }
-        mine = Sides(before, after, self.offender, self.nonfinite)
+        """Adds the norms of all ranks' parts up, together with the first bad parameter of any."""
+        there = {i: self.table.tensors[i].grad for i in after.indices} if gradients else {}
+        pending = {i: local_part(g) for i, g in there.items() if g is not None and is_pending(g)}
+        mine = Sides(before, after, self.first_nonfinite, self.nonfinite_count)
         agreed = agree(shards, mine, pending, self.norm_type, ride)
-        self.offender, self.nonfinite = agreed.offender, agreed.nonfinite
+        self.first_nonfinite, self.nonfinite_count = agreed.first_nonfinite, agreed.nonfinite_count
         return agreed.before, agreed.after
+
+    # -- other windows made of it ------------------------------------------------------------------
+
+    def copy(self) -> Window:
+        """Returns a window that further backwards do not change."""
+        return replace(
+            self,
+            arrivals=[(set(arrived), weight) for arrived, weight in self.arrivals],
+            noise_terms=list(self.noise_terms),
+            late_checks=list(self.late_checks),
+        )
+
+    def latest(self) -> Window:
+        """Returns a window that holds the newest backward only, as a step of its own."""
+        first = self.first_nonfinite and replace(self.first_nonfinite, micro_batch=1)
+        return replace(self, arrivals=self.arrivals[-1:], first_nonfinite=first)
+
+    def part(self, indices: Sequence[int]) -> Window:
+        """Returns the window of an optimizer that was found while this one was filling.
+
+        Args:
+            indices: Parameters of the optimizer, ascending.
+
+        Returns:
+            A window with what has come so far. What was measured is in it where this window has
+            all of the parameters; else the step will measure.
+        """
+        mine, first = set(indices), self.first_nonfinite
+        part = Window(self.table, list(indices), self.norm_type, self.shards)
+        kept = [(arrived, w) for arrived, w in self.arrivals if arrived & mine or not arrived]
+        part.arrivals = [(arrived & mine, w) for arrived, w in kept]
+        if mine.issuperset(self.indices):
+            part.noise_terms = list(self.noise_terms)
+        if first is not None and first.index in mine:
+            number = sum(bool(arrived & mine) for arrived, _ in self.arrivals[: first.micro_batch])
+            part.first_nonfinite = replace(first, micro_batch=number)
+            part.nonfinite_count = self.nonfinite_count
+        complete = mine.issubset(self.indices) and part.arrivals
+        if self._before is not None and complete:
+            part.late_checks = [
+                check for check in self.late_checks if mine.issuperset(check.measurement.indices)
+            ]
+            part._before = self._before.subset(indices, self.norm_type)
+            if self._snapshot is not None:
+                part._snapshot = self._snapshot.subset([i in mine for i in self._before.indices])
+        return part
 
     def leave(self, indices: Sequence[int]) -> None:
         """Gives parameters away to another window.
@@ -359,19 +355,16 @@ class Window:
         others = set(indices)
         self.indices = [index for index in self.indices if index not in others]
         self._tensors = []
-        self.filled = [(arrived - others, w) for arrived, w in self.filled if arrived - others]
-        if self.offender is not None and self.offender.index in others:
-            self.offender = None
+        self.arrivals = [(arrived - others, w) for arrived, w in self.arrivals if arrived - others]
+        if self.first_nonfinite is not None and self.first_nonfinite.index in others:
+            self.first_nonfinite = None
         if self._before is not None:
             keep = [index not in others for index in self._before.indices]
             self._before = self._before.subset(self.indices, self.norm_type)
             if self._snapshot is not None:
                 self._snapshot = self._snapshot.subset(keep)
-        if not self.filled:
+        if not self.arrivals:
             self.reset()
-
-
-_grad = attrgetter("grad")
 
 
 def _zeroed(before: Measurement, after: Measurement) -> bool:
@@ -395,56 +388,51 @@ NOT_SEEN = "the gradient of the first micro-batch was not measured by itself"
 
 
 class WindowWeights:
-    """Weighs the windows of one optimizer.
+    """Weighs the windows of one optimizer, and takes from them what they tell about the noise.
 
     Attributes:
         noise: Its gradient noise scale.
         silent: Why the newest window said nothing about the noise; empty where it did.
         sample: What it said; None where it said nothing.
+        weight: Weight of the newest window over all ranks; None where they were not asked.
     """
 
     def __init__(
-        self, hooks: ModelHooks, accumulation: AccumulationPlan, data_parallel: DataParallel | None
+        self, hooks: ModelHooks, data_parallel: DataParallel | None, by_noise: bool
     ) -> None:
         """Starts with no window.
 
         Args:
             hooks: See what a micro-batch adds, and each rank's own gradients.
-            accumulation: How many micro-batches a window has.
             data_parallel: The ranks that average their gradients; None where there is one only.
+            by_noise: Whether the noise scale decides about windows, so that ranks must agree on it.
         """
         self.noise = NoiseScaleEstimator()
         self.silent = ""
         self.sample: NoiseSample | None = None
-        self._weight: FloatOrDeferred | None = None
+        self.weight: FloatOrDeferred | None = None
         self._hooks = hooks
-        self._accumulation = accumulation
         self._data_parallel = data_parallel
+        self._by_noise = by_noise
         self._reduced = 0
-
-    def weight(self, window: Window) -> FloatOrDeferred:
-        """Returns the weight of a window, of all ranks where they were asked."""
-        return window.weight if self._weight is None else self._weight
-
-    def reset(self) -> None:
-        """Forgets what was said about a window: its step is over, or another one begins."""
-        self.sample = self._weight = None
 
     def note(
         self, window: Window, weight: FloatOrDeferred, measurement: Measurement | None
     ) -> None:
-        """Takes note of a backward that the window has just taken in.
+        """Notes what a backward that the window has just taken in tells about the noise.
 
         Args:
             window: The window.
             weight: Weight of the micro-batch.
             measurement: The gradients as they are now; None where they cannot be seen.
         """
-        count, hooks = len(window.filled), self._hooks
+        count, hooks = len(window.arrivals), self._hooks
         if count == 1 and hooks.local is None and not hooks.added.watching:
-            window.noted = [MicroBatch(weight, None if measurement is None else measurement.total)]
+            window.noise_terms = [
+                MicroBatch(weight, None if measurement is None else measurement.total)
+            ]
             return
-        first, again = count == 1, count == len(window.noted)
+        first, again = count == 1, count == len(window.noise_terms)
         self._reduced = 0 if first else self._reduced
         own, added = self.own_norm(window), None
         self._reduced += own is not None
@@ -455,14 +443,16 @@ class WindowWeights:
         norm = None if added is None else defer(added)
         if norm is None and first and measurement is not None:
             norm = measurement.total
-        window.noted = [*window.noted[: count - 1], MicroBatch(weight, norm)]
+        window.noise_terms = [*window.noise_terms[: count - 1], MicroBatch(weight, norm)]
 
     def own_norm(self, window: Window) -> Tensor | None:
         """Returns the norm of this rank's own gradients before the newest reduction, if any."""
         local = self._hooks.local
         return None if local is None else local.total(window.indices)
 
-    def weigh(self, window: Window, losses: Losses, scale: FloatOrDeferred) -> Losses:
+    def weigh(
+        self, window: Window, losses: Losses, scale: FloatOrDeferred, units: int, full_units: int
+    ) -> Losses:
         """Adds a window up, before its step.
 
         Works out what the gradients lack to be the mean over all micro-batches of all ranks, and
@@ -472,30 +462,34 @@ class WindowWeights:
             window: The window.
             losses: Its losses and their weights on this rank.
             scale: The loss scale at its last backward.
+            units: What a managed loop counts the window as, in the unit of ``watch(accumulate=)``;
+                0 for as many as it has micro-batches.
+            full_units: The same for a full window.
 
         Returns:
             The losses: one, of all ranks where they were asked.
         """
-        self.reset()
-        ranks = None
-        if window.divisor is not None or self._accumulation.by_noise:
+        self.sample = self.weight = ranks = None
+        if window.divisor is not None or self._by_noise:
             ranks = self._data_parallel  # but not in a loop that is only watched
-        alone = len(window.noted) < 2 and self._data_parallel is None
-        if not window.noted or (alone and window.divisor is None):
+        alone = len(window.noise_terms) < 2 and self._data_parallel is None
+        if not window.noise_terms or (alone and window.divisor is None):
             self.silent = ONE_MICRO_BATCH
             return losses
-        sums = WindowSums.of(window.noted, losses)
+        sums = WindowSums.of(window.noise_terms, losses)
         if ranks is not None:
-            sums = sums.over_ranks(ranks, window.device)
+            device = window.table.tensors[window.indices[0]].device
+            sums = sums.over_ranks(ranks, device)
             losses = [(_mean_loss(sums), 1.0)] if losses else []
-        self._weight = sums.weight
+        self.weight = sums.weight
         weight, count = _nonzero(as_operand(sums.weight)), 1 if ranks is None else ranks.ranks
         divisor = window.divisor
         if divisor is None:  # the loop has made a mean of it itself
             divisor = defer(weight / count)
         else:
             window.correction = defer(as_operand(divisor) * count / weight)
-        self.sample, self.silent = self._sample(window, _Added(sums, ranks, divisor, scale))
+        added = _Added(sums, ranks, divisor, scale, units, full_units)
+        self.sample, self.silent = self._sample(window, added)
         return losses
 
     def _sample(self, window: Window, added: _Added) -> tuple[NoiseSample | None, str]:
@@ -503,22 +497,22 @@ class WindowWeights:
             return None, NOT_L2
         if window.shards is not None:
             return None, SHARDED
+        units = added.units or len(window.noise_terms)
         if added.ranks is None and self._data_parallel is not None:
-            return self._sample_of_rank(window, self._data_parallel, added.scale)
-        if added.ranks is None and len(window.noted) < 2:
+            return self._sample_of_rank(window, self._data_parallel, added.scale, units)
+        if added.ranks is None and len(window.noise_terms) < 2:
             return None, ONE_MICRO_BATCH
-        units = window.units or len(window.noted)
         sample = sample_of_all(added.sums, added.divisor, added.scale, units)
-        if sample is not None and window.units:  # a short last window says nothing of the next one
-            sample = sample.of_full_window(self._accumulation.micro_batches)
+        if sample is not None and added.units:  # a short last window is not as long as the next
+            sample = sample.of_full_window(added.full_units)
         if sample is None and added.ranks is None:
-            sample = sample_of_first(window.noted, added.divisor, added.scale)
+            sample = sample_of_first(window.noise_terms, added.divisor, added.scale)
         return sample, "" if sample is not None else NOT_SEEN
 
     def _sample_of_rank(
-        self, window: Window, ranks: DataParallel, scale: FloatOrDeferred
+        self, window: Window, ranks: DataParallel, scale: FloatOrDeferred, units: int
     ) -> tuple[NoiseSample | None, str]:
-        own, units = self.own_norm(window), window.units or len(window.noted)
+        own = self.own_norm(window)
         if own is None:
             return None, NOT_ONE_RANK
         if self._reduced != 1:
@@ -534,6 +528,8 @@ class _Added:
     ranks: DataParallel | None
     divisor: FloatOrDeferred
     scale: FloatOrDeferred
+    units: int
+    full_units: int
 
 
 def _mean_loss(sums: WindowSums) -> FloatOrDeferred:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradwatch.hooks.optimizer import GradientStash, OptimizerCheckpoint
+from gradwatch.hooks.optimizer import OptimizerCheckpoint, hide_gradients, restore_gradients
 
 
 def _same(a, b):
@@ -31,10 +31,9 @@ def test_hidden_gradients_leave_an_optimizer_as_it_was(kind, steps_before, fused
         optimizer.step()
     weight.grad = gradient = torch.full((3,), float("nan"))
     before = copy.deepcopy(optimizer.state_dict()), weight.detach().clone()
-    stash = GradientStash()
-    stash.hide([weight])
+    hidden = hide_gradients([weight])
     optimizer.step()
-    stash.restore()
+    restore_gradients(hidden)
     assert _same(optimizer.state_dict(), before[0])
     assert torch.equal(weight, before[1])
     assert weight.grad is gradient
