@@ -238,7 +238,7 @@ class ManagedLoop:
         """Starts with an empty window.
 
         Args:
-            run: The run.
+            run: What all parts of a watcher share.
             sync: Keeps micro-batches from communicating; None where they do not.
             optimizers: Steps of each optimizer; grows where they are found later.
         """
@@ -250,9 +250,8 @@ class ManagedLoop:
         self._optimizers = optimizers
         self._progress = WindowProgress()
         self._divisor: FloatOrDeferred = 1.0
-        self._agreed: FloatOrDeferred | None = (
-            None  # the weight of one batch, the same on all ranks
-        )
+        # What one batch weighs, the same on all ranks; None while they were not asked.
+        self._agreed: FloatOrDeferred | None = None
         self._communicated = True
         self._holds_all = False
         self.manages = run.accumulation.checked

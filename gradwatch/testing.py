@@ -48,7 +48,7 @@ class CapturingSink:
         self.batches.append(batch)
 
     def close(self) -> None:
-        """Takes note."""
+        """Remembers that it was closed."""
         self.closed = True
 
 

@@ -130,15 +130,14 @@ class Watcher:
         optimizers: Sequence[Optimizer],
         options: Options,
     ) -> None:
-        """Takes checked arguments; use :func:`watch`."""
+        """Starts with checked arguments; use :func:`watch`."""
         self.global_step: Callable[[], int] | None = None
         self._options = options
         self._model = model
         self._optimizers = list(optimizers)
         self._hooks = ModelHooks(model, table, self._on_backward, self._on_arrived)
-        self._run = Run.begin(
-            table, options, self._hooks, DataParallel.of(model), self._global_step_of
-        )
+        ranks = DataParallel.of(model)
+        self._run = Run(table, options, self._hooks, ranks, self._global_step_of)
         check_can_be_had(options.accumulate, self._run.data_parallel)
         self._sync = GradientSync.of(model, self._run.data_parallel)
         self._shield = Shield(options.acts, self._stop_watching, self._run.stopwatch)
@@ -185,7 +184,7 @@ class Watcher:
         self._managed.after_other_backward()
 
     def close(self) -> None:
-        """Takes every hook off, delivers what the sinks have not seen and closes them.
+        """Removes every hook, delivers what the sinks have not seen and closes them.
 
         The history stays readable. Safe to call again; leaving the ``with`` block does it.
         """

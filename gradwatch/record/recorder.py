@@ -82,11 +82,7 @@ class RingBuffer:
         return min(self._added, self.capacity)
 
     def append(self, entry: Entry) -> None:
-        """Takes in one step.
-
-        Args:
-            entry: The step.
-        """
+        """Keeps one step, in the place of the oldest one where the buffer is full."""
         slot = self._added % self.capacity
         self._added += 1
         self._records[slot] = entry.record
@@ -302,11 +298,7 @@ class Recorder:
         return self._last
 
     def expect(self, step: FinishedStep) -> None:
-        """Takes a finished step, and keeps it when its numbers have arrived and it is time.
-
-        Args:
-            step: The step.
-        """
+        """Keeps a finished step, as soon as its numbers have arrived and it is time."""
         self._expected.append(step)
         # Python that has not run for the length of a step costs several times what it costs in a
         # loop: the caches have forgotten it. So steps are written down many at a time.
@@ -326,11 +318,7 @@ class Recorder:
                 self.add(self._expected.popleft().entry())
 
     def add(self, entry: Entry) -> None:
-        """Keeps a finished step, and delivers when it is time.
-
-        Args:
-            entry: The step.
-        """
+        """Keeps a finished step, and delivers when it is time."""
         self._buffer.append(entry)
         self._last = entry.record
         self.skipped += entry.record.outcome != "applied"
@@ -339,11 +327,7 @@ class Recorder:
             self.flush()
 
     def note(self, events: tuple[Event, ...]) -> None:
-        """Keeps events, of a step or of none: the first ones for good, of the rest the newest.
-
-        Args:
-            events: What happened.
-        """
+        """Keeps events, of a step or of none: the first ones for good, of the rest the newest."""
         room = FIRST_EVENTS - len(self._first_events)
         self._first_events.extend(events[:room])
         self._events.extend(events[room:])

@@ -38,7 +38,7 @@ from gradwatch.step.window import Losses, Window, WindowWeights, no_ride
 
 
 class Curvature(Protocol):
-    """Takes the curvature of a loss after a step, if it is due."""
+    """Measures the curvature of a loss after a step, if it is due."""
 
     busy: bool
     """Whether it has the loss computed right now, which is no part of the training."""
@@ -204,7 +204,7 @@ class OptimizerSteps(Steps):
             window: What has come so far.
             run: What all parts of a watcher share.
             clip: The clipping policy of this optimizer, with a memory of its own.
-            curvature: Takes the curvature after a step; None for no such.
+            curvature: Measures the curvature after a step; None for no such.
             on_finished: Called after every step that is over.
         """
         super().__init__(label, window, run, run.scale)
@@ -425,7 +425,7 @@ class OptimizerSteps(Steps):
         return self._outcome.outcome == "skipped_scaler" and self._options.on_nonfinite == "skip"
 
     def _withdraw(self) -> None:
-        """Takes back what the optimizer was told for one step; safe to call again."""
+        """Undoes what the optimizer was told for one step; safe to call again."""
         if self._rates:
             restore_learning_rates(self._rates)
             self._rates = []

@@ -174,7 +174,7 @@ class OptimizerRegistry:
             self._run.hooks.watch_added()
 
     def detach(self) -> None:
-        """Takes every hook off; safe to call again."""
+        """Removes every hook; safe to call again."""
         if self._discovery is not None:
             self._discovery.remove()
         for boundary in self._boundaries:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from gradwatch.accumulate.noise_scale import NoiseScale
 from gradwatch.accumulate.policies import AccumulationPlan
 from gradwatch.guard import Stopwatch
 from gradwatch.hooks.data_parallel import DataParallel, rank
@@ -18,79 +19,49 @@ from gradwatch.record.recorder import Recorder, RingBuffer, SinkHub
 from gradwatch.record.records import Event, Layout
 
 
-@dataclass(frozen=True, slots=True)
 class Run:
     """A run being watched.
 
     Attributes:
         table: The watched tensors.
-        shards: Knows which of them this rank holds a part of; None where all are whole.
         options: What the user asked for.
-        scale: The loss scale.
-        recorder: Takes what has happened.
-        stopwatch: Measures what gradwatch itself takes.
         hooks: What hangs on the model.
-        accumulation: How many micro-batches make a step.
         data_parallel: The ranks that average their gradients; None where there is one only.
         global_step: Gives the x-axis of loggers for a step.
-        note: Takes an event that belongs to no finished step.
+        shards: Knows which tensors this rank holds a part of; None where all are whole.
+        scale: The loss scale.
+        stopwatch: Measures what gradwatch itself takes.
+        recorder: Keeps what has happened.
+        accumulation: How many micro-batches make a step.
     """
 
-    table: ParameterTable
-    shards: Shards | None
-    options: Options
-    scale: LossScale
-    recorder: Recorder
-    stopwatch: Stopwatch
-    hooks: ModelHooks
-    accumulation: AccumulationPlan
-    data_parallel: DataParallel | None
-    global_step: Callable[[int], int]
-    note: Callable[[Event], None]
-
-    @classmethod
-    def begin(
-        cls,
+    def __init__(
+        self,
         table: ParameterTable,
         options: Options,
         hooks: ModelHooks,
         data_parallel: DataParallel | None,
         global_step: Callable[[int], int],
-    ) -> Run:
-        """Begins a run in which nothing has happened yet.
-
-        Args:
-            table: The watched tensors.
-            options: What the user asked for.
-            hooks: What hangs on the model.
-            data_parallel: The ranks that average their gradients; None where there is one only.
-            global_step: Gives the x-axis of loggers for a step.
-        """
-        layout = Layout(
-            names=table.names,
-            modules=table.modules,
-            shapes=tuple(tuple(tensor.shape) for tensor in table.tensors),
-            aliases=table.aliases,
-        )
+    ) -> None:
+        """Begins a run in which nothing has happened yet; for the arguments see the class."""
+        self.table = table
+        self.options = options
+        self.hooks = hooks
+        self.data_parallel = data_parallel
+        self.global_step = global_step
+        self.shards = Shards.of(table.tensors)
+        self.scale = LossScale(options.scaler)
+        self.stopwatch = Stopwatch()
+        self.accumulation = AccumulationPlan(options.accumulate, self._note_change)
+        shapes = tuple(tuple(tensor.shape) for tensor in table.tensors)
+        layout = Layout(table.names, table.modules, shapes, aliases=table.aliases)
         sinks = options.sinks if rank() == 0 else ()  # the ranks would write the same numbers
         hub = SinkHub(sinks, options.buffer_size)
-        recorder = Recorder(RingBuffer(layout, options.buffer_size), hub)
+        self.recorder = Recorder(RingBuffer(layout, options.buffer_size), hub)
 
-        def note(event: Event) -> None:
-            recorder.note((replace(event, global_step=global_step(event.step)),))
+    def note(self, event: Event) -> None:
+        """Records an event that belongs to no finished step."""
+        self.recorder.note((replace(event, global_step=self.global_step(event.step)),))
 
-        return cls(
-            table=table,
-            shards=Shards.of(table.tensors),
-            options=options,
-            scale=LossScale(options.scaler),
-            recorder=recorder,
-            stopwatch=Stopwatch(),
-            hooks=hooks,
-            accumulation=AccumulationPlan(
-                options.accumulate, lambda *change: note(changed_event(*change))
-            ),
-            note=note,
-            data_parallel=data_parallel,
-            global_step=global_step,
-        )
+    def _note_change(self, step: int, old: int, new: int, noise: NoiseScale | None) -> None:
+        self.note(changed_event(step, old, new, noise))
