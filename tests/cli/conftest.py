@@ -28,6 +28,13 @@ def _no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
+@pytest.fixture(autouse=True)
+def _a_terminal_of_80_columns(monkeypatch):
+    """The help is as wide as the terminal; here it is the same everywhere."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+
 @pytest.fixture
 def command(capsys):
     """Runs a command in this process."""
