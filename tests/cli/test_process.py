@@ -22,7 +22,6 @@ ROOT = Path(gradwatch.__file__).parent.parent
 COMMAND = [sys.executable, "-m", "gradwatch.cli"]
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
-    "HOME": "/nonexistent",
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
     "TERM": "xterm-256color",
@@ -32,6 +31,7 @@ A_HANG_S = 300.0
 """Whatever has not come by then never will."""
 
 LINES, COLUMNS = 24, 80
+_started = []
 
 TRAIN = """
 import sys, torch, gradwatch
@@ -49,8 +49,10 @@ with gradwatch.watch(model, optimizer, run_dir=sys.argv[1]):
 
 
 def _start(*arguments, command=COMMAND, **options):
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    return subprocess.Popen([*command, *map(str, arguments)], env=ENVIRONMENT, **options)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", **options}
+    process = subprocess.Popen([*command, *map(str, arguments)], env=ENVIRONMENT, **options)
+    _started.append(process)
+    return process
 
 
 def _terminal(columns=COLUMNS):
@@ -63,6 +65,23 @@ def _terminal(columns=COLUMNS):
 def _ended(process):
     out, err = process.communicate(timeout=A_HANG_S)
     return process.returncode, out, err
+
+
+@pytest.fixture(autouse=True)
+def _processes(tmp_path, monkeypatch):
+    """Gives them an empty home, lets them hear Ctrl-C, and leaves none behind.
+
+    A shell that starts the tests in the background has them ignore it, and so their children.
+    """
+    (tmp_path / "home").mkdir()
+    monkeypatch.setitem(ENVIRONMENT, "HOME", str(tmp_path / "home"))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture

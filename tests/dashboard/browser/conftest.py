@@ -9,6 +9,7 @@ from ..board import Board  # noqa: TID252
 from . import data
 from .tab import Tab
 
+A_HANG_MS = 300_000
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -53,7 +54,7 @@ def new_tab(browser):
 
     def make(base_url, width=1400, height=900, **options):
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        context.set_default_timeout(30_000)
+        context.set_default_timeout(A_HANG_MS)
         tab = Tab(context.new_page(), base_url)
         tabs.append((context, tab))
         return tab
