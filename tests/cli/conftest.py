@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from gradwatch.cli import main
+from gradwatch.cli import TRACEBACK, main
 
 from .runs import HOSTILE, train
 
@@ -29,10 +29,11 @@ def _no_waiting_for_the_disk(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _a_terminal_of_80_columns(monkeypatch):
-    """The help is as wide as the terminal; here it is the same everywhere."""
+def _a_shell_like_any_other(monkeypatch):
+    """The help is as wide as the terminal; here that has 80 columns, and no colours are forced."""
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    for name in ("FORCE_COLOR", TRACEBACK):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
