@@ -34,6 +34,7 @@ test-matrix: | $(VENV)/.created ## Runs the tests with the oldest and the newest
 
 lint: $(VENV)/.dev ## Checks style, types and the direction of imports
 	$(BIN)/ruff check
+	$(BIN)/ruff check --preview --select PLW1514 # a file has an encoding, whatever the locale
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports

@@ -58,7 +58,7 @@ def command() -> str:
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
+    for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or "unknown"

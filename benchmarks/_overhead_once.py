@@ -105,4 +105,4 @@ def resident_bytes() -> int:
     status = Path("/proc/self/status")
     if not status.exists():
         return 0
-    return int(status.read_text().split("VmRSS:")[1].split()[0]) * 1024
+    return int(status.read_text(encoding="utf-8").split("VmRSS:")[1].split()[0]) * 1024

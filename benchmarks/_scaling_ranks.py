@@ -57,7 +57,7 @@ def run_ranks(kind: str, ranks: int, rounds: int) -> Ranks:
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_rank, (kind, ranks, rounds, folder), nprocs=ranks)
-        told = json.loads((Path(folder) / "told.json").read_text())
+        told = json.loads((Path(folder) / "told.json").read_text(encoding="utf-8"))
     return Ranks(**{**told, "added_s": Spread(**told["added_s"])})
 
 
@@ -69,7 +69,7 @@ def _rank(rank: int, kind: str, ranks: int, rounds: int, folder: str) -> None:
     try:
         found = _measured(kind, ranks, rounds)
         if rank == 0:
-            (Path(folder) / "told.json").write_text(json.dumps(asdict(found)))
+            (Path(folder) / "told.json").write_text(json.dumps(asdict(found)), encoding="utf-8")
     finally:
         dist.destroy_process_group()
 

@@ -77,7 +77,7 @@ def tensorboard(logdir: Path, load_fast: str) -> Iterator[tuple[str, int]]:
     """Starts TensorBoard on loopback; gives its address and its process."""
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir)]
     command += ["--host", "127.0.0.1", "--port", "0", "--load_fast", load_fast]
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             end = time.monotonic() + START_S
@@ -98,9 +98,9 @@ def resident_mb(pid: int) -> float:
     pids, pages = [pid], 0
     for one in pids:
         with suppress(OSError):
-            pages += int(Path(f"/proc/{one}/statm").read_text().split()[1])
+            pages += int(Path(f"/proc/{one}/statm").read_text(encoding="utf-8").split()[1])
             for task in Path(f"/proc/{one}/task").iterdir():
-                pids += map(int, (task / "children").read_text().split())
+                pids += map(int, (task / "children").read_text(encoding="utf-8").split())
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 

@@ -164,7 +164,7 @@ def _reading(folder: Path, query: str, steps: int) -> str:
 
 def _peak_mb() -> float:
     # Not ru_maxrss: that of a child begins with the parent's.
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 

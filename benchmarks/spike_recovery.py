@@ -68,7 +68,7 @@ def run_all(tasks: Sequence[Task], jobs: int, results: Path | None) -> Runs:
     """
     runs: Runs = {}
     if results is not None and results.exists():
-        for line in results.read_text().splitlines():
+        for line in results.read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             runs[Task(**entry["task"])] = Run(**entry["run"])
     missing = [task for task in tasks if task not in runs]
@@ -76,7 +76,7 @@ def run_all(tasks: Sequence[Task], jobs: int, results: Path | None) -> Runs:
     for number, (task, run) in enumerate(zip(missing, _trained(missing, jobs), strict=True), 1):
         runs[task] = run
         if results is not None:
-            with results.open("a") as file:
+            with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"task": asdict(task), "run": asdict(run)}) + "\n")
         if number % 20 == 0 or number == len(missing):
             print(f"{number}/{len(missing)} runs, {time.perf_counter() - start:.0f} s", flush=True)

@@ -13,7 +13,7 @@ from gradwatch.record.columns import EVENT_COLUMNS, STEP_COLUMNS
 from gradwatch.record.records import EVENT_KINDS
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 NOT_YET = {"vanishing", "spike"}
 
@@ -27,7 +27,7 @@ def test_snippet_runs(snippet, tmp_path):
     """A snippet pasted into a file runs as it stands."""
     pytest.importorskip("lightning")
     script = tmp_path / "snippet.py"
-    script.write_text(snippet)
+    script.write_text(snippet, encoding="utf-8")
     done = subprocess.run(
         [sys.executable, str(script)],
         check=False,

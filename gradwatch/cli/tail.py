@@ -327,11 +327,11 @@ class Screen:
         yield Text("Ctrl-C ends", style="dim")
 
     def _head(self, rows: Sequence[Row], idle_s: float) -> Text:
-        head = Text(self._run, style="bold")
-        if rows:
-            head.append(f"  step {rows[-1].step:,}", style="bold green")
+        step = f"  step {rows[-1].step:,}" if rows else ""
         since = f"  nothing new for {ago(idle_s)}" if idle_s >= STALE_S else ""
-        return head.append(since, style="yellow")
+        room = max(8, self._console.width - len(step) - len(since))
+        head = Text(shortened(self._run, room), style="bold")
+        return head.append(step, style="bold green").append(since, style="yellow")
 
     def _curves(self, rows: Sequence[Row]) -> Iterator[Text]:
         labels = _labels(rows)

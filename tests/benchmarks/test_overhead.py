@@ -62,7 +62,7 @@ def test_script_measures_and_writes(tiny, tmp_path, capsys):
     options = ["--quick", "--workload", "gpt", "--rounds", 2]
     options += ["--optimizer", "both", "--accumulate", 1, 2, "--out", page]
     overhead.main(list(map(str, options)))
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     tables = _tables(text)
     headings = [
         f"{TITLE}; AdamW {kind}; {batches} a step"
@@ -113,7 +113,7 @@ def test_a_run_that_is_cut_off_leaves_its_page(tiny, tmp_path, monkeypatch):
     page = tmp_path / "RESULTS.md"
     with pytest.raises(KeyboardInterrupt):
         overhead.main(["--quick", "--rounds", "1", "--out", str(page)])
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert "**This was a quick run" in text
     assert "Not measured: MLP, other; AdamW unfused; one micro-batch a step" in text
     assert f"## {TITLE}; AdamW unfused; one micro-batch a step" in text
@@ -128,7 +128,7 @@ def test_no_setting_begins_when_the_time_is_over(tiny, tmp_path, capsys):
     page = tmp_path / "RESULTS.md"
     overhead.main(["--quick", "--minutes", "0.001", "--out", str(page)])
     assert "the time is over" in capsys.readouterr().out
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     assert f"Not measured: {TITLE}; AdamW unfused; one micro-batch a step; MLP, other" in text
     assert "**reached**" in text
 

@@ -21,7 +21,7 @@ def test_script_measures_writes_and_draws(tmp_path, monkeypatch):
     options = ["--quick", "--parameters", 2, 50, "--steps", 1500, "--watched-steps", 1200]
     options += ["--ranks", 1, 2, "--rounds", 1, "--out", page]
     scaling.main(list(map(str, options)))
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     headings = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
     assert headings == ["Parameters", "Statistics", "Ranks", "Steps"]
     rows = [[cell.strip() for cell in line.strip("|").split("|")]

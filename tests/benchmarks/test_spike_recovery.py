@@ -39,11 +39,11 @@ def test_script_trains_prints_and_draws(tmp_path, monkeypatch, capsys):
     assert picture.stat().st_size > 10_000
 
     args = spike_recovery.parse_arguments(list(map(str, options)))
-    lines = results.read_text().splitlines()
-    results.write_text("\n".join(lines[:-1]) + "\n")
+    lines = results.read_text(encoding="utf-8").splitlines()
+    results.write_text("\n".join(lines[:-1]) + "\n", encoding="utf-8")
     runs = spike_recovery.run_all(spike_recovery.tasks_of(args), 1, results)
     assert len(runs) == len(lines) == 9
-    assert results.read_text().splitlines() == lines
+    assert results.read_text(encoding="utf-8").splitlines() == lines
 
 
 def test_too_few_steps_are_refused(capsys):

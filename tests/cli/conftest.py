@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from gradwatch.cli.main import main
+from gradwatch.cli.main import TRACEBACK, main
 
 from .runs import HOSTILE, train
 
@@ -26,6 +26,14 @@ class Ran(NamedTuple):
 def _no_waiting_for_the_disk(monkeypatch):
     """Nothing here tests a power failure."""
     monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+@pytest.fixture(autouse=True)
+def _a_shell_like_any_other(monkeypatch):
+    """The help is as wide as the terminal; here that has 80 columns, and no colours are forced."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("FORCE_COLOR", TRACEBACK):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture

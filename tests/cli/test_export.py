@@ -57,7 +57,9 @@ def _assert_equal(read, expected):
 def test_without_a_file_it_goes_to_stdout(command, runs, form):
     """Without -o the same text is printed."""
     command("export", "sick", "--format", form, "-o", "x")
-    assert command("export", "sick", "--format", form).out == (runs / "x").read_text()
+    assert command("export", "sick", "--format", form).out == (runs / "x").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_csv_is_the_default(command, runs):
@@ -68,7 +70,7 @@ def test_csv_is_the_default(command, runs):
 def test_the_format_overrules_the_suffix(command, runs):
     """--format json writes JSON into any file."""
     command("export", "good", "--format", "json", "-o", "x.csv")
-    assert len(json.loads((runs / "x.csv").read_text())) == 100
+    assert len(json.loads((runs / "x.csv").read_text(encoding="utf-8"))) == 100
 
 
 def test_numbers_in_json_that_are_not_finite(command, tmp_path):
@@ -128,11 +130,11 @@ def test_a_target_that_is_no_file(command, runs, target):
 
 def test_a_failure_leaves_the_old_file(command, runs, monkeypatch):
     """A file is replaced when the new one is whole, and not before."""
-    (runs / "x.csv").write_text("old")
+    (runs / "x.csv").write_text("old", encoding="utf-8")
     (part,) = (runs / "sick" / "parameters").iterdir()
     part.write_bytes(b"garbage")
     assert command("export", "sick", "-o", "x.csv", "--table", "parameters").code == 2
-    assert (runs / "x.csv").read_text() == "old"
+    assert (runs / "x.csv").read_text(encoding="utf-8") == "old"
     assert not [path for path in runs.iterdir() if path.name.startswith(".")]
 
 

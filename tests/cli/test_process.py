@@ -1,13 +1,16 @@
 """The command as a process: pipes that close, signals, terminals, and a run that is being written."""
 
+import fcntl
 import os
 import pty
 import signal
+import struct
 import subprocess
 import sys
-import time
+import termios
 from contextlib import suppress
 from pathlib import Path
+from select import select
 
 import pytest
 
@@ -19,13 +22,16 @@ ROOT = Path(gradwatch.__file__).parent.parent
 COMMAND = [sys.executable, "-m", "gradwatch"]
 ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
-    "HOME": "/tmp",
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
     "TERM": "xterm-256color",
     "LANG": "C.UTF-8",
 }
-SOON_S = 30.0
+A_HANG_S = 300.0
+"""Whatever has not come by then never will."""
+
+LINES, COLUMNS = 24, 80
+_started = []
 
 TRAIN = """
 import sys, torch, gradwatch
@@ -43,13 +49,39 @@ with gradwatch.watch(model, optimizer, run_dir=sys.argv[1]):
 
 
 def _start(*arguments, command=COMMAND, **options):
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
-    return subprocess.Popen([*command, *map(str, arguments)], env=ENVIRONMENT, **options)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8", **options}
+    process = subprocess.Popen([*command, *map(str, arguments)], env=ENVIRONMENT, **options)
+    _started.append(process)
+    return process
+
+
+def _terminal(columns=COLUMNS):
+    """Both sides of a terminal of some width, whatever that of the tests is."""
+    mine, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, columns, 0, 0))
+    return mine, theirs
 
 
 def _ended(process):
-    out, err = process.communicate(timeout=SOON_S)
+    out, err = process.communicate(timeout=A_HANG_S)
     return process.returncode, out, err
+
+
+@pytest.fixture(autouse=True)
+def _processes(tmp_path, monkeypatch):
+    """Gives them an empty home, lets them hear Ctrl-C, and leaves none behind.
+
+    A shell that starts the tests in the background has them ignore it, and so their children.
+    """
+    (tmp_path / "home").mkdir()
+    monkeypatch.setitem(ENVIRONMENT, "HOME", str(tmp_path / "home"))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture
@@ -64,7 +96,7 @@ def test_a_reader_that_has_enough_is_no_error(long_run):
     process = _start("export", long_run)
     assert process.stdout.readline().startswith("step,optimizer")
     process.stdout.close()
-    assert process.wait(SOON_S) == 0
+    assert process.wait(A_HANG_S) == 0
     with process.stderr as errors:
         assert errors.read() == ""
 
@@ -94,7 +126,7 @@ def test_follows_a_run_that_is_written(tmp_path):
     assert training.stdout.readline() == "half\n"
     tail = _start("tail", tmp_path / "run", "-n", "1024", "--interval", "0.1")
     lines = [tail.stdout.readline()]
-    training.communicate("go\n", timeout=SOON_S)
+    training.communicate("go\n", timeout=A_HANG_S)
     while not lines[-1].startswith("step    1,000"):
         lines.append(tail.stdout.readline())
     tail.send_signal(signal.SIGINT)
@@ -103,25 +135,27 @@ def test_follows_a_run_that_is_written(tmp_path):
     assert steps == [f"{step:,}" for step in range(1, 1001)]
 
 
-def test_the_screen_leaves_the_terminal_in_order(long_run):
+@pytest.mark.parametrize(("ending", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("columns", [30, 80, 200])
+def test_the_screen_leaves_the_terminal_in_order(long_run, columns, ending, code):
     """On a terminal it draws, and shows the cursor again after Ctrl-C and after SIGTERM."""
-    for ending, code in ((signal.SIGINT, 0), (signal.SIGTERM, 143)):
-        mine, theirs = pty.openpty()
-        process = _start("tail", long_run, stdout=theirs, stderr=theirs, stdin=theirs)
-        os.close(theirs)
-        shown = _read_until(mine, b"Ctrl-C ends")
-        process.send_signal(ending)
-        shown += _read_until(mine, b"\x1b[?25h")
-        assert process.wait(SOON_S) == code
-        os.close(mine)
-        assert b"step 20,000" in shown
-        assert b"Traceback" not in shown
+    mine, theirs = _terminal(columns)
+    process = _start("tail", long_run, stdout=theirs, stderr=theirs, stdin=theirs)
+    os.close(theirs)
+    shown = _read_until(mine, b"Ctrl-C ends")
+    process.send_signal(ending)
+    shown += _read_until(mine, b"\x1b[?25h")
+    assert process.wait(A_HANG_S) == code
+    os.close(mine)
+    assert b"step 20,000" in shown
+    assert b"Traceback" not in shown
 
 
 def _read_until(terminal, wanted):
-    shown, end = b"", time.monotonic() + SOON_S
+    """What a terminal shows up to some text; all that it ever shows where that does not come."""
+    shown = b""
     with suppress(OSError):  # the other side is closed
-        while wanted not in shown and time.monotonic() < end:
+        while wanted not in shown and select([terminal], [], [], A_HANG_S)[0]:
             shown += os.read(terminal, 1 << 16)
     return shown
 
@@ -168,12 +202,12 @@ def test_without_rich_tail_writes_lines(long_run, tmp_path):
         "import sys; sys.modules['rich'] = None; "
         "import gradwatch.cli.main; sys.exit(gradwatch.cli.main.main(sys.argv[1:]))"
     )
-    mine, theirs = pty.openpty()
+    mine, theirs = _terminal()
     tail = _start("tail", long_run, command=[sys.executable, "-c", code], stdout=theirs)
     os.close(theirs)
     assert b"step   20,000" in _read_until(mine, b"step   20,000")
     tail.send_signal(signal.SIGINT)
-    assert tail.wait(SOON_S) == 0
+    assert tail.wait(A_HANG_S) == 0
     with tail.stderr as errors:
         assert "pip install 'gradwatch[runs]'" in errors.read()
     os.close(mine)

@@ -71,7 +71,8 @@ def test_a_run_without_steps_has_nothing_to_fail_on(command, tmp_path):
         (tmp_path / "run" / table).mkdir()
     (tmp_path / "run" / "meta.json").write_text(
         '{"format": "gradwatch run", "version": 1, "sessions": [], '
-        '"layout": {"names": ["a"], "modules": [""], "shapes": [[2]], "aliases": [[]]}}'
+        '"layout": {"names": ["a"], "modules": [""], "shapes": [[2]], "aliases": [[]]}}',
+        encoding="utf-8",
     )
     ran = command("report", tmp_path / "run", "--fail-on", "any")
     assert (ran.code, ran.err) == (0, "")

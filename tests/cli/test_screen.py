@@ -18,9 +18,9 @@ Console = pytest.importorskip("rich.console", reason="gradwatch[runs] installs i
 def screen(tmp_path):
     """Draws a run once; returns the lines."""
 
-    def draw(columns, *batches):
+    def draw(columns, *batches, name="run"):
         write(tmp_path / "run", *batches)
-        view, follower = Screen(Output(None), "run", 10), Follower(tmp_path / "run")
+        view, follower = Screen(Output(None), name, 10), Follower(tmp_path / "run")
         follower.look()
         shown = io.StringIO()
         view._console = Console(file=shown, width=columns, height=40, color_system=None)
@@ -46,6 +46,15 @@ def test_no_number_is_cut(screen, columns):
     header, rows = _table(lines)
     assert "…" not in header
     assert all("0.001235" in row and "…" not in row for row in rows[:10])
+
+
+@pytest.mark.parametrize("columns", [30, 40, 80, 200])
+def test_the_step_stands_beside_the_run(screen, columns):
+    """Where both do not fit into a line, the middle of the run's path is left out."""
+    first = screen(columns, batch([19_999, 20_000]), name="/a/long/path" * 20 + "/the_run")[0]
+    assert width(first) <= columns
+    assert first.endswith("_run  step 20,000")
+    assert "..." in first
 
 
 def test_columns_that_say_nothing_are_left_out(screen):

@@ -110,7 +110,7 @@ class TestUnreadableRuns:
     def test_a_folder_of_something_else(self, command, runs, on):
         """A meta.json that gradwatch has not written is told from one of its own."""
         (runs / "foreign").mkdir()
-        (runs / "foreign" / "meta.json").write_text('{"format": "other"}')
+        (runs / "foreign" / "meta.json").write_text('{"format": "other"}', encoding="utf-8")
         _assert_one_line(command(*on("foreign")))
 
     def test_the_folder_above(self, command, runs, on):
@@ -148,7 +148,7 @@ class TestUnreadableRuns:
 
     def test_a_meta_that_is_nested_without_end(self, command, runs, on):
         """What no reader of JSON follows to its end is a foreign file."""
-        (runs / "sick" / "meta.json").write_text("[" * 100_000)
+        (runs / "sick" / "meta.json").write_text("[" * 100_000, encoding="utf-8")
         ran = command(*on("sick"))
         _assert_one_line(ran)
         assert "was not written by gradwatch" in ran.err

@@ -88,7 +88,9 @@ def test_live_and_loaded_are_the_same(tmp_path: Path) -> None:
     loaded = gradwatch.load(folder)
     assert loaded.steps().equals(watcher.history.steps())
     assert loaded.steps(COLUMNS).notna().sum().tolist() == [3, 3]
-    assert "CurvatureEvery(every=4, iterations=3" in (folder / "meta.json").read_text()
+    assert "CurvatureEvery(every=4, iterations=3" in (folder / "meta.json").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_a_folder_from_before_is_read_and_gone_on_with(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 PLUGIN = "data/plugin/gradwatch/"
-START_S = 120
+START_S = 300
 
 
 def has_data_server():
@@ -86,7 +86,7 @@ class Board:
         wait=True,
         program=("-m", "tensorboard.main"),
     ):
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # until stop()
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  # until stop()
         self._wait_for_data = wait
         command = [sys.executable, *program, "--logdir", str(logdir), "--host", "127.0.0.1",
                    "--port", "0", "--load_fast", load_fast,
@@ -151,7 +151,7 @@ class Board:
             self.base_url + address, method=method, headers=headers or {}, data=data
         )
         try:
-            with self._open(request, timeout=60) as reply:
+            with self._open(request, timeout=300) as reply:
                 return Reply(reply.status, dict(reply.headers), reply.read())
         except urllib.error.HTTPError as error:
             with error:
@@ -178,9 +178,9 @@ class Board:
         pids, total = [self.process.pid], 0
         for pid in pids:
             with suppress(OSError):
-                total += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+                total += int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
                 for task in Path(f"/proc/{pid}/task").iterdir():
-                    pids += map(int, (task / "children").read_text().split())
+                    pids += map(int, (task / "children").read_text(encoding="utf-8").split())
         return total * os.sysconf("SC_PAGE_SIZE")
 
     def stop(self):

@@ -150,9 +150,19 @@ def test_columns_of_huge_steps_do_not_overflow():
     assert np.flatnonzero(spans.start < spans.stop).tolist() == [0, 4095]
 
 
+def cpu_s(task):
+    """What a task takes of this thread's own time, which does not run while others have the core."""
+    times = []
+    for _ in range(3):
+        begin = time.thread_time()
+        task()
+        times.append(time.thread_time() - begin)
+    return min(times)
+
+
 @pytest.mark.parametrize(("windows", "width"), [(4322, None), (10_000, 1)])
 def test_is_fast(windows, width):
-    """3000 parameters by 10,000 windows make 1000 columns in a tenth of a second, more or less."""
+    """To make 1000 columns of 3000 parameters by 10,000 windows takes about as long as to copy them."""
     rng = np.random.default_rng(0)
     edges = (
         np.arange(1, windows + 2)
@@ -165,11 +175,9 @@ def test_is_fast(windows, width):
     norms = rng.random((len(firsts), 3000), "f4")
     matrix = MatrixChunks(norms, np.empty(0, np.intp), np.empty((0, 3000), "u2"))
     pieces = [(Piece(("s", 0, 0), slice(0, len(firsts)), 0, None), matrix)]
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
+
+    def bins():
         spans = spans_of(firsts, lasts, 1, int(lasts[-1]), 1000)
         bin_norms(pieces, 3000, spans)
-        times.append(time.perf_counter() - begin)
-    print(f"{len(firsts)} windows: {min(times) * 1000:.0f} ms")
-    assert min(times) < 0.5  # 0.03 s where nothing else runs
+
+    assert cpu_s(bins) < 10 * cpu_s(norms.copy)  # 1.5 times as long

@@ -6,6 +6,7 @@ of its file, so that `tests` need not be importable.
 """
 
 import multiprocessing
+import multiprocessing.util
 import os
 import pickle
 import runpy
@@ -16,11 +17,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gradwatch
 
-TIMEOUT = 120.0
+TIMEOUT = 300.0  # a hang, and no measure of what a slow machine takes
 GRACE = 2.0  # for the other ranks, once one has failed
+STACK_TIMEOUT = 30.0
+LONGEST_FOLDER = 60  # a socket's path has 107 characters at most, and multiprocessing adds 32
 RANK_FILE = Path(__file__).with_name("rank.py")
 # What takes long to import, and starts no thread: a process with threads must not be forked.
 PRELOADED = [
@@ -68,7 +72,8 @@ def _on_ranks(
         folder = Path(name)
         processes = [_start(job, rank, ranks, folder, arguments) for rank in range(ranks)]
         try:
-            _wait(processes, folder, time.monotonic() + timeout)
+            _wait(processes, folder, TIMEOUT, _has_started)
+            _wait(processes, folder, timeout, _has_ended)
             _raise_what_failed(processes, folder, timeout)
         finally:
             for process in processes:
@@ -80,6 +85,7 @@ def _on_ranks(
 def _start(
     job: Callable[..., Any], rank: int, ranks: int, folder: Path, arguments: dict[str, Any]
 ) -> Any:
+    _make_room_for_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     task = {
@@ -101,15 +107,28 @@ def _start(
     return process
 
 
-def _wait(processes: list[Any], folder: Path, deadline: float) -> None:
+def _make_room_for_sockets() -> None:
+    """Have multiprocessing, which keeps its sockets in one folder, choose one with a short path."""
+    if len(tempfile.gettempdir()) > LONGEST_FOLDER:
+        with mock.patch.object(tempfile, "tempdir", "/tmp"):
+            multiprocessing.util.get_temp_dir()
+
+
+def _wait(
+    processes: list[Any], folder: Path, timeout: float, is_done: Callable[[Any, Path, int], bool]
+) -> None:
     """Wait until all ranks are done, or one has failed and the others have had their grace."""
-    failed = False
+    failed, deadline = False, time.monotonic() + timeout
     while time.monotonic() < deadline:
-        if all(_has_ended(process, folder, rank) for rank, process in enumerate(processes)):
+        if all(is_done(process, folder, rank) for rank, process in enumerate(processes)):
             return
         if not failed and _any_failed(processes, folder):
             failed, deadline = True, min(deadline, time.monotonic() + GRACE)
         time.sleep(0.01)
+
+
+def _has_started(process: Any, folder: Path, rank: int) -> bool:
+    return process.exitcode is not None or (folder / f"{rank}.stack").exists()
 
 
 def _has_ended(process: Any, folder: Path, rank: int) -> bool:
@@ -123,24 +142,24 @@ def _any_failed(processes: list[Any], folder: Path) -> bool:
 
 def _raise_what_failed(processes: list[Any], folder: Path, timeout: float) -> None:
     failed = _any_failed(processes, folder)
+    crashed = any((process.exitcode or 0) < 0 for process in processes)
     stories = []
     for rank, process in enumerate(processes):
         error = folder / f"{rank}.error"
         if error.exists():
-            stories.append(f"rank {rank} raised\n{error.read_text()}")
+            stories.append(f"rank {rank} raised\n" + error.read_text(encoding="utf-8"))
         elif process.exitcode not in (None, 0):
             stories.append(f"rank {rank} died with exit code {process.exitcode}")
         elif process.exitcode is None and not failed:
             stack = _stack(process, folder / f"{rank}.stack")
             stories.append(f"rank {rank} had not ended after {timeout:g} s\n{stack}")
     if stories:
-        crashed = any((process.exitcode or 0) < 0 for process in processes)
         raise (CrashedError if crashed else RankError)("\n\n".join(stories))
 
 
 def _stack(process: Any, file: Path) -> str:
     if not file.exists():
         return "(it never started)"
-    os.kill(process.pid, signal.SIGUSR1)
-    time.sleep(0.2)
-    return file.read_text()
+    os.kill(process.pid, signal.SIGUSR1)  # it writes its stack, and dies
+    process.join(STACK_TIMEOUT)
+    return file.read_text(encoding="utf-8")

@@ -33,8 +33,8 @@ LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 def run(task: dict[str, Any]) -> None:
     """Carry out a task, and end the process; a rank that failed waits for its end."""
     folder, rank = Path(task["folder"]), task["rank"]
-    stack = (folder / f"{rank}.stack").open("w")
-    faulthandler.register(signal.SIGUSR1, stack)
+    stack = (folder / f"{rank}.stack").open("w", encoding="utf-8")
+    faulthandler.register(signal.SIGUSR1, stack, chain=True)
     threading.Thread(target=_die_with_the_tests, daemon=True).start()
     try:
         result = _call(task, folder)

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "examples" / "guide"
 SCRIPTS = sorted(path.name for path in GUIDE.glob("[!_]*.py"))
-PAGE = (ROOT / "docs" / "guide.md").read_text()
+PAGE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"```text\n\$ python examples/guide/(\S+)\n(.*?)```", re.DOTALL)
 PRINTED = dict(BLOCK.findall(PAGE))
 RUN_FOLDERS = "10_best_practices.py"
@@ -194,6 +194,10 @@ def test_the_links_lead_somewhere() -> None:
         name, _, anchor = target.partition("#")
         path = ROOT / "docs" / name if name else ROOT / "docs" / "guide.md"
         assert path.exists(), target
-        headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE) if anchor else []
+        headings = (
+            re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            if anchor
+            else []
+        )
         slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
         assert not anchor or anchor in slugs, target

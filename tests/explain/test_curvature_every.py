@@ -237,9 +237,9 @@ def test_without_probes_no_trace():
 
 def test_the_page_runs(tmp_path, capsys):
     """The snippet of docs/curvature.md runs as it stands, and prints numbers at steps 1, 51, 101, 151."""
-    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     script = tmp_path / "snippet.py"
-    script.write_text(snippet)
+    script.write_text(snippet, encoding="utf-8")
     watcher = runpy.run_path(str(script))["watcher"]
     seen = watcher.history.steps(COLUMNS).dropna()
     assert seen.index.tolist() == [1, 51, 101, 151]

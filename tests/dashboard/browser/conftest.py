@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 
 import pytest
 
@@ -9,11 +10,23 @@ from ..board import Board  # noqa: TID252
 from . import data
 from .tab import Tab
 
+A_HANG_MS = 300_000
+LONGEST_FOLDER = 60  # a socket's path has 107 characters at most, and Chromium adds 43
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 @pytest.fixture(scope="session")
-def browser():
+def _environment():
+    """That of the browser, which puts a socket into its temporary folder."""
+    if len(tempfile.gettempdir()) <= LONGEST_FOLDER:
+        yield dict(os.environ)
+        return
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="browser-") as folder:
+        yield {**os.environ, "TMPDIR": folder}
+
+
+@pytest.fixture(scope="session")
+def browser(_environment):
     """A headless Chromium."""
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="NOT TESTED: the tab. pip install 'gradwatch[dev]'"
@@ -24,7 +37,10 @@ def browser():
     root = hasattr(os, "geteuid") and os.geteuid() == 0
     with playwright.sync_playwright() as running:
         chromium = running.chromium.launch(
-            executable_path=path, args=["--no-sandbox"] if root else []
+            executable_path=path,
+            args=["--no-sandbox"] if root else [],
+            env=_environment,
+            timeout=A_HANG_MS,
         )
         yield chromium
         chromium.close()
@@ -53,7 +69,7 @@ def new_tab(browser):
 
     def make(base_url, width=1400, height=900, **options):
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        context.set_default_timeout(30_000)
+        context.set_default_timeout(A_HANG_MS)
         tab = Tab(context.new_page(), base_url)
         tabs.append((context, tab))
         return tab

@@ -9,7 +9,15 @@ PREFIX = "p.gradwatch."
 BAD = (0xFF, 0x33, 0xFF)
 BAD_LINE = (0xA8, 0x00, 0xB8)
 READY = ".app[data-state=ready]"
+CALM_FRAMES = 4
+"""What has been done shows in the next frame or the one after it, and may ask the server there."""
 
+_IS_CALM = """
+([ready, frames]) => {
+  window.calmFrames = document.querySelector(ready) ? window.calmFrames + 1 : 0;
+  return window.calmFrames > frames;
+}
+"""
 _ROW = """
 (at) => {
   const canvas = document.querySelectorAll("canvas.heat")[at.panel];
@@ -83,9 +91,9 @@ class Tab:
         return self
 
     def ready(self):
-        """Waits until everything is there and drawn."""
-        self.page.wait_for_timeout(30)
-        self.frame.wait_for_selector(READY)
+        """Waits until everything is there and drawn, and stays so for some frames."""
+        self.frame.evaluate("() => { window.calmFrames = 0 }")
+        self.frame.wait_for_function(_IS_CALM, arg=[READY, CALM_FRAMES])
         return self
 
     def box(self, panel=0):

@@ -135,6 +135,14 @@ BLANKS = """() => {
 }"""
 
 
+# The tab hears of a reload and, after a pause for others to come, acts on it.
+COUNT_PAUSES = """() => {
+  window.pauses = 0;
+  const { setTimeout } = window;
+  window.setTimeout = (task, ...more) => setTimeout(() => { task(); window.pauses += 1; }, ...more);
+}"""
+
+
 def last_step(board):
     """Of the run that grows; None while there is none."""
     runs = {run["run"]: run for run in board.get_json("runs")["runs"]}
@@ -157,12 +165,13 @@ def test_another_tab_and_back_leaves_the_picture(tab):
     """Behind another tab nothing is fetched, not even at a reload; back in front all is as it was."""
     tab.open(run="known/a", steps="11-60")
     pixels, asked = tab.row_pixels(0), []
+    tab.frame.evaluate(COUNT_PAUSES)
     tab.page.on("request", lambda request: asked.append(request.url))
     tab.page.locator("[role=tab]", has_text="Scalars").first.click()
     iframe = "getComputedStyle(document.querySelector('iframe[src*=gradwatch]'))"
     tab.page.wait_for_function(f"{iframe}.visibility === 'hidden'")
     tab.page.locator("app-header-reload button").click()
-    tab.page.wait_for_timeout(800)
+    tab.frame.wait_for_function("window.pauses > 0", polling=50)
     assert [url for url in asked if "/plugin/gradwatch/" in url] == []
     with tab.page.expect_request("**/gradwatch/runs"):
         tab.page.locator("[role=tab]", has_text="Gradients").click()

@@ -11,11 +11,14 @@ mpl.use("Agg")
 
 
 @pytest.fixture(autouse=True)
-def _closed():
-    yield
+def _matplotlib_as_it_comes():
+    """Whatever the matplotlibrc of this home says; figures are closed after the test."""
     from matplotlib import pyplot as plt
 
-    plt.close("all")
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        yield
+        plt.close("all")
 
 
 def _at(value, number):

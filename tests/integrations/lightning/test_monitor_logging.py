@@ -152,7 +152,7 @@ def test_csv(kit, tmp_path):
 
     kit.trainer(monitor, logger=logger).fit(kit.Net(), kit.loader(4))
 
-    with Path(logger.log_dir, "metrics.csv").open(newline="") as file:
+    with Path(logger.log_dir, "metrics.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
     assert all(row["train_loss"] for row in rows)

@@ -19,6 +19,6 @@ def test_the_adapter_stays_small():
     from gradwatch import Watcher
 
     files = Path(gradwatch_lightning.__file__).parent.glob("*.py")
-    assert all(len(file.read_text().splitlines()) < 300 for file in files)
+    assert all(len(file.read_text(encoding="utf-8").splitlines()) < 300 for file in files)
     assert issubclass(gradwatch_lightning.GradientMonitor, Callback)
     assert not issubclass(gradwatch_lightning.GradientMonitor, Watcher)

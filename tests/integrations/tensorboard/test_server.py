@@ -14,7 +14,7 @@ import pytest
 
 from gradwatch_tensorboard import TensorBoardWriter
 
-START_S = 90
+START_S = 300
 HOSTILE = '<img src=x onerror="alert(1)">.[a](javascript:b)'
 
 ACCUMULATED = {"micro_batches": 2, "weight": 8.0, "noise_scale": 40.0, "noise_scale_stderr": 4.0}
@@ -24,7 +24,7 @@ class Server:
     """One TensorBoard process and the JSON that it answers."""
 
     def __init__(self, logdir, load_fast):
-        self._log = (logdir.parent / "server.log").open("w+")
+        self._log = (logdir.parent / "server.log").open("w+", encoding="utf-8")
         command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir),
                    "--host", "127.0.0.1", "--port", "0", "--load_fast", load_fast,
                    "--reload_interval", "1"]  # fmt: skip
@@ -55,7 +55,7 @@ class Server:
 
     def get(self, route, **query):
         address = f"{self.address}data/plugin/{route}?{urllib.parse.urlencode(query)}"
-        with self._open(address, timeout=30) as reply:
+        with self._open(address, timeout=300) as reply:
             return json.loads(reply.read())
 
     def stop(self):

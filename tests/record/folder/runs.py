@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -92,11 +93,11 @@ def child(code, *arguments, **options):
             "PATH": "/usr/bin:/bin",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
-            "HOME": "/tmp",
+            "HOME": tempfile.gettempdir(),
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         **options,
     )
 

@@ -169,7 +169,7 @@ def read_only():
 def test_a_read_only_folder_is_one_warning(read_only, inside):
     """Neither a folder that cannot be made nor one that cannot be written to stops anything."""
     process = runs.child(READ_ONLY, read_only / inside, UNPRIVILEGED)
-    output, error = process.communicate(timeout=60)
+    output, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
     assert output.startswith("1 gradwatch cannot write to the run folder")
     assert "Permission denied" in output

@@ -24,7 +24,8 @@ def run(tmp_path):
 
 def _edit(run, **changes):
     path = run / "meta.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    meta = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps(meta), encoding="utf-8")
 
 
 def _refused(path, text, error=ValueError):
@@ -46,7 +47,7 @@ def test_a_file(run):
 
 def test_a_foreign_folder(tmp_path):
     """An empty or foreign folder has no meta.json."""
-    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "notes.txt").write_text("hello", encoding="utf-8")
     _refused(tmp_path, "is no run folder, as it has no meta.json. Pass the folder")
 
 
@@ -150,7 +151,7 @@ def test_what_is_no_path(path, error, text):
 
 def test_a_run_folder_that_is_a_file(tmp_path):
     """RunFolder() on a file is an error before the first step."""
-    (tmp_path / "x").write_text("")
+    (tmp_path / "x").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="is a file"):
         RunFolder(tmp_path / "x")
 
@@ -160,7 +161,7 @@ def test_other_files_in_the_folder_do_not_matter(tmp_path):
     (tmp_path / "model.pt").write_bytes(b"x")
     runs.write(tmp_path, runs.batch([1]))
     for name in ("steps/readme.txt", "events/notes.jsonl", "events/x.txt"):
-        (tmp_path / name).write_text("hello")
+        (tmp_path / name).write_text("hello", encoding="utf-8")
     assert runs.steps_of(tmp_path) == [1]
     assert len(load(tmp_path).events()) == 0
     runs.write(tmp_path, runs.batch([2]))
@@ -212,7 +213,7 @@ for act in (lambda: RunFolder("x"), lambda: load("x")):
 def test_a_missing_pyarrow(tmp_path):
     """Both ends say how to install it, before anything else."""
     process = runs.child(WITHOUT, cwd=tmp_path)
-    output, error = process.communicate(timeout=60)
+    output, error = process.communicate(timeout=600)
     assert output.splitlines() == [
         "pyarrow RunFolder() needs pyarrow, which is not installed. Run: pip install 'gradwatch[runs]'",
         "pyarrow gradwatch.load() needs pyarrow, which is not installed. Run: pip install 'gradwatch[runs]'",
@@ -223,5 +224,5 @@ def test_a_missing_pyarrow(tmp_path):
 def test_importing_gradwatch_loads_neither_pyarrow_nor_pandas():
     """They cost a second, which who keeps no run need not pay."""
     code = "import gradwatch, sys; print([m for m in ('pyarrow', 'pandas') if m in sys.modules])"
-    output, _ = runs.child(code).communicate(timeout=60)
+    output, _ = runs.child(code).communicate(timeout=600)
     assert output.strip() == "[]"

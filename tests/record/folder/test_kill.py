@@ -125,7 +125,7 @@ def _killed_at_random(tmp_path, kills, seed):
         os.kill(child, signal.SIGKILL)
         assert killed(child)
         count += 1
-        progress = int(done.read_text() or 0) if done.exists() else 0
+        progress = int(done.read_text(encoding="utf-8") or 0) if done.exists() else 0
         if not (path / "meta.json").exists():
             assert progress <= 64
             continue
@@ -135,7 +135,7 @@ def _killed_at_random(tmp_path, kills, seed):
         assert len(load(path).parameters()) == 4 * len(steps)
         done.unlink(missing_ok=True)
     saved = tmp_path / "checkpoint.json"
-    return json.loads(saved.read_text())["step"] if saved.exists() else 0
+    return json.loads(saved.read_text(encoding="utf-8"))["step"] if saved.exists() else 0
 
 
 def _assert_like_uninterrupted(tmp_path, steps):

@@ -1,6 +1,5 @@
 """A folder can be read while it is written, by this process and by others."""
 
-import subprocess
 import threading
 
 import pytest
@@ -21,14 +20,15 @@ while True:
     except (FileNotFoundError, ValueError) as error:
         begun = ("no meta.json", "There is no folder", "half", "holds no step yet")
         assert any(text in str(error) for text in begun), error
-reads = steps = 0
+steps = 0
 while steps < last:
     now = runs.assert_consistent(path)
     assert now >= steps, (now, steps)
     events = seen.events()
     assert (events["step"].diff().dropna() == 1).all()
-    steps, reads = now, reads + 1
-print(reads)
+    if now > steps:
+        print(now, flush=True)
+    steps = now
 """
 
 
@@ -42,20 +42,22 @@ def test_reading_from_another_process(tmp_path, monkeypatch):
         sink = runs.write(path, close=False)
         for step in range(1, steps + 1):
             sink.write(runs.batch([step], events=[runs.event(step)]))
-            if step == 100:
-                _wait_for_imports(reader)
+            if step % 100 == 0:
+                _wait_until_read(reader, step)
         sink.close()
-        output, error = reader.communicate(timeout=60)
+        _, error = reader.communicate()
     finally:
         reader.kill()
+        reader.communicate()
     assert reader.returncode == 0, error
-    assert int(output) > 3
 
 
-def _wait_for_imports(reader):
-    """Gives the reader the seconds that importing torch takes, so that both run at once."""
-    with pytest.raises(subprocess.TimeoutExpired):
-        reader.wait(timeout=4)
+def _wait_until_read(reader, step):
+    """Lets the reader catch up: else all might be written before it has imported torch."""
+    while line := reader.stdout.readline():
+        if int(line) >= step:
+            return
+    pytest.fail(f"The reader has ended: {reader.stderr.read()}")
 
 
 def test_an_open_history_sees_what_comes(tmp_path):

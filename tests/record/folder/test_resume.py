@@ -114,7 +114,7 @@ def test_meta_tells_every_process(tmp_path):
     first.write(runs.batch([1]))
     first.close()
     runs.write(tmp_path, runs.batch([2]))
-    meta = json.loads((tmp_path / "meta.json").read_text())
+    meta = json.loads((tmp_path / "meta.json").read_text(encoding="utf-8"))
     assert (meta["format"], meta["version"]) == ("gradwatch run", 1)
     assert [session["session"] for session in meta["sessions"]] == [1, 2]
     assert meta["sessions"][0]["optimizers"][0]["betas"] == [0.9, 0.99]

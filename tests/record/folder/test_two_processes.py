@@ -30,9 +30,8 @@ if "worker" in sys.argv:  # as a DataLoader has one; it outlives us
     worker = os.fork()
     if not worker:
         os.close(0), os.close(1), os.close(2)
-        import time
-        time.sleep(60)
-        os._exit(0)
+        import signal
+        signal.pause()
     print(worker, flush=True)
 print("writes", flush=True)
 sys.stdin.readline()
@@ -118,7 +117,7 @@ def test_one_process_may_open_its_folder_twice(tmp_path):
     first.write(runs.batch([1]))
     first.close()
     first.close()
-    assert (tmp_path / LOCK).read_text().startswith(str(os.getpid()))
+    assert (tmp_path / LOCK).read_text(encoding="utf-8").startswith(str(os.getpid()))
     second.write(runs.batch([2]))
     second.close()
     assert not (tmp_path / LOCK).exists()
@@ -139,7 +138,7 @@ def test_a_fork_may_write_where_its_parent_was_to(tmp_path, writer):
     sink = RunFolder(tmp_path)
     assert _in_a_fork(lambda: runs.write(tmp_path, runs.batch([1])))
     assert (tmp_path / LOCK).exists()
-    _, error = writer().communicate(timeout=60)
+    _, error = writer().communicate(timeout=600)
     assert f"another process (pid {os.getpid()}) writes here" in error
     sink.write(runs.batch([2]))
     sink.close()
@@ -192,14 +191,14 @@ def test_the_lock_of_another_process_is_left_alone(tmp_path, writer):
     process = writer(folder="run")
     assert process.stdout.readline() == "writes\n"
     sink.close()
-    assert (tmp_path / "run" / LOCK).read_text().startswith(f"{process.pid} ")
+    assert (tmp_path / "run" / LOCK).read_text(encoding="utf-8").startswith(f"{process.pid} ")
 
 
 def _in_a_fresh_process(path):
     """Whether another process may write there."""
     code = "import sys, runs; runs.RunFolder(sys.argv[1]).close()"
     process = runs.child(code, path)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=600)
     assert process.returncode == 0 or "is in use" in error
     return process.returncode == 0
 
@@ -208,9 +207,11 @@ def _in_a_fresh_process(path):
 def test_a_lock_without_a_name_is_a_lock(tmp_path, writer):
     """Where the owner could not write who it is, the refusal leaves that out."""
     sink = RunFolder(tmp_path)
-    (tmp_path / LOCK).write_text("")  # this process has it open twice; closing that frees the lock
+    (tmp_path / LOCK).write_text(
+        "", encoding="utf-8"
+    )  # this process has it open twice; closing that frees the lock
     fcntl.lockf(next(iter(_descriptors(tmp_path / LOCK))), fcntl.LOCK_EX)
-    _, error = writer().communicate(timeout=60)
+    _, error = writer().communicate(timeout=600)
     assert "is in use: another process writes here" in error
     sink.close()
 

@@ -53,7 +53,7 @@ def _resume(folder, model, optimizer, watcher):
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.5)
         return 1
-    step = json.loads(saved.read_text())["step"]
+    step = json.loads(saved.read_text(encoding="utf-8"))["step"]
     state = torch.load(folder / f"{step}.pt", weights_only=True)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -69,5 +69,5 @@ def _save(folder, step, model, optimizer, watcher):
     }
     torch.save(state, folder / f"{step}.pt")
     temporary = folder / "checkpoint.tmp"
-    temporary.write_text(json.dumps({"step": step}))
+    temporary.write_text(json.dumps({"step": step}), encoding="utf-8")
     temporary.replace(folder / "checkpoint.json")

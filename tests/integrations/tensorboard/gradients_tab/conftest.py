@@ -14,7 +14,7 @@ from gradwatch_dashboard.wire import PLUGIN, Tag, is_readable
 
 from . import logs
 
-WAIT_S = 60
+WAIT_S = 300
 ALL = {PLUGIN: 0}  # no down-sampling: what the tab's own loader asks for
 
 
@@ -64,7 +64,9 @@ def _read_with_data_server(folder, tmp_path):
     expected = _newest_steps(folder)
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         try:
-            port = _wait(lambda: port_file.exists() and port_file.read_text().strip())
+            port = _wait(
+                lambda: port_file.exists() and port_file.read_text(encoding="utf-8").strip()
+            )
             data = server_ingester.ExistingServerDataIngester(
                 f"localhost:{port}", channel_creds_type=grpc_util.ChannelCredsType.LOCAL
             ).data_provider

@@ -135,6 +135,12 @@ SCRIPT = """
 """
 
 
+def last_step(folder):
+    """The last step that stands in the files; 0 if there is none."""
+    steps = (stream.steps() for stream in logs.streams(logs.tensors(folder)))
+    return max(map(max, filter(None, steps)), default=0)
+
+
 def test_a_killed_process_leaves_a_file_that_reads(load, tmp_path):
     """All steps up to some one are there, each once: the rest had not been delivered."""
     folder = tmp_path / "run"
@@ -147,7 +153,9 @@ def test_a_killed_process_leaves_a_file_that_reads(load, tmp_path):
         stdout=subprocess.PIPE, env=environment,
     ) as process:  # fmt: skip
         assert process.stdout.readline() == b"NaN\n"
-        time.sleep(1.5)
+        while last_step(folder) < 300:
+            assert process.poll() is None
+            time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     (stream,) = logs.streams(load(folder))
     steps = stream.steps()
