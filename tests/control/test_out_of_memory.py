@@ -10,10 +10,11 @@ import weakref
 import pytest
 import torch
 import torch.distributed as dist
-from gradwatch.run_batch import Rollback, forget, is_out_of_memory, release_memory
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradwatch.out_of_memory import Rollback, forget, is_out_of_memory, release_memory
 
 CPU = torch.device("cpu")
 
@@ -146,7 +147,7 @@ REAL = """
     import resource
     import torch
     from torch import nn
-    from gradwatch.control.out_of_memory import forget, is_out_of_memory, release_memory
+    from gradwatch.out_of_memory import forget, is_out_of_memory, release_memory
 
     model = nn.Sequential(*[layer for _ in range(8) for layer in (nn.Linear(256, 256), nn.Tanh())])
     model(torch.zeros(2, 256)).sum().backward()

@@ -201,7 +201,7 @@ import sys
 sys.modules["pyarrow"] = None
 import gradwatch
 from gradwatch.history import load
-from gradwatch.record.run_folder import RunFolder
+from gradwatch.record.folder.writer import RunFolder
 for act in (lambda: RunFolder("x"), lambda: load("x")):
     try:
         act()
