@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
+from _overhead_ways import LIMITS, sink_options
 
 import gradwatch
-from _overhead_ways import LIMITS, sink_options
 from gradwatch.record import hub
 
 REAL_SECONDS = hub.FLUSH_SECONDS  # as users have it; benchmarks stretch it

@@ -14,10 +14,9 @@ from operator import attrgetter, setitem
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from _overhead_ways import LIMITS, Step, Way
 from _overhead_workloads import Training
+from torch import Tensor
 
 LEAST = "hooks, one norm, multiply if needed"
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from _overhead_counts import Counts
-from _overhead_deliveries import steps_per_delivery
 from _overhead_spread import Spread, ratio, ratios, spread
 from _overhead_turns import Key, Round
 from _overhead_ways import BARE, CLIP, LIMITS, Way
 from _overhead_workloads import Setting
+
+from _overhead_deliveries import steps_per_delivery
 
 UNTOUCHED = next(iter(LIMITS))
 

@@ -1,4 +1,4 @@
-"""The machine and the versions that numbers were taken with."""
+"""What the pages of results share: tables, the machine, and lines of progress meanwhile."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import platform
 import shlex
 import sys
+import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +24,19 @@ PACKAGES = (
     "pytorch-ignite",
     "wandb",
 )
+STARTED = time.perf_counter()
+
+
+def say(text: str) -> None:
+    """Prints a line at once, with the time since the start."""
+    minutes, seconds = divmod(int(time.perf_counter() - STARTED), 60)
+    print(f"[{minutes:2d}:{seconds:02d}] {text}", flush=True)
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Writes a table in Markdown."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def machine_rows(device: str, threads: int, clock: str) -> list[tuple[str, str]]:
@@ -50,9 +65,9 @@ def machine_rows(device: str, threads: int, clock: str) -> list[tuple[str, str]]
 
 
 def command() -> str:
-    """Returns the command line, with the script as it is called from the repository."""
-    script = Path(sys.argv[0])
-    arguments = [f"{script.parent.name}/{script.name}", *sys.argv[1:]]
+    """Returns the command line as it is typed in the repository."""
+    folder = Path(sys.argv[0]).parent  # `python -m` puts the path of __main__.py there
+    arguments = ["-m", f"{folder.parent.name}.{folder.name}", *sys.argv[1:]]
     return "`python " + " ".join(map(shlex.quote, arguments)) + "`"
 
 

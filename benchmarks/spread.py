@@ -1,4 +1,4 @@
-"""Spread: a median with its quartiles, and how one of several rounds is held against another."""
+"""Medians with their quartiles, over the rounds of a measurement."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Spread:
 
 
 def spread(numbers: Sequence[float]) -> Spread:
-    """Takes median and quartiles, the smallest and largest number included.
+    """Returns median and quartiles, the smallest and largest number included.
 
     Args:
         numbers: Any numbers; a NaN makes all three NaN.
@@ -42,7 +42,7 @@ def ratios(mine: Sequence[float], base: Sequence[float]) -> list[float]:
     """Divides round by round.
 
     Args:
-        mine: What a way added in each round.
+        mine: What a variant added in each round.
         base: What ``clip_grad_norm_`` added in the same rounds.
 
     Returns:
@@ -55,7 +55,7 @@ def ratio(mine: Sequence[float], base: Sequence[float]) -> Spread:
     """Divides the medians over all rounds; the quartiles are those of the rounds' own ratios.
 
     Args:
-        mine: What a way added in each round.
+        mine: What a variant added in each round.
         base: What ``clip_grad_norm_`` added in the same rounds.
 
     Returns:
@@ -67,6 +67,13 @@ def ratio(mine: Sequence[float], base: Sequence[float]) -> Spread:
     return Spread(middle, min(each.low, middle), max(each.high, middle))
 
 
-def paired(mine: float, before: float, after: float) -> float:
-    """Returns what a turn took more than the turns of the bare loop on both sides of it."""
-    return mine - (before + after) / 2
+def spread_text(value: Spread, form: str) -> str:
+    """Writes a median, and the quartiles in brackets.
+
+    Args:
+        value: The numbers; NaN is written as a dash.
+        form: How to format each.
+    """
+    if math.isnan(value.middle):
+        return "-"
+    return f"{value.middle:{form}} ({value.low:{form}} to {value.high:{form}})"

@@ -18,20 +18,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-
 from _overhead_counts import count_way
-from _overhead_deliveries import delivery_seconds, endless_deliveries
-from _overhead_least import least_ways
 from _overhead_machine import machine_rows
 from _overhead_once import measure_once
 from _overhead_peers import missing, peer_ways
 from _overhead_report import Report
-from _overhead_results import Result
 from _overhead_turns import TIMERS, Turns
 from _overhead_ways import Way, bare, clip_ways, gradwatch_ways
+from _overhead_workloads import WORKLOADS, Setting, Training
+
+from _overhead_deliveries import delivery_seconds, endless_deliveries
+from _overhead_least import least_ways
+from _overhead_results import Result
 from _overhead_within import STEPS as STEPS_WITHIN
 from _overhead_within import within
-from _overhead_workloads import WORKLOADS, Setting, Training
 
 OUT = Path(__file__).with_name("RESULTS.md")
 STEPS = {1: 4, 8: 1}  # timed steps of a turn, by micro-batches

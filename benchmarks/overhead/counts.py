@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from _overhead_ways import Step, Way
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
-from _overhead_ways import Step, Way
 from gradwatch.testing import late_readings
 
 WAITS = frozenset(

@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-
-import gradwatch
 from _overhead_counts import calls_added, numbers_added
 from _overhead_outside import Outside, outside_operators
+
+import gradwatch
 
 IMPORT = (
     "import time, torch; t = time.perf_counter(); import gradwatch; print(time.perf_counter() - t)"

@@ -19,13 +19,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from _overhead_spread import Spread, spread
 from _overhead_turns import TIMERS, Turns
 from _overhead_ways import Way, bare, watched
 from _overhead_workloads import Training
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ELEMENTS = 16
 REPLAYS = 15

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-
 from _overhead_ways import Step, Way, lend_step
 from _overhead_workloads import Training
 

@@ -6,14 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from _overhead_least import LEAST
 from _overhead_once import Once
 from _overhead_peers import DISTRIBUTIONS, PEERS
-from _overhead_results import Result
 from _overhead_spread import spread
 from _overhead_targets import Row, spread_text, target_rows
 from _overhead_ways import BARE, CLIP, LIMITS, Way
 from _overhead_workloads import Setting
+
+from _overhead_least import LEAST
+from _overhead_results import Result
 
 HEAD = """# What gradwatch costs: results
 

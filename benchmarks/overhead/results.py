@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from _overhead_once import Once
-from _overhead_results import Result
 from _overhead_spread import Spread
 from _overhead_ways import BOTH, LIMITS, WATCH, WATCH_CLIP
 from _overhead_workloads import WORKLOADS, Setting
+
+from _overhead_results import Result
 
 UNTOUCHED, CLIPPED = LIMITS
 NOT_MEASURED = "not measured"

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-
 from _overhead_spread import paired
 from _overhead_ways import Step, Way
 

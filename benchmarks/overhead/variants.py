@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from _overhead_workloads import Training
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 import gradwatch
 from _overhead_within import METER, metered
-from _overhead_workloads import Training
 from gradwatch.observe.statistics import STATISTICS
 from gradwatch_tensorboard import TensorBoardWriter
 

@@ -1,6 +1,6 @@
 """How often the report is wrong: false alarms on healthy trainings, hits on sick ones.
 
-    OMP_NUM_THREADS=1 python benchmarks/report_accuracy.py --seeds 100 101 102
+    OMP_NUM_THREADS=1 python -m benchmarks.report --seeds 100 101 102
 
 Thresholds were tuned on seeds 0 to 2; ``docs/report.md`` reports others.
 """
@@ -15,8 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from _report_more_runs import MORE
-from _report_runs import HEALTHY, SICK, STATISTICS
+from benchmarks.report.trainings import HEALTHY, MORE_HEALTHY, SICK, STATISTICS
 from gradwatch import History
 from gradwatch.explain.report import Report, make_report
 
@@ -34,7 +33,7 @@ def main() -> None:
         STATISTICS.clear()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    sound = MORE if options.more else HEALTHY
+    sound = MORE_HEALTHY if options.more else HEALTHY
     healthy = {n: run for n, run in sound.items() if options.only in n}
     sick = {n: run for n, run in SICK.items() if options.only in n}
     alarms = {n: _reports(run, options.seeds, options.show, n) for n, run in healthy.items()}

@@ -1,4 +1,4 @@
-"""Data and models of report_accuracy.py."""
+"""The data and the models of the small trainings."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-
 from _overhead_machine import machine_rows
 from _overhead_outside import outside_operators
 from _overhead_report import table

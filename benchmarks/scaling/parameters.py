@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import gradwatch
 from _overhead_outside import narrow_training
 from _overhead_spread import Spread, spread
 from _overhead_turns import TIMERS, Turns
 from _overhead_ways import LIMITS, Way, bare, watched
+
+import gradwatch
 from gradwatch.observe.statistics import STATISTICS
 
 UNTOUCHED, CLIPPED = LIMITS

@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn import functional as F
-
 from _overhead_counts import CountCalls
 from _overhead_spread import Spread, spread
 from _overhead_turns import TIMERS, Turns
 from _overhead_ways import LIMITS, Way, bare, watched
 from _overhead_workloads import Training
+from torch import nn
+from torch.nn import functional as F
 
 # FSDP2 on a CPU needs torch 2.9.
 KINDS = ("DDP", "FSDP2") if torch.__version__ >= "2.9" else ("DDP",)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from _overhead_once import resident_bytes
 
 import gradwatch
-from _overhead_once import resident_bytes
 from gradwatch.record.run_folder import RunFolder
 from gradwatch_tensorboard import TensorBoardWriter
 from run_folder import DELIVERY, batches

@@ -1,5 +1,8 @@
 """Trains a small language model under every clipping policy, and hurts it.
 
+    python -m benchmarks.spikes --plot spikes.png      # some 10 minutes on a quiet machine
+    python -m benchmarks.spikes --quick                # shows that all runs, no more
+
 A character LSTM of 66,432 parameters learns the text of Python's standard library. Its gradients
 are spoilt in one way at a time, inside the backward, so that each policy meets what it would meet
 in a real run: all go through ``gradwatch.watch``. Runs of one seed see the same batches and the
@@ -22,18 +25,18 @@ from pathlib import Path
 
 import torch
 
-from _spike_plot import draw
-from _spike_report import Runs, show, show_norms
-from _spike_training import (
+from benchmarks.spikes.plot import draw
+from benchmarks.spikes.tables import Runs, show, show_norms
+from benchmarks.spikes.training import (
     AUTO,
     AUTO_SKIP,
     CLEAN,
     LEFT_OUT,
     OPTIMIZERS,
     PLAIN,
+    POLICIES,
     RESCALED,
     SPIKES,
-    WAYS,
     Run,
     Task,
     train,
@@ -45,13 +48,13 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
     tasks = []
     for seed in range(args.seeds):
         for optimizer in args.optimizer:
-            for way in args.ways:
+            for policy in args.policies:
                 scenarios = [CLEAN, *SPIKES]
-                if way == AUTO:
+                if policy == AUTO:
                     scenarios += [LEFT_OUT, *(RESCALED if optimizer == "SGD" else ())]
-                if way == PLAIN:
+                if policy == PLAIN:
                     scenarios = [CLEAN, "NaN"]
-                tasks += [Task(way, s, optimizer, seed, args.steps) for s in scenarios]
+                tasks += [Task(policy, s, optimizer, seed, args.steps) for s in scenarios]
     return tasks
 
 
@@ -92,24 +95,26 @@ def _trained(tasks: Sequence[Task], jobs: int) -> Iterator[Run]:
         yield from pool.map(train, tasks, chunksize=1)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the description as it is."""
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=300, help="of each run; at least 100")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--results", type=Path, help="keep the runs here, and go on from there")
     parser.add_argument("--plot", type=Path, help="draw the picture into this file")
-    parser.add_argument("--quick", action="store_true", help="one seed, 100 steps, a few ways")
+    parser.add_argument("--quick", action="store_true", help="one seed, 100 steps, a few policies")
     parser.add_argument("--no-norms", action="store_true", help="leave out the norms alone")
     args = parser.parse_args(arguments)
     if args.quick:
         args.seeds, args.steps = 1, 100
-        args.ways = ["no clip", "fixed 1.0", "ZClip, published", AUTO, AUTO_SKIP]
+        args.policies = ["no clip", "fixed 1.0", "ZClip, published", AUTO, AUTO_SKIP]
     if args.steps < 100:
         parser.error(f"--steps must be at least 100, got {args.steps}: the spikes need room")
     return args

@@ -1,4 +1,4 @@
-"""What is read off the runs of spike_recovery.py."""
+"""What is read off a run: steps to recover, false clips and the like."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from _spike_training import Run, Task
+from benchmarks.spikes.training import Run, Task
 
 CLOSE = 0.03  # a share of the loss: two runs that differ in nothing but chance are as close
 

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 import gradwatch
-from _spike_measures import steps_to_stop
+from benchmarks.spikes.measures import steps_to_stop
 
 Make = Callable[[], gradwatch.ClipPolicy]
 POLICIES: dict[str, Make] = {

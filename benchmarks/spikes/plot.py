@@ -1,4 +1,4 @@
-"""The picture of spike_recovery.py."""
+"""The picture: losses after spikes, and what each spike costs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from _spike_report import Runs, excesses, pairs
-from _spike_training import AUTO, AUTO_SKIP, BURST, CLEAN, WAYS
+from benchmarks.spikes.tables import Runs, excesses, pairs
+from benchmarks.spikes.training import AUTO, AUTO_SKIP, BURST, CLEAN, POLICIES
 
 INK, FAINT, GROUND = "#1f2933", "#9aa5b1", "#fbfbfa"
 COLORS = {
@@ -38,8 +38,8 @@ NAMES = {
 MARK_COLORS = dict(zip(MARKS, ("#1a66d6", "#d64545", "#e8a33d", "#1f2933", "#2ba98f"), strict=True))
 UNHURT: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": (0, (2, 2))}
 DASHES = {  # where they lie on each other, all are seen
-    way: (5 * number, (5, 10))
-    for number, way in enumerate(("no clip", "ZClip, published", "ZClip, winsorized"))
+    policy: (5 * number, (5, 10))
+    for number, policy in enumerate(("no clip", "ZClip, published", "ZClip, winsorized"))
 }
 MOST = 10.0  # the end of the axis: eleven times the loss of the clean run
 STYLE = {
@@ -73,13 +73,13 @@ def draw(runs: Runs, path: Path) -> None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12.5, 9.2), dpi=130, layout="constrained")
         top, bottom = figure.subfigures(2, 1, height_ratios=[1.0, 1.15], hspace=0.04)
-        shown = [way for way in COLORS if any(task.way == way for task in runs)]
+        shown = [policy for policy in COLORS if any(task.policy == policy for task in runs)]
         mine = {task: run for task, run in runs.items() if task.optimizer == name}
         burst, early, rise = top.subplots(1, 3)
         _losses(burst, mine, shown, "burst", f"A burst of {BURST} steps, {name}")
         _losses(early, mine, shown, "early", f"One spike in the warm-up, {name}")
         _acting(rise, mine, shown, f"Norms rise threefold for good, {name}")
-        handles = [_line(way) for way in shown]
+        handles = [_line(policy) for policy in shown]
         handles.append(Line2D([], [], **UNHURT, label="auto, no spike"))
         above = {"loc": "outside upper center", "ncols": len(handles), "columnspacing": 1.4}
         top.legend(handles=handles, handlelength=1.6, frameon=False, **above)
@@ -96,30 +96,30 @@ def draw(runs: Runs, path: Path) -> None:
         figure.savefig(path)
 
 
-def _line(way: str) -> Line2D:
-    return Line2D([], [], label=way, **_look(way))
+def _line(policy: str) -> Line2D:
+    return Line2D([], [], label=policy, **_look(policy))
 
 
-def _look(way: str) -> dict[str, Any]:
-    return {"color": COLORS[way], "linewidth": 2.8 if way == AUTO else 1.6}
+def _look(policy: str) -> dict[str, Any]:
+    return {"color": COLORS[policy], "linewidth": 2.8 if policy == AUTO else 1.6}
 
 
-def _mean_curve(runs: Runs, way: str, scenario: str) -> tuple[list[int], list[float]]:
-    curves = [dict(run.curve) for _, run, _ in pairs(runs, way, scenario)]
+def _mean_curve(runs: Runs, policy: str, scenario: str) -> tuple[list[int], list[float]]:
+    curves = [dict(run.curve) for _, run, _ in pairs(runs, policy, scenario)]
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
     return steps, [statistics.fmean(curve[step] for curve in curves) for step in steps]
 
 
-def _losses(axes: Axes, runs: Runs, ways: Sequence[str], scenario: str, title: str) -> None:
+def _losses(axes: Axes, runs: Runs, policies: Sequence[str], scenario: str, title: str) -> None:
     spiked = next(task for task in runs if task.scenario == scenario).spiked
     begin, end = max(0, spiked[0] - 31), spiked[-1] + 80
     seen = []
-    for way in ways:
-        steps, means = _mean_curve(runs, way, scenario)
-        order = 3 + (way == AUTO)
-        dashes = DASHES.get(way, "-") if scenario == "early" else "-"
-        axes.plot(steps, means, **_look(way), linestyle=dashes, zorder=order)
-        if way not in ("no clip", "fixed 1.0"):
+    for policy in policies:
+        steps, means = _mean_curve(runs, policy, scenario)
+        order = 3 + (policy == AUTO)
+        dashes = DASHES.get(policy, "-") if scenario == "early" else "-"
+        axes.plot(steps, means, **_look(policy), linestyle=dashes, zorder=order)
+        if policy not in ("no clip", "fixed 1.0"):
             seen += [m for step, m in zip(steps, means, strict=True) if begin < step <= end]
     steps, means = _mean_curve(runs, AUTO, CLEAN)
     axes.plot(steps, means, zorder=5, **UNHURT)
@@ -134,17 +134,17 @@ def _losses(axes: Axes, runs: Runs, ways: Sequence[str], scenario: str, title: s
     axes.grid(axis="y", which="both")
 
 
-def _acting(axes: Axes, runs: Runs, ways: Sequence[str], title: str, span: int = 10) -> None:
+def _acting(axes: Axes, runs: Runs, policies: Sequence[str], title: str, span: int = 10) -> None:
     first = next(task for task in runs if task.scenario == "rise").middle
-    for way in ways:
-        acted = [run.acted() for _, run, _ in pairs(runs, way, "rise")]
+    for policy in policies:
+        acted = [run.acted() for _, run, _ in pairs(runs, policy, "rise")]
         length = min(map(len, acted), default=0)
         shares = [
             statistics.fmean(a for one in acted for a in one[end - span : end])
             for end in range(span, length + 1)
         ]
         after = [end - first for end in range(span, length + 1)]
-        axes.plot(after, shares, **_look(way), zorder=3 + (way == AUTO))
+        axes.plot(after, shares, **_look(policy), zorder=3 + (policy == AUTO))
     axes.axvline(0, color="#e0836b", linewidth=1.2)
     axes.set(title=title, xlabel="steps after the rise")
     axes.set(
@@ -158,10 +158,10 @@ def _acting(axes: Axes, runs: Runs, ways: Sequence[str], title: str, span: int =
 
 def _costs(axes: Axes, runs: Runs, optimizer: str) -> None:
     mine = {task: run for task, run in runs.items() if task.optimizer == optimizer}
-    ways = [way for way in WAYS if any(task.way == way for task in runs)]
-    for row, way in enumerate(ways):
+    policies = [policy for policy in POLICIES if any(task.policy == policy for task in runs)]
+    for row, policy in enumerate(policies):
         for lane, scenario in enumerate(MARKS):
-            values = excesses(mine, way, scenario)
+            values = excesses(mine, policy, scenario)
             if not values:
                 continue
             mean = statistics.fmean(min(MOST, v) if math.isfinite(v) else MOST for v in values)
@@ -178,8 +178,8 @@ def _costs(axes: Axes, runs: Runs, optimizer: str) -> None:
             axes.axhspan(row - 0.5, row + 0.5, color="#eef1f4", linewidth=0, zorder=0)
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.set_xscale("symlog", linthresh=0.02, linscale=0.9)
-    axes.set(xlim=(-0.02, MOST), ylim=(len(ways) - 0.5, -0.5), yticks=range(len(ways)))
-    axes.set_yticklabels(ways)
+    axes.set(xlim=(-0.02, MOST), ylim=(len(policies) - 0.5, -0.5), yticks=range(len(policies)))
+    axes.set_yticklabels(policies)
     axes.set_xticks([-0.01, 0, 0.01, 0.02, 0.05, 0.2, 1, MOST])
     axes.xaxis.set_major_formatter(FuncFormatter(_share))
     axes.set(title=f"What a spike costs of the final loss, {optimizer}")

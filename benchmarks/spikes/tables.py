@@ -1,17 +1,22 @@
-"""The tables of spike_recovery.py, in Markdown."""
+"""The tables that are printed, in Markdown."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
-import _spike_norms as norms
-from _spike_measures import false_clips, most_skips_in_a_row, steps_to_recover, steps_to_stop
-from _spike_training import AUTO, AUTO_SKIP, CLEAN, LEFT_OUT, RESCALED, SPIKES, Run, Task
+from benchmarks.page import table
+from benchmarks.spikes import norm_sequences as norms
+from benchmarks.spikes.measures import (
+    false_clips,
+    most_skips_in_a_row,
+    steps_to_recover,
+    steps_to_stop,
+)
+from benchmarks.spikes.training import AUTO, AUTO_SKIP, CLEAN, LEFT_OUT, RESCALED, SPIKES, Run, Task
 
 Runs = dict[Task, Run]
-Pair = tuple[Task, Run]
 NEVER = "never"
 ALWAYS = "always"
 TARGETS = ("target", "measured", "")
@@ -25,30 +30,21 @@ def show(runs: Runs) -> None:
         print(f"- {name}: {what}")
     for optimizer in dict.fromkeys(task.optimizer for task in runs):
         mine = {task: run for task, run in runs.items() if task.optimizer == optimizer}
-        ways = list(dict.fromkeys(task.way for task in mine))
+        policies = list(dict.fromkeys(task.policy for task in mine))
         print(f"\n## {optimizer}\n\nHeld-out loss without spikes, and what spikes add to it\n")
-        _table(
-            ["policy", CLEAN, *SPIKES],
-            [[way, _clean(mine, way), *(_excess(mine, way, s) for s in SPIKES)] for way in ways],
-        )
+        rows = [[p, _clean(mine, p), *(_excess(mine, p, s) for s in SPIKES)] for p in policies]
+        print(table(["policy", CLEAN, *SPIKES], rows))
         print(
             "\nSteps to recover (median; never in some seeds), and clips where nothing is wrong\n"
         )
         names = ["burst", "early", "mislabelled"]
-        _table(
-            ["policy", *names, "false clips", "acts after the rise for"],
-            [
-                [
-                    way,
-                    *(_recovery(mine, way, s) for s in names),
-                    _false(mine, way),
-                    _stop(mine, way),
-                ]
-                for way in ways
-            ],
-        )
+        rows = [
+            [p, *(_recovery(mine, p, s) for s in names), _false(mine, p), _stop(mine, p)]
+            for p in policies
+        ]
+        print(table(["policy", *names, "false clips", "acts after the rise for"], rows))
     print('\n## What was asked of clip="auto", in these runs\n')
-    _table(TARGETS, _model_targets(runs))
+    print(table(TARGETS, _model_targets(runs)))
 
 
 def show_norms() -> None:
@@ -56,41 +52,38 @@ def show_norms() -> None:
     print("\n## Norms alone: lognormal, five seeds, the worst of them\n")
     _show_norms()
     print('\n## What was asked of clip="auto", on norms alone\n')
-    _table(TARGETS, _norm_targets())
+    print(table(TARGETS, _norm_targets()))
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    for row in (head, ["---"] * len(head), *rows):
-        print("| " + " | ".join(row) + " |")
-
-
-def pairs(runs: Runs, way: str, scenario: str) -> list[tuple[Task, Run, Run]]:
-    """Lists the runs of a way in a scenario, each with the clean one of its optimizer and seed."""
-    chosen = [task for task in runs if (task.way, task.scenario) == (way, scenario)]
+def pairs(runs: Runs, policy: str, scenario: str) -> list[tuple[Task, Run, Run]]:
+    """Lists the runs of a policy in a scenario, each with the clean one of its optimizer and seed."""
+    chosen = [task for task in runs if (task.policy, task.scenario) == (policy, scenario)]
     clean = {
-        (t.optimizer, t.seed): r for t, r in runs.items() if (t.way, t.scenario) == (way, CLEAN)
+        (t.optimizer, t.seed): r
+        for t, r in runs.items()
+        if (t.policy, t.scenario) == (policy, CLEAN)
     }
     return [(task, runs[task], clean[task.optimizer, task.seed]) for task in chosen]
 
 
-def excesses(runs: Runs, way: str, scenario: str) -> list[float]:
+def excesses(runs: Runs, policy: str, scenario: str) -> list[float]:
     """Returns of each run by which share its final loss is above that of the clean one."""
-    return [run.final / clean.final - 1 for _, run, clean in pairs(runs, way, scenario)]
+    return [run.final / clean.final - 1 for _, run, clean in pairs(runs, policy, scenario)]
 
 
-def _clean(runs: Runs, way: str) -> str:
-    finals = [run.final for _, run, _ in pairs(runs, way, CLEAN)]
+def _clean(runs: Runs, policy: str) -> str:
+    finals = [run.final for _, run, _ in pairs(runs, policy, CLEAN)]
     return f"{statistics.fmean(finals):.3f} ± {_deviation(finals):.3f}"
 
 
-def _excess(runs: Runs, way: str, scenario: str) -> str:
-    chosen = [run for _, run, _ in pairs(runs, way, scenario)]
+def _excess(runs: Runs, policy: str, scenario: str) -> str:
+    chosen = [run for _, run, _ in pairs(runs, policy, scenario)]
     if not chosen:
         return "as fixed 1.0"
     lost = sum(run.lost for run in chosen)
     if lost:
         return f"**lost, {lost}/{len(chosen)}**"
-    shares = excesses(runs, way, scenario)
+    shares = excesses(runs, policy, scenario)
     mean = round(statistics.fmean(shares), 3) + 0.0  # no "-0.0%"
     return f"{mean:+.1%} ± {_deviation(shares):.1%}"
 
@@ -99,11 +92,11 @@ def _deviation(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def _recovery(runs: Runs, way: str, scenario: str) -> str:
+def _recovery(runs: Runs, policy: str, scenario: str) -> str:
     return _median(
         [
             steps_to_recover(run.curve, clean.curve, task.spiked[-1])
-            for task, run, clean in pairs(runs, way, scenario)
+            for task, run, clean in pairs(runs, policy, scenario)
         ]
     )
 
@@ -118,21 +111,21 @@ def _median(found: Sequence[float]) -> str:
     return text + (f" ({NEVER} {never}/{len(found)})" if 0 < never < len(found) else "")
 
 
-def _false(runs: Runs, way: str) -> str:
+def _false(runs: Runs, policy: str) -> str:
     scenarios = [CLEAN, *(s for s in SPIKES if s != "rise")]
     steps = [
         clipped
         for scenario in scenarios
-        for task, run, _ in pairs(runs, way, scenario)
+        for task, run, _ in pairs(runs, policy, scenario)
         if not run.lost
         for clipped in false_clips(task, run)
     ]
     return f"{statistics.fmean(steps):.1%}" if steps else ""
 
 
-def _stop(runs: Runs, way: str) -> str:
+def _stop(runs: Runs, policy: str) -> str:
     return _median(
-        [steps_to_stop(run.acted(), task.middle) for task, run, _ in pairs(runs, way, "rise")]
+        [steps_to_stop(run.acted(), task.middle) for task, run, _ in pairs(runs, policy, "rise")]
     )
 
 
@@ -143,7 +136,8 @@ def _show_norms() -> None:
         false = [f"{norms.false_clip_rate(make, spread):.1%}" for spread in norms.SPREADS]
         stops = [_median([norms.stop_after_rise(make, rise)]) for rise in norms.RISES]
         rows.append([name, *false, f"x{norms.spike_passes_as(make):.2f}", *stops])
-    _table(["policy", *(f"false clips, {s}" for s in spreads), "x10 passes as", *rises], rows)
+    titles = ["policy", *(f"false clips, {s}" for s in spreads), "x10 passes as", *rises]
+    print(table(titles, rows))
 
 
 def _row(what: str, value: str, met: bool) -> list[str]:
@@ -185,7 +179,7 @@ def _model_targets(runs: Runs) -> list[list[str]]:
         value = f"median {statistics.median(stop):.0f}, worst {max(stop):.0f}"
         rows.append(_row("stops within 50 steps of a rise", value, max(stop) <= 50))
     for name in RESCALED:
-        compared = _decisions(pairs(runs, AUTO, name), _after(0))
+        compared = _decisions(pairs(runs, AUTO, name))
         if compared:
             rows.append(_changed(f"{name} changes no decision", compared))
     poisoned = [(runs[_twin(t, LEFT_OUT)], r) for t, r, _ in pairs(runs, AUTO, "NaN")]
@@ -207,14 +201,10 @@ def _model_targets(runs: Runs) -> list[list[str]]:
     return rows
 
 
-def _after(first: int) -> Callable[[Run], list[bool]]:
-    return lambda run: run.clipped[first:]
-
-
-def _decisions(
-    found: Sequence[tuple[Task, Run, Run]], of: Callable[[Run], list[bool]]
-) -> list[tuple[bool, bool]]:
-    return [pair for _, run, clean in found for pair in zip(of(run), of(clean), strict=True)]
+def _decisions(found: Sequence[tuple[Task, Run, Run]]) -> list[tuple[bool, bool]]:
+    return [
+        pair for _, run, clean in found for pair in zip(run.clipped, clean.clipped, strict=True)
+    ]
 
 
 def _changed(what: str, compared: Sequence[tuple[bool, bool]]) -> list[str]:
@@ -223,4 +213,4 @@ def _changed(what: str, compared: Sequence[tuple[bool, bool]]) -> list[str]:
 
 
 def _twin(task: Task, scenario: str) -> Task:
-    return Task(task.way, scenario, task.optimizer, task.seed, task.steps)
+    return Task(task.policy, scenario, task.optimizer, task.seed, task.steps)

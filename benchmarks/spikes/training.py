@@ -1,4 +1,4 @@
-"""The runs of spike_recovery.py: a small language model, and what spoils its gradients."""
+"""One run: a small language model, its clipping policy, and what spoils its gradients."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Make = Callable[[], object]  # what watch(clip=) takes; anew for each run, for p
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to train.
+class Policy:
+    """A clipping policy, as gradwatch is asked for it.
 
     Attributes:
         clip: Makes what ``watch(clip=)`` takes.
@@ -46,19 +46,19 @@ class Way:
 PLAIN = "plain loop, clip_grad_norm_(1.0)"
 AUTO = 'clip="auto"'
 AUTO_SKIP = "auto + skip_spikes"
-WAYS = {
-    "no clip": Way(lambda: None),
-    PLAIN: Way(lambda: None, watched=False),
-    "fixed 1.0": Way(lambda: gradwatch.ClipByNorm(1.0)),
-    "fixed 0.3 (tuned)": Way(lambda: gradwatch.ClipByNorm(0.3)),
-    "AutoClip p10, published": Way(lambda: gradwatch.AutoClip(10, 1_000_000, 1, True)),
-    "AutoClip p90": Way(gradwatch.AutoClip),
-    "ZClip, published": Way(lambda: gradwatch.ZClip(update="clipped")),
-    "ZClip, winsorized": Way(gradwatch.ZClip),
-    "AdaGC": Way(gradwatch.AdaGC),
-    "AGC": Way(lambda: gradwatch.AdaptiveGradientClip(exclude=("head.*",))),
-    AUTO: Way(lambda: "auto"),
-    AUTO_SKIP: Way(lambda: "auto", skip_spikes="auto"),
+POLICIES = {
+    "no clip": Policy(lambda: None),
+    PLAIN: Policy(lambda: None, watched=False),
+    "fixed 1.0": Policy(lambda: gradwatch.ClipByNorm(1.0)),
+    "fixed 0.3 (tuned)": Policy(lambda: gradwatch.ClipByNorm(0.3)),
+    "AutoClip p10, published": Policy(lambda: gradwatch.AutoClip(10, 1_000_000, 1, True)),
+    "AutoClip p90": Policy(gradwatch.AutoClip),
+    "ZClip, published": Policy(lambda: gradwatch.ZClip(update="clipped")),
+    "ZClip, winsorized": Policy(gradwatch.ZClip),
+    "AdaGC": Policy(gradwatch.AdaGC),
+    "AGC": Policy(lambda: gradwatch.AdaptiveGradientClip(exclude=("head.*",))),
+    AUTO: Policy(lambda: "auto"),
+    AUTO_SKIP: Policy(lambda: "auto", skip_spikes="auto"),
 }
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1.0, momentum=0.9),
@@ -78,9 +78,9 @@ RESCALED = {"loss x 100": 100.0, "loss x 1e-6": 1e-6}  # and the rate divided by
 
 @dataclass(frozen=True)
 class Task:
-    """One run: who trains, what happens, with which optimizer, seed and length."""
+    """One run: its policy, what happens, with which optimizer, seed and length."""
 
-    way: str
+    policy: str
     scenario: str
     optimizer: str
     seed: int
@@ -178,7 +178,7 @@ def loss_on(model: nn.Module, pieces: Tensor) -> Tensor:
 
 
 def spoilt_loss(task: Task, step: int, model: nn.Module, batch: Tensor, usual: float) -> Tensor:
-    """Takes the loss of a batch with what the scenario does to it.
+    """Returns the loss of a batch with what the scenario does to it.
 
     Args:
         task: The run.
@@ -225,7 +225,7 @@ def train(task: Task) -> Run:
         What came of it.
     """
     torch.manual_seed(task.seed)
-    way, run, model = WAYS[task.way], Run(), CharLSTM()
+    policy, run, model = POLICIES[task.policy], Run(), CharLSTM()
     text, held_out = read_library()
     optimizer = OPTIMIZERS[task.optimizer](model.parameters())
     chance = torch.Generator().manual_seed(task.seed)
@@ -233,13 +233,13 @@ def train(task: Task) -> Run:
     full_rate = optimizer.param_groups[0]["lr"]
     with ExitStack() as stack:
         watcher = None
-        if way.watched:
+        if policy.watched:
             watcher = gradwatch.watch(
                 model,
                 optimizer,
-                clip=way.clip(),  # type: ignore[arg-type]
+                clip=policy.clip(),  # type: ignore[arg-type]
                 on_nonfinite="skip",
-                skip_spikes=way.skip_spikes,
+                skip_spikes=policy.skip_spikes,
             )
             stack.enter_context(watcher)
         for step in range(1, task.steps + 1):
