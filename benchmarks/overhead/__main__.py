@@ -1,7 +1,7 @@
 """Measures what gradwatch and others add to a training step, side by side, and writes RESULTS.md.
 
-    python benchmarks/overhead.py              # the page of results, 25 minutes
-    python benchmarks/overhead.py --quick      # a minute or two: shows that all runs, no more
+    python -m benchmarks.overhead              # the page of results, 25 minutes
+    python -m benchmarks.overhead --quick      # a minute or two: shows that all runs, no more
 
 What others do is measured where it is installed: `pip install 'gradwatch[bench]'`. Run it on a
 machine that does nothing else.
@@ -18,24 +18,33 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from _overhead_counts import count_way
-from _overhead_machine import machine_rows
-from _overhead_once import measure_once
-from _overhead_peers import missing, peer_ways
-from _overhead_report import Report
-from _overhead_turns import TIMERS, Turns
-from _overhead_ways import Way, bare, clip_ways, gradwatch_ways
-from _overhead_workloads import WORKLOADS, Setting, Training
 
-from _overhead_deliveries import delivery_seconds, endless_deliveries
-from _overhead_least import least_ways
-from _overhead_results import Result
-from _overhead_within import STEPS as STEPS_WITHIN
-from _overhead_within import within
+from benchmarks.overhead.counts import count_variant
+from benchmarks.overhead.fixed_costs import measure_fixed_costs
+from benchmarks.overhead.other_tools import missing, peer_variants
+from benchmarks.overhead.report import Report
+from benchmarks.overhead.results import Result
+from benchmarks.overhead.timing import (
+    OWN_TIME_STEPS,
+    TIMERS,
+    InterleavedTiming,
+    flush_seconds,
+    no_flush_by_clock,
+    own_time,
+)
+from benchmarks.overhead.variants import (
+    Variant,
+    bare,
+    clip_variants,
+    floor_variants,
+    gradwatch_variants,
+)
+from benchmarks.overhead.workloads import WORKLOADS, Setting, Training
+from benchmarks.page import machine_rows, say
 
-OUT = Path(__file__).with_name("RESULTS.md")
+OUT = Path(__file__).parents[1] / "RESULTS.md"
 STEPS = {1: 4, 8: 1}  # timed steps of a turn, by micro-batches
-DELIVERIES = {False: 64, True: 3}  # by quick
+FLUSHES = {False: 64, True: 3}  # by quick
 QUICK_NOTE = "**This was a quick run, which shows that all runs and proves nothing.**"
 CUDA_NOTE = "Counts for 10 and 10,000 tensors, memory, import and the share outside: on the CPU."
 SINKS: tuple[tuple[str, ...], ...] = ((), ("tensorboard",), ("folder",), ("tensorboard", "folder"))
@@ -86,47 +95,40 @@ def measure(setting: Setting, args: argparse.Namespace, plan: Plan, report: Repo
     began, share = time.perf_counter(), plan.share(setting)
     training = Training.of(setting, args.device)
     names = tuple(name for name, _ in training.model.named_parameters())
-    deliveries = {sinks: delivery_seconds(names, sinks, DELIVERIES[args.quick]) for sinks in SINKS}
+    flush_s = {sinks: flush_seconds(names, sinks, FLUSHES[args.quick]) for sinks in SINKS}
     timer = TIMERS["cuda" if args.device == "cuda" else args.clock]
     steps = STEPS.get(setting.accumulate, 1)
-    with all_ways(training, report.failed) as (loop, ways), endless_deliveries():
-        turns = Turns(loop, ways, timer, steps)
-        turns.rehearse()
+    with all_variants(training, report.failed) as (base, variants), no_flush_by_clock():
+        timing = InterleavedTiming(base, variants, timer, steps)
+        timing.rehearse()
         gc.collect()
         gc.freeze()  # what the packages hold is not walked through in the middle of a turn
         spare = share - (time.perf_counter() - began)
-        number = turns.fitting(spare / args.rounds)
-        labels = [way.label() for way in ways]
-        result = Result(setting, labels, deliveries, number, steps)
-        each_s = turns.round_seconds(number)
+        number = timing.fitting(spare / args.rounds)
+        labels = [variant.label() for variant in variants]
+        result = Result(setting, labels, flush_s, number, steps)
+        each_s = timing.round_seconds(number)
         say(f"{setting.title}, {plan.left_s / 60:.0f} minutes left")
         say(f"  {args.rounds} rounds of {each_s:.0f} s, with {number} turn(s) each")
         for count in range(1, args.rounds + 1):
-            result.rounds.append(turns.round(number))
+            result.rounds.append(timing.measure_round(number))
             say(f"  round {count} of {args.rounds}; bare step {result.bare_s * 1e3:.1f} ms")
-        inside_steps = max(4, STEPS_WITHIN // setting.accumulate)
-        result.within = {way.key: within(way, inside_steps) for way in ways if way.precise}
-        result.counts = {way.key: count_way(way, args.device) for way in (loop, *ways)}
+        own_steps = max(4, OWN_TIME_STEPS // setting.accumulate)
+        result.own_time = {v.key: own_time(v, own_steps) for v in variants if v.precise}
+        result.counts = {v.key: count_variant(v, args.device) for v in (base, *variants)}
     report.results.append(result)
     report.write()
     gc.unfreeze()
 
 
 @contextmanager
-def all_ways(training: Training, failed: dict[str, str]) -> Iterator[tuple[Way, list[Way]]]:
+def all_variants(
+    training: Training, failed: dict[str, str]
+) -> Iterator[tuple[Variant, list[Variant]]]:
     """Opens all that is compared: the bare loop, and the others."""
-    with peer_ways(training, failed) as peers:
-        others = [*clip_ways(training), *peers, *least_ways(training)]
-        yield bare(training), [*others, *gradwatch_ways(training)]
-
-
-def say(text: str) -> None:
-    """Prints a line at once, with the time since the start."""
-    minutes, seconds = divmod(int(time.perf_counter() - STARTED), 60)
-    print(f"[{minutes:2d}:{seconds:02d}] {text}", flush=True)
-
-
-STARTED = time.perf_counter()
+    with peer_variants(training, failed) as peers:
+        others = [*clip_variants(training), *peers, *floor_variants(training)]
+        yield bare(training), [*others, *gradwatch_variants(training)]
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -191,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for package, reason in absent.items():
         say(f"{package} is missing and will be named as such: {reason}")
     plan = Plan(settings, args.minutes * 60)
-    report.once = measure_once(say, quick=args.quick)
+    report.fixed = measure_fixed_costs(say, quick=args.quick)
     report.write()
     for setting in settings:
         if plan.over:

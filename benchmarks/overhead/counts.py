@@ -1,4 +1,4 @@
-"""Counts: what a step makes PyTorch do, which is the same on a busy machine and on a quiet one."""
+"""What a step makes PyTorch do, which is the same on a busy machine and on a quiet one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _overhead_ways import Step, Way
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
+from benchmarks.overhead.variants import Step, Variant
 from gradwatch.testing import late_readings
 
 WAITS = frozenset(
@@ -61,16 +61,16 @@ class CountCalls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def count_way(way: Way, device: str) -> Counts:
-    """Counts the second step of a way.
+def count_variant(variant: Variant, device: str) -> Counts:
+    """Counts the second step of a variant.
 
     Args:
-        way: The way.
+        variant: The variant.
         device: ``"cpu"`` or ``"cuda"``.
     """
-    with way.lend() as step:
-        step()
-        return count_cuda(step) if device == "cuda" else count_cpu(step)
+    with variant.prepare() as loop:
+        loop.step()
+        return count_cuda(loop.step) if device == "cuda" else count_cpu(loop.step)
 
 
 def count_cpu(step: Step) -> Counts:

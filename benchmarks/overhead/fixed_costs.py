@@ -1,4 +1,4 @@
-"""What is measured once in a run of overhead.py, and not per workload: counts, memory, import."""
+"""What is measured once, whatever the model: counts, memory, the import, time in operators."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
-from _overhead_counts import calls_added, numbers_added
-from _overhead_outside import Outside, outside_operators
 
 import gradwatch
+from benchmarks.memory import resident_bytes
+from benchmarks.overhead.counts import calls_added, numbers_added
+from benchmarks.overhead.operators import OperatorTime, operator_time
 
 IMPORT = (
     "import time, torch; t = time.perf_counter(); import gradwatch; print(time.perf_counter() - t)"
@@ -22,22 +22,22 @@ IMPORT = (
 
 
 @dataclass(frozen=True)
-class Once:
-    """Those numbers; None where one was not taken.
+class FixedCosts:
+    """These numbers; None where one was not measured.
 
     Attributes:
         calls: By what the watcher does, the ATen calls that it adds for 10 and 10,000 tensors.
         numbers: By the same, how often it asks for a number on an accelerator's path.
         memory: Bytes that the process grew by from step 10,000 on, and up to which step.
         import_s: Seconds of ``import gradwatch`` after ``import torch``.
-        outside: The time of ``watch()`` on 10,000 small tensors.
+        operators: The time of ``watch()`` on 10,000 small tensors.
     """
 
     calls: dict[str, tuple[int, int]] | None = None
     numbers: dict[str, int] | None = None
     memory: tuple[int, int] | None = None
     import_s: float | None = None
-    outside: Outside | None = None
+    operators: OperatorTime | None = None
 
 
 MANY = 10_000
@@ -50,12 +50,12 @@ WATCHERS = {
 }
 
 
-def measure_once(say: Callable[[str], None], *, quick: bool) -> Once:
-    """Takes all of them.
+def measure_fixed_costs(say: Callable[[str], None], *, quick: bool) -> FixedCosts:
+    """Measures all of them.
 
     Args:
         say: Prints a line of progress.
-        quick: Whether to take fewer steps.
+        quick: Whether to measure fewer steps.
     """
     say("counting ATen calls")
     calls = {
@@ -66,10 +66,11 @@ def measure_once(say: Callable[[str], None], *, quick: bool) -> Once:
     say("timing the import")
     import_s = import_seconds(1 if quick else 5)
     say(f"timing watch() on {MANY:,} small tensors")
-    outside = outside_operators(MANY, rounds=3 if quick else 5, turns=1 if quick else 3)
+    operators = operator_time(MANY, rounds=3 if quick else 5, turns=1 if quick else 3)
     last = MEMORY_TO[quick]
     say(f"watching {last:,} steps for memory")
-    return Once(calls, numbers, (memory_growth(MEMORY_FROM, last), last), import_s, outside)
+    memory = memory_growth(MEMORY_FROM, last), last
+    return FixedCosts(calls, numbers, memory, import_s, operators)
 
 
 def import_seconds(times: int) -> float:
@@ -98,11 +99,3 @@ def memory_growth(first: int, last: int) -> int:
             if step == first:
                 start = resident_bytes()
     return resident_bytes() - start
-
-
-def resident_bytes() -> int:
-    """Returns the memory of this process that is in RAM; 0 where the system does not tell."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    return int(status.read_text().split("VmRSS:")[1].split()[0]) * 1024

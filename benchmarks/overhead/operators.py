@@ -1,9 +1,9 @@
 """How much of watch()'s time is spent outside of PyTorch's operators.
 
-The time of ``watch()`` is what it adds to a step of the bare loop, in turns. The operators are
-those that it adds to a step: they are recorded, with their arguments, and called again one after
-the other from Python, as ``torch.stack`` and the like, with nothing between them. The share outside
-is the rest: Python, the marks that parameters leave as their gradients arrive, and the engine's
+The time of ``watch()`` is what it adds to a step of the bare loop, in turn with it. The operators
+are those that it adds to a step: they are recorded, with their arguments, and called again one
+after the other from Python, as ``torch.stack`` and the like, with nothing between them. What is
+left is outside: Python, the marks that parameters leave as their gradients arrive, and the engine's
 calls of these.
 """
 
@@ -19,50 +19,35 @@ from functools import partial
 from typing import Any
 
 import torch
-from _overhead_spread import Spread, spread
-from _overhead_turns import TIMERS, Turns
-from _overhead_ways import Way, bare, watched
-from _overhead_workloads import Training
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-ELEMENTS = 16
+from benchmarks.overhead.counts import CountCalls
+from benchmarks.overhead.timing import TIMERS, InterleavedTiming
+from benchmarks.overhead.variants import Variant, bare, watched
+from benchmarks.overhead.workloads import Training, narrow_training
+from benchmarks.spread import Spread, spread
+
 REPLAYS = 15
 
 Call = tuple[Callable[..., Any], Any, Any]
 
 
 @dataclass(frozen=True)
-class Outside:
+class OperatorTime:
     """The time of ``watch()`` per step.
 
     Attributes:
         added_s: What it adds to a step.
         operators_s: What its operators take when they are called alone.
-        share: The share of the first that is not the second.
+        outside: The share of the first that is not the second.
     """
 
     added_s: Spread
     operators_s: Spread
-    share: Spread
+    outside: Spread
 
 
-def narrow_training(tensors: int) -> Training:
-    """Makes a training of many tensors of 16 elements, with a loss that is soon taken."""
-    torch.manual_seed(0)
-    model = nn.ParameterList([torch.randn(ELEMENTS) for _ in range(tensors)])
-    parameters = list(model)
-
-    def loss_of() -> Tensor:
-        return torch.cat(parameters).square().mean()
-
-    training = Training(model, loss_of)
-    training.optimizer = torch.optim.SGD(parameters, lr=1e-7, foreach=True)
-    return training
-
-
-def outside_operators(tensors: int, rounds: int, turns: int) -> Outside:
-    """Measures the share.
+def operator_time(tensors: int, rounds: int, turns: int) -> OperatorTime:
+    """Measures on many small tensors how much of ``watch()`` is in its operators.
 
     Args:
         tensors: How many tensors of 16 elements.
@@ -70,18 +55,20 @@ def outside_operators(tensors: int, rounds: int, turns: int) -> Outside:
         turns: Turns in a round.
     """
     training = narrow_training(tensors)
-    way = Way("watch()", partial(watched, training))
-    order = Turns(bare(training), [way], TIMERS["wall"], steps=4)
-    order.rehearse()
+    watching = Variant("watch()", partial(watched, training))
+    timing = InterleavedTiming(bare(training), [watching], TIMERS["wall"], steps=4)
+    timing.rehearse()
     calls = added_calls(training)
-    both = [(order.round(turns).added[way.key], _replayed(calls)) for _ in range(rounds)]
+    both = [
+        (timing.measure_round(turns).added[watching.key], _replayed(calls)) for _ in range(rounds)
+    ]
     shares = [1 - alone / added if added > 0 else math.nan for added, alone in both]
     added, alone = map(spread, zip(*both, strict=True))
-    return Outside(added, alone, spread(shares))
+    return OperatorTime(added, alone, spread(shares))
 
 
-class _Capture(TorchDispatchMode):
-    """Keeps every ATen call that is made under it."""
+class _CaptureCalls(CountCalls):
+    """Keeps every ATen call that is made under it, with its arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,14 +78,14 @@ class _Capture(TorchDispatchMode):
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self.made.append((function, args, kwargs or {}))
-        return function(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(function, types, args, kwargs)
 
 
 def added_calls(training: Training) -> list[Call]:
     """Returns the calls of a watched step that the bare one does not make."""
     own = Counter(str(function) for function, _, _ in _captured(bare(training)))
     more = []
-    for call in _captured(Way("watch()", partial(watched, training))):
+    for call in _captured(Variant("watch()", partial(watched, training))):
         own[str(call[0])] -= 1
         if own[str(call[0])] < 0:
             more.append(call)
@@ -111,11 +98,11 @@ def _as_users_call(function: Any) -> Callable[..., Any]:
     return found
 
 
-def _captured(way: Way) -> list[Call]:
-    with way.lend() as step:
-        step()
-        with _Capture() as capture:
-            step()
+def _captured(variant: Variant) -> list[Call]:
+    with variant.prepare() as loop:
+        loop.step()
+        with _CaptureCalls() as capture:
+            loop.step()
     return capture.made
 
 

@@ -12,8 +12,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from _overhead_ways import Step, Way, lend_step
-from _overhead_workloads import Training
+
+from benchmarks.overhead.variants import Loop, Step, Variant, unprepared
+from benchmarks.overhead.workloads import Training
 
 LOOP = "a loop of .norm().item()"
 PEERS = {
@@ -46,12 +47,12 @@ def _why_missing(package: str) -> str | None:
 
 
 @contextmanager
-def peer_ways(training: Training, failed: dict[str, str]) -> Iterator[list[Way]]:
+def peer_variants(training: Training, failed: dict[str, str]) -> Iterator[list[Variant]]:
     """Opens what the peers write to, for as long as one setting takes.
 
     Args:
         training: What they look at.
-        failed: Takes up those that are installed and cannot be started, and why.
+        failed: Gets those that are installed and cannot be started, and why.
 
     Yields:
         The loop of norms, and each peer that is installed.
@@ -64,16 +65,16 @@ def peer_ways(training: Training, failed: dict[str, str]) -> Iterator[list[Way]]
     }
     absent = missing()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        loop = partial(lend_step, partial(training.step, partial(_loop, training)))
-        ways = [Way(LOOP, loop, precise=False)]
+        loop = partial(unprepared, partial(training.step, partial(_loop, training)))
+        variants = [Variant(LOOP, loop, precise=False)]
         for name, make in makers.items():
             if PEERS[name] in absent:
                 continue
             try:
-                ways.append(Way(name, make(training, folder, stack), precise=False))
+                variants.append(Variant(name, make(training, folder, stack), precise=False))
             except Exception as error:
                 failed[name] = f"{type(error).__name__}: {error}"
-        yield ways
+        yield variants
 
 
 def _loop(training: Training) -> list[float]:
@@ -83,7 +84,7 @@ def _loop(training: Training) -> list[float]:
 def _lightning(training: Training, folder: str, stack: ExitStack) -> Any:
     from lightning.pytorch.utilities import grad_norm
 
-    return partial(lend_step, partial(training.step, lambda: grad_norm(training.model, 2)))
+    return partial(unprepared, partial(training.step, lambda: grad_norm(training.model, 2)))
 
 
 def _lightning_tensorboard(training: Training, folder: str, stack: ExitStack) -> Any:
@@ -133,21 +134,21 @@ def _wandb(training: Training, folder: str, stack: ExitStack) -> Any:
         run.log({"step": 1.0})  # the histograms are part of the row that this ends
 
     @contextmanager
-    def lend() -> Iterator[Step]:
+    def prepare() -> Iterator[Loop]:
         run.watch(training.model, log="gradients", log_freq=1)
         try:
-            yield step
+            yield Loop(step)
         finally:
             run.unwatch(training.model)
             time.sleep(SETTLE_S)
 
-    return lend
+    return prepare
 
 
 @contextmanager
-def _flushed(step: Step, writer: Any) -> Iterator[Step]:
-    """Lends a step, and waits for the thread behind a SummaryWriter before the next one's turn."""
-    yield step
+def _flushed(step: Step, writer: Any) -> Iterator[Loop]:
+    """Yields a loop, and waits for the thread behind a SummaryWriter before the next one's turn."""
+    yield Loop(step)
     writer.flush()
 
 

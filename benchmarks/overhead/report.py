@@ -1,4 +1,4 @@
-"""Report: RESULTS.md, written anew after every setting, so that a run that is cut off leaves it."""
+"""RESULTS.md, written anew after every setting, so that a run that is cut off leaves it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from _overhead_once import Once
-from _overhead_peers import DISTRIBUTIONS, PEERS
-from _overhead_spread import spread
-from _overhead_targets import Row, spread_text, target_rows
-from _overhead_ways import BARE, CLIP, LIMITS, Way
-from _overhead_workloads import Setting
-
-from _overhead_least import LEAST
-from _overhead_results import Result
+from benchmarks.overhead.fixed_costs import FixedCosts
+from benchmarks.overhead.other_tools import DISTRIBUTIONS, PEERS
+from benchmarks.overhead.results import Result, Row, target_rows
+from benchmarks.overhead.variants import BARE, CLIP, FLOOR, MAX_NORMS, Variant
+from benchmarks.overhead.workloads import Setting
+from benchmarks.page import table
+from benchmarks.spread import spread, spread_text
 
 HEAD = """# What gradwatch costs: results
 
-`benchmarks/overhead.py` wrote this page; do not edit it. Run that again to have the numbers of your
-machine: `make bench`.
+`python -m benchmarks.overhead` wrote this page; do not edit it. Run that again to have the numbers
+of your machine: `make bench`.
 """
 
 HOW = f"""## How to read it
@@ -37,7 +35,7 @@ their quartiles in brackets. The order is shuffled.
 - Writing records down, and handing them to TensorBoard and the run folder (every 64 steps or 5
   seconds), is timed by itself, the work of the background thread included, and shared out over
   those steps.
-- *{LEAST}* is a sketch without records and without a look for NaN, to tell what is gradwatch's own
+- *{FLOOR}* is a sketch without records and without a look for NaN, to tell what is gradwatch's own
   from what the clip and the norms cost anybody on this machine.
 - The background threads of the peers are waited for between the turns and not counted, in favour
   of the peers; so is the process behind `wandb`.
@@ -59,7 +57,7 @@ class Report:
         absent: Packages that could not be imported, and why.
         planned: The settings that are to be measured.
         notes: What a reader must know about this run.
-        once: What is measured once.
+        fixed: What is measured once.
         results: The settings that are measured.
     """
 
@@ -69,7 +67,7 @@ class Report:
     planned: Sequence[Setting]
     notes: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    once: Once = field(default_factory=Once)
+    fixed: FixedCosts = field(default_factory=FixedCosts)
     results: list[Result] = field(default_factory=list)
 
     def write(self) -> None:
@@ -82,7 +80,7 @@ class Report:
         parts = [HEAD, table(["", ""], self.machine), *self.notes, *self._peers()]
         if open_settings:
             parts.append("**This run was not finished.** Not measured: " + "; ".join(open_settings))
-        parts += ["## What was to be reached", targets_table(target_rows(self.results, self.once))]
+        parts += ["## What was to be reached", targets_table(target_rows(self.results, self.fixed))]
         for result in self.results:
             parts += [f"## {result.setting.title}", setting_table(result)]
         return "\n\n".join(part.strip("\n") for part in [*parts, HOW]) + "\n"
@@ -119,12 +117,12 @@ def setting_table(result: Result) -> str:
     cuda = any(counts.kernels for counts in result.counts.values())
     exact = ["kernels", "host waits"] if cuda else ["ATen calls"]
     titles = ["", "added, ms", "of the bare step", "÷ clip", "within, ms", *exact]
-    return head + "\n\n" + table(titles, [_way_row(result, way, cuda) for way in result.ways])
+    return head + "\n\n" + table(titles, [_row(result, each, cuda) for each in result.variants])
 
 
-def _way_row(result: Result, way: Way, cuda: bool) -> list[str]:
-    name = f"{way.name}, {way.regime}" if way.regime in LIMITS else way.name
-    count = result.count(way)
+def _row(result: Result, variant: Variant, cuda: bool) -> list[str]:
+    name = f"{variant.name}, {variant.regime}" if variant.regime in MAX_NORMS else variant.name
+    count = result.count(variant)
     if count is None:
         exact = ["-"] * (1 + cuda)
     elif cuda:
@@ -133,15 +131,9 @@ def _way_row(result: Result, way: Way, cuda: bool) -> list[str]:
         exact = [f"{count.calls:+,}"]
     return [
         name,
-        spread_text(spread(result.added(way)).times(1e3), ".3f"),
-        spread_text(result.share(way), ".1%"),
-        spread_text(result.ratio(way), ".2f"),
-        spread_text(result.within.get(way.key, spread([])).times(1e3), ".3f"),
+        spread_text(spread(result.added(variant)).times(1e3), ".3f"),
+        spread_text(result.share(variant), ".1%"),
+        spread_text(result.ratio(variant), ".2f"),
+        spread_text(result.own_time.get(variant.key, spread([])).times(1e3), ".3f"),
         *exact,
     ]
-
-
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Writes a table in Markdown."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

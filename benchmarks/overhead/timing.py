@@ -1,24 +1,40 @@
-"""Turns: lets the ways of a setting train in turn, the bare loop between them."""
+"""How time is measured: variants in turn, a variant's own calls, and the flush to the sinks."""
 
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
-from _overhead_spread import paired
-from _overhead_ways import Step, Way
+
+import gradwatch
+from benchmarks.overhead.variants import (
+    EVERY_STEP_CLIPPED,
+    MAX_NORMS,
+    Key,
+    Step,
+    Variant,
+    sink_options,
+)
+from benchmarks.spread import Spread, spread
+from gradwatch.record import hub
 
 BETWEEN = 2
 """The bare loop has its turn after so many others: A B C A D B A ..."""
 
 MOST_TURNS = 60
 
-Key = tuple[str, str]
+OWN_TIME_STEPS = 24
+REAL_FLUSH_SECONDS = hub.FLUSH_SECONDS  # as users have it; benchmarks stretch it
+
 Timer = Callable[[Step, int], list[float]]  # seconds of each of so many steps
 
 
@@ -61,45 +77,58 @@ class Round:
 
     Attributes:
         bare: Seconds of a step of the bare loop, the median of each of its turns.
-        added: By way, the median over its turns of the seconds that it adds to a step.
+        added: By variant, the median over its turns of the seconds that it adds to a step.
     """
 
     bare: list[float] = field(default_factory=list)
     added: dict[Key, float] = field(default_factory=dict)
 
 
-class Turns:
-    """The turns of one setting."""
+def paired(mine: float, before: float, after: float) -> float:
+    """Returns what a turn took more than the turns of the bare loop on both sides of it."""
+    return mine - (before + after) / 2
 
-    def __init__(self, bare: Way, ways: Sequence[Way], timer: Timer, steps: int) -> None:
-        """Takes the ways; nothing runs yet.
+
+class InterleavedTiming:
+    """Times variants in turn, a few steps each, with turns of the bare loop between them.
+
+    A machine that becomes slower meanwhile then is no cost of a variant.
+    """
+
+    def __init__(
+        self, bare: Variant, variants: Sequence[Variant], timer: Timer, steps: int
+    ) -> None:
+        """Notes what to time; nothing runs yet.
 
         Args:
             bare: The bare loop.
-            ways: All others.
+            variants: All others.
             timer: What times the steps.
             steps: Timed steps in a turn. One more, before them, pays for the change.
         """
-        self._bare, self._ways, self._timer, self._steps = bare, ways, timer, steps
+        self._bare, self._variants, self._timer, self._steps = bare, variants, timer, steps
         self._cost: dict[Key, float] = {}
         self._shuffle = random.Random(0).shuffle
 
     def rehearse(self) -> None:
-        """Lets every way have a turn that counts for nothing but for the plan."""
-        for way in (self._bare, self._bare, *self._ways):
+        """Lets every variant have a turn that counts for nothing but for the plan."""
+        for variant in (self._bare, self._bare, *self._variants):
             start = time.perf_counter()
-            self._turn(way)
-            self._cost[way.key] = time.perf_counter() - start
+            self._turn(variant)
+            self._cost[variant.key] = time.perf_counter() - start
 
     def round_seconds(self, turns: int) -> float:
         """Returns what a round will take.
 
         Args:
-            turns: How many turns each of the precise ways has; the others have one.
+            turns: How many turns each of the precise variants has; the others have one.
         """
-        passes = [self._ways, *[[way for way in self._ways if way.precise]] * (turns - 1)]
+        passes = [
+            self._variants,
+            *[[variant for variant in self._variants if variant.precise]] * (turns - 1),
+        ]
         return sum(
-            sum(self._cost[way.key] for way in some)
+            sum(self._cost[variant.key] for variant in some)
             + self._cost[self._bare.key] * (1 + -(-len(some) // BETWEEN))
             for some in passes
         )
@@ -110,33 +139,114 @@ class Turns:
         spare = seconds - self.round_seconds(1)
         return max(1, min(MOST_TURNS, 1 + int(spare / each))) if each > 0 else 1
 
-    def round(self, turns: int) -> Round:
+    def measure_round(self, turns: int) -> Round:
         """Measures one round.
 
         Args:
-            turns: How many turns each of the precise ways has; the others have one.
+            turns: How many turns each of the precise variants has; the others have one.
         """
         result, differences = Round(), dict[Key, list[float]]()
         for number in range(turns):
-            ways = [way for way in self._ways if way.precise or number == 0]
-            self._shuffle(ways)  # nobody always follows the same neighbour
-            for key, seconds in self._pass(ways, result.bare):
+            variants = [variant for variant in self._variants if variant.precise or number == 0]
+            self._shuffle(variants)  # nobody always follows the same neighbour
+            for key, seconds in self._pass(variants, result.bare):
                 differences.setdefault(key, []).append(seconds)
         result.added = {key: statistics.median(each) for key, each in differences.items()}
         return result
 
-    def _pass(self, ways: Sequence[Way], bares: list[float]) -> Iterator[tuple[Key, float]]:
+    def _pass(self, variants: Sequence[Variant], bares: list[float]) -> Iterator[tuple[Key, float]]:
         before = self._turn(self._bare)
         bares.append(before)
-        for first in range(0, len(ways), BETWEEN):
-            some = [(way.key, self._turn(way)) for way in ways[first : first + BETWEEN]]
+        for first in range(0, len(variants), BETWEEN):
+            some = [
+                (variant.key, self._turn(variant)) for variant in variants[first : first + BETWEEN]
+            ]
             after = self._turn(self._bare)
             bares.append(after)
             for key, seconds in some:
                 yield key, paired(seconds, before, after)
             before = after
 
-    def _turn(self, way: Way) -> float:
-        with way.lend() as step:
-            step()
-            return statistics.median(self._timer(step, self._steps))
+    def _turn(self, variant: Variant) -> float:
+        with variant.prepare() as loop:
+            loop.step()
+            return statistics.median(self._timer(loop.step, self._steps))
+
+
+def own_time(variant: Variant, steps: int = OWN_TIME_STEPS) -> Spread:
+    """Measures the seconds of a step that a variant spends within its own calls.
+
+    No noise of the step around them blurs these. They are not all that the variant costs: what it
+    throws out of the caches, the step misses elsewhere.
+
+    Args:
+        variant: The variant.
+        steps: How many to measure.
+
+    Returns:
+        Median and quartiles over some steps; of nothing where the variant cannot tell.
+    """
+    each = []
+    with variant.prepare() as loop:
+        if loop.own_seconds is None:
+            return spread([])
+        for number in range(steps + 2):
+            before = loop.own_seconds()
+            loop.step()
+            if number >= 2:  # the first ones make what is kept
+                each.append(loop.own_seconds() - before)
+    return spread(each)
+
+
+@cache  # the settings of one workload have the same parameters
+def flush_seconds(names: tuple[str, ...], sinks: tuple[str, ...], flushes: int) -> float:
+    """Measures what handing the records to the sinks adds to the step that it falls into.
+
+    A flush knows a parameter by its name and its norms only, so the parameters are of one
+    element each here.
+
+    Args:
+        names: Names of the parameters.
+        sinks: Which sinks get it; none where the records just enter the buffer.
+        flushes: How many to take the mean of: now and then one merges what earlier ones wrote.
+
+    Returns:
+        Seconds for a batch of 64 steps, the background thread's work included.
+    """
+    model = {name: torch.zeros(1, requires_grad=True) for name in names}
+    tensors = list(model.values())
+    optimizer = torch.optim.SGD(tensors, lr=0.0)
+    limit = MAX_NORMS[EVERY_STEP_CLIPPED]
+    ordinary, flushing = list[float](), list[float]()
+    with tempfile.TemporaryDirectory() as folder:
+        options = sink_options(sinks, folder)
+        with no_flush_by_clock(), gradwatch.watch(model, optimizer, clip=limit, **options):
+            # The first one opens the files, once in a run.
+            for step in range(1, (flushes + 1) * hub.FLUSH_STEPS + 1):
+                optimizer.zero_grad()
+                (torch.cat(tensors) * torch.randn(len(tensors))).sum().backward()
+                start = time.perf_counter()
+                optimizer.step()
+                seconds = time.perf_counter() - start
+                due = step % hub.FLUSH_STEPS == 0
+                (flushing if due else ordinary).append(seconds)
+    return max(0.0, statistics.fmean(flushing[1:]) - statistics.median(ordinary))
+
+
+@contextmanager
+def no_flush_by_clock() -> Iterator[None]:
+    """Keeps the clock from starting a flush inside of a turn: they are timed by themselves."""
+    before, hub.FLUSH_SECONDS = hub.FLUSH_SECONDS, math.inf
+    try:
+        yield
+    finally:
+        hub.FLUSH_SECONDS = before
+
+
+def steps_per_flush(step_s: float) -> float:
+    """Returns how many steps share a flush: 64, or those of 5 seconds.
+
+    Args:
+        step_s: Seconds of a step.
+    """
+    return min(float(hub.FLUSH_STEPS), max(1.0, REAL_FLUSH_SECONDS / step_s))

@@ -1,4 +1,4 @@
-"""The models of overhead.py, small enough for two cores and each slow in another place."""
+"""The models that are trained, small enough for two cores and each slow in another place."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 LossOf = Callable[[], Tensor]
+NARROW_ELEMENTS = 16
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Workload:
 
     Attributes:
         title: What the tables call it.
-        build: Makes the model on a device, and a function that takes its loss on a fixed batch.
+        build: Makes the model on a device, and a function that returns its loss on a fixed batch.
         weight: Its share of the time, beside the other workloads.
     """
 
@@ -142,7 +143,7 @@ class Setting:
 
 
 class Training:
-    """One model and its optimizer, which all ways train in turn.
+    """One model and its optimizer, which all variants train in turn.
 
     A copy for each would not do: where a copy lies in memory changes the time of its steps by as
     much as what is measured here.
@@ -155,7 +156,7 @@ class Training:
 
         Args:
             model: What to train.
-            loss_of: Takes the loss.
+            loss_of: Returns the loss.
             fused: Whether AdamW is the fused one.
             accumulate: Micro-batches per step.
         """
@@ -172,7 +173,7 @@ class Training:
         return cls(model, loss_of, fused=setting.fused, accumulate=setting.accumulate)
 
     def step(self, between: Callable[[], object] | None = None) -> None:
-        """Takes one step of the bare loop.
+        """Runs one step of the bare loop.
 
         Args:
             between: What to call between the last backward and the optimizer.
@@ -183,3 +184,17 @@ class Training:
             between()
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def narrow_training(tensors: int) -> Training:
+    """Makes a training of many tensors of 16 elements, with a loss that costs little."""
+    torch.manual_seed(0)
+    model = nn.ParameterList([torch.randn(NARROW_ELEMENTS) for _ in range(tensors)])
+    parameters = list(model)
+
+    def loss_of() -> Tensor:
+        return torch.cat(parameters).square().mean()
+
+    training = Training(model, loss_of)
+    training.optimizer = torch.optim.SGD(parameters, lr=1e-7, foreach=True)
+    return training

@@ -1,7 +1,7 @@
 """Measures how the cost of gradwatch grows with parameters, steps, ranks and statistics.
 
-    python benchmarks/scaling.py              # some 15 minutes
-    python benchmarks/scaling.py --quick      # a minute or two: shows that all runs, no more
+    python -m benchmarks.scaling              # some 15 minutes
+    python -m benchmarks.scaling --quick      # a minute or two: shows that all runs, no more
 
 Writes benchmarks/SCALING.md, and benchmarks/scaling.png if matplotlib is installed (`pip install
 'gradwatch[plot]'`). What it says about a thousand ranks is in docs/cost.md.
@@ -10,25 +10,31 @@ Writes benchmarks/SCALING.md, and benchmarks/scaling.png if matplotlib is instal
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from _overhead_machine import machine_rows
-from _overhead_outside import outside_operators
-from _overhead_report import table
-from _scaling_parameters import sizes, statistics_added
-from _scaling_ranks import KINDS, Ranks, run_ranks
-from _scaling_report import draw, outside_text, rank_table, size_table, statistic_table, step_table
-from _scaling_steps import all_steps
 
-OUT = Path(__file__).with_name("SCALING.md")
+from benchmarks.overhead.operators import operator_time
+from benchmarks.page import machine_rows, say, table
+from benchmarks.scaling.parameters import sizes, statistics_added
+from benchmarks.scaling.ranks import KINDS, Ranks, run_ranks
+from benchmarks.scaling.report import (
+    draw,
+    operator_text,
+    rank_table,
+    size_table,
+    statistic_table,
+    step_table,
+)
+from benchmarks.scaling.steps import all_steps
+
+OUT = Path(__file__).parents[1] / "SCALING.md"
 PARAMETERS = 30  # of the made-up run
 HEAD = """# How the cost of gradwatch grows
 
-`benchmarks/scaling.py` wrote this page; do not edit it. Medians, quartiles in brackets."""
+`python -m benchmarks.scaling` wrote this page; do not edit it. Medians, quartiles in brackets."""
 QUICK_NOTE = "**This was a quick run, which shows that all runs and proves nothing.**"
 TEXTS = {
     "parameters": "Memory is what Python and NumPy hold for the watcher: mostly the buffer of "
@@ -75,15 +81,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def say(text: str) -> None:
-    """Prints a line at once, with the time since the start."""
-    minutes, seconds = divmod(int(time.perf_counter() - STARTED), 60)
-    print(f"[{minutes:2d}:{seconds:02d}] {text}", flush=True)
-
-
-STARTED = time.perf_counter()
-
-
 class Page:
     """The page, written anew after every part, so that a run that is cut off leaves it."""
 
@@ -117,8 +114,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = sizes(args.parameters, args.rounds, say)
     page.add("## Parameters", TEXTS["parameters"], size_table(found))
     say(f"operators of watch() on {args.parameters[-1]:,} tensors")
-    outside = outside_operators(args.parameters[-1], args.rounds, turns=3)
-    page.add(outside_text(outside, args.parameters[-1]))
+    operators = operator_time(args.parameters[-1], args.rounds, turns=3)
+    page.add(operator_text(operators, args.parameters[-1]))
     say("statistics")
     statistics = statistics_added(300, args.rounds)
     page.add("## Statistics", TEXTS["statistics"], statistic_table(statistics))

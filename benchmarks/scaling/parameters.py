@@ -8,19 +8,24 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from _overhead_outside import narrow_training
-from _overhead_spread import Spread, spread
-from _overhead_turns import TIMERS, Turns
-from _overhead_ways import LIMITS, Way, bare, watched
-
 import gradwatch
+from benchmarks.overhead.timing import TIMERS, InterleavedTiming
+from benchmarks.overhead.variants import (
+    EVERY_STEP_CLIPPED,
+    MAX_NORMS,
+    NOTHING_CLIPPED,
+    Variant,
+    bare,
+    watched,
+)
+from benchmarks.overhead.workloads import narrow_training
+from benchmarks.spread import Spread, spread
 from gradwatch.observe.statistics import STATISTICS
 
-UNTOUCHED, CLIPPED = LIMITS
 OPTIONS: dict[str, dict[str, Any]] = {
     "watch()": {},
-    "watch(clip=), nothing clipped": {"clip": LIMITS[UNTOUCHED]},
-    "watch(clip=), every step clipped": {"clip": LIMITS[CLIPPED]},
+    "watch(clip=), nothing clipped": {"clip": MAX_NORMS[NOTHING_CLIPPED]},
+    "watch(clip=), every step clipped": {"clip": MAX_NORMS[EVERY_STEP_CLIPPED]},
 }
 
 
@@ -99,9 +104,10 @@ def _added(
     tensors: int, options: dict[str, dict[str, Any]], rounds: int
 ) -> tuple[float, dict[str, Spread]]:
     training = narrow_training(tensors)
-    ways = [Way(name, partial(watched, training, **some)) for name, some in options.items()]
-    turns = Turns(bare(training), ways, TIMERS["wall"], steps=5)
-    turns.rehearse()
-    measured = [turns.round(3) for _ in range(rounds)]
+    variants = [Variant(name, partial(watched, training, **some)) for name, some in options.items()]
+    timing = InterleavedTiming(bare(training), variants, TIMERS["wall"], steps=5)
+    timing.rehearse()
+    measured = [timing.measure_round(3) for _ in range(rounds)]
     bare_s = spread([seconds for each in measured for seconds in each.bare]).middle
-    return bare_s, {way.name: spread([each.added[way.key] for each in measured]) for way in ways}
+    added_s = {v.name: spread([each.added[v.key] for each in measured]) for v in variants}
+    return bare_s, added_s

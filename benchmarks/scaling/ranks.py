@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _overhead_counts import CountCalls
-from _overhead_spread import Spread, spread
-from _overhead_turns import TIMERS, Turns
-from _overhead_ways import LIMITS, Way, bare, watched
-from _overhead_workloads import Training
 from torch import nn
 from torch.nn import functional as F
+
+from benchmarks.overhead.counts import CountCalls
+from benchmarks.overhead.timing import TIMERS, InterleavedTiming
+from benchmarks.overhead.variants import EVERY_STEP_CLIPPED, MAX_NORMS, Variant, bare, watched
+from benchmarks.overhead.workloads import Training
+from benchmarks.spread import Spread, spread
 
 # FSDP2 on a CPU needs torch 2.9.
 KINDS = ("DDP", "FSDP2") if torch.__version__ >= "2.9" else ("DDP",)
 LAYERS, WIDTH, ROWS = 30, 64, 16
-LIMIT = LIMITS["every step clipped"]
+LIMIT = MAX_NORMS[EVERY_STEP_CLIPPED]
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,13 @@ def _measured(kind: str, ranks: int, rounds: int) -> Ranks:
     model = _sharded() if kind == "FSDP2" else nn.parallel.DistributedDataParallel(_layers())
     x, y = torch.randn(2, ROWS, WIDTH)
     training = Training(model, lambda: F.mse_loss(model(x), y))
-    way = Way("watch(clip=)", partial(watched, training, clip=LIMIT))
-    turns = Turns(bare(training), [way], TIMERS["wall"], steps=5)
-    turns.rehearse()
-    measured = [turns.round(4) for _ in range(rounds)]
+    variant = Variant("watch(clip=)", partial(watched, training, clip=LIMIT))
+    timing = InterleavedTiming(bare(training), [variant], TIMERS["wall"], steps=5)
+    timing.rehearse()
+    measured = [timing.measure_round(4) for _ in range(rounds)]
     bare_s = spread([seconds for each in measured for seconds in each.bare]).middle
-    added_s = spread([each.added[way.key] for each in measured])
-    own, more = _collectives(bare(training)), _collectives(way)
+    added_s = spread([each.added[variant.key] for each in measured])
+    own, more = _collectives(bare(training)), _collectives(variant)
     return Ranks(kind, ranks, bare_s, added_s, more[0] - own[0], more[1] - own[1])
 
 
@@ -116,10 +117,10 @@ class _CountCollectives(CountCalls):
         return super().__torch_dispatch__(function, types, args, kwargs)
 
 
-def _collectives(way: Way) -> tuple[int, int]:
-    with way.lend() as step:
-        step()
+def _collectives(variant: Variant) -> tuple[int, int]:
+    with variant.prepare() as loop:
+        loop.step()
         with _CountCollectives() as counter:
-            step()
+            loop.step()
     number = sum(n for name, n in counter.calls.items() if name.startswith("c10d."))
     return number, counter.payload

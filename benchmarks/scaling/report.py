@@ -1,4 +1,4 @@
-"""The tables and the picture of scaling.py."""
+"""The tables and the picture of SCALING.md."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from _overhead_outside import Outside
-from _overhead_report import table
-from _overhead_spread import Spread
-from _overhead_targets import spread_text
-from _scaling_parameters import OPTIONS, Size
-from _scaling_ranks import Ranks
-from _scaling_steps import Reached
+from benchmarks.overhead.operators import OperatorTime
+from benchmarks.page import table
+from benchmarks.scaling.parameters import OPTIONS, Size
+from benchmarks.scaling.ranks import Ranks
+from benchmarks.scaling.steps import Reached
+from benchmarks.spread import Spread, spread_text
 
 
 def size_table(found: Sequence[Size]) -> str:
@@ -69,12 +68,12 @@ def statistic_table(found: Mapping[str, Spread]) -> str:
     return table(["statistics", "adds, ms"], [[name, _ms(added)] for name, added in found.items()])
 
 
-def outside_text(outside: Outside, tensors: int) -> str:
+def operator_text(time: OperatorTime, tensors: int) -> str:
     """Says how much of the time is spent outside of PyTorch's operators."""
     return (
-        f"`watch()` on {tensors:,} tensors of 16 elements adds {_ms(outside.added_s)} ms to a "
-        f"step. Its operators, called alone, take {_ms(outside.operators_s)} ms; outside of "
-        f"them is {spread_text(outside.share, '.0%')} of the time."
+        f"`watch()` on {tensors:,} tensors of 16 elements adds {_ms(time.added_s)} ms to a "
+        f"step. Its operators, called alone, take {_ms(time.operators_s)} ms; outside of "
+        f"them is {spread_text(time.outside, '.0%')} of the time."
     )
 
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _overhead_once import resident_bytes
 
 import gradwatch
+from benchmarks.memory import resident_bytes
+from benchmarks.synthetic_run import BATCH_STEPS, batches
 from gradwatch.record.run_folder import RunFolder
 from gradwatch_tensorboard import TensorBoardWriter
-from run_folder import DELIVERY, batches
+
+SINKS: Sequence[str] = ("run folder", "TensorBoard")
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ def kept(sink: str, last: int, parameters: int) -> list[Reached]:
             before = time.perf_counter()
             writer.write(batch)
             took += time.perf_counter() - before
-            done = min(last, (number + 1) * DELIVERY)
-            start = start or resident_bytes()  # the first delivery opens the files, once in a run
+            done = min(last, (number + 1) * BATCH_STEPS)
+            start = start or resident_bytes()  # the first batch opens the files, once in a run
             if done >= open_marks[0]:
                 grown = resident_bytes() - start
                 found.append(Reached(done, took / (done - since), grown, _size(folder)))
@@ -103,9 +105,6 @@ def _apart(measure: Callable[..., list[Reached]], *arguments: object) -> list[Re
 
 def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-SINKS: Sequence[str] = ("run folder", "TensorBoard")
 
 
 def all_steps(

@@ -56,7 +56,7 @@ def show_norms() -> None:
 
 
 def pairs(runs: Runs, policy: str, scenario: str) -> list[tuple[Task, Run, Run]]:
-    """Lists the runs of a policy in a scenario, each with the clean one of its optimizer and seed."""
+    """Lists the runs of a policy in a scenario, each with the clean run of the same seed."""
     chosen = [task for task in runs if (task.policy, task.scenario) == (policy, scenario)]
     clean = {
         (t.optimizer, t.seed): r

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,51 +12,42 @@ import gradwatch
 
 pytest.importorskip("matplotlib")
 
-ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "spike_recovery.py"
-
-
-@pytest.fixture(autouse=True)
-def beside_the_script(monkeypatch):
-    """The modules beside the script are found as they are when it runs."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-
 
 def test_script_trains_prints_and_draws(tmp_path, monkeypatch, capsys):
     """A short benchmark prints its tables, draws, and takes no run up again that it has."""
-    import spike_recovery
+    from benchmarks.spikes import __main__ as spikes
 
     picture, results = tmp_path / "picture.png", tmp_path / "runs.jsonl"
     options = ["--seeds", 1, "--steps", 100, "--jobs", 1, "--optimizer", "SGD", "--no-norms"]
-    options += ["--ways", 'clip="auto"', "--results", results, "--plot", picture]
-    monkeypatch.setattr(sys, "argv", ["spike_recovery.py", *map(str, options)])
+    options += ["--policies", 'clip="auto"', "--results", results, "--plot", picture]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.spikes", *map(str, options)])
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    spike_recovery.main()
+    spikes.main()
     printed = capsys.readouterr().out
     for text in ('| clip="auto" | ', "1/1 equal", "0 of 100 changed"):
         assert text in printed
     assert picture.stat().st_size > 10_000
 
-    args = spike_recovery.parse_arguments(list(map(str, options)))
+    args = spikes.parse_arguments(list(map(str, options)))
     lines = results.read_text().splitlines()
     results.write_text("\n".join(lines[:-1]) + "\n")
-    runs = spike_recovery.run_all(spike_recovery.tasks_of(args), 1, results)
+    runs = spikes.run_all(spikes.tasks_of(args), 1, results)
     assert len(runs) == len(lines) == 9
     assert results.read_text().splitlines() == lines
 
 
 def test_too_few_steps_are_refused(capsys):
     """Spikes need room before and after them."""
-    import spike_recovery
+    from benchmarks.spikes import __main__ as spikes
 
     with pytest.raises(SystemExit):
-        spike_recovery.parse_arguments(["--steps", "50"])
+        spikes.parse_arguments(["--steps", "50"])
     assert "at least 100, got 50" in capsys.readouterr().err
 
 
 def test_noise_is_as_large_as_it_is_said_to_be():
     """The gradient of a spoilt loss is the clean one plus noise of the given norm."""
-    import _spike_training as training
+    from benchmarks.spikes import training
 
     torch.manual_seed(0)
     task = training.Task("no clip", "burst", "SGD", seed=0, steps=300)
@@ -74,7 +64,7 @@ def test_noise_is_as_large_as_it_is_said_to_be():
 
 def test_steps_to_recover():
     """Recovered is within three hundredths of the run without spikes, and staying there."""
-    import _spike_measures as measures
+    from benchmarks.spikes import measures
 
     clean = [(5, 2.0), (10, 2.0), (15, 1.9), (20, 1.8)]
 
@@ -92,7 +82,7 @@ def test_steps_to_recover():
 
 def test_steps_to_stop():
     """A policy has stopped where it acts as rarely as before; one that always acts cannot."""
-    import _spike_measures as measures
+    from benchmarks.spikes import measures
 
     quiet, busy = [False] * 50, [True] * 50
     assert measures.steps_to_stop(quiet + [True] * 30 + quiet, 50) == 28
@@ -102,8 +92,8 @@ def test_steps_to_stop():
 
 def test_clips_in_spiked_and_in_skipped_steps_are_not_false():
     """Only clips of steps that were taken and not spoilt count."""
-    import _spike_measures as measures
-    from _spike_training import Run, Task
+    from benchmarks.spikes import measures
+    from benchmarks.spikes.training import Run, Task
 
     task = Task("no clip", "early", "SGD", seed=0, steps=300)
     run = Run(clipped=[True] * 12, applied=[True] * 11 + [False])
@@ -112,7 +102,7 @@ def test_clips_in_spiked_and_in_skipped_steps_are_not_false():
 
 def test_norms_alone():
     """On norms alone a fixed limit depends on their scale, and the automatic one does not."""
-    import _spike_norms as norms
+    from benchmarks.spikes import norm_sequences as norms
 
     steady = norms.lognormal(0, 20_000, spread=0.5)
     assert torch.tensor(steady).std().item() == pytest.approx(
