@@ -1,6 +1,6 @@
 """Measures how the cost of gradwatch grows with parameters, steps, ranks and statistics.
 
-    python -m benchmarks.scaling              # some 15 minutes
+    python -m benchmarks.scaling              # some 6 minutes
     python -m benchmarks.scaling --quick      # a minute or two: shows that all runs, no more
 
 Writes benchmarks/SCALING.md, and benchmarks/scaling.png if matplotlib is installed (`pip install
