@@ -125,7 +125,9 @@ def measure(address: str, pid: int) -> Iterator[tuple[str, str]]:
 
 def main() -> None:
     """Prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.dashboard", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--parameters", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--load-fast", choices=("auto", "true", "false"), default="auto")

@@ -89,7 +89,7 @@ def read(folder: Path, query: str, steps: int) -> None:
 
 def main() -> None:
     """Writes, reads, prints."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run_folder", description=__doc__)
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--parameters", type=int, default=300)
     parser.add_argument("--folder", type=Path, help="kept; a temporary one if left out")

@@ -134,7 +134,9 @@ def all_variants(
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.overhead",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     choose = parser.add_argument
     choose("--workload", nargs="+", choices=[*WORKLOADS], help="these only; all if left out")

@@ -22,7 +22,7 @@ from gradwatch.explain.report import Report, make_report
 
 def main() -> None:
     """Trains, and prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[100])
     parser.add_argument("--only", default="", help="runs with this in their name")
     parser.add_argument("--show", action="store_true", help="print each report")

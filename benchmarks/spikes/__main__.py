@@ -101,7 +101,9 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.spikes", description=__doc__, formatter_class=_Help
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=300, help="of each run; at least 100")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
