@@ -44,13 +44,13 @@ format: $(VENV)/.dev ## Rewrites the files as `make lint` wants them
 	$(BIN)/ruff format
 
 bench: $(VENV)/.bench ## Measures what gradwatch and others add to a training step (25 minutes)
-	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python -m benchmarks.overhead
 
 bench-scaling: $(VENV)/.dev ## Measures how that grows with parameters, steps and ranks (6 minutes)
-	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python -m benchmarks.scaling
 
 bench-clip: $(VENV)/.dev ## Trains through gradient spikes with every clipping policy (some 10 minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/spike_recovery.py --jobs $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.spikes --jobs $(WORKERS)
 
 clean: ## Removes the environment and everything that was generated
 	rm -rf $(VENV) .matrix build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,6 +1,6 @@
 """The "Gradients" tab: how soon it shows a large run in Chromium, and what TensorBoard takes.
 
-    python benchmarks/dashboard.py --parameters 3000 --steps 10000
+    python -m benchmarks.dashboard --parameters 3000 --steps 10000
 
 Makes up a run, starts TensorBoard on it and looks at the tab with a headless Chromium: the time
 from opening the tab to its first picture, with TensorBoard fresh and after it has read the run, and
@@ -19,17 +19,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from playwright.sync_api import Frame, Page, sync_playwright
 
-from gradwatch.record.records import Layout, RecordBatch, StepRecord, clipped_by
+from benchmarks.memory import resident_bytes
+from benchmarks.synthetic_run import batches
 from gradwatch_tensorboard import TensorBoardWriter
 
-DELIVERY = 64
 START_S, DRAW_MS = 120.0, 60_000
 WINDOW = {"width": 1600, "height": 1000}
 FIRST = "performance.getEntriesByName('gradwatch: first drawn')[0].startTime"
@@ -37,39 +37,12 @@ DRAWN = "performance.getEntriesByName('gradwatch: drawn').at(-1).startTime"
 
 
 def write_run(folder: Path, steps: int, parameters: int) -> None:
-    """Makes up a run: norms that wander, a spike and a few NaN."""
-    names = tuple(f"decoder.layers.{i // 12}.block_{i % 12}.weight" for i in range(parameters))
-    layout = Layout(names, tuple(name.rpartition(".")[0] for name in names))
-    rng = np.random.default_rng(0)
-    level = rng.normal(-3, 1, parameters)
+    """Writes a made-up run with a few NaN, each parameter's norms on a level of their own."""
     writer = TensorBoardWriter(folder)
-    for first in range(1, steps + 1, DELIVERY):
-        count = min(DELIVERY, steps + 1 - first)
-        level += rng.normal(0, 0.05, parameters)
-        norms = np.exp(level + rng.normal(0, 0.2, (count, parameters))).astype(np.float32)
-        if first // DELIVERY % 50 == 25:
-            norms[0, parameters // 2 :] = np.nan
-        records = [_record(step, row) for step, row in enumerate(norms, first)]
-        coefficients = np.array([[record.clip_coef] for record in records])
-        writer.write(RecordBatch(layout, records, norms, clipped_by(norms, coefficients)))
+    levels = np.random.default_rng(1).normal(-3, 1, parameters)
+    for batch in batches(steps, parameters, levels=levels, max_norm=5.0, nan_every=50):
+        writer.write(batch)
     writer.close()
-
-
-def _record(step: int, row: np.ndarray) -> StepRecord:
-    total = float(np.linalg.norm(row))
-    coefficient = min(1.0, 5 / total)
-    return StepRecord(
-        step=step,
-        optimizer="AdamW",
-        time_s=step * 0.02,
-        grad_norm=total,
-        grad_norm_clipped=coefficient * total,
-        clip_coef=coefficient,
-        clip_threshold=5.0,
-        clipped=coefficient < 1,
-        nonfinite_parameters=int((~np.isfinite(row)).sum()),
-        global_step=step,
-    )
 
 
 @contextmanager
@@ -77,7 +50,7 @@ def tensorboard(logdir: Path, load_fast: str) -> Iterator[tuple[str, int]]:
     """Starts TensorBoard on loopback; gives its address and its process."""
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir)]
     command += ["--host", "127.0.0.1", "--port", "0", "--load_fast", load_fast]
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
+    with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             end = time.monotonic() + START_S
@@ -91,17 +64,6 @@ def tensorboard(logdir: Path, load_fast: str) -> Iterator[tuple[str, int]]:
         finally:
             process.terminate()
             process.wait()
-
-
-def resident_mb(pid: int) -> float:
-    """Memory of a process and of those below it, MB; Linux only."""
-    pids, pages = [pid], 0
-    for one in pids:
-        with suppress(OSError):
-            pages += int(Path(f"/proc/{one}/statm").read_text(encoding="utf-8").split()[1])
-            for task in Path(f"/proc/{one}/task").iterdir():
-                pids += map(int, (task / "children").read_text(encoding="utf-8").split())
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def open_tab(page: Page, address: str) -> Frame:
@@ -158,12 +120,14 @@ def measure(address: str, pid: int) -> Iterator[tuple[str, str]]:
             yield f"zoom to the fine picture, {state}", f"{statistics.median(times):.0f} ms"
             page.close()
         browser.close()
-    yield "memory of TensorBoard", f"{resident_mb(pid):.0f} MB"
+    yield "memory of TensorBoard", f"{resident_bytes(pid) / 1e6:.0f} MB"
 
 
 def main() -> None:
     """Prints a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.dashboard", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--parameters", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--load-fast", choices=("auto", "true", "false"), default="auto")

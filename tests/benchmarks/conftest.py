@@ -1,4 +1,4 @@
-"""The modules beside the scripts are found as they are when these run."""
+"""The benchmarks are found as they are when they run from the repository."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def beside_the_scripts(monkeypatch):
-    """Puts their folder on the path."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def from_the_repository(monkeypatch):
+    """Puts the repository on the path; a test of the wheel runs without it."""
+    monkeypatch.syspath_prepend(str(ROOT))

@@ -21,19 +21,18 @@ def _tiny(device):
 @pytest.fixture
 def tiny(monkeypatch):
     """One small workload in the place of the four, and fewer of what is measured once."""
-    import _overhead_once
-    import _overhead_turns
-    import _overhead_workloads
+    from benchmarks.overhead import fixed_costs, timing
+    from benchmarks.overhead.workloads import WORKLOADS as workloads
+    from benchmarks.overhead.workloads import Workload
 
-    workloads = _overhead_workloads.WORKLOADS
     before = dict(workloads)
     workloads.clear()
-    workloads["gpt"] = _overhead_workloads.Workload(TITLE, _tiny)
-    workloads["mlp"] = _overhead_workloads.Workload("MLP, other", _tiny)
-    monkeypatch.setattr(_overhead_turns, "MOST_TURNS", 1)
-    monkeypatch.setattr(_overhead_once, "MANY", 100)
-    monkeypatch.setattr(_overhead_once, "MEMORY_FROM", 100)
-    monkeypatch.setattr(_overhead_once, "MEMORY_TO", {False: 300, True: 200})
+    workloads["gpt"] = Workload(TITLE, _tiny)
+    workloads["mlp"] = Workload("MLP, other", _tiny)
+    monkeypatch.setattr(timing, "MOST_TURNS", 1)
+    monkeypatch.setattr(fixed_costs, "MANY", 100)
+    monkeypatch.setattr(fixed_costs, "MEMORY_FROM", 100)
+    monkeypatch.setattr(fixed_costs, "MEMORY_TO", {False: 300, True: 200})
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     yield
     workloads.clear()
@@ -54,9 +53,9 @@ def _tables(page):
 @pytest.mark.filterwarnings("ignore")  # those of the peers
 def test_script_measures_and_writes(tiny, tmp_path, capsys):
     """A short run writes a table per setting and one of targets, and names every peer."""
-    import overhead
-    from _overhead_peers import PEERS
-    from _overhead_ways import BOTH, CLIP, MANAGED, WATCH
+    from benchmarks.overhead import __main__ as overhead
+    from benchmarks.overhead.other_tools import PEERS
+    from benchmarks.overhead.variants import BOTH, CLIP, MANAGED, WATCH
 
     page = tmp_path / "RESULTS.md"
     options = ["--quick", "--workload", "gpt", "--rounds", 2]
@@ -100,7 +99,7 @@ def test_script_measures_and_writes(tiny, tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_that_is_cut_off_leaves_its_page(tiny, tmp_path, monkeypatch):
     """What was measured stands there, and what was not is named."""
-    import overhead
+    from benchmarks.overhead import __main__ as overhead
 
     real = overhead.Training.of
 
@@ -123,7 +122,7 @@ def test_a_run_that_is_cut_off_leaves_its_page(tiny, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore")
 def test_no_setting_begins_when_the_time_is_over(tiny, tmp_path, capsys):
     """A machine that is too slow does not make the run endless, and the page names the rest."""
-    import overhead
+    from benchmarks.overhead import __main__ as overhead
 
     page = tmp_path / "RESULTS.md"
     overhead.main(["--quick", "--minutes", "0.001", "--out", str(page)])
@@ -136,16 +135,16 @@ def test_no_setting_begins_when_the_time_is_over(tiny, tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore")
 def test_missing_peers_are_named(monkeypatch, tmp_path):
     """A package that cannot be imported has no row, and a line that says so."""
-    from _overhead_peers import PEERS, missing, peer_ways
-    from _overhead_report import Report
-    from _overhead_workloads import Training
+    from benchmarks.overhead.other_tools import PEERS, missing, peer_variants
+    from benchmarks.overhead.report import Report
+    from benchmarks.overhead.workloads import Training
 
     for package in ("lightning", "ignite", "wandb"):
         monkeypatch.setitem(sys.modules, package, None)
     absent, failed = missing(), {}
     assert list(absent) == ["lightning", "ignite", "wandb"]
-    with peer_ways(Training(*_tiny("cpu")), failed) as ways:
-        assert [way.name for way in ways] == ["a loop of .norm().item()"]
+    with peer_variants(Training(*_tiny("cpu")), failed) as variants:
+        assert [variant.name for variant in variants] == ["a loop of .norm().item()"]
     text = Report(tmp_path / "page.md", [], absent, []).text()
     for name in PEERS:
         assert f"- {name}: not measured, `" in text
@@ -158,16 +157,16 @@ def test_a_peer_that_fails_is_named(monkeypatch, tmp_path):
     """One that is installed and does not start is told, and stops nobody."""
     import types
 
-    import _overhead_peers
-    from _overhead_report import Report
-    from _overhead_workloads import Training
+    from benchmarks.overhead.other_tools import peer_variants
+    from benchmarks.overhead.report import Report
+    from benchmarks.overhead.workloads import Training
 
     for package in ("lightning", "ignite"):
         monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
     failed = {}
-    with _overhead_peers.peer_ways(Training(*_tiny("cpu")), failed) as ways:
-        assert len(ways) == 1
+    with peer_variants(Training(*_tiny("cpu")), failed) as variants:
+        assert len(variants) == 1
     assert "AttributeError" in failed["wandb.watch, offline"]
     text = Report(tmp_path / "page.md", [], {}, [], failed=failed).text()
     assert "- wandb.watch, offline: not measured, it could not be started (AttributeError" in text
@@ -184,7 +183,7 @@ def test_a_peer_that_fails_is_named(monkeypatch, tmp_path):
 )
 def test_options_out_of_bounds_are_refused(options, told, capsys):
     """The error names the option, the bound and the value."""
-    import overhead
+    from benchmarks.overhead import __main__ as overhead
 
     with pytest.raises(SystemExit):
         overhead.parse_arguments(options)
@@ -194,7 +193,7 @@ def test_options_out_of_bounds_are_refused(options, told, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_no_gpu_is_said_plainly(capsys):
     """--device cuda without a GPU ends with what to do instead, before anything is measured."""
-    import overhead
+    from benchmarks.overhead import __main__ as overhead
 
     with pytest.raises(SystemExit):
         overhead.main(["--device", "cuda"])
@@ -205,7 +204,7 @@ def test_no_gpu_is_said_plainly(capsys):
 
 def test_a_quick_run_is_small():
     """It has one micro-batch and unfused AdamW, unless asked for otherwise."""
-    import overhead
+    from benchmarks.overhead import __main__ as overhead
 
     quick = overhead.settings_of(overhead.parse_arguments(["--quick"]))
     assert [setting.workload for setting in quick] == ["gpt", "mlp", "cnn", "lstm"]
@@ -219,7 +218,7 @@ def test_a_quick_run_is_small():
 @pytest.mark.parametrize("name", ["gpt", "mlp", "cnn", "lstm"])
 def test_workloads_are_what_they_are_called(name):
     """Ten million parameters, 300 tensors; and every parameter has a gradient."""
-    from _overhead_workloads import Setting, Training
+    from benchmarks.overhead.workloads import Setting, Training
 
     training = Training.of(Setting(name), "cpu")
     sizes = [p.numel() for p in training.parameters]

@@ -10,42 +10,43 @@ import pytest
 NAN = math.nan
 
 
-def _way(name, regime="", sinks=(), lend=None):
-    from _overhead_ways import Way
+def _variant(name, regime="", sinks=(), prepare=None):
+    from benchmarks.overhead.variants import Variant
 
-    return Way(name, lend, regime, sinks)
+    return Variant(name, prepare, regime, sinks)
 
 
-def _result(clip, *, workload="gpt", bare=(0.01, 0.01), delivery=0.0, **ways):
+def _result(clip, *, workload="gpt", bare=(0.01, 0.01), flush_s=0.0, **variants):
     """A setting with one round per number; both regimes get the same numbers."""
-    import _overhead_ways as names
-    from _overhead_results import Result
-    from _overhead_turns import Round
-    from _overhead_workloads import Setting
+    from benchmarks.overhead import variants as names
+    from benchmarks.overhead.results import Result
+    from benchmarks.overhead.timing import Round
+    from benchmarks.overhead.workloads import Setting
 
-    added = {names.CLIP: clip, **{getattr(names, name): numbers for name, numbers in ways.items()}}
+    others = {getattr(names, name): numbers for name, numbers in variants.items()}
+    added = {names.CLIP: clip, **others}
     labels = [
-        _way(name, regime, ("folder",) if name == names.BOTH else ())
+        _variant(name, regime, ("folder",) if name == names.BOTH else ())
         for name in added
-        for regime in ([""] if name == names.WATCH else names.LIMITS)
+        for regime in ([""] if name == names.WATCH else names.MAX_NORMS)
     ]
     rounds = [
         Round(list(bare), {label.key: added[label.name][number] for label in labels})
         for number in range(len(clip))
     ]
-    return Result(Setting(workload), labels, {("folder",): delivery}, 1, 4, rounds)
+    return Result(Setting(workload), labels, {("folder",): flush_s}, 1, 4, rounds)
 
 
 def _rows(result):
-    from _overhead_once import Once
-    from _overhead_targets import target_rows
+    from benchmarks.overhead.fixed_costs import FixedCosts
+    from benchmarks.overhead.results import target_rows
 
-    return {row.what: row for row in target_rows([result], Once())}
+    return {row.what: row for row in target_rows([result], FixedCosts())}
 
 
 def test_median_and_quartiles():
     """Of five rounds the quartiles are the second and the fourth; of one it is all there is."""
-    from _overhead_spread import Spread, spread
+    from benchmarks.spread import Spread, spread
 
     assert spread([5.0, 1.0, 4.0, 2.0, 3.0]) == Spread(3.0, 2.0, 4.0)
     assert spread([7.0]) == Spread(7.0, 7.0, 7.0)
@@ -54,15 +55,15 @@ def test_median_and_quartiles():
 
 
 def test_a_turn_is_held_against_both_neighbours():
-    """A machine that becomes slower meanwhile is no cost of the way."""
-    from _overhead_spread import paired
+    """A machine that becomes slower meanwhile is no cost of the variant."""
+    from benchmarks.overhead.timing import paired
 
     assert paired(10.0, before=6.0, after=8.0) == 3.0
 
 
 def test_ratio_of_medians():
     """The ratio is that of the medians; a round in which the clip is lost has none of its own."""
-    from _overhead_spread import Spread, ratio, ratios
+    from benchmarks.spread import Spread, ratio, ratios
 
     assert ratio([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == Spread(0.5, 0.5, 0.5)
     assert ratio([1.0, 2.0, 3.0], [-1.0, 4.0, 6.0]) == Spread(0.5, 0.5, 0.5)
@@ -71,10 +72,10 @@ def test_ratio_of_medians():
 
 
 @pytest.mark.parametrize(("bare_s", "steps"), [(0.01, 64), (1.0, 5), (9.0, 1)])
-def test_deliveries_are_shared_out(bare_s, steps):
-    """64 steps share a delivery, or as many as fit into its 5 seconds."""
-    result = _result([0.1], bare=[bare_s], delivery=0.32, BOTH=[0.05])
-    both = result.way("watch(clip=) + TensorBoard + run folder", "nothing clipped")
+def test_flushes_are_shared_out(bare_s, steps):
+    """64 steps share a flush, or as many as fit into its 5 seconds."""
+    result = _result([0.1], bare=[bare_s], flush_s=0.32, BOTH=[0.05])
+    both = result.variant("watch(clip=) + TensorBoard + run folder", "nothing clipped")
     assert result.added(both) == [pytest.approx(0.05 + 0.32 / steps)]
 
 
@@ -102,12 +103,12 @@ def test_a_clip_lost_in_the_noise_proves_nothing():
 
 def test_the_worst_setting_is_told():
     """Of all settings of a workload, the one with the largest ratio counts."""
-    from _overhead_once import Once
-    from _overhead_targets import target_rows
+    from benchmarks.overhead.fixed_costs import FixedCosts
+    from benchmarks.overhead.results import target_rows
 
     good, bad = (_result([10.0] * 3, workload="cnn", BOTH=[x] * 3) for x in (5.0, 12.0))
     for results in ([good, bad], [bad, good]):
-        rows = [row for row in target_rows(results[:1], Once()) if "CNN" in row.what]
+        rows = [row for row in target_rows(results[:1], FixedCosts()) if "CNN" in row.what]
         assert [row.verdict for row in rows] == ["reached" if results[0] is good else "not reached"]
 
 
@@ -121,17 +122,17 @@ def test_share_of_the_bare_step():
 
 def test_what_is_measured_once():
     """Counts, memory, import and the share outside of operators each have their verdict."""
-    from _overhead_once import Once
-    from _overhead_outside import Outside
-    from _overhead_spread import Spread
-    from _overhead_targets import target_rows
+    from benchmarks.overhead.fixed_costs import FixedCosts
+    from benchmarks.overhead.operators import OperatorTime
+    from benchmarks.overhead.results import target_rows
+    from benchmarks.spread import Spread
 
-    outside = Outside(Spread(2.0, 2.0, 2.0), Spread(0.9, 0.9, 0.9), Spread(0.55, 0.5, 0.6))
+    operators = OperatorTime(Spread(2.0, 2.0, 2.0), Spread(0.9, 0.9, 0.9), Spread(0.55, 0.5, 0.6))
     calls = {"watch()": (5, 5), "watch(clip=)": (6, 606)}
-    once = Once(calls, {"watch()": 1}, (1 << 20, 100_000), 0.05, outside)
-    told = [row.verdict for row in target_rows([], once)][-6:]
+    fixed = FixedCosts(calls, {"watch()": 1}, (1 << 20, 100_000), 0.05, operators)
+    told = [row.verdict for row in target_rows([], fixed)][-6:]
     assert told == ["reached", "not reached", "not reached", "reached", "reached", "not reached"]
-    short = Once(memory=(1 << 20, 20_000))
+    short = FixedCosts(memory=(1 << 20, 20_000))
     assert {row.verdict for row in target_rows([], short)} == {"not measured"}
 
 
@@ -141,33 +142,33 @@ class _Machine:
     def __init__(self):
         self.now, self.log = 0.0, []
 
-    def way(self, name, seconds, precise=True):
-        from _overhead_ways import Way
+    def variant(self, name, seconds, precise=True):
+        from benchmarks.overhead.variants import Loop, Variant
 
         def step():
             self.log.append(name)
             self.now += seconds
 
         @contextmanager
-        def lend():
-            yield step
+        def prepare():
+            yield Loop(step)
 
-        return Way(name, lend, precise=precise)
+        return Variant(name, prepare, precise=precise)
 
 
 def test_turns_alternate_with_the_bare_loop():
-    """Bare, two others, bare, two others: and each way's cost comes out exactly."""
-    from _overhead_turns import Turns, host_timer
+    """Bare, two others, bare, two others: and each variant's cost comes out exactly."""
+    from benchmarks.overhead.timing import InterleavedTiming, host_timer
 
     machine = _Machine()
     costs = {"a": 0.25, "b": 0.5, "c": 0.0}
-    ways = [machine.way(name, 1.0 + cost) for name, cost in costs.items()]
-    slow = machine.way("slow", 3.0, precise=False)
-    bare = machine.way("bare", 1.0)
-    turns = Turns(bare, [*ways, slow], host_timer(lambda: machine.now), steps=2)
-    turns.rehearse()
+    variants = [machine.variant(name, 1.0 + cost) for name, cost in costs.items()]
+    slow = machine.variant("slow", 3.0, precise=False)
+    bare = machine.variant("bare", 1.0)
+    timing = InterleavedTiming(bare, [*variants, slow], host_timer(lambda: machine.now), steps=2)
+    timing.rehearse()
     machine.log.clear()
-    measured = turns.round(3)
+    measured = timing.measure_round(3)
     assert {name: measured.added[name, ""] for name in costs} == pytest.approx(costs)
     assert measured.added["slow", ""] == pytest.approx(2.0)
     order = machine.log[::3]  # three steps a turn, the first for the change
@@ -180,18 +181,20 @@ def test_turns_alternate_with_the_bare_loop():
 
 def test_time_is_kept_to():
     """More turns where there is time for them, and at least one where there is none."""
-    from _overhead_turns import MOST_TURNS, Turns, host_timer
+    from benchmarks.overhead.timing import MOST_TURNS, InterleavedTiming, host_timer
 
     machine = _Machine()
-    turns = Turns(machine.way("bare", 1.0), [machine.way("a", 1.0)], host_timer(lambda: 0.0), 2)
-    turns._cost = {("bare", ""): 1.0, ("a", ""): 2.0}
-    assert turns.round_seconds(3) == 12.0
-    assert [turns.fitting(seconds) for seconds in (-5.0, 4.0, 12.5, 1e9)] == [1, 1, 3, MOST_TURNS]
+    timing = InterleavedTiming(
+        machine.variant("bare", 1.0), [machine.variant("a", 1.0)], host_timer(lambda: 0.0), 2
+    )
+    timing._cost = {("bare", ""): 1.0, ("a", ""): 2.0}
+    assert timing.round_seconds(3) == 12.0
+    assert [timing.fitting(seconds) for seconds in (-5.0, 4.0, 12.5, 1e9)] == [1, 1, 3, MOST_TURNS]
 
 
 def test_waits_and_kernels_of_a_profile():
     """Launches and waits are told by the names that CUDA's runtime has for them."""
-    from _overhead_counts import Counts, tally
+    from benchmarks.overhead.counts import Counts, tally
 
     names = ["cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cudaMemcpyAsync"]
     names += ["cudaStreamSynchronize", "cudaDeviceSynchronize", "aten::_local_scalar_dense", "add"]

@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 @pytest.mark.skipif(torch.__version__ < "2.9", reason="FSDP2 on a CPU needs torch 2.9")
 def test_script_measures_writes_and_draws(tmp_path, monkeypatch):
     """A short run writes all four tables and a picture; ranks cost the bytes that the docs say."""
-    import scaling
+    from benchmarks.scaling import __main__ as scaling
 
     monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
     page = tmp_path / "SCALING.md"
@@ -45,7 +45,7 @@ def test_script_measures_writes_and_draws(tmp_path, monkeypatch):
 
 def test_steps_to_look_at():
     """Every power of ten from 1,000 on, and the last step."""
-    from _scaling_steps import marks
+    from benchmarks.scaling.steps import marks
 
     assert marks(1_000_000) == [1_000, 10_000, 100_000, 1_000_000]
     assert marks(2_500) == [1_000, 2_500]
@@ -54,7 +54,7 @@ def test_steps_to_look_at():
 
 def test_memory_is_that_of_the_buffer():
     """A watcher of 500 tensors holds 4 bytes for each of them and of 1,024 steps, and little more."""
-    from _scaling_parameters import held_bytes
+    from benchmarks.scaling.parameters import held_bytes
 
     few, many = held_bytes(10), held_bytes(510)
     assert (many - few) / 500 == pytest.approx(4 * 1024, rel=0.25)
@@ -62,7 +62,8 @@ def test_memory_is_that_of_the_buffer():
 
 def test_operators_of_watch_are_found():
     """What is replayed are the four calls that a watched step makes and the bare one does not."""
-    from _overhead_outside import added_calls, narrow_training, outside_operators
+    from benchmarks.overhead.operators import added_calls, operator_time
+    from benchmarks.overhead.workloads import narrow_training
 
     calls = added_calls(narrow_training(20))
     assert [str(function) for function, _, _ in calls][:2] == [
@@ -70,13 +71,13 @@ def test_operators_of_watch_are_found():
         "aten.stack.default",
     ]
     assert len(calls) == 4
-    outside = outside_operators(20, rounds=1, turns=1)
-    assert 0 < outside.operators_s.middle < 1
+    time = operator_time(20, rounds=1, turns=1)
+    assert 0 < time.operators_s.middle < 1
 
 
 def test_numbers_below_one_are_refused(capsys):
     """The error names the option, the bound and the value."""
-    import scaling
+    from benchmarks.scaling import __main__ as scaling
 
     with pytest.raises(SystemExit):
         scaling.parse_arguments(["--ranks", "2", "0"])

@@ -1,0 +1,1 @@
+"""How often the report is wrong: ``python -m benchmarks.report``."""

@@ -1,0 +1,1 @@
+"""How the cost of gradwatch grows: ``python -m benchmarks.scaling``."""
