@@ -136,7 +136,7 @@ def _spread(one: MicroBatch) -> float | Tensor:
     if one.norm is None:
         return math.nan
     norm, weight = as_operand(one.norm), as_operand(one.weight)
-    # In float32 the square of a norm of 1e20 is infinite, and loss scales make norms that large.
+    # In float32 the square of a norm above 1.8e19 is infinite.
     squared = norm.double() ** 2 if isinstance(norm, Tensor) else norm**2
     if isinstance(weight, Tensor):
         return torch.where(weight > 0, squared / weight, 0.0)
@@ -208,7 +208,7 @@ def sample_of_all(
     if isinstance(weight, float) and weight == 0.0:
         return None
     return NoiseSample(
-        # In this order: the square of the divisor alone may overflow.
+        # In this order nothing overflows unless the result does.
         small_sq=defer(each * (each * as_operand(sums.spread) / weight)),
         small=defer(weight / count),
         large=sums.weight,
@@ -410,6 +410,9 @@ def _short(number: float) -> str:
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
+_Root = tuple[float, float, float]
+
+
 class PairAverage:
     """Bias-corrected exponential moving averages of pairs, with their standard errors.
 
@@ -460,26 +463,23 @@ class PairAverage:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain finite numbers; ``beta`` is not among them."""
-        started = self._count > 0
+        # NaN is no JSON: before the first pair there are no means.
         return {
             "count": self._count,
             "share": self._share,
             "root": list(self._root),
-            "means": [self.mean_x, self.mean_y] if started else [],
+            "means": [self.mean_x, self.mean_y] if self._count else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave."""
         self._count, self._share = float(state["count"]), float(state["share"])
-        a, b, c = state["root"]
-        self._root = (float(a), float(b), float(c))
-        means = state["means"] or (math.nan, math.nan)
-        self.mean_x, self.mean_y = float(means[0]), float(means[1])
+        a, b, c = map(float, state["root"])
+        self._root = (a, b, c)
+        self.mean_x, self.mean_y = map(float, state["means"] or (math.nan, math.nan))
 
 
-def _rotated(
-    root: tuple[float, float, float], x: float, y: float, new: float
-) -> tuple[float, float, float]:
+def _rotated(root: _Root, x: float, y: float, new: float) -> _Root:
     """Adds a sample of weight ``new`` to the root of a 2 x 2 covariance.
 
     The root is the triangle ``R = [[a, b], [0, c]]`` with ``R.T @ R`` the covariance. A row is

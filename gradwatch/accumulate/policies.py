@@ -59,7 +59,7 @@ class AccumulatePolicy(Protocol):
         """Returns the state as plain numbers and lists; empty for a rule without memory."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what :meth:`state_dict` gave."""
+        """Restores what :meth:`state_dict` gave."""
 
 
 class _WithoutNoise:
@@ -275,10 +275,8 @@ class AccumulateByNoiseScale:
     def __post_init__(self) -> None:
         self._check_bounds()
         check_count("AccumulateByNoiseScale(every=)", self.every, 1)
-        name, advice = (
-            "AccumulateByNoiseScale(hysteresis=)",
-            "Write 1.5 to change at one and a half times the batch.",
-        )
+        name = "AccumulateByNoiseScale(hysteresis=)"
+        advice = "Write 1.5 to change at one and a half times the batch."
         check_between(name, self.hysteresis, 1.0, math.inf, advice)
         check_count("AccumulateByNoiseScale(min_updates=)", self.min_updates, 1)
         if self.scale_lr is not None:
@@ -400,7 +398,8 @@ def accumulate_policy(name: str, value: object) -> AccumulatePolicy:
     )
 
 
-UNKNOWN = NoiseScale(*[math.nan] * 4, valid=False, updates=0, suggested_micro_batches=None)
+_NAN = math.nan
+UNKNOWN = NoiseScale(_NAN, _NAN, _NAN, _NAN, valid=False, updates=0, suggested_micro_batches=None)
 """What a policy is given at steps where it does not look."""
 
 
@@ -429,7 +428,7 @@ class AccumulationPlan:
     ) -> None:
         self.checked = True
         self.by_framework = False
-        # A policy of the user may read the noise scale of any rank, so it counts among these.
+        # A policy of the user's own may read the noise scale, and nothing says that it does not.
         self.by_noise = not isinstance(policy, _WithoutNoise)
         self.fixed = isinstance(policy, FixedAccumulation)
         self._policy = policy
@@ -446,7 +445,7 @@ class AccumulationPlan:
 
     def next_window(self, step: int, noise: Callable[[], NoiseScale]) -> None:
         """Asks the policy about the next window, after ``step`` optimizer steps."""
-        # A function: the noise scale waits for numbers that are still on their way to the host.
+        # noise() waits for numbers that are still on their way to the host: only where asked for.
         looked = noise() if self._policy.looks_at(step) else None
         old, new = self.micro_batches, self._policy.decide(step, looked or UNKNOWN)
         self._read()

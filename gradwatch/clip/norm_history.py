@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -267,8 +267,9 @@ class _FloatBackend:
 
     device: torch.device | None = None
     log, hypot = staticmethod(math.log), staticmethod(math.hypot)
-    # A NaN that comes first stays, as in torch: min() and max() replace it by nothing better.
-    minimum, maximum = staticmethod(min), staticmethod(max)
+    # Given a NaN first, min() and max() return it, as clamp() does; given it second, they do not.
+    minimum: Callable[..., Scalar] = staticmethod(min)
+    maximum: Callable[..., Scalar] = staticmethod(max)
     window, scalar = _FloatWindow, float
 
     @staticmethod
@@ -296,7 +297,7 @@ class _TensorBackend:
     exp, log, hypot = staticmethod(torch.exp), staticmethod(torch.log), staticmethod(torch.hypot)
     divide = staticmethod(torch.div)
     # One of the two values must be a tensor: of two floats, torch makes a float32.
-    where = staticmethod(torch.where)
+    where: Callable[..., Scalar] = staticmethod(torch.where)
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.dtype = device, exact_dtype(device)
