@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from gradwatch.accumulate.policies import AccumulatePolicy, accumulate_policy
-from gradwatch.clip.fixed import ClipByNorm, ClipByValue, check_positive
+from gradwatch.checks import check_positive
+from gradwatch.clip.fixed import ClipByNorm, ClipByValue
 from gradwatch.clip.policy import ClipPolicy
 from gradwatch.clip.robust import RobustClip
 from gradwatch.hessian.every import CurvatureEvery

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch.accumulate.noise_scale import NoiseScale
-from gradwatch.accumulate.policies import check_can_be_had
+from gradwatch.accumulate.policies import check_noise_scale_exists
 from gradwatch.clip.policy import ClipPolicy
 from gradwatch.guard import Overhead, Shield
 from gradwatch.hessian.every import CurvatureEvery, sampler_of
@@ -138,7 +138,7 @@ class Watcher:
         self._hooks = ModelHooks(model, table, self._on_backward, self._on_arrived)
         ranks = DataParallel.of(model)
         self._run = Run(table, options, self._hooks, ranks, self._global_step_of)
-        check_can_be_had(options.accumulate, self._run.data_parallel)
+        check_noise_scale_exists(options.accumulate, single_process=ranks is None)
         self._sync = GradientSync.of(model, self._run.data_parallel)
         self._shield = Shield(options.acts, self._stop_watching, self._run.stopwatch)
         self._curvature = sampler_of(options.curvature, model)

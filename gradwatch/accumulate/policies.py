@@ -3,76 +3,112 @@
 from __future__ import annotations
 
 import math
-import operator
-from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 from gradwatch.accumulate.noise_scale import NoiseScale
-from gradwatch.checks import check_between, check_choice, check_count
+from gradwatch.checks import (
+    check_at_most,
+    check_between,
+    check_choice,
+    check_count,
+    check_power_of_two,
+    whole_number,
+)
 from gradwatch.errors import AccumulationError
-from gradwatch.hooks.data_parallel import DataParallel
-
-_SCHEDULE = "AccumulationSchedule(schedule=)"
 
 
-class FixedAccumulation:
-    """The same number of micro-batches in every window.
+@runtime_checkable
+class AccumulatePolicy(Protocol):
+    """A rule that says before each window how many micro-batches it has.
 
-    Args:
-        number: How many, at least 1.
-        name: What errors call the number.
+    Steps are optimizer steps done so far: the window that begins first is step 0. All ranks are
+    given the same numbers, and must come to the same answer.
+    """
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of the window under way, before the first decision of the first one."""
+
+    @property
+    def most(self) -> int | None:
+        """The largest number it may ever ask for; None for any. With 1 nothing accumulates."""
+
+    @property
+    def lr_factor(self) -> float:
+        """What the learning rate is to be multiplied with in the window under way; else 1."""
+
+    def looks_at(self, step: int) -> bool:
+        """Tells whether it will read the noise scale at a step: only then is it waited for."""
+
+    def decide(self, step: int, noise: NoiseScale) -> int:
+        """Decides about the window that begins; called once, between two windows.
+
+        Args:
+            step: Optimizer steps done so far.
+            noise: The noise scale; nothing can be said of what it holds where :meth:`looks_at` is
+                false.
+
+        Returns:
+            Its micro-batches, at least 1.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as plain numbers and lists; empty for a rule without memory."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave."""
+
+
+class _WithoutNoise:
+    """What the rules share that never read the noise scale."""
+
+    __slots__ = ("micro_batches", "most")
+
+    micro_batches: int
+    most: int | None
+    lr_factor = 1.0  # whoever writes the numbers down chooses the learning rate as well
+
+    def looks_at(self, step: int) -> bool:
+        """Tells that the noise scale is never read."""
+        return False
+
+
+class FixedAccumulation(_WithoutNoise):
+    """The same number of micro-batches in every window; ``name`` is what errors call it.
 
     Raises:
         TypeError: If it is not an integer.
         ValueError: If it is less than 1.
     """
 
-    __slots__ = ("_number",)
+    __slots__ = ()
 
     def __init__(self, number: SupportsIndex, *, name: str = "FixedAccumulation(number=)") -> None:
-        self._number = _whole(name, number, least=1, advice="Write 1 to step after every backward.")
+        advice = "Write 1 to step after every backward."
+        self.micro_batches = self.most = whole_number(name, number, least=1, advice=advice)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._number})"
+        return f"{type(self).__name__}({self.micro_batches})"
 
     def __str__(self) -> str:
-        return str(self._number)
-
-    @property
-    def micro_batches(self) -> int:
-        """The number."""
-        return self._number
-
-    @property
-    def most(self) -> int:
-        """The number."""
-        return self._number
-
-    @property
-    def lr_factor(self) -> float:
-        """1, for nothing changes."""
-        return 1.0
-
-    def looks_at(self, step: int) -> bool:
-        """Tells that the noise scale is never read."""
-        return False
+        return str(self.micro_batches)
 
     def decide(self, step: int, noise: NoiseScale) -> int:
         """Returns the number."""
-        return self._number
+        return self.micro_batches
 
     def state_dict(self) -> dict[str, Any]:
         """Returns nothing: the rule has no memory."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes nothing: the rule has no memory."""
+        """Does nothing: the rule has no memory."""
 
 
-class AccumulationSchedule:
+class AccumulationSchedule(_WithoutNoise):
     """A number of micro-batches that depends on the step.
 
     Args:
@@ -93,17 +129,19 @@ class AccumulationSchedule:
         [1, 1, 4, 4]
     """
 
-    __slots__ = ("_function", "_micro_batches", "_most", "_name", "_schedule")
+    __slots__ = ("_function", "_name", "_schedule")
 
     def __init__(
-        self, schedule: Mapping[int, int] | Callable[[int], int], *, name: str = _SCHEDULE
+        self,
+        schedule: Mapping[int, int] | Callable[[int], int],
+        *,
+        name: str = "AccumulationSchedule(schedule=)",
     ) -> None:
-        self._name, self._schedule = name, schedule
-        self._most: int | None = None
+        self._name, self._schedule, self.most = name, schedule, None
         self._function: Callable[[int], int]
         if isinstance(schedule, Mapping):
             table = _table(name, schedule)
-            self._schedule, self._most = table, max(table.values())
+            self._schedule, self.most = table, max(table.values())
             self._function = partial(_looked_up, table)  # a lambda cannot be pickled
         elif callable(schedule):
             self._function = schedule
@@ -112,7 +150,7 @@ class AccumulationSchedule:
                 f"{name} must be a mapping {{step: micro-batches}} or a function of the step, got "
                 f"{schedule!r} of type {type(schedule).__name__}. Write {{0: 1, 1000: 4}}."
             )
-        self._micro_batches = self._at(0)
+        self.decide(0)  # what a function gives for the first window is checked at once
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._schedule!r})"
@@ -120,82 +158,47 @@ class AccumulationSchedule:
     def __str__(self) -> str:
         return str(self._schedule)
 
-    @property
-    def micro_batches(self) -> int:
-        """The number of the window under way."""
-        return self._micro_batches
-
-    @property
-    def most(self) -> int | None:
-        """The largest number of the mapping; None for a function, which may give any."""
-        return self._most
-
-    @property
-    def lr_factor(self) -> float:
-        """1: the learning rate is the schedule's author's to choose."""
-        return 1.0
-
-    def looks_at(self, step: int) -> bool:
-        """Tells that the noise scale is never read."""
-        return False
-
-    def decide(self, step: int, noise: NoiseScale) -> int:
+    def decide(self, step: int, noise: NoiseScale | None = None) -> int:
         """Returns the number for a step; see ``AccumulatePolicy``.
 
         Raises:
             TypeError: If the function returned no integer.
             ValueError: If it returned less than 1.
         """
-        self._micro_batches = self._at(step)
-        return self._micro_batches
-
-    def _at(self, step: int) -> int:
-        name = f"The micro-batches that {self._name} gives for step {step}"
-        return _whole(name, self._function(step), least=1, advice="Return 1 or more.")
+        number, advice = self._function(step), "Return 1 or more."
+        self.micro_batches = whole_number(_at_step(self._name, step), number, 1, advice)
+        return self.micro_batches
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of the window under way."""
-        return {"micro_batches": self._micro_batches}
+        return {"micro_batches": self.micro_batches}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what :meth:`state_dict` gave."""
-        self._micro_batches = int(state["micro_batches"])
+        """Restores what :meth:`state_dict` gave."""
+        self.micro_batches = int(state["micro_batches"])
 
 
 def _table(name: str, schedule: Mapping[int, int]) -> dict[int, int]:
     table = {}
     for key, value in schedule.items():
         advice = "Steps count from 0: write {0: 1, 1000: 4}."
-        step = _whole(f"A step of {name}", key, least=0, advice=advice)
+        step = whole_number(f"A step of {name}", key, least=0, advice=advice)
         advice = f"Write {{{step}: 1}} or more."
-        number = f"The micro-batches that {name} gives for step {step}"
-        table[step] = _whole(number, value, least=1, advice=advice)
+        table[step] = whole_number(_at_step(name, step), value, least=1, advice=advice)
     if 0 not in table:
         raise ValueError(
             f"{name} must say how many micro-batches step 0 has, got {dict(schedule)!r}. "
             "Add 0 to it: {0: 1, ...}."
         )
-    return dict(sorted(table.items()))
+    return dict(sorted(table.items()))  # for the repr
+
+
+def _at_step(name: str, step: int) -> str:
+    return f"The micro-batches that {name} gives for step {step}"
 
 
 def _looked_up(table: Mapping[int, int], step: int) -> int:
-    steps = list(table)
-    return table[steps[bisect_right(steps, step) - 1]]
-
-
-def _whole(name: str, value: object, least: int, advice: str) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type] # of NumPy and torch as well
-    except TypeError:
-        raise TypeError(
-            f"{name} must be an integer of at least {least}, got {value!r} of type "
-            f"{type(value).__name__}. {advice}"
-        ) from None
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {value!r}. {advice}")
-    return number
+    return table[max(start for start in table if start <= step)]
 
 
 _CHECKS = 3  # this many in a row must find the noise scale out of range before more are tried
@@ -205,17 +208,11 @@ _LR_POWERS = {"sqrt": 0.5, "linear": 1.0}
 
 @dataclass(slots=True)
 class _State:
-    """What changes from window to window.
+    """What changes from window to window; the names are those of the state in a checkpoint."""
 
-    Attributes:
-        micro_batches: Of the window under way.
-        start: Of the first window.
-        out_of_range: Checks in a row that found the noise scale out of range.
-    """
-
-    micro_batches: int
-    start: int
-    out_of_range: int = 0
+    micro_batches: int  # of the window under way
+    start: int  # micro-batches of the first window
+    out_of_range: int = 0  # checks in a row that found the noise scale out of range
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,30 +274,29 @@ class AccumulateByNoiseScale:
 
     def __post_init__(self) -> None:
         self._check_bounds()
-        check_count(_named("every"), self.every, 1)
+        check_count("AccumulateByNoiseScale(every=)", self.every, 1)
+        name = "AccumulateByNoiseScale(hysteresis=)"
         advice = "Write 1.5 to change at one and a half times the batch."
-        check_between(_named("hysteresis"), self.hysteresis, 1.0, math.inf, advice)
-        check_count(_named("min_updates"), self.min_updates, 1)
+        check_between(name, self.hysteresis, 1.0, math.inf, advice)
+        check_count("AccumulateByNoiseScale(min_updates=)", self.min_updates, 1)
         if self.scale_lr is not None:
-            check_choice(f"{_named('scale_lr')}, where not None,", self.scale_lr, list(_LR_POWERS))
+            name = "AccumulateByNoiseScale(scale_lr=), where not None,"
+            check_choice(name, self.scale_lr, list(_LR_POWERS))
         start = self.min if self.start is None else self.start
         object.__setattr__(self, "_state", _State(start, start))
 
     def _check_bounds(self) -> None:
-        _check_power("min", self.min)
-        _check_power("max", self.max)
-        if self.min > self.max:
-            raise ValueError(
-                f"{_named('min')} must be at most the max of {self.max}, got {self.min}. Write a "
-                "larger max."
-            )
+        check_power_of_two("AccumulateByNoiseScale(min=)", self.min)
+        check_power_of_two("AccumulateByNoiseScale(max=)", self.max)
+        reason = ". Write a larger max."
+        check_at_most("AccumulateByNoiseScale(min=)", self.min, self.max, "max", reason)
         if self.start is None:
             return
-        _check_power("start", self.start)
+        check_power_of_two("AccumulateByNoiseScale(start=)", self.start)
         if not self.min <= self.start <= self.max:
             raise ValueError(
-                f"{_named('start')} must be between the min of {self.min} and the max of "
-                f"{self.max}, got {self.start}. Leave it out to start with the min."
+                f"AccumulateByNoiseScale(start=) must be between the min of {self.min} and the max "
+                f"of {self.max}, got {self.start}. Leave it out to start with the min."
             )
 
     @property
@@ -335,12 +331,14 @@ class AccumulateByNoiseScale:
 
     def _wanted(self, noise: NoiseScale) -> int:
         now = self._state.micro_batches
+        # Estimates beyond the range are not valid, and without this a small min would never grow.
         if self._state.out_of_range == _CHECKS:
             self._state.out_of_range = 0
             return 2 * now
         nearest, exact = noise.suggested_micro_batches, noise.micro_batches
         if not noise.valid or nearest is None or not 0 <= exact < math.inf:
             return now
+        # Near the middle of two powers the nearest changes with every check: hence the margin.
         if nearest > now and exact >= self.hysteresis * now:
             return 2 * now
         return now // 2 if nearest < now and exact * self.hysteresis <= now else now
@@ -354,37 +352,115 @@ class AccumulateByNoiseScale:
         return asdict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what :meth:`state_dict` gave, within the bounds of this policy."""
+        """Restores what :meth:`state_dict` gave, within the bounds of this policy."""
         self._state.micro_batches = self._within(int(state["micro_batches"]))
         self._state.start = int(state["start"])
         self._state.out_of_range = int(state["out_of_range"])
 
 
 def _surely_out_of_range(noise: NoiseScale) -> bool:
-    """Tells whether an estimate has nothing wrong with it but that it is out of range."""
+    # Nothing else may be wrong with the estimate: noise alone can make it large as well.
     significant = noise.significance >= _SIGNIFICANCE
     return significant and noise.out_of_range and math.isfinite(noise.b_simple)
 
 
-def _named(argument: str) -> str:
-    return f"AccumulateByNoiseScale({argument}=)"
+def accumulate_policy(name: str, value: object) -> AccumulatePolicy:
+    """Turns what a user wrote into the rule that it means.
+
+    Args:
+        name: The argument as the user wrote it, for errors.
+        value: A number of micro-batches; a mapping ``{step: micro-batches}`` or a function of the
+            step; ``"auto"``; or a policy, which is taken as it is, callable or not.
+
+    Returns:
+        The rule.
+
+    Raises:
+        TypeError: If it is none of them, or a class rather than an object.
+        ValueError: If it is another word, or a number out of bounds.
+    """
+    if isinstance(value, str) and value == "auto":
+        return AccumulateByNoiseScale()
+    # A class has the methods of a policy and can be called, True is an integer: neither is meant.
+    if not isinstance(value, (str, bool, type)):
+        if isinstance(value, AccumulatePolicy):  # before callable(): a user's policy may be both
+            return value
+        if isinstance(value, SupportsIndex):
+            return FixedAccumulation(value, name=name)
+        if isinstance(value, Mapping) or callable(value):
+            return AccumulationSchedule(value, name=name)
+    raise (ValueError if isinstance(value, str) else TypeError)(
+        f"{name} must be an integer of at least 1, a mapping {{step: micro-batches}}, a function "
+        f'of the step, "auto" or an accumulation policy, got {value!r} of type '
+        f"{type(value).__name__}. Write accumulate=4 for four micro-batches per step, accumulate="
+        '{0: 1, 1000: 4} to change it at a step, or accumulate="auto" (or an object, '
+        "AccumulateByNoiseScale(min=2, max=32)) to have it follow the gradient noise."
+    )
 
 
-def _check_power(argument: str, value: object) -> None:
-    """Refuses what is not a power of two, and names the nearest ones."""
-    name = _named(argument)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{name} must be an integer, a power of two, got {value!r} of type "
-            f"{type(value).__name__}. Write 2, for instance."
-        )
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value!r}. Write 2, for instance.")
-    if value & (value - 1):
-        below = 1 << (value.bit_length() - 1)
-        raise ValueError(
-            f"{name} must be a power of two, got {value!r}. Write {below} or {2 * below}."
-        )
+_NAN = math.nan
+UNKNOWN = NoiseScale(_NAN, _NAN, _NAN, _NAN, valid=False, updates=0, suggested_micro_batches=None)
+"""What a policy is given at steps where it does not look."""
+
+
+class AccumulationPlan:
+    """Asks the policy before each window, and reports every change.
+
+    Args:
+        policy: The rule.
+        on_change: Called with the first step of the windows of another length, the old length and
+            the new one, and the noise scale that decided; None if no noise scale did.
+
+    Attributes:
+        checked: Whether a step whose window has another number is refused. A framework's adapter,
+            which leaves the windows to the framework, switches it off.
+        by_framework: Whether that framework accumulates, whatever the policy says.
+        micro_batches: Micro-batches of the window under way.
+        lr_factor: What the learning rate is multiplied with in the step under way.
+        fixed: Whether all windows have the same, so that nobody needs to decide.
+        by_noise: Whether the noise scale decides, so that all ranks must have the same.
+    """
+
+    def __init__(
+        self,
+        policy: AccumulatePolicy,
+        on_change: Callable[[int, int, int, NoiseScale | None], None],
+    ) -> None:
+        self.checked = True
+        self.by_framework = False
+        # A policy of the user's own may read the noise scale, and nothing says that it does not.
+        self.by_noise = not isinstance(policy, _WithoutNoise)
+        self.fixed = isinstance(policy, FixedAccumulation)
+        self._policy = policy
+        self._on_change = on_change
+        self._read()
+
+    def _read(self) -> None:
+        self.micro_batches, self.lr_factor = self._policy.micro_batches, self._policy.lr_factor
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step may ever have more than one micro-batch."""
+        return self.by_framework or self._policy.most != 1
+
+    def next_window(self, step: int, noise: Callable[[], NoiseScale]) -> None:
+        """Asks the policy about the next window, after ``step`` optimizer steps."""
+        # noise() waits for numbers that are still on their way to the host: only where asked for.
+        looked = noise() if self._policy.looks_at(step) else None
+        old, new = self.micro_batches, self._policy.decide(step, looked or UNKNOWN)
+        self._read()
+        if new != old:
+            self._on_change(step + 1, old, new, looked)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what a resumed run needs to decide the same."""
+        return {"policy": type(self._policy).__name__, "state": self._policy.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave; another policy than that begins anew."""
+        if state["policy"] == type(self._policy).__name__:
+            self._policy.load_state_dict(state["state"])
+            self._read()
 
 
 TOO_EARLY = (
@@ -405,101 +481,13 @@ TOO_LATE = (
 def check_window(optimizer: str, found: int, wanted: int) -> None:
     """Refuses a step whose window has another number of micro-batches than was asked for.
 
-    Args:
-        optimizer: Label of the optimizer that is about to step.
-        found: Micro-batches in its window.
-        wanted: Micro-batches that make a step; with 1 every number is taken.
-
     Raises:
-        AccumulationError: If they differ.
+        AccumulationError: If they differ, and more than one was asked for.
     """
+    # With 1, the default, nothing was said about windows: a loop may accumulate by itself.
     if wanted > 1 and found != wanted:
         text = TOO_EARLY if found < wanted else TOO_LATE
         raise AccumulationError(text.format(optimizer=optimizer, found=found, wanted=wanted))
-
-
-@runtime_checkable
-class AccumulatePolicy(Protocol):
-    """A rule that says before each window how many micro-batches it has.
-
-    Steps are optimizer steps done so far: the window that begins first is step 0. All ranks are
-    given the same numbers, and must come to the same answer.
-    """
-
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches of the window under way, before the first decision of the first one."""
-
-    @property
-    def most(self) -> int | None:
-        """The largest number it may ever ask for; None for any. With 1 nothing accumulates."""
-
-    @property
-    def lr_factor(self) -> float:
-        """What the learning rate is to be multiplied with in the window under way; else 1."""
-
-    def looks_at(self, step: int) -> bool:
-        """Tells whether it will read the noise scale at a step: only then is it waited for.
-
-        Args:
-            step: Optimizer steps done so far.
-        """
-
-    def decide(self, step: int, noise: NoiseScale) -> int:
-        """Decides about the window that begins; called once, between two windows.
-
-        Args:
-            step: Optimizer steps done so far.
-            noise: The noise scale; nothing can be said of what it holds where :meth:`looks_at` is
-                false.
-
-        Returns:
-            Its micro-batches, at least 1.
-        """
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state as plain numbers and lists; empty for a rule without memory."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what :meth:`state_dict` gave."""
-
-
-def accumulate_policy(name: str, value: object) -> AccumulatePolicy:
-    """Turns what a user wrote into the rule that it means.
-
-    Args:
-        name: The argument as the user wrote it, for errors.
-        value: A number of micro-batches; a mapping ``{step: micro-batches}`` or a function of the
-            step; ``"auto"``; or a policy, which is taken as it is, callable or not.
-
-    Returns:
-        The rule.
-
-    Raises:
-        TypeError: If it is none of them, or a class rather than an object.
-        ValueError: If it is another word, or a number out of bounds.
-    """
-    if isinstance(value, str) and value == "auto":
-        return AccumulateByNoiseScale()
-    if isinstance(value, (str, bool, type)):
-        raise _unknown(name, value)
-    if isinstance(value, AccumulatePolicy):
-        return value
-    if isinstance(value, SupportsIndex):
-        return FixedAccumulation(value, name=name)
-    if isinstance(value, Mapping) or callable(value):
-        return AccumulationSchedule(value, name=name)
-    raise _unknown(name, value)
-
-
-def _unknown(name: str, value: object) -> Exception:
-    return (ValueError if isinstance(value, str) else TypeError)(
-        f"{name} must be an integer of at least 1, a mapping {{step: micro-batches}}, a function "
-        f'of the step, "auto" or an accumulation policy, got {value!r} of type '
-        f"{type(value).__name__}. Write accumulate=4 for four micro-batches per step, accumulate="
-        '{0: 1, 1000: 4} to change it at a step, or accumulate="auto" (or an object, '
-        "AccumulateByNoiseScale(min=2, max=32)) to have it follow the gradient noise."
-    )
 
 
 ALONE = (
@@ -508,85 +496,11 @@ ALONE = (
 )
 
 
-OnChange = Callable[[int, int, int, NoiseScale | None], None]
-"""Told the first step of windows of another length, the old and new one, and what decided."""
-
-
-def check_can_be_had(policy: AccumulatePolicy, data_parallel: DataParallel | None) -> None:
-    """Refuses a policy that would blind itself.
-
-    Args:
-        policy: What was asked for.
-        data_parallel: The ranks that average their gradients; None where there is one only.
+def check_noise_scale_exists(policy: AccumulatePolicy, *, single_process: bool) -> None:
+    """Refuses a policy that may end where there is no noise scale for it to follow.
 
     Raises:
-        ValueError: If it follows a noise scale that there may be none of.
+        ValueError: If it may come down to one micro-batch, and no other rank has one.
     """
-    if isinstance(policy, AccumulateByNoiseScale) and policy.min == 1 and data_parallel is None:
+    if isinstance(policy, AccumulateByNoiseScale) and policy.min == 1 and single_process:
         raise ValueError(ALONE.format(policy=policy))
-
-
-class AccumulationPlan:
-    """Asks the policy before each window, and tells of every change.
-
-    Attributes:
-        checked: Whether a step whose window has another number is refused. A framework's adapter,
-            which leaves the windows to the framework, switches it off.
-        by_framework: Whether that framework accumulates, whatever the policy says.
-        micro_batches: Micro-batches of the window under way.
-        lr_factor: What the learning rate is multiplied with in the step under way.
-        fixed: Whether all windows have the same, so that nobody needs to decide.
-        by_noise: Whether the noise scale decides, so that all ranks must have the same.
-    """
-
-    def __init__(self, policy: AccumulatePolicy, on_change: OnChange) -> None:
-        """Begins the first window.
-
-        Args:
-            policy: Decides.
-            on_change: Told of every change.
-        """
-        self.checked = True
-        self.by_framework = False
-        self.by_noise = not isinstance(policy, (FixedAccumulation, AccumulationSchedule))
-        self.fixed = isinstance(policy, FixedAccumulation)
-        self._policy = policy
-        self._on_change = on_change
-        self._read()
-
-    def _read(self) -> None:
-        self.micro_batches, self.lr_factor = self._policy.micro_batches, self._policy.lr_factor
-
-    @property
-    def accumulates(self) -> bool:
-        """Whether a step may ever have more than one micro-batch."""
-        return self.by_framework or self._policy.most != 1
-
-    def next_window(self, step: int, noise: Callable[[], NoiseScale]) -> None:
-        """Has the next window decided about.
-
-        Args:
-            step: Optimizer steps done so far.
-            noise: Gives the noise scale; waits for numbers that are still on their way, and is
-                asked only where they are needed.
-        """
-        looked = noise() if self._policy.looks_at(step) else None
-        old, new = self.micro_batches, self._policy.decide(step, looked or UNKNOWN)
-        self._read()
-        if new != old:
-            self._on_change(step + 1, old, new, looked)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run needs to decide the same."""
-        return {"policy": type(self._policy).__name__, "state": self._policy.state_dict()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what :meth:`state_dict` gave; another policy than that begins anew."""
-        if state["policy"] == type(self._policy).__name__:
-            self._policy.load_state_dict(state["state"])
-            self._read()
-
-
-_NAN = float("nan")
-UNKNOWN = NoiseScale(_NAN, _NAN, _NAN, _NAN, valid=False, updates=0, suggested_micro_batches=None)
-"""What a policy is given at steps where it does not look."""

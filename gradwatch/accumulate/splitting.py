@@ -85,10 +85,6 @@ def split_batch(batch: Any, size: int, name: str = CALL) -> list[tuple[Any, int]
 def largest_part(length: int, size: int) -> int:
     """Returns the examples of the first, and so largest, part that a batch is split into.
 
-    Args:
-        length: Examples of the batch.
-        size: The most examples of a part.
-
     Example:
         >>> largest_part(9, size=8)
         5
@@ -97,19 +93,15 @@ def largest_part(length: int, size: int) -> int:
 
 
 def batch_length(batch: Any, name: str = CALL) -> int:
-    """Counts the examples of a batch.
+    """Returns the examples of a batch, as :func:`split_batch` accepts it.
 
-    Args:
-        batch: As :func:`split_batch` takes it.
-        name: The call as the user wrote it.
-
-    Returns:
-        The length of dimension 0; of its lists where it holds no tensor and no array.
+    That is the length of dimension 0; of its lists where it holds no tensor and no array.
 
     Raises:
         TypeError: If there is nothing to count, or a tensor cannot be cut.
         ValueError: If the batch is empty, or its lengths differ.
     """
+    # All are counted before anything is cut: an error comes before the first backward.
     leaves = list(_leaves(batch, "batch"))
     for path, leaf in leaves:
         _check_can_be_cut(name, path, leaf)
@@ -132,7 +124,7 @@ def _count(length: int, size: int) -> int:
 
 
 class _Cut:
-    """Takes some of the examples out of a batch of so many."""
+    """Cuts some of the examples out of a batch of ``length``."""
 
     def __init__(self, name: str, length: int) -> None:
         self._name, self._length = name, length
@@ -176,6 +168,7 @@ def _level(value: Any) -> _Level | None:
         return None
     if _is_list(value) and _is_flat(value):
         return None
+    # One level only: flattened as a whole, lists of examples would fall apart into strings.
     items, spec = pytree.tree_flatten(value, is_leaf=lambda one: one is not value)
     if len(items) == 1 and items[0] is value:
         return _mapping_level(value) if isinstance(value, Mapping) else None
@@ -225,5 +218,6 @@ def _check_can_be_cut(name: str, path: str, leaf: Any) -> None:
 def _narrow(value: Any, start: int, count: int) -> Any:
     if value.ndim == 0 or not isinstance(value, Tensor):
         return value if value.ndim == 0 else value[start : start + count]
+    # A sparse tensor has no views along a dimension of its indices.
     narrow = torch.narrow_copy if value.is_sparse else torch.narrow
     return narrow(value, 0, start, count)

@@ -5,31 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from gradwatch.checks import check_between, check_count
-from gradwatch.clip.fixed import check_positive
+from gradwatch.checks import check_at_least, check_between, check_count, check_positive
 from gradwatch.clip.norm_history import exact_dtype
 from gradwatch.clip.policy import ClipDecision
 from gradwatch.measure.deferred import is_at_hand
 
-Kept = tuple[Tensor, Tensor]  # factors [n], and averages [n] for the next step
-
 
 @dataclass
 class _State:
-    """What AdaGC remembers.
+    """What AdaGC remembers, for the policy itself is frozen."""
 
-    Attributes:
-        steps: How many steps it has seen: a number on the host, or a tensor ``[]`` of int64.
-        averages: Tensor ``[n]``: gamma of each parameter; 0 for one that never had a gradient.
-    """
-
-    steps: int | Tensor = 0
-    averages: Tensor | None = None
+    steps: int | Tensor = 0  # a number on the host, or a tensor [] of int64
+    averages: Tensor | None = None  # [n]: each parameter's gamma; 0 before its first gradient
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,27 +72,20 @@ class AdaGC:
     lambda_abs: float = 1.0
     warmup: int = 100
     norm_type: float = 2.0
-    scope: str = field(default="parameter", init=False, repr=False)
+    scope: ClassVar[str] = "parameter"
     _state: _State = field(init=False, repr=False, default_factory=_State)
 
     def __post_init__(self) -> None:
         check_positive("AdaGC(lambda_rel=)", self.lambda_rel)
-        if self.lambda_rel < 1:
-            raise ValueError(
-                f"AdaGC(lambda_rel=) must be at least 1, got {self.lambda_rel!r}: less would clip "
-                "every step by more than the one before. Write 1.05."
-            )
+        reason = ": less would clip every step by more than the one before. Write 1.05."
+        check_at_least("AdaGC(lambda_rel=)", self.lambda_rel, 1, reason)
         check_between("AdaGC(beta=)", self.beta, 0.0, 1.0, "Write 0.98 for about 50 steps.")
         check_positive("AdaGC(lambda_abs=)", self.lambda_abs)
         check_count("AdaGC(warmup=)", self.warmup, 0)
         check_positive("AdaGC(norm_type=)", self.norm_type)
 
     def decide(self, total_norm: Tensor) -> ClipDecision:
-        """Decides about the norms of one step.
-
-        Args:
-            total_norm: Tensor ``[n]``: one norm for each parameter.
-        """
+        """Decides about the norms of one step: tensor ``[n]``, one for each parameter."""
         norms = total_norm.detach().to(exact_dtype(total_norm.device))
         averages = self._averages(norms)
         if is_at_hand(norms):
@@ -109,7 +94,7 @@ class AdaGC:
 
     def _on_host(self, norms: Tensor, averages: Tensor, dtype: torch.dtype) -> ClipDecision:
         state, steps = self._state, int(self._state.steps)
-        # The sum tells at once, unless finite norms overflow it.
+        # The sum tells at once, unless finite norms overflow it; then each norm is looked at.
         if not (0.0 < norms.sum().item() < math.inf or bool(_says_something(norms))):
             return ClipDecision()
         warm = steps < self.warmup
@@ -123,6 +108,7 @@ class AdaGC:
 
     def _on_device(self, norms: Tensor, averages: Tensor, dtype: torch.dtype) -> ClipDecision:
         state = self._state
+        # Both rules are computed: whether the warm-up is over is known on the device only.
         steps = torch.as_tensor(state.steps, device=norms.device)
         keep, warm = _says_something(norms), steps < self.warmup
         together, apart = self._together(norms, averages), self._apart(norms, averages)
@@ -132,7 +118,7 @@ class AdaGC:
         limit = torch.where(warm & keep, norms.new_full((), self.lambda_abs), math.nan)
         return ClipDecision(torch.where(keep, factors, 1.0).to(dtype), limit.to(dtype))
 
-    def _together(self, norms: Tensor, averages: Tensor) -> Kept:
+    def _together(self, norms: Tensor, averages: Tensor) -> tuple[Tensor, Tensor]:
         # Divided by the largest, no square leaves the range of the dtype.
         largest = norms.max() if len(norms) else norms.sum()
         scaled = norms / torch.where(largest > 0, largest, 1.0)
@@ -142,7 +128,8 @@ class AdaGC:
         kept = torch.minimum(factor * norms, least)
         return factor.expand_as(norms), torch.where(norms > 0, kept, averages)
 
-    def _apart(self, norms: Tensor, averages: Tensor) -> Kept:
+    def _apart(self, norms: Tensor, averages: Tensor) -> tuple[Tensor, Tensor]:
+        # A zero is a parameter without a gradient: averaged in, it would lock the parameter there.
         known, present = averages > 0, norms > 0
         kept = torch.where(known, torch.minimum(norms, self.lambda_rel * averages), norms)
         moved = torch.where(known, self.beta * averages + (1 - self.beta) * kept, kept)
@@ -150,7 +137,6 @@ class AdaGC:
         return factors, torch.where(present, moved, averages)
 
     def _averages(self, norms: Tensor) -> Tensor:
-        """Returns the averages so far, where the norms are."""
         averages = self._state.averages
         if averages is None:
             return torch.zeros_like(norms)
@@ -171,7 +157,7 @@ class AdaGC:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what :meth:`state_dict` gave."""
+        """Restores what :meth:`state_dict` gave."""
         averages, own = state["averages"], self._state
         own.steps = int(state["steps"])
         own.averages = None if averages is None else torch.tensor(averages, dtype=torch.float64)

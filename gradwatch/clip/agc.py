@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gradwatch.clip.fixed import check_positive
-from gradwatch.clip.policy import ClipDecision
+from gradwatch.checks import check_names, check_positive
+from gradwatch.clip.policy import ClipDecision, Stateless
 
 _HALF = {torch.float16, torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class AdaptiveGradientClip:
+class AdaptiveGradientClip(Stateless):
     r"""Limits the gradient of each output unit to a share of the norm of its weights (AGC).
 
     For the gradient :math:`g_i` and the weights :math:`w_i` of unit :math:`i` the factor is
@@ -65,29 +64,22 @@ class AdaptiveGradientClip:
     eps: float = 1e-3
     exclude: tuple[str, ...] = ()
     norm_type: float = 2.0
-    scope: str = field(default="global", init=False, repr=False)
+    scope: ClassVar[str] = "global"
 
     def __post_init__(self) -> None:
         check_positive("AdaptiveGradientClip(clip_factor=)", self.clip_factor)
         check_positive("AdaptiveGradientClip(eps=)", self.eps)
         check_positive("AdaptiveGradientClip(norm_type=)", self.norm_type)
-        patterns: object = self.exclude
-        if not isinstance(patterns, (tuple, list)) or not all(
-            isinstance(pattern, str) for pattern in patterns
-        ):
-            raise TypeError(
-                "AdaptiveGradientClip(exclude=) must be a tuple of patterns of names, got "
-                f"{patterns!r} of type {type(patterns).__name__}. Write ('head.*',) to "
-                "leave out the parameters of a module named head."
-            )
-        object.__setattr__(self, "exclude", tuple(patterns))
+        advice = "Write ('head.*',) to leave out the parameters of a module named head."
+        check_names("AdaptiveGradientClip(exclude=)", self.exclude, advice)
+        object.__setattr__(self, "exclude", tuple(self.exclude))  # a list has no hash
 
     def decide(self, total_norm: Tensor) -> ClipDecision:
         """Refers to the units, whatever the norm; see ``ClipPolicy``."""
         return ClipDecision(threshold=math.nan, units=self)
 
     def coefficient(self, name: str, gradient: Tensor, weight: Tensor) -> Tensor | None:
-        """Computes the factors of one parameter's units, without a wait.
+        """Computes the factors of the units of one parameter, without a wait.
 
         Args:
             name: Its name.
@@ -109,19 +101,14 @@ class AdaptiveGradientClip:
                 f"not all there. Write exclude=({name!r},), or sparse=False for the embedding."
             )
         limit = self.clip_factor * torch.clamp(self._unit_norm(weight.detach()), min=self.eps)
+        # A gradient of zero makes this Inf, and the clamp makes it 1: no epsilon is needed.
         return torch.clamp(limit / self._unit_norm(gradient.detach()), max=1.0)
 
     def _unit_norm(self, tensor: Tensor) -> Tensor:
+        # In half precision 65504 is the largest norm: a finite gradient of 1000s would overflow.
         dtype = torch.float32 if tensor.dtype in _HALF else None
         inner = tuple(range(1, tensor.ndim)) or None
         norms: Tensor = torch.linalg.vector_norm(
             tensor, self.norm_type, inner, keepdim=inner is not None, dtype=dtype
         )
         return norms
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns nothing: the rule has no memory."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes nothing: the rule has no memory."""

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from dataclasses import dataclass
 
-from torch import Tensor
-
-from gradwatch.checks import check_between, check_count
-from gradwatch.clip.fixed import check_positive
-from gradwatch.clip.norm_history import Backend, Flag, NormHistory, Scalar, limit_norm
-from gradwatch.clip.policy import ClipDecision
+from gradwatch.checks import check_at_most, check_between, check_count, check_positive
+from gradwatch.clip.norm_history import Backend, Flag, HistoryClip, Scalar
 
 
 @dataclass(frozen=True, eq=False)
-class AutoClip:
+class AutoClip(HistoryClip):
     r"""Limits the norm to a percentile of the norms of earlier steps.
 
     The factor is :math:`c = \min(1, P_p(H) / n)` for the norm :math:`n` and the p-th percentile
@@ -58,39 +53,23 @@ class AutoClip:
     warmup: int = 5
     include_current: bool = False
     norm_type: float = 2.0
-    scope: str = field(default="global", init=False, repr=False)
-    _memory: NormHistory = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         advice = "Write 90 to clip the largest tenth of the norms."
         check_between("AutoClip(percentile=)", self.percentile, 0.0, 100.0, advice)
         check_count("AutoClip(window=)", self.window, 1)
         check_count("AutoClip(warmup=)", self.warmup, 1)
-        if self.warmup > self.window:
-            raise ValueError(
-                f"AutoClip(warmup=) must be at most the window of {self.window}, got "
-                f"{self.warmup!r}: the history would never be long enough. Write a larger window."
-            )
+        reason = ": the history would never be long enough. Write a larger window."
+        check_at_most("AutoClip(warmup=)", self.warmup, self.window, "window", reason)
         check_positive("AutoClip(norm_type=)", self.norm_type)
-        object.__setattr__(self, "_memory", NormHistory(self.window))
+        self._remember(self.window)
 
-    def decide(self, total_norm: Tensor) -> ClipDecision:
-        """Decides about one norm; see :class:`~gradwatch.clip.policy.ClipPolicy`."""
-        return limit_norm(total_norm, self._memory, self._limit)
-
-    def _limit(self, place: Backend, norm: Scalar, keep: Flag) -> Scalar:
-        history: Any = self._memory.window
+    def _limit(self, backend: Backend, norm: Scalar, keep: Flag) -> Scalar:
+        window = self._history.window
         if self.include_current:
-            history.push(norm, keep)
-        enough, percentile = history.count >= self.warmup, history.quantile(self.percentile / 100)
+            window.push(norm, keep)
+        # Read before the push: by default a spike is not to raise its own limit.
+        enough, percentile = window.count >= self.warmup, window.quantile(self.percentile / 100)
         if not self.include_current:
-            history.push(norm, keep)
-        return place.where(enough, percentile, float("inf"))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the history; on an accelerator this waits for it."""
-        return self._memory.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what :meth:`state_dict` gave."""
-        self._memory.load_state_dict(state)
+            window.push(norm, keep)
+        return backend.where(enough, percentile, math.inf)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gradwatch.checks import SCOPES, check_choice
-from gradwatch.clip.policy import ClipDecision
+from gradwatch.checks import check_choice, check_positive
+from gradwatch.clip.policy import SCOPES, ClipDecision, Stateless
 from gradwatch.measure.deferred import is_at_hand
 
 
 @dataclass(frozen=True)
-class ClipByNorm:
+class ClipByNorm(Stateless):
     r"""Scales gradients down when their norm exceeds a limit: all together, or in parts.
 
     The factor is :math:`c = \min(1, m / (n + 10^{-6}))` for the norm :math:`n` and the limit
@@ -63,16 +62,9 @@ class ClipByNorm:
         coefficient = torch.clamp(self.max_norm / (total_norm + 1e-6), max=1.0)
         return ClipDecision(coefficient=coefficient, threshold=threshold)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns nothing: the rule has no memory."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes nothing: the rule has no memory."""
-
 
 @dataclass(frozen=True)
-class ClipByValue:
+class ClipByValue(Stateless):
     """Limits every element of every gradient to ``[-clip_value, clip_value]``.
 
     The direction of the gradient changes. The recorded ``clip_coef`` is the ratio of the total
@@ -93,7 +85,7 @@ class ClipByValue:
 
     clip_value: float
     norm_type: float = 2.0
-    scope: str = field(default="global", init=False, repr=False)
+    scope: ClassVar[str] = "global"
 
     def __post_init__(self) -> None:
         check_positive("ClipByValue(clip_value=)", self.clip_value)
@@ -103,34 +95,11 @@ class ClipByValue:
         """Names the limit, whatever the norm; see ``ClipPolicy``."""
         return ClipDecision(threshold=float(self.clip_value), clip_value=float(self.clip_value))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns nothing: the rule has no memory."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes nothing: the rule has no memory."""
-
 
 def _surely_below(norm: Tensor, limit: float) -> bool:
-    """Tells where no rounding can make the factor less than 1, and so no arithmetic is needed."""
+    # Most steps are below: one comparison spares them the arithmetic. The margin covers
+    # the rounding of float32 and the 1e-6, which could still make the factor less than 1.
     if not is_at_hand(norm) or not norm.numel():
         return False
     largest = norm.max() if norm.ndim else norm
     return largest.item() < limit * (1 - 1e-5) - 2e-6
-
-
-def check_positive(name: str, value: object) -> None:
-    """Refuses what is not a positive number.
-
-    Args:
-        name: The argument as the user wrote it.
-        value: What the user gave.
-
-    Raises:
-        TypeError: If the value is not a number.
-        ValueError: If it is NaN, zero or negative.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}.")
-    if math.isnan(value) or value <= 0:
-        raise ValueError(f"{name} must be greater than 0, got {value!r}.")

@@ -9,6 +9,43 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+SCOPES = ("global", "group", "parameter")
+
+
+@runtime_checkable
+class ClipPolicy(Protocol):
+    """A clipping rule: norms in, a decision out. It never sees a gradient.
+
+    A policy may have an attribute ``scope``. With ``"global"``, or without it, the policy is given
+    the total norm, tensor ``[]``; with ``"group"`` or ``"parameter"`` one norm for each parameter
+    group, or each parameter, of the optimizer: tensor ``[n]``, always in the same order, 0 where
+    there is no gradient.
+
+    On the CPU it is never given a norm that is not finite. On an accelerator nobody has looked yet,
+    and looking would wait: there it must keep such a norm out of its memory by itself, and what it
+    answers is not used.
+    """
+
+    # `scope` is no member: isinstance() would then refuse a policy of the user without one.
+
+    @property
+    def norm_type(self) -> float:
+        """The p of the norm that it wants, and that is recorded."""
+
+    def decide(self, total_norm: Tensor) -> ClipDecision:
+        """Decides about one step.
+
+        Args:
+            total_norm: Tensor ``[]``, or ``[n]`` for another scope than ``"global"``: pre-clip
+                norms, unscaled and reduced over ranks.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as plain numbers and lists; empty for a rule without memory."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what :meth:`state_dict` gave."""
+
 
 @dataclass(frozen=True, slots=True)
 class ClipDecision:
@@ -33,7 +70,7 @@ class UnitRule(Protocol):
     """A rule that looks at the gradient and the weight of each output unit."""
 
     def coefficient(self, name: str, gradient: Tensor, weight: Tensor) -> Tensor | None:
-        """Computes the factors for one parameter.
+        """Computes the factors for one parameter, to broadcast against its gradient.
 
         Args:
             name: Its name.
@@ -41,41 +78,16 @@ class UnitRule(Protocol):
             weight: Its value.
 
         Returns:
-            Factors that broadcast against the gradient; None to leave it.
+            The factors; None to leave the gradient.
         """
 
 
-@runtime_checkable
-class ClipPolicy(Protocol):
-    """A clipping rule: norms in, a decision out. It never sees a gradient.
-
-    A policy may have an attribute ``scope``. With ``"global"``, or without it, the policy is given
-    the total norm, tensor ``[]``; with ``"group"`` or ``"parameter"`` one norm for each parameter
-    group, or each parameter, of the optimizer: tensor ``[n]``, always in the same order, 0 where
-    there is no gradient.
-
-    On the CPU it is never given a norm that is not finite. On an accelerator nobody has looked yet,
-    and looking would wait: there it must keep such a norm out of its memory by itself, and what it
-    answers is not used.
-    """
-
-    @property
-    def norm_type(self) -> float:
-        """The p of the norm that it wants, and that is recorded."""
-
-    def decide(self, total_norm: Tensor) -> ClipDecision:
-        """Decides about one step.
-
-        Args:
-            total_norm: Tensor ``[]``, or ``[n]`` for another scope than ``"global"``: pre-clip
-                norms, unscaled and reduced over ranks.
-
-        Returns:
-            What to do.
-        """
+class Stateless:
+    """What the policies without memory share."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state as plain numbers and lists; empty for a rule without memory."""
+        """Returns nothing: the rule has no memory."""
+        return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what :meth:`state_dict` gave."""
+        """Does nothing: the rule has no memory."""

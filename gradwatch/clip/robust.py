@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from torch import Tensor
-
-from gradwatch.checks import check_count
-from gradwatch.clip.fixed import check_positive
-from gradwatch.clip.norm_history import Backend, Flag, NormHistory, Scalar, limit_norm
-from gradwatch.clip.policy import ClipDecision
+from gradwatch.checks import check_at_most, check_count, check_positive
+from gradwatch.clip.norm_history import Backend, Flag, HistoryClip, Scalar
 
 MAD_TO_DEVIATION = 1.4826
 """The standard deviation of a normal distribution over its median absolute deviation."""
@@ -24,7 +18,7 @@ _FEWEST = 3  # fewer norms have no median worth the name
 
 
 @dataclass(frozen=True, eq=False)
-class RobustClip:
+class RobustClip(HistoryClip):
     r"""Clips a norm that is an outlier among the last ones, by their median; ``clip="auto"``.
 
     Norms vary by factors, so the rule works on their logarithms. Let :math:`m` be the median of
@@ -79,46 +73,30 @@ class RobustClip:
     window: int = 64
     warmup: int = 25
     norm_type: float = 2.0
-    scope: str = field(default="global", init=False, repr=False)
-    _memory: NormHistory = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_positive("RobustClip(z_thresh=)", self.z_thresh)
         check_count("RobustClip(window=)", self.window, _FEWEST)
         check_count("RobustClip(warmup=)", self.warmup, _FEWEST)
-        if self.warmup > self.window:
-            raise ValueError(
-                f"RobustClip(warmup=) must be at most the window of {self.window}, got "
-                f"{self.warmup!r}: the warm-up would never end. Write a larger window."
-            )
+        reason = ": the warm-up would never end. Write a larger window."
+        check_at_most("RobustClip(warmup=)", self.warmup, self.window, "window", reason)
         check_positive("RobustClip(norm_type=)", self.norm_type)
-        object.__setattr__(self, "_memory", NormHistory(self.window))
+        self._remember(self.window)
 
-    def decide(self, total_norm: Tensor) -> ClipDecision:
-        """Decides about one norm; see :class:`~gradwatch.clip.policy.ClipPolicy`."""
-        return limit_norm(total_norm, self._memory, self._limit)
-
-    def _limit(self, place: Backend, norm: Scalar, keep: Flag) -> Scalar:
-        logs: Any = self._memory.window
-        log, median = place.log(norm), logs.quantile(0.5)
+    def _limit(self, backend: Backend, norm: Scalar, keep: Flag) -> Scalar:
+        logs = self._history.window
+        log, median = backend.log(norm), logs.quantile(0.5)
         above = log - median
-        allowed = self._allowed(place, above, MAD_TO_DEVIATION * logs.spread(median))
-        guarded = place.where(above > _GUARD, median, median + _GUARD)
-        highest = place.where(logs.count >= self.warmup, median + allowed, guarded)
-        limit = place.where(logs.count >= _FEWEST, place.exp(highest), math.inf)
+        allowed = self._allowed(backend, above, MAD_TO_DEVIATION * logs.median_distance(median))
+        guarded = backend.where(above > _GUARD, median, median + _GUARD)
+        highest = backend.where(logs.count >= self.warmup, median + allowed, guarded)
+        limit = backend.where(logs.count >= _FEWEST, backend.exp(highest), math.inf)
+        # As it was before the clip: clipped norms would keep the median from following a rise.
         logs.push(log, keep)
         return limit
 
-    def _allowed(self, place: Backend, above: Scalar, deviation: Scalar) -> Scalar:
-        """Returns how far above the median a norm may lie, given how far it does."""
-        passing = self.z_thresh * place.larger(deviation, _LEAST_DEVIATION)
-        passing = place.smaller(passing, _FARTHEST)
-        return passing * place.ratio(passing, place.larger(above, passing)) ** 2
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the logarithms of the last norms; on an accelerator this waits for them."""
-        return self._memory.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what :meth:`state_dict` gave."""
-        self._memory.load_state_dict(state)
+    def _allowed(self, backend: Backend, above: Scalar, deviation: Scalar) -> Scalar:
+        passing = self.z_thresh * backend.maximum(deviation, _LEAST_DEVIATION)
+        passing = backend.minimum(passing, _FARTHEST)
+        # A norm within the limit makes the ratio 1: no branch, which a device would wait for.
+        return passing * backend.divide(passing, backend.maximum(above, passing)) ** 2

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gradwatch.clip.fixed import check_positive
-from gradwatch.clip.norm_history import Backend, Flag, NormHistory, Scalar
+from gradwatch.checks import check_positive
+from gradwatch.clip.norm_history import Backend, Flag, HistoryRule, Scalar
 from gradwatch.clip.robust import MAD_TO_DEVIATION
 
 _AUTO = 6.0
@@ -20,7 +19,7 @@ _LEAST_DEVIATION = 0.05  # as a share of the median: nothing below 1.3 times it 
 
 
 @dataclass(frozen=True, eq=False)
-class SpikeRule:
+class SpikeRule(HistoryRule):
     r"""Tells spikes by the median of the norms before them; ``skip_spikes=``.
 
     A norm :math:`n` is a spike if :math:`n > m + z \max(1.4826\,\mathrm{MAD}, 0.05\,m)` for the
@@ -48,7 +47,6 @@ class SpikeRule:
     """
 
     z: float | Literal["auto"] = "auto"
-    _memory: NormHistory = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.z, str) and self.z != "auto":
@@ -58,10 +56,10 @@ class SpikeRule:
             )
         if self.z != "auto":
             check_positive("skip_spikes", self.z)
-        object.__setattr__(self, "_memory", NormHistory(_WINDOW))
+        self._remember(_WINDOW)
 
     def is_spike(self, total_norm: Tensor) -> Tensor:
-        """Judges one norm by those before it, and takes note of it.
+        """Tells whether a norm is a spike by those before it, and remembers it.
 
         Args:
             total_norm: Tensor ``[]``: pre-clip, unscaled and reduced over ranks.
@@ -69,25 +67,17 @@ class SpikeRule:
         Returns:
             Tensor ``[]`` of bool, on the device of the norm.
         """
-        place = self._memory.at(total_norm)
-        norm, keep = place.take(total_norm)
-        spike = keep & self._judge(place, norm, keep)
+        backend, norm, keep = self._history.read(total_norm)
+        spike = keep & self._exceeds(backend, norm, keep)
         return spike if isinstance(spike, Tensor) else torch.tensor(spike)
 
-    def _judge(self, place: Backend, norm: Scalar, keep: Flag) -> Flag:
-        history: Any = self._memory.window
-        median = history.quantile(0.5)
-        deviation = MAD_TO_DEVIATION * history.spread(median)
-        deviation = place.larger(deviation, _LEAST_DEVIATION * median)
+    def _exceeds(self, backend: Backend, norm: Scalar, keep: Flag) -> Flag:
+        window = self._history.window
+        median = window.quantile(0.5)
+        deviation = MAD_TO_DEVIATION * window.median_distance(median)
+        deviation = backend.maximum(deviation, _LEAST_DEVIATION * median)
         limit = median + (_AUTO if self.z == "auto" else self.z) * deviation
-        spike = (history.count >= _FEWEST) & (norm > limit)
-        history.push(norm, keep)
+        spike = (window.count >= _FEWEST) & (norm > limit)
+        # Spikes enter as well: left out, a loss that settled higher would be skipped for ever.
+        window.push(norm, keep)
         return spike
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the last norms; on an accelerator this waits for them."""
-        return self._memory.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what :meth:`state_dict` gave."""
-        self._memory.load_state_dict(state)

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-from torch import Tensor
-
-from gradwatch.checks import check_between, check_choice, check_count
-from gradwatch.clip.fixed import check_positive
-from gradwatch.clip.norm_history import Backend, Flag, NormHistory, Scalar, limit_norm
-from gradwatch.clip.policy import ClipDecision
+from gradwatch.checks import check_between, check_choice, check_count, check_positive
+from gradwatch.clip.norm_history import Backend, Flag, HistoryClip, Scalar
 
 _LEAST_DEVIATION = {"winsorized": 0.01, "clipped": 0.0}  # as a share of the mean
 _SOFTENING = {"winsorized": 0.0, "clipped": 1e-6}
 
 
 @dataclass(frozen=True, eq=False)
-class ZClip:
+class ZClip(HistoryClip):
     r"""Clips a norm that lies too many standard deviations above the mean of the norms before it.
 
     For the norm :math:`n`, the mean :math:`\mu` and the standard deviation :math:`\sigma` of
@@ -75,8 +69,6 @@ class ZClip:
     max_norm: float | None = None
     update: str = "winsorized"
     norm_type: float = 2.0
-    scope: str = field(default="global", init=False, repr=False)
-    _memory: NormHistory = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_between("ZClip(alpha=)", self.alpha, 0.0, 1.0, "Write 0.97 for about 33 steps.")
@@ -86,59 +78,41 @@ class ZClip:
             check_positive("ZClip(max_norm=)", self.max_norm)
         check_choice("ZClip(update=)", self.update, tuple(_LEAST_DEVIATION))
         check_positive("ZClip(norm_type=)", self.norm_type)
-        object.__setattr__(self, "_memory", NormHistory(self.warmup_steps, ("mean", "deviation")))
+        self._remember(self.warmup_steps, ("mean", "deviation"))
 
-    def decide(self, total_norm: Tensor) -> ClipDecision:
-        """Decides about one norm; see :class:`~gradwatch.clip.policy.ClipPolicy`."""
-        return limit_norm(total_norm, self._memory, self._limit)
-
-    def _limit(self, place: Backend, norm: Scalar, keep: Flag) -> Scalar:
-        warm = self._memory.window.count >= self.warmup_steps
-        mean, deviation = self._mean, self._deviation(place)
-        z = place.ratio(norm - mean, deviation + _SOFTENING[self.update] * mean)
+    def _limit(self, backend: Backend, norm: Scalar, keep: Flag) -> Scalar:
+        window, numbers = self._history.window, self._history.numbers
+        warm, mean = window.count >= self.warmup_steps, numbers["mean"]
+        deviation = backend.maximum(numbers["deviation"], _LEAST_DEVIATION[self.update] * mean)
+        z = backend.divide(norm - mean, deviation + _SOFTENING[self.update] * mean)
         outlier = warm & (z > self.z_thresh)
         largest = mean + self.z_thresh * deviation
-        limit = mean + place.ratio(self.z_thresh**2 * deviation, z)
-        limit = place.where(outlier, limit, place.where(warm, largest, math.inf))
+        limit = mean + backend.divide(self.z_thresh**2 * deviation, z)
+        limit = backend.where(outlier, limit, backend.where(warm, largest, math.inf))
         entering = largest if self.update == "winsorized" else limit
-        self._follow(place, place.where(outlier, entering, norm), keep & warm)
-        self._start(place, norm, keep & (self._memory.window.count < self.warmup_steps))
-        return limit if self.max_norm is None else place.smaller(limit, self.max_norm)
+        self._follow(backend, backend.where(outlier, entering, norm), keep & warm)
+        self._start(backend, norm, keep & (window.count < self.warmup_steps))
+        return limit if self.max_norm is None else backend.minimum(limit, self.max_norm)
 
-    @property
-    def _mean(self) -> Scalar:
-        return self._memory.numbers["mean"]
-
-    def _deviation(self, place: Backend) -> Scalar:
-        floor = _LEAST_DEVIATION[self.update] * self._mean
-        return place.larger(self._memory.numbers["deviation"], floor)
-
-    def _follow(self, place: Backend, entering: Scalar, keep: Flag) -> None:
-        """Moves mean and deviation; the root of the variance, so that no tiny square is lost."""
-        numbers, past, new = self._memory.numbers, self.alpha, 1 - self.alpha
+    def _follow(self, backend: Backend, entering: Scalar, keep: Flag) -> None:
+        numbers, past, new = self._history.numbers, self.alpha, 1 - self.alpha
         mean = past * numbers["mean"] + new * entering
-        deviation = place.hypot(
+        # The root of the variance is followed: the square of a norm of 1e-200 would be lost.
+        deviation = backend.hypot(
             math.sqrt(past) * numbers["deviation"], math.sqrt(new) * (entering - mean)
         )
-        self._set(place, keep, mean, deviation)
+        self._set(backend, keep, mean, deviation)
 
-    def _start(self, place: Backend, norm: Scalar, keep: Flag) -> None:
-        if not place.may_be(keep):
+    def _start(self, backend: Backend, norm: Scalar, keep: Flag) -> None:
+        # After the warm-up the host saves the work; on a device, to look at the flag is to wait.
+        if keep is False:
             return
-        window: Any = self._memory.window
+        window = self._history.window
         window.push(norm, keep)
         mean = window.mean()
-        self._set(place, keep, mean, window.deviation(mean))
+        self._set(backend, keep, mean, window.deviation(mean))
 
-    def _set(self, place: Backend, keep: Flag, mean: Scalar, deviation: Scalar) -> None:
-        numbers = self._memory.numbers
-        numbers["mean"] = place.where(keep, mean, numbers["mean"])
-        numbers["deviation"] = place.where(keep, deviation, numbers["deviation"])
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the norms of the warm-up, mean and deviation; this waits for an accelerator."""
-        return self._memory.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes back what :meth:`state_dict` gave."""
-        self._memory.load_state_dict(state)
+    def _set(self, backend: Backend, keep: Flag, mean: Scalar, deviation: Scalar) -> None:
+        numbers = self._history.numbers
+        numbers["mean"] = backend.where(keep, mean, numbers["mean"])
+        numbers["deviation"] = backend.where(keep, deviation, numbers["deviation"])

@@ -479,7 +479,7 @@ class WindowWeights:
         sums = WindowSums.of(window.noise_terms, losses)
         if ranks is not None:
             device = window.table.tensors[window.indices[0]].device
-            sums = sums.over_ranks(ranks, device)
+            sums = sums.over_ranks(ranks.add_up_, device)
             losses = [(_mean_loss(sums), 1.0)] if losses else []
         self.weight = sums.weight
         weight, count = _nonzero(as_operand(sums.weight)), 1 if ranks is None else ranks.ranks
