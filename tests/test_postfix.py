@@ -57,6 +57,6 @@ def test_it_waits_for_nothing():
 def test_tqdm_takes_it(capsys):
     """bar.set_postfix(watcher.postfix()) shows the norm."""
     watcher = _train(1)
-    with tqdm(total=1) as bar:
+    with tqdm(total=1, ncols=200) as bar:
         bar.set_postfix(watcher.postfix())
     assert f"grad_norm={watcher.last.grad_norm:.3g}" in capsys.readouterr().err

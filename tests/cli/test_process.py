@@ -79,9 +79,8 @@ def _processes(tmp_path, monkeypatch):
     yield
     signal.signal(signal.SIGINT, before)
     while _started:
-        process = _started.pop()
-        process.kill()
-        process.wait()
+        with _started.pop() as process:
+            process.kill()
 
 
 @pytest.fixture
