@@ -1,0 +1,24 @@
+"""What a history answers, as plain values, and where the data is."""
+
+from pathlib import Path
+
+from .told import told, told_frame
+
+DATA = Path(__file__).parent / "data"
+
+
+def history_answers(history):
+    """All that can be asked of a run."""
+    report = history.report(few_steps=4, skipped=0.001, spike=3.0)
+    return {
+        "repr": repr(history),
+        "layout": told(history.layout),
+        "steps": told_frame(history.steps()),
+        "parameters": told_frame(history.parameters()),
+        "events": told_frame(history.events()),
+        "flow": told_frame(history.flow()),
+        "clip_rate": told(history.clip_rate()),
+        "advice": history.advice(),
+        "report": str(report),
+        "report_data": told(report.to_dict()),
+    }
