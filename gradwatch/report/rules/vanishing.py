@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gradwatch.record.columns import Array
 from gradwatch.report.finding import Evidence, Finding
-from gradwatch.report.run_data import Array, RunData
+from gradwatch.report.run_data import RunData, medians
 from gradwatch.report.thresholds import Thresholds
 
 _SMALLEST = 1e-45  # of float32; a gradient of zero is at most that
@@ -28,21 +29,19 @@ ADVICE = (
 
 
 def vanishing(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds a geometric fall of the gradient per element over the depth of the model.
-
-    Args:
-        run: The run.
-        limits: ``vanishing``, ``vanishing_layers`` and ``vanishing_trend``.
-    """
+    """Finds a geometric fall of the gradient per element over the depth of the model."""
     if not run.layout.shapes:
         return
     with np.errstate(invalid="ignore"):
-        typical = run.sample.typical() / np.sqrt(run.sizes)
+        typical = medians(run.sample["grad_norm"]) / np.sqrt(run.sizes)
+    # Per element, so that wide and narrow layers compare; matrices only, for biases and gains see
+    # other scales.
     layers = np.flatnonzero(run.matrices & np.isfinite(typical))
     if len(layers) < limits.vanishing_layers or not typical[layers].any():
         return
     logs = np.log10(np.maximum(typical[layers], _SMALLEST))
     quarter = max(2, len(layers) // 4)
+    # Quarters, not ends: an embedding or a head alone is often unlike its neighbours.
     fall = float(np.median(logs[:quarter]) - np.median(logs[-quarter:]))
     trend = rank_correlation(logs)
     if fall < np.log10(limits.vanishing) and trend >= limits.vanishing_trend:
@@ -70,7 +69,7 @@ def factor_per_layer(logs: Array) -> float:
 
 
 def rank_correlation(values: Array) -> float:
-    """Takes Spearman's correlation of values with their place.
+    """Returns Spearman's correlation of values with their place.
 
     Args:
         values: float ``[n]``, without NaN.
@@ -83,6 +82,7 @@ def rank_correlation(values: Array) -> float:
         1.0
     """
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    # Equal values share their mean rank, as in scipy.stats.spearmanr, which is no dependency.
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     if len(counts) < 2:
         return 0.0
