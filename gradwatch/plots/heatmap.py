@@ -244,15 +244,13 @@ class WideMarks(PolyCollection):
     def draw(self, renderer: RendererBase) -> None:
         """Draws them at least so many pixels wide and high, at the zoom and size of this moment."""
         axes = self.axes
+        # Only now is it known how many steps a pixel is: a single bad one must not fall between.
         if axes is not None and self.get_visible():
             (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
             x = LEAST_PIXELS * abs(right - left) / max(axes.bbox.width, 1.0)
             y = LEAST_PIXELS * abs(high - low) / max(axes.bbox.height, 1.0)
-            self.set_verts(
-                _corners(
-                    np.hstack([_at_least(self.runs[:, :2], x), _at_least(self.runs[:, 2:], y)])
-                )
-            )
+            wide, high_enough = _at_least(self.runs[:, :2], x), _at_least(self.runs[:, 2:], y)
+            self.set_verts(_corners(np.hstack([wide, high_enough])))
         super().draw(renderer)
 
 

@@ -85,12 +85,12 @@ def by_optimizer(table: Table) -> list[OptimizerArrays]:
         equals(table["outcome"], outcome) for outcome in ("applied", "skipped_scaler")
     )
     numbers = {n: array_of(table[n]) for n in table if n not in ("step", "optimizer", "outcome")}
-    parted = []
+    parts = []
     # A folder codes labels in the order of its parts, which need not be that of the steps.
     for code in codes[np.argsort(first)]:
         # A view where there is one optimizer: a million steps of 13 columns are 100 MB.
         mine = optimizer.codes == code if len(codes) > 1 else slice(None)
-        parted.append(
+        parts.append(
             OptimizerArrays(
                 safe_text(optimizer.values[code]),
                 array_of(table["step"])[mine],
@@ -99,7 +99,7 @@ def by_optimizer(table: Table) -> list[OptimizerArrays]:
                 by_scaler[mine],
             )
         )
-    return parted
+    return parts
 
 
 def equals(column: Column, text: str) -> Array:
@@ -175,7 +175,7 @@ def read_blocks(
 
 
 def _dense(table: Table, columns: Sequence[str], steps: Array, parameters: int) -> ParameterSample:
-    # Sources code a parameter by its place in the layout.
+    # Every source codes a parameter by its index in the layout, so that no name is looked up.
     where = (array_of(table["step"]) - steps[0], labels_in(table["parameter"]).codes)
     present = np.zeros((len(steps), parameters), bool)
     present[where] = True

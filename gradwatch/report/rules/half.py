@@ -64,8 +64,8 @@ def whole_norms(norms: Array) -> Array:
         steps = norms.astype(float) / SMALLEST
         squares = np.square(steps)
         result = (np.abs(squares - np.rint(squares)) < _NEAR) & (squares > _NEAR)
-        told = np.isfinite(steps) & (steps > 0) & (steps <= _MOST)
-    return np.where(told, result, np.nan)
+        small = np.isfinite(steps) & (steps > 0) & (steps <= _MOST)
+    return np.where(small, result, np.nan)
 
 
 def _finding(

@@ -33,32 +33,22 @@ def loss_scale(run: RunData, limits: Thresholds) -> Iterator[Finding]:
         top, last = float(scales[rows].max()), float(scales[rows[-1]])
         halvings = float(np.log2(top / last))
         if halvings >= limits.scaler_halvings:
-            yield _finding(run, steps, top, last, halvings, limits)
+            numbers = {"largest": top, "last": last, "halvings": halvings}
+            yield _finding(run, steps, numbers, limits)
 
 
 def _finding(
-    run: RunData,
-    steps: OptimizerArrays,
-    top: float,
-    last: float,
-    halvings: float,
-    limits: Thresholds,
+    run: RunData, steps: OptimizerArrays, numbers: dict[str, float], limits: Thresholds
 ) -> Finding:
     events = run.events_of(steps.optimizer, ("nan", "inf"))
     names = tuple(dict.fromkeys(map(str, events["parameter"])))[:3]
     skipped = steps.step[steps.by_scaler]
-    numbers = {
-        "largest": top,
-        "last": last,
-        "halvings": halvings,
-        "skipped": float(len(skipped)),
-        "limit": float(limits.scaler_halvings),
-    }
+    numbers |= {"skipped": float(len(skipped)), "limit": float(limits.scaler_halvings)}
     return Finding(
         "loss_scale",
         "critical",
-        f"The loss scale collapsed from {top:,.6g} to {last:.3g}; {len(skipped):,} of "
-        f"{len(steps):,} steps were left out.",
+        f"The loss scale collapsed from {numbers['largest']:,.6g} to "
+        f"{numbers['last']:.3g}; {len(skipped):,} of {len(steps):,} steps were left out.",
         Evidence(first_steps(skipped), names, numbers, steps.optimizer),
         WHY,
         ADVICE.format(where=f" (first seen in {names[0]})" if names else ""),

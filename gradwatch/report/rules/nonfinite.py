@@ -86,8 +86,7 @@ def _first_event(events: pd.DataFrame, step: int) -> pd.Series | None:
 
 
 def _where(event: pd.Series) -> str:
-    batch = int(event["micro_batch"])
-    rank = int(event["rank"])
+    batch, rank = int(event["micro_batch"]), int(event["rank"])
     return (f", micro-batch {batch}" if batch else "") + (f", rank {rank}" if rank else "")
 
 

@@ -145,14 +145,13 @@ def test_sample_is_as_large_as_asked(history):
     """Eight ranges of four steps, for a model of any size."""
     asked = []
     run = history(1000)
-    read = run.parameters
+    read = run._source.parameters
 
-    def parameters(*args, **options):
-        asked.append((options.get("start"), options.get("stop")))
-        return read(*args, **options)
+    def parameters(indices, columns, span):
+        asked.append(span)
+        return read(indices, columns, span)
 
-    run.parameters = parameters
+    run._source.parameters = parameters
     run.report(sample_rows=64)
-    ranges = [(start, stop) for start, stop in asked if stop]
-    assert [stop - start for start, stop in ranges] == [4] * 8
-    assert (ranges[0][0], ranges[-1][1]) == (1, 1001)
+    assert [span.stop - span.start for span in asked] == [4] * 8
+    assert (asked[0].start, asked[-1].stop) == (1, 1001)
