@@ -160,7 +160,7 @@ def _remarks(run: RunData, limits: Thresholds) -> Iterator[str]:
     if first > 1:
         yield NOT_FROM_START.format(step=first - 1)
     for name, remark in NOT_TAKEN.items():
-        # It may be there and hold nothing but NaN: taken every so many steps, and at no sampled one.
+        # It may be there, and NaN throughout: taken every so many steps, and at no sampled one.
         if not np.isfinite(run.sample.columns.get(name, np.nan)).any():
             yield remark
 

@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import gradwatch
 from gradwatch.record.records import Event
 from gradwatch.report import KINDS, Evidence, Finding, Report, Thresholds
 from gradwatch.report.finding import SEVERITIES
@@ -89,6 +93,22 @@ def test_text_needs_no_rich(report, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     assert str(report)
     assert report._repr_html_()
+
+
+def test_report_and_flow_need_no_extra():
+    """Neither rich nor matplotlib need be installed for findings and the table of the flow."""
+    code = (
+        "import sys; sys.modules.update(rich=None, matplotlib=None); import numpy as np\n"
+        "from gradwatch import History, RecordBatch, StepRecord\n"
+        "from gradwatch.record.records import Layout\n"
+        "one = np.ones((1, 1)); layout = Layout(('w',), ('',))\n"
+        "history = History(lambda: RecordBatch(layout, [StepRecord(1)], one, one))\n"
+        "print(len(history.report()), len(history.flow()))"
+    )
+    root = Path(gradwatch.__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert ran.stdout.split() == [b"0", b"1"]
 
 
 def test_data_is_json_without_nan(report):
