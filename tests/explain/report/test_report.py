@@ -107,7 +107,9 @@ def test_report_and_flow_need_no_extra():
     )
     root = Path(gradwatch.__file__).parent.parent
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, check=True
+    )
     assert ran.stdout.split() == [b"0", b"1"]
 
 
