@@ -10,23 +10,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradwatch import plots
+from gradwatch.plots import need_matplotlib
 from gradwatch.record.columns import (
     NORM_COLUMNS,
     STEP_COLUMNS,
-    Array,
     LiveSource,
     Source,
     Span,
-    Table,
     events_frame,
-    labels_in,
-    step_records,
     table_frame,
 )
 from gradwatch.record.folder.reader import FolderSource
 from gradwatch.record.records import Layout, RecordBatch
-from gradwatch.report.advice import WINDOW, clip_advice, clip_rate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,9 +118,6 @@ def _unknown(name: str, known: Sequence[str]) -> str:
         f"parameters(names=) got {name!r}, which is no parameter of this run.{hint} "
         "history.names lists them; re.compile(...) finds names by a pattern."
     )
-
-
-_CLIP_COLUMNS = ("step", "optimizer", "grad_norm", "clip_threshold", "clipped", "outcome")
 
 
 class History:
@@ -232,7 +224,7 @@ class History:
         """
         return events_frame(self._source.events())
 
-    def clip_rate(self, window: int = WINDOW) -> float:
+    def clip_rate(self, window: int = 1_000) -> float:
         """Returns the share of the newest applied steps that a clip has changed.
 
         Args:
@@ -242,15 +234,15 @@ class History:
         Returns:
             A number from 0 to 1; NaN before the first step.
         """
-        table, applied = self._applied()
-        return clip_rate(step_records(table, applied[-window:]), window)
+        from gradwatch.report.advice import clip_rate
+
+        return clip_rate(self._source, window)
 
     def advice(self) -> list[str]:
         """Returns a line for each optimizer whose clip acts on most steps, or on none."""
-        table, applied = self._applied()
-        labels = labels_in(table["optimizer"]).codes[applied]
-        newest = [applied[labels == label][-WINDOW:] for label in dict.fromkeys(labels.tolist())]
-        return clip_advice([step for rows in newest for step in step_records(table, rows)])
+        from gradwatch.report.advice import clip_advice
+
+        return clip_advice(self._source)
 
     def report(self, thresholds: Thresholds | None = None, **changes: float) -> Report:
         """Says what the run shows: findings with evidence, why they matter and what to try.
@@ -265,30 +257,91 @@ class History:
         """
         from gradwatch.report import make_report
 
-        return make_report(self, thresholds, **changes)
+        return make_report(self._source, thresholds, **changes)
 
     def flow(self, start: int | None = None, stop: int | None = None) -> pd.DataFrame:
-        """Returns the gradient flow: a row per parameter, see :func:`~gradwatch.plots.flow.flow`.
+        """Makes the table that shows where gradients vanish, explode or stop.
+
+        Where the run holds more than some million numbers, steps are sampled evenly over it;
+        ``steps`` says in how many of those there was a gradient.
 
         Args:
             start: The first step.
             stop: One after the last step.
-        """
-        from gradwatch.plots.flow import flow
 
-        return flow(self, start, stop)
+        Returns:
+            Index ``parameter`` in model order; columns
+
+            - ``module`` that owns it, ``elements`` (0 where the shape is not known)
+            - ``steps``: with a gradient, of the steps that were looked at
+            - ``grad_norm``: median norm before the clip of the finite ones; ``rms_grad``: that over
+              the root of ``elements``
+            - ``weight_norm``, ``relative_grad``: median norm of the weights, and of gradient norm
+              over weight norm; NaN where that statistic was not taken
+            - ``zeros``: median share of elements that are exactly 0; NaN where it was not taken
+            - ``zero_steps``, ``nonfinite_steps``: steps in which the whole gradient was exactly 0,
+              and in which it held a NaN or an Inf
+            - ``no_gradient``: share of the steps that were looked at without a gradient; where
+              there are several optimizers, of the steps of the one that fits best
+
+        Raises:
+            TypeError: If a bound is no integer.
+        """
+        from gradwatch.report.flow import flow
+
+        return flow(self._source, chosen_span(start, stop, "steps"))
 
     def plot_norms(
         self, ax: Axes | None = None, *, start: int | None = None, stop: int | None = None
     ) -> Axes:
-        """Draws the total norm by step; see :func:`~gradwatch.plots.plot_norms`."""
-        return plots.plot_norms(self, ax, start=start, stop=stop)
+        """Draws the total gradient norm by step, before and after the clip, and events above it.
+
+        Steps with a NaN or an Inf are marked at the upper edge, norms of exactly 0 at the lower
+        one. Of a long run the smallest and the largest norm of each pixel column are drawn, so that
+        every spike is there, and the running median.
+
+        Args:
+            ax: Where to draw; a new figure if left out.
+            start: The first step.
+            stop: One after the last step.
+
+        Returns:
+            The axes; ``child_axes`` holds the lanes of the events, if there were any.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+            TypeError: If ``ax`` is not an Axes, or a bound is no integer.
+        """
+        need_matplotlib("plot_norms()")
+        from gradwatch.plots.norms import draw_norms
+
+        return draw_norms(self._source, ax, chosen_span(start, stop, "steps"))
 
     def plot_flow(
         self, ax: Axes | None = None, *, start: int | None = None, stop: int | None = None
     ) -> Axes:
-        """Draws the norms layer by layer; see :func:`~gradwatch.plots.plot_flow`."""
-        return plots.plot_flow(self, ax, start=start, stop=stop)
+        """Draws the gradient norm of each parameter, in model order from above to below.
+
+        A dot is the median over the steps, a bar reaches from the 5th to the 95th percentile. Where
+        there are more parameters than fit, they are rolled up by module (the norm of all gradients
+        in it). Runs of many million numbers are sampled evenly.
+
+        Args:
+            ax: Where to draw; a new figure, as high as the names need, if left out.
+            start: The first step.
+            stop: One after the last step.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+            TypeError: If ``ax`` is not an Axes, or a bound is no integer.
+        """
+        need_matplotlib("plot_flow()")
+        from gradwatch.plots.flow import draw_flow
+
+        return draw_flow(self._source, ax, chosen_span(start, stop, "steps"))
 
     def plot_heatmap(
         self,
@@ -298,20 +351,54 @@ class History:
         start: int | None = None,
         stop: int | None = None,
     ) -> Axes:
-        """Draws parameters by steps; see :func:`~gradwatch.plots.plot_heatmap`."""
-        return plots.plot_heatmap(self, ax, relative, start=start, stop=stop)
+        """Draws the gradient norm of every parameter at every step as one picture.
+
+        Each cell is the largest norm of its steps, on a logarithmic scale. Cells with a NaN or an
+        Inf, and such that are exactly 0, have colours of their own and are never narrower than 3
+        pixels. Where there are more parameters than fit, they are rolled up by module (the norm of
+        all gradients in it). Every number of the run is read: some 2 million per second from a
+        folder; ``start`` and ``stop`` shorten that.
+
+        Args:
+            ax: Where to draw; a new figure, as high as the names need, if left out.
+            relative: Whether the colour is the norm over the parameter's own typical (median) norm.
+            start: The first step.
+            stop: One after the last step.
+
+        Returns:
+            The axes; ``child_axes`` holds the strip of the total norm and the scale of the colours.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+            TypeError: If ``ax`` is not an Axes, or a bound is no integer.
+        """
+        need_matplotlib("plot_heatmap()")
+        from gradwatch.plots.heatmap import draw_heatmap
+
+        return draw_heatmap(self._source, ax, chosen_span(start, stop, "steps"), relative)
 
     def plot_clipping(
         self, ax: Axes | None = None, *, start: int | None = None, stop: int | None = None
     ) -> Axes:
-        """Draws what the clip does; see :func:`~gradwatch.plots.plot_clipping`."""
-        return plots.plot_clipping(self, ax, start=start, stop=stop)
+        """Draws how often and how hard the clip acts, and where its threshold lies among the norms.
 
-    def _applied(self) -> tuple[Table, Array]:
-        table = self._source.steps(_CLIP_COLUMNS, Span())
-        outcome = labels_in(table["outcome"])
-        applied = [index for index, name in enumerate(outcome.values) if name == "applied"]
-        return table, np.flatnonzero(np.isin(outcome.codes, applied))
+        Args:
+            ax: Where to draw; a new figure if left out.
+            start: The first step.
+            stop: One after the last step.
+
+        Returns:
+            The axes, of which only the title is used; ``child_axes`` holds the two panels: clip
+            coefficient and clip rate by step, and the distribution of the norms.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed.
+            TypeError: If ``ax`` is not an Axes, or a bound is no integer.
+        """
+        need_matplotlib("plot_clipping()")
+        from gradwatch.plots.clipping import draw_clipping
+
+        return draw_clipping(self._source, ax, chosen_span(start, stop, "steps"))
 
 
 def load(path: str | os.PathLike[str]) -> History:

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.report.trainings import HEALTHY, MORE_HEALTHY, SICK, STATISTICS
 from gradwatch import History
-from gradwatch.report import Report, make_report
+from gradwatch.report import Report
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def _reports(
     for seed in seeds:
         torch.manual_seed(seed)
         start = time.perf_counter()
-        reports.append(make_report(run()))
+        reports.append(run().report())
         if show:
             print(f"\n### {name}, seed {seed}, {time.perf_counter() - start:.1f} s\n{reports[-1]}")
     return reports

@@ -9,17 +9,8 @@ from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from gradwatch.cli.arguments import FINE, RUN, Commands, add_command, add_json, at_least_one
-from gradwatch.cli.terminal import (
-    Output,
-    as_json,
-    counted,
-    or_dash,
-    percent,
-    printable,
-    shortened,
-    text_table,
-    times,
-)
+from gradwatch.cli.terminal import Output, as_json, or_dash, percent, shortened, text_table, times
+from gradwatch.wording import counted, printable
 
 if TYPE_CHECKING:
     from gradwatch.cli.differences import ColumnDifference, Compared, ParameterDifference

@@ -18,7 +18,8 @@ from gradwatch.cli.arguments import (
     run_name,
     written_whole,
 )
-from gradwatch.cli.terminal import Output, as_json, counted, printable, printable_lines
+from gradwatch.cli.terminal import Output, as_json, printable_lines
+from gradwatch.wording import counted, printable
 
 if TYPE_CHECKING:
     import pandas as pd

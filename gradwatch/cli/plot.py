@@ -19,7 +19,8 @@ from gradwatch.cli.arguments import (
     run_name,
     written_whole,
 )
-from gradwatch.cli.terminal import Output, as_json, printable
+from gradwatch.cli.terminal import Output, as_json
+from gradwatch.wording import printable
 
 if TYPE_CHECKING:
     from gradwatch.history import History

@@ -19,7 +19,8 @@ from gradwatch.cli.arguments import (
     open_run,
     run_name,
 )
-from gradwatch.cli.terminal import Output, as_json, printable, printable_lines
+from gradwatch.cli.terminal import Output, as_json, printable_lines
+from gradwatch.wording import printable
 
 if TYPE_CHECKING:
     from gradwatch.report import Finding, Report

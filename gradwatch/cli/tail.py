@@ -33,16 +33,15 @@ from gradwatch.cli.terminal import (
     BLOCKS,
     Output,
     as_json,
-    counted,
     number,
     percent,
-    printable,
     shortened,
     sparkline,
     times,
     width,
 )
 from gradwatch.record.folder.meta import NAME
+from gradwatch.wording import counted, printable
 
 if TYPE_CHECKING:
     from gradwatch.cli.follower import Follower

@@ -14,6 +14,8 @@ from unicodedata import combining, east_asian_width
 
 import numpy as np
 
+from gradwatch.wording import printable
+
 
 def number(value: float) -> str:
     """Writes a measured number with four digits.
@@ -59,44 +61,11 @@ def percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.3g} %"
 
 
-def counted(amount: int, one: str, many: str = "") -> str:
-    """Writes a number of things.
-
-    Args:
-        amount: How many.
-        one: The word for one of them.
-        many: The word for several; ``one`` with an s if left out.
-
-    Example:
-        >>> counted(1, "step"), counted(12000, "step")
-        ('1 step', '12,000 steps')
-    """
-    return f"{amount:,} {one if amount == 1 else many or one + 's'}"
-
-
 ELLIPSIS = "..."
 
 
-def printable(text: str) -> str:
-    r"""Escapes what would move the cursor, colour, reorder or break the line.
-
-    Args:
-        text: Any string.
-
-    Returns:
-        The text on one line; an escape character is shown as ``\x1b``, a line break as ``\n``.
-
-    Example:
-        >>> printable("a\x1b[31mb\nc")
-        'a\\x1b[31mb\\nc'
-    """
-    if text.isprintable():
-        return text
-    return "".join(one if one.isprintable() else _escaped(one) for one in text)
-
-
 def printable_lines(text: str) -> str:
-    """Escapes like :func:`printable`, and keeps the line breaks.
+    """Escapes like :func:`~gradwatch.wording.printable`, and keeps the line breaks.
 
     Args:
         text: Text of several lines.
@@ -145,10 +114,6 @@ def _prefix(text: str, columns: int) -> str:
         if used > columns:
             return text[:place]
     return text
-
-
-def _escaped(one: str) -> str:
-    return one.encode("unicode_escape").decode("ascii")
 
 
 GAP = "  "

@@ -1,4 +1,4 @@
-"""The axes of a plot, its colours, and the names of its rows."""
+"""The axes of a plot: colours, scales, legends and the names of rows."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
+# Okabe and Ito 2008: told apart with every kind of sight.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#8a94a3"
 
@@ -38,8 +39,6 @@ LANES = {
     "overflow": PURPLE,
     "not applied": GREY,
     "exploding": VERMILLION,
-    "spike": ORANGE,
-    "vanishing": BLUE,
     "no_gradient": SKY,
     "accumulate": GREEN,
     "dropped": GREY,
@@ -63,9 +62,18 @@ FEW_DECADES = (1.6, 0.4)
 
 PADDING_INCHES = 0.1
 
+LONGEST = 44
+LARGEST_POINTS, SMALLEST_POINTS = 8.0, 5.5
+POINTS_PER_INCH = 72
+
+NO_AXES = (
+    "ax must be a matplotlib Axes, got {kind}. Of a figure take figure.add_subplot(), of an array "
+    "of axes one of them."
+)
+
 
 def canvas(ax: Axes | None, width: float, height: float) -> Axes:
-    """Takes the axes of the user, or makes a figure.
+    """Returns the axes of the user, or those of a new figure.
 
     Args:
         ax: The axes of the user.
@@ -76,24 +84,16 @@ def canvas(ax: Axes | None, width: float, height: float) -> Axes:
         TypeError: If ``ax`` is something else.
     """
     if ax is None:
+        # Names of parameters are long: only this layout asks the labels how much room they need.
         layout = ConstrainedLayoutEngine(w_pad=PADDING_INCHES, h_pad=PADDING_INCHES)
         return plt.figure(figsize=(width, height), layout=layout).add_subplot()
     if not isinstance(ax, Axes):
-        raise TypeError(
-            f"ax must be a matplotlib Axes, got {type(ax).__name__}. Of a figure take "
-            "figure.add_subplot(), of an array of axes one of them."
-        )
+        raise TypeError(NO_AXES.format(kind=type(ax).__name__))
     return ax
 
 
 def dress(ax: Axes, title: str = "", *, grid: bool = True) -> None:
-    """Takes away lines that say nothing.
-
-    Args:
-        ax: The axes.
-        title: What is seen.
-        grid: Whether to draw a faint one.
-    """
+    """Removes lines that say nothing, and adds a title and a faint grid."""
     ax.spines[["top", "right"]].set_visible(False)
     if title:
         ax.set_title(title, loc="left", fontsize="medium", fontweight="bold", **PLAIN)
@@ -111,6 +111,8 @@ def inset(ax: Axes, bounds: tuple[float, float, float, float], **more: Any) -> A
         more: For ``Axes.inset_axes``.
     """
     child = ax.inset_axes(bounds, **more)
+    # inset_axes() goes by the settings of this moment, the others by those of their making: a
+    # figure that was made in a dark style stays dark.
     child.set_facecolor(ax.get_facecolor())
     ink = ink_of(ax)
     child.tick_params(which="both", color=ink, labelcolor=ink, labelsize=SMALL)
@@ -126,13 +128,18 @@ def ink_of(ax: Axes) -> Any:
     return ax.xaxis.label.get_color()
 
 
-def tint(ax: Axes, share: float) -> float:
-    """Chooses how opaque a large area is: on black the same share would hardly be seen.
+def width_inches(ax: Axes) -> float:
+    """Returns how wide the axes are."""
+    return float(ax.get_window_extent().width) / ax.figure.dpi
 
-    Args:
-        ax: The axes.
-        share: The opacity on white.
-    """
+
+def height_inches(ax: Axes) -> float:
+    """Returns how high the axes are."""
+    return float(ax.get_window_extent().height) / ax.figure.dpi
+
+
+def tint(ax: Axes, share: float) -> float:
+    """Chooses how opaque an area is that has this opacity on white: black needs more."""
     return share if sum(to_rgb(ax.get_facecolor())) > DARK else min(1.0, 1.6 * share)
 
 
@@ -140,7 +147,7 @@ class _Between(LogFormatter):
     """Labels 2, 3 and 6 between two powers of ten, on an axis that shows hardly two of them."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        """Writes a number as a person would."""
+        """Writes 0.2, where LogFormatter writes 2e-1."""
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
@@ -158,13 +165,8 @@ def log_norms(axis: Any, labels: int = 8, *, between: bool = True) -> None:
 
 
 def step_axis(ax: Axes, first: int, last: int) -> None:
-    """Sets up the axis of the steps.
-
-    Args:
-        ax: The axes.
-        first: The first step.
-        last: The last step.
-    """
+    """Sets up the axis of the steps from the first to the last."""
+    # Half a step on both sides, as the picture of a heatmap has: a run of one step has a width.
     ax.set_xlim(first - 0.5, last + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     ax.xaxis.set_major_formatter(EngFormatter(sep="") if last >= 100_000 else "{x:,.0f}")
@@ -181,6 +183,7 @@ def legend_below(ax: Axes, handles: Sequence[Any] | None = None, columns: int = 
     """
     handles = ax.get_legend_handles_labels()[0] if handles is None else handles
     if handles:
+        # In inches below the axes: in shares of a low plot it would lie on the labels of the axis.
         below = ScaledTranslation(0.0, -LEGEND_INCHES, ax.figure.dpi_scale_trans)
         ax.legend(
             handles=handles,
@@ -198,14 +201,9 @@ def legend_below(ax: Axes, handles: Sequence[Any] | None = None, columns: int = 
 
 
 def say(ax: Axes, text: str) -> Axes:
-    """Writes into axes that have nothing to show.
-
-    Args:
-        ax: The axes.
-        text: Why.
-    """
-    place: dict[str, Any] = {"ha": "center", "va": "center", "transform": ax.transAxes}
-    ax.text(0.5, 0.5, text, color=GREY, fontsize="large", **place)
+    """Writes into axes why they have nothing to show."""
+    centre: dict[str, Any] = {"ha": "center", "va": "center", "transform": ax.transAxes}
+    ax.text(0.5, 0.5, text, color=GREY, fontsize="large", **centre)
     return ax
 
 
@@ -214,20 +212,10 @@ def pixel_columns(ax: Axes) -> int:
     return max(LEAST_COLUMNS, int(ax.get_window_extent().width))
 
 
-LONGEST = 44
-LARGEST_POINTS, SMALLEST_POINTS = 8.0, 5.5
-POINTS_PER_INCH = 72
-
-
 def name_rows(ax: Axes, labels: Sequence[str]) -> None:
-    """Labels the rows, the first one above; where they are too thin every second one, and so on.
-
-    Args:
-        ax: The axes.
-        labels: One per row.
-    """
-    inches = ax.get_window_extent().height / ax.figure.dpi
-    points = POINTS_PER_INCH * inches / max(1, len(labels))
+    """Labels the rows, the first one above; where they are too thin every second one, and so on."""
+    points = POINTS_PER_INCH * height_inches(ax) / max(1, len(labels))
+    # Rounded up: 1.15 is the height of a line of text over its size.
     each = max(1, -int(-SMALLEST_POINTS * 1.15 // points))
     size = min(LARGEST_POINTS, max(SMALLEST_POINTS, points * each / 1.2))
     rows = range(0, len(labels), each)
@@ -237,11 +225,8 @@ def name_rows(ax: Axes, labels: Sequence[str]) -> None:
 
 
 def short(name: str) -> str:
-    r"""Shortens a name in its middle; letters that a font may lack are written as ``\xe9``.
-
-    Args:
-        name: Any string.
-    """
+    r"""Shortens a name in its middle; letters that a font may lack are written as ``\xe9``."""
+    # matplotlib warns of each letter that its font lacks, and draws a box.
     text = name.replace("\N{HORIZONTAL ELLIPSIS}", "...")
     text = text.encode("ascii", "backslashreplace").decode()
     text = "".join(letter if letter.isprintable() else "?" for letter in text)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -24,6 +24,8 @@ from gradwatch.plots.canvas import (
     ZERO,
     canvas,
     dress,
+    height_inches,
+    ink_of,
     inset,
     legend_below,
     log_norms,
@@ -32,19 +34,8 @@ from gradwatch.plots.canvas import (
     say,
     step_axis,
 )
-from gradwatch.plots.data import (
-    Array,
-    Block,
-    Rows,
-    StepTrack,
-    blocks,
-    every_step,
-    rows_of,
-    starts_of,
-    step_tracks,
-)
+from gradwatch.plots.data import Rows, rows_of, starts_of
 from gradwatch.plots.norms import (
-    bounds,
     colors_of,
     draw_curve,
     draw_edges,
@@ -52,10 +43,20 @@ from gradwatch.plots.norms import (
     positive,
     thresholds,
 )
+from gradwatch.record.columns import Array, Source, Span
+from gradwatch.report.run_data import (
+    OptimizerArrays,
+    ParameterSample,
+    first_and_last,
+    medians,
+    read_blocks,
+    read_steps,
+)
 
-if TYPE_CHECKING:
-    from gradwatch.report.run_data import Records
-
+COLUMNS = ("grad_norm", "clip_threshold", "nonfinite_parameters")
+ROW_INCHES, LOWEST_INCHES, HIGHEST_INCHES = 0.125, 2.6, 13.0
+AROUND_INCHES = 2.0
+LEAST_PIXELS = 3.0
 
 TAIL = 0.5
 """Percent of the cells at each end that may lie outside of the scale: a spike must not take all
@@ -63,6 +64,94 @@ colours from the rest. It has the last colour."""
 
 LEAST_FACTOR, LARGEST_FACTOR = 10.0, 1_000.0
 """Bounds of the scale of relative norms."""
+
+
+def draw_heatmap(source: Source, ax: Axes | None, span: Span, relative: bool) -> Axes:
+    """Draws the plot; see :meth:`gradwatch.History.plot_heatmap`."""
+    layout = source.layout()
+    height = min(max(ROW_INCHES * len(layout.names), LOWEST_INCHES), HIGHEST_INCHES)
+    ax = canvas(ax, 10.0, height + AROUND_INCHES)
+    what = "Gradient norm over the parameter's typical one" if relative else "Gradient norm"
+    dress(ax, f"{what}, by parameter and step", grid=False)
+    optimizers = read_steps(source, COLUMNS, span)
+    if not optimizers or not layout.names:
+        return say(ax, EMPTY)
+    first, last = first_and_last(optimizers)
+    rows = rows_of(layout, max(1, int(ax.get_window_extent().height / LEAST_PIXELS)))
+    step_axis(ax, first, last)
+    name_rows(ax, rows.labels)
+    ax.spines[:].set_visible(False)
+    _draw_strip(ax, optimizers)
+    # Only now is it known what room the names leave: a cell per column of pixels that is left.
+    figure: Any = ax.figure
+    figure.draw_without_rendering()
+    name_rows(ax, rows.labels)
+    bins = min(last - first + 1, pixel_columns(ax))
+    blocks = read_blocks(source, ["grad_norm"], [(first, last + 1)])
+    cells = _heat_cells(blocks, rows, first, last, bins)
+    _draw_cells(ax, cells, relative)
+    _mark(ax, cells)
+    return ax
+
+
+def _draw_strip(ax: Axes, optimizers: Sequence[OptimizerArrays]) -> None:
+    """Draws the total norm above the picture."""
+    inches = height_inches(ax)
+    strip = inset(ax, (0.0, 1.0 + 0.06 / inches, 1.0, max(0.12, 0.7 / inches)), sharex=ax)
+    dress(strip)
+    strip.set_yscale("log")
+    colors = colors_of(optimizers)
+    norms = [positive(steps["grad_norm"]) for steps in optimizers]
+    for steps, norm, color in zip(optimizers, norms, colors, strict=True):
+        draw_curve(strip, steps.step, norm, color, "total norm")
+    for steps, color, label in thresholds(optimizers, colors):
+        draw_threshold(strip, steps, color, label)
+    # A logarithmic axis without data has limits that its ticks warn of.
+    if not any(np.isfinite(norm).any() for norm in norms):
+        strip.set_ylim(0.1, 10.0)
+    log_norms(strip.yaxis, 3, between=False)
+    draw_edges(strip, optimizers)
+    strip.tick_params(axis="x", which="both", length=0, labelbottom=False)
+    strip.set_ylabel("total\nnorm", rotation=0, ha="right", va="center", fontsize="small")
+
+
+def _draw_cells(ax: Axes, cells: HeatCells, relative: bool) -> None:
+    left, right = ax.get_xlim()
+    values = cells.relative() if relative else cells.norms
+    scale, colors = color_scale(values, relative)
+    image = ax.imshow(
+        np.ma.masked_where(~(values > 0), values),
+        norm=scale,
+        cmap=colors,
+        aspect="auto",
+        # Anything else would blend a NaN with its neighbours, and blur the only bad step.
+        interpolation="nearest",
+        extent=(left, right, len(values) - 0.5, -0.5),
+    )
+    # An inset, for colorbar(ax=...) would take its room from axes that are the user's.
+    bar = inset(ax, (1.012, 0.0, 0.014, 1.0))
+    ax.figure.colorbar(image, cax=bar, extend="both", extendfrac=0.012)
+    unit = "norm / typical norm" if relative else "gradient norm (L2), largest of each cell's steps"
+    bar.set_ylabel(unit, fontsize="small", color=ink_of(ax))
+    log_norms(bar.yaxis)
+    bar.spines[:].set_edgecolor(GREY)
+
+
+def _mark(ax: Axes, cells: HeatCells) -> None:
+    left, right = ax.get_xlim()
+    kinds = (
+        ("exactly 0", cells.zero, ZERO, 2.0),
+        ("NaN or Inf", cells.bad > 0, NONFINITE, 3.0),
+    )
+    handles = []
+    for label, mask, color, above in kinds:
+        if mask.any():
+            marks = WideMarks(runs_of(mask, left, right), facecolors=color, zorder=above)
+            ax.add_collection(marks, autolim=False)
+            handles.append(Patch(facecolor=color, edgecolor=GREY, linewidth=0.6, label=label))
+    if cells.absent.any():
+        handles.append(Patch(color=NO_GRADIENT_GREY, label="no gradient"))
+    legend_below(ax, handles=handles)
 
 
 def color_scale(values: Array, relative: bool) -> tuple[LogNorm, Colormap]:
@@ -112,39 +201,26 @@ class HeatCells:
         return absent
 
     def relative(self) -> Array:
-        """Divides the norms of each row by the row's typical one.
-
-        Returns:
-            float64 ``[rows, bins]``; the median of the positive numbers of each row is 1.
-        """
-        positive = np.where(self.norms > 0, self.norms, np.nan)
-        typical = np.full(len(positive), np.nan)
-        some = np.isfinite(positive).any(axis=1)
-        if some.any():
-            typical[some] = np.nanmedian(positive[some], axis=1)
-        relative: Array = self.norms / typical[:, None]
+        """Divides the norms of each row by the median of its positive ones."""
+        relative: Array = self.norms / medians(positive(self.norms).T)[:, None]
         return relative
 
 
-def heat_cells(blocks: Iterable[Block], rows: Rows, first: int, last: int, bins: int) -> HeatCells:
-    """Fills the cells.
-
-    Args:
-        blocks: Every step from the first to the last, with ``grad_norm``.
-        rows: The rows.
-        first: The first step.
-        last: The last step.
-        bins: How many steps or ranges of steps there are in a row.
-    """
+def _heat_cells(
+    blocks: Iterable[ParameterSample], rows: Rows, first: int, last: int, bins: int
+) -> HeatCells:
+    """Fills the cells with every step from the first to the last, ``bins`` of them in a row."""
+    # -1 stands for "none", as no norm is below 0: np.maximum would keep a NaN for good. Steps come
+    # first, so that a block is written to neighbours in memory.
     norms = np.full((bins, len(rows)), -1.0)
     bad = np.zeros((bins, len(rows)), np.int64)
     for block in blocks:
-        gathered = rows.norms(block.planes["grad_norm"], block.present)
-        steps = block.first + np.arange(len(gathered))
-        bin_of = (steps - first) * bins // (last - first + 1)
+        gathered = rows.norms(block["grad_norm"], block.present)
+        bin_of = (block.steps - first) * bins // (last - first + 1)
         starts = starts_of(bin_of)
         finite = np.isfinite(gathered)
-        if not finite.all():  # which it is nearly everywhere
+        # They nearly always are, and what follows costs as much as the rest.
+        if not finite.all():
             there = rows.present(block.present)
             gathered = np.where(finite, gathered, -1.0)
             amiss = (there & ~finite).astype(np.int64)
@@ -152,9 +228,6 @@ def heat_cells(blocks: Iterable[Block], rows: Rows, first: int, last: int, bins:
         highest = np.maximum.reduceat(gathered, starts, axis=0)
         norms[bin_of[starts]] = np.maximum(norms[bin_of[starts]], highest)
     return HeatCells(np.where(norms < 0, np.nan, norms).T, bad.T)
-
-
-LEAST_PIXELS = 3.0
 
 
 class WideMarks(PolyCollection):
@@ -165,27 +238,19 @@ class WideMarks(PolyCollection):
     """
 
     def __init__(self, runs: Array, **look: Any) -> None:
-        """Makes the marks.
-
-        Args:
-            runs: float64 ``[marks, 4]``: left, right, lower and upper edge.
-            look: For ``PolyCollection``.
-        """
         self.runs = runs
         super().__init__(_corners(runs), linewidths=0, antialiaseds=False, **look)
 
     def draw(self, renderer: RendererBase) -> None:
-        """Draws them as wide as they must be."""
+        """Draws them at least so many pixels wide and high, at the zoom and size of this moment."""
         axes = self.axes
+        # Only now is it known how many steps a pixel is: a single bad one must not fall between.
         if axes is not None and self.get_visible():
             (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
             x = LEAST_PIXELS * abs(right - left) / max(axes.bbox.width, 1.0)
             y = LEAST_PIXELS * abs(high - low) / max(axes.bbox.height, 1.0)
-            self.set_verts(
-                _corners(
-                    np.hstack([_at_least(self.runs[:, :2], x), _at_least(self.runs[:, 2:], y)])
-                )
-            )
+            wide, high_enough = _at_least(self.runs[:, :2], x), _at_least(self.runs[:, 2:], y)
+            self.set_verts(_corners(np.hstack([wide, high_enough])))
         super().draw(renderer)
 
 
@@ -201,6 +266,7 @@ def runs_of(cells: Array, left: float, right: float) -> Array:
         float64 ``[marks, 4]`` for :class:`WideMarks`; row ``i`` lies between ``i - 0.5`` and
         ``i + 0.5``.
     """
+    # A rectangle per run, not per cell: a parameter that stays NaN has thousands side by side.
     padded = np.pad(cells, ((0, 0), (1, 1))).astype(np.int8)
     change = np.diff(padded, axis=1)
     row, begin = np.nonzero(change == 1)
@@ -220,101 +286,3 @@ def _corners(runs: Array) -> Any:
     x = np.stack([left, left, right, right], axis=1)
     y = np.stack([low, high, high, low], axis=1)
     return np.stack([x, y], axis=2)
-
-
-COLUMNS = ("grad_norm", "clip_threshold", "nonfinite_parameters")
-ROW_INCHES, LOWEST_INCHES, HIGHEST_INCHES = 0.125, 2.6, 13.0
-AROUND_INCHES = 2.0
-
-
-def draw_heatmap(
-    history: Records, ax: Axes | None, relative: bool, start: int | None, stop: int | None
-) -> Axes:
-    """Draws the plot; see :func:`gradwatch.plots.plot_heatmap`."""
-    layout = history.layout
-    height = min(max(ROW_INCHES * len(layout.names), LOWEST_INCHES), HIGHEST_INCHES)
-    ax = canvas(ax, 10.0, height + AROUND_INCHES)
-    what = "Gradient norm over the parameter's typical one" if relative else "Gradient norm"
-    dress(ax, f"{what}, by parameter and step", grid=False)
-    tracks = step_tracks(history, COLUMNS, start, stop)
-    if not tracks or not layout.names:
-        return say(ax, EMPTY)
-    first, last = bounds(tracks)
-    rows = rows_of(layout, max(1, int(ax.get_window_extent().height / LEAST_PIXELS)))
-    _frame(ax, rows, tracks, first, last)
-    # Only now is it known what room the names leave.
-    figure: Any = ax.figure
-    figure.draw_without_rendering()
-    name_rows(ax, rows.labels)
-    bins = min(last - first + 1, pixel_columns(ax))
-    read = blocks(history, ["grad_norm"], every_step(first, last))
-    cells = heat_cells(read, rows, first, last, bins)
-    _fill(ax, cells, relative)
-    return ax
-
-
-def _frame(ax: Axes, rows: Rows, tracks: list[StepTrack], first: int, last: int) -> None:
-    step_axis(ax, first, last)
-    name_rows(ax, rows.labels)
-    ax.spines[:].set_visible(False)
-    _strip(ax, tracks)
-
-
-def _strip(ax: Axes, tracks: list[StepTrack]) -> None:
-    """Draws the total norm above the picture."""
-    inches = ax.get_window_extent().height / ax.figure.dpi
-    strip = inset(ax, (0.0, 1.0 + 0.06 / inches, 1.0, max(0.12, 0.7 / inches)), sharex=ax)
-    dress(strip)
-    strip.set_yscale("log")
-    columns = pixel_columns(ax)
-    colors = colors_of(tracks)
-    for track, color in zip(tracks, colors, strict=True):
-        draw_curve(strip, track.step, positive(track["grad_norm"]), columns, color, "total norm")
-    for track, color, label in thresholds(tracks, colors):
-        draw_threshold(strip, track, columns, color, label)
-    if not any(np.isfinite(positive(track["grad_norm"])).any() for track in tracks):
-        strip.set_ylim(0.1, 10.0)
-    log_norms(strip.yaxis, 3, between=False)
-    draw_edges(strip, tracks)
-    strip.tick_params(axis="x", which="both", length=0, labelbottom=False)
-    strip.set_ylabel("total\nnorm", rotation=0, ha="right", va="center", fontsize="small")
-
-
-def _fill(ax: Axes, cells: HeatCells, relative: bool) -> None:
-    left, right = ax.get_xlim()
-    values = cells.relative() if relative else cells.norms
-    scale, colors = color_scale(values, relative)
-    image = ax.imshow(
-        np.ma.masked_where(~(values > 0), values),
-        norm=scale,
-        cmap=colors,
-        aspect="auto",
-        interpolation="nearest",
-        extent=(left, right, len(values) - 0.5, -0.5),
-    )
-    bar = inset(ax, (1.012, 0.0, 0.014, 1.0))
-    ax.figure.colorbar(image, cax=bar, extend="both", extendfrac=0.012)
-    unit = "norm / typical norm" if relative else "gradient norm (L2), largest of each cell's steps"
-    bar.set_ylabel(unit, fontsize="small", color=ax.xaxis.label.get_color())
-    log_norms(bar.yaxis)
-    bar.spines[:].set_edgecolor(GREY)
-    _mark(ax, cells)
-
-
-def _mark(ax: Axes, cells: HeatCells) -> None:
-    left, right = ax.get_xlim()
-    kinds = (
-        ("exactly 0", cells.zero, ZERO, 2.0),
-        ("NaN or Inf", cells.bad > 0, NONFINITE, 3.0),
-    )
-    handles = []
-    for label, mask, color, above in kinds:
-        if mask.any():
-            runs = runs_of(mask, left, right)
-            ax.add_collection(
-                WideMarks(runs, facecolors=color, zorder=above, label=label), autolim=False
-            )
-            handles.append(Patch(facecolor=color, edgecolor=GREY, linewidth=0.6, label=label))
-    if cells.absent.any():
-        handles.append(Patch(color=NO_GRADIENT_GREY, label="no gradient"))
-    legend_below(ax, handles=handles)

@@ -1,15 +1,17 @@
-"""Advice: what the steps of a run say about its clip, in a line that says what to change."""
+"""How often a clip acts, and what to change where that is nearly always, or never."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from statistics import quantiles
 
-from gradwatch.record.records import StepRecord
+import numpy as np
 
-WINDOW = 1_000
-LEAST = 100
+from gradwatch.record.columns import Source, Span, array_of
+from gradwatch.report.run_data import OptimizerArrays, by_optimizer, equals
+
+NEWEST_STEPS = 1_000
+FEWEST_NORMS = 100
 OFTEN = 0.5
 
 CLIPPED_OFTEN = (
@@ -24,48 +26,35 @@ NEVER_CLIPPED = (
 )
 
 
-def clip_rate(steps: Sequence[StepRecord], window: int = WINDOW) -> float:
-    """Takes the share of steps that a clip has changed.
-
-    Args:
-        steps: The steps, oldest first.
-        window: How many of the newest count; those that were not applied do not.
-
-    Returns:
-        A number from 0 to 1; NaN where there is no step.
-    """
-    newest = _newest_applied(steps, window)
-    return sum(step.clipped for step in newest) / len(newest) if newest else math.nan
+def clip_rate(source: Source, window: int) -> float:
+    """Returns the share of the newest applied steps that a clip has changed; NaN without a step."""
+    table = source.steps(("outcome", "clipped"), Span())
+    clipped = array_of(table["clipped"])[equals(table["outcome"], "applied")][-window:]
+    # The mean of no number is a warning.
+    return float(clipped.mean()) if len(clipped) else math.nan
 
 
-def clip_advice(steps: Sequence[StepRecord], window: int = WINDOW) -> list[str]:
-    """Tells where a clip acts nearly always, or never.
-
-    Args:
-        steps: The steps of one or several optimizers, oldest first.
-        window: How many of the newest of each count.
-
-    Returns:
-        One line per optimizer that there is something to say about, after at least 100 steps.
-    """
-    labels = dict.fromkeys(step.optimizer for step in steps)
-    lines = [_line([s for s in steps if s.optimizer == label], window) for label in labels]
-    return [line for line in lines if line]
+def clip_advice(source: Source) -> list[str]:
+    """Returns a line per optimizer whose clip acts nearly always, or never."""
+    columns = ("step", "optimizer", "outcome", "grad_norm", "clip_threshold", "clipped")
+    table = source.steps(columns, Span())
+    # Steps that were left out say nothing of the clip: their norms were bad, or their spikes cut.
+    applied = equals(table["outcome"], "applied")
+    steps_of = by_optimizer({name: column[applied] for name, column in table.items()})
+    return [line for steps in steps_of if (line := _line(steps))]
 
 
-def _line(steps: Sequence[StepRecord], window: int) -> str:
-    newest = _newest_applied(steps, window)
-    norms = sorted(step.grad_norm for step in newest if math.isfinite(step.grad_norm))
-    if len(norms) < LEAST:
+def _line(steps: OptimizerArrays) -> str:
+    norms = steps["grad_norm"][-NEWEST_STEPS:]
+    finite = norms[np.isfinite(norms)].tolist()
+    if len(finite) < FEWEST_NORMS:
         return ""
-    rate, last = clip_rate(newest, window), newest[-1]
-    facts = {"optimizer": last.optimizer, "steps": len(newest), "threshold": last.clip_threshold}
+    rate = float(steps["clipped"][-NEWEST_STEPS:].mean())
+    threshold = float(steps["clip_threshold"][-1])
+    facts = {"optimizer": steps.optimizer, "steps": len(norms), "threshold": threshold}
     if rate > OFTEN:
-        return CLIPPED_OFTEN.format(**facts, rate=rate, high=quantiles(norms, n=10)[-1])
-    if rate == 0 and math.isfinite(last.clip_threshold):
-        return NEVER_CLIPPED.format(**facts, largest=norms[-1])
+        return CLIPPED_OFTEN.format(**facts, rate=rate, high=quantiles(finite, n=10)[-1])
+    # An infinite limit is that of a policy which has not seen enough norms to set one.
+    if rate == 0 and math.isfinite(threshold):
+        return NEVER_CLIPPED.format(**facts, largest=max(finite))
     return ""
-
-
-def _newest_applied(steps: Sequence[StepRecord], window: int) -> list[StepRecord]:
-    return [step for step in steps if step.outcome == "applied"][-window:]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Severity = Literal["critical", "warning", "note"]
 SEVERITIES: tuple[str, ...] = get_args(Severity)
 """From the heaviest to the lightest."""
+
+MOST_STEPS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +28,6 @@ class Evidence:
     parameters: tuple[str, ...] = ()
     numbers: Mapping[str, float] = field(default_factory=dict)
     optimizer: str = ""
-
-
-MOST_STEPS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +50,9 @@ class Finding:
     seen: Evidence
     why: str
     advice: str
+
+
+def first_steps(steps: Iterable[int]) -> tuple[int, ...]:
+    """Returns as many steps as evidence names."""
+    # int(): a NumPy integer is no JSON.
+    return tuple(map(int, steps))[:MOST_STEPS]

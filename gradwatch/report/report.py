@@ -10,191 +10,44 @@ from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Group
-from rich.padding import Padding
-from rich.text import Text
 
+from gradwatch.record.columns import Source
 from gradwatch.report.finding import SEVERITIES, Evidence, Finding
 from gradwatch.report.rules import ALWAYS, RULES
-from gradwatch.report.run_data import Records, RunData, counted, named, printable, read_run
+from gradwatch.report.run_data import RunData, first_and_last, read_run
 from gradwatch.report.thresholds import Thresholds
+from gradwatch.wording import counted, named, printable
 
 if TYPE_CHECKING:
     from rich.console import Group
 
+WIDTH = 100
+STYLES = {"critical": "bold red", "warning": "bold yellow", "note": "bold cyan"}
+COLOURS = {"critical": "#c62828", "warning": "#b26a00", "note": "#1565c0"}
+
+NO_THRESHOLDS = (
+    "report(thresholds=) must be gradwatch.Thresholds, got {value!r} of type {kind}. "
+    "Write thresholds=gradwatch.Thresholds(spike=20.0)."
+)
 
 EMPTY = "There is no step in this run yet."
 FEW = (
     "Few steps ({count}, where most rules need {few}): only NaN and Inf, missing gradients, "
     "loss scales and norms that explode were looked at."
 )
-NO_UPDATES = (
-    "How large updates are for their weights was not recorded: "
-    'watch(..., statistics=("update_ratio",), every=10).'
-)
-NO_ZEROS = (
-    'Dead units within a layer were not recorded: watch(..., statistics=("zeros",), every=10).'
-)
 NOT_FROM_START = (
     "The first steps, up to {step}, are not there, so that norms were compared with those of later "
     "ones: keep the run with watch(..., run_dir=...)."
 )
-
-
-def remarks(run: RunData | None, limits: Thresholds) -> Iterator[str]:
-    """Lists what was not looked at.
-
-    Args:
-        run: The run; None where it is empty.
-        limits: ``few_steps``.
-    """
-    if run is None:
-        yield EMPTY
-        return
-    if len(run) < limits.few_steps:
-        yield FEW.format(count=len(run), few=limits.few_steps)
-    first = min(int(track.step[0]) for track in run.tracks)
-    if first > 1:
-        yield NOT_FROM_START.format(step=first - 1)
-    for name, text in (("update_ratio", NO_UPDATES), ("zeros", NO_ZEROS)):
-        taken = run.sample.statistics.get(name)
-        if taken is None or not np.isfinite(taken).any():
-            yield text
-
-
-WIDTH = 100
-NOTHING = "Nothing was found."
-
-
-def plain(report: Report) -> str:
-    """Writes a report as text of at most 100 columns, names apart.
-
-    Args:
-        report: The report.
-    """
-    parts = [headline(report)]
-    parts += [_finding(number, one) for number, one in enumerate(report.findings, 1)]
-    if report.remarks:
-        parts.append(
-            "\n".join(_wrapped(f"- {printable(remark)}", "  ") for remark in report.remarks)
-        )
-    return "\n\n".join(parts)
-
-
-def headline(report: Report) -> str:
-    """Says in a line what the report is about.
-
-    Args:
-        report: The report.
-    """
-    what = f"{counted(report.steps, 'step')}, {counted(report.parameters, 'parameter')}"
-    if not report.findings:
-        return f"gradwatch report: {what}. {NOTHING}"
-    return f"gradwatch report: {what}, {counted(len(report), 'finding')}."
-
-
-def evidence(seen: Evidence) -> str:
-    """Writes the evidence in a line.
-
-    Args:
-        seen: The evidence.
-    """
-    parts = [f"{name} {value:.4g}" for name, value in seen.numbers.items()]
-    if seen.steps:
-        word = "step " if len(seen.steps) == 1 else "steps "
-        parts.insert(0, word + named([str(step) for step in seen.steps], 5))
-    if seen.parameters:
-        parts.append(named([printable(name) for name in seen.parameters]))
-    if seen.optimizer and seen.optimizer != "none":
-        parts.append(printable(seen.optimizer))
-    return "; ".join(parts)
-
-
-def rows(finding: Finding) -> list[tuple[str, str]]:
-    """Lists what there is to say of a finding below its title.
-
-    Args:
-        finding: The finding.
-
-    Returns:
-        Labels and texts.
-    """
-    pairs = [("seen", evidence(finding.seen)), ("why", finding.why), ("try", finding.advice)]
-    return [(label, printable(text)) for label, text in pairs]
-
-
-def _finding(number: int, finding: Finding) -> str:
-    head = f"{number}. [{finding.severity}] {finding.kind}: {printable(finding.title)}"
-    below = [_wrapped(f"   {label + ':':<6}{text}", " " * 9) for label, text in rows(finding)]
-    return "\n".join([_wrapped(head, "   "), *below])
-
-
-def _wrapped(text: str, indent: str) -> str:
-    return fill(
-        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
-
-
-STYLES = {"critical": "bold red", "warning": "bold yellow", "note": "bold cyan"}
-
-
-def coloured(report: Report) -> Group:
-    """Makes what ``rich.print`` shows of a report.
-
-    Args:
-        report: The report. Its texts are shown as they are: brackets in a name are no markup.
-    """
-    parts: list[Text | Padding] = [Text(headline(report), style="bold")]
-    for number, finding in enumerate(report.findings, 1):
-        parts += [Text(), _title(number, finding), *map(_row, rows(finding))]
-    if report.remarks:
-        parts += [
-            Text(),
-            *(Text(f"- {printable(remark)}", style="dim") for remark in report.remarks),
-        ]
-    return Group(*parts)
-
-
-def _title(number: int, finding: Finding) -> Text:
-    head = Text(f"{number}. ")
-    head.append(f"{finding.severity} {finding.kind}", style=STYLES[finding.severity])
-    return head.append(f"  {printable(finding.title)}")
-
-
-def _row(pair: tuple[str, str]) -> Padding:
-    label, text = pair
-    return Padding(Text(f"{label + ':':<6}", style="dim").append(Text(text)), (0, 0, 0, 3))
-
-
-COLOURS = {"critical": "#c62828", "warning": "#b26a00", "note": "#1565c0"}
-
-
-def page(report: Report) -> str:
-    """Writes a report as a piece of HTML that needs no style sheet and no script.
-
-    Args:
-        report: The report. Everything in it is escaped: names of parameters are anybody's.
-    """
-    parts = [f"<p><b>{escape(headline(report))}</b></p>"]
-    parts += map(_finding_html, report.findings)
-    if report.remarks:
-        entries = "".join(f"<li>{escape(printable(remark))}</li>" for remark in report.remarks)
-        parts.append(f'<ul style="opacity:0.7">{entries}</ul>')
-    return f'<div style="max-width:60em">{"".join(parts)}</div>'
-
-
-def _finding_html(finding: Finding) -> str:
-    colour = COLOURS[finding.severity]
-    badge = f'<b style="color:{colour}">{escape(finding.severity)} {escape(finding.kind)}</b>'
-    entries = "".join(
-        f'<tr><td style="text-align:left;vertical-align:top;opacity:0.7">{escape(label)}</td>'
-        f'<td style="text-align:left">{escape(text)}</td></tr>'
-        for label, text in rows(finding)
-    )
-    return (
-        f'<div style="border-left:4px solid {colour};padding-left:0.8em;margin:0.8em 0">'
-        f"{badge} {escape(printable(finding.title))}<table>{entries}</table></div>"
-    )
+NOT_TAKEN = {
+    "update_ratio": (
+        "How large updates are for their weights was not recorded: "
+        'watch(..., statistics=("update_ratio",), every=10).'
+    ),
+    "zeros": (
+        'Dead units within a layer were not recorded: watch(..., statistics=("zeros",), every=10).'
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,14 +79,13 @@ class Report:
         return iter(self.findings)
 
     def __str__(self) -> str:
-        return plain(self)
+        return _as_text(self)
 
     def __rich__(self) -> Group:
-
-        return coloured(self)
+        return _in_colour(self)
 
     def _repr_html_(self) -> str:
-        return page(self)
+        return _as_html(self)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -264,47 +116,143 @@ def _jsonable(value: Any) -> Any:
         return {str(key): _jsonable(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_jsonable(entry) for entry in value]
+    # json.dumps would write NaN and Infinity, which are no JSON: browsers and jq refuse them.
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 
 
-def make_report(history: Records, thresholds: Thresholds | None = None, **changes: Any) -> Report:
-    """Says what a run means.
-
-    Of the steps it reads the columns that rules look at; of the parameters it reads the norms, and
-    the statistics that were taken, of eight ranges of up to 64 steps from first to last, so that a
-    million steps take about as long as a thousand.
+def make_report(source: Source, thresholds: Thresholds | None = None, **changes: Any) -> Report:
+    """Says what a run means; see :meth:`gradwatch.History.report`.
 
     Args:
-        history: The run, live or loaded.
+        source: The run, live or loaded.
         thresholds: What is too much, too little and too often; the published ones if left out.
         **changes: Single thresholds by name, ``spike=20.0``.
-
-    Returns:
-        The report.
 
     Raises:
         TypeError: If a threshold is unknown, or no number.
         ValueError: If a threshold is out of bounds.
     """
-    limits = _limits(thresholds, changes)
-    run = read_run(history, limits)
-    findings = () if run is None else _found(run, limits)
-    steps = 0 if run is None else len(run)
-    return Report(findings, steps, len(history.layout.names), tuple(remarks(run, limits)))
-
-
-def _limits(thresholds: Thresholds | None, changes: dict[str, Any]) -> Thresholds:
     if thresholds is not None and not isinstance(thresholds, Thresholds):
-        raise TypeError(
-            f"report(thresholds=) must be gradwatch.Thresholds, got {thresholds!r} of type "
-            f"{type(thresholds).__name__}. Write thresholds=Thresholds(spike=20.0)."
-        )
-    return replace(thresholds or Thresholds(), **changes)
+        kind = type(thresholds).__name__
+        raise TypeError(NO_THRESHOLDS.format(value=thresholds, kind=kind))
+    limits = replace(thresholds or Thresholds(), **changes)
+    parameters = len(source.layout().names)
+    run = read_run(source, limits)
+    if run is None:
+        return Report((), 0, parameters, (EMPTY,))
+    return Report(_findings(run, limits), len(run), parameters, tuple(_remarks(run, limits)))
 
 
-def _found(run: RunData, limits: Thresholds) -> tuple[Finding, ...]:
+def _findings(run: RunData, limits: Thresholds) -> tuple[Finding, ...]:
     rules = RULES if len(run) >= limits.few_steps else ALWAYS
     findings = [finding for rule in rules for finding in rule(run, limits)]
+    # sorted() is stable: within a severity the order is that of the rules, causes first.
     return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))
+
+
+def _remarks(run: RunData, limits: Thresholds) -> Iterator[str]:
+    """Lists what was not looked at."""
+    if len(run) < limits.few_steps:
+        yield FEW.format(count=len(run), few=limits.few_steps)
+    first, _ = first_and_last(run.optimizers)
+    if first > 1:
+        yield NOT_FROM_START.format(step=first - 1)
+    for name, remark in NOT_TAKEN.items():
+        # It may be there, and NaN throughout: taken every so many steps, and at no sampled one.
+        if not np.isfinite(run.sample.columns.get(name, np.nan)).any():
+            yield remark
+
+
+def _headline(report: Report) -> str:
+    what = f"{counted(report.steps, 'step')}, {counted(report.parameters, 'parameter')}"
+    if not report.findings:
+        return f"gradwatch report: {what}. Nothing was found."
+    return f"gradwatch report: {what}, {counted(len(report), 'finding')}."
+
+
+def _rows(finding: Finding) -> list[tuple[str, str]]:
+    """Returns labels and texts of what there is to say of a finding below its title."""
+    pairs = [("seen", _evidence(finding.seen)), ("why", finding.why), ("try", finding.advice)]
+    return [(label, printable(text)) for label, text in pairs]
+
+
+def _evidence(seen: Evidence) -> str:
+    parts = [f"{name} {value:.4g}" for name, value in seen.numbers.items()]
+    if seen.steps:
+        word = "step " if len(seen.steps) == 1 else "steps "
+        parts.insert(0, word + named([str(step) for step in seen.steps], 5))
+    if seen.parameters:
+        # Each name by itself: what is shown of a name must not depend on the one before it.
+        parts.append(named([printable(name) for name in seen.parameters]))
+    if seen.optimizer and seen.optimizer != "none":
+        parts.append(printable(seen.optimizer))
+    return "; ".join(parts)
+
+
+def _as_text(report: Report) -> str:
+    """Writes a report as text of at most 100 columns, names apart."""
+    parts = [_headline(report)]
+    for number, finding in enumerate(report.findings, 1):
+        head = f"{number}. [{finding.severity}] {finding.kind}: {printable(finding.title)}"
+        below = [_wrapped(f"   {label + ':':<6}{text}", " " * 9) for label, text in _rows(finding)]
+        parts.append("\n".join([_wrapped(head, "   "), *below]))
+    if report.remarks:
+        remarks = [_wrapped(f"- {printable(remark)}", "  ") for remark in report.remarks]
+        parts.append("\n".join(remarks))
+    return "\n\n".join(parts)
+
+
+def _wrapped(text: str, indent: str) -> str:
+    # A name is never broken, so that it can be searched for and copied.
+    return fill(
+        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _in_colour(report: Report) -> Group:
+    """Makes what ``rich.print`` shows of a report."""
+    # Only who prints with rich has it: it comes with gradwatch[runs], and a report needs no extra.
+    from rich.console import Group
+    from rich.padding import Padding
+    from rich.text import Text
+
+    # Text, not str: brackets in a str are markup, and names of parameters are anybody's.
+    parts: list[Text | Padding] = [Text(_headline(report), style="bold")]
+    for number, finding in enumerate(report.findings, 1):
+        head = Text(f"{number}. ")
+        head.append(f"{finding.severity} {finding.kind}", style=STYLES[finding.severity])
+        parts += [Text(), head.append(f"  {printable(finding.title)}")]
+        for label, text in _rows(finding):
+            row = Text(f"{label + ':':<6}", style="dim").append(Text(text))
+            parts.append(Padding(row, (0, 0, 0, 3)))
+    if report.remarks:
+        remarks = [Text(f"- {printable(remark)}", style="dim") for remark in report.remarks]
+        parts += [Text(), *remarks]
+    return Group(*parts)
+
+
+def _as_html(report: Report) -> str:
+    """Writes a report as a piece of HTML that needs no style sheet and no script."""
+    parts = [f"<p><b>{escape(_headline(report))}</b></p>"]
+    parts += map(_finding_html, report.findings)
+    if report.remarks:
+        entries = "".join(f"<li>{escape(printable(remark))}</li>" for remark in report.remarks)
+        parts.append(f'<ul style="opacity:0.7">{entries}</ul>')
+    return f'<div style="max-width:60em">{"".join(parts)}</div>'
+
+
+def _finding_html(finding: Finding) -> str:
+    colour = COLOURS[finding.severity]
+    badge = f'<b style="color:{colour}">{escape(finding.severity)} {escape(finding.kind)}</b>'
+    # Opacity, not grey: a notebook may be dark.
+    entries = "".join(
+        f'<tr><td style="text-align:left;vertical-align:top;opacity:0.7">{escape(label)}</td>'
+        f'<td style="text-align:left">{escape(text)}</td></tr>'
+        for label, text in _rows(finding)
+    )
+    return (
+        f'<div style="border-left:4px solid {colour};padding-left:0.8em;margin:0.8em 0">'
+        f"{badge} {escape(printable(finding.title))}<table>{entries}</table></div>"
+    )

@@ -1,43 +1,30 @@
-"""What the rules read of a run: steps as arrays, sampled parameters, and the words for them."""
+"""What reports and plots read of a run: steps by optimizer, and numbers of the parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from gradwatch.record.columns import safe_text
+from gradwatch.record.columns import (
+    Array,
+    Column,
+    Source,
+    Span,
+    Table,
+    array_of,
+    events_frame,
+    labels_in,
+    safe_text,
+)
 from gradwatch.record.records import Layout
-from gradwatch.report.finding import MOST_STEPS
 from gradwatch.report.thresholds import Thresholds
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-Array = NDArray[Any]
-
-NUMBERS = (
-    "micro_batches",
-    "weight",
-    "grad_norm",
-    "grad_norm_clipped",
-    "grad_norm_local",
-    "clip_threshold",
-    "clipped",
-    "nonfinite_parameters",
-    "loss",
-    "lr",
-    "loss_scale",
-    "noise_scale",
-    "noise_scale_stderr",
-)
-COLUMNS = ("optimizer", "outcome", *NUMBERS)
-"""What a report reads of the steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +34,9 @@ class OptimizerArrays:
     Attributes:
         optimizer: Its label.
         step: int64 ``[steps]``.
-        columns: By name of :data:`NUMBERS` an array ``[steps]``.
+        columns: By name of a column of ``History.steps()`` an array ``[steps]``.
         applied: bool ``[steps]``.
-        by_scaler: bool ``[steps]``: whether the scaler left the step out.
+        by_scaler: bool ``[steps]``: whether a ``GradScaler`` left the step out.
     """
 
     optimizer: str
@@ -65,210 +52,193 @@ class OptimizerArrays:
         return self.columns[name]
 
     @property
-    def bad(self) -> Array:
-        """Whether a step's gradients were not finite, and that is no affair of the scaler's."""
-        unsound = (self["nonfinite_parameters"] > 0) | ~np.isfinite(self["grad_norm"])
-        return unsound & ~self.by_scaler
-
-    @property
-    def finite(self) -> Array:
-        """The finite norms, oldest first."""
-        norms = self["grad_norm"]
-        return norms[np.isfinite(norms)]
+    def nonfinite(self) -> Array:
+        """Bool ``[steps]``: whether a gradient, or only the total norm, was NaN or Inf."""
+        return (self["nonfinite_parameters"] > 0) | ~np.isfinite(self["grad_norm"])
 
 
-def tracks_of(frame: pd.DataFrame) -> list[OptimizerArrays]:
-    """Takes the steps apart by optimizer.
+def read_steps(
+    source: Source, columns: Iterable[str], span: Span | None = None
+) -> list[OptimizerArrays]:
+    """Reads the steps of each optimizer.
 
     Args:
-        frame: ``History.steps(columns=COLUMNS)``.
+        source: The run.
+        columns: Columns of numbers of ``History.steps()``.
+        span: Which steps; all if left out.
+
+    Returns:
+        In the order in which the optimizers first stepped.
     """
-    labels = frame["optimizer"]
-    names = [str(name) for name in labels.unique()]
-    if len(names) == 1:
-        return [_track(names[0], frame)]
-    return [_track(name, frame[labels == name]) for name in names]
+    return by_optimizer(source.steps(("step", "optimizer", "outcome", *columns), span or Span()))
 
 
-def _track(name: str, frame: pd.DataFrame) -> OptimizerArrays:
-    outcome = frame["outcome"]
-    return OptimizerArrays(
-        name,
-        frame.index.to_numpy(),
-        {column: frame[column].to_numpy() for column in NUMBERS},
-        (outcome == "applied").to_numpy(bool),
-        (outcome == "skipped_scaler").to_numpy(bool),
+def by_optimizer(table: Table) -> list[OptimizerArrays]:
+    """Parts steps by optimizer, in the order in which each first comes.
+
+    Args:
+        table: ``step``, ``optimizer``, ``outcome`` and columns of numbers.
+    """
+    optimizer = labels_in(table["optimizer"])
+    codes, first = np.unique(optimizer.codes, return_index=True)
+    applied, by_scaler = (
+        equals(table["outcome"], outcome) for outcome in ("applied", "skipped_scaler")
     )
+    numbers = {n: array_of(table[n]) for n in table if n not in ("step", "optimizer", "outcome")}
+    parts = []
+    # A folder codes labels in the order of its parts, which need not be that of the steps.
+    for code in codes[np.argsort(first)]:
+        # A view where there is one optimizer: a million steps of 13 columns are 100 MB.
+        mine = optimizer.codes == code if len(codes) > 1 else slice(None)
+        parts.append(
+            OptimizerArrays(
+                safe_text(optimizer.values[code]),
+                array_of(table["step"])[mine],
+                {name: array[mine] for name, array in numbers.items()},
+                applied[mine],
+                by_scaler[mine],
+            )
+        )
+    return parts
 
 
-STATISTICS = ("zeros", "update_ratio")
-"""Statistics that a rule looks at, where they were taken."""
-
-_REACH = 4_096
+def equals(column: Column, text: str) -> Array:
+    """Compares a column of strings with one; bool ``[rows]``."""
+    labels = labels_in(column)
+    # By code: a million comparisons of strings take longer than reading them.
+    same: Array = np.array([value == text for value in labels.values], bool)[labels.codes]
+    return same
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterSample:
-    """What was read of the parameters.
+    """Numbers per parameter of some steps.
 
     Attributes:
         steps: int64 ``[steps]``, rising.
         present: bool ``[steps, parameters]``: whether there was a gradient.
-        norms: float64 like ``present``: norms before the clip; NaN where there was none.
-        statistics: Further ones by name, like ``norms``; NaN where they were not taken.
+        columns: By column of ``History.parameters()`` float64 like ``present``; NaN where there was
+            no gradient, or the statistic was not taken.
     """
 
     steps: Array
     present: Array
-    norms: Array
-    statistics: Mapping[str, Array]
+    columns: Mapping[str, Array]
 
-    def typical(self) -> Array:
-        """Takes the median of the finite norms of each parameter.
-
-        Returns:
-            float64 ``[parameters]``, NaN where there is none.
-        """
-        return medians(self.norms)
+    def __getitem__(self, name: str) -> Array:
+        return self.columns[name]
 
 
-def medians(matrix: Array) -> Array:
-    """Takes the median of the finite numbers of each column.
+ROWS_AT_ONCE = 2_000_000
+"""Rows of ``History.parameters()`` that are held in memory at once."""
 
-    Args:
-        matrix: float ``[rows, columns]``.
-
-    Returns:
-        float64 ``[columns]``, NaN where there is none.
-    """
-    sound = np.where(np.isfinite(matrix), matrix, np.nan)
-    there = np.isfinite(sound).any(axis=0)
-    result = np.full(matrix.shape[1], np.nan)
-    if there.any():
-        result[there] = np.nanmedian(sound[:, there], axis=0)
-    return result
+Range = tuple[int, int]
+"""First step and one after the last."""
 
 
-def ranges(first: int, last: int, limits: Thresholds, parameters: int) -> list[tuple[int, int]]:
-    """Spreads ranges of steps over a run.
+def spread_steps(first: int, last: int, most: int, pieces: int) -> list[Range]:
+    """Spreads ranges of steps evenly over a run.
 
     Args:
-        first: Its first step.
-        last: Its last step.
-        limits: How many ranges, how long, and how many rows at most.
-        parameters: Rows per step.
+        first: The first step of the run.
+        last: The last one.
+        most: How many steps the ranges hold in all, at most.
+        pieces: How many ranges.
 
     Returns:
-        First step and one after the last of each; a single range where they cover the run.
+        The ranges; a single one where it covers the run.
     """
-    allowed = limits.sample_rows // (limits.sample_blocks * max(parameters, 1))
-    length = max(2, min(limits.sample_steps, allowed))
-    if last - first + 1 <= limits.sample_blocks * length:
+    if last - first + 1 <= most:
         return [(first, last + 1)]
-    starts = np.linspace(first, last + 1 - length, limits.sample_blocks).astype(int)
-    return [(int(start), int(start) + length) for start in starts]
+    length = max(1, most // pieces)
+    starts = np.linspace(first, last + 1 - length, pieces).astype(int).tolist()
+    return [(start, start + length) for start in starts]
 
 
-def read_sample(records: Records, first: int, last: int, limits: Thresholds) -> ParameterSample:
-    """Reads a sample of a run.
+def read_blocks(
+    source: Source, columns: Sequence[str], ranges: Iterable[Range]
+) -> Iterator[ParameterSample]:
+    """Reads every step of ranges, in blocks that fit into memory.
 
     Args:
-        records: The run.
-        first: Its first step.
-        last: Its last step.
-        limits: How much to read.
+        source: The run.
+        columns: Columns of ``History.parameters()``.
+        ranges: The steps. One without a record has a row in which no gradient is present.
     """
-    import pandas as pd
+    parameters = len(source.layout().names)
+    length = max(1, ROWS_AT_ONCE // max(1, parameters))
+    for start, stop in ranges:
+        for first in range(start, stop, length):
+            steps = np.arange(first, min(first + length, stop))
+            table = source.parameters(None, columns, Span(first, int(steps[-1]) + 1))
+            yield _dense(table, columns, steps, parameters)
 
-    names = [safe_text(name) for name in records.layout.names]
-    known = records.parameters(start=0, stop=0).columns
-    wanted = [name for name in STATISTICS if name in known]
-    frames = [
-        records.parameters(columns=["grad_norm", *wanted], start=start, stop=stop)
-        for start, stop in ranges(first, last, limits, len(names))
-    ]
-    sample = _matrices(pd.concat(frames, ignore_index=True), names, wanted)
-    missed = [name for name in wanted if not np.isfinite(sample.statistics[name]).any()]
-    if not missed:
-        return sample
-    # Statistics of every so many steps may lie between the ranges.
-    reach = max(2, min(_REACH, limits.sample_rows // max(len(names), 1)))
-    newest = records.parameters(columns=["grad_norm", *missed], start=last + 1 - reach)
-    late = _matrices(newest, names, missed)
+
+def _dense(table: Table, columns: Sequence[str], steps: Array, parameters: int) -> ParameterSample:
+    # Every source codes a parameter by its index in the layout, so that no name is looked up.
+    where = (array_of(table["step"]) - steps[0], labels_in(table["parameter"]).codes)
+    present = np.zeros((len(steps), parameters), bool)
+    present[where] = True
+    planes = {name: np.full(present.shape, np.nan) for name in columns}
+    for name, plane in planes.items():
+        plane[where] = array_of(table[name])
+    return ParameterSample(steps, present, planes)
+
+
+def read_sample(source: Source, columns: Sequence[str], ranges: Iterable[Range]) -> ParameterSample:
+    """Reads every step of ranges as one sample; see :func:`read_blocks`."""
+    blocks = list(read_blocks(source, columns, ranges))
+    # In front of the blocks, for without a range there is none to tell the shape.
+    none = np.empty((0, len(source.layout().names)))
     return ParameterSample(
-        sample.steps, sample.present, sample.norms, {**sample.statistics, **late.statistics}
+        np.concatenate([np.empty(0, np.int64), *(block.steps for block in blocks)]),
+        np.concatenate([none.astype(bool), *(block.present for block in blocks)]),
+        {name: np.concatenate([none, *(block[name] for block in blocks)]) for name in columns},
     )
 
 
-def _matrices(
-    frame: pd.DataFrame, names: Sequence[str], statistics: Sequence[str]
-) -> ParameterSample:
-    import pandas as pd
+STEP_NUMBERS = (
+    "weight",
+    "grad_norm",
+    "grad_norm_clipped",
+    "grad_norm_local",
+    "clip_threshold",
+    "clipped",
+    "nonfinite_parameters",
+    "loss",
+    "lr",
+    "loss_scale",
+    "noise_scale",
+    "noise_scale_stderr",
+)
+"""What the rules look at of the steps."""
 
-    steps, rows = np.unique(frame["step"].to_numpy(), return_inverse=True)
-    columns = pd.Index(names).get_indexer(pd.Index(frame["parameter"]))
-    shape = (len(steps), len(names))
-    present = np.zeros(shape, bool)
-    present[rows, columns] = True
+STATISTICS = ("zeros", "update_ratio")
+"""Statistics that a rule looks at, where they were taken."""
 
-    def matrix(name: str) -> Array:
-        result = np.full(shape, np.nan)
-        result[rows, columns] = frame[name].to_numpy()
-        return result
-
-    return ParameterSample(
-        steps, present, matrix("grad_norm"), {name: matrix(name) for name in statistics}
-    )
-
-
-class Records(Protocol):
-    """The part of :class:`gradwatch.History` that a report reads."""
-
-    @property
-    def layout(self) -> Layout:
-        """The parameters."""
-
-    def steps(
-        self,
-        columns: Iterable[str] | None = None,
-        *,
-        start: int | None = None,
-        stop: int | None = None,
-    ) -> pd.DataFrame:
-        """See :meth:`gradwatch.History.steps`."""
-
-    def parameters(
-        self,
-        names: Any = None,
-        *,
-        columns: Iterable[str] | None = None,
-        start: int | None = None,
-        stop: int | None = None,
-    ) -> pd.DataFrame:
-        """See :meth:`gradwatch.History.parameters`."""
-
-    def events(self) -> pd.DataFrame:
-        """See :meth:`gradwatch.History.events`."""
+MOST_NEWEST_STEPS = 4_096
+"""Steps at the end of a run in which a statistic is looked for that the sample has missed."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """What was read of a run.
+    """What the rules of a report know of a run.
 
     Attributes:
-        tracks: Its steps, by optimizer.
+        optimizers: Its steps, by optimizer.
         layout: Its parameters.
-        sample: Per-parameter numbers of some steps.
-        events: All events.
+        sample: Norms and :data:`STATISTICS` of the parameters in some steps. A statistic that was
+            found at the end of the run only has rows of its own.
+        events: All events, as ``History.events()`` returns them.
     """
 
-    tracks: Sequence[OptimizerArrays]
+    optimizers: Sequence[OptimizerArrays]
     layout: Layout
     sample: ParameterSample
     events: pd.DataFrame
 
     def __len__(self) -> int:
-        return max(map(len, self.tracks), default=0)
+        return max(map(len, self.optimizers), default=0)
 
     @property
     def sizes(self) -> Array:
@@ -280,85 +250,75 @@ class RunData:
         """Whether each parameter has two dimensions or more: the weights of layers."""
         return np.array([len(shape) >= 2 for shape in self.layout.shapes], bool)
 
-    def events_of(self, track: OptimizerArrays, kinds: Sequence[str]) -> pd.DataFrame:
-        """Selects events.
-
-        Args:
-            track: Whose.
-            kinds: Of which kinds.
-        """
+    def events_of(self, optimizer: str, kinds: Sequence[str]) -> pd.DataFrame:
+        """Selects the events of some kinds that came in steps of an optimizer."""
         events = self.events
-        wanted = events["kind"].isin(list(kinds)) & (events["optimizer"] == track.optimizer)
+        wanted = events["kind"].isin(list(kinds)) & (events["optimizer"] == optimizer)
         chosen: pd.DataFrame = events[wanted]
         return chosen
 
 
-def read_run(records: Records, limits: Thresholds) -> RunData | None:
+def read_run(source: Source, limits: Thresholds) -> RunData | None:
     """Reads what the rules need.
 
     Args:
-        records: The run.
+        source: The run.
         limits: How much of the parameters to read.
 
     Returns:
         The run; None where it has no step.
     """
-    frame = records.steps(COLUMNS)
-    if not len(frame):
+    optimizers = read_steps(source, STEP_NUMBERS)
+    if not optimizers:
         return None
-    first, last = int(frame.index.min()), int(frame.index.max())
-    sample = read_sample(records, first, last, limits)
-    return RunData(tracks_of(frame), records.layout, sample, records.events())
+    sample = _sample(source, *first_and_last(optimizers), limits)
+    return RunData(optimizers, source.layout(), sample, events_frame(source.events()))
 
 
-def named(names: Sequence[str], most: int = 3) -> str:
-    """Lists names, and says how many more there are.
-
-    Args:
-        names: The names.
-        most: How many to write out.
-
-    Example:
-        >>> named(["a", "b", "c", "d", "e"])
-        'a, b, c and 2 more'
-    """
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
+def first_and_last(optimizers: Sequence[OptimizerArrays]) -> Range:
+    """Returns the first and the last step of all optimizers."""
+    first = min(int(steps.step.min()) for steps in optimizers)
+    return first, max(int(steps.step.max()) for steps in optimizers)
 
 
-def counted(count: int, noun: str) -> str:
-    """Writes a number of things.
-
-    Args:
-        count: How many.
-        noun: One of them.
-
-    Example:
-        >>> counted(1, "step"), counted(2_000, "step")
-        ('1 step', '2,000 steps')
-    """
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-def first_steps(steps: Array) -> tuple[int, ...]:
-    """Takes as many steps as a finding names.
-
-    Args:
-        steps: int array.
-    """
-    return tuple(int(step) for step in steps[:MOST_STEPS])
+def _sample(source: Source, first: int, last: int, limits: Thresholds) -> ParameterSample:
+    """Reads some ranges of steps, so that a million steps take about as long as a thousand."""
+    parameters = max(1, len(source.layout().names))
+    taken = source.statistics()
+    wanted = [name for name in STATISTICS if name in taken]
+    allowed = limits.sample_rows // (limits.sample_blocks * parameters)
+    most = limits.sample_blocks * max(2, min(limits.sample_steps, allowed))
+    ranges = spread_steps(first, last, most, limits.sample_blocks)
+    sample = _recorded(read_sample(source, ["grad_norm", *wanted], ranges))
+    missed = [name for name in wanted if not np.isfinite(sample[name]).any()]
+    if not missed:
+        return sample
+    # Statistics of every so many steps may lie between the ranges.
+    reach = max(2, min(MOST_NEWEST_STEPS, limits.sample_rows // parameters))
+    newest = read_sample(source, missed, [(max(first, last + 1 - reach), last + 1)])
+    return ParameterSample(sample.steps, sample.present, {**sample.columns, **newest.columns})
 
 
-def printable(text: str) -> str:
-    r"""Replaces what a terminal would obey, such as escape sequences in a name, by its code.
+def _recorded(sample: ParameterSample) -> ParameterSample:
+    """Drops steps without any gradient, which would shift the halves that a rule compares."""
+    kept = sample.present.any(axis=1)
+    planes = {name: plane[kept] for name, plane in sample.columns.items()}
+    return ParameterSample(sample.steps[kept], sample.present[kept], planes)
+
+
+def medians(matrix: Array) -> Array:
+    """Returns the median of the finite numbers of each column.
 
     Args:
-        text: Any text.
+        matrix: float ``[rows, columns]``.
 
-    Example:
-        >>> printable("a\x1b[2J")
-        'a\\x1b[2J'
+    Returns:
+        float64 ``[columns]``, NaN where there is none.
     """
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    sound = np.where(np.isfinite(matrix), matrix, np.nan)
+    # nanmedian warns of columns without a number.
+    there = np.isfinite(sound).any(axis=0)
+    result = np.full(matrix.shape[1], np.nan)
+    if there.any():
+        result[there] = np.nanmedian(sound[:, there], axis=0)
+    return result

@@ -13,7 +13,7 @@ class Thresholds:
     ``docs/report.md`` says how they were tuned, and how often they are wrong.
 
     Attributes:
-        few_steps: Fewer steps than this are said to be too few; NaN and Inf are told of anyway.
+        few_steps: Fewer steps than this are said to be too few; NaN and Inf are reported anyway.
             Medians of ten steps at both ends of a run need twenty.
         rise: Norms that grew by this factor before the first NaN make the learning rate its cause.
             Two sound mini-batches seldom differ by ten.

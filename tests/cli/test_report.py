@@ -5,14 +5,14 @@ import json
 import pytest
 
 from gradwatch.history import load
-from gradwatch.report import KINDS, make_report
+from gradwatch.report import KINDS
 
 from .runs import write
 
 
 def test_prints_the_report_of_the_history(command, runs):
     """The text is that of the report."""
-    assert command("report", "sick").out == f"{make_report(load('sick'))}\n"
+    assert command("report", "sick").out == f"{load('sick').report()}\n"
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 
-from gradwatch.record.records import StepRecord
-from gradwatch.report.advice import clip_advice, clip_rate
+from gradwatch import History
+from gradwatch.record.records import Layout, RecordBatch, StepRecord
+
+
+def _history(steps):
+    none = np.empty((len(steps), 0))
+    batch = RecordBatch(Layout((), ()), steps, none, none)
+    return History(lambda: batch)
 
 
 def _steps(clipped, norm=2.0, threshold=1.0, optimizer="Adam", outcome="applied"):
@@ -26,13 +33,13 @@ def test_rate_is_over_the_newest_applied_steps():
     """Older steps and steps that were not applied do not count."""
     steps = _steps([True] * 50 + [False] * 75 + [True] * 25)
     skipped = _steps([True] * 500, outcome="skipped_nonfinite")
-    assert clip_rate([*steps, *skipped], window=100) == 0.25
-    assert math.isnan(clip_rate(skipped))
+    assert _history([*steps, *skipped]).clip_rate(window=100) == 0.25
+    assert math.isnan(_history(skipped).clip_rate())
 
 
 def test_a_clip_that_acts_on_most_steps_is_too_tight():
     """The line names the rate, the limit and the norm to raise it to."""
-    (line,) = clip_advice(_steps([True] * 600 + [False] * 400))
+    (line,) = _history(_steps([True] * 600 + [False] * 400)).advice()
     assert "60% of the last 1,000 steps" in line
     assert "limit is 1" in line
     assert "below 2" in line
@@ -40,7 +47,7 @@ def test_a_clip_that_acts_on_most_steps_is_too_tight():
 
 def test_a_clip_that_never_acts_is_told_of():
     """So that nobody believes to be protected by a limit far away."""
-    (line,) = clip_advice(_steps([False] * 200, threshold=100.0))
+    (line,) = _history(_steps([False] * 200, threshold=100.0)).advice()
     assert "none of the last 200 steps" in line
     assert "largest norm was 2" in line
 
@@ -57,7 +64,7 @@ def test_a_clip_that_never_acts_is_told_of():
 )
 def test_otherwise_nothing_is_said(steps):
     """Too few steps, half of them clipped, no clip at all, or a rare one: no advice."""
-    assert clip_advice(steps) == []
+    assert _history(steps).advice() == []
 
 
 def test_each_optimizer_has_a_line_of_its_own():
@@ -66,5 +73,5 @@ def test_each_optimizer_has_a_line_of_its_own():
         *_steps([True] * 200, optimizer="Adam"),
         *_steps([False] * 199 + [True], optimizer="SGD"),
     ]
-    (line,) = clip_advice(mixed)
+    (line,) = _history(mixed).advice()
     assert line.startswith("Adam:")

@@ -1,4 +1,7 @@
-"""Rules: each turns what was read of a run into findings, or none."""
+"""Rules: each turns what was read of a run into findings, or none.
+
+A rule is a function of the run and of the thresholds; it never reads more than it is given.
+"""
 
 from __future__ import annotations
 

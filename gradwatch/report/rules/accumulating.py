@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gradwatch.record.columns import Array
 from gradwatch.report.finding import Evidence, Finding
-from gradwatch.report.run_data import Array, OptimizerArrays, RunData
+from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
 
 WHY = (
@@ -26,23 +27,21 @@ def accumulating(run: RunData, limits: Thresholds) -> Iterator[Finding]:
     Nothing in the records says whether a gradient was zeroed; but gradients of the same, hardly
     changed weights point the same way, so that their sum grows on a line. It needs the first steps
     of the run, which the buffer of a long live run keeps no more.
-
-    Args:
-        run: The run.
-        limits: ``accumulating``, ``accumulating_steps`` and ``accumulating_fit``.
     """
-    for track in run.tracks:
-        norms = track["grad_norm"][: limits.accumulating_steps].astype(float)
-        whole = len(norms) == limits.accumulating_steps and track.step[0] == 1
+    for steps in run.optimizers:
+        norms = steps["grad_norm"][: limits.accumulating_steps].astype(float)
+        # From step 1: later on nothing tells a sum of gradients from a loss that has grown.
+        whole = len(norms) == limits.accumulating_steps and steps.step[0] == 1
         if not whole or not np.isfinite(norms).all() or norms[0] <= 0:
             continue
+        # A norm that multiplies by a factor per step is a line in its logarithm: that is exploding.
         growth, fit, bent = norms[-3:].mean() / norms[0], line_fit(norms), line_fit(np.log(norms))
         if growth >= limits.accumulating and fit >= max(limits.accumulating_fit, bent):
-            yield _finding(track, float(growth), fit, limits)
+            yield _finding(steps, float(growth), fit, limits)
 
 
 def line_fit(values: Array) -> float:
-    """Takes the share of the variance that a rising line over equal steps explains.
+    """Returns the share of the variance that a rising line over equal steps explains.
 
     Args:
         values: float ``[n]``, n at least 2.
@@ -56,16 +55,17 @@ def line_fit(values: Array) -> float:
     """
     if np.ptp(values) == 0:
         return 0.0
+    # corrcoef divides by the deviation: a flat line was caught above.
     correlation = float(np.corrcoef(values, np.arange(len(values)))[0, 1])
     return round(max(correlation, 0.0) ** 2, 12)
 
 
-def _finding(track: OptimizerArrays, growth: float, fit: float, limits: Thresholds) -> Finding:
+def _finding(steps: OptimizerArrays, growth: float, fit: float, limits: Thresholds) -> Finding:
     count = limits.accumulating_steps
     title = (
         f"Gradients seem never to be zeroed: the norm grows on a line from the first step on, "
         f"{growth:.2g} times within {count} steps."
     )
     numbers = {"growth": growth, "fit": fit, "limit": limits.accumulating}
-    seen = Evidence((1, count), (), numbers, track.optimizer)
+    seen = Evidence((1, count), (), numbers, steps.optimizer)
     return Finding("accumulating", "critical", title, seen, WHY, ADVICE)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gradwatch.report.finding import Evidence, Finding, Severity
-from gradwatch.report.run_data import Array, OptimizerArrays, RunData
+from gradwatch.record.columns import Array
+from gradwatch.report.finding import Evidence, Finding
+from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
 
 _FEWEST = 100
@@ -29,59 +30,50 @@ def clipping(run: RunData, limits: Thresholds) -> Iterator[Finding]:
     """Finds a clip that is nearly always, or never, at work.
 
     Policies without a limit for the whole gradient act on most steps by design, and are left out.
-
-    Args:
-        run: The run.
-        limits: ``clip_steps``, ``clip_often`` and ``clip_far``.
     """
-    for track in run.tracks:
-        sound = track.applied & np.isfinite(track["grad_norm"])
-        rows = np.flatnonzero(sound & np.isfinite(track["clip_threshold"]))[-limits.clip_steps :]
+    for steps in run.optimizers:
+        # A step that was left out was not clipped, whatever its norm.
+        sound = steps.applied & np.isfinite(steps["grad_norm"])
+        rows = np.flatnonzero(sound & np.isfinite(steps["clip_threshold"]))[-limits.clip_steps :]
         if len(rows) >= _FEWEST:
-            yield from _judge(track, rows, limits)
+            yield from _of_newest(steps, rows, limits)
 
 
-def _judge(track: OptimizerArrays, rows: Array, limits: Thresholds) -> Iterator[Finding]:
-    norms, limit = track["grad_norm"][rows], float(track["clip_threshold"][rows[-1]])
-    rate = float(track["clipped"][rows].mean())
+def _of_newest(steps: OptimizerArrays, rows: Array, limits: Thresholds) -> Iterator[Finding]:
+    norms, limit = steps["grad_norm"][rows], float(steps["clip_threshold"][rows[-1]])
+    rate = float(steps["clipped"][rows].mean())
+    seen, advice = _limits_that_suit(steps, rows, {"rate": rate, "limit": limit})
     if rate > limits.clip_often:
         title = (
             f"{rate:.0%} of the last {len(rows):,} steps were clipped, at a limit of {limit:.3g}."
         )
-        yield _finding("clip_always", "warning", title, OFTEN_WHY, track, rows)
+        yield Finding("clip_always", "warning", title, seen, OFTEN_WHY, advice)
+    # Of norms that are all 0 every limit is far away, and that is not the matter with them.
     elif rate == 0 and limit > limits.clip_far * norms.max() > 0:
         title = (
             f"None of the last {len(rows):,} steps was clipped: the limit is {limit:.3g}, the "
             f"largest norm {norms.max():.3g}."
         )
-        yield _finding("clip_never", "note", title, NEVER_WHY, track, rows)
+        yield Finding("clip_never", "note", title, seen, NEVER_WHY, advice)
 
 
-def _finding(
-    kind: str, severity: Severity, title: str, why: str, track: OptimizerArrays, rows: Array
-) -> Finding:
-    norms = track["grad_norm"][rows]
-    low, high = (float(one) for one in np.quantile(norms, (0.95, 0.99)))
-    numbers = {
-        "rate": float(track["clipped"][rows].mean()),
-        "limit": float(track["clip_threshold"][rows[-1]]),
-        "clips_5_percent": low,
-        "clips_1_percent": high,
-    }
-    by_norm = _is_norm(track, rows)
-    if not by_norm:
-        del numbers["clips_5_percent"], numbers["clips_1_percent"]
-    seen = Evidence(
-        (int(track.step[rows[0]]), int(track.step[rows[-1]])), (), numbers, track.optimizer
-    )
-    advice = ADVICE.format(low=low, high=high) if by_norm else OF_ELEMENTS
-    return Finding(kind, severity, title, seen, why, advice)
+def _limits_that_suit(
+    steps: OptimizerArrays, rows: Array, numbers: dict[str, float]
+) -> tuple[Evidence, str]:
+    advice = OF_ELEMENTS
+    if _is_norm(steps, rows):
+        low, high = map(float, np.quantile(steps["grad_norm"][rows], (0.95, 0.99)))
+        numbers |= {"clips_5_percent": low, "clips_1_percent": high}
+        advice = ADVICE.format(low=low, high=high)
+    span = (int(steps.step[rows[0]]), int(steps.step[rows[-1]]))
+    return Evidence(span, (), numbers, steps.optimizer), advice
 
 
-def _is_norm(track: OptimizerArrays, rows: Array) -> bool:
+def _is_norm(steps: OptimizerArrays, rows: Array) -> bool:
     """Tells whether clipped norms end at the limit, as they do unless it is one for elements."""
-    clipped = rows[track["clipped"][rows].astype(bool)]
+    clipped = rows[steps["clipped"][rows].astype(bool)]
     if not len(clipped):
         return True
-    ends = track["grad_norm_clipped"][clipped] / track["clip_threshold"][clipped]
+    ends = steps["grad_norm_clipped"][clipped] / steps["clip_threshold"][clipped]
+    # The records do not name the policy. The median, for a clip may have changed in between.
     return bool(abs(np.median(ends) - 1) < _SAME_NORM)

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gradwatch.report.finding import Evidence, Finding
-from gradwatch.report.run_data import Array, OptimizerArrays, RunData, counted, first_steps
+from gradwatch.report.finding import Evidence, Finding, first_steps
+from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
+from gradwatch.wording import counted
 
 _BLOCK = 5
 _START = 10
@@ -30,78 +31,72 @@ OVER_LIMIT = (
 
 
 def exploding(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds norms that have grown out of all proportion.
-
-    Args:
-        run: The run.
-        limits: ``exploding``.
-    """
-    for track in run.tracks:
-        start, peak, place = growth(track)
+    """Finds norms that have grown out of all proportion."""
+    for steps in run.optimizers:
+        start, peak, row = growth(steps)
+        # A start of 0 has no multiple; it is what zero_gradient finds.
         if peak > limits.exploding * start > 0:
-            yield _grown(track, start, peak, place, limits)
+            yield _grown(steps, start, peak, row, limits)
         else:
-            yield from _over_limit(run, track)
+            yield from _over_limit(run, steps)
 
 
-def growth(track: OptimizerArrays) -> tuple[float, float, int]:
+def growth(steps: OptimizerArrays) -> tuple[float, float, int]:
     """Compares the norms of a run with those at its start.
 
     Medians of five steps are compared, so that a spike is none; only the last norm before a NaN
     counts alone, for there is nothing after it.
 
-    Args:
-        track: The steps.
-
     Returns:
         The usual norm at the start, the largest later on, and the row of the latter.
     """
-    rows = np.flatnonzero(np.isfinite(track["grad_norm"]))
-    norms = track["grad_norm"][rows].astype(float)
+    rows = np.flatnonzero(np.isfinite(steps["grad_norm"]))
+    norms = steps["grad_norm"][rows].astype(float)
     if not len(norms):
         return 0.0, 0.0, 0
+    # The first norm alone, where it is lower: a run that diverges at once has no usual start.
     start = float(min(norms[0], np.median(norms[:_START])))
-    blocks = _block_medians(norms)
-    peak, place = 0.0, 0
-    if len(blocks):
-        peak, place = float(blocks.max()), int(rows[blocks.argmax() * _BLOCK])
-    if rows[-1] + 1 < len(track) and norms[-1] > peak:
-        peak, place = float(norms[-1]), int(rows[-1])
-    return start, peak, place
-
-
-def _block_medians(norms: Array) -> Array:
     whole = len(norms) // _BLOCK * _BLOCK
-    return np.median(norms[:whole].reshape(-1, _BLOCK), axis=1)
+    blocks = np.median(norms[:whole].reshape(-1, _BLOCK), axis=1)
+    # The step of a peak is that of its block, which is what "around step" says.
+    peak, row = 0.0, 0
+    if len(blocks):
+        peak, row = float(blocks.max()), int(rows[blocks.argmax() * _BLOCK])
+    if rows[-1] + 1 < len(steps) and norms[-1] > peak:
+        peak, row = float(norms[-1]), int(rows[-1])
+    return start, peak, row
 
 
 def _grown(
-    track: OptimizerArrays, start: float, peak: float, place: int, limits: Thresholds
+    steps: OptimizerArrays, start: float, peak: float, row: int, limits: Thresholds
 ) -> Finding:
-    step = int(track.step[place])
+    step = int(steps.step[row])
     numbers = {"start": start, "largest": peak, "growth": peak / start, "limit": limits.exploding}
     title = (
         f"The gradient norm grew {peak / start:,.3g} times, from {start:.3g} at the start to "
         f"{peak:.3g} around step {step}."
     )
-    lr = float(track["lr"][place])
-    advice = ADVICE.format(lr=f"{lr:.3g}" if np.isfinite(lr) else "it was not recorded")
-    seen = Evidence((step,), (), numbers, track.optimizer)
-    return Finding("exploding", "critical", title, seen, WHY, advice)
+    seen = Evidence((step,), (), numbers, steps.optimizer)
+    return Finding("exploding", "critical", title, seen, WHY, _advice(steps, row))
 
 
-def _over_limit(run: RunData, track: OptimizerArrays) -> Iterator[Finding]:
-    events = run.events_of(track, ("exploding",))
+def _over_limit(run: RunData, steps: OptimizerArrays) -> Iterator[Finding]:
+    # Only watch(exploding_norm=) makes these events: the limit is the user's own.
+    events = run.events_of(steps.optimizer, ("exploding",))
     if not len(events):
         return
-    steps, values = events["step"].to_numpy(), events["value"].to_numpy()
-    worst = events.iloc[int(np.argmax(values))]
+    worst = events.iloc[int(np.argmax(events["value"].to_numpy()))]
     title = OVER_LIMIT.format(
-        count=counted(len(steps), "step"), step=steps[0], value=float(worst["value"])
+        count=counted(len(events), "step"),
+        step=events["step"].iloc[0],
+        value=float(worst["value"]),
     )
     name = str(worst["parameter"])
-    numbers = {"steps": float(len(steps)), "largest": float(worst["value"])}
-    seen = Evidence(first_steps(steps), (name,) if name else (), numbers, track.optimizer)
-    lr = float(track["lr"][-1])
-    advice = ADVICE.format(lr=f"{lr:.3g}" if np.isfinite(lr) else "it was not recorded")
-    yield Finding("exploding", "warning", title, seen, WHY, advice)
+    numbers = {"steps": float(len(events)), "largest": float(worst["value"])}
+    seen = Evidence(first_steps(events["step"]), (name,) if name else (), numbers, steps.optimizer)
+    yield Finding("exploding", "warning", title, seen, WHY, _advice(steps, -1))
+
+
+def _advice(steps: OptimizerArrays, row: int) -> str:
+    lr = float(steps["lr"][row])
+    return ADVICE.format(lr=f"{lr:.3g}" if np.isfinite(lr) else "it was not recorded")

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gradwatch.record.columns import Array
 from gradwatch.report.finding import Evidence, Finding
-from gradwatch.report.run_data import Array, RunData, counted, named
+from gradwatch.report.run_data import RunData
 from gradwatch.report.thresholds import Thresholds
+from gradwatch.wording import counted, named
 
 SMALLEST = 2.0**-24
 """The smallest float16 above 0; each float16 is a whole number of times as large."""
@@ -32,20 +34,18 @@ def half(run: RunData, limits: Thresholds) -> Iterator[Finding]:
 
     The records hold no dtype. But if each element is a whole number of steps of 2**-24, so is
     the square of the norm in squares of them; of other norms one in five is near enough.
-
-    Args:
-        run: The run.
-        limits: ``half_share``.
     """
-    if any((track["loss_scale"] != 1).any() for track in run.tracks):
+    # Divided by its scale, a float16 gradient lies on a finer grid than this rule knows.
+    if any((steps["loss_scale"] != 1).any() for steps in run.optimizers):
         return
-    small = whole_norms(run.sample.norms)
+    small = whole_norms(run.sample["grad_norm"])
     per_parameter = np.nan_to_num(small).sum(axis=0)
     counted_norms = np.isfinite(small).sum(axis=0)
     if counted_norms.sum() < _FEWEST:
         return
     share = float(per_parameter.sum() / counted_norms.sum())
     if share >= limits.half_share:
+        # The parameters with most small norms come first: the others prove little.
         order = np.argsort(-counted_norms, kind="stable")
         names = [run.layout.names[i] for i in order if counted_norms[i]]
         yield _finding(run, names, share, int(counted_norms.sum()), limits)
@@ -64,15 +64,15 @@ def whole_norms(norms: Array) -> Array:
         steps = norms.astype(float) / SMALLEST
         squares = np.square(steps)
         result = (np.abs(squares - np.rint(squares)) < _NEAR) & (squares > _NEAR)
-        told = np.isfinite(steps) & (steps > 0) & (steps <= _MOST)
-    return np.where(told, result, np.nan)
+        small = np.isfinite(steps) & (steps > 0) & (steps <= _MOST)
+    return np.where(small, result, np.nan)
 
 
 def _finding(
     run: RunData, names: list[str], share: float, count: int, limits: Thresholds
 ) -> Finding:
     present = max(int(run.sample.present.sum()), 1)
-    zeros = float((run.sample.norms == 0).sum()) / present
+    zeros = float((run.sample["grad_norm"] == 0).sum()) / present
     title = (
         f"Gradients of {counted(len(names), 'parameter')} are at the lower end of float16, with no "
         f"loss scale: {named(names)}."

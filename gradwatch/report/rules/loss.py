@@ -20,18 +20,14 @@ ADVICE = (
 
 
 def rising_loss(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds losses that ended above their start; losses below zero are left alone.
-
-    Args:
-        run: The run.
-        limits: ``loss_rise`` and ``few_steps``.
-    """
-    for track in run.tracks:
-        rows = np.flatnonzero(np.isfinite(track["loss"]))
+    """Finds losses that ended above their start; losses below zero are left alone."""
+    for steps in run.optimizers:
+        rows = np.flatnonzero(np.isfinite(steps["loss"]))
         if len(rows) < limits.few_steps:
             continue
-        losses = track["loss"][rows]
+        losses = steps["loss"][rows]
         start, end = float(np.median(losses[:_ENDS])), float(np.median(losses[-_ENDS:]))
+        # A factor says something of positive numbers only; log-likelihoods may cross zero.
         if 0 < limits.loss_rise * min(start, losses[0]) < end:
             start = min(start, float(losses[0]))
             yield Finding(
@@ -39,11 +35,11 @@ def rising_loss(run: RunData, limits: Thresholds) -> Iterator[Finding]:
                 "critical",
                 f"The loss rose from {start:.4g} to {end:.4g}.",
                 Evidence(
-                    (int(track.step[rows[-_ENDS]]),),
+                    (int(steps.step[rows[-_ENDS]]),),
                     (),
                     {"start": start, "end": end, "limit": limits.loss_rise},
-                    track.optimizer,
+                    steps.optimizer,
                 ),
                 WHY,
-                ADVICE.format(lr=float(track["lr"][rows[-1]])),
+                ADVICE.format(lr=float(steps["lr"][rows[-1]])),
             )

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gradwatch.report.finding import Evidence, Finding
-from gradwatch.report.run_data import OptimizerArrays, RunData, first_steps
+from gradwatch.report.finding import Evidence, Finding, first_steps
+from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
 
 WHY = (
@@ -22,47 +22,34 @@ ADVICE = (
 
 
 def loss_scale(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds a loss scale that has collapsed.
-
-    Args:
-        run: The run.
-        limits: ``scaler_halvings``.
-    """
-    for track in run.tracks:
-        scales = track["loss_scale"]
+    """Finds a loss scale that has collapsed."""
+    for steps in run.optimizers:
+        scales = steps["loss_scale"]
         rows = np.flatnonzero(np.isfinite(scales) & (scales > 0))
+        # 1 from first to last is no scaler at all, or one that is switched off.
         if not len(rows) or (scales[rows] == 1).all():
             continue
+        # From the largest, not the first: a scaler doubles its scale for as long as it can.
         top, last = float(scales[rows].max()), float(scales[rows[-1]])
         halvings = float(np.log2(top / last))
         if halvings >= limits.scaler_halvings:
-            yield _finding(run, track, top, last, halvings, limits)
+            numbers = {"largest": top, "last": last, "halvings": halvings}
+            yield _finding(run, steps, numbers, limits)
 
 
 def _finding(
-    run: RunData,
-    track: OptimizerArrays,
-    top: float,
-    last: float,
-    halvings: float,
-    limits: Thresholds,
+    run: RunData, steps: OptimizerArrays, numbers: dict[str, float], limits: Thresholds
 ) -> Finding:
-    events = run.events_of(track, ("nan", "inf"))
+    events = run.events_of(steps.optimizer, ("nan", "inf"))
     names = tuple(dict.fromkeys(map(str, events["parameter"])))[:3]
-    steps = track.step[track.by_scaler]
-    numbers = {
-        "largest": top,
-        "last": last,
-        "halvings": halvings,
-        "skipped": float(len(steps)),
-        "limit": float(limits.scaler_halvings),
-    }
+    skipped = steps.step[steps.by_scaler]
+    numbers |= {"skipped": float(len(skipped)), "limit": float(limits.scaler_halvings)}
     return Finding(
         "loss_scale",
         "critical",
-        f"The loss scale collapsed from {top:,.6g} to {last:.3g}; {len(steps):,} of "
-        f"{len(track):,} steps were left out.",
-        Evidence(first_steps(steps), names, numbers, track.optimizer),
+        f"The loss scale collapsed from {numbers['largest']:,.6g} to "
+        f"{numbers['last']:.3g}; {len(skipped):,} of {len(steps):,} steps were left out.",
+        Evidence(first_steps(skipped), names, numbers, steps.optimizer),
         WHY,
         ADVICE.format(where=f" (first seen in {names[0]})" if names else ""),
     )

@@ -8,8 +8,9 @@ import numpy as np
 
 from gradwatch.record.columns import safe_text
 from gradwatch.report.finding import Evidence, Finding
-from gradwatch.report.run_data import RunData, counted, named
+from gradwatch.report.run_data import RunData
 from gradwatch.report.thresholds import Thresholds
+from gradwatch.wording import counted, named
 
 WHY = (
     "They are in the optimizer and require a gradient, but stay as they were initialised (weight "
@@ -27,18 +28,16 @@ def no_gradient(run: RunData, limits: Thresholds) -> Iterator[Finding]:
 
     Frozen parameters are none: they do not require a gradient. Nor are those that receive one now
     and then, such as an expert that is seldom chosen.
-
-    Args:
-        run: The run.
-        limits: Not used.
     """
     events = run.events[run.events["kind"] == "no_gradient"]
     if not len(events):
         return
     present = run.sample.present
+    # As events_frame() writes them.
     names = [safe_text(name) for name in run.layout.names]
     ever = {names[index] for index in np.flatnonzero(present.any(axis=0))}
     late = {names[index] for index in np.flatnonzero(present[len(present) // 2 :].any(axis=0))}
+    # The event comes at the first step without; only the numbers tell whether it stayed so.
     lost = events[~events["parameter"].isin(list(late))].drop_duplicates("parameter")
     for never in (True, False):
         mine = lost[lost["parameter"].isin(list(ever)) != never]

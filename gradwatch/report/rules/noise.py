@@ -23,26 +23,22 @@ LARGE = (
 
 
 def noise(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Compares the newest noise scale with the batch; both are in the unit of the weights.
-
-    Args:
-        run: The run.
-        limits: ``noise``.
-    """
-    for track in run.tracks:
-        rows = np.flatnonzero(np.isfinite(track["noise_scale"]))
+    """Compares the newest noise scale with the batch; both are in the unit of the weights."""
+    for steps in run.optimizers:
+        rows = np.flatnonzero(np.isfinite(steps["noise_scale"]))
         if not len(rows):
             continue
+        # The newest only: it rises while the loss falls, and what counts is the batch to come.
         row = int(rows[-1])
-        scale, batch = float(track["noise_scale"][row]), float(track["weight"][row])
-        error = float(track["noise_scale_stderr"][row])
+        scale, batch = float(steps["noise_scale"][row]), float(steps["weight"][row])
+        error = float(steps["noise_scale_stderr"][row])
         if not (np.isfinite(error) and batch > 0):
             continue
         seen = Evidence(
-            (int(track.step[row]),),
+            (int(steps.step[row]),),
             (),
             {"noise_scale": scale, "stderr": error, "batch": batch, "limit": limits.noise},
-            track.optimizer,
+            steps.optimizer,
         )
         facts = {"batch": batch, "noise": scale, "error": error}
         if scale - _ERRORS * error > limits.noise * batch:

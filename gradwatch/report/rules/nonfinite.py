@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradwatch.report.finding import Evidence, Finding, Severity
-from gradwatch.report.run_data import OptimizerArrays, RunData, counted, first_steps
+from gradwatch.record.columns import Array
+from gradwatch.report.finding import Evidence, Finding, first_steps
+from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
+from gradwatch.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_RISE = 5  # steps before the first bad one in which the norms may rise
 
 WORDS = {"nan": "NaN", "inf": "Inf", "overflow": "overflow of the norm"}
 WHY = (
@@ -46,83 +49,70 @@ def nonfinite(run: RunData, limits: Thresholds) -> Iterator[Finding]:
     """Finds gradients with a NaN or Inf, and norms beyond float32.
 
     Steps that a ``GradScaler`` left out are its daily work, and left to the rule on loss scales.
-
-    Args:
-        run: The run.
-        limits: ``rise``.
     """
-    for track in run.tracks:
-        bad = track.bad
+    for steps in run.optimizers:
+        bad = steps.nonfinite & ~steps.by_scaler
         if bad.any():
-            yield _finding(run, track, limits)
+            yield _finding(run, steps, bad, limits)
 
 
-def _finding(run: RunData, track: OptimizerArrays, limits: Thresholds) -> Finding:
-    steps = track.step[track.bad]
-    event = _first_event(run.events_of(track, tuple(WORDS)), steps)
+def _finding(run: RunData, steps: OptimizerArrays, bad: Array, limits: Thresholds) -> Finding:
+    lost = steps.step[bad & steps.applied]
+    event = _first_event(run.events_of(steps.optimizer, tuple(WORDS)), steps.step[bad][0])
     kind = "nan" if event is None else str(event["kind"])
     name = "" if event is None else str(event["parameter"])
-    place = f", first in {name}{_place(event)}" if event is not None and name else ""
-    numbers = {"steps": float(len(steps)), "applied": float((track.bad & track.applied).sum())}
+    where = f", first in {name}{_where(event)}" if event is not None and name else ""
+    numbers = {"steps": float(bad.sum()), "applied": float(len(lost))}
     if event is not None:
         numbers |= {key: float(event[key]) for key in ("micro_batch", "rank")}
+        # -1 where the gradient was gone before its elements could be counted.
         numbers |= {key: float(event[key]) for key in ("nan_count", "inf_count") if event[key] >= 0}
+    fate = LOST.format(count=len(lost), step=int(lost[0])) if len(lost) else SPARED
     return Finding(
         kind,
-        _severity(track),
-        f"{WORDS[kind]} in {counted(len(steps), 'step')}, from step {steps[0]} on{place}.",
-        Evidence(first_steps(steps), (name,) if name else (), numbers, track.optimizer),
-        WHY.format(fate=_fate(track)),
-        _advice(track, event, limits),
+        "critical" if len(lost) else "warning",
+        f"{WORDS[kind]} in {counted(int(bad.sum()), 'step')}, "
+        f"from step {steps.step[bad][0]} on{where}.",
+        Evidence(first_steps(steps.step[bad]), (name,) if name else (), numbers, steps.optimizer),
+        WHY.format(fate=fate),
+        _advice(steps, bad, event, limits),
     )
 
 
-def _first_event(events: pd.DataFrame, steps: np.ndarray) -> pd.Series | None:
-    mine = events[events["step"].isin(steps[:1])]
-    return mine.iloc[0] if len(mine) else None
+def _first_event(events: pd.DataFrame, step: int) -> pd.Series | None:
+    # Within a step the first one came first: what came after it may only be what it infected.
+    of_step = events[events["step"] == step]
+    return of_step.iloc[0] if len(of_step) else None
 
 
-def _place(event: pd.Series) -> str:
-    batch = int(event["micro_batch"])
-    rank = int(event["rank"])
+def _where(event: pd.Series) -> str:
+    batch, rank = int(event["micro_batch"]), int(event["rank"])
     return (f", micro-batch {batch}" if batch else "") + (f", rank {rank}" if rank else "")
 
 
-def _severity(track: OptimizerArrays) -> Severity:
-    return "critical" if (track.bad & track.applied).any() else "warning"
-
-
-def _fate(track: OptimizerArrays) -> str:
-    lost = track.bad & track.applied
-    if not lost.any():
-        return SPARED
-    return LOST.format(count=int(lost.sum()), step=int(track.step[lost][0]))
-
-
-def _advice(track: OptimizerArrays, event: pd.Series | None, limits: Thresholds) -> str:
-    place = int(np.flatnonzero(track.bad)[0])
-    before = track["grad_norm"][:place]
+def _advice(steps: OptimizerArrays, bad: Array, event: pd.Series | None, limits: Thresholds) -> str:
+    row = int(np.flatnonzero(bad)[0])
+    before = steps["grad_norm"][:row]
     before = before[np.isfinite(before)]
     facts = {
         "module": "the model" if event is None else str(event["module"]) or "the model",
         "micro_batch": 1 if event is None else int(event["micro_batch"]) or 1,
-        "step": int(track.step[place]),
-        "else_skip": SKIP if (track.bad & track.applied).any() else "",
+        "step": int(steps.step[row]),
+        "else_skip": SKIP if (bad & steps.applied).any() else "",
     }
-    scale = float(track["loss_scale"][place])
+    # In the order of what is known for certain: a scale, then the norms, then nothing but the step.
+    scale = float(steps["loss_scale"][row])
     if scale > 1:
         return SCALED.format(scale=scale)
-    if len(before) and _rise(before) >= limits.rise:
-        return RISING.format(low=_usual(before), high=before[-5:].max())
     if not len(before):
         return FROM_START.format(**facts)
+    usual = _usual_before(before)
+    # Of norms that were all 0 any norm is a rise.
+    if before[-_RISE:].max() / max(usual, np.finfo(np.float64).tiny) >= limits.rise:
+        return RISING.format(low=usual, high=before[-_RISE:].max())
     return SUDDEN.format(**facts)
 
 
-def _usual(norms: np.ndarray) -> float:
-    """Takes the norm from which a rise began: the first one, or the usual of the run if lower."""
-    return float(min(norms[0], np.median(norms[:-5]) if len(norms) > 10 else norms[0]))
-
-
-def _rise(norms: np.ndarray) -> float:
-    return float(norms[-5:].max() / max(_usual(norms), np.finfo(np.float64).tiny))
+def _usual_before(norms: Array) -> float:
+    """Returns the norm from which a rise began: the first one, or the usual one if lower."""
+    return float(min(norms[0], np.median(norms[:-_RISE]) if len(norms) > 2 * _RISE else norms[0]))

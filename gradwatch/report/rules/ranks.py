@@ -22,17 +22,14 @@ ADVICE = (
 
 
 def ranks(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds that the gradient over all ranks is larger than this rank's own.
-
-    Args:
-        run: The run.
-        limits: ``rank`` and ``few_steps``.
-    """
-    for track in run.tracks:
-        total, local = track["grad_norm"], track["grad_norm_local"]
+    """Finds that the gradient over all ranks is larger than this rank's own."""
+    for steps in run.optimizers:
+        total, local = steps["grad_norm"], steps["grad_norm_local"]
         rows = np.flatnonzero(np.isfinite(total) & np.isfinite(local) & (local > 0))
         if len(rows) < limits.few_steps:
             continue
+        # grad_norm is of the mean over ranks. One that is below the local norm is usual: parts of
+        # unlike direction cancel. One that is above needs a larger part on another rank.
         ratios = total[rows] / local[rows]
         ratio = float(np.median(ratios))
         if ratio > limits.rank:
@@ -40,6 +37,6 @@ def ranks(run: RunData, limits: Thresholds) -> Iterator[Finding]:
                 f"One rank is unlike this one: the norm over all ranks is {ratio:.3g} times that "
                 f"of this rank's own gradients, in the median of {len(rows):,} steps."
             )
-            step = int(track.step[rows[int(np.argmax(ratios > limits.rank))]])
-            seen = Evidence((step,), (), {"ratio": ratio, "limit": limits.rank}, track.optimizer)
+            step = int(steps.step[rows[int(np.argmax(ratios > limits.rank))]])
+            seen = Evidence((step,), (), {"ratio": ratio, "limit": limits.rank}, steps.optimizer)
             yield Finding("rank", "warning", title, seen, WHY.format(ratio=ratio), ADVICE)

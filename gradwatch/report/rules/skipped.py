@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradwatch.report.finding import Evidence, Finding
-from gradwatch.report.run_data import Array, OptimizerArrays, RunData, counted, first_steps
+from gradwatch.record.columns import Array
+from gradwatch.report.finding import Evidence, Finding, first_steps
+from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
+from gradwatch.wording import counted
 
 WHY = "A step that is left out costs its batch, and moves schedules of the learning rate apart."
 ADVICE = (
@@ -21,30 +23,27 @@ SCALER = (
 
 
 def skipped(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds steps that were left out by gradwatch, or more than usual by a scaler.
-
-    Args:
-        run: The run.
-        limits: ``skipped`` and ``scaler_skips``.
-    """
-    for track in run.tracks:
-        by_us = ~track.applied & ~track.by_scaler
+    """Finds steps that were left out by gradwatch, or more than usual by a scaler."""
+    for steps in run.optimizers:
+        # A scaler leaves steps out by design, while it looks for its scale: those have room of
+        # their own before they count.
+        by_us = ~steps.applied & ~steps.by_scaler
         if by_us.any():
             often = by_us.mean() > limits.skipped
-            yield _finding(track, track.step[by_us], often, ADVICE, limits)
-        allowed = limits.scaler_skips + limits.skipped * len(track)
-        if track.by_scaler.sum() > allowed:
-            yield _finding(track, track.step[track.by_scaler], True, SCALER, limits)
+            yield _finding(steps, steps.step[by_us], often, ADVICE, limits)
+        allowed = limits.scaler_skips + limits.skipped * len(steps)
+        if steps.by_scaler.sum() > allowed:
+            yield _finding(steps, steps.step[steps.by_scaler], True, SCALER, limits)
 
 
 def _finding(
-    track: OptimizerArrays, steps: Array, often: bool, advice: str, limits: Thresholds
+    steps: OptimizerArrays, skipped: Array, often: bool, advice: str, limits: Thresholds
 ) -> Finding:
-    share = len(steps) / len(track)
+    share = len(skipped) / len(steps)
     title = (
-        f"{counted(len(steps), 'step')} of {len(track):,} ({share:.1%}) were not applied, the "
-        f"first at step {steps[0]}."
+        f"{counted(len(skipped), 'step')} of {len(steps):,} ({share:.1%}) were not applied, the "
+        f"first at step {skipped[0]}."
     )
-    numbers = {"skipped": float(len(steps)), "share": share, "limit": limits.skipped}
-    seen = Evidence(first_steps(steps), (), numbers, track.optimizer)
+    numbers = {"skipped": float(len(skipped)), "share": share, "limit": limits.skipped}
+    seen = Evidence(first_steps(skipped), (), numbers, steps.optimizer)
     return Finding("skipped", "warning" if often else "note", title, seen, WHY, advice)

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gradwatch.report.finding import Evidence, Finding
-from gradwatch.report.run_data import Array, OptimizerArrays, RunData, counted
+from gradwatch.record.columns import Array
+from gradwatch.report.finding import Evidence, Finding, first_steps
+from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
+from gradwatch.wording import counted
 
 _BLOCK = 32
 _MOST = 10
@@ -27,15 +29,11 @@ ADVICE = (
 
 
 def spikes(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds steps far above the usual norm around them.
-
-    Args:
-        run: The run.
-        limits: ``spike`` and ``spike_z``.
-    """
-    for track in run.tracks:
-        rows = np.flatnonzero(np.isfinite(track["grad_norm"]))
-        norms = track["grad_norm"][rows].astype(float)
+    """Finds steps far above the usual norm around them."""
+    for steps in run.optimizers:
+        # In logarithms, in which norms of a sound run spread evenly; so that 0 must go.
+        rows = np.flatnonzero(np.isfinite(steps["grad_norm"]))
+        norms = steps["grad_norm"][rows].astype(float)
         rows, norms = rows[norms > 0], np.log(norms[norms > 0])
         if len(rows) < 2 * _BLOCK:
             continue
@@ -43,11 +41,11 @@ def spikes(run: RunData, limits: Thresholds) -> Iterator[Finding]:
         above = norms - usual
         out = np.flatnonzero(above > np.maximum(math.log(limits.spike), limits.spike_z * deviation))
         if len(out):
-            yield _finding(track, rows[out], np.exp(above[out]), limits)
+            yield _finding(steps, rows[out], np.exp(above[out]), limits)
 
 
 def surroundings(logs: Array) -> tuple[Array, Array]:
-    """Takes for each step what is usual around it.
+    """Returns for each step what is usual around it.
 
     That is the largest of the medians of the step's block of 32, of the one before and of the one
     after, so that the first steps of a rise or the last ones before a fall are no spikes; and
@@ -59,10 +57,12 @@ def surroundings(logs: Array) -> tuple[Array, Array]:
     Returns:
         The usual logarithm and its deviation, float64 ``[steps]`` each.
     """
+    # By block: a running median would sort a window for each of a million steps.
     whole = len(logs) // _BLOCK
     blocks = logs[: whole * _BLOCK].reshape(whole, _BLOCK)
     medians = np.median(blocks, axis=1)
     deviations = 1.4826 * np.median(np.abs(blocks - medians[:, None]), axis=1)
+    # What is left over at the end goes by the last whole block.
     block = np.minimum(np.arange(len(logs)) // _BLOCK, whole - 1)
     return _largest_around(medians)[block], _largest_around(deviations)[block]
 
@@ -73,10 +73,10 @@ def _largest_around(values: Array) -> Array:
     return largest
 
 
-def _finding(track: OptimizerArrays, rows: Array, sizes: Array, limits: Thresholds) -> Finding:
+def _finding(steps: OptimizerArrays, rows: Array, sizes: Array, limits: Thresholds) -> Finding:
     worst = np.argsort(-sizes, kind="stable")[:_MOST]
-    free = int((track.applied & ~track["clipped"].astype(bool))[rows].sum())
-    step = int(track.step[rows[worst[0]]])
+    free = int((steps.applied & ~steps["clipped"].astype(bool))[rows].sum())
+    step = int(steps.step[rows[worst[0]]])
     title = (
         f"{counted(len(rows), 'spike')} of the gradient norm, the largest in step {step}: "
         f"{sizes[worst[0]]:.3g} times the usual norm."
@@ -87,7 +87,6 @@ def _finding(track: OptimizerArrays, rows: Array, sizes: Array, limits: Threshol
         "applied_unclipped": float(free),
         "limit": limits.spike,
     }
-    steps = tuple(int(one) for one in track.step[rows[worst]])
     why = WHY.format(clip=UNCLIPPED.format(count=free) if free else CLIPPED)
-    seen = Evidence(steps, (), numbers, track.optimizer)
+    seen = Evidence(first_steps(steps.step[rows[worst]]), (), numbers, steps.optimizer)
     return Finding("spike", "warning" if free else "note", title, seen, why, ADVICE)

@@ -23,26 +23,22 @@ ADVICE = (
 
 
 def unstable_start(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds norms that multiply within the first six steps.
-
-    Args:
-        run: The run; without its first step nothing is said.
-        limits: ``start_leap``; beyond ``exploding`` it is critical.
-    """
-    for track in run.tracks:
-        norms = track["grad_norm"][:_FIRST].astype(float)
-        if track.step[0] != 1 or len(norms) < _FIRST or not np.isfinite(norms).all():
+    """Finds norms that multiply within the first six steps."""
+    for steps in run.optimizers:
+        norms = steps["grad_norm"][:_FIRST].astype(float)
+        if steps.step[0] != 1 or len(norms) < _FIRST or not np.isfinite(norms).all():
             continue
+        # Gradients that begin at exactly 0, behind a zero-initialised layer, leap by design.
         growth = float(norms.max() / norms[0]) if norms[0] > 0 else 0.0
         if growth > limits.start_leap:
-            yield _finding(track, growth, int(norms.argmax()), limits)
+            yield _finding(steps, growth, int(norms.argmax()), limits)
 
 
-def _finding(track: OptimizerArrays, growth: float, row: int, limits: Thresholds) -> Finding:
-    step, lr = int(track.step[row]), float(track["lr"][row])
+def _finding(steps: OptimizerArrays, growth: float, row: int, limits: Thresholds) -> Finding:
+    step, lr = int(steps.step[row]), float(steps["lr"][row])
     title = f"The gradient norm grew {growth:.3g} times within the first {step} steps."
     numbers = {"growth": growth, "limit": limits.start_leap}
     advice = ADVICE.format(lr=f"{lr:.3g}" if np.isfinite(lr) else "not recorded")
-    seen = Evidence((step,), (), numbers, track.optimizer)
+    seen = Evidence((step,), (), numbers, steps.optimizer)
     severity: Severity = "critical" if growth > limits.exploding else "warning"
     return Finding("unstable_start", severity, title, seen, WHY, advice)

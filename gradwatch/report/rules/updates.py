@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from gradwatch.report.finding import Evidence, Finding
-from gradwatch.report.run_data import RunData, medians, named
+from gradwatch.report.run_data import RunData, medians
 from gradwatch.report.thresholds import Thresholds
+from gradwatch.wording import named
 
 LARGE_WHY = "Weights that are rewritten within a few steps forget what they have learnt."
 SMALL_WHY = "At this pace the weights stay, in effect, as they were initialised."
@@ -27,18 +28,15 @@ def updates(run: RunData, limits: Thresholds) -> Iterator[Finding]:
 
     Matrices only: a bias or a gain begins at 0, where every ratio is large. Too small is said only
     where it was so from first to last: at the end of a schedule it is meant.
-
-    Args:
-        run: The run.
-        limits: ``update_large``, ``update_leap`` and ``update_small``.
     """
-    if "update_ratio" not in run.sample.statistics or not run.layout.shapes:
+    if "update_ratio" not in run.sample.columns or not run.layout.shapes:
         return
-    ratios = run.sample.statistics["update_ratio"][:, run.matrices]
+    ratios = run.sample["update_ratio"][:, run.matrices]
     ratios = ratios[np.isfinite(ratios).any(axis=1)]
     if not len(ratios):
         return
     names = [n for n, is_matrix in zip(run.layout.names, run.matrices, strict=True) if is_matrix]
+    # By parameter, and by step: the median over the others each time, so that one odd one is none.
     usual, over_time = medians(ratios), medians(ratios.T)
     leap, largest = float(over_time.max()), float(np.quantile(over_time, 0.9))
     if np.nanmedian(usual) > limits.update_large or leap > limits.update_leap:
@@ -70,6 +68,6 @@ def _small(run: RunData, ratio: float, names: list[str], limits: Thresholds) -> 
 
 
 def _rate(run: RunData) -> str:
-    rates = run.tracks[0]["lr"]
+    rates = run.optimizers[0]["lr"]
     rates = rates[np.isfinite(rates)]
     return f"{np.median(rates):.3g}" if len(rates) else "not recorded"

@@ -6,15 +6,17 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gradwatch.record.columns import Array
 from gradwatch.report.finding import Evidence, Finding
-from gradwatch.report.run_data import Array, RunData
+from gradwatch.report.run_data import RunData, medians
 from gradwatch.report.thresholds import Thresholds
 
 _SMALLEST = 1e-45  # of float32; a gradient of zero is at most that
 
 TITLE = (
     "Gradients vanish with depth: an element of the first layers has {ratio:.1e} times the "
-    "gradient of one of the last, a factor of {factor:.2g} per layer over {layers} layers."
+    "gradient of one of the last, a factor of {factor_per_layer:.2g} per layer over {layers:.0f} "
+    "layers."
 )
 WHY = (
     "The first layers hardly learn, so that the last ones work on random features; the factor per "
@@ -28,26 +30,32 @@ ADVICE = (
 
 
 def vanishing(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds a geometric fall of the gradient per element over the depth of the model.
-
-    Args:
-        run: The run.
-        limits: ``vanishing``, ``vanishing_layers`` and ``vanishing_trend``.
-    """
+    """Finds a geometric fall of the gradient per element over the depth of the model."""
     if not run.layout.shapes:
         return
     with np.errstate(invalid="ignore"):
-        typical = run.sample.typical() / np.sqrt(run.sizes)
+        typical = medians(run.sample["grad_norm"]) / np.sqrt(run.sizes)
+    # Per element, so that wide and narrow layers compare; matrices only, for biases and gains see
+    # other scales.
     layers = np.flatnonzero(run.matrices & np.isfinite(typical))
     if len(layers) < limits.vanishing_layers or not typical[layers].any():
         return
     logs = np.log10(np.maximum(typical[layers], _SMALLEST))
     quarter = max(2, len(layers) // 4)
+    # Quarters, not ends: an embedding or a head alone is often unlike its neighbours.
     fall = float(np.median(logs[:quarter]) - np.median(logs[-quarter:]))
     trend = rank_correlation(logs)
     if fall < np.log10(limits.vanishing) and trend >= limits.vanishing_trend:
+        numbers = {
+            "ratio": 10**fall,
+            "factor_per_layer": factor_per_layer(logs),
+            "trend": trend,
+            "layers": float(run.matrices.sum()),
+        }
         names = tuple(run.layout.names[index] for index in layers[:quarter])
-        yield _finding(run, fall, factor_per_layer(logs), trend, names, limits)
+        span = (int(run.sample.steps[0]), int(run.sample.steps[-1]))
+        seen = Evidence(span, names, numbers | {"limit": limits.vanishing})
+        yield Finding("vanishing", "critical", TITLE.format(**numbers), seen, WHY, ADVICE)
 
 
 def factor_per_layer(logs: Array) -> float:
@@ -63,14 +71,15 @@ def factor_per_layer(logs: Array) -> float:
         >>> round(factor_per_layer(np.array([-3.0, -2.0, -1.0, 0.0])), 6)
         0.1
     """
-    places = np.flatnonzero(logs > np.log10(_SMALLEST))
-    if len(places) < 2:
+    layers = np.flatnonzero(logs > np.log10(_SMALLEST))
+    # A line through a single point has no slope.
+    if len(layers) < 2:
         return 0.0
-    return float(10 ** -np.polyfit(places, logs[places], 1)[0])
+    return float(10 ** -np.polyfit(layers, logs[layers], 1)[0])
 
 
 def rank_correlation(values: Array) -> float:
-    """Takes Spearman's correlation of values with their place.
+    """Returns Spearman's correlation of values with their position.
 
     Args:
         values: float ``[n]``, without NaN.
@@ -83,28 +92,8 @@ def rank_correlation(values: Array) -> float:
         1.0
     """
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    # Equal values share their mean rank, as in scipy.stats.spearmanr, which is no dependency.
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     if len(counts) < 2:
         return 0.0
     return float(np.corrcoef(ranks, np.arange(len(values)))[0, 1])
-
-
-def _finding(
-    run: RunData,
-    fall: float,
-    factor: float,
-    trend: float,
-    names: tuple[str, ...],
-    limits: Thresholds,
-) -> Finding:
-    ratio, layers = 10**fall, int(run.matrices.sum())
-    numbers = {"ratio": ratio, "factor_per_layer": factor, "trend": trend, "layers": float(layers)}
-    steps = run.sample.steps
-    return Finding(
-        "vanishing",
-        "critical",
-        TITLE.format(ratio=ratio, factor=factor, layers=layers),
-        Evidence((int(steps[0]), int(steps[-1])), names, {**numbers, "limit": limits.vanishing}),
-        WHY,
-        ADVICE,
-    )

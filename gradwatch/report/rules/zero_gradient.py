@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gradwatch.record.columns import Array
 from gradwatch.report.finding import Evidence, Finding
-from gradwatch.report.run_data import Array, RunData, counted, medians, named
+from gradwatch.report.run_data import RunData, medians
 from gradwatch.report.thresholds import Thresholds
+from gradwatch.wording import counted, named
 
 WHY = (
     "What has a gradient of exactly zero does not learn. A ReLU that is off for every input passes "
@@ -23,14 +25,10 @@ ADVICE = (
 
 
 def zero_gradient(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds gradients of exactly zero in a large share of the steps.
-
-    Args:
-        run: The run.
-        limits: ``zero_share`` and ``dead_units``.
-    """
-    zeros = (run.sample.norms == 0) & run.sample.present
+    """Finds gradients of exactly zero in a large share of the steps."""
+    zeros = (run.sample["grad_norm"] == 0) & run.sample.present
     seen = run.sample.present.sum(axis=0)
+    # Of the steps with a gradient: a layer that is seldom used has few.
     share = zeros.sum(axis=0) / np.maximum(seen, 1)
     dead = np.flatnonzero(share >= limits.zero_share)
     if len(dead):
@@ -45,7 +43,7 @@ def _whole(run: RunData, dead: Array, share: Array, limits: Thresholds) -> Findi
         f"{counted(len(names), 'parameter')} with a gradient of exactly zero in {_share(least)} "
         f"steps: {named(names)}."
     )
-    rows = (run.sample.norms[:, dead] == 0).any(axis=1)
+    rows = (run.sample["grad_norm"][:, dead] == 0).any(axis=1)
     numbers = {
         "parameters": float(len(names)),
         "of": float(len(run.layout.names)),
@@ -67,9 +65,10 @@ def _units(run: RunData, limits: Thresholds, whole: set[int]) -> Iterator[Findin
     An element of a bias has a gradient of zero only where its unit is off for the whole batch;
     the rows of an embedding, for instance, have one whenever their word is not there.
     """
-    if "zeros" not in run.sample.statistics or not run.layout.shapes:
+    if "zeros" not in run.sample.columns or not run.layout.shapes:
         return
-    shares = medians(run.sample.statistics["zeros"])
+    shares = medians(run.sample["zeros"])
+    # A parameter that is zero as a whole was named above.
     off = [
         index
         for index, shape in enumerate(run.layout.shapes)

@@ -7,7 +7,6 @@ import pytest
 
 from gradwatch import History
 from gradwatch.record.records import NO_GRADIENT, Layout, RecordBatch, StepRecord
-from gradwatch.report import make_report
 
 
 def _per_step(value, number):
@@ -59,7 +58,7 @@ def history():
 @pytest.fixture
 def kinds(history):
     """Makes a history and returns the kinds of what its report finds."""
-    return lambda *args, **columns: make_report(history(*args, **columns)).kinds
+    return lambda *args, **columns: history(*args, **columns).report().kinds
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import gradwatch
-from gradwatch.report import make_report
 
 STEPS = 60
 
@@ -31,7 +30,7 @@ def _train(model, optimizer, zero_grad=True, spoil=None, scale=1.0, dtype=torch.
             optimizer.step()
             if zero_grad:
                 optimizer.zero_grad()
-    return make_report(watcher.history)
+    return watcher.history.report()
 
 
 @pytest.fixture(autouse=True)

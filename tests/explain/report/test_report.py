@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import gradwatch
 from gradwatch.record.records import Event
-from gradwatch.report import KINDS, Finding, Report, Seen, Thresholds, make_report
+from gradwatch.report import KINDS, Evidence, Finding, Report, Thresholds
 from gradwatch.report.finding import SEVERITIES
 
 HOSTILE = "<script>alert('x')</script>&[bold red]\x1b[2J\u202e.weight"
@@ -17,14 +21,14 @@ HOSTILE = "<script>alert('x')</script>&[bold red]\x1b[2J\u202e.weight"
 @pytest.fixture
 def report():
     """A report with a finding whose every text is hostile."""
-    seen = Seen((1, 2), (HOSTILE,), {"ratio": math.nan, "size": math.inf}, HOSTILE)
+    seen = Evidence((1, 2), (HOSTILE,), {"ratio": math.nan, "size": math.inf}, HOSTILE)
     finding = Finding("nan", "critical", HOSTILE, seen, HOSTILE, HOSTILE)
     return Report((finding,), 2, 1, (HOSTILE,))
 
 
 def test_empty_history(history):
     """Nothing is found, and a remark says why."""
-    report = make_report(history(0))
+    report = history(0).report()
     assert not report
     assert (report.kinds, report.steps, len(report)) == ((), 0, 0)
     assert "Nothing was found" in str(report)
@@ -33,7 +37,7 @@ def test_empty_history(history):
 
 def test_one_step(history):
     """Is too few to say much."""
-    report = make_report(history(1))
+    report = history(1).report()
     assert not report
     assert "Few steps (1," in str(report)
 
@@ -43,7 +47,7 @@ def test_findings_are_ordered_by_weight(history):
     outcome = ["applied"] * 199 + ["skipped_policy"]
     norms = [1.0] * 100 + [500.0] * 100
     run = history(200, outcome=outcome, grad_norm=norms, grad_norm_local=0.2)
-    report = make_report(run)
+    report = run.report()
     assert report.kinds == ("exploding", "rank", "skipped")
     severities = [SEVERITIES.index(finding.severity) for finding in report]
     assert severities == sorted(severities)
@@ -53,7 +57,7 @@ def test_findings_are_ordered_by_weight(history):
 
 def test_text_has_evidence_reason_and_advice(history):
     """And lines of at most 100 columns."""
-    text = str(make_report(history(200, grad_norm=[1.0] * 100 + [500.0] * 100)))
+    text = str(history(200, grad_norm=[1.0] * 100 + [500.0] * 100).report())
     assert "1. [critical] exploding: The gradient norm grew 500 times" in text
     for label in ("seen:", "why:", "try:"):
         assert label in text
@@ -91,6 +95,24 @@ def test_text_needs_no_rich(report, monkeypatch):
     assert report._repr_html_()
 
 
+def test_report_and_flow_need_no_extra():
+    """Neither rich nor matplotlib need be installed for findings and the table of the flow."""
+    code = (
+        "import sys; sys.modules.update(rich=None, matplotlib=None); import numpy as np\n"
+        "from gradwatch import History, RecordBatch, StepRecord\n"
+        "from gradwatch.record.records import Layout\n"
+        "one = np.ones((1, 1)); layout = Layout(('w',), ('',))\n"
+        "history = History(lambda: RecordBatch(layout, [StepRecord(1)], one, one))\n"
+        "print(len(history.report()), len(history.flow()))"
+    )
+    root = Path(gradwatch.__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, check=True
+    )
+    assert ran.stdout.split() == [b"0", b"1"]
+
+
 def test_data_is_json_without_nan(report):
     """What is not finite is None."""
     data = json.loads(json.dumps(report.to_dict(), allow_nan=False))
@@ -115,7 +137,7 @@ def test_every_real_finding_is_json(history):
         statistics={"update_ratio": np.full(2, 0.2)},
         loss=[1.0] * 100 + [9.0] * 100,
     )
-    data = make_report(run).to_dict()
+    data = run.report().to_dict()
     assert len(data["kinds"]) >= 5
     json.dumps(data, allow_nan=False)
 
@@ -123,18 +145,18 @@ def test_every_real_finding_is_json(history):
 def test_hostile_names_run_through(history):
     """Lone surrogates, which no file can hold, are named by their codes."""
     run = history(names=(HOSTILE, "b\udc80.weight"), norms=[0.0, 0.0])
-    (finding,) = make_report(run)
+    (finding,) = run.report()
     assert finding.kind == "zero_gradient"
-    assert str(make_report(run)).encode()
+    assert str(run.report()).encode()
 
 
 def test_thresholds_are_the_users(history):
     """As an object, or by name."""
     run = history(200, grad_norm=[1.0] * 100 + [50.0] * 100)
-    assert not make_report(run)
-    assert make_report(run, Thresholds(exploding=20.0)).kinds == ("exploding",)
-    assert make_report(run, exploding=20.0).kinds == ("exploding",)
-    assert not make_report(run, Thresholds(exploding=20.0), exploding=60.0)
+    assert not run.report()
+    assert run.report(Thresholds(exploding=20.0)).kinds == ("exploding",)
+    assert run.report(exploding=20.0).kinds == ("exploding",)
+    assert not run.report(Thresholds(exploding=20.0), exploding=60.0)
 
 
 @pytest.mark.parametrize(
@@ -152,14 +174,14 @@ def test_thresholds_are_the_users(history):
 def test_bad_thresholds_are_refused(history, changes, error, text):
     """With name, bound and value."""
     with pytest.raises(error, match=text):
-        make_report(history(30), **changes)
+        history(30).report(**changes)
 
 
 def test_missing_first_steps_are_remarked(history):
     """Norms at the start are those of later steps then."""
-    assert any("up to 500" in remark for remark in make_report(history(30, first=501)).remarks)
+    assert any("up to 500" in remark for remark in history(30, first=501).report().remarks)
 
 
 def test_history_without_parameters(history):
     """A layout with nothing in it is no error."""
-    assert not make_report(history(30, names=(), shapes=()))
+    assert not history(30, names=(), shapes=()).report()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from gradwatch.record.records import Event
-from gradwatch.report import make_report
 
 NAN = math.nan
 DEEP = tuple(f"{number}.weight" for number in range(10))
@@ -56,7 +55,7 @@ def test_units_of_a_layer_that_are_off(history, share, found):
         shapes=[(100, 8), (8, 8), (8,)],
         statistics={"zeros": [0.99, share, share]},
     )
-    report = make_report(run)
+    report = run.report()
     assert report.kinds == found
     if found:
         assert report.findings[0].seen.parameters == ("0.bias",)
@@ -69,7 +68,7 @@ def _missing(parameter, step=1):
 def test_parameter_without_a_gradient(history):
     """Named where an event says that it should have one, and it never came."""
     run = history(norms=[NAN, 1.0], events=[_missing("a.weight")])
-    (finding,) = make_report(run)
+    (finding,) = run.report()
     assert (finding.kind, finding.seen.parameters) == ("no_gradient", ("a.weight",))
     assert "never received" in finding.title
 
@@ -86,7 +85,7 @@ def test_gradient_that_comes_now_and_then_is_enough(kinds, history):
     norms = np.stack([rare, np.ones(200)], 1)
     assert kinds(norms=norms, events=[_missing("a.weight", 2)]) == ()
     norms = np.stack([early, np.ones(200)], 1)
-    (finding,) = make_report(history(norms=norms, events=[_missing("a.weight", 51)]))
+    (finding,) = history(norms=norms, events=[_missing("a.weight", 51)]).report()
     assert "later half" in finding.title
 
 
@@ -123,7 +122,7 @@ def test_statistics_between_the_sampled_ranges_are_found(history):
     """Of every 100th step, where ranges of two steps are sampled."""
     ratios = np.full((1000, 2), NAN)
     ratios[99::100] = 0.2
-    report = make_report(history(1000, statistics={"update_ratio": ratios}), sample_steps=2)
+    report = history(1000, statistics={"update_ratio": ratios}).report(sample_steps=2)
     assert report.kinds == ("update_large",)
 
 
@@ -146,14 +145,13 @@ def test_sample_is_as_large_as_asked(history):
     """Eight ranges of four steps, for a model of any size."""
     asked = []
     run = history(1000)
-    read = run.parameters
+    read = run._source.parameters
 
-    def parameters(*args, **options):
-        asked.append((options.get("start"), options.get("stop")))
-        return read(*args, **options)
+    def parameters(indices, columns, span):
+        asked.append(span)
+        return read(indices, columns, span)
 
-    run.parameters = parameters
-    make_report(run, sample_rows=64)
-    ranges = [(start, stop) for start, stop in asked if stop]
-    assert [stop - start for start, stop in ranges] == [4] * 8
-    assert (ranges[0][0], ranges[-1][1]) == (1, 1001)
+    run._source.parameters = parameters
+    run.report(sample_rows=64)
+    assert [span.stop - span.start for span in asked] == [4] * 8
+    assert (asked[0].start, asked[-1].stop) == (1, 1001)

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from gradwatch.record.records import Event
-from gradwatch.report import make_report
 
 NAN = math.nan
 
@@ -35,7 +34,7 @@ def test_a_steady_run_is_silent(kinds):
 def test_nan_names_the_first_offender(history):
     """Step, parameter, micro-batch and rank are those of the first bad step's event."""
     events = [_event(150, rank=3), _event(151, parameter="a.weight")]
-    (finding,) = make_report(history(200, **_bad(200, 150), events=events))
+    (finding,) = history(200, **_bad(200, 150), events=events).report()
     assert (finding.kind, finding.severity) == ("nan", "critical")
     assert finding.seen.parameters == ("b.weight",)
     assert finding.seen.steps[0] == 150
@@ -53,27 +52,27 @@ def test_nan_after_a_rise_blames_the_learning_rate(history):
     """Norms that grew ten times before it are the cause."""
     columns = _bad(30, 25)
     columns["grad_norm"][20:24] = [2.0, 5.0, 9.0, 11.0]
-    assert "diverged" in make_report(history(30, **columns)).of_kind("nan")[0].advice
+    assert "diverged" in history(30, **columns).report().of_kind("nan")[0].advice
     columns["grad_norm"][23] = 9.0
-    assert "single bad batch" in make_report(history(30, **columns)).of_kind("nan")[0].advice
+    assert "single bad batch" in history(30, **columns).report().of_kind("nan")[0].advice
 
 
 def test_nan_from_the_first_step_on_blames_the_start(history):
     """There is nothing before it to compare with."""
-    (finding,) = make_report(history(5, **_bad(5, 1), events=[_event(1)]))
+    (finding,) = history(5, **_bad(5, 1), events=[_event(1)]).report()
     assert "in the first step" in finding.advice
     assert "after b." in finding.advice
 
 
 def test_nan_under_a_loss_scale_blames_the_scale(history):
     """Where the scaler has not left the step out itself."""
-    (finding,) = make_report(history(30, **_bad(30, 30), loss_scale=1024.0))
+    (finding,) = history(30, **_bad(30, 30), loss_scale=1024.0).report()
     assert "multiplied by 1,024" in finding.advice
 
 
 def test_nan_that_was_skipped_is_a_warning(history):
     """The weights were spared."""
-    first, *rest = make_report(history(200, **_bad(200, 200, "skipped_nonfinite")))
+    first, *rest = history(200, **_bad(200, 200, "skipped_nonfinite")).report()
     assert (first.kind, first.severity) == ("nan", "warning")
     assert [finding.severity for finding in rest] == ["note"]
 
@@ -100,7 +99,7 @@ def test_last_norm_before_a_nan_counts_alone(kinds):
 def test_limit_of_the_user_is_exploding_as_well(history):
     """Events of ``exploding_norm`` become one finding with the worst step."""
     events = [_event(40, "exploding", value=6.0), _event(60, "exploding", value=9.0)]
-    (finding,) = make_report(history(100, events=events))
+    (finding,) = history(100, events=events).report()
     assert (finding.kind, finding.severity) == ("exploding", "warning")
     assert finding.seen.numbers == {"steps": 2.0, "largest": 9.0}
 
@@ -115,8 +114,8 @@ def test_norm_that_leaps_within_the_first_steps(kinds, size, found):
 
 def test_leap_beyond_an_explosion_is_critical(history):
     """Even if the norms come down at once."""
-    (finding,) = make_report(history(100, grad_norm=[1.0, 1.0, 101.0, *[1.0] * 97])).of_kind(
-        "unstable_start"
+    (finding,) = (
+        history(100, grad_norm=[1.0, 1.0, 101.0, *[1.0] * 97]).report().of_kind("unstable_start")
     )
     assert finding.severity == "critical"
 
@@ -152,7 +151,7 @@ def test_clipped_spike_is_a_note(history):
     """It did no harm."""
     norms, clipped = [1.0] * 200, [False] * 200
     norms[100], clipped[100] = 50.0, True
-    (finding,) = make_report(history(200, grad_norm=norms, clipped=clipped, clip_threshold=5.0))
+    (finding,) = history(200, grad_norm=norms, clipped=clipped, clip_threshold=5.0).report()
     assert (finding.kind, finding.severity) == ("spike", "note")
     assert finding.seen.steps == (101,)
 
@@ -161,28 +160,28 @@ def test_skipped_steps_are_counted(history):
     """One in a hundred is a note, more are a warning."""
     outcome = ["applied"] * 200
     outcome[50] = outcome[60] = "skipped_policy"
-    (finding,) = make_report(history(200, outcome=outcome))
+    (finding,) = history(200, outcome=outcome).report()
     assert (finding.kind, finding.severity, finding.seen.steps) == ("skipped", "note", (51, 61))
     outcome[70] = "skipped_policy"
-    assert make_report(history(200, outcome=outcome)).findings[0].severity == "warning"
+    assert history(200, outcome=outcome).report().findings[0].severity == "warning"
 
 
 def test_clip_on_most_steps_comes_with_a_better_limit(history):
     """The 95th and 99th percentile of the norms clip 5 and 1 %."""
     norms = np.linspace(1.0, 2.0, 101)
     columns = {"grad_norm": norms, "grad_norm_clipped": 0.5, "clip_threshold": 0.5}
-    (finding,) = make_report(history(101, clipped=True, **columns))
+    (finding,) = history(101, clipped=True, **columns).report()
     assert finding.kind == "clip_always"
     assert finding.seen.numbers["clips_5_percent"] == pytest.approx(1.95)
     assert finding.seen.numbers["clips_1_percent"] == pytest.approx(1.99)
     half = [step % 2 == 0 for step in range(100)]
-    assert not make_report(history(100, clipped=half, clip_threshold=0.5))
+    assert not history(100, clipped=half, clip_threshold=0.5).report()
 
 
 def test_limit_of_elements_gets_no_other_limit(history):
     """The norms say nothing about a limit for elements."""
     columns = {"grad_norm": 2.0, "grad_norm_clipped": 1.4, "clip_threshold": 0.1}
-    (finding,) = make_report(history(200, clipped=True, **columns))
+    (finding,) = history(200, clipped=True, **columns).report()
     assert "clips_5_percent" not in finding.seen.numbers
 
 
@@ -237,7 +236,7 @@ def test_growth_by_a_factor_is_no_line(kinds):
 
 def test_few_steps_are_said_to_be_few(history):
     """Rules that compare medians hold back, and a remark says so."""
-    report = make_report(history(19, grad_norm=1.0 + np.arange(19)))
+    report = history(19, grad_norm=1.0 + np.arange(19)).report()
     assert not report
     assert report.remarks[0].startswith("Few steps (19")
 
@@ -248,5 +247,5 @@ def test_optimizers_are_judged_apart(history):
     norms = [
         1.0 if name == "G" else (1.0 if row < 50 else 500.0) for row, name in enumerate(labels)
     ]
-    (finding,) = make_report(history(100, optimizer=labels, grad_norm=norms))
+    (finding,) = history(100, optimizer=labels, grad_norm=norms).report()
     assert (finding.kind, finding.seen.optimizer) == ("exploding", "D")
