@@ -38,8 +38,6 @@ LANES = {
     "overflow": PURPLE,
     "not applied": GREY,
     "exploding": VERMILLION,
-    "spike": ORANGE,
-    "vanishing": BLUE,
     "no_gradient": SKY,
     "accumulate": GREEN,
     "dropped": GREY,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from html import escape
@@ -14,6 +13,7 @@ from rich.console import Group
 from rich.padding import Padding
 from rich.text import Text
 
+from gradwatch.record.folder.files import plain_data
 from gradwatch.report.finding import SEVERITIES, Evidence, Finding
 from gradwatch.report.rules import ALWAYS, RULES
 from gradwatch.report.run_data import Records, RunData, counted, named, printable, read_run
@@ -254,19 +254,12 @@ class Report:
             "steps": self.steps,
             "parameters": self.parameters,
             "kinds": list(self.kinds),
-            "findings": [_jsonable(asdict(finding)) for finding in self.findings],
+            "findings": [
+                plain_data(asdict(finding), nonfinite=lambda value: None)
+                for finding in self.findings
+            ],
             "remarks": list(self.remarks),
         }
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def make_report(history: Records, thresholds: Thresholds | None = None, **changes: Any) -> Report:

@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from gradwatch.record.folder.files import remove_quietly
+
 LOCK = ".lock"
 """Name of the file that is locked; the leading dot keeps it out of other tools' listings."""
 
@@ -98,7 +100,7 @@ class WriterLock:
                 raise ValueError(self._taken(who)) from None
             if not locked:
                 os.close(file)
-                _remove(path)
+                remove_quietly(path)
                 return None
             if _is_at(path, file):
                 _sign(file)
@@ -133,14 +135,9 @@ def _unlock(path: Path, file: int | None) -> None:
     """Removes the file while it is locked, so that nobody locks one that is about to go."""
     if file is not None:
         if _is_at(path, file):  # and not that of another process, in a folder that was made anew
-            _remove(path)
+            remove_quietly(path)
         with suppress(OSError):
             os.close(file)
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
 
 
 def _is_at(path: Path, file: int) -> bool:
