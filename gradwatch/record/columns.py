@@ -94,17 +94,14 @@ def _python_values(column: Column) -> list[Any]:
     return values
 
 
-# By the name of the type, as a dataclass with postponed annotations knows no more of its fields.
-_DTYPES = {"int": np.int64, "float": np.float64, "bool": np.bool_}
-STEP_DTYPES: dict[str, type[np.generic] | None] = {
-    field.name: _DTYPES.get(str(field.type)) for field in fields(StepRecord)
-}
-"""By field of a StepRecord the dtype of its column; None for strings."""
+def _dtypes(record: Any) -> dict[str, type[np.generic] | None]:
+    """Returns by field of a record the dtype of its column; None for strings."""
+    # By the name of the type: with postponed annotations a dataclass knows no more of its fields.
+    of_type = {"int": np.int64, "float": np.float64, "bool": np.bool_}
+    return {field.name: of_type.get(str(field.type)) for field in fields(record)}
 
-EVENT_DTYPES: dict[str, type[np.generic] | None] = {
-    field.name: _DTYPES.get(str(field.type)) for field in fields(Event)
-}
-"""The same of an Event."""
+
+STEP_DTYPES, EVENT_DTYPES = _dtypes(StepRecord), _dtypes(Event)
 
 STEP_COLUMNS = tuple(name for name in STEP_DTYPES if name not in ("step", "global_step"))
 """The columns of ``History.steps()``."""

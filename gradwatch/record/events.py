@@ -49,8 +49,9 @@ RAISED = (
     'batch and at the loss of this step; with on_nonfinite="skip" the step is left out instead.'
 )
 TOO_MANY_SKIPS = (
-    "{steps} steps in a row were left out, and the next one would be too (step {step} of "
-    "{optimizer}, gradient norm {norm:.4g}, loss {loss:.4g}, learning rate {lr:.4g}). {story} "
+    "{steps} steps in a row were left out, and the next one would be too (step {record.step} of "
+    "{record.optimizer}, gradient norm {record.grad_norm:.4g}, loss {record.loss:.4g}, learning "
+    "rate {record.lr:.4g}). {story} "
     "Weights and optimizer state are those of the last good step. A run that meets nothing but bad "
     "steps does not recover by itself: go back to an earlier checkpoint, lower the learning rate "
     "or leave out the data that it meets here; watch(max_consecutive_skips=...) sets how many are "
@@ -205,15 +206,7 @@ def too_many_skips_error(
         events: What was found in it.
         steps: How many in a row were left out before it.
     """
-    text = TOO_MANY_SKIPS.format(
-        steps=steps,
-        step=record.step,
-        optimizer=record.optimizer,
-        norm=record.grad_norm,
-        loss=record.loss,
-        lr=record.lr,
-        story=_story(record, events),
-    )
+    text = TOO_MANY_SKIPS.format(steps=steps, record=record, story=_story(record, events))
     return _error(text, record, events)
 
 

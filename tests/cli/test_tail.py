@@ -83,6 +83,16 @@ class TestFollowing:
         assert [row.step for row in follower.rows] == load(tmp_path).steps().index.tolist()
         assert [one.step for one in follower.events] == [3, 7]
 
+    def test_resumed_twice_between_two_looks(self, tmp_path):
+        """Steps that the first of two new processes has replaced are forgotten too."""
+        write(tmp_path, batch(range(1, 11)), close=False)
+        follower = Follower(tmp_path)
+        follower.look()
+        write(tmp_path, batch(range(4, 10)), close=False)
+        write(tmp_path, batch(range(8, 10)), close=False)
+        assert follower.look().resumed
+        assert [row.step for row in follower.rows] == load(tmp_path).steps().index.tolist()
+
     def test_begins_with_what_is_valid(self, tmp_path):
         """Of a run that was resumed, the first look has the steps and events of the History."""
         write(tmp_path, batch(range(1, 11), events=[nan_at(8)]), close=False)

@@ -1,4 +1,4 @@
-"""WriterLock: keeps two processes from writing into one run folder."""
+"""The lock that keeps two processes from writing into one run folder."""
 
 from __future__ import annotations
 
@@ -22,27 +22,8 @@ TAKEN = (
 TRIES = 100
 
 
-@dataclass(slots=True)
-class _Held:
-    """A lock that this process, or the one that it was forked from, has.
-
-    Attributes:
-        process: Who took it.
-        file: The open file; None where the system or the disk has no locks.
-        owners: How many run folders of that process share it.
-    """
-
-    process: int
-    file: int | None
-    owners: int
-
-
-_held: dict[Path, _Held] = {}
-"""By file. A process may open its folder again: resumed, fitted again, a cell run twice."""
-
-
 class WriterLock:
-    """The right to write into a run folder, from :meth:`take` to :meth:`release`.
+    """The right to write into a run folder, from :meth:`acquire` to :meth:`release`.
 
     It is an advisory lock of the system's, which goes with the process however that ends, SIGKILL
     included, and which processes that it forks (the workers of a ``DataLoader``) do not keep alive.
@@ -50,16 +31,12 @@ class WriterLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Takes nothing yet.
-
-        Args:
-            folder: The run folder.
-        """
+        """Names the run folder; locks nothing yet."""
         self._folder = folder
         self._path: Path | None = None
 
-    def take(self) -> None:
-        """Takes the right; safe to call again.
+    def acquire(self) -> None:
+        """Acquires the right; safe to call again.
 
         Raises:
             OSError: If the folder cannot be written to.
@@ -95,7 +72,7 @@ class WriterLock:
             except BlockingIOError:
                 who = _who(file)
                 os.close(file)
-                if inherited:
+                if inherited:  # a launcher's fork trains where its parent was to
                     return None
                 raise ValueError(self._taken(who)) from None
             if not locked:
@@ -111,6 +88,26 @@ class WriterLock:
     def _taken(self, who: str) -> str:
         folder = str(self._folder)
         return TAKEN.format(folder=folder, who=who, example=f"{folder}-2")
+
+
+@dataclass(slots=True)
+class _Held:
+    """A lock that this process, or the one that it was forked from, has.
+
+    Attributes:
+        process: Whose it is.
+        file: The open file; None where the system or the disk has no locks.
+        owners: How many run folders of that process share it.
+    """
+
+    process: int
+    file: int | None
+    owners: int
+
+
+# A process may open its folder again: resumed, fitted again, a cell run twice. They share one open
+# file, as closing any other that the process has of it would free the lock (POSIX).
+_held: dict[Path, _Held] = {}
 
 
 def _lock(file: int) -> bool:

@@ -285,11 +285,11 @@ class SessionStarts:
         # Of a single session no step is void, and nothing need be read to know that.
         if len({part.session for part in parts}) < 2:
             return ResumeRule({})
-        known = self._of_part
+        of_part = {part: self._of_part.get(part) or self._read(part) for part in parts}
         # Only parts that are there are remembered: who follows a run for days sees many go.
-        self._of_part = {part: known.get(part) or self._read(part) for part in parts}
+        self._of_part = of_part
         first: dict[int, dict[str, int]] = {}
-        for part, steps in self._of_part.items():
+        for part, steps in of_part.items():
             _lower(first.setdefault(part.session, {}), steps)
         return ResumeRule(first)
 
@@ -334,6 +334,7 @@ def _joined(name: str, columns: Sequence[Column]) -> Column:
 
 
 CLIPPED = "grad_norm_clipped"
+Dtypes = Mapping[str, type[np.generic]]
 
 
 class ParameterReader:
@@ -342,7 +343,7 @@ class ParameterReader:
     def __init__(self, folder: Path) -> None:
         """Reads from the folder with the parts of the parameters."""
         self._folder = folder
-        self._dtypes_of_part: dict[Part, dict[str, type[np.generic]]] = {}
+        self._dtypes_of_part: dict[Part, Dtypes] = {}
 
     def statistics(self) -> tuple[str, ...]:
         """Returns the names of the further statistics, in the order in which they came."""
@@ -363,17 +364,13 @@ class ParameterReader:
             ``step``, ``parameter`` and the columns, in the order of steps and layout.
         """
         parts = self._parts()
-        dtypes = self._dtypes(parts)
+        numbers = dict.fromkeys((*columns, *(["grad_norm"] if CLIPPED in columns else [])))
+        known = self._dtypes(parts) | {"place": np.int64, "index": np.int64}
+        dtypes = {name: known[name] for name in ("place", "index", *numbers)}
         parameters, places = _Parameters(layout, indices), _StepPlaces(steps)
-        # The norm after the clip is stored only where it does not follow from the one before.
-        names = dict.fromkeys((*columns, *(["grad_norm"] if CLIPPED in columns else [])))
-        numbers = {name: dtypes[name] for name in names}
-        all_dtypes = {"place": np.int64, "index": np.int64, **numbers}
-        pieces = [{name: np.empty(0, dtype) for name, dtype in all_dtypes.items()}]
-        for part in parts:
-            if part in places:
-                pieces += self._piece(part, parameters, places, numbers)
-        table = {name: np.concatenate([piece[name] for piece in pieces]) for name in all_dtypes}
+        pieces = [{name: np.empty(0, dtype) for name, dtype in dtypes.items()}]
+        pieces += [self._part(part, parameters, places, dtypes) for part in parts if part in places]
+        table = {name: np.concatenate([piece[name] for piece in pieces]) for name in dtypes}
         order = _order(table["place"], table["index"])
         result: dict[str, Column] = {
             "step": array_of(steps["step"])[table["place"][order]],
@@ -381,52 +378,42 @@ class ParameterReader:
         }
         return result | {name: table[name][order] for name in columns}
 
-    def _piece(
-        self,
-        part: Part,
-        parameters: _Parameters,
-        places: _StepPlaces,
-        numbers: Mapping[str, type[np.generic]],
-    ) -> Iterator[dict[str, Array]]:
-        """Yields what is wanted of one part, where that is anything."""
+    def _part(
+        self, part: Part, parameters: _Parameters, places: _StepPlaces, dtypes: Dtypes
+    ) -> dict[str, Array]:
+        """Reads what is wanted of one part, columns of these dtypes."""
         path = self._folder / part.name
         file = open_parquet(path, PARAMETER_LABELS)
         with reading(path):
-            groups = parameters.groups(file)
-            if not groups:
-                return
-            arrow = _read_groups(file, groups, ("row", "parameter", *numbers))
+            arrow = _read_groups(file, parameters.groups(file), ("row", "parameter", *dtypes))
             table = _as_columns(arrow)
-            table["place"] = places.find(part.session, array_of(table["row"]))
-            table["index"] = parameters.find(labels_in(table["parameter"]))
+            place = places.find(part.session, array_of(table["row"]))
+            index = parameters.find(labels_in(table.pop("parameter")))
+        table |= {"place": place, "index": index}
         if CLIPPED in table:
             table["follows"] = arrow[CLIPPED].is_null().to_numpy()
-        kept = (array_of(table["place"]) >= 0) & (array_of(table["index"]) >= 0)
-        arrays = {
-            name: array_of(column)
-            for name, column in take_rows(table, kept).items()
-            if name != "parameter"
+        found = take_rows(table, (place >= 0) & (index >= 0))
+        arrays = {name: array_of(column) for name, column in found.items()}
+        # A part may lack a statistic that others have, or have narrow norms.
+        unknown = np.full(len(arrays["place"]), np.nan)
+        piece: dict[str, Array] = {
+            name: arrays.get(name, unknown).astype(dtype, copy=False)
+            for name, dtype in dtypes.items()
         }
-        for name, dtype in numbers.items():
-            # A part may lack a statistic that others have, or have narrow norms.
-            found = arrays.get(name)
-            arrays[name] = (
-                np.full(len(arrays["place"]), np.nan, dtype)
-                if found is None
-                else found.astype(dtype, copy=False)
-            )
         if CLIPPED in table:
-            derived = clipped_by(arrays["grad_norm"], places.clip_coef[arrays["place"]])
-            arrays[CLIPPED] = np.where(arrays["follows"], derived, arrays[CLIPPED])
-        yield arrays
+            # Stored only where it does not follow from the norm before the clip. Of widened norms,
+            # as in the live history: one that was rounded to float32 first would differ.
+            derived = clipped_by(piece["grad_norm"], places.clip_coef[piece["place"]])
+            piece[CLIPPED] = np.where(arrays["follows"], derived, piece[CLIPPED])
+        return piece
 
     def _dtypes(self, parts: Sequence[Part]) -> dict[str, type[np.generic]]:
-        """Tells the columns of numbers and their dtypes: the widest that a part has."""
+        """Finds the columns of numbers and their dtypes: the widest that a part has."""
         dtypes: dict[str, type[np.generic]] = dict.fromkeys(NORM_COLUMNS, np.float32)
         of_parts = (column for part in parts for column in self._schema(part).items())
         return dtypes | {name: dtype for name, dtype in of_parts if dtype is np.float64}
 
-    def _schema(self, part: Part) -> dict[str, type[np.generic]]:
+    def _schema(self, part: Part) -> Dtypes:
         if part not in self._dtypes_of_part:
             schema = open_parquet(self._folder / part.name, PARAMETER_LABELS).schema_arrow
             self._dtypes_of_part[part] = {

@@ -34,6 +34,198 @@ from gradwatch.record.folder.reader import SessionStarts
 from gradwatch.record.folder.tables import ParametersTable, StepsTable, labels_of, need_pyarrow
 from gradwatch.record.records import Layout, RecordBatch, StepRecord, warn_safely
 
+RETRY_S = 30.0
+"""After a failure of the disk so long no further attempt is made: the training waits for each."""
+
+HELD_VALUES = 1 << 21
+HELD_BATCHES = 64
+"""What is held in memory while the disk takes nothing; of more, the oldest is lost."""
+
+_NOT_A_PATH = (
+    "RunFolder(path=) must be a folder (str or PathLike), got {value!r} of type {kind}. "
+    "Write RunFolder('runs/my_run')."
+)
+_EMPTY = "RunFolder(path=) must name a folder, got an empty path. Write RunFolder('runs/my_run')."
+_FULL = (
+    "gradwatch cannot write to the run folder {path!r}: {error}. The training goes on, and the "
+    "newest steps are held in memory in case there is room again later."
+)
+_UNTIDY = (
+    "gradwatch cannot merge the parts of the run folder {path!r}: {error}. The run is still "
+    "recorded, in more and smaller files."
+)
+_EARLIER = (
+    "gradwatch: the run folder {path!r} holds a run, and this one begins at step 1 again. The "
+    "earlier run is in {earlier!r} now. Give each run a folder of its own, or resume it: "
+    "watcher.load_state_dict(...)."
+)
+
+
+class RunFolder:
+    """Writes steps and per-parameter statistics as Parquet, and events as JSON lines.
+
+    A process that is killed loses at most what the watcher had not delivered, 64 steps or 5
+    seconds; what is in the folder can be read at any moment, by :func:`gradwatch.load` and, table
+    by table, by ``pandas.read_parquet(path + "/steps")``, DuckDB and Polars. On a folder that holds
+    a run already it goes on with that run: steps from its own first one on replace older ones. A
+    run that begins at step 1 again is another one: the earlier is moved to ``earlier-1`` in there.
+
+    A disk that is full, read-only or gone is one warning, and the training goes on. Two processes
+    never write into one folder, where the disk has locks: the second is refused before its first
+    step.
+
+    Example:
+        >>> import tempfile, torch, gradwatch
+        >>> folder = tempfile.mkdtemp()
+        >>> x = torch.tensor(2.0, requires_grad=True)
+        >>> with gradwatch.watch({"x": x}, sinks=[RunFolder(folder)]):
+        ...     (x**2 + 3 * x + 1).backward()
+        >>> from gradwatch.history import load
+        >>> load(folder).steps()["grad_norm"].tolist()
+        [7.0]
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        optimizers: Iterable[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Makes the folder; writes nothing yet.
+
+        Args:
+            path: The folder; it may hold a run that this one resumes, and other files.
+            optimizers: What meta.json says of each optimizer; plain values, others become text.
+            options: What it says of the arguments of ``watch()``.
+
+        Raises:
+            TypeError: If the path is no path.
+            ValueError: If it is a file, holds a run in a newer format or half of one, or another
+                process writes there.
+            ModuleNotFoundError: If pyarrow is not installed.
+        """
+        need_pyarrow("RunFolder()")
+        self._path = _checked(path)
+        self._about = {
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": _versions(),
+            "optimizers": list(optimizers),
+            "options": dict(options or {}),
+        }
+        self._session: Session | None = None
+        self._held: list[RecordBatch] = []
+        self._retry_at = 0.0
+        self._warned = False
+        self._tidies = True
+        self._lock = WriterLock(self._path)
+        weakref.finalize(self, self._lock.release)
+        self._attempt(lambda: self._path.mkdir(parents=True, exist_ok=True))
+        self._retry_at = 0.0  # the first steps are tried all the same
+        with suppress(OSError):  # told of when there is something to write
+            self._lock.acquire()
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self._path
+
+    def write(self, batch: RecordBatch) -> None:
+        """Writes some steps, and those that a full disk has not taken before."""
+        self._held.append(batch)
+        if time.monotonic() >= self._retry_at:
+            self._attempt(self._write_held)
+        self._drop_oldest()
+
+    def close(self) -> None:
+        """Writes what is held, and merges small parts."""
+        self._attempt(self._write_held)
+        if self._session is not None:
+            self._tidy(self._session.close)
+        self._lock.release()
+
+    def _write_held(self) -> None:
+        while self._held:
+            batch = self._held[0]
+            # At the first steps only: a process that never steps leaves the folder as it is.
+            if self._session is None:
+                self._path.mkdir(parents=True, exist_ok=True)
+                self._lock.acquire()
+                self._keep_earlier(batch)
+                self._session = Session(self._path, batch.layout, self._about)
+            self._session.write(batch)
+            del self._held[0]
+            self._tidy(partial(self._session.tidy, batch))
+
+    def _keep_earlier(self, batch: RecordBatch) -> None:
+        earlier = set_aside(self._path) if begins_anew(batch.steps) else None
+        if earlier is not None:
+            warn_safely(_EARLIER.format(path=str(self._path), earlier=str(earlier)))
+
+    def _attempt(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError as error:
+            self._retry_at = time.monotonic() + RETRY_S
+            self._warn(_FULL, error)
+
+    def _tidy(self, act: Callable[[], object]) -> None:
+        """Merges and cuts; what has been written is safe whatever happens to that."""
+        if not self._tidies:
+            return
+        try:
+            act()
+        except Exception as error:
+            self._tidies = False
+            self._warn(_UNTIDY, error)
+
+    def _warn(self, text: str, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            warn_safely(text.format(path=str(self._path), error=error))
+
+    def _drop_oldest(self) -> None:
+        while self._held and (
+            len(self._held) > HELD_BATCHES
+            or (len(self._held) > 1 and sum(batch.norms.size for batch in self._held) > HELD_VALUES)
+        ):
+            del self._held[0]
+
+
+EARLIER = "earlier-{number}"
+
+
+def begins_anew(steps: Sequence[StepRecord]) -> bool:
+    """Tells whether the first steps that a session writes are the first of a run."""
+    # A resumed run goes on after the last step of its checkpoint.
+    first = {record.optimizer: record.step for record in reversed(steps)}
+    return bool(first) and all(step == 1 for step in first.values())
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Moves the run that a folder holds into a folder inside of it, which is a run folder too.
+
+    Returns:
+        Where the run is now; None where there was none with steps in it.
+
+    Raises:
+        OSError: If the disk is full or read-only.
+    """
+    steps = folder / STEPS
+    if not steps.is_dir() or next(steps.glob("*.parquet"), None) is None:
+        return None  # a temporary file, left over by a process that was killed, is no step
+    number = 1
+    while (target := folder / EARLIER.format(number=number)).exists():
+        number += 1
+    target.mkdir()
+    # Copied, and the steps moved first: whatever stops it in between, no step is lost, and what has
+    # been moved is no longer read here.
+    shutil.copy2(folder / NAME, target / NAME)
+    for table in TABLES:
+        if (folder / table).exists():
+            (folder / table).rename(target / table)
+    return target
+
 
 class Session:
     """The files of one process in a run folder, from its first step on."""
@@ -141,203 +333,9 @@ class Session:
                     write_whole(path, lines_of(kept))
 
 
-EARLIER = "earlier-{number}"
-
-
-def begins_anew(steps: Sequence[StepRecord]) -> bool:
-    """Tells whether the first steps that a session writes are the first of a run."""
-    # A resumed run goes on after the last step of its checkpoint.
-    first = {record.optimizer: record.step for record in reversed(steps)}
-    return bool(first) and all(step == 1 for step in first.values())
-
-
-def set_aside(folder: Path) -> Path | None:
-    """Moves the run that a folder holds into a folder inside of it, which is a run folder too.
-
-    Returns:
-        Where the run is now; None where there was none with steps in it.
-
-    Raises:
-        OSError: If the disk is full or read-only.
-    """
-    steps = folder / STEPS
-    if not steps.is_dir() or next(steps.glob("*.parquet"), None) is None:
-        return None  # a temporary file, left over by a process that was killed, is no step
-    number = 1
-    while (target := folder / EARLIER.format(number=number)).exists():
-        number += 1
-    target.mkdir()
-    # Copied, and the steps moved first: whatever stops it in between, no step is lost, and what has
-    # been moved is no longer read here.
-    shutil.copy2(folder / NAME, target / NAME)
-    for table in TABLES:
-        if (folder / table).exists():
-            (folder / table).rename(target / table)
-    return target
-
-
-RETRY_S = 30.0
-"""After a failure of the disk so long no further attempt is made: the training waits for each."""
-
-HELD_VALUES = 1 << 21
-HELD_BATCHES = 64
-"""What is held in memory while the disk takes nothing; of more, the oldest is lost."""
-
-_NOT_A_PATH = (
-    "RunFolder(path=) must be a folder (str or PathLike), got {value!r} of type {kind}. "
-    "Write RunFolder('runs/my_run')."
-)
-_EMPTY = "RunFolder(path=) must name a folder, got an empty path. Write RunFolder('runs/my_run')."
-_FULL = (
-    "gradwatch cannot write to the run folder {path!r}: {error}. The training goes on, and the "
-    "newest steps are held in memory in case there is room again later."
-)
-_UNTIDY = (
-    "gradwatch cannot merge the parts of the run folder {path!r}: {error}. The run is still "
-    "recorded, in more and smaller files."
-)
-_EARLIER = (
-    "gradwatch: the run folder {path!r} holds a run, and this one begins at step 1 again. The "
-    "earlier run is in {earlier!r} now. Give each run a folder of its own, or resume it: "
-    "watcher.load_state_dict(...)."
-)
-
-
-class RunFolder:
-    """Writes steps and per-parameter statistics as Parquet, and events as JSON lines.
-
-    A process that is killed loses at most what the watcher had not delivered, 64 steps or 5
-    seconds; what is in the folder can be read at any moment, by :func:`gradwatch.load` and, table
-    by table, by ``pandas.read_parquet(path + "/steps")``, DuckDB and Polars. On a folder that holds
-    a run already it goes on with that run: steps from its own first one on replace older ones. A
-    run that begins at step 1 again is another one: the earlier is moved to ``earlier-1`` in there.
-
-    A disk that is full, read-only or gone is one warning, and the training goes on. Two processes
-    never write into one folder, where the disk has locks: the second is refused before its first
-    step.
-
-    Example:
-        >>> import tempfile, torch, gradwatch
-        >>> folder = tempfile.mkdtemp()
-        >>> x = torch.tensor(2.0, requires_grad=True)
-        >>> with gradwatch.watch({"x": x}, sinks=[RunFolder(folder)]):
-        ...     (x**2 + 3 * x + 1).backward()
-        >>> from gradwatch.history import load
-        >>> load(folder).steps()["grad_norm"].tolist()
-        [7.0]
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        optimizers: Iterable[Mapping[str, Any]] = (),
-        options: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Makes the folder; writes nothing yet.
-
-        Args:
-            path: The folder; it may hold a run that this one resumes, and other files.
-            optimizers: What meta.json says of each optimizer; plain values, others become text.
-            options: What it says of the arguments of ``watch()``.
-
-        Raises:
-            TypeError: If the path is no path.
-            ValueError: If it is a file, holds a run in a newer format or half of one, or another
-                process writes there.
-            ModuleNotFoundError: If pyarrow is not installed.
-        """
-        need_pyarrow("RunFolder()")
-        self._path = _checked(path)
-        self._about = {
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "versions": _versions(),
-            "optimizers": list(optimizers),
-            "options": dict(options or {}),
-        }
-        self._session: Session | None = None
-        self._held: list[RecordBatch] = []
-        self._retry_at = 0.0
-        self._warned = False
-        self._tidies = True
-        self._lock = WriterLock(self._path)
-        weakref.finalize(self, self._lock.release)
-        self._attempt(lambda: self._path.mkdir(parents=True, exist_ok=True))
-        self._retry_at = 0.0  # the first steps are tried all the same
-        with suppress(OSError):  # told of when there is something to write
-            self._lock.take()
-
-    @property
-    def path(self) -> Path:
-        """The folder."""
-        return self._path
-
-    def write(self, batch: RecordBatch) -> None:
-        """Writes some steps, and those that a full disk has not taken before."""
-        self._held.append(batch)
-        if time.monotonic() >= self._retry_at:
-            self._attempt(self._write_held)
-        self._drop_oldest()
-
-    def close(self) -> None:
-        """Writes what is held, and merges small parts."""
-        self._attempt(self._write_held)
-        if self._session is not None:
-            self._tidy(self._session.close)
-        self._lock.release()
-
-    def _write_held(self) -> None:
-        while self._held:
-            batch = self._held[0]
-            # At the first steps only: a process that never steps leaves the folder as it is.
-            if self._session is None:
-                self._path.mkdir(parents=True, exist_ok=True)
-                self._lock.take()
-                self._keep_earlier(batch)
-                self._session = Session(self._path, batch.layout, self._about)
-            self._session.write(batch)
-            del self._held[0]
-            self._tidy(partial(self._session.tidy, batch))
-
-    def _keep_earlier(self, batch: RecordBatch) -> None:
-        earlier = set_aside(self._path) if begins_anew(batch.steps) else None
-        if earlier is not None:
-            warn_safely(_EARLIER.format(path=str(self._path), earlier=str(earlier)))
-
-    def _attempt(self, act: Callable[[], object]) -> None:
-        try:
-            act()
-        except OSError as error:
-            self._retry_at = time.monotonic() + RETRY_S
-            self._warn(_FULL, error)
-
-    def _tidy(self, act: Callable[[], object]) -> None:
-        """Merges and cuts; what has been written is safe whatever happens to that."""
-        if not self._tidies:
-            return
-        try:
-            act()
-        except Exception as error:
-            self._tidies = False
-            self._warn(_UNTIDY, error)
-
-    def _warn(self, text: str, error: Exception) -> None:
-        if not self._warned:
-            self._warned = True
-            warn_safely(text.format(path=str(self._path), error=error))
-
-    def _drop_oldest(self) -> None:
-        while self._held and (
-            len(self._held) > HELD_BATCHES
-            or (len(self._held) > 1 and sum(batch.norms.size for batch in self._held) > HELD_VALUES)
-        ):
-            del self._held[0]
-
-
 def _checked(path: object) -> Path:
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(_NOT_A_PATH.format(value=path, kind=type(path).__name__))
-    name = os.fspath(path)
+    # A PathLike may give bytes, of which no text in meta.json or in a message can be made.
+    name = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(name, str):
         raise TypeError(_NOT_A_PATH.format(value=path, kind=type(path).__name__))
     if not name:
