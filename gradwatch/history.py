@@ -98,8 +98,8 @@ class History:
             TypeError: If a bound is no integer, or the columns are no sequence of names.
             ValueError: If a column is unknown.
         """
-        chosen = _columns(columns, STEP_COLUMNS, "steps(columns=)")
-        span = _span(start, stop, "steps")
+        chosen = chosen_columns(columns, STEP_COLUMNS, "steps(columns=)")
+        span = chosen_span(start, stop, "steps")
         return table_frame(self._source.steps(("step", *chosen), span), index="step")
 
     def parameters(
@@ -128,9 +128,9 @@ class History:
             ValueError: If a name or a column is unknown.
         """
         known = (*NORM_COLUMNS, *self._source.statistics())
-        chosen = _columns(columns, known, "parameters(columns=)")
-        indices = None if names is None else _indices(names, self.names)
-        span = _span(start, stop, "parameters")
+        chosen = chosen_columns(columns, known, "parameters(columns=)")
+        indices = None if names is None else chosen_parameters(names, self.names)
+        span = chosen_span(start, stop, "parameters")
         return table_frame(self._source.parameters(indices, chosen, span))
 
     def events(self) -> pd.DataFrame:
@@ -254,7 +254,10 @@ UNKNOWN_PARAMETER = (
 )
 
 
-def _columns(columns: Iterable[str] | None, known: Sequence[str], what: str) -> tuple[str, ...]:
+def chosen_columns(
+    columns: Iterable[str] | None, known: Sequence[str], what: str
+) -> tuple[str, ...]:
+    """Checks the columns that are asked for, None for all; ``what`` is what the user wrote."""
     if columns is None:
         return tuple(known)
     # A string is iterable too: ["lr"] is meant, where "lr" would be the columns "l" and "r".
@@ -268,7 +271,8 @@ def _columns(columns: Iterable[str] | None, known: Sequence[str], what: str) -> 
     return chosen
 
 
-def _span(start: object, stop: object, what: str) -> Span:
+def chosen_span(start: object, stop: object, what: str) -> Span:
+    """Checks the steps that are asked for; ``what`` is the method that the user called."""
     return Span(_bound(start, f"{what}(start=)"), _bound(stop, f"{what}(stop=)"))
 
 
@@ -280,7 +284,7 @@ def _bound(value: object, what: str) -> int | None:
     return int(value)
 
 
-def _indices(names: Names, known: Sequence[str]) -> list[int]:
+def chosen_parameters(names: Names, known: Sequence[str]) -> list[int]:
     """Finds the indices of parameters, rising: rows come in the order of the model."""
     if isinstance(names, re.Pattern):
         return [index for index, name in enumerate(known) if names.search(name)]
