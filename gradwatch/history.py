@@ -29,95 +29,8 @@ if TYPE_CHECKING:
 
     from gradwatch.report import Report, Thresholds
 
-
 Names = str | re.Pattern[str] | Iterable[str]
 """Parameters: one by its name, several, or those in whose name a compiled pattern is found."""
-
-
-MOST_COMPARED = 5_000
-"""Names that are looked through for one like an unknown one."""
-
-
-def chosen_columns(
-    columns: Iterable[str] | None, known: Sequence[str], what: str
-) -> tuple[str, ...]:
-    """Checks which columns are asked for.
-
-    Args:
-        columns: Their names; None for all.
-        known: The columns that there are.
-        what: What the user wrote, for the text of errors.
-
-    Raises:
-        TypeError: If they are no sequence of names.
-        ValueError: If one is unknown.
-    """
-    if columns is None:
-        return tuple(known)
-    if isinstance(columns, str) or not isinstance(columns, Iterable):
-        raise TypeError(
-            f'{what} must be a sequence of names, got {columns!r}. Write ["{known[0]}"].'
-        )
-    chosen = tuple(dict.fromkeys(columns))
-    for name in chosen:
-        if name not in known:
-            raise ValueError(f"{what} must be of {', '.join(known)}, got {name!r}.")
-    return chosen
-
-
-def chosen_span(start: object, stop: object, what: str) -> Span:
-    """Checks which steps are asked for.
-
-    Args:
-        start: The first one; None for no bound.
-        stop: One after the last; None for no bound.
-        what: What the user called, for the text of errors.
-
-    Raises:
-        TypeError: If a bound is no integer.
-    """
-    return Span(_bound(start, f"{what}(start=)"), _bound(stop, f"{what}(stop=)"))
-
-
-def _bound(value: object, what: str) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{what} must be a step number or None, got {value!r}.")
-    return int(value)
-
-
-def chosen_parameters(names: Names, known: Sequence[str]) -> list[int]:
-    """Finds which parameters are asked for.
-
-    Args:
-        names: As for :meth:`gradwatch.History.parameters`.
-        known: The names that there are.
-
-    Returns:
-        Their places in ``known``, rising.
-
-    Raises:
-        TypeError: If they are no names.
-        ValueError: If one is unknown.
-    """
-    if isinstance(names, re.Pattern):
-        return [index for index, name in enumerate(known) if names.search(name)]
-    if not isinstance(names, Iterable):
-        raise TypeError(f"parameters(names=) must be names or a compiled pattern, got {names!r}.")
-    wanted = {names} if isinstance(names, str) else set(names)
-    for name in wanted.difference(known):
-        raise ValueError(_unknown(str(name), known))
-    return [index for index, name in enumerate(known) if name in wanted]
-
-
-def _unknown(name: str, known: Sequence[str]) -> str:
-    close = get_close_matches(name, known[:MOST_COMPARED], n=3, cutoff=0.5)
-    hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
-    return (
-        f"parameters(names=) got {name!r}, which is no parameter of this run.{hint} "
-        "history.names lists them; re.compile(...) finds names by a pattern."
-    )
 
 
 class History:
@@ -216,7 +129,7 @@ class History:
         return table_frame(self._source.parameters(indices, chosen, span))
 
     def events(self) -> pd.DataFrame:
-        """Returns one row per event.
+        """Returns one row per event, oldest first.
 
         Returns:
             Columns ``step, micro_batch, kind, parameter, module, value, rank, message, nan_count,
@@ -418,3 +331,60 @@ def load(path: str | os.PathLike[str]) -> History:
         ModuleNotFoundError: If pyarrow is not installed.
     """
     return History(FolderSource(path))
+
+
+# A run may have 100,000 names, and to compare with each takes seconds.
+MOST_COMPARED = 5_000
+
+NOT_COLUMNS = '{what} must be a sequence of names, got {value!r}. Write ["{example}"].'
+UNKNOWN_COLUMN = "{what} must be of {known}, got {name!r}."
+NOT_A_STEP = "{what} must be a step number or None, got {value!r}."
+NOT_NAMES = "parameters(names=) must be names or a compiled pattern, got {value!r}."
+UNKNOWN_PARAMETER = (
+    "parameters(names=) got {name!r}, which is no parameter of this run.{hint} "
+    "history.names lists them; re.compile(...) finds names by a pattern."
+)
+
+
+def chosen_columns(
+    columns: Iterable[str] | None, known: Sequence[str], what: str
+) -> tuple[str, ...]:
+    """Checks the columns that are asked for, None for all; ``what`` is what the user wrote."""
+    if columns is None:
+        return tuple(known)
+    # A string is iterable too: ["lr"] is meant, where "lr" would be the columns "l" and "r".
+    if isinstance(columns, str) or not isinstance(columns, Iterable):
+        example = columns if columns in known else known[0]
+        raise TypeError(NOT_COLUMNS.format(what=what, value=columns, example=example))
+    chosen = tuple(dict.fromkeys(columns))
+    for name in chosen:
+        if name not in known:
+            raise ValueError(UNKNOWN_COLUMN.format(what=what, known=", ".join(known), name=name))
+    return chosen
+
+
+def chosen_span(start: object, stop: object, what: str) -> Span:
+    """Checks the steps that are asked for; ``what`` is the method that the user called."""
+    return Span(_bound(start, f"{what}(start=)"), _bound(stop, f"{what}(stop=)"))
+
+
+def _bound(value: object, what: str) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(NOT_A_STEP.format(what=what, value=value))
+    return int(value)
+
+
+def chosen_parameters(names: Names, known: Sequence[str]) -> list[int]:
+    """Finds the indices of parameters, rising: rows come in the order of the model."""
+    if isinstance(names, re.Pattern):
+        return [index for index, name in enumerate(known) if names.search(name)]
+    if not isinstance(names, Iterable):
+        raise TypeError(NOT_NAMES.format(value=names))
+    wanted = {names} if isinstance(names, str) else set(names)
+    for unknown in map(str, wanted.difference(known)):
+        close = get_close_matches(unknown, known[:MOST_COMPARED], n=3, cutoff=0.5)
+        hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""
+        raise ValueError(UNKNOWN_PARAMETER.format(name=unknown, hint=hint))
+    return [index for index, name in enumerate(known) if name in wanted]

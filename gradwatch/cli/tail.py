@@ -369,13 +369,13 @@ class Screen:
         return max(1, min(self._most, self._console.height - taken))
 
     def _events(self, follower: Follower, several: bool) -> Iterator[Text]:
-        if not follower.events.counts:
+        if not follower.event_counts:
             yield Text("No events", style="dim")
             return
-        kinds = follower.events.counts.most_common(8)
+        kinds = follower.event_counts.most_common(8)
         counts = ", ".join(f"{printable(kind)} {amount:,}" for kind, amount in kinds)
         yield Text(f"Events: {counts}", no_wrap=True, overflow="ellipsis")
-        for event in list(follower.events.newest)[-EVENTS:]:
+        for event in list(follower.events)[-EVENTS:]:
             text = f"  {event_line(event, several)}"
             yield Text(text, style="yellow", no_wrap=True, overflow="ellipsis")
 

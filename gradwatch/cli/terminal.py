@@ -6,14 +6,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any, TextIO
 from unicodedata import combining, east_asian_width
 
-import numpy as np
-
+from gradwatch.record.folder.files import plain_data
 from gradwatch.wording import printable
 
 
@@ -204,30 +203,13 @@ def as_json(value: Any, indent: int | None = None) -> str:
         >>> as_json({"norm": float("inf"), "loss": float("nan")})
         '{"norm": "Infinity", "loss": null}'
     """
-    return json.dumps(plain(value), allow_nan=False, indent=indent)
+    return json.dumps(plain_data(value, _nonfinite), allow_nan=False, indent=indent)
 
 
-def plain(value: Any) -> Any:
-    """Turns a value into what strict JSON can say; see :func:`as_json`.
-
-    Args:
-        value: Anything.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(one) for one in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
-    if isinstance(value, float):
-        return _number(value)
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def _number(value: float) -> float | str | None:
+def _nonfinite(value: float) -> str | None:
     if math.isnan(value):
         return None
-    return value if math.isfinite(value) else ("Infinity" if value > 0 else "-Infinity")
+    return "Infinity" if value > 0 else "-Infinity"
 
 
 class Output:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,19 +14,7 @@ from gradwatch.record.records import NO_GRADIENT, Event, Layout, RecordBatch, St
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["EVENT_COLUMNS", "STEP_COLUMNS", "events_frame", "table_frame"]
-
-
 Array = NDArray[Any]
-
-
-def safe_text(text: str) -> str:
-    r"""Replaces what UTF-8 has no bytes for, lone surrogates, by ``\udc80`` in letters.
-
-    Args:
-        text: Any string.
-    """
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +30,8 @@ class Labels:
     codes: NDArray[np.integer[Any]]
 
     @classmethod
-    def of(cls, strings: Iterable[str]) -> Labels:
-        """Codes strings in the order in which they first appear.
-
-        Args:
-            strings: One per row.
-        """
+    def from_strings(cls, strings: Iterable[str]) -> Labels:
+        """Codes strings, one per row, in the order in which they first appear."""
         code: dict[str, int] = {}
         codes = [code.setdefault(text, len(code)) for text in strings]
         return cls(tuple(code), np.array(codes, np.int64))
@@ -64,10 +48,7 @@ Table = Mapping[str, Column]
 
 
 def array_of(column: Column) -> Array:
-    """Takes a column that is known to hold numbers.
-
-    Args:
-        column: The column.
+    """Returns a column that is known to hold numbers.
 
     Raises:
         TypeError: If it holds strings.
@@ -78,10 +59,7 @@ def array_of(column: Column) -> Array:
 
 
 def labels_in(column: Column) -> Labels:
-    """Takes a column that is known to hold strings.
-
-    Args:
-        column: The column.
+    """Returns a column that is known to hold strings.
 
     Raises:
         TypeError: If it holds numbers.
@@ -89,6 +67,65 @@ def labels_in(column: Column) -> Labels:
     if not isinstance(column, Labels):
         raise TypeError("expected a column of strings, got one of numbers")
     return column
+
+
+def take_rows(table: Table, rows: Array) -> dict[str, Column]:
+    """Selects rows of each column.
+
+    Args:
+        table: Columns by name.
+        rows: bool array ``[rows]``, or int array of the rows to take.
+    """
+    # Nearly always all rows stay, and a copy of a million steps takes longer than reading them.
+    if rows.dtype == np.bool_ and rows.all():
+        return dict(table)
+    return {name: column[rows] for name, column in table.items()}
+
+
+def python_rows(table: Table) -> Iterator[tuple[Any, ...]]:
+    """Yields the rows as tuples of Python values, in the order of the columns."""
+    return zip(*map(_python_values, table.values()), strict=True)
+
+
+def _python_values(column: Column) -> list[Any]:
+    if isinstance(column, Labels):
+        return [column.values[code] for code in column.codes]
+    values: list[Any] = column.tolist()
+    return values
+
+
+def _dtypes(record: Any) -> dict[str, type[np.generic] | None]:
+    """Returns by field of a record the dtype of its column; None for strings."""
+    # By the name of the type: with postponed annotations a dataclass knows no more of its fields.
+    of_type = {"int": np.int64, "float": np.float64, "bool": np.bool_}
+    return {field.name: of_type.get(str(field.type)) for field in fields(record)}
+
+
+STEP_DTYPES, EVENT_DTYPES = _dtypes(StepRecord), _dtypes(Event)
+
+STEP_COLUMNS = tuple(name for name in STEP_DTYPES if name not in ("step", "global_step"))
+"""The columns of ``History.steps()``."""
+
+NORM_COLUMNS = ("grad_norm", "grad_norm_clipped")
+"""The columns of ``History.parameters()`` that are always there."""
+
+EVENT_COLUMNS = tuple(name for name in EVENT_DTYPES if name != "global_step")
+"""The columns of ``History.events()``."""
+
+
+def step_table(records: Sequence[StepRecord], names: Iterable[str]) -> dict[str, Column]:
+    """Makes columns of steps, one row per record.
+
+    Args:
+        records: The steps.
+        names: Fields of :class:`~gradwatch.record.records.StepRecord`.
+    """
+    return {name: _column(records, name, STEP_DTYPES[name]) for name in names}
+
+
+def _column(records: Sequence[object], name: str, dtype: type[np.generic] | None) -> Column:
+    values = [getattr(record, name) for record in records]
+    return Labels.from_strings(values) if dtype is None else np.array(values, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +141,7 @@ class Span:
     stop: int | None = None
 
     def holds(self, steps: Array) -> NDArray[np.bool_]:
-        """Tells which steps are in the range.
-
-        Args:
-            steps: int array ``[rows]``.
-
-        Returns:
-            bool array ``[rows]``.
-        """
+        """Tells which steps, int array ``[rows]``, are in the range: bool array ``[rows]``."""
         inside = np.ones(len(steps), bool)
         if self.start is not None:
             inside &= steps >= self.start
@@ -126,55 +156,6 @@ class Span:
         )
 
 
-_DTYPES = {"int": np.int64, "float": np.float64, "bool": np.bool_}
-STEP_DTYPES: dict[str, type[np.generic] | None] = {
-    field.name: _DTYPES.get(str(field.type)) for field in fields(StepRecord)
-}
-"""By field of a StepRecord the dtype of its column; None for strings."""
-
-STEP_COLUMNS = tuple(name for name in STEP_DTYPES if name not in ("step", "global_step"))
-"""The columns of ``History.steps()``."""
-
-NORM_COLUMNS = ("grad_norm", "grad_norm_clipped")
-"""The columns of ``History.parameters()`` that are always there."""
-
-
-def step_table(records: Sequence[StepRecord], names: Iterable[str]) -> dict[str, Column]:
-    """Makes columns of steps.
-
-    Args:
-        records: One per row.
-        names: Fields of :class:`~gradwatch.record.records.StepRecord`.
-
-    Returns:
-        The columns by name.
-    """
-    table: dict[str, Column] = {}
-    for name in names:
-        values = [getattr(record, name) for record in records]
-        dtype = STEP_DTYPES[name]
-        table[name] = Labels.of(values) if dtype is None else np.array(values, dtype)
-    return table
-
-
-def step_records(table: Table, rows: Array) -> list[StepRecord]:
-    """Makes records of columns; fields without a column keep their defaults.
-
-    Args:
-        table: Columns by name, ``step`` among them.
-        rows: int array: the rows to take.
-    """
-    values = [_objects(column[rows]) for column in table.values()]
-    return [StepRecord(**dict(zip(table, row, strict=True))) for row in zip(*values, strict=True)]
-
-
-def _objects(column: Column) -> list[Any]:
-    if isinstance(column, Labels):
-        return [column.values[code] for code in column.codes]
-    objects: list[Any] = column.tolist()
-    return objects
-
-
 class Source(Protocol):
     """Records that can be read by columns and by ranges of steps, oldest first."""
 
@@ -185,14 +166,11 @@ class Source(Protocol):
         """Returns the names of the further statistics per parameter."""
 
     def steps(self, columns: Iterable[str], span: Span) -> Table:
-        """Reads steps.
+        """Reads steps, one row each.
 
         Args:
             columns: Fields of :class:`~gradwatch.record.records.StepRecord`.
             span: Which steps.
-
-        Returns:
-            The columns, one row per step.
         """
 
     def parameters(
@@ -201,7 +179,7 @@ class Source(Protocol):
         """Reads numbers per parameter.
 
         Args:
-            indices: Parameters by their place in the layout; None for all.
+            indices: Parameters by their index in the layout; None for all.
             columns: Of ``grad_norm``, ``grad_norm_clipped`` and the further statistics.
             span: Which steps.
 
@@ -215,55 +193,53 @@ class Source(Protocol):
 
 
 class LiveSource:
-    """What the memory of a watcher holds now."""
+    """The :class:`Source` of what a watcher holds in memory now."""
 
-    def __init__(self, take: Callable[[], RecordBatch]) -> None:
+    def __init__(self, read: Callable[[], RecordBatch]) -> None:
         """Reads from a watcher.
 
         Args:
-            take: Copies out what is kept when it is called.
+            read: Copies out what is kept when it is called.
         """
-        self._take = take
+        self._read = read
 
     def layout(self) -> Layout:
         """See :class:`Source`."""
-        return self._take().layout
+        return self._read().layout
 
     def statistics(self) -> tuple[str, ...]:
         """See :class:`Source`."""
-        return tuple(self._take().statistics)
+        return tuple(self._read().statistics)
 
     def steps(self, columns: Iterable[str], span: Span) -> Table:
         """See :class:`Source`."""
-        return step_table(_within(self._take(), span).steps, columns)
+        return step_table(_within(self._read(), span).steps, columns)
 
     def parameters(
         self, indices: Sequence[int] | None, columns: Sequence[str], span: Span
     ) -> Table:
         """See :class:`Source`."""
-        batch = _within(self._take(), span)
+        batch = _within(self._read(), span)
         chosen = np.arange(len(batch.layout.names)) if indices is None else np.array(indices, int)
         rows, places = np.nonzero(batch.norms[:, chosen] != NO_GRADIENT)
         where = (rows, chosen[places])
-        steps = np.array([record.step for record in batch.steps], np.int64)
         planes = {
             **dict(zip(NORM_COLUMNS, (batch.norms, batch.clipped_norms), strict=True)),
             **batch.statistics,
         }
         table: dict[str, Column] = {
-            "step": steps[rows],
+            "step": np.array([record.step for record in batch.steps], np.int64)[rows],
             "parameter": Labels(batch.layout.names, where[1]),
         }
         return table | {name: planes[name][where] for name in columns}
 
     def events(self) -> Sequence[Event]:
         """See :class:`Source`."""
-        return self._take().events
+        return self._read().events
 
 
 def _within(batch: RecordBatch, span: Span) -> RecordBatch:
-    steps = np.array([record.step for record in batch.steps], np.int64)
-    inside = span.holds(steps)
+    inside = span.holds(np.array([record.step for record in batch.steps], np.int64))
     if inside.all():
         return batch
     return replace(
@@ -273,25 +249,6 @@ def _within(batch: RecordBatch, span: Span) -> RecordBatch:
         clipped_norms=batch.clipped_norms[inside],
         statistics={name: plane[inside] for name, plane in batch.statistics.items()},
     )
-
-
-EVENT_COLUMNS = (
-    "step",
-    "micro_batch",
-    "kind",
-    "parameter",
-    "module",
-    "value",
-    "rank",
-    "message",
-    "nan_count",
-    "inf_count",
-    "optimizer",
-)
-_EVENT_DTYPES = {
-    **dict.fromkeys(("step", "micro_batch", "rank", "nan_count", "inf_count"), np.int64),
-    "value": np.float64,
-}
 
 
 def table_frame(table: Table, index: str | None = None) -> pd.DataFrame:
@@ -314,20 +271,8 @@ def table_frame(table: Table, index: str | None = None) -> pd.DataFrame:
 
 
 def events_frame(events: Sequence[Event]) -> pd.DataFrame:
-    """Makes a frame with one row per event.
-
-    Args:
-        events: The events, oldest first.
-
-    Returns:
-        Columns as named by the fields of :class:`~gradwatch.record.records.Event`.
-    """
-    table: dict[str, Column] = {}
-    for name in EVENT_COLUMNS:
-        values = [getattr(event, name) for event in events]
-        dtype = _EVENT_DTYPES.get(name)
-        table[name] = Labels.of(values) if dtype is None else np.array(values, dtype)
-    return table_frame(table)
+    """Makes a frame with one row per event, oldest first, and the :data:`EVENT_COLUMNS`."""
+    return table_frame({name: _column(events, name, EVENT_DTYPES[name]) for name in EVENT_COLUMNS})
 
 
 def _values(column: Column) -> Any:
@@ -337,3 +282,8 @@ def _values(column: Column) -> Any:
 
     # Taken by code, a million strings cost what a million integers cost.
     return pd.Series(list(map(safe_text, column.values)), dtype="str").array.take(column.codes)
+
+
+def safe_text(text: str) -> str:
+    r"""Replaces what UTF-8 has no bytes for, lone surrogates, by ``\udc80`` in letters."""
+    return text.encode("utf-8", "backslashreplace").decode()

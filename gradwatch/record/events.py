@@ -1,4 +1,4 @@
-"""Every event: the rules that make one of measured numbers, and its text."""
+"""Every event with its text, and the errors that tell of one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradwatch.errors import NonFiniteGradientError
 from gradwatch.hooks.data_parallel import rank
 from gradwatch.measure.norms import FirstNonFinite, Measurement
 from gradwatch.measure.parameters import ParameterTable
-from gradwatch.record.records import Event, StepRecord
+from gradwatch.record.records import Event, EventKind, StepRecord
 
 NONFINITE = (
     "{what} in the gradient of {parameter} ({counts}), the "
@@ -21,7 +21,6 @@ NONFINITE = (
 )
 COUNTS = "{nan} NaN and {inf} Inf of {total} elements"
 NOT_COUNTED = "not counted: it was gone when its norm arrived from the device"
-UNKNOWN = -1
 OVERFLOW = (
     "The gradients of step {step} are finite, but their norm {value:.3g} is beyond float32; the "
     "largest is that of {parameter}."
@@ -35,44 +34,67 @@ NO_GRADIENT = (
     "takes no part in the loss, or its branch is detached."
 )
 SKIPPED = "Step {step} was not applied ({outcome}): weights and optimizer state are as before."
+CHANGED = "From step {step} on a step has {new} micro-batches instead of {old}{why}."
+WHY = ": the noise scale is {noise} \N{PLUS-MINUS SIGN} {stderr} at a batch of {batch}"
+DROPPED = (
+    "{count} micro-batch(es) of weight {weight:g} were in the window of step {step} when its state "
+    "was saved. Their gradients are not in a checkpoint: the window begins anew, and they are lost."
+)
+OUT_OF_MEMORY = (
+    "A micro-batch of {old} examples did not fit into memory in step {step}. The batch was run "
+    "again in micro-batches of at most {new}, and later ones will be."
+)
+RAISED = (
+    '{story} on_nonfinite="raise" stopped the training before any weight changed. Look at the '
+    'batch and at the loss of this step; with on_nonfinite="skip" the step is left out instead.'
+)
+TOO_MANY_SKIPS = (
+    "{steps} steps in a row were left out, and the next one would be too (step {record.step} of "
+    "{record.optimizer}, gradient norm {record.grad_norm:.4g}, loss {record.loss:.4g}, learning "
+    "rate {record.lr:.4g}). {story} "
+    "Weights and optimizer state are those of the last good step. A run that meets nothing but bad "
+    "steps does not recover by itself: go back to an earlier checkpoint, lower the learning rate "
+    "or leave out the data that it meets here; watch(max_consecutive_skips=...) sets how many are "
+    "let pass."
+)
+NO_STORY = "The gradient norm of step {step} is {norm:.4g}."
 
 
-def nonfinite_event(record: StepRecord, offender: FirstNonFinite, table: ParameterTable) -> Event:
+def nonfinite_event(record: StepRecord, first: FirstNonFinite, table: ParameterTable) -> Event:
     """Names the parameter that went bad first.
 
     Args:
         record: The step in which it happened.
-        offender: Where it was seen.
+        first: Where it was seen.
         table: The names.
 
     Returns:
         An event of kind ``nan``, or ``inf`` where the parameter had no NaN.
     """
-    nan, inf = (UNKNOWN, UNKNOWN) if offender.counts is None else offender.counts
-    name = table.names[offender.index]
+    name, counts = table.names[first.index], NOT_COUNTED
+    # A gradient whose norm arrived late has been freed or overwritten by then: only the norm tells.
+    nan, inf, value = -1, -1, first.norm
+    if first.counts is not None:
+        nan, inf = first.counts
+        value = float(nan or inf)
+        counts = COUNTS.format(nan=nan, inf=inf, total=table.tensors[first.index].numel())
     message = NONFINITE.format(
-        what="NaN" if offender.is_nan else "Inf",
+        what="NaN" if first.is_nan else "Inf",
         parameter=name,
-        counts=COUNTS.format(nan=nan, inf=inf, total=table.tensors[offender.index].numel())
-        if offender.counts is not None
-        else NOT_COUNTED,
-        micro_batch=offender.micro_batch,
+        counts=counts,
+        micro_batch=first.micro_batch,
         step=record.step,
         affected=record.nonfinite_parameters,
     )
-    return Event(
-        step=record.step,
-        micro_batch=offender.micro_batch,
-        kind="nan" if offender.is_nan else "inf",
-        parameter=name,
-        module=table.modules[offender.index],
-        value=offender.norm if offender.counts is None else float(nan or inf),
-        rank=rank(),
-        message=message,
+    return _event(
+        record,
+        "nan" if first.is_nan else "inf",
+        value,
+        message,
+        (name, table.modules[first.index]),
+        micro_batch=first.micro_batch,
         nan_count=nan,
         inf_count=inf,
-        optimizer=record.optimizer,
-        global_step=record.global_step,
     )
 
 
@@ -86,7 +108,7 @@ def overflow_event(record: StepRecord, measurement: Measurement, table: Paramete
     """
     name, module = _largest(measurement, table)
     message = OVERFLOW.format(step=record.step, value=record.grad_norm, parameter=name)
-    return _event(record, "overflow", name, module, record.grad_norm, message)
+    return _event(record, "overflow", record.grad_norm, message, (name, module))
 
 
 def exploding_event(
@@ -100,83 +122,27 @@ def exploding_event(
         table: The names.
         limit: The limit.
     """
-    name, module = _largest(measurement, table)
-    message = EXPLODING.format(
-        step=record.step, value=record.grad_norm, limit=limit, parameter=name
-    )
-    return _event(record, "exploding", name, module, record.grad_norm, message)
+    norm, (name, module) = record.grad_norm, _largest(measurement, table)
+    message = EXPLODING.format(step=record.step, value=norm, limit=limit, parameter=name)
+    return _event(record, "exploding", norm, message, (name, module))
 
 
 def skipped_event(record: StepRecord) -> Event:
-    """Tells that the step was not applied.
-
-    Args:
-        record: The step.
-    """
+    """Tells that the step was not applied."""
     message = SKIPPED.format(step=record.step, outcome=record.outcome)
-    return _event(record, "skipped", "", "", record.grad_norm, message)
+    return _event(record, "skipped", record.grad_norm, message)
 
 
 def no_gradient_events(
     record: StepRecord, missing: Sequence[int], table: ParameterTable
 ) -> list[Event]:
-    """Tells which parameters received no gradient.
-
-    Args:
-        record: The step.
-        missing: Their indices.
-        table: The names.
-    """
-    return [
-        _event(
-            record,
-            "no_gradient",
-            table.names[index],
-            table.modules[index],
-            0.0,
-            NO_GRADIENT.format(
-                parameter=table.names[index], optimizer=record.optimizer, step=record.step
-            ),
-        )
-        for index in missing
-    ]
-
-
-def _largest(measurement: Measurement, table: ParameterTable) -> tuple[str, str]:
-    norms = measurement.norms.array()
-    if not len(norms):
-        return "", ""
-    index = measurement.indices[int(np.argmax(norms))]
-    return table.names[index], table.modules[index]
-
-
-def _event(
-    record: StepRecord, kind: str, parameter: str, module: str, value: float, message: str
-) -> Event:
-    return Event(
-        step=record.step,
-        micro_batch=0,
-        kind=kind,  # type: ignore[arg-type]
-        parameter=parameter,
-        module=module,
-        value=value,
-        rank=rank(),
-        message=message,
-        optimizer=record.optimizer,
-        global_step=record.global_step,
-    )
-
-
-CHANGED = "From step {step} on a step has {new} micro-batches instead of {old}{why}."
-WHY = ": the noise scale is {noise} \N{PLUS-MINUS SIGN} {stderr} at a batch of {batch}"
-DROPPED = (
-    "{count} micro-batch(es) of weight {weight:g} were in the window of step {step} when its state "
-    "was saved. Their gradients are not in a checkpoint: the window begins anew, and they are lost."
-)
-OUT_OF_MEMORY = (
-    "A micro-batch of {old} examples did not fit into memory in step {step}. The batch was run "
-    "again in micro-batches of at most {new}, and later ones will be."
-)
+    """Tells which parameters received no gradient, by their indices in the table."""
+    events = []
+    for index in missing:
+        name, module = table.names[index], table.modules[index]
+        message = NO_GRADIENT.format(parameter=name, optimizer=record.optimizer, step=record.step)
+        events.append(_event(record, "no_gradient", 0.0, message, (name, module)))
+    return events
 
 
 def changed_event(step: int, old: int, new: int, noise: NoiseScale | None) -> Event:
@@ -193,7 +159,7 @@ def changed_event(step: int, old: int, new: int, noise: NoiseScale | None) -> Ev
         sizes = {"noise": noise.b_simple, "stderr": noise.stderr, "batch": noise.batch}
         why = WHY.format(**{name: _short(size) for name, size in sizes.items()})
     text = CHANGED.format(step=step, new=new, old=old, why=why)
-    return Event(step, 0, "accumulate", "", "", float(new), rank(), text)
+    return _event(StepRecord(step), "accumulate", float(new), text)
 
 
 def dropped_event(step: int, count: int, weight: float) -> Event:
@@ -205,7 +171,7 @@ def dropped_event(step: int, count: int, weight: float) -> Event:
         weight: Sum of their weights.
     """
     text = DROPPED.format(step=step, count=count, weight=weight)
-    return Event(step, 0, "dropped", "", "", float(count), rank(), text)
+    return _event(StepRecord(step), "dropped", float(count), text)
 
 
 def out_of_memory_event(step: int, old: int, new: int) -> Event:
@@ -217,26 +183,7 @@ def out_of_memory_event(step: int, old: int, new: int) -> Event:
         new: The largest number from now on.
     """
     text = OUT_OF_MEMORY.format(step=step, old=old, new=new)
-    return Event(step, 0, "out_of_memory", "", "", float(new), rank(), text)
-
-
-def _short(size: float) -> str:
-    return f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
-
-
-RAISED = (
-    '{story} on_nonfinite="raise" stopped the training before any weight changed. Look at the '
-    'batch and at the loss of this step; with on_nonfinite="skip" the step is left out instead.'
-)
-TOO_MANY_SKIPS = (
-    "{steps} steps in a row were left out, and the next one would be too (step {step} of "
-    "{optimizer}, gradient norm {norm:.4g}, loss {loss:.4g}, learning rate {lr:.4g}). {story} "
-    "Weights and optimizer state are those of the last good step. A run that meets nothing but bad "
-    "steps does not recover by itself: go back to an earlier checkpoint, lower the learning rate "
-    "or leave out the data that it meets here; watch(max_consecutive_skips=...) sets how many are "
-    "let pass."
-)
-NO_STORY = "The gradient norm of step {step} is {norm:.4g}."
+    return _event(StepRecord(step), "out_of_memory", float(new), text)
 
 
 def nonfinite_error(record: StepRecord, events: Sequence[Event]) -> NonFiniteGradientError:
@@ -259,21 +206,56 @@ def too_many_skips_error(
         events: What was found in it.
         steps: How many in a row were left out before it.
     """
-    text = TOO_MANY_SKIPS.format(
-        steps=steps,
-        step=record.step,
-        optimizer=record.optimizer,
-        norm=record.grad_norm,
-        loss=record.loss,
-        lr=record.lr,
-        story=_story(record, events),
-    )
+    text = TOO_MANY_SKIPS.format(steps=steps, record=record, story=_story(record, events))
     return _error(text, record, events)
+
+
+def _event(
+    record: StepRecord,
+    kind: EventKind,
+    value: float,
+    message: str,
+    parameter_and_module: tuple[str, str] = ("", ""),
+    *,
+    micro_batch: int = 0,
+    nan_count: int = 0,
+    inf_count: int = 0,
+) -> Event:
+    # Accumulation and memory concern all optimizers: their events come with a record that has
+    # nothing but a step, and its defaults, optimizer "none" and global_step 0, say just that.
+    parameter, module = parameter_and_module
+    return Event(
+        step=record.step,
+        micro_batch=micro_batch,
+        kind=kind,
+        parameter=parameter,
+        module=module,
+        value=value,
+        rank=rank(),
+        message=message,
+        nan_count=nan_count,
+        inf_count=inf_count,
+        optimizer=record.optimizer,
+        global_step=record.global_step,
+    )
+
+
+def _largest(measurement: Measurement, table: ParameterTable) -> tuple[str, str]:
+    norms = measurement.norms.array()
+    if not len(norms):  # on this rank: with sharded parameters the large one may be elsewhere
+        return "", ""
+    index = measurement.indices[int(np.argmax(norms))]
+    return table.names[index], table.modules[index]
+
+
+def _short(size: float) -> str:
+    return f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
 
 
 def _story(record: StepRecord, events: Sequence[Event]) -> str:
     if events:
         return events[0].message
+    # A policy skips finite steps too, and of several ranks another one may have found the NaN.
     return NO_STORY.format(step=record.step, norm=record.grad_norm)
 
 

@@ -77,8 +77,6 @@ EventKind = Literal[
     "inf",
     "overflow",
     "exploding",
-    "vanishing",
-    "spike",
     "no_gradient",
     "skipped",
     "accumulate",
@@ -105,8 +103,9 @@ class Event:
             and ``dropped``, examples for ``out_of_memory``.
         rank: Rank of the process that saw it.
         message: One sentence for people.
-        nan_count: NaN elements in ``parameter``'s gradient, exactly.
-        inf_count: Inf elements in ``parameter``'s gradient, exactly.
+        nan_count: NaN elements in ``parameter``'s gradient, exactly; -1 where the gradient was gone
+            before they could be counted.
+        inf_count: Inf elements in it, likewise.
         optimizer: Label of the optimizer, as in :class:`~gradwatch.record.records.StepRecord`.
         global_step: The x-axis of loggers, as in the StepRecord.
     """
@@ -128,27 +127,6 @@ class Event:
     def nonfinite(self) -> bool:
         """Whether the event says that a gradient held a NaN or an Inf."""
         return self.kind in ("nan", "inf")
-
-
-NO_GRADIENT = -1.0
-"""Stands in a row of norms where the parameter had no gradient; no norm is negative."""
-
-
-def clipped_by(
-    norms: NDArray[np.floating[Any]], coefficients: NDArray[np.floating[Any]]
-) -> NDArray[np.floating[Any]]:
-    """Takes the norms after a clip that multiplied the gradients.
-
-    Args:
-        norms: float array: norms before it.
-        coefficients: float64 array that fits ``norms``: the factors.
-
-    Returns:
-        Array like ``norms``; :data:`NO_GRADIENT` where there was none.
-    """
-    with np.errstate(invalid="ignore", over="ignore"):
-        scaled = (norms * coefficients).astype(norms.dtype)
-    return np.where(norms == NO_GRADIENT, NO_GRADIENT, scaled).astype(norms.dtype, copy=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,19 +169,12 @@ class RecordBatch:
     events: Sequence[Event] = ()
 
 
-logger = logging.getLogger("gradwatch")
-
-
-class GradwatchWarning(UserWarning):
-    """Something in gradwatch failed or was left out; the training itself is untouched."""
-
-
 @runtime_checkable
 class Sink(Protocol):
-    """Anything that takes batches of records: a file, a logger, TensorBoard, a list."""
+    """Anything that receives batches of records: a file, a logger, TensorBoard, a list."""
 
     def write(self, batch: RecordBatch) -> None:
-        """Takes some consecutive steps, oldest first, and their events.
+        """Receives some consecutive steps, oldest first, and their events.
 
         Args:
             batch: The records. A sink keeps no reference to the arrays that it changes itself.
@@ -213,12 +184,35 @@ class Sink(Protocol):
         """Writes what is still held and releases files; called once, at the end."""
 
 
-def warn_safely(message: str) -> None:
-    """Warns, or logs where the user's filters turn warnings into errors: never raises.
+NO_GRADIENT = -1.0
+"""Stands in a row of norms where the parameter had no gradient; no norm is negative."""
+
+
+def clipped_by(
+    norms: NDArray[np.floating[Any]], coefficients: NDArray[np.floating[Any]]
+) -> NDArray[np.floating[Any]]:
+    """Returns the norms after a clip that multiplied the gradients.
 
     Args:
-        message: One sentence that says what failed and what it means for the run.
+        norms: float array: norms before it; :data:`NO_GRADIENT` stays.
+        coefficients: float64 array that fits ``norms``: the factors.
     """
+    # The live history, the writer and the reader of a run folder all come here, so that their bits
+    # agree: the folder stores only what differs from this.
+    with np.errstate(invalid="ignore", over="ignore"):
+        scaled = (norms * coefficients).astype(norms.dtype)
+    return np.where(norms == NO_GRADIENT, NO_GRADIENT, scaled).astype(norms.dtype, copy=False)
+
+
+logger = logging.getLogger("gradwatch")
+
+
+class GradwatchWarning(UserWarning):
+    """Something in gradwatch failed or was left out; the training itself is untouched."""
+
+
+def warn_safely(message: str) -> None:
+    """Warns, or logs where the user's filters turn warnings into errors: never raises."""
     try:
         warnings.warn(message, GradwatchWarning, stacklevel=3)
     except Exception:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from html import escape
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradwatch.record.columns import Source
+from gradwatch.record.folder.files import plain_data
 from gradwatch.report.finding import SEVERITIES, Evidence, Finding
 from gradwatch.report.rules import ALWAYS, RULES
 from gradwatch.report.run_data import RunData, first_and_last, read_run
@@ -106,20 +106,12 @@ class Report:
             "steps": self.steps,
             "parameters": self.parameters,
             "kinds": list(self.kinds),
-            "findings": [_jsonable(asdict(finding)) for finding in self.findings],
+            "findings": [
+                plain_data(asdict(finding), nonfinite=lambda value: None)
+                for finding in self.findings
+            ],
             "remarks": list(self.remarks),
         }
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(entry) for entry in value]
-    # json.dumps would write NaN and Infinity, which are no JSON: browsers and jq refuse them.
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def make_report(source: Source, thresholds: Thresholds | None = None, **changes: Any) -> Report:

@@ -5,12 +5,11 @@ import json
 
 import pytest
 
-from gradwatch.cli import follower as follower_module
 from gradwatch.cli import tail
 from gradwatch.cli.follower import KEPT, Follower
 from gradwatch.cli.terminal import Output
 from gradwatch.history import load
-from gradwatch.record.folder import parts
+from gradwatch.record.folder import parts, reader
 
 from .runs import batch, nan_at, write
 
@@ -68,7 +67,7 @@ class TestFollowing:
         sink.close()
         seen += [row.step for row in follower.look().rows]
         assert seen == load(tmp_path).steps().index.tolist()
-        assert follower.events.counts["nan"] == len(load(tmp_path).events())
+        assert follower.event_counts["nan"] == len(load(tmp_path).events())
         assert not follower.look()
 
     def test_a_resumed_run_replaces_steps_and_events(self, tmp_path):
@@ -82,7 +81,17 @@ class TestFollowing:
         assert new.resumed
         assert [row.step for row in new.rows] == [6, 7, 8]
         assert [row.step for row in follower.rows] == load(tmp_path).steps().index.tolist()
-        assert [one.step for one in follower.events.newest] == [3, 7]
+        assert [one.step for one in follower.events] == [3, 7]
+
+    def test_resumed_twice_between_two_looks(self, tmp_path):
+        """Steps that the first of two new processes has replaced are forgotten too."""
+        write(tmp_path, batch(range(1, 11)), close=False)
+        follower = Follower(tmp_path)
+        follower.look()
+        write(tmp_path, batch(range(4, 10)), close=False)
+        write(tmp_path, batch(range(8, 10)), close=False)
+        assert follower.look().resumed
+        assert [row.step for row in follower.rows] == load(tmp_path).steps().index.tolist()
 
     def test_begins_with_what_is_valid(self, tmp_path):
         """Of a run that was resumed, the first look has the steps and events of the History."""
@@ -91,7 +100,7 @@ class TestFollowing:
         follower = Follower(tmp_path)
         follower.look()
         assert [row.step for row in follower.rows] == load(tmp_path).steps().index.tolist()
-        assert [one.step for one in follower.events.newest] == load(tmp_path).events().step.tolist()
+        assert [one.step for one in follower.events] == load(tmp_path).events().step.tolist()
 
     def test_an_event_waits_for_its_step(self, tmp_path):
         """An event whose steps are not written yet is shown with them, and a torn line never."""
@@ -115,9 +124,9 @@ class TestFollowing:
             events = [nan_at(step) for step in range(first, first + 500)]
             sink.write(batch(range(first, first + 500), events=events))
         opened = []
-        real = follower_module.open_parquet
+        real = reader.open_parquet
         monkeypatch.setattr(
-            follower_module,
+            reader,
             "open_parquet",
             lambda path, names: opened.append(path) or real(path, names),
         )
@@ -126,8 +135,8 @@ class TestFollowing:
         assert len(opened) < len(list((tmp_path / "steps").iterdir()))
         assert len(follower.rows) == KEPT
         assert new.left_out == 5000 - KEPT
-        assert len(follower.events.newest) == 64
-        assert follower.events.counts["nan"] == 5000
+        assert len(follower.events) == 64
+        assert follower.event_counts["nan"] == 5000
 
     def test_a_run_that_is_deleted_ends_it(self, command, runs, monkeypatch):
         """A folder that goes away while it is followed is an error in one line."""

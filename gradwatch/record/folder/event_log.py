@@ -1,27 +1,29 @@
-"""EventLog: the events of one session, a line of JSON each."""
+"""The events of one session, a line of JSON each: written, and read also while more come."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from gradwatch.record.folder.files import remove_quietly
 from gradwatch.record.records import Event
 
-_FIELDS = tuple(field.name for field in fields(Event))
-_SPELLED = "value_is"
+SPELLED = "value_is"
 """JSON has no NaN and no Inf: such a value is null, and spelled out in this further field."""
 
-_WHOLE = ("step", "micro_batch", "rank", "nan_count", "inf_count", "global_step")
-_TEXTS = ("kind", "parameter", "module", "message", "optimizer")
 _ROW = "row"
-LINES = ".jsonl"
-"""Ends the name of a file of events."""
+_SUFFIX = ".jsonl"
+
+LONGEST_LINE = 1 << 24
+"""Bytes; of a longer line the pieces are no events, so that no file fills the memory."""
+
+_TYPES = {"int": (int,), "float": (int, float), "str": (str,), "EventKind": (str,)}
+FIELD_TYPES = {field.name: _TYPES[str(field.type)] for field in fields(Event)}
 
 
 class LoggedEvent(NamedTuple):
@@ -44,13 +46,11 @@ class EventLog:
 
         Args:
             folder: The folder of the events.
-            session: The lowest number to take.
+            session: The lowest number to claim.
         """
-        self.session = session
-        while not self._claimed(folder / f"{self.session:04d}{LINES}"):
-            self.session += 1
-        self._path = folder / f"{self.session:04d}{LINES}"
-        self.length = 0
+        while not _created(path := folder / f"{session:04d}{_SUFFIX}"):
+            session += 1
+        self.session, self._path, self.length = session, path, 0
 
     def append(self, events: Sequence[Event], row: int) -> None:
         """Writes events behind those that are there.
@@ -76,56 +76,65 @@ class EventLog:
 
     def give_up(self) -> None:
         """Removes the file of a session that could not begin."""
-        with suppress(OSError):
-            self._path.unlink()
+        remove_quietly(self._path)
 
-    @staticmethod
-    def _claimed(path: Path) -> bool:
-        try:
-            path.touch(exist_ok=False)
-        except FileExistsError:
-            return False
-        return True
+
+def _created(path: Path) -> bool:
+    try:
+        # Creating it is the claim: of two processes that try, the file system lets one.
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def lines_of(events: Iterable[LoggedEvent]) -> bytes:
-    """Writes events as lines of JSON.
+    """Writes events as lines of JSON."""
+    return b"".join(_line(logged) for logged in events)
 
-    Args:
-        events: The events.
+
+def _line(logged: LoggedEvent) -> bytes:
+    content = asdict(logged.event) | {_ROW: logged.row}
+    if not math.isfinite(logged.event.value):
+        content |= {"value": None, SPELLED: str(float(logged.event.value))}
+    return json.dumps(content, allow_nan=False).encode() + b"\n"
+
+
+def event_files(folder: Path) -> list[tuple[int, Path]]:
+    """Lists the sessions that have a file of events, in order, and the files.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
     """
-    lines = (json.dumps(_plain(noted), allow_nan=False) + "\n" for noted in events)
-    return "".join(lines).encode()
+    files = [path for path in folder.iterdir() if path.suffix == _SUFFIX]
+    return sorted((int(path.stem), path) for path in files if path.stem.isdecimal())
 
 
-def read_events(path: Path) -> list[LoggedEvent]:
-    """Reads the events of a session.
+def read_events(path: Path, offset: int = 0) -> Iterator[tuple[LoggedEvent, int]]:
+    """Yields the events of a session, each with the offset in the file that follows it.
 
     Args:
         path: The file.
-
-    Returns:
-        The events; a line that is torn, because the process was killed in the middle, is no event.
+        offset: Where to begin: 0, or what came with an event.
     """
-    lines = path.read_bytes().split(b"\n")
-    return [noted for noted in map(event_in, lines) if noted is not None]
+    with path.open("rb") as file:
+        file.seek(offset)
+        while line := file.readline(LONGEST_LINE):
+            offset += len(line)
+            # A line that is torn, because the process was killed in the middle or is still at it,
+            # is no event; who comes back for more begins behind the last one that was.
+            if (logged := event_in(line)) is not None:
+                yield logged, offset
 
 
 def event_in(line: bytes) -> LoggedEvent | None:
-    """Reads a line of JSON.
-
-    Args:
-        line: With or without its line break.
-
-    Returns:
-        The event; None of a line that is torn, or holds something else.
-    """
+    """Reads a line of JSON; None of one that is torn, or holds something else."""
     try:
         content = json.loads(line)
-        spelled = content.pop(_SPELLED, None)
+        spelled = content.pop(SPELLED, None)
         if spelled is not None:
             content["value"] = float(spelled)
-        event = Event(**{name: content[name] for name in _FIELDS})
+        event = Event(**{name: content[name] for name in FIELD_TYPES})
         return LoggedEvent(event, content[_ROW]) if _is_sound(event, content[_ROW]) else None
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
@@ -133,17 +142,7 @@ def event_in(line: bytes) -> LoggedEvent | None:
 
 def _is_sound(event: Event, row: object) -> bool:
     """Tells whether each field is what it must be, so that who reads events need not ask."""
-    whole = (row, *(getattr(event, name) for name in _WHOLE))
-    texts = (getattr(event, name) for name in _TEXTS)
-    return (
-        all(type(value) is int for value in whole)
-        and all(type(text) is str for text in texts)
-        and type(event.value) in (int, float)
+    # type() and not isinstance(): True is an int too.
+    return type(row) is int and all(
+        type(getattr(event, name)) in types for name, types in FIELD_TYPES.items()
     )
-
-
-def _plain(noted: LoggedEvent) -> dict[str, Any]:
-    content = asdict(noted.event) | {_ROW: noted.row}
-    if not math.isfinite(noted.event.value):
-        content |= {"value": None, _SPELLED: str(float(noted.event.value))}
-    return content

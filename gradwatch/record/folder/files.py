@@ -1,10 +1,15 @@
-"""Files that appear whole or not at all, and the error for those that cannot be read."""
+"""Files that appear whole or not at all, what JSON can say, and the error for unreadable files."""
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 class UnreadableError(ValueError):
@@ -31,22 +36,20 @@ def write_whole(target: Path, content: Any, *, sync_name: bool = True) -> None:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
+            # Before the rename: after a power failure a file system may know the new name of a
+            # file whose bytes it never wrote.
             os.fsync(file.fileno())
         temporary.replace(target)
     except BaseException:
-        _remove(temporary)
+        remove_quietly(temporary)
         raise
     if sync_name:
         sync_folder(target.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a power failure, where the system can do that.
-
-    Args:
-        folder: The folder.
-    """
-    if os.name == "nt":
+    """Makes the names in a folder survive a power failure, where the system can do that."""
+    if os.name == "nt":  # where a folder cannot be opened
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -56,17 +59,30 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed process was about to rename.
+    """Removes what a killed process was about to rename."""
+    for path in folder.glob(f".*{SUFFIX}"):
+        remove_quietly(path)
+
+
+def remove_quietly(path: Path) -> None:
+    """Removes a file as far as the disk allows; whoever needs it gone must not rely on this."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def plain_data(value: Any, nonfinite: Callable[[float], Any] = str) -> Any:
+    """Turns a value into what strict JSON can say; what it has no form for becomes its text.
 
     Args:
-        folder: The folder.
+        value: Anything; mappings, sequences, sets and arrays are converted throughout.
+        nonfinite: Stands for NaN and infinities: JSON has no numbers for them.
     """
-    for path in folder.glob(f".*{SUFFIX}"):
-        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        return  # a leftover harms nobody; what led here is the error to tell
+    if isinstance(value, Mapping):
+        return {str(key): plain_data(one, nonfinite) for key, one in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain_data(one, nonfinite) for one in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return plain_data(value.tolist(), nonfinite)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else nonfinite(value)
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -1,4 +1,4 @@
-"""WriterLock: keeps two processes from writing into one run folder."""
+"""The lock that keeps two processes from writing into one run folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from gradwatch.record.folder.files import remove_quietly
+
 LOCK = ".lock"
 """Name of the file that is locked; the leading dot keeps it out of other tools' listings."""
 
@@ -20,27 +22,8 @@ TAKEN = (
 TRIES = 100
 
 
-@dataclass(slots=True)
-class _Held:
-    """A lock that this process, or the one that it was forked from, has.
-
-    Attributes:
-        process: Who took it.
-        file: The open file; None where the system or the disk has no locks.
-        owners: How many run folders of that process share it.
-    """
-
-    process: int
-    file: int | None
-    owners: int
-
-
-_held: dict[Path, _Held] = {}
-"""By file. A process may open its folder again: resumed, fitted again, a cell run twice."""
-
-
 class WriterLock:
-    """The right to write into a run folder, from :meth:`take` to :meth:`release`.
+    """The right to write into a run folder, from :meth:`acquire` to :meth:`release`.
 
     It is an advisory lock of the system's, which goes with the process however that ends, SIGKILL
     included, and which processes that it forks (the workers of a ``DataLoader``) do not keep alive.
@@ -48,16 +31,12 @@ class WriterLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Takes nothing yet.
-
-        Args:
-            folder: The run folder.
-        """
+        """Names the run folder; locks nothing yet."""
         self._folder = folder
         self._path: Path | None = None
 
-    def take(self) -> None:
-        """Takes the right; safe to call again.
+    def acquire(self) -> None:
+        """Acquires the right; safe to call again.
 
         Raises:
             OSError: If the folder cannot be written to.
@@ -93,12 +72,12 @@ class WriterLock:
             except BlockingIOError:
                 who = _who(file)
                 os.close(file)
-                if inherited:
+                if inherited:  # a launcher's fork trains where its parent was to
                     return None
                 raise ValueError(self._taken(who)) from None
             if not locked:
                 os.close(file)
-                _remove(path)
+                remove_quietly(path)
                 return None
             if _is_at(path, file):
                 _sign(file)
@@ -109,6 +88,26 @@ class WriterLock:
     def _taken(self, who: str) -> str:
         folder = str(self._folder)
         return TAKEN.format(folder=folder, who=who, example=f"{folder}-2")
+
+
+@dataclass(slots=True)
+class _Held:
+    """A lock that this process, or the one that it was forked from, has.
+
+    Attributes:
+        process: Whose it is.
+        file: The open file; None where the system or the disk has no locks.
+        owners: How many run folders of that process share it.
+    """
+
+    process: int
+    file: int | None
+    owners: int
+
+
+# A process may open its folder again: resumed, fitted again, a cell run twice. They share one open
+# file, as closing any other that the process has of it would free the lock (POSIX).
+_held: dict[Path, _Held] = {}
 
 
 def _lock(file: int) -> bool:
@@ -133,14 +132,9 @@ def _unlock(path: Path, file: int | None) -> None:
     """Removes the file while it is locked, so that nobody locks one that is about to go."""
     if file is not None:
         if _is_at(path, file):  # and not that of another process, in a folder that was made anew
-            _remove(path)
+            remove_quietly(path)
         with suppress(OSError):
             os.close(file)
-
-
-def _remove(path: Path) -> None:
-    with suppress(OSError):
-        path.unlink()
 
 
 def _is_at(path: Path, file: int) -> bool:

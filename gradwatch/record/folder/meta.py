@@ -1,15 +1,14 @@
-"""Meta: what meta.json says of a run, and the checks that a folder is one."""
+"""What meta.json says of a run, and the checks that a folder is one."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gradwatch.record.folder.files import UnreadableError, write_whole
+from gradwatch.record.folder.files import UnreadableError, plain_data, write_whole
 from gradwatch.record.folder.lock import LOCK
 from gradwatch.record.records import Layout
 
@@ -17,6 +16,7 @@ FORMAT = "gradwatch run"
 VERSION = 1
 NAME = "meta.json"
 STEPS, PARAMETERS, EVENTS = TABLES = ("steps", "parameters", "events")
+_FIELDS = tuple(field.name for field in fields(Layout))
 
 NO_FOLDER = (
     "There is no folder {path!r}. Pass the folder that watch(run_dir=) or RunFolder() was given."
@@ -56,38 +56,22 @@ class Meta:
     sessions: tuple[Mapping[str, Any], ...] = ()
 
     def with_session(self, layout: Layout, session: Mapping[str, Any]) -> Meta:
-        """Returns it with one more session.
-
-        Args:
-            layout: The parameters of the session.
-            session: What to say of it.
-        """
-        return Meta(_joined(layout, self.layout), (*self.sessions, plain(session)))
+        """Returns it with one more session, its parameters and what to say of it."""
+        return Meta(_joined(layout, self.layout), (*self.sessions, plain_data(session)))
 
     def write(self, folder: Path) -> None:
-        """Writes meta.json.
-
-        Args:
-            folder: The run folder.
-        """
-        names = ("names", "modules", "shapes", "aliases")
+        """Writes meta.json."""
         content = {
             "format": FORMAT,
             "version": VERSION,
             "sessions": self.sessions,
-            "layout": {name: getattr(self.layout, name) for name in names},
+            "layout": {name: getattr(self.layout, name) for name in _FIELDS},
         }
         write_whole(folder / NAME, json.dumps(content, indent=1).encode())
 
 
 def read_meta(folder: Path) -> Meta:
     """Reads meta.json.
-
-    Args:
-        folder: The run folder.
-
-    Returns:
-        What it says.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -109,9 +93,6 @@ def read_meta(folder: Path) -> Meta:
 def check_whole(folder: Path) -> None:
     """Checks that the tables are there.
 
-    Args:
-        folder: The run folder.
-
     Raises:
         ValueError: If one is not.
     """
@@ -121,32 +102,12 @@ def check_whole(folder: Path) -> None:
 
 
 def has_begun(folder: Path) -> bool:
-    """Tells whether anything of a run is in a folder; what a process has made before that is not.
-
-    Args:
-        folder: The folder; it need not be there.
-    """
+    """Tells whether a folder, which need not be there, holds anything of a run."""
     if (folder / NAME).exists():
         return True
+    # A process that was killed before its first step leaves folders and an empty file of events.
     files = (path for table in TABLES for path in (folder / table).glob("[!.]*"))
     return any(path.stat().st_size for path in files)
-
-
-def plain(value: Any) -> Any:
-    """Turns a value into what JSON can say: what it has no form for becomes its text.
-
-    Args:
-        value: Anything.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(one) for one in value]
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float) and math.isfinite(value):
-        return value
-    return str(value)
 
 
 def _content(folder: Path) -> Mapping[str, Any]:
@@ -158,7 +119,7 @@ def _content(folder: Path) -> Mapping[str, Any]:
         content = json.loads((folder / NAME).read_bytes())
     except FileNotFoundError:
         raise _no_meta(folder) from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: of brackets within brackets
         raise _foreign(folder, str(error)) from error
     if not isinstance(content, dict):
         raise _foreign(folder, "it does not say so")
@@ -179,6 +140,7 @@ def _foreign(folder: Path, why: str) -> UnreadableError:
 
 
 def _hint(folder: Path) -> str:
+    # The folder above is the usual slip: of "runs" where "runs/a" is meant.
     inside = sorted(str(path.parent) for path in folder.glob(f"*/{NAME}"))[:3]
     return f"Did you mean {' or '.join(map(repr, inside))}?" if inside else PASS_ANOTHER
 
@@ -187,8 +149,8 @@ def _layout(content: Mapping[str, Sequence[Any]]) -> Layout:
     return Layout(
         names=tuple(content["names"]),
         modules=tuple(content["modules"]),
-        shapes=tuple(tuple(shape) for shape in content["shapes"]),
-        aliases=tuple(tuple(names) for names in content["aliases"]),
+        shapes=tuple(map(tuple, content["shapes"])),
+        aliases=tuple(map(tuple, content["aliases"])),
     )
 
 
@@ -198,14 +160,12 @@ def _joined(new: Layout, old: Layout) -> Layout:
     gone = [index for index, name in enumerate(old.names) if name not in known]
     if not gone:
         return new
-    return replace(
-        new,
-        names=new.names + tuple(old.names[i] for i in gone),
-        modules=new.modules + tuple(old.modules[i] for i in gone),
-        shapes=_padded(new.shapes, new) + tuple(_padded(old.shapes, old)[i] for i in gone),
-        aliases=_padded(new.aliases, new) + tuple(_padded(old.aliases, old)[i] for i in gone),
-    )
 
+    def both(field: str) -> Any:
+        # A layout need not have shapes and aliases; with those of the other they must line up.
+        ours, theirs = (
+            getattr(layout, field) or ((),) * len(layout.names) for layout in (new, old)
+        )
+        return (*ours, *(theirs[index] for index in gone))
 
-def _padded(values: tuple[tuple[Any, ...], ...], layout: Layout) -> tuple[tuple[Any, ...], ...]:
-    return values or ((),) * len(layout.names)
+    return Layout(*map(both, _FIELDS))

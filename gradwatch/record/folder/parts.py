@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from gradwatch.record.columns import Array
-from gradwatch.record.folder.files import remove_leftovers, sync_folder, write_whole
-from gradwatch.record.folder.tables import open_parquet, reading
+from gradwatch.record.folder.files import (
+    remove_leftovers,
+    remove_quietly,
+    sync_folder,
+    write_whole,
+)
+from gradwatch.record.folder.tables import STEP_INDEX, open_parquet, reading
 
 _NAME = re.compile(r"(\d{4,})-(\d{10,})-(\d{10,})\.parquet")
 
@@ -36,15 +40,8 @@ class Part:
         return f"{self.session:04d}-{self.first:010d}-{self.last:010d}.parquet"
 
     @classmethod
-    def of(cls, name: str) -> Part | None:
-        """Reads a file name.
-
-        Args:
-            name: Any name.
-
-        Returns:
-            The part; None if the name is not one of a part.
-        """
+    def from_name(cls, name: str) -> Part | None:
+        """Reads a file name; None if it is not one of a part."""
         match = _NAME.fullmatch(name)
         return cls(*map(int, match.groups())) if match else None
 
@@ -56,20 +53,13 @@ class Part:
 
 
 def list_parts(folder: Path) -> list[Part]:
-    """Lists the parts of a table as they were at one moment.
-
-    A listing that is made while a merge runs may miss the merged part, which came after it had
-    looked there, and the merged ones, which had gone before. Two equal listings in a row cannot.
-
-    Args:
-        folder: The folder of the table.
-
-    Returns:
-        All parts in order, those included whose rows another one covers.
+    """Lists the parts of a table as they were at one moment, those included that one covers.
 
     Raises:
         FileNotFoundError: If there is no such folder.
     """
+    # A listing that is made while a merge runs may miss the merged part, which came after it had
+    # looked there, and the merged ones, which had gone before. Two equal ones in a row cannot.
     before, now = None, _listing(folder)
     while now != before:
         before, now = now, _listing(folder)
@@ -77,15 +67,9 @@ def list_parts(folder: Path) -> list[Part]:
 
 
 def uncovered(parts: Iterable[Part]) -> list[Part]:
-    """Leaves out the parts whose rows another one covers.
-
-    Args:
-        parts: Any parts.
-
-    Returns:
-        The others, in order.
-    """
+    """Leaves out the parts whose rows another one covers, and puts the others in order."""
     kept: list[Part] = []
+    # Of parts that begin together the longest comes first, so that one look back is enough.
     for part in sorted(parts, key=lambda part: (part.session, part.first, -part.last)):
         if not (kept and kept[-1].covers(part)):
             kept.append(part)
@@ -93,7 +77,7 @@ def uncovered(parts: Iterable[Part]) -> list[Part]:
 
 
 def _listing(folder: Path) -> list[Part]:
-    parts = (Part.of(path.name) for path in folder.iterdir())
+    parts = (Part.from_name(path.name) for path in folder.iterdir())
     return sorted(part for part in parts if part is not None)
 
 
@@ -101,6 +85,8 @@ FAN = 32
 FULL = 1 << 20
 """Values in a part that is never merged again: 3 MB, 0.2 s and some 100 MB to make it of others."""
 
+# Each level is 32 times the one below: the files stay few, and however long the run, a value is
+# rewritten once per level at most.
 LEVELS = (FULL // FAN**3, FULL // FAN**2, FULL // FAN, FULL)
 """A part is of a level by its size; what a level holds is merged when it makes one of the next."""
 
@@ -115,7 +101,9 @@ def due(sizes: Sequence[int]) -> slice | None:
         Consecutive parts up to the newest; None if there is nothing to do yet.
     """
     for limit in LEVELS:
-        tail = _tail(sizes, limit)
+        tail = len(sizes)
+        while tail and sizes[tail - 1] < limit:
+            tail -= 1
         if len(sizes) - tail > 1 and sum(sizes[tail:]) >= limit:
             return slice(tail, len(sizes))
     return None
@@ -140,22 +128,8 @@ def leftovers(sizes: Sequence[int]) -> list[slice]:
     return [group for group in groups if group.stop - group.start > 1]
 
 
-def _tail(sizes: Sequence[int], limit: int) -> int:
-    """Finds where the newest parts begin that are all smaller than a limit."""
-    first = len(sizes)
-    while first and sizes[first - 1] < limit:
-        first -= 1
-    return first
-
-
-STEP = 1
-"""Place of the column ``step`` in every table, behind ``row``."""
-
-
 class PartTable(Protocol):
     """How the rows of a table are written and read."""
-
-    folder: str
 
     def size(self, rows: int, columns: int) -> int:
         """Returns how many values are worth counting in a table of so many rows and columns."""
@@ -170,15 +144,10 @@ class PartTable(Protocol):
 class PartStore:
     """The parts of one table that this process adds, and those that it finds."""
 
-    def __init__(self, run: Path, table: PartTable) -> None:
-        """Takes a folder that need not be there yet.
-
-        Args:
-            run: The run folder.
-            table: How its rows are written.
-        """
+    def __init__(self, folder: Path, table: PartTable) -> None:
+        """Names a folder that need not be there yet, and how its rows are written."""
         self._table = table
-        self._folder = run / table.folder
+        self._folder = folder
         self._sizes: dict[Part, int] = {}
 
     def open(self) -> None:
@@ -189,24 +158,16 @@ class PartStore:
         self._remove(set(there) - set(uncovered(there)))
 
     def remove_beyond(self, last_row: Mapping[int, int]) -> None:
-        """Removes the parts of rows that nobody reads, as their process was killed too early.
-
-        Args:
-            last_row: By session the last row that counts.
-        """
+        """Removes parts that nobody reads, by session those behind the last row that counts."""
+        # Their process was killed between writing the parameters and writing the steps.
         self._remove([p for p in self.parts() if p.first > last_row.get(p.session, -1)])
 
     def parts(self) -> list[Part]:
         """Lists the parts of all sessions."""
         return uncovered(list_parts(self._folder))
 
-    def add(self, part: Part, table: Any) -> None:
-        """Writes a part; :meth:`sync` makes its name last.
-
-        Args:
-            part: Which rows these are.
-            table: The rows as a ``pyarrow.Table``.
-        """
+    def write(self, part: Part, table: Any) -> None:
+        """Writes the rows of a part, a ``pyarrow.Table``; :meth:`sync` makes its name last."""
         write_whole(self._path(part), self._table.encode(table, small=True), sync_name=False)
         self._sizes[part] = self._table.size(table.num_rows, table.num_columns)
 
@@ -215,14 +176,9 @@ class PartStore:
         sync_folder(self._folder)
 
     def withdraw(self, part: Part) -> None:
-        """Takes a part back that is not to be read, as far as the disk allows.
-
-        Args:
-            part: One that :meth:`add` has written, or tried to.
-        """
+        """Removes a part that was written, or nearly, and is not to be read."""
         self._sizes.pop(part, None)
-        with suppress(OSError):
-            self._path(part).unlink(missing_ok=True)
+        remove_quietly(self._path(part))
 
     def merge_due(self) -> None:
         """Merges what this process has written, where there is much of it."""
@@ -261,11 +217,12 @@ class PartStore:
                 write_whole(self._path(part), content)
 
     def _merge(self, parts: Sequence[Part]) -> None:
-        """Writes the merged part first, so that no row is missing at any moment."""
         whole = Part(parts[0].session, parts[0].first, parts[-1].last)
         table = self._table.read([self._path(part) for part in parts])
+        # The merged part first, so that no row is missing at any moment.
         write_whole(self._path(whole), self._table.encode(table, small=False))
         self._remove(set(parts) - {whole})
+        # Only what this process has written is counted: the parts of others may be any size.
         kept = {part: size for part, size in self._sizes.items() if part not in parts}
         if len(kept) < len(self._sizes):
             kept[whole] = self._table.size(table.num_rows, table.num_columns)
@@ -284,7 +241,9 @@ class PartStore:
         with reading(self._path(part)):
             metadata = open_parquet(self._path(part), ()).metadata
             groups = range(metadata.num_row_groups)
-            newest = (metadata.row_group(group).column(STEP).statistics.max for group in groups)
+            newest = (
+                metadata.row_group(group).column(STEP_INDEX).statistics.max for group in groups
+            )
             return int(max(newest, default=0))
 
     def _path(self, part: Part) -> Path:

@@ -1,4 +1,8 @@
-"""Reads a run folder by columns and steps, also while it is written."""
+"""Reads a run folder by columns and steps, also while it is written.
+
+A question is answered in this order: list the parts, know which steps a resumed session has made
+void, open the row groups that can hold an answer, join what they hold.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,9 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -23,13 +28,16 @@ from gradwatch.record.columns import (
     array_of,
     labels_in,
     safe_text,
+    take_rows,
 )
-from gradwatch.record.folder.event_log import LINES, LoggedEvent, read_events
-from gradwatch.record.folder.meta import EVENTS, PARAMETERS, STEPS, Meta, check_whole, read_meta
-from gradwatch.record.folder.parts import STEP, Part, list_parts, uncovered
+from gradwatch.record.folder.event_log import event_files, read_events
+from gradwatch.record.folder.meta import EVENTS, PARAMETERS, STEPS, check_whole, read_meta
+from gradwatch.record.folder.parts import Part, list_parts, uncovered
 from gradwatch.record.folder.tables import (
     KEYS,
+    PARAMETER_INDEX,
     PARAMETER_LABELS,
+    STEP_INDEX,
     STEP_LABELS,
     labels_of,
     need_pyarrow,
@@ -38,259 +46,308 @@ from gradwatch.record.folder.tables import (
 )
 from gradwatch.record.records import Event, Layout, clipped_by
 
-PARAMETER = 3
-"""Place of the column ``parameter`` in its table."""
+TRIES = 50
+PAUSE_S = 0.02
+
+T = TypeVar("T")
 
 
-def groups_with_steps(file: Any, span: Span) -> list[int]:
-    """Finds the row groups that can hold steps of a range.
+class ReadPosition(NamedTuple):
+    """Up to which step a run was read.
 
-    Args:
-        file: A ``pyarrow.parquet.ParquetFile``.
-        span: The range.
+    Attributes:
+        session: Number of the session, from 1; 0 before the first step.
+        row: Row in it, from 0.
     """
-    groups = range(file.metadata.num_row_groups)
-    if span == Span():
-        return list(groups)
-    bounds = (file.metadata.row_group(group).column(STEP).statistics for group in groups)
-    return [group for group, of in enumerate(bounds) if span.touches(of.min, of.max)]
+
+    session: int = 0
+    row: int = -1
 
 
-def groups_with_names(file: Any, names: Sequence[str]) -> list[int]:
-    """Finds the row groups that can hold parameters, of a file that is sorted by their names.
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The steps of a run at one moment.
 
-    Args:
-        file: A ``pyarrow.parquet.ParquetFile``.
-        names: The names, sorted.
+    Attributes:
+        parts: Where they are, oldest first, each row once.
+        rule: Which of them are void.
     """
-    metadata = file.metadata
-    groups = range(metadata.num_row_groups)
 
-    def bounds(group: int) -> tuple[str, str] | None:
-        of = metadata.row_group(group).column(PARAMETER).statistics
-        # A name of more than 4 kB has no bounds.
-        return (of.min, of.max) if of is not None and of.has_min_max else None
+    parts: Sequence[Part]
+    rule: ResumeRule
 
-    if not names or not groups or bounds(0) is None or bounds(groups[-1]) is None:
-        return list(groups) if names else []
-    found = []
-    first = bisect_left(groups, names[0], key=lambda group: (bounds(group) or ("", names[0]))[1])
-    for group in groups[first:]:
-        low, high = bounds(group) or (names[0], names[-1])
-        if low > names[-1]:
-            break
-        place = bisect_left(names, low)
-        if place < len(names) and names[place] <= high:
-            found.append(group)
-    return found
+    @property
+    def end(self) -> ReadPosition:
+        """The position of the newest step."""
+        if not self.parts:
+            return ReadPosition()
+        return ReadPosition(self.parts[-1].session, self.parts[-1].last)
+
+    def rows_behind(self, position: ReadPosition) -> int:
+        """Counts the steps that come after a position, the void ones included."""
+        known = {position.session: position.row}
+        return sum(
+            max(0, part.last - max(part.first - 1, known.get(part.session, -1)))
+            for part in self.parts
+            if part.session >= position.session
+        )
 
 
-def read_columns(
-    file: Any, groups: Sequence[int], names: Iterable[str], nulls: Mapping[str, str] | None = None
-) -> dict[str, Column]:
-    """Reads columns of some row groups.
+class FolderSource:
+    """A :class:`~gradwatch.record.columns.Source` that reads what the folder holds at each call."""
 
-    Args:
-        file: A ``pyarrow.parquet.ParquetFile``.
-        groups: The row groups.
-        names: The columns; one that the file does not have is left out.
-        nulls: Further columns to make, by name: of bools, where the column that stands for it is
-            null.
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Opens a run folder.
 
-    Returns:
-        The columns by name; NaN where a number is null.
+        Raises:
+            FileNotFoundError: If there is no such folder.
+            ValueError: If it is no run folder, is written in a newer format, or parts are missing.
+            ModuleNotFoundError: If pyarrow is not installed.
+        """
+        need_pyarrow("gradwatch.load()")
+        self._folder = Path(path)
+        read_meta(self._folder)
+        check_whole(self._folder)
+        self._starts = SessionStarts(self._folder / STEPS)
+        self._parameters = ParameterReader(self._folder / PARAMETERS)
+
+    def layout(self) -> Layout:
+        """See :class:`~gradwatch.record.columns.Source`."""
+        return read_meta(self._folder).layout
+
+    def statistics(self) -> tuple[str, ...]:
+        """See :class:`~gradwatch.record.columns.Source`."""
+        return self.steadily(self._parameters.statistics)
+
+    def steps(self, columns: Iterable[str], span: Span) -> Table:
+        """See :class:`~gradwatch.record.columns.Source`."""
+        wanted = tuple(columns)
+        return self.steadily(lambda: self._steps(wanted, span))
+
+    def parameters(
+        self, indices: Sequence[int] | None, columns: Sequence[str], span: Span
+    ) -> Table:
+        """See :class:`~gradwatch.record.columns.Source`."""
+
+        def read() -> Table:
+            steps = self._steps(("session", "row", "step", "clip_coef"), span)
+            return self._parameters.read(self.layout(), steps, indices, columns)
+
+        return self.steadily(read)
+
+    def events(self) -> Sequence[Event]:
+        """See :class:`~gradwatch.record.columns.Source`."""
+        return self.steadily(lambda: list(self.new_events(self.listing(), {})))
+
+    def steadily(self, read: Callable[[], T]) -> T:
+        """Reads, and begins anew where a file went away before that was done.
+
+        Raises:
+            FileNotFoundError: If the folder is gone.
+            ValueError: If it is no run folder any more, or a file is damaged.
+        """
+        for _ in range(TRIES):
+            # Merged into another file, most likely; else the checks below say what is missing.
+            with suppress(FileNotFoundError):
+                return read()
+            read_meta(self._folder)
+            check_whole(self._folder)
+            time.sleep(PAUSE_S)
+        return read()
+
+    def listing(self) -> Listing:
+        """Lists the steps that are there now."""
+        parts = uncovered(list_parts(self._folder / STEPS))
+        return Listing(parts, self._starts.rule(parts))
+
+    def newest_steps(
+        self, listing: Listing, behind: ReadPosition, columns: Sequence[str], most: int
+    ) -> Table:
+        """Reads the newest steps; of the parts only the last ones that hold so many.
+
+        Args:
+            listing: What is there.
+            behind: The newest step that is known already.
+            columns: Fields of :class:`~gradwatch.record.records.StepRecord`.
+            most: How many steps to read at most.
+        """
+        tables: list[Table] = []
+        for part in reversed(listing.parts):
+            enough = sum(len(table["row"]) for table in tables) >= most
+            if enough or (part.session, part.last) <= behind:
+                break
+            table = self._part(part, ("row", *columns), listing.rule, Span())
+            if part.session == behind.session:
+                table = take_rows(table, array_of(table["row"]) > behind.row)
+            tables.insert(0, table)
+        return {name: _joined(name, [table[name] for table in tables])[-most:] for name in columns}
+
+    def new_events(self, listing: Listing, offsets: dict[int, int]) -> Iterator[Event]:
+        """Yields the events that belong to the steps that are there.
+
+        Args:
+            listing: What is there; later events wait.
+            offsets: By session how far its file was read; brought up to date.
+        """
+        last = {part.session: part.last for part in listing.parts}
+        for session, path in event_files(self._folder / EVENTS):
+            for logged, end in read_events(path, offsets.get(session, 0)):
+                # Rows rise along a file, so that all that follow wait too.
+                if logged.row > last.get(session, -1):
+                    break
+                offsets[session] = end
+                if listing.rule.keeps(session, logged.event):
+                    yield logged.event
+
+    def _steps(self, columns: Sequence[str], span: Span) -> dict[str, Column]:
+        listing = self.listing()
+        tables = [self._part(part, columns, listing.rule, span) for part in listing.parts]
+        return {name: _joined(name, [table[name] for table in tables]) for name in columns}
+
+    def _part(
+        self, part: Part, columns: Sequence[str], rule: ResumeRule, span: Span
+    ) -> dict[str, Column]:
+        """Reads what counts of one part; ``step`` and ``optimizer``, which tell, come with it."""
+        path = self._folder / STEPS / part.name
+        file = open_parquet(path, STEP_LABELS)
+        stored = [name for name in ("step", "optimizer", *columns) if name != "session"]
+        with reading(path):
+            table = _as_columns(_read_groups(file, _groups_with_steps(file, span), stored))
+            rows = len(table["step"])
+            table |= {name: _unwritten(name, rows) for name in stored if name not in table}
+        table["session"] = np.full(rows, part.session)
+        steps = array_of(table["step"])
+        valid = rule.valid_steps(part.session, labels_in(table["optimizer"]), steps)
+        return take_rows(table, span.holds(steps) & valid)
+
+
+class ResumeRule:
+    """Which steps are void: where a later session has steps of an optimizer, those from there on.
+
+    So a run that was resumed from a checkpoint is one run, in which the steps that a killed process
+    did after that checkpoint do not count.
     """
-    there = [name for name in names if name in file.schema_arrow.names]
-    table = file.read_row_groups(list(groups), columns=there, use_threads=False)
-    columns = {name: _column(table[name]) for name in there}
-    missing = {new: old for new, old in (nulls or {}).items() if old in columns}
-    return columns | {new: table[old].is_null().to_numpy() for new, old in missing.items()}
 
+    def __init__(self, first: Mapping[int, Mapping[str, int]]) -> None:
+        """Knows where sessions begin.
 
-def join(columns: Sequence[Column]) -> Column:
-    """Puts columns end to end.
+        Args:
+            first: By session and optimizer the lowest step; nothing where there is one session.
+        """
+        self._first = first
+        self._labels = {label for steps in first.values() for label in steps}
+        self._void_from: dict[int, dict[str, int]] = {}
 
-    Args:
-        columns: At least one; all labels or all arrays.
-    """
-    if not isinstance(columns[0], Labels):
-        return np.concatenate([column for column in columns if not isinstance(column, Labels)])
-    code: dict[str, int] = {}
-    codes = []
-    for labels in columns:
-        if isinstance(labels, Labels):
-            mapped = [code.setdefault(value, len(code)) for value in labels.values]
-            codes.append(np.array(mapped, np.int64)[labels.codes])
-    return Labels(tuple(code), np.concatenate(codes))
+    def void_from(self, session: int) -> Mapping[str, int]:
+        """Returns by optimizer the step from which on a session's steps are void."""
+        if session not in self._void_from:
+            void: dict[str, int] = {}
+            for later, steps in self._first.items():
+                if later > session:
+                    _lower(void, steps)
+            self._void_from[session] = void
+        return self._void_from[session]
 
+    def valid_steps(self, session: int, optimizers: Labels, steps: Array) -> Array:
+        """Tells which rows of a session count: bool array ``[rows]``.
 
-def _column(column: Any) -> Column:
-    if str(column.type).startswith("dictionary"):
-        return labels_of(column)
-    array: Array = column.to_numpy()
-    return array
+        Args:
+            session: The session.
+            optimizers: Label of each row's optimizer.
+            steps: int array ``[rows]``.
+        """
+        void = self.void_from(session)
+        never = np.iinfo(np.int64).max
+        ends = np.array([void.get(label, never) for label in optimizers.values], np.int64)
+        valid: Array = steps < ends[optimizers.codes]
+        return valid
 
-
-FirstSteps = Mapping[int, Mapping[str, int]]
-"""By session and optimizer the first step of it."""
-
-
-def first_steps(sessions: Array, optimizers: Labels, steps: Array) -> dict[int, dict[str, int]]:
-    """Finds where each session begins.
-
-    Args:
-        sessions: int array ``[rows]``.
-        optimizers: Label of each row's optimizer.
-        steps: int array ``[rows]``.
-
-    Returns:
-        By session the lowest step of each optimizer.
-    """
-    first: dict[int, dict[str, int]] = {}
-    for session in np.unique(sessions).tolist():
-        of_session = sessions == session
-        first[session] = {
-            label: int(steps[mine].min())
-            for code, label in enumerate(optimizers.values)
-            if (mine := of_session & (optimizers.codes == code)).any()
-        }
-    return first
-
-
-def replaced_from(first: FirstSteps, session: int, optimizer: str) -> int | None:
-    """Finds the step from which on a session's steps of an optimizer are void.
-
-    Args:
-        first: Where each session begins.
-        session: The session.
-        optimizer: Label of the optimizer.
-
-    Returns:
-        The lowest step that a later session has of it; None if no later one has any.
-    """
-    later = [of[optimizer] for number, of in first.items() if number > session and optimizer in of]
-    return min(later, default=None)
-
-
-def is_valid(first: FirstSteps, sessions: Array, optimizers: Labels, steps: Array) -> np.ndarray:
-    """Tells which rows no later session has replaced.
-
-    Args:
-        first: Where each session begins.
-        sessions: int array ``[rows]``.
-        optimizers: Label of each row's optimizer.
-        steps: int array ``[rows]``.
-
-    Returns:
-        bool array ``[rows]``.
-    """
-    valid = np.ones(len(steps), bool)
-    for session in np.unique(sessions).tolist():
-        for code, label in enumerate(optimizers.values):
-            end = replaced_from(first, session, label)
-            if end is not None:
-                mine = (sessions == session) & (optimizers.codes == code)
-                valid &= ~(mine & (steps >= end))
-    return valid
-
-
-def valid_events(
-    first: FirstSteps, session: int, events: Iterable[LoggedEvent]
-) -> list[LoggedEvent]:
-    """Leaves out the events of steps that a later session has replaced.
-
-    Args:
-        first: Where each session begins.
-        session: The session of the events.
-        events: Its events.
-
-    Returns:
-        The others. An event that belongs to no optimizer goes with the steps of any.
-    """
-    labels = {label for of in first.values() for label in of}
-    ends: dict[str, int | None] = {}
-    kept = []
-    for noted in events:
-        event = noted.event
-        if event.optimizer not in ends:
-            of_any = event.optimizer == "none" and "none" not in labels
-            owners = sorted(labels) if of_any else [event.optimizer]
-            found = [replaced_from(first, session, label) for label in owners]
-            ends[event.optimizer] = min((end for end in found if end is not None), default=None)
-        end = ends[event.optimizer]
-        if end is None or event.step < end:
-            kept.append(noted)
-    return kept
+    def keeps(self, session: int, event: Event) -> bool:
+        """Tells whether an event counts: its step does."""
+        void = self.void_from(session)
+        # Events of accumulation and memory belong to no optimizer: they go with the steps of any.
+        # But where no optimizer steps the model, "none" is the label of its backwards.
+        if event.optimizer == "none" and "none" not in self._labels:
+            return event.step < min(void.values(), default=event.step + 1)
+        return event.step < void.get(event.optimizer, event.step + 1)
 
 
 class SessionStarts:
-    """The first step of each session and optimizer; a part is read once."""
+    """Finds the first step of each session and optimizer; a part is read once."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads from a folder.
-
-        Args:
-            folder: The one with the parts of the steps.
-        """
+        """Reads from the folder with the parts of the steps."""
         self._folder = folder
         self._of_part: dict[Part, dict[str, int]] = {}
 
-    def of(self, parts: Sequence[Part]) -> dict[int, dict[str, int]]:
-        """Finds where sessions begin.
-
-        Args:
-            parts: The parts that there are.
-
-        Returns:
-            By session the lowest step of each optimizer; nothing where there is one session only,
-            of which no step is void.
-        """
+    def rule(self, parts: Sequence[Part]) -> ResumeRule:
+        """Makes the rule for the parts that there are."""
+        # Of a single session no step is void, and nothing need be read to know that.
         if len({part.session for part in parts}) < 2:
-            return {}
+            return ResumeRule({})
+        of_part = {part: self._of_part.get(part) or self._read(part) for part in parts}
+        # Only parts that are there are remembered: who follows a run for days sees many go.
+        self._of_part = of_part
         first: dict[int, dict[str, int]] = {}
-        for part in parts:
-            mine = first.setdefault(part.session, {})
-            for label, lowest in self._read(part).items():
-                mine[label] = min(lowest, mine.get(label, lowest))
-        return first
+        for part, steps in of_part.items():
+            _lower(first.setdefault(part.session, {}), steps)
+        return ResumeRule(first)
 
     def _read(self, part: Part) -> dict[str, int]:
-        if part not in self._of_part:
-            path = self._folder / part.name
-            file = open_parquet(path, STEP_LABELS)
-            with reading(path):
-                groups = range(file.metadata.num_row_groups)
-                table = read_columns(file, groups, ("step", "optimizer"))
-                steps, optimizers = array_of(table["step"]), labels_in(table["optimizer"])
-            sessions = np.full(len(steps), part.session)
-            first = first_steps(sessions, optimizers, steps)
-            self._of_part[part] = first.get(part.session, {})
-        return self._of_part[part]
+        path = self._folder / part.name
+        file = open_parquet(path, STEP_LABELS)
+        with reading(path):
+            groups = range(file.metadata.num_row_groups)
+            table = _as_columns(_read_groups(file, groups, ("step", "optimizer")))
+            steps, optimizers = array_of(table["step"]), labels_in(table["optimizer"])
+        return {
+            label: int(steps[mine].min())
+            for code, label in enumerate(optimizers.values)
+            if (mine := optimizers.codes == code).any()
+        }
+
+
+def _lower(lowest: dict[str, int], steps: Mapping[str, int]) -> None:
+    for label, step in steps.items():
+        lowest[label] = min(step, lowest.get(label, step))
+
+
+def _unwritten(name: str, rows: int) -> Column:
+    """Makes a column that the gradwatch of that time did not write: a number that is not known."""
+    if STEP_DTYPES.get(name) is not np.float64:
+        raise KeyError(name)
+    return np.full(rows, np.nan)
+
+
+def _joined(name: str, columns: Sequence[Column]) -> Column:
+    """Puts a column of several parts end to end; where there is no part, it is empty."""
+    dtype = STEP_DTYPES.get(name, np.int64)  # int64: session and row
+    if dtype is not None:
+        return np.concatenate([np.empty(0, dtype), *map(array_of, columns)])
+    # Each part has a dictionary of its own.
+    code: dict[str, int] = {}
+    codes = [np.empty(0, np.int64)]
+    for labels in map(labels_in, columns):
+        mapped = [code.setdefault(value, len(code)) for value in labels.values]
+        codes.append(np.array(mapped, np.int64)[labels.codes])
+    return Labels(tuple(code), np.concatenate(codes))
 
 
 CLIPPED = "grad_norm_clipped"
-SPARSE = 4
-"""Slots per row up to which the matrix of places and indices is worth making."""
-
-FOLLOWS = "follows"
-"""Column of whether the norm after the clip follows from the one before and the coefficient."""
+Dtypes = Mapping[str, type[np.generic]]
 
 
-class ParameterRows:
-    """The table of parameters of a run folder."""
+class ParameterReader:
+    """Reads numbers per parameter of the steps that it is given."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads from a folder.
-
-        Args:
-            folder: The one with the parts.
-        """
+        """Reads from the folder with the parts of the parameters."""
         self._folder = folder
-        self._dtypes: dict[Part, dict[str, type[np.generic]]] = {}
+        self._dtypes_of_part: dict[Part, Dtypes] = {}
 
     def statistics(self) -> tuple[str, ...]:
         """Returns the names of the further statistics, in the order in which they came."""
-        return tuple(name for name in self._columns(self._parts()) if name not in NORM_COLUMNS)
+        return tuple(name for name in self._dtypes(self._parts()) if name not in NORM_COLUMNS)
 
     def read(
         self, layout: Layout, steps: Table, indices: Sequence[int] | None, columns: Sequence[str]
@@ -300,99 +357,108 @@ class ParameterRows:
         Args:
             layout: The parameters.
             steps: ``session``, ``row``, ``step`` and ``clip_coef`` of the steps to read, in order.
-            indices: Parameters by their place in the layout; None for all.
+            indices: Parameters by their index in the layout; None for all.
             columns: What to read of each.
 
         Returns:
             ``step``, ``parameter`` and the columns, in the order of steps and layout.
         """
         parts = self._parts()
-        dtypes = self._columns(parts)
-        wanted = _Wanted(layout, indices)
-        rows = _Rows(steps)
         numbers = dict.fromkeys((*columns, *(["grad_norm"] if CLIPPED in columns else [])))
-        pieces = [self._piece(part, wanted, rows, list(numbers)) for part in parts if part in rows]
-        table = _ordered(_joined([piece for piece in pieces if piece], [*numbers], dtypes))
-        places = table["place"]
-        if CLIPPED in columns:
-            coefficients = array_of(steps["clip_coef"])[places]
-            derived = clipped_by(table["grad_norm"], coefficients)
-            table[CLIPPED] = np.where(table[FOLLOWS], derived, table[CLIPPED])
+        known = self._dtypes(parts) | {"place": np.int64, "index": np.int64}
+        dtypes = {name: known[name] for name in ("place", "index", *numbers)}
+        parameters, places = _Parameters(layout, indices), _StepPlaces(steps)
+        pieces = [{name: np.empty(0, dtype) for name, dtype in dtypes.items()}]
+        pieces += [self._part(part, parameters, places, dtypes) for part in parts if part in places]
+        table = {name: np.concatenate([piece[name] for piece in pieces]) for name in dtypes}
+        order = _order(table["place"], table["index"])
         result: dict[str, Column] = {
-            "step": array_of(steps["step"])[places],
-            "parameter": Labels(layout.names, table["index"]),
+            "step": array_of(steps["step"])[table["place"][order]],
+            "parameter": Labels(layout.names, table["index"][order]),
         }
-        return result | {name: table[name] for name in columns}
+        return result | {name: table[name][order] for name in columns}
 
-    def _piece(
-        self, part: Part, wanted: _Wanted, rows: _Rows, numbers: Sequence[str]
-    ) -> dict[str, Array] | None:
-        """Reads what is wanted of one part; None where that is nothing."""
+    def _part(
+        self, part: Part, parameters: _Parameters, places: _StepPlaces, dtypes: Dtypes
+    ) -> dict[str, Array]:
+        """Reads what is wanted of one part, columns of these dtypes."""
         path = self._folder / part.name
         file = open_parquet(path, PARAMETER_LABELS)
         with reading(path):
-            groups = wanted.groups(file)
-            if not groups:
-                return None
-            names = ("row", "parameter", *numbers)
-            table = read_columns(file, groups, names, nulls={FOLLOWS: CLIPPED})
-        columns = {name: array_of(table[name]) for name in (*numbers, FOLLOWS) if name in table}
-        columns["place"] = rows.places(part.session, array_of(table["row"]))
-        columns["index"] = wanted.indices(table["parameter"])
-        kept = (columns["place"] >= 0) & (columns["index"] >= 0)
-        return columns if kept.all() else {name: array[kept] for name, array in columns.items()}
+            arrow = _read_groups(file, parameters.groups(file), ("row", "parameter", *dtypes))
+            table = _as_columns(arrow)
+            place = places.find(part.session, array_of(table["row"]))
+            index = parameters.find(labels_in(table.pop("parameter")))
+        table |= {"place": place, "index": index}
+        if CLIPPED in table:
+            table["follows"] = arrow[CLIPPED].is_null().to_numpy()
+        found = take_rows(table, (place >= 0) & (index >= 0))
+        arrays = {name: array_of(column) for name, column in found.items()}
+        # A part may lack a statistic that others have, or have narrow norms.
+        unknown = np.full(len(arrays["place"]), np.nan)
+        piece: dict[str, Array] = {
+            name: arrays.get(name, unknown).astype(dtype, copy=False)
+            for name, dtype in dtypes.items()
+        }
+        if CLIPPED in table:
+            # Stored only where it does not follow from the norm before the clip. Of widened norms,
+            # as in the live history: one that was rounded to float32 first would differ.
+            derived = clipped_by(piece["grad_norm"], places.clip_coef[piece["place"]])
+            piece[CLIPPED] = np.where(arrays["follows"], derived, piece[CLIPPED])
+        return piece
 
-    def _columns(self, parts: Sequence[Part]) -> dict[str, type[np.generic]]:
-        """Tells the columns of numbers and their dtypes: the widest that a part has."""
+    def _dtypes(self, parts: Sequence[Part]) -> dict[str, type[np.generic]]:
+        """Finds the columns of numbers and their dtypes: the widest that a part has."""
         dtypes: dict[str, type[np.generic]] = dict.fromkeys(NORM_COLUMNS, np.float32)
-        of_parts = (column for part in parts for column in self._of_part(part).items())
+        of_parts = (column for part in parts for column in self._schema(part).items())
         return dtypes | {name: dtype for name, dtype in of_parts if dtype is np.float64}
 
-    def _of_part(self, part: Part) -> dict[str, type[np.generic]]:
-        if part not in self._dtypes:
+    def _schema(self, part: Part) -> Dtypes:
+        if part not in self._dtypes_of_part:
             schema = open_parquet(self._folder / part.name, PARAMETER_LABELS).schema_arrow
-            self._dtypes[part] = {
+            self._dtypes_of_part[part] = {
                 field.name: np.float32 if str(field.type) == "float" else np.float64
                 for field in schema
                 if field.name in NORM_COLUMNS or field.name not in KEYS
             }
-        return self._dtypes[part]
+        return self._dtypes_of_part[part]
 
     def _parts(self) -> list[Part]:
         return uncovered(list_parts(self._folder))
 
 
-class _Wanted:
+class _Parameters:
     """The parameters to read."""
 
     def __init__(self, layout: Layout, indices: Sequence[int] | None) -> None:
-        places = range(len(layout.names)) if indices is None else indices
-        self._index = {safe_text(layout.names[place]): place for place in places}
+        chosen = range(len(layout.names)) if indices is None else indices
+        self._index = {safe_text(layout.names[index]): index for index in chosen}
         self._sorted = None if indices is None else sorted(self._index)
 
     def groups(self, file: Any) -> list[int]:
         """Finds the row groups that can hold one of them."""
         if self._sorted is None:
             return list(range(file.metadata.num_row_groups))
-        return groups_with_names(file, self._sorted)
+        return _groups_with_names(file, self._sorted)
 
-    def indices(self, parameters: Column) -> Array:
-        """Finds the place of each row's parameter in the layout; -1 where it is not wanted."""
-        labels = labels_in(parameters)
-        known = np.array([self._index.get(name, -1) for name in labels.values], np.int64)
-        found: Array = known[labels.codes]
+    def find(self, parameters: Labels) -> Array:
+        """Finds the index of each row's parameter in the layout; -1 where it is not wanted."""
+        known = np.array([self._index.get(name, -1) for name in parameters.values], np.int64)
+        found: Array = known[parameters.codes]
         return found
 
 
-class _Rows:
+class _StepPlaces:
     """Where the rows of each session stand among the steps that are read."""
 
     def __init__(self, steps: Table) -> None:
+        self.clip_coef = array_of(steps["clip_coef"])
         sessions, rows = array_of(steps["session"]), array_of(steps["row"])
         self._places: dict[int, tuple[int, Array]] = {}
         for session in np.unique(sessions).tolist():
             mine = np.flatnonzero(sessions == session)
             first = int(rows[mine].min())
+            # A table by row rather than a search: rows of a session are consecutive, nearly.
             places = np.full(int(rows[mine].max()) - first + 1, -1, np.int64)
             places[rows[mine] - first] = mine
             self._places[session] = first, places
@@ -402,54 +468,21 @@ class _Rows:
         first, places = self._places.get(part.session, (0, np.empty(0, np.int64)))
         return bool((places[max(0, part.first - first) : max(0, part.last + 1 - first)] >= 0).any())
 
-    def places(self, session: int, rows: Array) -> Array:
+    def find(self, session: int, rows: Array) -> Array:
         """Finds the place of each row; -1 where it is not wanted."""
         first, places = self._places[session]
         inside = (rows >= first) & (rows < first + len(places))
         return np.where(inside, places[np.where(inside, rows - first, 0)], -1)
 
 
-def _joined(
-    pieces: Sequence[dict[str, Array]], numbers: Sequence[str], dtypes: dict[str, type[np.generic]]
-) -> dict[str, Array]:
-    return {
-        name: np.concatenate(list(_filled(pieces, name, dtype)))
-        for name, dtype in {
-            **{name: dtypes[name] for name in numbers},
-            "place": np.int64,
-            "index": np.int64,
-            FOLLOWS: np.bool_,
-        }.items()
-    }
-
-
-def _filled(
-    pieces: Sequence[dict[str, Array]], name: str, dtype: type[np.generic]
-) -> Iterator[Array]:
-    """Gives a column piece by piece, NaN where a part does not have it."""
-    yield np.empty(0, dtype)
-    for piece in pieces:
-        if name in piece:
-            yield piece[name].astype(dtype, copy=False)
-        elif name != FOLLOWS:
-            yield np.full(len(piece["place"]), np.nan, dtype)
-
-
-def _ordered(table: dict[str, Array]) -> dict[str, Array]:
-    """Sorts rows by step, and within one by the layout."""
-    order = _order(table["place"], table["index"])
-    length = len(order)
-    return {
-        name: column[order] if len(column) == length else column for name, column in table.items()
-    }
+SPARSE = 4
+"""Slots per row up to which the matrix of places and indices is worth making."""
 
 
 def _order(places: Array, indices: Array) -> Array:
-    """Finds the order by place and then by index.
-
-    Where most places have most indices each row is put into its slot of the matrix, which takes a
-    third of the time of sorting.
-    """
+    """Finds the order by place and then by index."""
+    # Where most places have most indices each row is put into its slot of the matrix, which takes a
+    # third of the time of sorting.
     width = int(indices.max(initial=0)) + 1
     slots = (int(places.max(initial=0)) + 1) * width
     if slots <= SPARSE * len(places):
@@ -461,119 +494,49 @@ def _order(places: Array, indices: Array) -> Array:
     return np.lexsort((indices, places))
 
 
-TRIES = 50
-PAUSE_S = 0.02
-
-T = TypeVar("T")
-
-
-class FolderSource:
-    """A :class:`~gradwatch.record.columns.Source` that reads what the folder holds at each call."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Opens a folder.
-
-        Args:
-            path: The run folder.
-
-        Raises:
-            FileNotFoundError: If there is no such folder.
-            ValueError: If it is no run folder, is written in a newer format, or parts are missing.
-            ModuleNotFoundError: If pyarrow is not installed.
-        """
-        need_pyarrow("gradwatch.load()")
-        self._folder = Path(path)
-        self._read_meta()
-        check_whole(self._folder)
-        self._beginnings = SessionStarts(self._folder / STEPS)
-        self._rows = ParameterRows(self._folder / PARAMETERS)
-
-    def layout(self) -> Layout:
-        """See :class:`~gradwatch.record.columns.Source`."""
-        return self._read_meta().layout
-
-    def statistics(self) -> tuple[str, ...]:
-        """See :class:`~gradwatch.record.columns.Source`."""
-        return self._steadily(self._rows.statistics)
-
-    def steps(self, columns: Iterable[str], span: Span) -> Table:
-        """See :class:`~gradwatch.record.columns.Source`."""
-        wanted = tuple(columns)
-        table = self._steadily(lambda: self._steps(wanted, span))
-        return {name: table[name] for name in wanted}
-
-    def parameters(
-        self, indices: Sequence[int] | None, columns: Sequence[str], span: Span
-    ) -> Table:
-        """See :class:`~gradwatch.record.columns.Source`."""
-
-        def read() -> Table:
-            steps = self._steps(("session", "row", "step", "clip_coef"), span)
-            return self._rows.read(self.layout(), steps, indices, columns)
-
-        return self._steadily(read)
-
-    def events(self) -> Sequence[Event]:
-        """See :class:`~gradwatch.record.columns.Source`."""
-        return self._steadily(self._events)
-
-    def _read_meta(self) -> Meta:
-        return read_meta(self._folder)
-
-    def _steadily(self, read: Callable[[], T]) -> T:
-        """Begins anew where a file went away, merged into another, before it could be read."""
-        for _ in range(TRIES):
-            with suppress(FileNotFoundError):
-                return read()
-            read_meta(self._folder)
-            check_whole(self._folder)
-            time.sleep(PAUSE_S)
-        return read()
-
-    def _steps(self, columns: Sequence[str], span: Span) -> dict[str, Column]:
-        parts = uncovered(list_parts(self._folder / STEPS))
-        first = self._beginnings.of(parts)
-        tables = [self._part(part, ("step", "optimizer", *columns), span) for part in parts]
-        wanted = dict.fromkeys(("session", "step", "optimizer", *columns))
-        table = {name: _join_sessions(name, [table[name] for table in tables]) for name in wanted}
-        kept = span.holds(array_of(table["step"]))
-        if len(first) > 1:
-            optimizer = labels_in(table["optimizer"])
-            session, step = array_of(table["session"]), array_of(table["step"])
-            kept &= is_valid(first, session, optimizer, step)
-        return table if kept.all() else {name: column[kept] for name, column in table.items()}
-
-    def _part(self, part: Part, columns: Iterable[str], span: Span) -> dict[str, Column]:
-        path = self._folder / STEPS / part.name
-        file = open_parquet(path, STEP_LABELS)
-        wanted = [name for name in dict.fromkeys(columns) if name != "session"]
-        with reading(path):
-            table = read_columns(file, groups_with_steps(file, span), wanted)
-            rows = len(table["step"])
-            table |= {name: _new(name, rows) for name in wanted if name not in table}
-        return {**table, "session": np.full(rows, part.session)}
-
-    def _events(self) -> list[Event]:
-        parts = uncovered(list_parts(self._folder / STEPS))
-        first, last = self._beginnings.of(parts), {part.session: part.last for part in parts}
-        events: list[Event] = []
-        for path in sorted((self._folder / EVENTS).iterdir()):
-            if path.suffix == LINES and path.stem.isdigit():
-                session = int(path.stem)
-                valid = valid_events(first, session, read_events(path))
-                events += [event for event, row in valid if row <= last.get(session, -1)]
-        return events
+def _groups_with_steps(file: Any, span: Span) -> list[int]:
+    """Finds the row groups of a ``ParquetFile`` that can hold steps of a range."""
+    groups = range(file.metadata.num_row_groups)
+    if span == Span():
+        return list(groups)
+    bounds = (file.metadata.row_group(group).column(STEP_INDEX).statistics for group in groups)
+    return [group for group, of in enumerate(bounds) if span.touches(of.min, of.max)]
 
 
-def _new(name: str, rows: int) -> Column:
-    """Makes a column that the gradwatch of that time did not write: a number that is not known."""
-    if STEP_DTYPES.get(name) is not np.float64:
-        raise KeyError(name)
-    return np.full(rows, np.nan)
+def _groups_with_names(file: Any, names: Sequence[str]) -> list[int]:
+    """Finds the row groups that can hold parameters; both the rows and the names are sorted."""
+    metadata = file.metadata
+    groups = range(metadata.num_row_groups)
+
+    def bounds(group: int) -> tuple[str, str] | None:
+        of = metadata.row_group(group).column(PARAMETER_INDEX).statistics
+        # A name of more than 4 kB has no bounds.
+        return (of.min, of.max) if of is not None and of.has_min_max else None
+
+    if not names or not groups or bounds(0) is None or bounds(groups[-1]) is None:
+        return list(groups) if names else []
+    found = []
+    # Searched and not scanned: reading the bounds of a group takes longer than comparing them.
+    first = bisect_left(groups, names[0], key=lambda group: (bounds(group) or ("", names[0]))[1])
+    for group in groups[first:]:
+        low, high = bounds(group) or (names[0], names[-1])
+        if low > names[-1]:
+            break
+        place = bisect_left(names, low)
+        if place < len(names) and names[place] <= high:
+            found.append(group)
+    return found
 
 
-def _join_sessions(name: str, columns: list[Column]) -> Column:
-    if columns:
-        return join(columns)
-    dtype = STEP_DTYPES.get(name, np.int64)
-    return Labels((), np.empty(0, np.int64)) if dtype is None else np.empty(0, dtype)
+def _read_groups(file: Any, groups: Sequence[int], names: Iterable[str]) -> Any:
+    """Reads row groups into a ``pyarrow.Table``; a column that the file lacks is left out."""
+    there = [name for name in dict.fromkeys(names) if name in file.schema_arrow.names]
+    return file.read_row_groups(list(groups), columns=there, use_threads=False)
+
+
+def _as_columns(table: Any) -> dict[str, Column]:
+    """Makes columns of a ``pyarrow.Table``; NaN where a number is null."""
+    return {
+        name: labels_of(column) if str(column.type).startswith("dictionary") else column.to_numpy()
+        for name, column in zip(table.column_names, table.columns, strict=True)
+    }

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,30 @@ import numpy as np
 from gradwatch.record.columns import STEP_DTYPES, Array, Labels, safe_text, step_table
 from gradwatch.record.folder.files import UnreadableError
 from gradwatch.record.records import NO_GRADIENT, Layout, RecordBatch, StepRecord, clipped_by
+
+STEP_LABELS = ("optimizer", "outcome")
+PARAMETER_LABELS = ("optimizer", "parameter")
+"""The columns of strings of each table: stored, written and read as dictionaries."""
+
+KEYS = ("row", "step", "optimizer", "parameter", "grad_norm", "grad_norm_clipped")
+"""The columns that every table of parameters has; the others are statistics."""
+
+STEP_INDEX = 1
+"""Place of the column ``step`` in both tables, where its bounds are found."""
+
+PARAMETER_INDEX = 3
+"""Place of the column ``parameter`` in its table."""
+
+# Columns that seldom change, or (those of the Hessian) few steps have a number in: as a dictionary
+# and its runs they take next to nothing.
+_REPEATING = (
+    *STEP_LABELS,
+    *("weight", "clip_coef", "clip_threshold", "lr", "loss_scale"),
+    *("hessian_eigenvalue", "hessian_trace"),
+)
+_STEP_ROW_GROUP = 1 << 16
+# One parameter's curve reads whole groups: small ones waste less, and cost more bounds to look at.
+_PARAMETER_ROW_GROUP = 1 << 14
 
 MISSING = "{user} needs pyarrow, which is not installed. Run: pip install 'gradwatch[runs]'"
 DAMAGED = "{path!r} is damaged: {why}. Copy it anew, or delete it to read what else there is."
@@ -30,9 +53,119 @@ def need_pyarrow(user: str) -> None:
     try:
         import pyarrow.parquet  # noqa: F401
     except ModuleNotFoundError as error:
+        # A broken pyarrow that misses a module of its own keeps its own message.
         if error.name not in ("pyarrow", "pyarrow.parquet"):
             raise
         raise ModuleNotFoundError(MISSING.format(user=user), name="pyarrow") from error
+
+
+class StepsTable:
+    """How steps are written, and read as a whole."""
+
+    def to_arrow(self, records: Sequence[StepRecord], first_row: int) -> Any:
+        """Makes a ``pyarrow.Table`` of some steps.
+
+        Args:
+            records: The steps.
+            first_row: Row of the first one in its session.
+        """
+        import pyarrow as pa
+
+        rows = np.arange(first_row, first_row + len(records), dtype=np.int64)
+        columns = {"row": pa.array(rows)}
+        for name, column in step_table(records, STEP_DTYPES).items():
+            columns[name] = _dictionary(column) if isinstance(column, Labels) else pa.array(column)
+        return pa.table(columns)
+
+    def size(self, rows: int, columns: int) -> int:
+        """Returns how many values are worth counting in a table of so many rows and columns."""
+        return max(1, rows * columns)
+
+    def encode(self, table: Any, small: bool) -> Any:
+        """Writes rows as a Parquet file into memory, a ``pyarrow.Buffer``.
+
+        Args:
+            table: The rows.
+            small: Whether the file is small and soon merged: then it is written fast.
+        """
+        return _encode(table.schema, [table], _REPEATING, small)
+
+    def read(self, paths: Sequence[Path]) -> Any:
+        """Reads whole files, in the order of their rows, into one ``pyarrow.Table``."""
+        import pyarrow as pa
+
+        tables = [_read_parquet(path, STEP_LABELS) for path in paths]
+        return pa.concat_tables(tables).unify_dictionaries()
+
+
+class ParametersTable:
+    """How numbers per parameter are written, and read as a whole: sorted by name, then by row."""
+
+    def __init__(self) -> None:
+        self._layout: Layout | None = None
+        self._names: list[str] = []
+        self._order: Array = np.empty(0, np.int64)
+        self._ranks: Array = np.empty(0, np.int32)
+
+    def to_arrow(self, batch: RecordBatch, first_row: int) -> Any:
+        """Makes a ``pyarrow.Table`` of some steps; ``parameter`` is a sorted dictionary.
+
+        Args:
+            batch: The steps.
+            first_row: Row of the first one in its session.
+        """
+        import pyarrow as pa
+
+        self._sort_names(batch.layout)
+        norms = batch.norms[:, self._order].T
+        places, steps = np.nonzero(norms != NO_GRADIENT)
+        where = (steps, self._order[places])
+        statistics = {
+            # from_pandas: NaN, a statistic that was not taken, becomes null.
+            name: pa.array(plane[where].astype(np.float64), from_pandas=True)
+            for name, plane in batch.statistics.items()
+        }
+        numbers = np.array([record.step for record in batch.steps], np.int64)
+        optimizers = Labels.from_strings(record.optimizer for record in batch.steps)
+        return pa.table(
+            {
+                "row": pa.array(steps + first_row),
+                "step": pa.array(numbers[steps]),
+                "optimizer": _dictionary(optimizers[steps]),
+                "parameter": _dictionary(Labels(self._names, self._ranks[places])),
+                "grad_norm": pa.array(norms[places, steps]),
+                "grad_norm_clipped": _clipped_where_measured(batch, where),
+                **statistics,
+            }
+        )
+
+    def size(self, rows: int, columns: int) -> int:
+        """Returns how many values are worth counting in a table of so many rows and columns."""
+        # Of the keys only the norm takes room: the others are sorted, constant or null.
+        return max(1, rows * (columns - len(KEYS) + 1))
+
+    def encode(self, table: Any, small: bool) -> Any:
+        """Writes sorted rows as a Parquet file into memory; see :meth:`StepsTable.encode`."""
+        return _encode(table.schema, _row_groups(table), PARAMETER_LABELS, small)
+
+    def read(self, paths: Sequence[Path]) -> Any:
+        """Reads whole files, in the order of their rows, into one sorted ``pyarrow.Table``."""
+        import pyarrow as pa
+
+        tables = [_read_parquet(path, PARAMETER_LABELS) for path in paths]
+        # Permissive: of two parts one may have wide norms, or a statistic that the other lacks.
+        table = pa.concat_tables(tables, promote_options="permissive")
+        return _sorted(table.unify_dictionaries().combine_chunks())
+
+    def _sort_names(self, layout: Layout) -> None:
+        if self._layout is layout:
+            return
+        names = list(map(safe_text, layout.names))
+        order = sorted(range(len(names)), key=names.__getitem__)
+        self._layout, self._order = layout, np.array(order, np.int64)
+        self._names = sorted(set(names))
+        rank = {name: index for index, name in enumerate(self._names)}
+        self._ranks = np.array([rank[names[index]] for index in order], np.int32)
 
 
 @contextmanager
@@ -50,31 +183,28 @@ def reading(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except FileNotFoundError:
+    except FileNotFoundError:  # not damage, but a merge: the caller lists the folder again
         raise
     except KeyError as error:
-        why = f"it has no column {_name(error)!r}"
+        why = f"it has no column {_column_name(error)!r}"
         raise UnreadableError(DAMAGED.format(path=str(path), why=why)) from error
     except (OSError, pa.ArrowException) as error:
         why = str(error).rstrip(".")
         raise UnreadableError(DAMAGED.format(path=str(path), why=why)) from error
 
 
-def _name(error: KeyError) -> str:
-    """Takes the name out of the error; that of pyarrow has it as bytes."""
+def _column_name(error: KeyError) -> str:
     name = error.args[0] if error.args else ""
+    # pyarrow's own errors have it as bytes.
     return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
 
 
 def open_parquet(path: Path, strings: Sequence[str]) -> Any:
-    """Opens a Parquet file.
+    """Opens a Parquet file as a ``pyarrow.parquet.ParquetFile``.
 
     Args:
         path: The file.
         strings: Columns of strings, to be read as dictionaries.
-
-    Returns:
-        A ``pyarrow.parquet.ParquetFile``.
 
     Raises:
         FileNotFoundError: If it is gone.
@@ -87,79 +217,8 @@ def open_parquet(path: Path, strings: Sequence[str]) -> Any:
         return pq.ParquetFile(pa.OSFile(str(path)), read_dictionary=list(strings))
 
 
-def read_parquet(path: Path, strings: Sequence[str]) -> Any:
-    """Reads a whole Parquet file on this thread; arguments and errors of :func:`open_parquet`.
-
-    Args:
-        path: The file.
-        strings: Columns of strings, to be read as dictionaries.
-
-    Returns:
-        A ``pyarrow.Table``.
-    """
-    with reading(path):
-        return open_parquet(path, strings).read(use_threads=False)
-
-
-def options(arrow: ModuleType, schema: Any, labels: Sequence[str], small: bool) -> dict[str, Any]:
-    """Chooses how the columns of a table are written.
-
-    Args:
-        arrow: The module ``pyarrow``.
-        schema: Schema of the table.
-        labels: Columns whose values repeat.
-        small: Whether to write fast rather than small.
-
-    Returns:
-        Arguments of ``pyarrow.parquet.ParquetWriter``.
-    """
-    # Fast for the parts that a training waits for and that are merged soon; measured, 64 steps of
-    # 300 parameters: 1.6 ms against 2.4 ms, and 4 % more bytes.
-    codec = {"compression": "lz4"} if small else {"compression": "zstd", "compression_level": 1}
-    encodings = {
-        field.name: encoding
-        for field in schema
-        if field.name not in labels and (encoding := _encoding(arrow.types, field.type))
-    }
-    return {
-        **codec,
-        "use_dictionary": list(labels),
-        "column_encoding": encodings,
-        "store_schema": False,
-        # A name of 10 kB is no reason to give up the dictionary.
-        "dictionary_pagesize_limit": 1 << 26,
-    }
-
-
-def _encoding(types: Any, kind: Any) -> str | None:
-    if types.is_integer(kind):
-        return "DELTA_BINARY_PACKED"  # rows and steps count up: nearly no bits
-    if types.is_floating(kind):
-        return "BYTE_STREAM_SPLIT"  # exponents side by side compress; losslessly
-    return None
-
-
-def dictionary(labels: Labels) -> Any:
-    """Makes an Arrow column of labels.
-
-    Args:
-        labels: The column.
-
-    Returns:
-        A ``pyarrow.DictionaryArray`` of strings.
-    """
-    import pyarrow as pa
-
-    values = pa.array(list(map(safe_text, labels.values)), pa.string())
-    return pa.DictionaryArray.from_arrays(labels.codes.astype(np.int32), values)
-
-
 def labels_of(column: Any) -> Labels:
-    """Takes the labels out of an Arrow column.
-
-    Args:
-        column: A ``pyarrow.ChunkedArray`` of dictionaries; each chunk may have its own.
-    """
+    """Returns the labels of a ``pyarrow.ChunkedArray`` of dictionaries, one or one per chunk."""
     import pyarrow as pa
 
     chunks = [chunk for chunk in column.unify_dictionaries().chunks if len(chunk)]
@@ -170,183 +229,65 @@ def labels_of(column: Any) -> Labels:
     return Labels(values.cast(pa.string()).to_pylist(), codes.astype(np.int32, copy=False))
 
 
-STEP_LABELS = ("optimizer", "outcome")
-MOSTLY_NAN = ("hessian_eigenvalue", "hessian_trace")
-"""Columns that few steps have a number in."""
-REPEATING = (*STEP_LABELS, "weight", "clip_coef", "clip_threshold", "lr", "loss_scale", *MOSTLY_NAN)
-STEP_ROW_GROUP = 1 << 16
+def _read_parquet(path: Path, strings: Sequence[str]) -> Any:
+    with reading(path):
+        # On this thread: a training that writes its run keeps its cores.
+        return open_parquet(path, strings).read(use_threads=False)
 
 
-class StepsTable:
-    """How steps are written, read and put together."""
+def _dictionary(labels: Labels) -> Any:
+    import pyarrow as pa
 
-    folder = "steps"
-
-    def of(self, records: Sequence[StepRecord], first_row: int) -> Any:
-        """Makes the rows of some steps.
-
-        Args:
-            records: The steps.
-            first_row: Row of the first one in its session.
-
-        Returns:
-            A ``pyarrow.Table``.
-        """
-        import pyarrow as pa
-
-        rows = np.arange(first_row, first_row + len(records), dtype=np.int64)
-        columns = {"row": pa.array(rows)}
-        for name, column in step_table(records, STEP_DTYPES).items():
-            columns[name] = dictionary(column) if isinstance(column, Labels) else pa.array(column)
-        return pa.table(columns)
-
-    def size(self, rows: int, columns: int) -> int:
-        """Returns how many values are worth counting in a table of so many rows and columns."""
-        return max(1, rows * columns)
-
-    def encode(self, table: Any, small: bool) -> Any:
-        """Writes rows as a Parquet file into memory.
-
-        Args:
-            table: The rows.
-            small: Whether to write fast rather than small.
-
-        Returns:
-            A ``pyarrow.Buffer``.
-        """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        sink = pa.BufferOutputStream()
-        chosen = options(pa, table.schema, REPEATING, small)
-        pq.write_table(table, sink, row_group_size=STEP_ROW_GROUP, **chosen)
-        return sink.getvalue()
-
-    def read(self, paths: Sequence[Path]) -> Any:
-        """Reads whole parts.
-
-        Args:
-            paths: The files, in the order of their rows.
-
-        Returns:
-            One ``pyarrow.Table`` with the rows of all.
-        """
-        import pyarrow as pa
-
-        return pa.concat_tables(
-            [read_parquet(path, STEP_LABELS) for path in paths]
-        ).unify_dictionaries()
+    values = pa.array(list(map(safe_text, labels.values)), pa.string())
+    return pa.DictionaryArray.from_arrays(labels.codes.astype(np.int32), values)
 
 
-PARAMETER_LABELS = ("optimizer", "parameter")
-PARAMETER_ROW_GROUP = 1 << 14
-KEYS = ("row", "step", "optimizer", "parameter", "grad_norm", "grad_norm_clipped")
+def _encode(schema: Any, pieces: Iterable[Any], repeating: Sequence[str], small: bool) -> Any:
+    """Writes tables one behind the other; ``repeating`` are columns to store as dictionaries."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # Fast for the parts that a training waits for and that are merged soon; measured, 64 steps of
+    # 300 parameters: 1.6 ms against 2.4 ms, and 4 % more bytes.
+    codec = {"compression": "lz4"} if small else {"compression": "zstd", "compression_level": 1}
+    encodings = {field.name: _encoding(field.type) for field in schema}
+    sink = pa.BufferOutputStream()
+    with pq.ParquetWriter(
+        sink,
+        schema,
+        **codec,
+        use_dictionary=list(repeating),
+        column_encoding={
+            name: how for name, how in encodings.items() if how and name not in repeating
+        },
+        # Arrow's copy of the schema is a kilobyte or two in each part, and nobody needs it.
+        store_schema=False,
+        # A name of 10 kB is no reason to give up the dictionary.
+        dictionary_pagesize_limit=1 << 26,
+    ) as writer:
+        for piece in pieces:
+            writer.write_table(piece, row_group_size=_STEP_ROW_GROUP)
+    return sink.getvalue()
 
 
-class ParametersTable:
-    """How numbers per parameter are written, read and put together."""
+def _encoding(kind: Any) -> str | None:
+    from pyarrow import types
 
-    folder = "parameters"
-
-    def __init__(self) -> None:
-        """Starts without a model."""
-        self._layout: Layout | None = None
-        self._names: list[str] = []
-        self._order: Array = np.empty(0, np.int64)
-        self._ranks: Array = np.empty(0, np.int32)
-
-    def of(self, batch: RecordBatch, first_row: int) -> Any:
-        """Makes the rows of some steps.
-
-        Args:
-            batch: The steps.
-            first_row: Row of the first one in its session.
-
-        Returns:
-            A ``pyarrow.Table``; ``parameter`` is a dictionary whose values are sorted.
-        """
-        import pyarrow as pa
-
-        self._sort_names(batch.layout)
-        norms = batch.norms[:, self._order].T
-        places, steps = np.nonzero(norms != NO_GRADIENT)
-        where = (steps, self._order[places])
-        clipped = _where_measured(batch, where)
-        statistics = {
-            name: pa.array(plane[where].astype(np.float64), from_pandas=True)
-            for name, plane in batch.statistics.items()
-        }
-        numbers = np.array([record.step for record in batch.steps], np.int64)
-        optimizers = Labels.of(record.optimizer for record in batch.steps)
-        return pa.table(
-            {
-                "row": pa.array(steps + first_row),
-                "step": pa.array(numbers[steps]),
-                "optimizer": dictionary(optimizers[steps]),
-                "parameter": dictionary(Labels(self._names, self._ranks[places])),
-                "grad_norm": pa.array(norms[places, steps]),
-                "grad_norm_clipped": clipped,
-                **statistics,
-            }
-        )
-
-    def size(self, rows: int, columns: int) -> int:
-        """Returns how many values are worth counting in a table of so many rows and columns."""
-        return max(1, rows * (columns - len(KEYS) + 1))
-
-    def encode(self, table: Any, small: bool) -> Any:
-        """Writes rows as a Parquet file into memory.
-
-        Args:
-            table: The rows, sorted.
-            small: Whether to write fast rather than small.
-
-        Returns:
-            A ``pyarrow.Buffer``.
-        """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        sink = pa.BufferOutputStream()
-        chosen = options(pa, table.schema, PARAMETER_LABELS, small)
-        with pq.ParquetWriter(sink, table.schema, **chosen) as writer:
-            for group in _row_groups(table):
-                writer.write_table(group)
-        return sink.getvalue()
-
-    def read(self, paths: Sequence[Path]) -> Any:
-        """Reads whole parts.
-
-        Args:
-            paths: The files, in the order of their rows.
-
-        Returns:
-            One ``pyarrow.Table`` with the rows of all, sorted.
-        """
-        import pyarrow as pa
-
-        tables = [read_parquet(path, PARAMETER_LABELS) for path in paths]
-        table = pa.concat_tables(tables, promote_options="permissive")
-        return _sorted(table.unify_dictionaries().combine_chunks())
-
-    def _sort_names(self, layout: Layout) -> None:
-        if self._layout is layout:
-            return
-        names = list(map(safe_text, layout.names))
-        order = sorted(range(len(names)), key=names.__getitem__)
-        self._layout, self._order = layout, np.array(order, np.int64)
-        self._names = sorted(set(names))
-        rank = {name: index for index, name in enumerate(self._names)}
-        self._ranks = np.array([rank[names[index]] for index in order], np.int32)
+    if types.is_integer(kind):
+        return "DELTA_BINARY_PACKED"  # rows and steps count up: nearly no bits
+    if types.is_floating(kind):
+        return "BYTE_STREAM_SPLIT"  # exponents side by side compress; losslessly
+    return None
 
 
-def _where_measured(batch: RecordBatch, where: tuple[Array, Array]) -> Any:
-    """Leaves the norms after the clip out where they follow from those before."""
+def _clipped_where_measured(batch: RecordBatch, where: tuple[Array, Array]) -> Any:
+    """Returns the norms after the clip, null where they follow from those before."""
     import pyarrow as pa
 
     norms, clipped = batch.norms[where], batch.clipped_norms[where]
     coefficients = np.array([record.clip_coef for record in batch.steps], np.float64)
     derived = clipped_by(norms, coefficients[where[0]])
+    # -0.0 equals 0.0, and NaN does not equal itself: what is read back has the same bits.
     same = (clipped == derived) & (np.signbit(clipped) == np.signbit(derived))
     follows = same | (np.isnan(clipped) & np.isnan(derived))
     return pa.array(clipped.astype(norms.dtype, copy=False), mask=follows)
@@ -366,23 +307,23 @@ def _sorted(table: Any) -> Any:
     rows = np.argsort(ranks.astype(np.uint16) if len(names) < 1 << 16 else ranks, kind="stable")
     sorted_names = pa.array([names[index] for index in order], pa.string())
     parameter = pa.DictionaryArray.from_arrays(ranks[rows], sorted_names)
-    place = table.schema.get_field_index("parameter")
-    others = table.remove_column(place).take(pa.array(rows))
-    return others.add_column(place, "parameter", parameter)
+    return _with_parameter(table.drop_columns(["parameter"]).take(pa.array(rows)), parameter)
 
 
 def _row_groups(table: Any) -> Iterator[Any]:
-    """Cuts the rows; each piece gets a dictionary of the names in it only."""
+    """Cuts sorted rows into row groups."""
     import pyarrow as pa
 
     parameters = labels_of(table["parameter"])
-    names, codes = parameters.values, parameters.codes
-    place = table.schema.get_field_index("parameter")
-    for first in range(0, table.num_rows, PARAMETER_ROW_GROUP):
-        piece, mine = (
-            table.slice(first, PARAMETER_ROW_GROUP),
-            codes[first : first + PARAMETER_ROW_GROUP],
-        )
-        there = pa.array(names[mine[0] : mine[-1] + 1], pa.string())
-        parameter = pa.DictionaryArray.from_arrays(mine - mine[0], there)
-        yield piece.set_column(place, "parameter", parameter)
+    others = table.drop_columns(["parameter"])
+    for first in range(0, table.num_rows, _PARAMETER_ROW_GROUP):
+        codes = parameters.codes[first : first + _PARAMETER_ROW_GROUP]
+        # Each group gets the names that are in it only: with all of them it would be larger than
+        # its numbers, where a model has 100,000.
+        names = pa.array(parameters.values[codes[0] : codes[-1] + 1], pa.string())
+        parameter = pa.DictionaryArray.from_arrays(codes - codes[0], names)
+        yield _with_parameter(others.slice(first, _PARAMETER_ROW_GROUP), parameter)
+
+
+def _with_parameter(others: Any, parameter: Any) -> Any:
+    return others.add_column(PARAMETER_INDEX, "parameter", parameter)

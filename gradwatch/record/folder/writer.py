@@ -15,169 +15,24 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gradwatch.record.columns import Array
-from gradwatch.record.folder.event_log import LINES, EventLog, lines_of, read_events
+from gradwatch.record.folder.event_log import EventLog, event_files, lines_of, read_events
 from gradwatch.record.folder.files import write_whole
 from gradwatch.record.folder.lock import WriterLock
-from gradwatch.record.folder.meta import EVENTS, NAME, STEPS, TABLES, Meta, has_begun, read_meta
+from gradwatch.record.folder.meta import (
+    EVENTS,
+    NAME,
+    PARAMETERS,
+    STEPS,
+    TABLES,
+    Meta,
+    has_begun,
+    read_meta,
+)
 from gradwatch.record.folder.parts import Part, PartStore
-from gradwatch.record.folder.reader import SessionStarts, is_valid, valid_events
+from gradwatch.record.folder.reader import SessionStarts
 from gradwatch.record.folder.tables import ParametersTable, StepsTable, labels_of, need_pyarrow
 from gradwatch.record.records import Layout, RecordBatch, StepRecord, warn_safely
-
-
-class Session:
-    """The files of one process in a run folder, from its first step on."""
-
-    def __init__(self, folder: Path, layout: Layout, about: Mapping[str, Any]) -> None:
-        """Makes the folder, or goes on in it.
-
-        Args:
-            folder: The run folder.
-            layout: The parameters.
-            about: What meta.json says of the session.
-
-        Raises:
-            OSError: If the disk is full or read-only.
-            ValueError: If the folder is one of something else.
-        """
-        self._folder = folder
-        self._steps_table, self._parameters_table = StepsTable(), ParametersTable()
-        self._steps = PartStore(folder, self._steps_table)
-        self._parameters = PartStore(folder, self._parameters_table)
-        folder.mkdir(parents=True, exist_ok=True)
-        meta = read_meta(folder) if (folder / NAME).exists() else Meta(layout)
-        (folder / EVENTS).mkdir(exist_ok=True)
-        self._steps.open()
-        self._parameters.open()
-        written = {part.session: part.last for part in self._steps.parts()}
-        self._parameters.remove_beyond(written)
-        self._resumes = bool(written)
-        newest = max([len(meta.sessions), *written])
-        self._log = EventLog(folder / EVENTS, newest + 1)
-        self.number = self._log.session
-        try:
-            meta.with_session(layout, {"session": self.number, **about}).write(folder)
-        except OSError:
-            self._log.give_up()
-            raise
-        self._beginnings = SessionStarts(folder / STEPS)
-        self._rows = 0
-        self._first: dict[str, int] = {}
-
-    def write(self, batch: RecordBatch) -> None:
-        """Writes some steps and their events, all or nothing.
-
-        Args:
-            batch: The steps.
-
-        Raises:
-            OSError: If the disk is full, read-only or gone.
-        """
-        length = self._log.length
-        part = Part(self.number, self._rows, self._rows + len(batch.steps) - 1)
-        try:
-            self._log.append(batch.events, part.last)
-            if batch.steps:
-                self._parameters.add(part, self._parameters_table.of(batch, self._rows))
-                # The steps come last: what has no row here does not exist yet.
-                self._steps.add(part, self._steps_table.of(batch.steps, self._rows))
-                # Both at the end: most file systems write the names of both at the first call.
-                self._steps.sync()
-                self._parameters.sync()
-        except OSError:
-            self._log.length = length
-            self._parameters.withdraw(part)
-            raise
-        finally:
-            # Also where it failed: another attempt never shares rows with what is left of this one.
-            self._rows += len(batch.steps)
-
-    def tidy(self, batch: RecordBatch) -> None:
-        """Merges parts where there are many, and cuts off what the steps have made void.
-
-        Args:
-            batch: The steps that were written last.
-        """
-        if self._begins(batch) and self._resumes:
-            self._cut()
-        self._steps.merge_due()
-        self._parameters.merge_due()
-
-    def close(self) -> None:
-        """Merges the small parts of all sessions."""
-        self._steps.merge_all()
-        self._parameters.merge_all()
-
-    def _begins(self, batch: RecordBatch) -> bool:
-        before = dict(self._first)
-        for record in batch.steps:
-            lowest = self._first.get(record.optimizer, record.step)
-            self._first[record.optimizer] = min(lowest, record.step)
-        return before != self._first
-
-    def _cut(self) -> None:
-        first = self._beginnings.of(self._steps.parts())
-
-        def valid(part: Part, table: Any) -> Array:
-            steps = table["step"].to_numpy()
-            sessions = np.full(len(steps), part.session)
-            return is_valid(first, sessions, labels_of(table["optimizer"]), steps)
-
-        later = [of for session, of in first.items() if session > min(first)]
-        lowest = min(min(of.values()) for of in later)
-        self._parameters.cut(self.number, lowest, valid)
-        self._steps.cut(self.number, lowest, valid)
-        for path in sorted((self._folder / EVENTS).glob(f"*{LINES}")):
-            if path.stem.isdigit() and int(path.stem) < self.number:
-                events = read_events(path)
-                kept = valid_events(first, int(path.stem), events)
-                if len(kept) < len(events):
-                    write_whole(path, lines_of(kept))
-
-
-EARLIER = "earlier-{number}"
-
-
-def begins_anew(steps: Sequence[StepRecord]) -> bool:
-    """Tells whether the first steps that a session writes are the first of a run.
-
-    Args:
-        steps: The steps; a resumed run goes on after the last one of its checkpoint.
-    """
-    first = {record.optimizer: record.step for record in reversed(steps)}
-    return bool(first) and all(step == 1 for step in first.values())
-
-
-def set_aside(folder: Path) -> Path | None:
-    """Moves the run that a folder holds into a folder inside of it, which is a run folder too.
-
-    Whatever stops it in between, no step is lost: what has been moved is no longer read here.
-
-    Args:
-        folder: A run folder, or one that is to become one.
-
-    Returns:
-        Where the run is now; None where there was none with steps in it.
-
-    Raises:
-        OSError: If the disk is full or read-only.
-    """
-    steps = folder / TABLES[0]
-    if not steps.is_dir() or next(steps.glob("*.parquet"), None) is None:
-        return None  # a temporary file, left over by a process that was killed, is no step
-    number = 1
-    while (target := folder / EARLIER.format(number=number)).exists():
-        number += 1
-    target.mkdir()
-    shutil.copy2(folder / NAME, target / NAME)
-    for table in TABLES:
-        if (folder / table).exists():
-            (folder / table).rename(target / table)
-    return target
-
 
 RETRY_S = 30.0
 """After a failure of the disk so long no further attempt is made: the training waits for each."""
@@ -199,8 +54,6 @@ _UNTIDY = (
     "gradwatch cannot merge the parts of the run folder {path!r}: {error}. The run is still "
     "recorded, in more and smaller files."
 )
-
-
 _EARLIER = (
     "gradwatch: the run folder {path!r} holds a run, and this one begins at step 1 again. The "
     "earlier run is in {earlier!r} now. Give each run a folder of its own, or resume it: "
@@ -268,9 +121,9 @@ class RunFolder:
         self._lock = WriterLock(self._path)
         weakref.finalize(self, self._lock.release)
         self._attempt(lambda: self._path.mkdir(parents=True, exist_ok=True))
-        self._retry_at = 0.0
+        self._retry_at = 0.0  # the first steps are tried all the same
         with suppress(OSError):  # told of when there is something to write
-            self._lock.take()
+            self._lock.acquire()
 
     @property
     def path(self) -> Path:
@@ -278,11 +131,7 @@ class RunFolder:
         return self._path
 
     def write(self, batch: RecordBatch) -> None:
-        """Writes some steps, and those that a full disk has not taken before.
-
-        Args:
-            batch: The steps.
-        """
+        """Writes some steps, and those that a full disk has not taken before."""
         self._held.append(batch)
         if time.monotonic() >= self._retry_at:
             self._attempt(self._write_held)
@@ -298,9 +147,10 @@ class RunFolder:
     def _write_held(self) -> None:
         while self._held:
             batch = self._held[0]
+            # At the first steps only: a process that never steps leaves the folder as it is.
             if self._session is None:
                 self._path.mkdir(parents=True, exist_ok=True)
-                self._lock.take()
+                self._lock.acquire()
                 self._keep_earlier(batch)
                 self._session = Session(self._path, batch.layout, self._about)
             self._session.write(batch)
@@ -342,10 +192,150 @@ class RunFolder:
             del self._held[0]
 
 
+EARLIER = "earlier-{number}"
+
+
+def begins_anew(steps: Sequence[StepRecord]) -> bool:
+    """Tells whether the first steps that a session writes are the first of a run."""
+    # A resumed run goes on after the last step of its checkpoint.
+    first = {record.optimizer: record.step for record in reversed(steps)}
+    return bool(first) and all(step == 1 for step in first.values())
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Moves the run that a folder holds into a folder inside of it, which is a run folder too.
+
+    Returns:
+        Where the run is now; None where there was none with steps in it.
+
+    Raises:
+        OSError: If the disk is full or read-only.
+    """
+    steps = folder / STEPS
+    if not steps.is_dir() or next(steps.glob("*.parquet"), None) is None:
+        return None  # a temporary file, left over by a process that was killed, is no step
+    number = 1
+    while (target := folder / EARLIER.format(number=number)).exists():
+        number += 1
+    target.mkdir()
+    # Copied, and the steps moved first: whatever stops it in between, no step is lost, and what has
+    # been moved is no longer read here.
+    shutil.copy2(folder / NAME, target / NAME)
+    for table in TABLES:
+        if (folder / table).exists():
+            (folder / table).rename(target / table)
+    return target
+
+
+class Session:
+    """The files of one process in a run folder, from its first step on."""
+
+    def __init__(self, folder: Path, layout: Layout, about: Mapping[str, Any]) -> None:
+        """Makes the folder, or goes on in it.
+
+        Args:
+            folder: The run folder.
+            layout: The parameters.
+            about: What meta.json says of the session.
+
+        Raises:
+            OSError: If the disk is full or read-only.
+            ValueError: If the folder is one of something else.
+        """
+        self._folder = folder
+        self._steps_table, self._parameters_table = StepsTable(), ParametersTable()
+        self._steps = PartStore(folder / STEPS, self._steps_table)
+        self._parameters = PartStore(folder / PARAMETERS, self._parameters_table)
+        folder.mkdir(parents=True, exist_ok=True)
+        meta = read_meta(folder) if (folder / NAME).exists() else Meta(layout)
+        (folder / EVENTS).mkdir(exist_ok=True)
+        self._steps.open()
+        self._parameters.open()
+        written = {part.session: part.last for part in self._steps.parts()}
+        self._parameters.remove_beyond(written)
+        self._resumes = bool(written)
+        # A session without steps has no part, and one that found its number claimed has a higher
+        # one than meta.json counts.
+        newest = max([len(meta.sessions), *written])
+        self._log = EventLog(folder / EVENTS, newest + 1)
+        self.number = self._log.session
+        try:
+            meta.with_session(layout, {"session": self.number, **about}).write(folder)
+        except OSError:
+            self._log.give_up()
+            raise
+        self._starts = SessionStarts(folder / STEPS)
+        self._rows = 0
+        self._first: dict[str, int] = {}
+
+    def write(self, batch: RecordBatch) -> None:
+        """Writes some steps and their events, all or nothing.
+
+        Raises:
+            OSError: If the disk is full, read-only or gone.
+        """
+        length = self._log.length
+        part = Part(self.number, self._rows, self._rows + len(batch.steps) - 1)
+        try:
+            self._log.append(batch.events, part.last)
+            if batch.steps:
+                self._parameters.write(part, self._parameters_table.to_arrow(batch, self._rows))
+                # The steps come last: what has no row here does not exist yet.
+                self._steps.write(part, self._steps_table.to_arrow(batch.steps, self._rows))
+                # Both at the end: most file systems write the names of both at the first call.
+                self._steps.sync()
+                self._parameters.sync()
+        except OSError:
+            self._log.length = length
+            self._parameters.withdraw(part)
+            raise
+        finally:
+            # Also where it failed: another attempt never shares rows with what is left of this one.
+            self._rows += len(batch.steps)
+
+    def tidy(self, batch: RecordBatch) -> None:
+        """Merges parts where there are many, and cuts off what the newest steps have made void."""
+        if self._begins(batch) and self._resumes:
+            self._cut()
+        self._steps.merge_due()
+        self._parameters.merge_due()
+
+    def close(self) -> None:
+        """Merges the small parts of all sessions."""
+        self._steps.merge_all()
+        self._parameters.merge_all()
+
+    def _begins(self, batch: RecordBatch) -> bool:
+        before = dict(self._first)
+        for record in batch.steps:
+            lowest = self._first.get(record.optimizer, record.step)
+            self._first[record.optimizer] = min(lowest, record.step)
+        return before != self._first
+
+    def _cut(self) -> None:
+        parts = self._steps.parts()
+        rule = self._starts.rule(parts)
+
+        def valid(part: Part, table: Any) -> Array:
+            optimizers = labels_of(table["optimizer"])
+            return rule.valid_steps(part.session, optimizers, table["step"].to_numpy())
+
+        lowest = min(rule.void_from(parts[0].session).values(), default=None)
+        if lowest is None:  # an earlier cut has left nothing of the earlier sessions
+            return
+        self._parameters.cut(self.number, lowest, valid)
+        self._steps.cut(self.number, lowest, valid)
+        for session, path in event_files(self._folder / EVENTS):
+            if session < self.number:
+                events = [logged for logged, _ in read_events(path)]
+                kept = [logged for logged in events if rule.keeps(session, logged.event)]
+                if len(kept) < len(events):
+                    write_whole(path, lines_of(kept))
+
+
 def _checked(path: object) -> Path:
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(_NOT_A_PATH.format(value=path, kind=type(path).__name__))
-    name = os.fspath(path)
+    # A PathLike may give bytes, of which no text in meta.json or in a message can be made.
+    name = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(name, str):
         raise TypeError(_NOT_A_PATH.format(value=path, kind=type(path).__name__))
     if not name:

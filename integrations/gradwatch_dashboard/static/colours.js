@@ -25,8 +25,6 @@ export const KINDS = {
   inf: "#ff33ff",
   overflow: "#cc79a7",
   exploding: "#d55e00",
-  spike: "#e69f00",
-  vanishing: "#0072b2",
   no_gradient: "#56b4e9",
   skipped: "#8a94a3",
   accumulate: "#009e73",

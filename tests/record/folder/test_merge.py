@@ -52,9 +52,9 @@ def test_covered_parts_are_left_out(parts):
 def test_a_name_says_the_rows():
     """The name of a part is read back, and other names are none."""
     for part in (Part(1, 0, 63), Part(12345, 0, 10**11)):
-        assert Part.of(part.name) == part
+        assert Part.from_name(part.name) == part
     for name in (".0001-0000000000-0000000063.parquet.tmp", "part-0.parquet", "x.parquet", ""):
-        assert Part.of(name) is None
+        assert Part.from_name(name) is None
 
 
 @pytest.fixture
