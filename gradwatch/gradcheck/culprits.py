@@ -184,6 +184,6 @@ def _leading_to(leaf: Tensor, nodes: Sequence[Any]) -> set[Any]:
 def _custom_names(nodes: Iterable[Any]) -> Iterator[str]:
     for node in nodes:
         # torch makes a class of nodes for each Function, and keeps the Function in _forward_cls.
-        cls = getattr(type(node), "_forward_cls", None)
+        cls: Any = getattr(type(node), "_forward_cls", None)
         if isinstance(node, BackwardCFunction) and cls.__module__.split(".")[0] != "torch":
             yield cls.__name__

@@ -307,10 +307,7 @@ class RandomState:
 
 @contextmanager
 def undisturbed_random(seed: int, tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Runs with torch's random numbers started at a seed, and puts all of :class:`RandomState` back.
-
-    Python's and NumPy's are not started anew.
-    """
+    """Runs with torch's random numbers started at a seed, and puts back a :class:`RandomState`."""
     state = RandomState(tensors)
     try:
         # Not torch.manual_seed, which seeds every device and begins CUDA where nobody uses it.
@@ -335,8 +332,8 @@ def undisturbed_buffers(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, name, buffer, values in saved:
-            # .data leaves the version counter, by which a graph that saved the buffer checks that
-            # it still has what it saved. And only where it changed: every write is a cost.
+            # .data leaves the version counter as it is: a graph that saved the buffer has, once
+            # more, what it saved, and would refuse to run if the counter said otherwise.
             if not torch.equal(buffer, values):
                 buffer.data.copy_(values)
             if module._buffers.get(name) is not buffer:  # replaced, as x = x + 1 does
