@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from math import isnan
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gradwatch.cli.arguments import FINE, RUN, Commands, add_command, at_least_one
+from gradwatch.cli.differences import ColumnDifference, Compared, ParameterDifference, compare
 from gradwatch.cli.terminal import (
     Output,
     as_json,
@@ -20,9 +21,6 @@ from gradwatch.cli.terminal import (
     text_table,
     times,
 )
-
-if TYPE_CHECKING:
-    from gradwatch.cli.differences import ColumnDifference, Compared, ParameterDifference
 
 _NAME = 44  # columns of a name, in which a parameter of a deep model still differs from the next
 _VALUE = 200
@@ -48,22 +46,14 @@ def add_to(commands: Commands) -> None:
     parser = add_command(commands, "compare", run, summary, _DESCRIPTION, _EXAMPLES)
     parser.add_argument("a", metavar="A", help=RUN)
     parser.add_argument("b", metavar="B", help="the one to compare it with")
-    parser.add_argument(
-        "--top",
-        type=at_least_one,
-        default=10,
-        metavar="N",
-        help="parameters and settings to show (default: %(default)s); --json has all",
-    )
+    shown = "parameters and settings to show (default: %(default)s); --json has all"
+    parser.add_argument("--top", type=at_least_one, default=10, metavar="N", help=shown)
     what = "print everything that was compared as JSON"
     parser.add_argument("--json", action="store_true", help=what)
 
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
     """Prints the comparison; returns the exit code."""
-    # Here, for --help needs no NumPy.
-    from gradwatch.cli.differences import compare
-
     found = compare(arguments.a, arguments.b)
     if arguments.json:
         out.line(as_json(asdict(found), indent=2))

@@ -89,9 +89,8 @@ def _differing_settings(a: str, b: str) -> dict[str, tuple[Any, Any]]:
 def _settings(run: str) -> dict[str, Any]:
     sessions = read_meta(Path(run)).sessions
     newest = sessions[-1] if sessions else {}
-    return dict(
-        _flat("", {name: newest.get(name) for name in ("optimizers", "options", "versions")})
-    )
+    parts = {name: newest.get(name) for name in ("optimizers", "options", "versions")}
+    return dict(_flat("", parts))
 
 
 def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -174,11 +173,9 @@ def _compare_steps(a: History, b: History) -> StepsCompared:
     common = left.index.intersection(right.index, sort=False)
     left, right = left.loc[common], right.loc[common]
     steps = common.get_level_values("step").to_numpy()
-    known = (
-        name for name in _KNOWN_TO_SOME if left[name].notna().any() and right[name].notna().any()
-    )
-    pairs = {name: (left[name].to_numpy(), right[name].to_numpy()) for name in (*_MEASURED, *known)}
-    found = [_column(name, steps, *pair) for name, pair in pairs.items()]
+    known = [n for n in _KNOWN_TO_SOME if left[n].notna().any() and right[n].notna().any()]
+    names = (*_MEASURED, *known)
+    found = [_column(name, steps, left[name].to_numpy(), right[name].to_numpy()) for name in names]
     first = min((one.first_step for one in found if one.first_step is not None), default=None)
     # Where no column differs, first is None, and so is the first step of each.
     earliest = [one.column for one in found if first is not None and one.first_step == first]
@@ -257,14 +254,18 @@ class ParameterDifference:
 
 def _compare_parameters(a: History, b: History) -> ParametersCompared:
     """Compares the parameters that both runs have, in the steps that both have."""
-    only_a = tuple(name for name in a.names if name not in set(b.names))
-    only_b = tuple(name for name in b.names if name not in set(a.names))
-    sums = {name: _NormSums(name) for name in a.names if name not in only_a}
+    of_a, of_b = dict.fromkeys(a.names), dict.fromkeys(b.names)
+    sums = {name: _NormSums(name) for name in of_a if name in of_b}
     starts, length, sampled = _spans(a, b)
     for start in starts:
         _add_span(sums, a, b, start, start + length)
     found = [one.result() for one in sums.values() if one.steps]
-    return ParametersCompared(sampled, only_a, only_b, tuple(_worst_first(found)))
+    return ParametersCompared(
+        sampled=sampled,
+        only_a=tuple(name for name in of_a if name not in of_b),
+        only_b=tuple(name for name in of_b if name not in of_a),
+        parameters=tuple(_worst_first(found)),
+    )
 
 
 def _spans(a: History, b: History) -> tuple[list[int], int, bool]:

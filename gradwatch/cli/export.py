@@ -57,12 +57,9 @@ def add_to(commands: Commands) -> None:
     summary = "a table of a run as CSV, Parquet or JSON"
     parser = add_command(commands, "export", run, summary, _DESCRIPTION, _EXAMPLES)
     parser.add_argument("run", metavar="RUN", help=RUN)
-    parser.add_argument(
-        "--format", choices=_FORMATS, help="default: what the suffix of FILE says, or else csv"
-    )
-    parser.add_argument(
-        "-o", "--output", metavar="FILE", default=_STDOUT, help="file to write; - for stdout"
-    )
+    form, file = "default: what the suffix of FILE says, or else csv", "file to write; - for stdout"
+    parser.add_argument("--format", choices=_FORMATS, help=form)
+    parser.add_argument("-o", "--output", metavar="FILE", default=_STDOUT, help=file)
     parser.add_argument("--table", choices=_TABLES, default=_TABLES[0], help="default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 

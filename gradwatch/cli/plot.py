@@ -45,17 +45,14 @@ def add_to(commands: Commands) -> None:
     """Adds the command to those of the parser."""
     parser = add_command(commands, "plot", run, "a picture of a run", _DESCRIPTION, _EXAMPLES)
     parser.add_argument("run", metavar="RUN", help=RUN)
-    parser.add_argument(
-        "-o", "--output", metavar="FILE", required=True, help="picture to write, such as norms.png"
-    )
+    file = "picture to write, such as norms.png"
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help=file)
     parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help="default: %(default)s")
-    parser.add_argument(
-        "--dpi", type=at_least_one, default=150, help="dots per inch (default: %(default)s)"
-    )
+    dots = "dots per inch (default: %(default)s)"
+    parser.add_argument("--dpi", type=at_least_one, default=150, help=dots)
     parser.add_argument("--start", type=at_least_one, metavar="STEP", help="first step to draw")
-    parser.add_argument(
-        "--stop", type=at_least_one, metavar="STEP", help="step to stop before; default: all"
-    )
+    stop = "step to stop before; default: all"
+    parser.add_argument("--stop", type=at_least_one, metavar="STEP", help=stop)
     parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
 

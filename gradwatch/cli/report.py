@@ -43,14 +43,9 @@ def add_to(commands: Commands) -> None:
     summary = "what went wrong in a run"
     parser = add_command(commands, "report", run, summary, _DESCRIPTION, _EXAMPLES)
     parser.add_argument("run", metavar="RUN", help=RUN)
-    parser.add_argument(
-        "--fail-on",
-        metavar="KINDS",
-        action="append",
-        default=[],
-        help="exit with 1 on findings of these kinds or severities, separated by commas; "
-        "'any' for each of them",
-    )
+    kinds = "exit with 1 on findings of these kinds or severities, separated by commas; "
+    kinds += "'any' for each of them"
+    parser.add_argument("--fail-on", metavar="KINDS", action="append", default=[], help=kinds)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 

@@ -51,26 +51,14 @@ def add_to(commands: Commands) -> None:
     summary = "watch a run while it trains"
     parser = add_command(commands, "tail", run, summary, _DESCRIPTION, _EXAMPLES)
     parser.add_argument("run", metavar="RUN", help=RUN)
-    parser.add_argument(
-        "-n",
-        "--steps",
-        type=at_least_one,
-        default=10,
-        metavar="N",
-        help="steps to show at first (default: %(default)s, at most 1024)",
-    )
+    steps = "steps to show at first (default: %(default)s, at most 1024)"
+    parser.add_argument("-n", "--steps", type=at_least_one, default=10, metavar="N", help=steps)
     parser.add_argument("--once", action="store_true", help="show what is there, and end")
     parser.add_argument("--wait", action="store_true", help="wait for a run that is not there yet")
-    parser.add_argument(
-        "--interval",
-        type=_seconds,
-        default=1.0,
-        metavar="S",
-        help="seconds between two looks (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one line per step and event as JSON"
-    )
+    looks = "seconds between two looks (default: %(default)g)"
+    parser.add_argument("--interval", type=_seconds, default=1.0, metavar="S", help=looks)
+    what = "print one line per step and event as JSON"
+    parser.add_argument("--json", action="store_true", help=what)
 
 
 def _seconds(text: str) -> float:

@@ -293,6 +293,7 @@ def _worst_entry(slopes: Slopes, line: Line) -> tuple[float, float, str] | None:
     candidates = sorted(
         (-size, output, position) for output, top in enumerate(largest) for size, position in top
     )[:_CANDIDATES]
+    # One by one: a weighting of all outputs, as in Slopes, would not tell which one is wrong.
     found = [_entry(slopes, line, changes, output, at) for _, output, at in candidates]
     analytic, numeric, label = max(found, key=lambda entry: abs(entry[0] - entry[1]))
     if abs(analytic - numeric) <= slopes.allowed(line, analytic, numeric):
@@ -317,7 +318,7 @@ def _entry(
     analytic = 0.0 if gradient is None else float(gradient[line.start])
     changed = changes[output]
     index = torch.unravel_index(torch.tensor(position), changed.shape)
-    label = slopes.places[output] + (str([int(i) for i in index]) if changed.ndim else "")
+    label = slopes.paths[output] + (str([int(i) for i in index]) if changed.ndim else "")
     return analytic, float(changed.reshape(-1)[position]), label
 
 
@@ -359,11 +360,8 @@ def _check_contract(
     if not message:
         return []
     functions = ", ".join(functions_between(subject, range(len(subject.leaves))))
-    return [
-        GradientMismatch(
-            "", "contract", None, math.nan, math.nan, function=functions, message=message
-        )
-    ]
+    nan = math.nan
+    return [GradientMismatch("", "contract", None, nan, nan, function=functions, message=message)]
 
 
 def _gradcheck(function: Repeatable, leaves: Sequence[Leaf], **options: Any) -> str:

@@ -58,7 +58,7 @@ _NO_INPUT = (
     "requires a gradient. Pass floating inputs, or a module itself rather than a lambda around it."
 )
 _RANDOM = (
-    "check_gradients was given a function that is not deterministic: {place} differs by {most:.3g} "
+    "check_gradients was given a function that is not deterministic: {path} differs by {most:.3g} "
     "between two calls with the same inputs, buffers and random numbers. Let it keep no state "
     "between calls (counters, running averages outside of buffers), and draw its random numbers "
     "from torch, NumPy's or Python's global generators."
@@ -86,6 +86,7 @@ def evaluate_first(function: Callable[..., Any], inputs: Any) -> Repeatable:
     try:
         if not subject.leaves:
             raise TypeError(_NO_INPUT)
+        # Once in float64 before anything is compared: what fails here fails for a reason to tell.
         _check_outputs(subject, _evaluate(subject, function, inputs))
     finally:
         subject.close()
@@ -134,10 +135,10 @@ def _check_outputs(subject: Repeatable, outputs: Sequence[tuple[str, Tensor]]) -
     if not any(bool(torch.isfinite(tensor).any()) for _, tensor in outputs):
         raise ValueError(_NOT_FINITE)
     again = subject.outputs()
-    for (place, one), (_, other) in zip(outputs, again, strict=True):
+    for (path, one), (_, other) in zip(outputs, again, strict=True):
         most = _largest_difference(one.detach(), other.detach())
         if most:
-            raise ValueError(_RANDOM.format(place=place, most=most))
+            raise ValueError(_RANDOM.format(path=path, most=most))
 
 
 def _largest_difference(one: Tensor, other: Tensor) -> float:
@@ -264,7 +265,7 @@ class Repeatable:
             values: What to take for the first leaves among the arguments, instead of themselves.
 
         Returns:
-            The places and values of its floating and complex outputs, dense.
+            The paths and values of its floating and complex outputs, dense.
         """
         self.evaluations += 1
         self._random.put_back()
@@ -405,21 +406,12 @@ class Narrowing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Runs an operation and looks at what came out."""
         result = func(*args, **(kwargs or {}))
-        if not self.found and _any(args, _is_fine) and _any(result, _is_coarse):
-            self.found = f"{func} {_users_line()}"
+        if not self.found:
+            fine = any(t.requires_grad and t.dtype in _WIDE for _, t in tensors_in(args, ""))
+            made = [t.dtype for _, t in tensors_in(result, "") if is_continuous(t)]
+            if fine and not set(made) <= set(_WIDE):
+                self.found = f"{func} {_users_line()}"
         return result
-
-
-def _any(value: Any, is_so: Callable[[Tensor], bool]) -> bool:
-    return any(is_so(tensor) for _, tensor in tensors_in(value, ""))
-
-
-def _is_fine(tensor: Tensor) -> bool:
-    return tensor.requires_grad and tensor.dtype in _WIDE
-
-
-def _is_coarse(tensor: Tensor) -> bool:
-    return is_continuous(tensor) and tensor.dtype not in _WIDE
 
 
 def _users_line() -> str:
@@ -470,9 +462,9 @@ def map_tensors(value: Any, change: Callable[[str, Tensor], Any], path: str) -> 
 
 
 def tensors_in(value: Any, path: str) -> list[tuple[str, Tensor]]:
-    """Lists the tensors of a structure, each with its place, in order."""
+    """Lists the tensors of a structure in order, each with its path."""
     found: list[tuple[str, Tensor]] = []
-    map_tensors(value, lambda place, tensor: found.append((place, tensor)), path)
+    map_tensors(value, lambda path, tensor: found.append((path, tensor)), path)
     return found
 
 

@@ -82,7 +82,7 @@ class Slopes:
 
     Attributes:
         function: What is differentiated.
-        places: Where the outputs are in what the function returns.
+        paths: Where the outputs are in what the function returns: ``output['loss']``, say.
         weights: The w by output, in the shape and dtype of it.
         sparse: Whether a gradient came as a sparse tensor.
         gradients: For each leaf the gradient of L, float64 ``[n]``; None where the graph has none.
@@ -101,7 +101,7 @@ class Slopes:
         outputs = function.outputs()
         generator = torch.Generator().manual_seed(seed)
         self.weights = [_weights(tensor, generator, len(outputs) == 1) for _, tensor in outputs]
-        self.places = [place for place, _ in outputs]
+        self.paths = [path for path, _ in outputs]
         self._rounding = _ROUNDING * _size(self.weights, outputs)
         self.gradients = self.differentiate(self.weights, outputs)
         self.scales = [_scale(leaf) for leaf in function.leaves]

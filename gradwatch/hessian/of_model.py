@@ -342,7 +342,7 @@ def undisturbed_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_tensor_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Takes off the hooks that see a gradient on its way, and hangs them back as they were.
+    """Removes the hooks that see a gradient on its way, and hangs them back as they were.
 
     ``torch.autograd.grad`` calls these, unlike those that wait for ``.grad``: a hook that scales a
     gradient would scale the Hessian, one that keeps a norm would keep that of another backward.
@@ -388,14 +388,14 @@ def undisturbed_communication() -> Iterator[None]:
     """
     flags = ("require_backward_grad_sync", "require_forward_param_sync")
     there = all_wrappers() if is_distributed() else []
-    wrappers = [one for one in there if all(hasattr(one, flag) for flag in flags)]
-    saved = [[getattr(wrapper, flag) for flag in flags] for wrapper in wrappers]
+    # A wrapper whose constructor failed may be among them, without its flags.
+    saved = [
+        (one, flag, getattr(one, flag)) for one in there for flag in flags if hasattr(one, flag)
+    ]
     try:
-        for wrapper in wrappers:
-            for flag in flags:
-                setattr(wrapper, flag, False)
+        for wrapper, flag, _ in saved:
+            setattr(wrapper, flag, False)
         yield
     finally:
-        for wrapper, values in zip(wrappers, saved, strict=True):
-            for flag, value in zip(flags, values, strict=True):
-                setattr(wrapper, flag, value)
+        for wrapper, flag, value in saved:
+            setattr(wrapper, flag, value)
