@@ -1,15 +1,17 @@
-"""What several commands share: arguments, exit codes, errors, and opening a run."""
+"""What several commands share: arguments, exit codes, errors, a run to read, a file to write."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradwatch.cli.terminal import Output, as_json
 from gradwatch.record.folder.meta import NAME, TABLES
+from gradwatch.wording import printable
 
 if TYPE_CHECKING:
     from gradwatch.history import History
@@ -28,21 +30,26 @@ INTERRUPTED = 130
 """Ctrl-C, but for ``tail``, which ends so: 0."""
 TERMINATED = 143
 
+RUN = "folder of the run, as given to watch(run_dir=)"
 
 Commands = Any
-"""What ``ArgumentParser.add_subparsers()`` returns."""
-
-RUN = "folder of the run, as given to watch(run_dir=)"
+"""What ``ArgumentParser.add_subparsers()`` returns; argparse keeps the class to itself."""
 
 
 def add_command(
-    commands: Commands, name: str, summary: str, description: str, examples: str
+    commands: Commands,
+    name: str,
+    run: Callable[[argparse.Namespace, Output], int],
+    summary: str,
+    description: str,
+    examples: str,
 ) -> argparse.ArgumentParser:
     """Adds a command.
 
     Args:
         commands: The commands of the parser.
         name: What the user types.
+        run: Runs it, with what the user typed and where to write; returns the exit code.
         summary: A few words for the list of commands.
         description: Some sentences for its own help.
         examples: Lines to be copied.
@@ -53,55 +60,30 @@ def add_command(
         description=description,
         epilog="examples:\n" + "".join(f"  {line}\n" for line in examples.splitlines()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        # An abbreviation in a script would break with the next option that begins like it.
         allow_abbrev=False,
     )
+    parser.set_defaults(run_command=run)
     return parser
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """Adds the run folder.
-
-    Args:
-        parser: Of a command.
-    """
-    parser.add_argument("run", metavar="RUN", help=RUN)
-
-
-def add_json(parser: argparse.ArgumentParser, what: str) -> None:
-    """Adds ``--json``.
-
-    Args:
-        parser: Of a command.
-        what: What it prints.
-    """
-    parser.add_argument("--json", action="store_true", help=f"print {what} as JSON")
-
-
 def at_least_one(text: str) -> int:
-    """Reads a number of things.
-
-    Args:
-        text: What the user typed.
-
-    Raises:
-        argparse.ArgumentTypeError: If it is no integer of at least 1.
-    """
+    """Reads a number of things, for ``add_argument(type=)``."""
+    # int() alone takes "1_000", " 7 " and the digits of other scripts.
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def open_run(path: str) -> History:
-    """Opens a run.
-
-    Args:
-        path: Its folder, as the user typed it.
+    """Opens the run in a folder, as the user typed it.
 
     Raises:
         CommandError: If it is not there, or no run folder.
         OSError: If it may not be read.
         ModuleNotFoundError: If pyarrow is not installed.
     """
+    # Here, for pandas and pyarrow take a second to load, and --help needs neither.
     from gradwatch.history import load
     from gradwatch.record.folder.files import UnreadableError
 
@@ -114,11 +96,7 @@ def open_run(path: str) -> History:
 
 
 def run_name(path: str) -> str:
-    """Returns how the run is called in what is shown.
-
-    Args:
-        path: As the user typed it.
-    """
+    """Returns how the run is called in what is shown."""
     return path.rstrip(os.sep) or path
 
 
@@ -137,10 +115,13 @@ def written_whole(target: str, run: str) -> Iterator[Path]:
         CommandError: If the target is a folder, is in no folder, or belongs to the run.
     """
     path = Path(target)
-    _check(path, Path(run))
-    if path.exists() and not path.is_file():  # /dev/null, /dev/stdout, a named pipe
+    _check_target(path, Path(run))
+    # Nothing can be put in the place of /dev/null, /dev/stdout or a named pipe.
+    if path.exists() and not path.is_file():
         yield path
         return
+    # In the same folder, for a rename across file systems is a copy; and with the suffix, by which
+    # the writers choose the format. A name of 255 bytes has no room for a prefix.
     beside = path.with_name(f".{os.getpid()}-{path.name[-100:]}")
     try:
         yield beside
@@ -150,7 +131,7 @@ def written_whole(target: str, run: str) -> Iterator[Path]:
             beside.unlink()
 
 
-def _check(path: Path, run: Path) -> None:
+def _check_target(path: Path, run: Path) -> None:
     if not path.name or path.is_dir():
         raise CommandError(f"-o must be a file, got the folder {str(path)!r}.")
     if not path.parent.is_dir():
@@ -158,3 +139,13 @@ def _check(path: Path, run: Path) -> None:
     whole, folder = path.resolve(), run.resolve()
     if whole == folder / NAME or any(folder / name in whole.parents for name in TABLES):
         raise CommandError(f"-o {str(path)!r} is a file of the run itself. Name another one.")
+
+
+def tell_written(
+    arguments: argparse.Namespace, out: Output, content: Mapping[str, Any], what: str
+) -> None:
+    """Says which file was written, and what is in it: as JSON if asked for, or in words."""
+    if arguments.json:
+        out.line(as_json({"run": run_name(arguments.run), **content}, indent=2))
+    else:
+        out.line(f"Wrote {printable(arguments.output)} ({what})")

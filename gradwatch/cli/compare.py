@@ -6,44 +6,65 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from math import isnan
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from gradwatch.cli.arguments import FINE, RUN, Commands, add_command, add_json, at_least_one
+from gradwatch.cli.arguments import FINE, RUN, Commands, add_command, at_least_one
+from gradwatch.cli.differences import ColumnDifference, Compared, ParameterDifference, compare
 from gradwatch.cli.terminal import Output, as_json, or_dash, percent, shortened, text_table, times
 from gradwatch.wording import counted, printable
 
-if TYPE_CHECKING:
-    from gradwatch.cli.differences import ColumnDifference, Compared, ParameterDifference
+_NAME = 44  # columns of a name, in which a parameter of a deep model still differs from the next
+_VALUE = 200
+_SHORT = 40  # two values that are no longer together share a line
+
+_LARGEST = ("largest at step", "A there", "B there")
+
+_DESCRIPTION = """\
+Puts two runs beside each other: their settings, the steps that both have, and the
+parameters that both have. What differs most comes first.
+
+Steps are compared number by number, so two runs that began alike show where they part."""
+
+_EXAMPLES = """\
+gradwatch compare runs/a runs/b
+gradwatch compare runs/a runs/b --top 30
+gradwatch compare runs/a runs/b --json | jq .steps.first_step"""
 
 
-NAME = 44
-VALUE = 200
-SHORT = 40
-"""Two values that are no longer together share a line."""
+def add_to(commands: Commands) -> None:
+    """Adds the command to those of the parser."""
+    summary = "two runs, and what differs most"
+    parser = add_command(commands, "compare", run, summary, _DESCRIPTION, _EXAMPLES)
+    parser.add_argument("a", metavar="A", help=RUN)
+    parser.add_argument("b", metavar="B", help="the one to compare it with")
+    shown = "parameters and settings to show (default: %(default)s); --json has all"
+    parser.add_argument("--top", type=at_least_one, default=10, metavar="N", help=shown)
+    what = "print everything that was compared as JSON"
+    parser.add_argument("--json", action="store_true", help=what)
 
-WORST = ("largest at step", "A there", "B there")
+
+def run(arguments: argparse.Namespace, out: Output) -> int:
+    """Prints the comparison; returns the exit code."""
+    found = compare(arguments.a, arguments.b)
+    if arguments.json:
+        out.line(as_json(asdict(found), indent=2))
+    else:
+        for line in _lines(found, arguments.top):
+            out.line(line)
+    return FINE
 
 
-def lines(found: Compared, top: int) -> Iterator[str]:
-    """Writes a comparison for people.
-
-    Args:
-        found: What was compared.
-        top: Parameters and settings to show.
-
-    Yields:
-        Lines of printable text.
-    """
+def _lines(found: Compared, top: int) -> Iterator[str]:
     yield f"A  {printable(found.a)}"
     yield f"B  {printable(found.b)}"
-    yield _verdict(found)
+    yield _summary(found)
     yield from _settings(found, top)
     yield from _totals(found)
     yield from _steps(found)
     yield from _parameters(found, top)
 
 
-def _verdict(found: Compared) -> str:
+def _summary(found: Compared) -> str:
     steps = found.steps
     if not steps.common:
         return "The runs have no step in common."
@@ -61,10 +82,10 @@ def _settings(found: Compared, top: int) -> Iterator[str]:
         yield "Settings that differ"
     for name, pair in shown:
         a, b = map(_value, pair)
-        if len(a) + len(b) <= SHORT:
-            yield f"  {shortened(printable(name), NAME)}  {a} in A, {b} in B"
+        if len(a) + len(b) <= _SHORT:
+            yield f"  {shortened(printable(name), _NAME)}  {a} in A, {b} in B"
         else:
-            yield from (f"  {shortened(printable(name), NAME)}", f"    A  {a}", f"    B  {b}")
+            yield from (f"  {shortened(printable(name), _NAME)}", f"    A  {a}", f"    B  {b}")
     yield from _more(len(found.settings) - len(shown), "setting")
 
 
@@ -78,8 +99,8 @@ def _totals(found: Compared) -> Iterator[str]:
 
 def _steps(found: Compared) -> Iterator[str]:
     differing = [one for one in found.steps.columns if one.first_step is not None]
-    header = ("", "A", "B", "B/A", "differs from", *WORST)
-    rows = [[one.column, *_middle(one), f"{one.first_step:,}", *_worst(one)] for one in differing]
+    header = ("", "A", "B", "B/A", "differs from", *_LARGEST)
+    rows = [[one.column, *_middle(one), f"{one.first_step:,}", *_largest(one)] for one in differing]
     yield from _section("By step (medians)", header, rows)
     same = [one.column for one in found.steps.columns if one.first_step is None]
     if rows and same:
@@ -88,9 +109,9 @@ def _steps(found: Compared) -> Iterator[str]:
 
 def _parameters(found: Compared, top: int) -> Iterator[str]:
     differing = [one for one in found.parameters.parameters if one.largest_step is not None]
-    header = ("", "A", "B", "B/A", *WORST)
+    header = ("", "A", "B", "B/A", *_LARGEST)
     rows = [
-        [shortened(printable(one.parameter), NAME), *_middle(one), *_worst(one)]
+        [shortened(printable(one.parameter), _NAME), *_middle(one), *_largest(one)]
         for one in differing[:top]
     ]
     sampled = ", of some ranges of steps" if found.parameters.sampled else ""
@@ -117,77 +138,21 @@ def _middle(one: ColumnDifference | ParameterDifference) -> list[str]:
     return [or_dash(one.a), or_dash(one.b), "-" if isnan(one.ratio) else times(one.ratio)]
 
 
-def _worst(one: ColumnDifference | ParameterDifference) -> list[str]:
+def _largest(one: ColumnDifference | ParameterDifference) -> list[str]:
     return [f"{one.largest_step:,}", f"{one.largest_a:.4g}", f"{one.largest_b:.4g}"]
 
 
 def _total(name: str, value: Any) -> str:
+    # A count stays an int to the end, and a float is a measurement, with four digits.
     if name == "clipped":
         return percent(value)
     return or_dash(value) if isinstance(value, float) else f"{value:,}"
 
 
 def _value(value: Any) -> str:
-    return "nothing" if value is None else shortened(printable(str(value)), VALUE)
+    return "nothing" if value is None else shortened(printable(str(value)), _VALUE)
 
 
 def _named(names: Sequence[str], most: int = 3) -> str:
-    shown = ", ".join(shortened(printable(name), NAME) for name in names[:most])
+    shown = ", ".join(shortened(printable(name), _NAME) for name in names[:most])
     return shown + (f" and {len(names) - most:,} more" if len(names) > most else "")
-
-
-TOP = 10
-
-DESCRIPTION = """\
-Puts two runs beside each other: their settings, the steps that both have, and the
-parameters that both have. What differs most comes first.
-
-Steps are compared number by number, so two runs that began alike show where they part."""
-
-EXAMPLES = """\
-gradwatch compare runs/a runs/b
-gradwatch compare runs/a runs/b --top 30
-gradwatch compare runs/a runs/b --json | jq .steps.first_step"""
-
-
-def add_to(commands: Commands) -> None:
-    """Adds the command.
-
-    Args:
-        commands: The commands of the parser.
-    """
-    parser = add_command(
-        commands, "compare", "two runs, and what differs most", DESCRIPTION, EXAMPLES
-    )
-    parser.add_argument("a", metavar="A", help=RUN)
-    parser.add_argument("b", metavar="B", help="the one to compare it with")
-    parser.add_argument(
-        "--top",
-        type=at_least_one,
-        default=TOP,
-        metavar="N",
-        help="parameters and settings to show (default: %(default)s); --json has all",
-    )
-    add_json(parser, "everything that was compared")
-    parser.set_defaults(run_command=run)
-
-
-def run(arguments: argparse.Namespace, out: Output) -> int:
-    """Runs the command.
-
-    Args:
-        arguments: What the user typed.
-        out: Where to write.
-
-    Returns:
-        The exit code.
-    """
-    from gradwatch.cli.differences import compare
-
-    found = compare(arguments.a, arguments.b)
-    if arguments.json:
-        out.line(as_json(asdict(found), indent=2))
-    else:
-        for line in lines(found, arguments.top):
-            out.line(line)
-    return FINE

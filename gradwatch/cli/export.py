@@ -5,55 +5,107 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gradwatch.cli.arguments import (
     FINE,
+    RUN,
     CommandError,
     Commands,
     add_command,
-    add_json,
-    add_run,
     open_run,
-    run_name,
+    tell_written,
     written_whole,
 )
 from gradwatch.cli.terminal import Output, as_json, printable_lines
-from gradwatch.wording import counted, printable
+from gradwatch.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from gradwatch.history import History
 
+_TABLES = ("steps", "parameters", "events")
+_FORMATS = ("csv", "parquet", "json")
+_STDOUT = "-"
 
-TABLES = ("steps", "parameters", "events")
 ROWS = 1 << 20
 """Rows of the table of parameters in one piece, about."""
 SLICE = 1 << 16
-"""Rows of the other tables in one piece."""
+"""Rows of the other tables in one piece, which are in memory already."""
+JSON_ROWS = 1 << 14
+"""Rows that are Python objects at once; they take many times the room of a frame."""
+
+_DESCRIPTION = """\
+Writes one table of a run as one file.
+
+tables:
+  steps       one row per optimizer step
+  parameters  one row per step and parameter that had a gradient in it
+  events      NaN, Inf, spikes, skipped steps and the like
+
+Without -o, CSV and JSON go to standard output. pandas, DuckDB and Polars also read the
+Parquet files in the run folder as they are."""
+
+_EXAMPLES = """\
+gradwatch export runs/a -o steps.csv
+gradwatch export runs/a --table parameters -o parameters.parquet
+gradwatch export runs/a --table events --format json | jq '.[] | select(.kind == "nan")'"""
+
+
+def add_to(commands: Commands) -> None:
+    """Adds the command to those of the parser."""
+    summary = "a table of a run as CSV, Parquet or JSON"
+    parser = add_command(commands, "export", run, summary, _DESCRIPTION, _EXAMPLES)
+    parser.add_argument("run", metavar="RUN", help=RUN)
+    form, file = "default: what the suffix of FILE says, or else csv", "file to write; - for stdout"
+    parser.add_argument("--format", choices=_FORMATS, help=form)
+    parser.add_argument("-o", "--output", metavar="FILE", default=_STDOUT, help=file)
+    parser.add_argument("--table", choices=_TABLES, default=_TABLES[0], help="default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
+
+
+def run(arguments: argparse.Namespace, out: Output) -> int:
+    """Writes the table; returns the exit code."""
+    form, table = _format(arguments), arguments.table
+    history = open_run(arguments.run)
+    if arguments.output == _STDOUT:
+        _print(history, table, form, out)
+        return FINE
+    with written_whole(arguments.output, arguments.run) as path:
+        rows = _write(pieces(history, table), form, path)
+    content = {"table": table, "format": form, "file": arguments.output, "rows": rows}
+    tell_written(arguments, out, content, f"{counted(rows, 'row')} of {table} as {form}")
+    return FINE
+
+
+def _format(arguments: argparse.Namespace) -> str:
+    suffix = Path(arguments.output).suffix.lower().removeprefix(".")
+    form: str = arguments.format or (suffix if suffix in _FORMATS else "")
+    if not form and suffix:
+        raise CommandError(
+            f"-o {arguments.output!r} does not tell the format. Add --format {'|'.join(_FORMATS)}."
+        )
+    if arguments.output == _STDOUT and form == "parquet":
+        raise CommandError("--format parquet needs a file. Add -o FILE.")
+    if arguments.output == _STDOUT and arguments.json:
+        raise CommandError(
+            "--json tells of a file. Add -o FILE, or use --format json for the rows."
+        )
+    return form or "csv"
 
 
 def pieces(history: History, table: str) -> Iterator[pd.DataFrame]:
     """Reads a table; there is always a first piece, which tells the columns.
 
-    Args:
-        history: The run.
-        table: One of :data:`TABLES`.
-
     Yields:
         Frames with the same columns; steps have ``step`` as a column.
     """
-    if table == "steps":
-        yield from _slices(history.steps().reset_index())
-    elif table == "events":
-        yield from _slices(history.events())
-    else:
+    if table == "parameters":
         yield from _parameters(history)
-
-
-def _slices(frame: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    """Cuts a frame that is there: its text would take several times its room."""
+        return
+    frame = history.steps().reset_index() if table == "steps" else history.events()
+    # In slices although it is there: its text would take several times its room.
     for first in range(0, max(1, len(frame)), SLICE):
         yield frame.iloc[first : first + SLICE]
 
@@ -70,34 +122,14 @@ def _parameters(history: History) -> Iterator[pd.DataFrame]:
         yield history.parameters(start=start, stop=min(start + in_piece, last + 1))
 
 
-Pieces = Iterable[Any]
-"""Of ``pandas.DataFrame``."""
-
-JSON_ROWS = 1 << 14
-
-
-def csv_text(pieces: Iterable[pd.DataFrame]) -> Iterator[str]:
-    """Writes CSV.
-
-    Args:
-        pieces: Frames with the same columns.
-
-    Yields:
-        Text: the names of the columns first; every digit of each number, an empty cell for NaN.
-    """
-    for place, piece in enumerate(pieces):
-        yield str(piece.to_csv(None, index=False, header=place == 0, lineterminator="\n"))
+def _csv_text(pieces: Iterable[pd.DataFrame]) -> Iterator[str]:
+    """Gives the names of the columns first; every digit of each number, an empty cell for NaN."""
+    for index, piece in enumerate(pieces):
+        yield str(piece.to_csv(None, index=False, header=index == 0, lineterminator="\n"))
 
 
-def json_text(pieces: Iterable[pd.DataFrame]) -> Iterator[str]:
-    """Writes JSON, an array with one object per row.
-
-    Args:
-        pieces: Frames with the same columns.
-
-    Yields:
-        Text; NaN is null, and infinities are strings.
-    """
+def _json_text(pieces: Iterable[pd.DataFrame]) -> Iterator[str]:
+    """Gives an array with one object per row; NaN is null, and infinities are strings."""
     yield "["
     between = "\n"
     for piece in pieces:
@@ -108,35 +140,37 @@ def json_text(pieces: Iterable[pd.DataFrame]) -> Iterator[str]:
     yield "\n]\n"
 
 
-def write_text(
-    pieces: Iterable[pd.DataFrame], path: Path, text: Callable[[Pieces], Iterator[str]]
-) -> int:
-    """Writes a file of text in UTF-8.
+_TEXT: dict[str, Callable[[Iterable[pd.DataFrame]], Iterator[str]]]
+_TEXT = {"csv": _csv_text, "json": _json_text}
 
-    Args:
-        pieces: Frames with the same columns.
-        path: The file.
-        text: :func:`csv_text` or :func:`json_text`.
 
-    Returns:
-        The number of rows.
-    """
-    count = _Count(pieces)
+def _print(history: History, table: str, form: str, out: Output) -> None:
+    for text in _TEXT[form](pieces(history, table)):
+        # Names in the run could move the cursor of a terminal; a file gets them as they are.
+        out.write(printable_lines(text) if out.is_terminal else text)
+        if out.closed:
+            return
+
+
+def _write(pieces: Iterable[pd.DataFrame], form: str, path: Path) -> int:
+    """Writes a file; returns the number of rows."""
+    if form == "parquet":
+        return _write_parquet(pieces, path)
+    rows = 0
+
+    def counting() -> Iterator[pd.DataFrame]:
+        nonlocal rows
+        for piece in pieces:
+            rows += len(piece)
+            yield piece
+
+    # newline="" leaves the line breaks as they are, on Windows too.
     with path.open("w", encoding="utf-8", newline="") as file:
-        file.writelines(text(count))
-    return count.rows
+        file.writelines(_TEXT[form](counting()))
+    return rows
 
 
-def write_parquet(pieces: Iterable[pd.DataFrame], path: Path) -> int:
-    """Writes one Parquet file.
-
-    Args:
-        pieces: Frames with the same columns.
-        path: The file.
-
-    Returns:
-        The number of rows.
-    """
+def _write_parquet(pieces: Iterable[pd.DataFrame], path: Path) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -144,8 +178,10 @@ def write_parquet(pieces: Iterable[pd.DataFrame], path: Path) -> int:
     writer, schema = None, None
     try:
         for piece in pieces:
+            # The first piece decides the types: a later column without a value has another.
             table = pa.Table.from_pandas(piece, schema=schema, preserve_index=False)
             if writer is None:
+                # pandas' metadata is that of the first piece, with its number of rows.
                 schema = table.schema.remove_metadata()
                 writer = pq.ParquetWriter(str(path), schema)
             writer.write_table(table.cast(schema))
@@ -154,125 +190,3 @@ def write_parquet(pieces: Iterable[pd.DataFrame], path: Path) -> int:
         if writer is not None:
             writer.close()
     return rows
-
-
-class _Count:
-    """Counts rows as they pass."""
-
-    def __init__(self, pieces: Iterable[pd.DataFrame]) -> None:
-        self._pieces = pieces
-        self.rows = 0
-
-    def __iter__(self) -> Iterator[pd.DataFrame]:
-        for piece in self._pieces:
-            self.rows += len(piece)
-            yield piece
-
-
-FORMATS = ("csv", "parquet", "json")
-STDOUT = "-"
-TEXT: dict[str, Callable[[Any], Any]] = {"csv": csv_text, "json": json_text}
-
-DESCRIPTION = """\
-Writes one table of a run as one file.
-
-tables:
-  steps       one row per optimizer step
-  parameters  one row per step and parameter that had a gradient in it
-  events      NaN, Inf, spikes, skipped steps and the like
-
-Without -o, CSV and JSON go to standard output. pandas, DuckDB and Polars also read the
-Parquet files in the run folder as they are."""
-
-EXAMPLES = """\
-gradwatch export runs/a -o steps.csv
-gradwatch export runs/a --table parameters -o parameters.parquet
-gradwatch export runs/a --table events --format json | jq '.[] | select(.kind == "nan")'"""
-
-
-def add_to(commands: Commands) -> None:
-    """Adds the command.
-
-    Args:
-        commands: The commands of the parser.
-    """
-    parser = add_command(
-        commands, "export", "a table of a run as CSV, Parquet or JSON", DESCRIPTION, EXAMPLES
-    )
-    add_run(parser)
-    parser.add_argument(
-        "--format", choices=FORMATS, help="default: what the suffix of FILE says, or else csv"
-    )
-    parser.add_argument(
-        "-o", "--output", metavar="FILE", default=STDOUT, help="file to write; - for stdout"
-    )
-    parser.add_argument("--table", choices=TABLES, default=TABLES[0], help="default: %(default)s")
-    add_json(parser, "what was written")
-    parser.set_defaults(run_command=run)
-
-
-def run(arguments: argparse.Namespace, out: Output) -> int:
-    """Runs the command.
-
-    Args:
-        arguments: What the user typed.
-        out: Where to write.
-
-    Returns:
-        The exit code.
-    """
-    form = _format(arguments)
-    history = open_run(arguments.run)
-    if arguments.output == STDOUT:
-        _print(history, arguments.table, form, out)
-    else:
-        rows = _write(history, arguments, form)
-        _tell(arguments, form, rows, out)
-    return FINE
-
-
-def _format(arguments: argparse.Namespace) -> str:
-    suffix = Path(arguments.output).suffix.lower().removeprefix(".")
-    form: str = arguments.format or (suffix if suffix in FORMATS else "")
-    if not form and suffix:
-        raise CommandError(
-            f"-o {arguments.output!r} does not tell the format. Add --format {'|'.join(FORMATS)}."
-        )
-    if arguments.output == STDOUT and form == "parquet":
-        raise CommandError("--format parquet needs a file. Add -o FILE.")
-    if arguments.output == STDOUT and arguments.json:
-        raise CommandError(
-            "--json tells of a file. Add -o FILE, or use --format json for the rows."
-        )
-    return form or "csv"
-
-
-def _print(history: History, table: str, form: str, out: Output) -> None:
-    """Prints; a terminal is not told what a name tells it to do."""
-    for text in TEXT[form](pieces(history, table)):
-        out.write(printable_lines(text) if out.is_terminal else text)
-        if out.closed:
-            return
-
-
-def _write(history: History, arguments: argparse.Namespace, form: str) -> int:
-    with written_whole(arguments.output, arguments.run) as path:
-        table = pieces(history, arguments.table)
-        if form == "parquet":
-            return write_parquet(table, path)
-        return write_text(table, path, TEXT[form])
-
-
-def _tell(arguments: argparse.Namespace, form: str, rows: int, out: Output) -> None:
-    if arguments.json:
-        content = {
-            "run": run_name(arguments.run),
-            "table": arguments.table,
-            "format": form,
-            "file": arguments.output,
-            "rows": rows,
-        }
-        out.line(as_json(content, indent=2))
-    else:
-        what = f"{counted(rows, 'row')} of {arguments.table} as {form}"
-        out.line(f"Wrote {printable(arguments.output)} ({what})")

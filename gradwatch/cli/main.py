@@ -45,23 +45,16 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Ends the program.
-
-        Args:
-            message: What is wrong with the arguments.
-        """
+        """Ends the program, saying what is wrong with the arguments."""
         hint = f"Try '{self.prog} --help'."
         self.exit(PROBLEM, f"{self.prog}: {one_line(message).rstrip('.')}. {hint}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command.
+    """Runs a command; returns the exit code.
 
     Args:
         arguments: What the user typed behind ``gradwatch``; that of this process if left out.
-
-    Returns:
-        The exit code.
     """
     out = Output(sys.stdout)
     typed = sys.argv[1:] if arguments is None else arguments
@@ -85,27 +78,26 @@ def _run(chosen: argparse.Namespace, out: Output) -> int:
         if os.environ.get(TRACEBACK, "0") not in ("", "0"):
             raise
         _finish(out)
-        return _told(error, f"gradwatch {chosen.command}")
+        _say(f"gradwatch {chosen.command}: {one_line(_reason(error))}\n")
+        return PROBLEM
     return code
 
 
-def _told(error: Exception, program: str) -> int:
-    """Says in one line what was wrong."""
-    expected = isinstance(error, CommandError | UnreadableError | OSError | ModuleNotFoundError)
-    why = (
-        _text(error) if expected else f"{type(error).__name__}: {error} ({TRACEBACK}=1 shows more)"
-    )
-    if sys.stderr is not None:
-        with suppress(OSError):
-            sys.stderr.write(f"{program}: {one_line(why)}\n")
-            sys.stderr.flush()
-    return PROBLEM
-
-
-def _text(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    # str() of an OSError begins with "[Errno 13]", which helps nobody.
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
-    return str(error)
+    if isinstance(error, CommandError | UnreadableError | OSError | ModuleNotFoundError):
+        return str(error)
+    return f"{type(error).__name__}: {error} ({TRACEBACK}=1 shows more)"
+
+
+def _say(text: str) -> None:
+    # Python has None for a stream that was closed before it started: 2>&- in a shell.
+    if sys.stderr is not None:
+        with suppress(OSError):
+            sys.stderr.write(text)
+            sys.stderr.flush()
 
 
 def _finish(out: Output) -> None:
@@ -119,6 +111,8 @@ def _finish(out: Output) -> None:
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
     """Lets a command put the terminal in order when it is terminated."""
+    # Python ends at SIGTERM without a finally. SystemExit runs them, and rich's Live shows the
+    # cursor again.
 
     def end(*_: object) -> NoReturn:
         sys.exit(TERMINATED)
@@ -126,6 +120,7 @@ def _ended_by_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # no place to handle a signal
         return
+    # Given back at the end, for main() may be called by a program with a handler of its own.
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
@@ -147,7 +142,3 @@ def _parser() -> argparse.ArgumentParser:
     for command in (report, tail, plot, compare, export):
         command.add_to(commands)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -9,29 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 from gradwatch.cli.arguments import (
     FINE,
+    RUN,
     CommandError,
     Commands,
     add_command,
-    add_json,
-    add_run,
     at_least_one,
     open_run,
-    run_name,
+    tell_written,
     written_whole,
 )
-from gradwatch.cli.terminal import Output, as_json
-from gradwatch.wording import printable
+from gradwatch.cli.terminal import Output
 
 if TYPE_CHECKING:
     from gradwatch.history import History
 
-
 KINDS = ("norms", "flow", "heatmap", "clipping")
-DPI = 150
 
-MISSING = "plot needs matplotlib, which is not installed. Run: pip install 'gradwatch[plot]'"
+_MISSING = "plot needs matplotlib, which is not installed. Run: pip install 'gradwatch[plot]'"
 
-DESCRIPTION = """\
+_DESCRIPTION = """\
 Draws a run into a picture; the suffix of FILE says which format: .png, .svg, .pdf, ...
 
 kinds:
@@ -40,59 +36,44 @@ kinds:
   heatmap   every layer by step
   clipping  how often the clip acts, and how hard"""
 
-EXAMPLES = """\
+_EXAMPLES = """\
 gradwatch plot runs/a -o norms.png
 gradwatch plot runs/a -o layers.svg --kind heatmap --start 1000 --stop 2000"""
 
 
 def add_to(commands: Commands) -> None:
-    """Adds the command.
-
-    Args:
-        commands: The commands of the parser.
-    """
-    parser = add_command(commands, "plot", "a picture of a run", DESCRIPTION, EXAMPLES)
-    add_run(parser)
-    parser.add_argument(
-        "-o", "--output", metavar="FILE", required=True, help="picture to write, such as norms.png"
-    )
+    """Adds the command to those of the parser."""
+    parser = add_command(commands, "plot", run, "a picture of a run", _DESCRIPTION, _EXAMPLES)
+    parser.add_argument("run", metavar="RUN", help=RUN)
+    file = "picture to write, such as norms.png"
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help=file)
     parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help="default: %(default)s")
-    parser.add_argument(
-        "--dpi", type=at_least_one, default=DPI, help="dots per inch (default: %(default)s)"
-    )
+    dots = "dots per inch (default: %(default)s)"
+    parser.add_argument("--dpi", type=at_least_one, default=150, help=dots)
     parser.add_argument("--start", type=at_least_one, metavar="STEP", help="first step to draw")
-    parser.add_argument(
-        "--stop", type=at_least_one, metavar="STEP", help="step to stop before; default: all"
-    )
-    add_json(parser, "what was written")
-    parser.set_defaults(run_command=run)
+    stop = "step to stop before; default: all"
+    parser.add_argument("--stop", type=at_least_one, metavar="STEP", help=stop)
+    parser.add_argument("--json", action="store_true", help="print what was written as JSON")
 
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
-    """Runs the command.
-
-    Args:
-        arguments: What the user typed.
-        out: Where to write.
-
-    Returns:
-        The exit code.
-    """
+    """Draws the picture; returns the exit code."""
     suffix = _suffix(arguments.output)
     history = open_run(arguments.run)
     span = {"start": arguments.start, "stop": arguments.stop}
     if not len(history.steps((), **span)):
-        raise CommandError(_nothing(history, arguments))
+        raise CommandError(_no_steps(history, arguments))
     figure = getattr(history, f"plot_{arguments.kind}")(**span).figure
     with written_whole(arguments.output, arguments.run) as path:
         figure.savefig(path, format=suffix, dpi=arguments.dpi)
     _pyplot().close(figure)
-    _tell(arguments, out)
+    file, kind = arguments.output, arguments.kind
+    content = {"kind": kind, "file": file, "bytes": Path(file).stat().st_size}
+    tell_written(arguments, out, content, kind)
     return FINE
 
 
-def _nothing(history: History, arguments: argparse.Namespace) -> str:
-    """Says why there is nothing to draw."""
+def _no_steps(history: History, arguments: argparse.Namespace) -> str:
     steps = history.steps(()).index
     if not len(steps):
         return f"{arguments.run!r} has no steps yet, so there is nothing to draw."
@@ -105,6 +86,7 @@ def _nothing(history: History, arguments: argparse.Namespace) -> str:
 
 def _suffix(target: str) -> str:
     """Checks the format before anything is read."""
+    # Before any figure is drawn, so it takes one to be asked what its canvas can write.
     known = sorted(_pyplot().gcf().canvas.get_supported_filetypes())
     _pyplot().close()
     suffix = Path(target).suffix.lower().removeprefix(".")
@@ -121,19 +103,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ModuleNotFoundError as error:
-        raise CommandError(MISSING) from error
+        raise CommandError(_MISSING) from error
+    # Before pyplot is loaded, which would otherwise look for a screen.
     matplotlib.use("agg")
     return importlib.import_module("matplotlib.pyplot")
-
-
-def _tell(arguments: argparse.Namespace, out: Output) -> None:
-    if arguments.json:
-        content = {
-            "run": run_name(arguments.run),
-            "kind": arguments.kind,
-            "file": arguments.output,
-            "bytes": Path(arguments.output).stat().st_size,
-        }
-        out.line(as_json(content, indent=2))
-    else:
-        out.line(f"Wrote {printable(arguments.output)} ({arguments.kind})")

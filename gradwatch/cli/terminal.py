@@ -60,7 +60,7 @@ def percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.3g} %"
 
 
-ELLIPSIS = "..."
+_ELLIPSIS = "..."
 
 
 def printable_lines(text: str) -> str:
@@ -73,22 +73,15 @@ def printable_lines(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Puts text on one line, runs of spaces and breaks as one space, and escapes the rest.
-
-    Args:
-        text: Any string.
-    """
+    """Puts text on one line, runs of spaces and breaks as one space, and escapes the rest."""
     return printable(" ".join(text.split()))
 
 
 def width(text: str) -> int:
-    """Returns how many columns of a terminal a text takes.
-
-    Args:
-        text: Printable text.
-    """
+    """Returns how many columns of a terminal a printable text takes."""
     if text.isascii():
         return len(text)
+    # Accents that combine take no column; those that are wide, of East Asian scripts, take two.
     return sum(0 if combining(one) else 1 + (east_asian_width(one) in "WF") for one in text)
 
 
@@ -101,35 +94,34 @@ def shortened(text: str, columns: int) -> str:
     """
     if width(text) <= columns:
         return text
-    room = columns - len(ELLIPSIS)
+    room = columns - len(_ELLIPSIS)
     head, tail = _prefix(text, room // 3), _prefix(text[::-1], room - room // 3)[::-1]
-    return head + ELLIPSIS + tail
+    return head + _ELLIPSIS + tail
 
 
 def _prefix(text: str, columns: int) -> str:
     used = 0
-    for place, one in enumerate(text):
+    for index, one in enumerate(text):
         used += width(one)
         if used > columns:
-            return text[:place]
+            return text[:index]
     return text
 
 
-GAP = "  "
+def event_line(step: int, kind: str, message: str, optimizer: str = "") -> str:
+    """Writes an event, with its optimizer where a run has several."""
+    label = f"{printable(optimizer)} " if optimizer else ""
+    return f"{label}step {step:,}  {printable(kind)}: {printable(message)}"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Aligns cells: the first column to the left, the others to the right.
 
-    Args:
-        header: The names of the columns.
-        rows: Cells of printable text.
-
     Returns:
         One line per row, the header first.
     """
     lines = [header, *rows]
-    widths = [max(width(row[place]) for row in lines) for place in range(len(header))]
+    widths = [max(map(width, column)) for column in zip(*lines, strict=True)]
     return [_line(row, widths) for row in lines]
 
 
@@ -137,12 +129,12 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
     padding = [" " * (wide - width(cell)) for cell, wide in zip(row, widths, strict=True)]
     cells = [row[0] + padding[0]]
     cells += [gap + cell for cell, gap in zip(row[1:], padding[1:], strict=True)]
-    return GAP.join(cells).rstrip()
+    return "  ".join(cells).rstrip()
 
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII = "_.,-~=+#"
-BAD = "!"
+_BAD = "!"
 """Stands where a number is NaN or infinite."""
 
 
@@ -161,27 +153,29 @@ def sparkline(values: Sequence[float], columns: int, levels: str = BLOCKS) -> st
         >>> sparkline([1.0, 10.0, 100.0, float("nan")], 10)
         '▁▅█!'
     """
-    cells = [_cell(cell) for cell in _split(values, columns)]
+    cells = [_largest(cell) for cell in _split(values, columns)]
+    # On a scale of logarithms, for gradient norms span several powers of ten.
     logs = [math.log(value) for value in cells if 0 < value < math.inf]
     if not logs:
-        return "".join(BAD if not math.isfinite(value) else " " for value in cells)
+        return "".join(_BAD if not math.isfinite(value) else " " for value in cells)
     low, high = min(logs), max(logs)
     return "".join(_drawn(value, low, high, levels) for value in cells)
 
 
 def _split(values: Sequence[float], columns: int) -> list[Sequence[float]]:
     count = min(columns, len(values))
-    bounds = [len(values) * place // count for place in range(count + 1)] if count else [0]
+    bounds = [len(values) * index // count for index in range(count + 1)] if count else [0]
     return [values[start:stop] for start, stop in pairwise(bounds)]
 
 
-def _cell(values: Sequence[float]) -> float:
+def _largest(values: Sequence[float]) -> float:
+    # max() keeps a NaN or not by the order; as the largest of all it is always seen.
     return max(values, key=lambda value: value if math.isfinite(value) else math.inf)
 
 
 def _drawn(value: float, low: float, high: float, levels: str) -> str:
     if not math.isfinite(value):
-        return BAD
+        return _BAD
     if value <= 0:
         return " "
     share = (math.log(value) - low) / (high - low) if high > low else 0.0
@@ -222,13 +216,10 @@ class Output:
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        """Takes a stream; what its encoding has no bytes for is written as an escape.
-
-        Args:
-            stream: Where to write; None where it was closed from the beginning.
-        """
+        """Writes to a stream; None where it was closed from the beginning, as Python has it."""
         self.closed = stream is None
         self._stream = stream
+        # What its encoding has no bytes for, of a name say, is an escape and no UnicodeEncodeError.
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
@@ -243,11 +234,7 @@ class Output:
         return not self.closed and self.stream.isatty() and os.environ.get("TERM") != "dumb"
 
     def can_show(self, text: str) -> bool:
-        """Tells whether the encoding has bytes for a text.
-
-        Args:
-            text: Any string.
-        """
+        """Tells whether the encoding has bytes for a text."""
         try:
             text.encode(getattr(self._stream, "encoding", None) or "ascii")
         except (UnicodeError, LookupError):
@@ -255,19 +242,11 @@ class Output:
         return True
 
     def line(self, text: str = "") -> None:
-        """Writes a line.
-
-        Args:
-            text: Without its line break.
-        """
+        """Writes a line, given without its break."""
         self.write(text + "\n")
 
     def write(self, text: str) -> None:
-        """Writes text as it is.
-
-        Args:
-            text: Any string.
-        """
+        """Writes text as it is."""
         if not self.closed:
             try:
                 self.stream.write(text)
@@ -285,6 +264,7 @@ class Output:
     def close(self) -> None:
         """Writes nothing more, and keeps Python from complaining about the pipe as it exits."""
         self.closed = True
+        # Python flushes its streams as it exits, and would say so on stderr and exit with 120.
         with suppress(OSError, ValueError, AttributeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())

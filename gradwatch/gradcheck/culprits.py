@@ -15,57 +15,6 @@ from gradwatch.gradcheck.function import Repeatable, is_continuous, map_tensors,
 from gradwatch.gradcheck.slopes import Line, Slopes, Tolerance, compare, is_wrong
 
 
-def custom_functions(outputs: Sequence[Tensor], leaf: Tensor) -> tuple[str, ...]:
-    """Lists the classes of users' Functions on the way from outputs to a leaf.
-
-    Args:
-        outputs: Tensors with a graph.
-        leaf: The leaf.
-
-    Returns:
-        Their names, each once, from the output on; those of torch itself are left out.
-    """
-    order = _breadth_first([output.grad_fn for output in outputs if output.grad_fn is not None])
-    leads = _leading_to([node for node in order if getattr(node, "variable", None) is leaf], order)
-    classes = [_forward_class(node) for node in order if node in leads]
-    names = [cls.__name__ for cls in classes if cls is not None and not _is_torch_function(cls)]
-    return tuple(dict.fromkeys(names))
-
-
-def _breadth_first(starts: list[Any]) -> list[Any]:
-    order = list(dict.fromkeys(starts))
-    seen = set(order)
-    for node in order:  # grows on the way
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                order.append(following)
-    return order
-
-
-def _leading_to(ends: list[Any], nodes: list[Any]) -> set[Any]:
-    before: dict[Any, list[Any]] = {}
-    for node in nodes:
-        for following, _ in node.next_functions:
-            before.setdefault(following, []).append(node)
-    leads, waiting = set(ends), list(ends)
-    while waiting:
-        fresh = [node for node in before.get(waiting.pop(), ()) if node not in leads]
-        leads.update(fresh)
-        waiting.extend(fresh)
-    return leads
-
-
-def _forward_class(node: Any) -> Any:
-    return (
-        getattr(type(node), "_forward_cls", None) if isinstance(node, BackwardCFunction) else None
-    )
-
-
-def _is_torch_function(cls: Any) -> bool:
-    return bool(cls.__module__.split(".")[0] == "torch")
-
-
 @dataclass(frozen=True, slots=True)
 class Culprit:
     """A module, or a function, whose own gradients are wrong.
@@ -74,13 +23,13 @@ class Culprit:
         module: Its name; empty for the whole.
         kind: Its class.
         functions: The custom autograd Functions in it, on the way to what is wrong.
-        place: When it was first called, in order; the whole is called last.
+        order: When it was first called; the whole comes last.
     """
 
     module: str
     kind: str
     functions: tuple[str, ...]
-    place: int
+    order: int
 
     def __str__(self) -> str:
         """Says where to look."""
@@ -88,46 +37,6 @@ class Culprit:
         if not self.module:
             return f"{made} in {self.kind}" if made else f"{self.kind} itself"
         return f"{self.module} ({self.kind})" + (f": {made}" if made else "")
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What a module was first called with.
-
-    Attributes:
-        name: Its name.
-        module: The module.
-        inputs: Its positional arguments; tensors are copies that know if they had a graph.
-        keywords: Its keyword arguments.
-    """
-
-    name: str
-    module: nn.Module
-    inputs: Any
-    keywords: Any
-
-
-def first_calls(function: Repeatable) -> list[Call]:
-    """Computes a function once and notes what its modules were called with.
-
-    Args:
-        function: The function of a module.
-
-    Returns:
-        The first call of each module inside, in order.
-    """
-    calls: dict[str, Call] = {}
-    handles = []
-    root = function.module
-    for name, module in [] if root is None else root.named_modules():
-        if module is not root:
-            handles.append(module.register_forward_pre_hook(_note(calls, name), with_kwargs=True))
-    try:
-        function.outputs()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(calls.values())
 
 
 def find_culprits(
@@ -150,20 +59,68 @@ def find_culprits(
     found: list[Culprit] = []
     evaluations = 0
     calls = first_calls(function)
-    for place, call in reversed(list(enumerate(calls))):
-        if _is_of_torch(call.module) or any(_is_inside(c.module, call.name) for c in found):
+    # A module is called before its children, so backwards the children come first, and a parent
+    # that holds a culprit need not be checked: it would fail only because of that one.
+    for order, call in reversed(list(enumerate(calls))):
+        of_torch = type(call.module).__module__.startswith("torch.nn.")
+        if of_torch or any(c.module.startswith(f"{call.name}.") for c in found):
             continue
-        part = repeatable(
-            partial(_call, call.module), call.module, (call.inputs, call.keywords), only_marked=True
-        )
+        inputs = (call.inputs, call.keywords)
+        part = repeatable(partial(_call, call.module), call.module, inputs, only_marked=True)
         functions = _fault(part, tolerance, seed)
         evaluations += part.evaluations
         if functions is not None:
-            found.append(Culprit(call.name, type(call.module).__name__, functions, place))
+            found.append(Culprit(call.name, type(call.module).__name__, functions, order))
     if not found:
         functions = functions_between(function, wrong)
         return [Culprit("", kind, functions, len(calls))], evaluations + 1
     return found[::-1], evaluations
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a module was first called with.
+
+    Attributes:
+        name: Its name.
+        module: The module.
+        inputs: Its positional arguments; tensors are copies that know if they had a graph.
+        keywords: Its keyword arguments.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Any
+    keywords: Any
+
+
+def first_calls(function: Repeatable) -> list[Call]:
+    """Computes a function once; returns the first call of each module inside, in order."""
+    calls: dict[str, Call] = {}
+    handles = []
+    root = function.module
+    for name, module in [] if root is None else root.named_modules():
+        if module is not root:
+            record = partial(_record, calls, name)
+            handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
+    try:
+        function.outputs()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(calls.values())
+
+
+def _record(calls: dict[str, Call], name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+    if name not in calls:
+        # Copied at once: an operation in place, further on, would write to the arguments.
+        inputs, keywords = map_tensors((args, kwargs), _detached_copy, "")
+        calls[name] = Call(name, module, inputs, keywords)
+
+
+def _detached_copy(_: str, tensor: Tensor) -> Tensor:
+    copy = tensor.detach().clone()
+    return copy.requires_grad_(tensor.requires_grad) if is_continuous(tensor) else copy
 
 
 def _call(module: nn.Module, inputs: Any, keywords: Any) -> Any:
@@ -187,31 +144,46 @@ def _wrong_leaves(slopes: Slopes, generator: torch.Generator) -> Iterator[int]:
             yield number
 
 
-def functions_between(function: Repeatable, wrong: Iterable[int]) -> tuple[str, ...]:
-    """Lists the custom autograd Functions on the way from the outputs to some leaves."""
+def functions_between(function: Repeatable, leaves: Iterable[int]) -> tuple[str, ...]:
+    """Lists the users' autograd Functions on the way from the outputs to some leaves, each once."""
     outputs = [tensor for _, tensor in function.outputs()]
-    leaves = [function.leaves[number].tensor for number in wrong]
-    names = [name for leaf in leaves for name in custom_functions(outputs, leaf)]
-    return tuple(dict.fromkeys(names))
+    nodes = _breadth_first([output.grad_fn for output in outputs if output.grad_fn is not None])
+    names: dict[str, None] = {}
+    for number in leaves:
+        on_the_way = _leading_to(function.leaves[number].tensor, nodes)
+        names.update(dict.fromkeys(_custom_names(n for n in nodes if n in on_the_way)))
+    return tuple(names)
 
 
-def _note(calls: dict[str, Call], name: str) -> Any:
-    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        if name not in calls:
-            inputs, keywords = map_tensors((args, kwargs), _kept, "")
-            calls[name] = Call(name, module, inputs, keywords)
-
-    return note
-
-
-def _kept(_: str, tensor: Tensor) -> Tensor:
-    copy = tensor.detach().clone()
-    return copy.requires_grad_(tensor.requires_grad) if is_continuous(tensor) else copy
+def _breadth_first(starts: Sequence[Any]) -> list[Any]:
+    nodes = list(dict.fromkeys(starts))
+    seen = set(nodes)
+    for node in nodes:  # grows on the way
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return nodes
 
 
-def _is_inside(name: str, outer: str) -> bool:
-    return name.startswith(f"{outer}.")
+def _leading_to(leaf: Tensor, nodes: Sequence[Any]) -> set[Any]:
+    before: dict[Any, list[Any]] = {}
+    for node in nodes:
+        for following, _ in node.next_functions:
+            before.setdefault(following, []).append(node)
+    # Only the AccumulateGrad node of a leaf has a variable: it is where the graph ends.
+    waiting = [node for node in nodes if getattr(node, "variable", None) is leaf]
+    leading = set(waiting)
+    while waiting:
+        fresh = [node for node in before.get(waiting.pop(), ()) if node not in leading]
+        leading.update(fresh)
+        waiting.extend(fresh)
+    return leading
 
 
-def _is_of_torch(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.")
+def _custom_names(nodes: Iterable[Any]) -> Iterator[str]:
+    for node in nodes:
+        # torch makes a class of nodes for each Function, and keeps the Function in _forward_cls.
+        cls: Any = getattr(type(node), "_forward_cls", None)
+        if isinstance(node, BackwardCFunction) and cls.__module__.split(".")[0] != "torch":
+            yield cls.__name__

@@ -6,13 +6,11 @@ import math
 from dataclasses import dataclass
 
 _REASONS = {
-    "wrong": "",
     "detached": "no gradient arrives, but the output depends on it (detach, no_grad, .data?)",
     "flat": "there is a gradient, but the output does not move (rounding, straight-through?)",
     "not finite": "the gradient is not finite, but the function is",
-    "contract": "",
 }
-_SHOWN = 20
+_SHOWN = 20  # entries of each list: a model with thousands of parameters may be wrong in all
 
 
 class WrongGradientError(RuntimeError):
@@ -68,6 +66,7 @@ class GradientMismatch:
 
     def __str__(self) -> str:
         """Says where and how much."""
+        # gradcheck's message has its own numbers; those here are NaN.
         if self.message:
             return self.message
         parts = [
@@ -78,8 +77,8 @@ class GradientMismatch:
             parts.append(f"relative error {self.relative_error:.2g}")
         if self.output:
             parts.append(f"for {self.output}")
-        reason = _REASONS.get(self.kind, "")
-        return ", ".join(parts) + (f"; {reason}" if reason else "")
+        reason = f"; {_REASONS[self.kind]}" if self.kind in _REASONS else ""
+        return ", ".join(parts) + reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +112,7 @@ class GradientCheck:
         return not self.failures
 
     def raise_if_wrong(self) -> None:
-        """Raises if a gradient is wrong, for tests.
-
-        Raises:
-            WrongGradientError: With everything that was found.
-        """
+        """Raises a :class:`WrongGradientError` if a gradient is wrong, for tests."""
         if self.failures:
             raise WrongGradientError(self)
 
@@ -127,7 +122,10 @@ class GradientCheck:
 
     def __str__(self) -> str:
         """Says what is wrong and where, the place to look at first."""
-        lines = [self._headline()]
+        effort = f"({self.evaluations} evaluations in float64)"
+        tensors = f"{len(self.checked)} tensor" + "s" * (len(self.checked) != 1)
+        verdict = "right for" if self.ok else f"WRONG for {len(self.failures)} of"
+        lines = [f"Gradients of {self.subject}: {verdict} {tensors} {effort}."]
         lines += [f"  Look at {culprit}." for culprit in self.culprits]
         lines += [f"  {failure}" for failure in self.failures[:_SHOWN]]
         if len(self.failures) > _SHOWN:
@@ -141,10 +139,3 @@ class GradientCheck:
             names += f" and {more} more" if more > 0 else ""
             lines.append(f"  Without influence above rounding, so not checked: {names}")
         return "\n".join(lines)
-
-    def _headline(self) -> str:
-        effort = f"({self.evaluations} evaluations in float64)"
-        tensors = f"{len(self.checked)} tensor" + "s" * (len(self.checked) != 1)
-        if self.ok:
-            return f"Gradients of {self.subject}: right for {tensors} {effort}."
-        return f"Gradients of {self.subject}: WRONG for {len(self.failures)} of {tensors} {effort}."

@@ -14,6 +14,10 @@ from torch import Tensor
 from gradwatch.gradcheck.function import Leaf, Repeatable
 
 _LEAST_SCALE = 1e-2
+_ROUNDING = 16 * torch.finfo(torch.float64).eps
+_JITTER = 1e-4  # a hundred usual steps: away from a kink, and near enough to meet no other one
+_STEPS = (1.0, 1 / 16, 16.0, 1 / 256, 256.0)  # the usual one, then what helps most often
+_BY_SIZE = (3, 1, 0, 2, 4)  # the steps by size, as indices
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,16 +71,6 @@ class Tolerance:
     atol: float
 
 
-def scale_of(leaf: Leaf) -> float:
-    """Computes the unit of a step: the root mean square of a leaf, or 0.01 if that is less."""
-    size = leaf.flat.numel()
-    return max(_LEAST_SCALE, float(torch.linalg.vector_norm(leaf.flat)) / math.sqrt(size or 1))
-
-
-_ROUNDING = 16 * torch.finfo(torch.float64).eps
-_JITTER = 1e-4
-
-
 class Slopes:
     r"""The derivatives of :math:`L = \sum_j w_j y_j` for the outputs :math:`y` of a function.
 
@@ -88,7 +82,7 @@ class Slopes:
 
     Attributes:
         function: What is differentiated.
-        places: Where the outputs are in what the function returns.
+        paths: Where the outputs are in what the function returns: ``output['loss']``, say.
         weights: The w by output, in the shape and dtype of it.
         sparse: Whether a gradient came as a sparse tensor.
         gradients: For each leaf the gradient of L, float64 ``[n]``; None where the graph has none.
@@ -100,23 +94,17 @@ class Slopes:
     """
 
     def __init__(self, function: Repeatable, tolerance: Tolerance, seed: int) -> None:
-        """Computes the gradient once.
-
-        Args:
-            function: What is differentiated; it must have outputs.
-            tolerance: What counts as equal.
-            seed: Where the weights start.
-        """
+        """Computes the gradient of a function, which must have outputs."""
         self.function = function
         self.tolerance = tolerance
         self.sparse = False
         outputs = function.outputs()
         generator = torch.Generator().manual_seed(seed)
         self.weights = [_weights(tensor, generator, len(outputs) == 1) for _, tensor in outputs]
-        self.places = [place for place, _ in outputs]
-        self._rounding = _ROUNDING * _size(self.weights, [tensor for _, tensor in outputs])
+        self.paths = [path for path, _ in outputs]
+        self._rounding = _ROUNDING * _size(self.weights, outputs)
         self.gradients = self.differentiate(self.weights, outputs)
-        self.scales = [scale_of(leaf) for leaf in function.leaves]
+        self.scales = [_scale(leaf) for leaf in function.leaves]
 
     def differentiate(
         self, weights: Sequence[Tensor], outputs: Sequence[tuple[str, Tensor]] | None = None
@@ -125,12 +113,13 @@ class Slopes:
 
         Args:
             weights: For each output.
-            outputs: The outputs; None to compute them.
+            outputs: The outputs; None to compute them, as a graph serves once.
 
         Returns:
             For each leaf float64 ``[n]``, or None where no graph leads to it.
         """
         outputs = self.function.outputs() if outputs is None else outputs
+        # torch.autograd.grad refuses an output without a graph, even among others.
         ends = [(y, w) for w, (_, y) in zip(weights, outputs, strict=True) if y.requires_grad]
         leaves = [leaf.tensor for leaf in self.function.leaves]
         if not ends:
@@ -147,8 +136,7 @@ class Slopes:
         gradient = self.gradients[line.leaf]
         if gradient is None:
             return 0.0
-        part = gradient[line.start : line.start + line.values.numel()]
-        return float(torch.dot(part, line.values))
+        return float(torch.dot(gradient[line.start : line.stop], line.values))
 
     def changes(self, line: Line, factor: float = 1.0) -> list[Tensor]:
         """Computes the derivatives of all outputs along a line by central differences.
@@ -164,6 +152,7 @@ class Slopes:
         try:
             above, below = self._moved(line, step), self._moved(line, -step)
             pairs = zip(above, below, self.weights, strict=True)
+            # A weight of 0 marks an output of Inf, and Inf - Inf is NaN.
             return [torch.where(w != 0, (a - b) / (2 * step), 0.0) for a, b, w in pairs]
         except (RuntimeError, ValueError):  # outside of what the function is defined for
             return [torch.full_like(w, math.nan) for w in self.weights]
@@ -184,27 +173,38 @@ class Slopes:
         saved = [leaf.flat.clone() for leaf in self.function.leaves]
         try:
             for leaf, scale in zip(self.function.leaves, self.scales, strict=True):
-                moves = Line.random(0, leaf.flat, generator).values  # unlike, or ties stay ties
+                # Each number by another amount, or a tie of two would stay a tie.
+                moves = Line.random(0, leaf.flat, generator).values
                 leaf.flat.add_(moves, alpha=sign * _JITTER * scale)
+            # The gradient there is another one, so it takes Slopes of its own.
             yield Slopes(self.function, self.tolerance, 0)
         finally:
+            # Copied back, for the moves taken off again would leave their rounding.
             for leaf, values in zip(self.function.leaves, saved, strict=True):
                 leaf.flat.copy_(values)
 
     def allowed(self, line: Line, analytic: float, numeric: float) -> float:
         """Computes how far apart two equal derivatives may be."""
+        # The outputs are rounded in proportion to their size; dividing by the step blows that up.
         rounding = self._rounding / (self.tolerance.eps * self.scales[line.leaf])
         relative = self.tolerance.rtol * max(abs(analytic), abs(numeric))
         return relative + self.tolerance.atol + rounding
 
     def _moved(self, line: Line, step: float) -> list[Tensor]:
-        part = self.function.leaves[line.leaf].flat[line.start :][: line.values.numel()]
+        part = self.function.leaves[line.leaf].flat[line.start : line.stop]
         saved = part.clone()
         try:
             part.add_(line.values, alpha=step)
             return [tensor.detach() for _, tensor in self.function.outputs()]
         finally:
             part.copy_(saved)
+
+
+def _scale(leaf: Leaf) -> float:
+    """Computes the unit of a step: the root mean square of a leaf, or 0.01 if that is less."""
+    # Weights that start at zero would have a step of zero.
+    rms = float(torch.linalg.vector_norm(leaf.flat)) / math.sqrt(leaf.flat.numel() or 1)
+    return max(_LEAST_SCALE, rms)
 
 
 def _weights(output: Tensor, generator: torch.Generator, alone: bool) -> Tensor:
@@ -218,27 +218,25 @@ def _weights(output: Tensor, generator: torch.Generator, alone: bool) -> Tensor:
     return torch.where(torch.isfinite(output.detach()), weights.to(output), 0.0)
 
 
-def _size(weights: Sequence[Tensor], outputs: Sequence[Tensor]) -> float:
+def _size(weights: Sequence[Tensor], outputs: Sequence[tuple[str, Tensor]]) -> float:
+    # The root of the sum of squares: rounding errors are independent, and add up so.
     products = [
-        torch.where(w != 0, w * y.detach(), 0.0) for w, y in zip(weights, outputs, strict=True)
+        torch.where(w != 0, w * y.detach(), 0.0) for w, (_, y) in zip(weights, outputs, strict=True)
     ]
     return math.sqrt(sum(float(product.abs().square().sum()) for product in products))
 
 
 def _flat(gradient: Tensor) -> Tensor:
     dense = gradient.detach() if gradient.layout is torch.strided else gradient.to_dense()
+    # view_as_real refuses a lazy conjugate, which conj() of a complex backward leaves.
     real = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
     return real.reshape(-1).to(torch.float64)
 
 
 def _inner(weights: Tensor, changes: Tensor) -> Tensor:
-    return (
-        (weights.conj() * changes).real.sum() if weights.is_complex() else (weights * changes).sum()
-    )
-
-
-_STEPS = (1.0, 1 / 16, 16.0, 1 / 256, 256.0)
-_IN_ORDER = (3, 1, 0, 2, 4)  # the steps by size, as indices
+    # As torch has it: the gradient of a real number by a complex one is conjugated.
+    product = weights.conj() * changes
+    return product.real.sum() if product.is_complex() else product.sum()
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +247,7 @@ class Comparison:
         analytic: By the graph.
         numeric: By central differences.
         agrees: Whether they are the same within the tolerance.
-        settled: Whether the numeric one is the same for several steps. If not, what differs may be
+        stable: Whether the numeric one is the same for several steps. If not, what differs may be
             a jump or rounding.
         traceable: Whether either is above the rounding of the other.
     """
@@ -257,7 +255,7 @@ class Comparison:
     analytic: float
     numeric: float
     agrees: bool
-    settled: bool = True
+    stable: bool = True
     traceable: bool = True
 
 
@@ -266,13 +264,6 @@ def compare(slopes: Slopes, line: Line) -> Comparison:
 
     A smaller step leaves a kink nearby outside, a larger one is above the rounding of large
     outputs.
-
-    Args:
-        slopes: The derivatives.
-        line: The line.
-
-    Returns:
-        The numbers and what to think of them.
     """
     analytic = slopes.analytic(line)
     tried: list[float] = []
@@ -283,16 +274,17 @@ def compare(slopes: Slopes, line: Line) -> Comparison:
         if abs(analytic - numeric) <= allowed:
             traceable = max(abs(analytic), abs(numeric)) > allowed
             return Comparison(analytic, numeric, True, traceable=traceable)
-    return _disagreement(analytic, [tried[i] for i in _IN_ORDER])
+    return _disagreement(analytic, [tried[i] for i in _BY_SIZE])
 
 
 def _disagreement(analytic: float, numeric: list[float]) -> Comparison:
+    # Neighbouring steps that agree best are those between kinks, above, and rounding, below.
     pairs = [(abs(a - b), b) for a, b in pairwise(numeric) if math.isfinite(a - b)]
     if not pairs:
-        return Comparison(analytic, math.nan, False, settled=False)
+        return Comparison(analytic, math.nan, False, stable=False)
     spread, best = min(pairs)
-    settled = not math.isfinite(analytic) or 4 * spread < abs(analytic - best)
-    return Comparison(analytic, best, False, settled)
+    stable = not math.isfinite(analytic) or 4 * spread < abs(analytic - best)
+    return Comparison(analytic, best, False, stable)
 
 
 def is_wrong(slopes: Slopes, line: Line, found: Comparison) -> bool:
@@ -301,11 +293,6 @@ def is_wrong(slopes: Slopes, line: Line, found: Comparison) -> bool:
     A kink is a matter of one point, and a wrong gradient is wrong next to it as well. What differs
     is therefore compared again on both sides of it, all leaves moved by random amounts. A gradient
     of NaN where the function is finite is wrong in any case: a training would meet it.
-
-    Args:
-        slopes: The derivatives.
-        line: Where they differ.
-        found: How.
     """
     if not math.isfinite(found.analytic):
         return math.isfinite(slopes.numeric(line))
@@ -315,6 +302,6 @@ def is_wrong(slopes: Slopes, line: Line, found: Comparison) -> bool:
                 again = compare(moved, line)
         except (RuntimeError, ValueError):  # outside of what the function is defined for
             continue
-        if not again.agrees and again.settled:
+        if not again.agrees and again.stable:
             return True
     return False

@@ -1,3 +1,1 @@
 """curvature(): eigenvalues and trace of the Hessian, from products with vectors."""
-
-from __future__ import annotations

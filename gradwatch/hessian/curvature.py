@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.checks import check_between, check_count
-from gradwatch.hessian.of_model import HessianOfModel, Loss, check_loss, hessian_of
+from gradwatch.hessian.of_model import Loss, check_loss, hessian_of
 from gradwatch.hessian.spectrum import estimate_trace, extreme_eigenvalues
 
 __all__ = ["Curvature", "curvature"]
@@ -65,16 +65,14 @@ class Curvature:
         eigenvalues = f"{self.smallest_eigenvalue:.4g} to {self.largest_eigenvalue:.4g}"
         effort = f"{self.iterations} products" + ("" if self.converged else ", not converged")
         head = f"Curvature over {self.parameters:,} parameters at loss {self.loss:.4g}: "
+        limit = f"{self.learning_rate_limit:.3g} (2 / largest eigenvalue)"
         lines = [
             f"{head}eigenvalues from {eigenvalues} ({effort}){self._trace_text()}.",
-            f"Plain gradient descent oscillates above a learning rate of {self._limit_text()}.",
+            f"Plain gradient descent oscillates above a learning rate of {limit}.",
         ]
         if self.unused:
             lines.append(f"The loss does not depend on {', '.join(self.unused)}.")
         return "\n".join(lines)
-
-    def _limit_text(self) -> str:
-        return f"{self.learning_rate_limit:.3g} (2 / largest eigenvalue)"
 
     def _trace_text(self) -> str:
         if not self.probes:
@@ -139,19 +137,14 @@ def curvature(
     check_between("curvature(tolerance=)", tolerance, 0.0, 1.0, "Write 1e-3.")
     check_count("curvature(probes=)", probes, 0)
     check_loss(loss)
-    with hessian_of(model, loss, seed) as found:
-        return _measure(found, (iterations, tolerance, probes, seed))
-
-
-def _measure(found: HessianOfModel, options: tuple[int, float, int, int]) -> Curvature:
-    product, loss, names = found
-    iterations, tolerance, probes, seed = options
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(product.like.shape, generator=generator).to(product.like)
-    ends = extreme_eigenvalues(product, start, iterations, tolerance)
-    trace = estimate_trace(product, product.like, probes, generator)
+    with hessian_of(model, loss, seed) as (product, value, names):
+        # Drawn on the CPU and then moved, so that a seed gives the same numbers on every device.
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(product.like.shape, generator=generator).to(product.like)
+        ends = extreme_eigenvalues(product, start, iterations, tolerance)
+        trace = estimate_trace(product, product.like, probes, generator)
     return Curvature(
-        loss=loss,
+        loss=value,
         largest_eigenvalue=ends.largest,
         smallest_eigenvalue=ends.smallest,
         trace=trace.value,

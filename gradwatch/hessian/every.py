@@ -1,9 +1,9 @@
-"""The curvature along a training: taken at every so many steps, and harming none."""
+"""The curvature along a training: measured at every so many steps, and harming none."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.checks import check_between, check_count
-from gradwatch.hessian.of_model import hessian_of
+from gradwatch.hessian.of_model import arguments, hessian_of, trainable
 from gradwatch.hessian.spectrum import Eigenpair, NotFiniteError, estimate_trace, largest_eigenpair
 from gradwatch.hooks.backward import inside_backward
 from gradwatch.record.records import warn_safely
@@ -22,34 +22,25 @@ _NOT_A_FUNCTION = (
     "loss, got {loss!r} of type {kind}. Write CurvatureEvery(200, lambda: criterion(model(x), y)) "
     "with a batch x, y that stays the same."
 )
+_STOPPED = (
+    "gradwatch takes no curvature from step {step} on: {error} The training and all other records "
+    "go on. gradwatch.curvature(model, loss) tries the same at once."
+)
+_NO_NUMBER = (
+    "gradwatch has no curvature at step {step}, nor says so again at later ones: {error} The "
+    "training and all other records go on."
+)
+_IN_BACKWARD = (
+    "the optimizer steps inside the backward, where weights of before and after a step are mixed. "
+    "Call gradwatch.curvature(model, loss) between two steps."
+)
 
-
-class CurvatureSample(NamedTuple):
-    """What is kept of the curvature at a step.
-
-    Attributes:
-        largest_eigenvalue: Of the Hessian.
-        trace: Its trace.
-    """
-
-    largest_eigenvalue: float = math.nan
-    trace: float = math.nan
-
-
-NOT_TAKEN = CurvatureSample()
-
-TakeCurvature: TypeAlias = Callable[[int, str], CurvatureSample]
-"""What a step and its outcome are told to, when it is over."""
-
-
-def never(step: int, outcome: str) -> CurvatureSample:
-    """Takes nothing, at any step."""
-    return NOT_TAKEN
+_MIXED_IN = 0.1  # length of the random vector added to the last eigenvector, whose length is 1
 
 
 @dataclass(frozen=True, slots=True)
 class CurvatureEvery:
-    r"""Takes the curvature of the loss along a training, for ``watch(curvature=)``.
+    r"""Measures the curvature of the loss along a training, for ``watch(curvature=)``.
 
     After step 1, and then after every so many steps of the first optimizer, the largest eigenvalue
     of the Hessian and its trace go into the columns ``hessian_eigenvalue`` and ``hessian_trace`` of
@@ -119,8 +110,6 @@ class CurvatureEvery:
 
     def __post_init__(self) -> None:
         """Checks what was given."""
-        from gradwatch.hessian.of_model import arguments
-
         check_count("CurvatureEvery(every=)", self.every, 1)
         given: object = self.loss
         if not callable(given) or arguments(given) not in (0, 1):
@@ -131,17 +120,33 @@ class CurvatureEvery:
         check_count("CurvatureEvery(probes=)", self.probes, 0)
 
 
+class CurvatureSample(NamedTuple):
+    """What is kept of the curvature at a step.
+
+    Attributes:
+        largest_eigenvalue: Of the Hessian.
+        trace: Its trace.
+    """
+
+    largest_eigenvalue: float = math.nan
+    trace: float = math.nan
+
+
+NOT_TAKEN = CurvatureSample()
+
+TakeCurvature: TypeAlias = Callable[[int, str], CurvatureSample]
+"""What is called with a step and its outcome, when it is over."""
+
+
+def never(step: int, outcome: str) -> CurvatureSample:
+    """Measures nothing, at any step."""
+    return NOT_TAKEN
+
+
 def sampler_of(
     asked: CurvatureEvery | None, model: nn.Module | Mapping[str, Tensor]
 ) -> CurvatureSampler | None:
-    """Makes what takes the curvature, where it is asked for.
-
-    Args:
-        asked: What is asked for.
-        model: The watched model.
-
-    Returns:
-        None where nothing is.
+    """Returns what measures the curvature, and None where nobody asks for it.
 
     Raises:
         TypeError: If parameters are in half precision or sharded.
@@ -149,31 +154,13 @@ def sampler_of(
     """
     if asked is None:
         return None
-    from gradwatch.hessian.of_model import trainable
-
+    # Refused here, before the training: later all that is left is a warning.
     trainable(model)
     return CurvatureSampler(asked, model)
 
 
-MIXED_IN = 0.1
-"""Length of the random vector that is added to the last eigenvector, whose length is 1."""
-
-STOPPED = (
-    "gradwatch takes no curvature from step {step} on: {error} The training and all other records "
-    "go on. gradwatch.curvature(model, loss) tries the same at once."
-)
-NO_NUMBER = (
-    "gradwatch has no curvature at step {step}, nor says so again at later ones: {error} The "
-    "training and all other records go on."
-)
-IN_BACKWARD = (
-    "the optimizer steps inside the backward, where weights of before and after a step are mixed. "
-    "Call gradwatch.curvature(model, loss) between two steps."
-)
-
-
 class CurvatureSampler:
-    """Takes the curvature when it is due.
+    """Measures the curvature when it is due.
 
     Attributes:
         busy: Whether the loss of the user is being computed; what happens then is no part of the
@@ -181,56 +168,52 @@ class CurvatureSampler:
     """
 
     def __init__(self, asked: CurvatureEvery, model: nn.Module | Mapping[str, Tensor]) -> None:
-        """Takes nothing yet.
-
-        Args:
-            asked: What to take, and when.
-            model: The watched model.
-        """
         self.busy = False
         self._asked = asked
         self._model = model
         self._last: Eigenpair | None = None
-        self._owed = False
+        self._due = False
         self._warned = False
-        self._dead = False
+        self._stopped = False
 
     def __call__(self, step: int, outcome: str) -> CurvatureSample:
-        """Takes the curvature after a step, if it is due.
+        """Measures the curvature after a step, if it is due.
 
         Args:
             step: The step, counted from 1.
             outcome: What became of it. One that a scaler has left out may show only in the next
-                backward, in which nothing can be taken: the next step makes up for it.
+                backward, in which nothing can be measured: the next step makes up for it.
 
         Returns:
-            The numbers; NaN where none were taken. Nothing is raised.
+            The numbers; NaN where none were measured. Nothing is raised.
         """
-        self._owed |= (step - 1) % self._asked.every == 0
-        if self._dead or not self._owed or outcome == "skipped_scaler":
+        self._due |= (step - 1) % self._asked.every == 0
+        if self._stopped or not self._due or outcome == "skipped_scaler":
             return NOT_TAKEN
-        self._owed = False
+        self._due = False
+        # An optimizer that steps in hooks of the parameters is called by the autograd engine.
         if inside_backward():
-            self._stop(step, IN_BACKWARD)
+            self._stop(step, _IN_BACKWARD)
             return NOT_TAKEN
         return self._try(step)
 
     def _try(self, step: int) -> CurvatureSample:
         self.busy = True
         try:
-            return self._take(step)
+            return self._measure(step)
         except NotFiniteError as error:
+            # The vectors of the search before may hold what overflowed.
             self._last = None
             if not self._warned:
                 self._warned = True
-                warn_safely(NO_NUMBER.format(step=step, error=error))
-        except Exception as error:
-            self._stop(step, _named(error))
+                warn_safely(_NO_NUMBER.format(step=step, error=error))
+        except Exception as error:  # whatever the user's function raises: the training goes on
+            self._stop(step, f"{type(error).__name__}: {error}".rstrip(". ") + ".")
         finally:
             self.busy = False
         return NOT_TAKEN
 
-    def _take(self, step: int) -> CurvatureSample:
+    def _measure(self, step: int) -> CurvatureSample:
         asked = self._asked
         with _without_autocast(), hessian_of(self._model, asked.loss, asked.seed) as found:
             product = found.product
@@ -243,39 +226,32 @@ class CurvatureSampler:
         return CurvatureSample(top.value, trace.value)
 
     def _start(self, like: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
-        """Takes where the last search ended, the best mixed with all others."""
+        """Returns where the last search ended, a little of all else mixed in, and its runner-up."""
         generator = torch.Generator().manual_seed(self._asked.seed + step)
         fresh = torch.randn(like.shape, generator=generator).to(like)
         last = self._last
+        # A model may have been moved, or thawed, since.
         if last is None or not _fits(last.vector, like):
             return fresh, None
-        share = MIXED_IN / float(torch.linalg.vector_norm(fresh))
+        share = _MIXED_IN / float(torch.linalg.vector_norm(fresh))
         return last.vector.add(fresh, alpha=share), last.runner_up
 
     def _stop(self, step: int, why: str) -> None:
-        self._dead, self._last = True, None
-        warn_safely(STOPPED.format(step=step, error=why))
+        self._stopped, self._last = True, None  # two vectors of the size of the model
+        warn_safely(_STOPPED.format(step=step, error=why))
 
 
 @contextmanager
 def _without_autocast() -> Iterator[None]:
-    """Leaves the autocast that the loop may be in; the loss can enter one of its own.
-
-    Without its cache: that would keep the half-precision weights of this moment for the loop.
-    """
+    """Leaves the autocast that the loop may be in; the loss can enter one of its own."""
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     with ExitStack() as stack:
-        for kind in _device_types():
+        for kind in kinds:
+            # Without the cache, which would keep the half-precision weights of this moment for
+            # the loop.
             stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
         yield
 
 
-def _device_types() -> Iterable[str]:
-    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-
-
 def _fits(vector: Tensor, like: Tensor) -> bool:
     return (vector.shape, vector.dtype, vector.device) == (like.shape, like.dtype, like.device)
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".rstrip(". ") + "."

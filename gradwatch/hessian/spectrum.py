@@ -8,10 +8,26 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+_NOT_FINITE = (
+    "The product of the Hessian with a vector holds NaN or Inf, so it has no eigenvalues. The loss "
+    "or its second derivative overflows, or is undefined there (a square root or a norm of zeros, "
+    "say). Look at the loss first; torch.autograd.set_detect_anomaly(True) names the operation."
+)
+_NOT_SYMMETRIC = (
+    "The products of the Hessian do not belong to a symmetric matrix: an entry is {one:.6g} from "
+    "one side and {other:.6g} from the other. A custom autograd.Function whose backward is not "
+    "made of differentiable operations (detach, .data, NumPy) is the usual cause. Write its "
+    "backward with operations on ctx.saved_tensors alone; torch.autograd.gradgradcheck tells."
+)
+
+_ROUNDING = 100  # units in the last place of 1; a vector that is shorter is nothing else
+
+_Mapped: TypeAlias = tuple[Tensor, Tensor]
+"""A vector ``[n]`` and its product with the matrix."""
 
 
 class NotFiniteError(ValueError):
@@ -49,9 +65,6 @@ def estimate_trace(
         probes: How many vectors, 0 or more.
         generator: Where the signs come from; on the CPU, so that devices agree.
 
-    Returns:
-        The estimate.
-
     References:
         Hutchinson: A stochastic estimator of the trace of the influence matrix for Laplacian
         smoothing splines. Communications in Statistics 19(2), 1990.
@@ -66,36 +79,24 @@ def estimate_trace(
     if not probes:
         return TraceEstimate(math.nan, math.nan, 0)
     if like.numel() <= probes:
-        return TraceEstimate(_exact(product, like), 0.0, like.numel())
+        return TraceEstimate(_exact_trace(product, like), 0.0, like.numel())
     terms = torch.empty(probes, dtype=torch.float64)
     for index in range(probes):
         signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
         vector = signs.to(like.device, like.dtype) * 2 - 1
         terms[index] = torch.dot(vector, product(vector))
+    # std() of one term is NaN by itself, but torch warns of it.
     stderr = math.nan if probes == 1 else float(terms.std()) / math.sqrt(probes)
     return TraceEstimate(float(terms.mean()), stderr, probes)
 
 
-def _exact(product: Callable[[Tensor], Tensor], like: Tensor) -> float:
+def _exact_trace(product: Callable[[Tensor], Tensor], like: Tensor) -> float:
     total = 0.0
     for index in range(like.numel()):
         unit = torch.zeros_like(like)
         unit[index] = 1.0
         total += float(product(unit)[index])
     return total
-
-
-_NOT_FINITE = (
-    "The product of the Hessian with a vector holds NaN or Inf, so it has no eigenvalues. The loss "
-    "or its second derivative overflows, or is undefined there (a square root or a norm of zeros, "
-    "say). Look at the loss first; torch.autograd.set_detect_anomaly(True) names the operation."
-)
-_NOT_SYMMETRIC = (
-    "The products of the Hessian do not belong to a symmetric matrix: an entry is {one:.6g} from "
-    "one side and {other:.6g} from the other. A custom autograd.Function whose backward is not "
-    "made of differentiable operations (detach, .data, NumPy) is the usual cause. Write its "
-    "backward with operations on ctx.saved_tensors alone; torch.autograd.gradgradcheck tells."
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +137,6 @@ def extreme_eigenvalues(
         iterations: The most products to compute, at least 1.
         tolerance: Stop when both bounds are below this share of the largest magnitude.
 
-    Returns:
-        The two ends; zeros for an empty matrix.
-
     Raises:
         NotFiniteError: If a product is not finite.
         RuntimeError: If the matrix turns out not to be symmetric.
@@ -158,18 +156,20 @@ def extreme_eigenvalues(
     if not start.numel():
         return Extremes(0.0, 0.0, 0, True)
     diagonal: list[float] = []
-    beside: list[float] = []
+    beside: list[float] = []  # the diagonal, in a symmetric matrix the same above and below
     before, vector = torch.zeros_like(start), start / torch.linalg.vector_norm(start)
     found = Extremes(math.nan, math.nan, 0, False)
     while len(diagonal) < iterations and not found.converged:
         image = product(vector)
         if beside:
-            across = check_finite(torch.dot(before, image))
+            # Lanczos takes this entry from symmetry. Computed, it costs a dot product and shows a
+            # matrix that has none, whose eigenvalues would look like any others.
+            across = _finite(torch.dot(before, image))
             seen = max(-found.smallest, found.largest)
-            check_symmetry(beside[-1], across, seen, start.dtype)
-        diagonal.append(check_finite(torch.dot(vector, image)))
+            _check_symmetry(beside[-1], across, seen, start.dtype)
+        diagonal.append(_finite(torch.dot(vector, image)))
         image = image - diagonal[-1] * vector - (beside[-1] if beside else 0.0) * before
-        beta = check_finite(torch.linalg.vector_norm(image))
+        beta = _finite(torch.linalg.vector_norm(image))
         found = _ends(diagonal, beside, beta, tolerance, torch.finfo(start.dtype).eps)
         beside.append(beta)
         before, vector = vector, image / beta if beta else image
@@ -180,7 +180,7 @@ def _ends(
     diagonal: list[float], beside: list[float], beta: float, tolerance: float, eps: float
 ) -> Extremes:
     matrix = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
-    values: npt.NDArray[np.float64]
+    values: NDArray[np.float64]
     values, vectors = np.linalg.eigh(matrix)
     scale = max(abs(values[0]), abs(values[-1]))
     error = beta * max(abs(vectors[-1, 0]), abs(vectors[-1, -1]))
@@ -189,40 +189,27 @@ def _ends(
     return Extremes(float(values[0]), float(values[-1]), len(diagonal), bool(done))
 
 
-def check_symmetry(one: float, other: float, scale: float, dtype: torch.dtype) -> None:
-    """Refuses two entries that belong to no symmetric matrix.
+def _check_symmetry(one: float, other: float, scale: float, dtype: torch.dtype) -> None:
+    """Refuses two entries across the diagonal that differ by more than rounding.
 
     Args:
         one: An entry.
         other: The one across the diagonal.
         scale: The largest magnitude of an eigenvalue that has been seen.
         dtype: What the products were computed in.
-
-    Raises:
-        RuntimeError: If they differ by more than rounding.
     """
+    # Not eps itself: the dot products are as long as the model, and their terms cancel.
     allowed = 30 * math.sqrt(torch.finfo(dtype).eps) * max(scale, one)
     if abs(one - other) > allowed and one > allowed:
         raise RuntimeError(_NOT_SYMMETRIC.format(one=one, other=other))
 
 
-def check_finite(number: Tensor) -> float:
-    """Takes a number out of a tensor ``[]``.
-
-    Raises:
-        NotFiniteError: If it is NaN or Inf.
-    """
+def _finite(number: Tensor) -> float:
+    """Returns the number of a tensor ``[]``; raises a NotFiniteError if it is NaN or Inf."""
     value = float(number)
     if not math.isfinite(value):
         raise NotFiniteError(_NOT_FINITE)
     return value
-
-
-Known: TypeAlias = tuple[Tensor, Tensor]
-"""A vector ``[n]`` and its product with the matrix."""
-
-ROUNDING = 100
-"""What is shorter than so many units in the last place of 1 is nothing but rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,9 +258,6 @@ def largest_eigenpair(
         tolerance: Stop when the residual is below this share of the largest magnitude seen.
         runner_up: That of a search before; costs one product.
 
-    Returns:
-        The eigenvalue and the vectors.
-
     Raises:
         NotFiniteError: If a product is not finite.
         RuntimeError: If the matrix turns out not to be symmetric.
@@ -291,33 +275,34 @@ def largest_eigenpair(
     """
     eps = torch.finfo(start.dtype).eps
     vector = start / torch.linalg.vector_norm(start)
+    # Products are linear: those of combinations come from those of their parts, at no cost.
     known = [(vector, product(vector))]
-    value = check_finite(torch.dot(*known[0]))
+    value = _finite(torch.dot(*known[0]))
     scale, done = abs(value), 1
     fresh = None if runner_up is None else _orthonormal(runner_up, [vector])
     while True:
         if fresh is None:
             x, image = known[0]
             residual = image - value * x
-            error = check_finite(torch.linalg.vector_norm(residual))
+            error = _finite(torch.linalg.vector_norm(residual))
             close = error <= max(tolerance, 4 * eps) * scale
             fresh = None if close else _orthonormal(residual / error, [v for v, _ in known])
             if fresh is None:  # close, or the vectors span all that the start had a part of
-                return _pair(value, known, done, True)
+                return _eigenpair(value, known, done, True)
         if done >= iterations:
-            return _pair(value, known, done, False)
+            return _eigenpair(value, known, done, False)
         basis = [*known, (fresh, product(fresh))]
         fresh, done = None, done + 1
         known, value, scale = _best(basis, scale)
 
 
-def _pair(value: float, known: Sequence[Known], done: int, converged: bool) -> Eigenpair:
+def _eigenpair(value: float, known: Sequence[_Mapped], done: int, converged: bool) -> Eigenpair:
     runner_up = known[1][0] if len(known) > 1 else None
     return Eigenpair(value, known[0][0], runner_up, done, converged)
 
 
-def _best(basis: Sequence[Known], scale: float) -> tuple[list[Known], float, float]:
-    """Takes the best two combinations, and the direction that led to the best.
+def _best(basis: Sequence[_Mapped], scale: float) -> tuple[list[_Mapped], float, float]:
+    """Returns the best two combinations and the direction that led to the best, and more.
 
     Args:
         basis: Two to four orthonormal vectors: that to improve, the runner-up, the direction of the
@@ -327,25 +312,27 @@ def _best(basis: Sequence[Known], scale: float) -> tuple[list[Known], float, flo
     Returns:
         The vectors, the quotient of the first, and the new scale.
     """
+    # One stack for up to 16 numbers, so that a device is waited for once.
     dots = torch.stack([torch.dot(v, image) for v, _ in basis for _, image in basis])
-    small = np.array([check_finite(dot) for dot in dots.double().cpu()])
+    small = np.array([_finite(dot) for dot in dots.double().cpu()])
     small = small.reshape(len(basis), len(basis))
     scale = max(scale, float(np.abs(np.diag(small)).max()))
-    check_symmetry(abs(small[-1, 0]), small[0, -1] * np.sign(small[-1, 0]), scale, dots.dtype)
+    _check_symmetry(abs(small[-1, 0]), small[0, -1] * np.sign(small[-1, 0]), scale, dots.dtype)
     values, vectors = np.linalg.eigh((small + small.T) / 2)
     known = [_combined(vectors[:, -1], basis), _combined(vectors[:, -2], basis)]
+    # Two vectors have no more than two combinations: no direction is left over.
     if len(basis) > 2:
         step, image = _combined(vectors[2:, -1], basis[2:])
         for other, moved in known:
             along = torch.dot(other, step)
             step, image = step - along * other, image - along * moved
         length = float(torch.linalg.vector_norm(step))
-        if length > ROUNDING * torch.finfo(step.dtype).eps:
+        if length > _ROUNDING * torch.finfo(step.dtype).eps:
             known.append((step / length, image / length))
     return known, float(values[-1]), scale
 
 
-def _combined(weights: NDArray[np.float64], basis: Sequence[Known]) -> Known:
+def _combined(weights: NDArray[np.float64], basis: Sequence[_Mapped]) -> _Mapped:
     vectors, images = zip(*basis, strict=True)
     return _sum(weights, vectors), _sum(weights, images)
 
@@ -358,9 +345,9 @@ def _sum(weights: NDArray[np.float64], vectors: Sequence[Tensor]) -> Tensor:
 
 
 def _orthonormal(vector: Tensor, others: Sequence[Tensor]) -> Tensor | None:
-    """Takes the parts along others out of a vector of length 1; None where nothing is left."""
+    """Returns a vector of length 1 without its parts along others; None where nothing is left."""
     for _ in range(2):  # once leaves rounding of the size of what was taken out
         for other in others:
             vector = vector - torch.dot(other, vector) * other
     length = float(torch.linalg.vector_norm(vector))
-    return None if length <= ROUNDING * torch.finfo(vector.dtype).eps else vector / length
+    return None if length <= _ROUNDING * torch.finfo(vector.dtype).eps else vector / length

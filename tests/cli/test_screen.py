@@ -6,7 +6,7 @@ import math
 import pytest
 
 from gradwatch.cli.follower import Follower
-from gradwatch.cli.tail import Screen
+from gradwatch.cli.screen import Screen
 from gradwatch.cli.terminal import Output, width
 
 from .runs import batch, nan_at, write

@@ -199,7 +199,7 @@ class TestScreen:
 def _screen(run, plain_only=False):
     from rich.console import Console
 
-    from gradwatch.cli.tail import Screen
+    from gradwatch.cli.screen import Screen
 
     stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
     screen = Screen(Output(stream), run, 10)
@@ -214,7 +214,7 @@ def _screen(run, plain_only=False):
 def test_plain_says_once_that_it_waits():
     """A log is not filled with waiting."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    view = tail.Plain(Output(stream), "runs/\x1b宽", 10, json=False)
+    view = tail.Lines(Output(stream), "runs/\x1b宽", 10, json=False)
     view.waiting()
     view.waiting()
     assert stream.buffer.getvalue() == b"Waiting for runs/\\x1b\\u5bbd to begin ...\n"

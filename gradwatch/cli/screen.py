@@ -1,0 +1,195 @@
+"""The screen of ``gradwatch tail``: curve, clip, newest steps and events; it needs rich."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from gradwatch.cli.follower import Follower, New, Row
+from gradwatch.cli.terminal import (
+    ASCII,
+    BLOCKS,
+    Output,
+    event_line,
+    number,
+    percent,
+    shortened,
+    sparkline,
+    times,
+    width,
+)
+from gradwatch.wording import counted, printable
+
+_EVENTS = 5
+_OTHER_LINES = 11  # of the screen, besides the table of steps and the events
+_STALE_S = 30.0
+_CURVES = 3  # optimizers that get a curve each
+
+_LEFT_OUT = ("lr", "after clip", "loss", "clip")
+"""Columns that a narrow terminal does without, in this order: a number that is cut is none."""
+
+
+class Screen:
+    """Shows a follower on a terminal until it is left.
+
+    Args:
+        out: A terminal.
+        run: How the run is called.
+        most: Steps to show, as far as they fit.
+    """
+
+    def __init__(self, out: Output, run: str, most: int) -> None:
+        # Names come from the run: a "[red]" or ":smile:" in one is text.
+        self._console = Console(file=out.stream, markup=False, highlight=False, emoji=False)
+        self._levels = BLOCKS if out.can_show(BLOCKS) else ASCII
+        self._run, self._most = printable(run), most
+        # Drawn once for each look: the thread that rich would start draws the same several times.
+        self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
+
+    def __enter__(self) -> Screen:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def waiting(self) -> None:
+        """Says that the run has not begun."""
+        self._live.update(Text(f"Waiting for {self._run} to begin ... (Ctrl-C ends)"), refresh=True)
+
+    def show(self, follower: Follower, new: New) -> None:
+        """Draws the newest state; what has come is part of it."""
+        self._live.update(Group(*self._parts(follower)), refresh=True)
+
+    def _parts(self, follower: Follower) -> Iterator[RenderableType]:
+        rows = list(follower.rows)
+        yield self._head(rows, time.monotonic() - follower.changed_at)
+        if not rows:
+            yield Text("No steps yet.")
+        else:
+            yield from self._curves(rows)
+            yield _clip_line(rows)
+            yield Text()
+            yield self._table(rows)
+        yield from _event_lines(follower, len(_labels(rows)) > 1)
+        yield Text("Ctrl-C ends", style="dim")
+
+    def _head(self, rows: Sequence[Row], idle_s: float) -> Text:
+        step = f"  step {rows[-1].step:,}" if rows else ""
+        since = f"  nothing new for {_ago(idle_s)}" if idle_s >= _STALE_S else ""
+        # The console would wrap a long path, and the step with it, into a second line.
+        room = max(8, self._console.width - len(step) - len(since))
+        head = Text(shortened(self._run, room), style="bold")
+        return head.append(step, style="bold green").append(since, style="yellow")
+
+    def _curves(self, rows: Sequence[Row]) -> Iterator[Text]:
+        # Norms of two optimizers in one curve would be a zigzag; many curves would be the screen.
+        labels = _labels(rows)
+        if len(labels) == 1 or len(labels) > _CURVES:
+            yield self._curve("norm", rows)
+            return
+        for label in labels:
+            mine = [row for row in rows if row.optimizer == label]
+            yield self._curve(f"norm, {shortened(printable(label), 16)}", mine)
+
+    def _curve(self, name: str, rows: Sequence[Row]) -> Text:
+        norms = [row.grad_norm for row in rows]
+        finite = [norm for norm in norms if math.isfinite(norm)]
+        bounds = f"  {number(min(finite))} to {number(max(finite))}" if finite else ""
+        columns = max(8, self._console.width - len(name) - 1 - len(bounds) - 1)
+        curve = Text(f"{name} ").append(sparkline(norms, columns, self._levels), style="cyan")
+        return curve.append(bounds, style="dim")
+
+    def _table(self, rows: Sequence[Row]) -> Table:
+        labels = _labels(rows)
+        shown = rows[-self._room(len(labels)) :]
+        cells = _columns(shown, len(labels) > 1)
+        for name in _LEFT_OUT:
+            if _width(cells) > self._console.width:  # asked again: the first may be enough
+                cells.pop(name, None)
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for name in cells:
+            left = name in ("optimizer", "outcome")
+            table.add_column(name, justify="left" if left else "right", no_wrap=True)
+        for row, texts in zip(shown, zip(*cells.values(), strict=True), strict=True):
+            table.add_row(*map(Text, texts), style=_style(row))
+        return table
+
+    def _room(self, optimizers: int) -> int:
+        taken = _OTHER_LINES + _EVENTS + (optimizers - 1 if optimizers <= _CURVES else 0)
+        return max(1, min(self._most, self._console.height - taken))
+
+
+def _event_lines(follower: Follower, several: bool) -> Iterator[Text]:
+    if not follower.event_counts:
+        yield Text("No events", style="dim")
+        return
+    kinds = follower.event_counts.most_common(8)
+    counts = ", ".join(f"{printable(kind)} {amount:,}" for kind, amount in kinds)
+    yield Text(f"Events: {counts}", no_wrap=True, overflow="ellipsis")
+    for event in list(follower.events)[-_EVENTS:]:
+        optimizer = event.optimizer if several else ""
+        text = f"  {event_line(event.step, event.kind, event.message, optimizer)}"
+        yield Text(text, style="yellow", no_wrap=True, overflow="ellipsis")
+
+
+def _clip_line(rows: Sequence[Row]) -> Text:
+    clipped = [row.clipped for row in rows if row.outcome == "applied"]
+    rate = percent(sum(clipped) / len(clipped) if clipped else math.nan)
+    skipped = len(rows) - len(clipped)
+    threshold = rows[-1].clip_threshold
+    parts = [f"clipped {rate} of the last {counted(len(rows), 'step')}"]
+    parts += [] if math.isnan(threshold) else [f"threshold {number(threshold)}"]
+    parts += [f"skipped {skipped:,}"] if skipped else []
+    return Text(", ".join(parts))
+
+
+def _labels(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.optimizer for row in rows))
+
+
+def _columns(rows: Sequence[Row], several: bool) -> dict[str, list[str]]:
+    """Writes the table column by column, without those that say nothing."""
+    columns = {
+        "optimizer": [printable(row.optimizer) if several else "" for row in rows],
+        "step": [f"{row.step:,}" for row in rows],
+        "loss": ["" if math.isnan(row.loss) else number(row.loss) for row in rows],
+        "norm": [number(row.grad_norm) for row in rows],
+        "after clip": [number(row.grad_norm_clipped) if row.clipped else "" for row in rows],
+        "clip": [times(row.clip_coef) if row.clipped else "" for row in rows],
+        "lr": ["" if math.isnan(row.lr) else number(row.lr) for row in rows],
+        "outcome": [printable(row.outcome).replace("_", " ") for row in rows],
+    }
+    return {name: cells for name, cells in columns.items() if any(cells)}
+
+
+def _width(columns: Mapping[str, Sequence[str]]) -> int:
+    # rich does not tell the width of a table before it has cut it to fit. It pads each cell by a
+    # space on both sides, but for the outer edges.
+    cells = (max(map(width, (name, *texts))) for name, texts in columns.items())
+    return sum(cells) + 2 * (len(columns) - 1)
+
+
+def _style(row: Row) -> str:
+    if row.nonfinite_parameters:
+        return "bold red"
+    return "" if row.outcome == "applied" else "yellow"
+
+
+def _ago(seconds: float) -> str:
+    """Writes a time in its largest unit.
+
+    Example:
+        >>> _ago(3.2), _ago(150), _ago(7200)
+        ('3 s', '2 min', '2 h')
+    """
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
