@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,9 +16,9 @@ from gradwatch.accumulate.noise_scale import NoiseScale
 from gradwatch.accumulate.policies import AccumulatePolicy
 from gradwatch.clip.policy import ClipPolicy
 from gradwatch.history import History
-from gradwatch.options import check_options
+from gradwatch.options import Options, shown
 from gradwatch.record.records import Event, Sink, StepRecord
-from gradwatch.watcher import Watcher
+from gradwatch.watcher import Watcher, build_watcher
 from gradwatch_lightning.tensorboard import (
     NORM_TAG,
     retire_scalars,
@@ -111,25 +112,13 @@ class GradientMonitor(Callback):
         log: bool = True,
         accumulate: str | Mapping[int, int] | Callable[[int], int] | AccumulatePolicy | None = None,
     ) -> None:
+        arguments = dict(locals())  # a copy in the first line: locals() changes as names are added
         super().__init__()
         policy = accumulate_policy_of(accumulate)
+        arguments["accumulate"] = 1 if policy is None else policy
         if not isinstance(log, bool):
-            raise TypeError(f"GradientMonitor(log=) must be True or False, got {log!r}.")
-        self._options = check_options(
-            clip=clip,
-            accumulate=1 if policy is None else policy,
-            on_nonfinite=on_nonfinite,
-            statistics=statistics,
-            every=every,
-            buffer_size=buffer_size,
-            sinks=sinks,
-            run_dir=run_dir,
-            exploding_norm=exploding_norm,
-            skip_spikes=skip_spikes,
-            max_consecutive_skips=max_consecutive_skips,
-            curvature=curvature,
-            caller="GradientMonitor",
-        )
+            raise TypeError(f"GradientMonitor(log=) must be True or False, got {shown(log)}.")
+        self._options = Options.of(arguments, caller="GradientMonitor")
         self._accumulation = TrainerAccumulation(policy)
         self._log = log
         self._watcher: Watcher | None = None
@@ -189,23 +178,14 @@ class GradientMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches a watcher: the checkpoint is restored and the sanity check is over by now."""
-        options = self._options
-        watcher = gradwatch.watch(
-            wrapped_of(trainer, pl_module),
-            optimizers_of(trainer, pl_module),
-            clip=options.clip,
-            accumulate=options.accumulate,
-            on_nonfinite=options.on_nonfinite,
-            statistics=options.statistics,
-            every=options.every,
-            buffer_size=options.buffer_size,
+        sinks = tensorboard_sinks(trainer) if self._log else []
+        options = replace(
+            self._options,
             scaler=scaler_of(trainer),
-            sinks=[*options.sinks, *(tensorboard_sinks(trainer) if self._log else ())],
-            run_dir=options.run_dir,
-            exploding_norm=options.exploding_norm,
-            skip_spikes=options.skip_spikes,
-            max_consecutive_skips=options.max_consecutive_skips,
-            curvature=options.curvature,
+            sinks=(*self._options.sinks, *sinks),
+        )
+        watcher = build_watcher(
+            wrapped_of(trainer, pl_module), optimizers_of(trainer, pl_module), options
         )
         self._accumulates = self._accumulation.active or accumulates(trainer)
         watcher.leave_windows(self._accumulates)
