@@ -123,7 +123,7 @@ class GradientMonitor(Callback):
         self._log = log
         self._watcher: Watcher | None = None
         self._state: dict[str, Any] = {}
-        # Weak: a monitor that is kept for its history must not keep the Trainer and its model alive.
+        # Weak: a monitor kept for its history must not keep the Trainer and its model alive.
         self._trainer: weakref.ref[Trainer] | None = None
         self._newest: dict[str, StepRecord] = {}
         self._last_record: StepRecord | None = None

@@ -1,102 +1,129 @@
-"""What the Gradients tab reads: all norms of all parameters, and all events."""
+"""Matrix: what the Gradients tab reads, all norms of all parameters, sorted into streams."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.record.records import NO_GRADIENT, Event, Layout, RecordBatch
+from gradwatch.record.records import NO_GRADIENT, Layout, RecordBatch
 from gradwatch_dashboard.wire import Tag
-from gradwatch_tensorboard.stream import Outgoing, Stream, text_event
+from gradwatch_tensorboard.events import EventList
+from gradwatch_tensorboard.messages import Outgoing
+from gradwatch_tensorboard.stream import Stream
 from gradwatch_tensorboard.windows import EarlyEnds, Windows
 
-MAX_EVENTS = 10_000
-"""Events that are listed one by one."""
 
-LEFT_OUT = "left_out"
-"""Kind of the entry that stands for the rest."""
+class MatrixWriter:
+    """Sorts the steps of a run into streams.
 
-ONLY_FIRST = "More events followed; only the first {limit:,} are listed."
-LEFT_OUT_KINDS = "{total:,} more events are not listed: {kinds}."
-
-
-class EventStream:
-    """Lists the first events, then counts.
-
-    One entry says so as soon as an event is left out, in case the process is killed, and a second
-    one at the end how many there were of each kind.
+    A stream ends, and the next one begins, where the parameters change; and where the steps of an
+    optimizer go back, as when a checkpoint is loaded in the middle, with a new session: only so
+    does a reader replace the steps that come again.
     """
 
-    def __init__(self) -> None:
-        """Starts without an event."""
-        self._listed = 0
-        self._left_out: Counter[str] = Counter()
-        self._newest: Event | None = None
-        self._session = ""
-        self._step = -1
-        self._time = 0.0
-
-    def add(self, events: Sequence[Event], session: str, time: float) -> list[Outgoing]:
-        """Takes events.
+    def __init__(self, log_dir: str, clock: Callable[[], float] = time.monotonic) -> None:
+        """Starts with no stream.
 
         Args:
-            events: Oldest first.
-            session: The session that they are of.
-            time: Wall time in seconds since 1970.
+            log_dir: The folder of the run.
+            clock: Seconds that only rise; when to write what waits.
+        """
+        self._session = new_session(log_dir)
+        self._log_dir = log_dir
+        self._clock = clock
+        self._early_ends = EarlyEnds()
+        self._events = EventList()
+        self._streams: dict[str, Stream] = {}
+        self._count = 0
+        self._layout: Layout | None = None
+        self._owners = Owners(0)
+
+    def add(self, batch: RecordBatch, times: Sequence[float]) -> list[Outgoing]:
+        """Takes steps.
+
+        Args:
+            batch: The steps, and what happened in them.
+            times: Wall time of each step, in seconds since 1970.
 
         Returns:
-            What is to be written now.
+            What is to be written now, in this order.
         """
-        if not events:
-            return []
-        room = MAX_EVENTS - self._listed
-        listed, rest = events[:room], events[room:]
-        self._listed += len(listed)
-        entries = [asdict(event) for event in listed]
-        if rest:
-            self._newest = rest[-1]
-            if not self._left_out:
-                entries.append(self._last_entry(ONLY_FIRST.format(limit=MAX_EVENTS), len(rest)))
-            self._left_out.update(event.kind for event in rest)
-        if not entries:
-            return []
-        first = min(event.global_step for event in listed or rest)
-        return [self._outgoing(entries, first, session, time)]
+        outgoing = self._add_steps(batch, times) if batch.steps and batch.layout.names else []
+        newest_time = times[-1] if times else time.time()
+        return outgoing + self._events.add(batch.events, self._session, newest_time)
+
+    def _add_steps(self, batch: RecordBatch, times: Sequence[float]) -> list[Outgoing]:
+        if self._layout != batch.layout:
+            self._layout, self._owners = batch.layout, Owners(len(batch.layout.names))
+        rows = _rows_by_optimizer(batch)
+        for optimizer, places in rows.items():
+            self._owners.see(optimizer, batch.norms[places])
+        outgoing: list[Outgoing] = []
+        for optimizer, places in rows.items():
+            for part in _rising(batch, places):
+                outgoing += self._add_part(batch, times, optimizer, part)
+        return outgoing
 
     def rest(self) -> list[Outgoing]:
-        """Returns what is to be written at the end: how many events were left out."""
-        if self._newest is None:
-            return []
-        total = self._left_out.total()
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self._left_out.most_common())
-        entry = self._last_entry(LEFT_OUT_KINDS.format(total=total, kinds=kinds), total)
-        step, session, self._newest = self._newest.global_step, self._session, None
-        return [self._outgoing([entry], step, session, self._time)]
+        """Returns all that is not written yet, at the end."""
+        outgoing = [part for stream in self._streams.values() for part in stream.rest()]
+        return outgoing + self._events.rest()
 
-    def _last_entry(self, message: str, count: int) -> dict[str, Any]:
-        newest = {} if self._newest is None else asdict(self._newest)
-        nothing = {"parameter": "", "module": "", "nan_count": 0, "inf_count": 0, "micro_batch": 0}
-        return newest | nothing | {"kind": LEFT_OUT, "value": float(count), "message": message}
+    def _add_part(
+        self, batch: RecordBatch, times: Sequence[float], optimizer: str, places: list[int]
+    ) -> list[Outgoing]:
+        records = [batch.steps[place] for place in places]
+        outgoing, stream = self._stream_for(batch.layout, optimizer, records[0].step)
+        norms = batch.norms[places]
+        if len(stream.columns) < norms.shape[1]:
+            norms = norms[:, stream.columns]
+        steps = Windows.of_steps(records, norms, [times[place] for place in places])
+        return outgoing + stream.add(steps, self._clock())
 
-    def _outgoing(
-        self, entries: Sequence[dict[str, Any]], step: int, session: str, time: float
-    ) -> Outgoing:
-        begins = session != self._session
-        self._step = step if begins else max(step, self._step + 1)
-        self._session = session
-        self._time = max(self._time, time)
-        texts = [json.dumps(entry) for entry in entries]
-        event = text_event(Tag("events", session), texts, described=not begins)
-        return Outgoing(event, self._step, self._time)
+    def _stream_for(
+        self, layout: Layout, optimizer: str, first_step: int
+    ) -> tuple[list[Outgoing], Stream]:
+        """Finds the stream of the next step; what is to be written of the one that ends."""
+        columns = self._owners.columns(optimizer)
+        old = self._streams.get(optimizer)
+        goes_back = old is not None and first_step <= old.last_step
+        if old is not None and not goes_back and old.layout == layout and _fits(old, columns):
+            return [], old
+        if goes_back:
+            self._session = new_session(self._log_dir)
+        tag = Tag("layout", self._session, self._count)
+        self._count += 1
+        new = Stream(tag, optimizer, layout, columns, self._early_ends, self._clock())
+        self._streams[optimizer] = new
+        return [] if old is None else old.rest(), new
+
+
+def _fits(stream: Stream, columns: NDArray[np.intp]) -> bool:
+    """Whether a stream holds all the columns, and not twice as many."""
+    if len(columns) == len(stream.columns):
+        return bool((columns == stream.columns).all())
+    return 2 * len(columns) > len(stream.columns) and bool(np.isin(columns, stream.columns).all())
+
+
+def _rows_by_optimizer(batch: RecordBatch) -> dict[str, list[int]]:
+    """Lists the rows of each optimizer."""
+    rows: dict[str, list[int]] = {}
+    for place, record in enumerate(batch.steps):
+        rows.setdefault(record.optimizer, []).append(place)
+    return rows
+
+
+def _rising(batch: RecordBatch, places: list[int]) -> list[list[int]]:
+    """Cuts rows where the steps do not rise."""
+    steps = np.array([batch.steps[place].step for place in places])
+    cuts = (np.flatnonzero(np.diff(steps) <= 0) + 1).tolist()
+    return [places[a:b] for a, b in zip([0, *cuts], [*cuts, len(places)], strict=True)]
 
 
 class Owners:
@@ -165,110 +192,3 @@ def _newest_file(log_dir: str) -> int:
             with suppress(OSError):  # another process may remove it
                 newest = max(newest, path.stat().st_mtime_ns // 1_000_000)
     return newest
-
-
-class MatrixStream:
-    """Sorts the steps of a run into streams.
-
-    A stream ends, and the next one begins, where the parameters change; and where the steps of an
-    optimizer go back, as when a checkpoint is loaded in the middle, with a new session: only so
-    does a reader replace the steps that come again.
-    """
-
-    def __init__(self, log_dir: str, clock: Callable[[], float] = time.monotonic) -> None:
-        """Starts with no stream.
-
-        Args:
-            log_dir: The folder of the run.
-            clock: Seconds that only rise; when to write what waits.
-        """
-        self._session = new_session(log_dir)
-        self._log_dir = log_dir
-        self._clock = clock
-        self._early_ends = EarlyEnds()
-        self._events = EventStream()
-        self._streams: dict[str, Stream] = {}
-        self._count = 0
-        self._layout: Layout | None = None
-        self._owners = Owners(0)
-
-    def add(self, batch: RecordBatch, times: Sequence[float]) -> list[Outgoing]:
-        """Takes steps.
-
-        Args:
-            batch: The steps, and what happened in them.
-            times: Wall time of each step, in seconds since 1970.
-
-        Returns:
-            What is to be written now, in this order.
-        """
-        outgoing = self._add_steps(batch, times) if batch.steps and batch.layout.names else []
-        newest_time = times[-1] if times else time.time()
-        return outgoing + self._events.add(batch.events, self._session, newest_time)
-
-    def _add_steps(self, batch: RecordBatch, times: Sequence[float]) -> list[Outgoing]:
-        if self._layout != batch.layout:
-            self._layout, self._owners = batch.layout, Owners(len(batch.layout.names))
-        rows = _rows_by_optimizer(batch)
-        for optimizer, places in rows.items():
-            self._owners.see(optimizer, batch.norms[places])
-        outgoing: list[Outgoing] = []
-        for optimizer, places in rows.items():
-            for part in _rising(batch, places):
-                outgoing += self._add_part(batch, times, optimizer, part)
-        return outgoing
-
-    def rest(self) -> list[Outgoing]:
-        """Returns all that is not written yet, at the end."""
-        outgoing = [part for stream in self._streams.values() for part in stream.rest()]
-        return outgoing + self._events.rest()
-
-    def _add_part(
-        self, batch: RecordBatch, times: Sequence[float], optimizer: str, places: list[int]
-    ) -> list[Outgoing]:
-        records = [batch.steps[place] for place in places]
-        outgoing, stream = self._stream_for(batch.layout, optimizer, records[0].step)
-        norms = batch.norms[places]
-        if len(stream.columns) < norms.shape[1]:
-            norms = norms[:, stream.columns]
-        steps = Windows.of_steps(records, norms, [times[place] for place in places])
-        return outgoing + stream.take(steps, self._clock())
-
-    def _stream_for(
-        self, layout: Layout, optimizer: str, first_step: int
-    ) -> tuple[list[Outgoing], Stream]:
-        """Finds the stream of the next step; what is to be written of the one that ends."""
-        columns = self._owners.columns(optimizer)
-        old = self._streams.get(optimizer)
-        goes_back = old is not None and first_step <= old.last_step
-        if old is not None and not goes_back and old.layout == layout and _fits(old, columns):
-            return [], old
-        if goes_back:
-            self._session = new_session(self._log_dir)
-        tag = Tag("layout", self._session, self._count)
-        self._count += 1
-        new = Stream(tag, optimizer, layout, columns, self._early_ends, self._clock())
-        self._streams[optimizer] = new
-        return [] if old is None else old.rest(), new
-
-
-def _fits(stream: Stream, columns: NDArray[np.intp]) -> bool:
-    """Whether a stream holds all the columns, and not twice as many."""
-    if len(columns) == len(stream.columns):
-        return bool((columns == stream.columns).all())
-    return 2 * len(columns) > len(stream.columns) and bool(np.isin(columns, stream.columns).all())
-
-
-def _rows_by_optimizer(batch: RecordBatch) -> dict[str, list[int]]:
-    """Lists the rows of each optimizer."""
-    rows: dict[str, list[int]] = {}
-    for place, record in enumerate(batch.steps):
-        rows.setdefault(record.optimizer, []).append(place)
-    return rows
-
-
-def _rising(batch: RecordBatch, places: list[int]) -> list[list[int]]:
-    """Cuts rows where the steps do not rise."""
-    steps = np.array([batch.steps[place].step for place in places])
-    cuts = (np.flatnonzero(np.diff(steps) <= 0) + 1).tolist()
-    return [places[a:b] for a, b in zip([0, *cuts], [*cuts, len(places)], strict=True)]

@@ -215,7 +215,7 @@ class WindowReducer:
         self._open: Windows | None = None
         self._was_bad = False
 
-    def take(self, steps: Windows) -> Windows:
+    def add(self, steps: Windows) -> Windows:
         """Takes the next steps.
 
         Args:

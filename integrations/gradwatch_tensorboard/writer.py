@@ -52,14 +52,21 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from torch.utils.tensorboard import summary
+
 from gradwatch.record.records import Layout, RecordBatch, StepRecord
 from gradwatch_tensorboard.blocks import Blocks
-from gradwatch_tensorboard.files import ScalarEvents, event_file, text_summary
-from gradwatch_tensorboard.matrix import MatrixStream
-from gradwatch_tensorboard.scalars import accumulates, chart_layout, norm_spread
-from gradwatch_tensorboard.series import OptimizerSeries, Point
-from gradwatch_tensorboard.stream import Outgoing
-from gradwatch_tensorboard.text import EventText
+from gradwatch_tensorboard.events import EventText
+from gradwatch_tensorboard.files import event_file
+from gradwatch_tensorboard.matrix import MatrixWriter
+from gradwatch_tensorboard.messages import Outgoing, ScalarEvents
+from gradwatch_tensorboard.scalars import (
+    OptimizerSeries,
+    Point,
+    accumulates,
+    chart_layout,
+    norm_spread,
+)
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -119,7 +126,7 @@ class TensorBoardWriter:
         self._text = EventText()
         self._text_step = -1
         self._blocks: tuple[Layout, Blocks] | None = None
-        self._matrix: MatrixStream | None = None
+        self._matrix: MatrixWriter | None = None
         self._newest_time = 0.0
         self._begun = False
         self._closed = False
@@ -175,7 +182,7 @@ class TensorBoardWriter:
         if self._begun:
             return
         if self._heatmap:
-            self._matrix = MatrixStream(self.log_dir)
+            self._matrix = MatrixWriter(self.log_dir)
         file_writer = self._file.writer(first_step)
         if self._layout:
             layout = chart_layout(step_scalars=self._step_scalars, accumulates=accumulates)
@@ -244,7 +251,8 @@ class TensorBoardWriter:
         newest = max(event.global_step for event in batch.events)
         self._text_step = max(self._text_step + 1, newest)
         file_writer = self._file.writer(self._text_step)
-        file_writer.add_summary(text_summary("gradwatch/events", text), self._text_step)
+        message = summary.text("gradwatch/events", text)  # type: ignore[no-untyped-call]  # torch's
+        file_writer.add_summary(message, self._text_step)
 
 
 def _is_nonfinite(record: StepRecord) -> bool:
