@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class Options:
             "scaler": _scaler,
             "clip": _clip_policy,
             "accumulate": accumulate_policy,
-            "on_nonfinite": _on_nonfinite,
+            "on_nonfinite": partial(_choice, choices=ON_NONFINITE),
             "statistics": _statistics,
             "every": _positive_int,
             "buffer_size": _positive_int,
@@ -219,10 +220,6 @@ def _clip_policy(name: str, clip: object) -> ClipPolicy | None:
     return clip
 
 
-def _on_nonfinite(name: str, value: object) -> str:
-    return _choice(name, value, ON_NONFINITE)
-
-
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str):
         raise TypeError(_must_be(name, f"one of {choices}", value))
@@ -257,16 +254,14 @@ def _sinks(name: str, sinks: object) -> tuple[Sink, ...]:
         raise TypeError(_must_be(name, "a sequence of sinks", sinks))
     chosen = tuple(sinks)
     for sink in chosen:
-        if isinstance(sink, type) or not _is_sink(sink):
+        # Not isinstance(sink, Sink): a protocol is content with a `write` that cannot be called.
+        methods = (getattr(sink, name, None) for name in ("write", "close"))
+        if isinstance(sink, type) or not all(map(callable, methods)):
             raise TypeError(
                 f"{name} takes objects with the methods write(batch) and close(), got "
                 f"{described(sink)}."
             )
     return chosen
-
-
-def _is_sink(value: object) -> bool:
-    return all(callable(getattr(value, name, None)) for name in ("write", "close"))
 
 
 def _folder(name: str, value: object) -> str | None:
@@ -364,15 +359,16 @@ def optimizer_list(
     """
     if optimizer is None:
         return []
+    wanted = "a torch.optim.Optimizer or a sequence of them"
     given = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
     if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
-        raise TypeError(_not_an_optimizer(given))
+        raise TypeError(_must_be("watch(optimizer=)", wanted, given))
     optimizers = list(given)
     if not optimizers:
         raise ValueError(NO_OPTIMIZER.format(value=shown(given)))
     for position, one in enumerate(optimizers):
         if not isinstance(one, Optimizer):
-            raise TypeError(_not_an_optimizer(one))
+            raise TypeError(_must_be("watch(optimizer=)", wanted, one))
         if getattr(one, "_overlap_with_ddp", False):  # ZeroRedundancyOptimizer's private flag
             raise ValueError(OVERLAPPING.format(optimizer=type(one).__name__))
         # By identity: `in` compares with ==, which an optimizer may define for itself.
@@ -380,11 +376,6 @@ def optimizer_list(
             raise ValueError(f"watch(optimizer=) holds the same {type(one).__name__} twice.")
         _check_parameters(one, table)
     return optimizers
-
-
-def _not_an_optimizer(value: object) -> str:
-    wanted = "a torch.optim.Optimizer or a sequence of them"
-    return _must_be("watch(optimizer=)", wanted, value)
 
 
 def _check_parameters(optimizer: Optimizer, table: ParameterTable) -> None:

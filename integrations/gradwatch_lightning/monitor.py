@@ -258,8 +258,8 @@ class GradientMonitor(Callback):
 
     def _keep_newest(self) -> None:
         record = None if self._watcher is None else self._watcher.last
-        # By identity: after a rewind another record may have the same step. "none" is the optimizer
-        # of backwards that no step follows, as where manual optimization only accumulates.
+        # By identity: after a rewind another record may have the same step. "none" is the label
+        # of backwards where no optimizer is known: Lightning's x-axis has no step for them.
         if record is None or record is self._last_record or record.optimizer == "none":
             return
         self._last_record = self._newest[record.optimizer] = record

@@ -47,10 +47,7 @@ class EventText:
         self._complete = False
 
     def add(self, events: Sequence[Event], first_optimizer: str) -> str | None:
-        """Takes the events of one batch.
-
-        The list is given whole each time: TensorBoard keeps 10 texts of a tag at random and always
-        the last one, so that the last one has to say everything.
+        """Adds the events of one batch.
 
         Args:
             events: Oldest first.
@@ -64,6 +61,7 @@ class EventText:
         room = MAX_TEXT_EVENTS - len(self._lines)
         self._lines += [_line(event, first_optimizer) for event in events[:room]]
         self._complete = len(events) > room
+        # Whole each time: TensorBoard keeps 10 texts of a tag at random and always the last one.
         return "\n".join(self._lines) + (_MORE if self._complete else "")
 
 
@@ -80,12 +78,7 @@ def _line(event: Event, first_optimizer: str) -> str:
 def escape(text: str) -> str:
     r"""Makes a string safe as a piece of one line of Markdown.
 
-    Args:
-        text: Any string, a parameter's name say.
-
-    Returns:
-        Markdown that shows the string, on one line, as it is. Control characters, also those that
-        turn the direction of writing, are shown as U+FFFD.
+    Control characters, also those that turn the direction of writing, are shown as U+FFFD.
 
     >>> escape("block_0.__init__ <b>")
     'block\\_0.\\_\\_init\\_\\_ &lt;b&gt;'
@@ -107,11 +100,7 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 class EventList:
-    """Lists the first events, then counts.
-
-    One entry says so as soon as an event is left out, in case the process is killed, and a second
-    one at the end how many there were of each kind.
-    """
+    """Lists the first events for the Gradients tab, then counts: see the wire's ``left_out``."""
 
     def __init__(self) -> None:
         """Starts without an event."""
@@ -123,15 +112,12 @@ class EventList:
         self._time = 0.0
 
     def add(self, events: Sequence[Event], session: str, time: float) -> list[Outgoing]:
-        """Takes events.
+        """Adds events, oldest first, and returns what is to be written now.
 
         Args:
-            events: Oldest first.
+            events: Of one batch.
             session: The session that they are of.
             time: Wall time in seconds since 1970.
-
-        Returns:
-            What is to be written now.
         """
         if not events:
             return []
@@ -141,7 +127,7 @@ class EventList:
         entries = [asdict(event) for event in listed]
         if rest:
             self._newest = rest[-1]
-            if not self._left_out:
+            if not self._left_out:  # already now, in case the process is killed before rest()
                 entries.append(self._last_entry(ONLY_FIRST.format(limit=MAX_TAB_EVENTS), len(rest)))
             self._left_out.update(event.kind for event in rest)
         if not entries:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch.utils.tensorboard import FileWriter, SummaryWriter
 
@@ -36,28 +36,7 @@ _CLOSED_SINCE = (
 )
 
 
-class EventFile(Protocol):
-    """An event file and who closes it."""
-
-    @property
-    def log_dir(self) -> str:
-        """The folder that TensorBoard shows as the run."""
-
-    def writer(self, first_step: int) -> Any:
-        """Gives the ``FileWriter``, made now where there is none yet.
-
-        Args:
-            first_step: Step of the value that is about to be written.
-        """
-
-    def flush(self) -> None:
-        """Waits until everything is on the disk."""
-
-    def close(self) -> None:
-        """Leaves everything on the disk, and the file closed where it is ours."""
-
-
-def event_file(log_dir_or_writer: object) -> EventFile:
+def event_file(log_dir_or_writer: object) -> OwnFile | SharedFile:
     """Returns the event file behind what the user named.
 
     Raises:
@@ -84,23 +63,21 @@ class OwnFile:
     """An event file of our own, made when the first value arrives.
 
     Only then is the first step known, and with it from where on a resumed run takes over from the
-    one before it in the same folder; and a process that never writes leaves no empty file behind,
-    which TensorBoard's Python loader would follow instead of the full one.
+    one before it in the same folder.
     """
 
-    def __init__(self, log_dir: str) -> None:
-        """Makes the folder.
+    # A process that never writes so leaves no empty file behind, which TensorBoard's Python loader
+    # would follow instead of the full one.
 
-        Args:
-            log_dir: The folder, or an address like ``gs://...`` that TensorBoard can write to.
-        """
+    def __init__(self, log_dir: str) -> None:
+        """Makes the folder, unless it is an address like ``gs://...``."""
         self.log_dir = log_dir
         if "://" not in log_dir:
             Path(log_dir).mkdir(parents=True, exist_ok=True)
         self._writer: SummaryWriter | None = None
 
     def writer(self, first_step: int) -> Any:
-        """See :class:`EventFile`."""
+        """Returns torch's ``FileWriter``, made before the first value, that of ``first_step``."""
         if self._writer is None:
             self._writer = SummaryWriter(
                 self.log_dir,
@@ -120,12 +97,12 @@ class OwnFile:
         return all(path.name.endswith(SUFFIX) for path in Path(self.log_dir).glob("*tfevents*"))
 
     def flush(self) -> None:
-        """See :class:`EventFile`."""
+        """Waits until everything is on the disk."""
         if self._writer is not None:
             self._writer.flush()
 
     def close(self) -> None:
-        """See :class:`EventFile`."""
+        """Leaves everything on the disk and closes the file."""
         if self._writer is None:
             return
         # SummaryWriter.close() stops at a flush that fails, and its thread would wait for ever.
@@ -144,11 +121,11 @@ class SharedFile:
 
     @property
     def log_dir(self) -> str:
-        """See :class:`EventFile`."""
+        """The folder that TensorBoard shows as the run."""
         return str(self._writer.log_dir)
 
     def writer(self, first_step: int) -> FileWriter:
-        """See :class:`EventFile`.
+        """Returns torch's ``FileWriter``, whatever the first step.
 
         Raises:
             RuntimeError: If the user closed it.
@@ -160,9 +137,9 @@ class SharedFile:
         return file_writer
 
     def flush(self) -> None:
-        """See :class:`EventFile`."""
+        """Waits until everything is on the disk."""
         self._writer.flush()
 
     def close(self) -> None:
-        """See :class:`EventFile`."""
+        """Leaves the file open, and everything on the disk."""
         self._writer.flush()

@@ -22,9 +22,7 @@ from gradwatch_tensorboard.windows import EarlyEnds, Windows
 class MatrixWriter:
     """Sorts the steps of a run into streams.
 
-    A stream ends, and the next one begins, where the parameters change; and where the steps of an
-    optimizer go back, as when a checkpoint is loaded in the middle, with a new session: only so
-    does a reader replace the steps that come again.
+    A stream ends, and the next one begins, where the parameters change or the steps go back.
     """
 
     def __init__(self, log_dir: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -45,14 +43,11 @@ class MatrixWriter:
         self._owners = Owners(0)
 
     def add(self, batch: RecordBatch, times: Sequence[float]) -> list[Outgoing]:
-        """Takes steps.
+        """Adds steps and their events, and returns what is to be written now, in this order.
 
         Args:
             batch: The steps, and what happened in them.
             times: Wall time of each step, in seconds since 1970.
-
-        Returns:
-            What is to be written now, in this order.
         """
         outgoing = self._add_steps(batch, times) if batch.steps and batch.layout.names else []
         newest_time = times[-1] if times else time.time()
@@ -62,6 +57,7 @@ class MatrixWriter:
         if self._layout != batch.layout:
             self._layout, self._owners = batch.layout, Owners(len(batch.layout.names))
         rows = _rows_by_optimizer(batch)
+        # First all of them: whose a parameter is decides which columns each stream has.
         for optimizer, places in rows.items():
             self._owners.see(optimizer, batch.norms[places])
         outgoing: list[Outgoing] = []
@@ -95,6 +91,8 @@ class MatrixWriter:
         goes_back = old is not None and first_step <= old.last_step
         if old is not None and not goes_back and old.layout == layout and _fits(old, columns):
             return [], old
+        # As when a checkpoint is loaded in the middle. Only a later session makes a reader replace
+        # the steps that come again.
         if goes_back:
             self._session = new_session(self._log_dir)
         tag = Tag("layout", self._session, self._count)
@@ -127,18 +125,12 @@ def _rising(batch: RecordBatch, places: list[int]) -> list[list[int]]:
 
 
 class Owners:
-    """Tells whose parameters are whose, from who had gradients.
+    """Tells which parameters each optimizer has, from the gradients of its steps."""
 
-    Every row of a batch has a column for every watched parameter. Written so for each of many
-    optimizers they would be a square, of which all but the diagonal is empty.
-    """
+    # Every row of a batch has a column for every watched parameter. Written so for each of many
+    # optimizers they would be a square, of which all but the diagonal is empty.
 
     def __init__(self, parameters: int) -> None:
-        """Starts with nothing seen.
-
-        Args:
-            parameters: Number of columns.
-        """
         self._seen: dict[str, NDArray[np.bool_]] = {}
         self._owned = np.zeros(parameters, np.bool_)
 
@@ -154,18 +146,11 @@ class Owners:
         self._owned |= present
 
     def columns(self, optimizer: str) -> NDArray[np.intp]:
-        """Lists the columns of an optimizer.
-
-        Args:
-            optimizer: Its label, seen before.
-
-        Returns:
-            intp array: rising; those where it had a gradient, and those where nobody had.
-        """
+        """Lists the columns where an optimizer had a gradient or nobody had, rising intp array."""
         return np.flatnonzero(self._seen[optimizer] | ~self._owned)
 
 
-_begun = [0]
+_newest_session = [0]  # of this process, milliseconds since 1970
 
 
 def new_session(log_dir: str) -> str:
@@ -181,13 +166,14 @@ def new_session(log_dir: str) -> str:
         Milliseconds since 1970, 12 hexadecimal digits.
     """
     now = int(time.time() * 1000)
-    _begun.append(max(now, _newest_file(log_dir) + 1, _begun.pop() + 1))
-    return f"{_begun[-1]:012x}"
+    # A name that is not above those before would have a reader hide the new session, not the old.
+    _newest_session[0] = max(now, _newest_file(log_dir) + 1, _newest_session[0] + 1)
+    return f"{_newest_session[0]:012x}"
 
 
 def _newest_file(log_dir: str) -> int:
     newest = 0
-    if "://" not in log_dir:
+    if "://" not in log_dir:  # a bucket: asking it would take seconds
         for path in Path(log_dir).glob("*tfevents*"):
             with suppress(OSError):  # another process may remove it
                 newest = max(newest, path.stat().st_mtime_ns // 1_000_000)

@@ -32,14 +32,11 @@ class ScalarEvents:
         self._templates: dict[tuple[str, ...], tuple[Any, list[Any]]] = {}
 
     def fill(self, values: Mapping[str, float], meaning: Callable[[str], str]) -> Any:
-        """Puts the values of a step into one Event.
+        """Returns an ``Event`` of the values, without step and time, valid until the next call.
 
         Args:
             values: Tag to value.
             meaning: Says what a tag means; asked once for each.
-
-        Returns:
-            An ``Event`` without step and time, valid until the next call.
         """
         tags = tuple(values)
         if tags not in self._templates and not self._described.issuperset(tags):
@@ -109,9 +106,6 @@ def array_event(arrays: dict[Tag, NDArray[Any]], *, described: bool) -> Any:
         arrays: Tag to a float32, float64 or uint16 array.
         described: Whether the tags were written before: TensorBoard reads what a tag is from its
             first Event.
-
-    Returns:
-        The ``Event``.
     """
     event = Event()
     for tag, array in arrays.items():
@@ -129,9 +123,6 @@ def text_event(tag: Tag, texts: str | Sequence[str], *, described: bool = False)
         tag: Their tag.
         texts: One text, a tensor of shape ``[]``; or several, one of shape ``[texts]``.
         described: Whether the tag was written before.
-
-    Returns:
-        The ``Event``.
     """
     event = Event()
     tensor = _add_tensor(event, tag, described=described)

@@ -38,23 +38,23 @@ class Scalar:
 
 
 def largest(values: Sequence[float]) -> float:
-    """Takes the largest value; a NaN among them wins, so that thinning never hides one."""
+    """Returns the largest value; a NaN among them wins, so that thinning never hides one."""
     return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def smallest(values: Sequence[float]) -> float:
-    """Takes the smallest value; a NaN among them wins, so that thinning never hides one."""
+    """Returns the smallest value; a NaN among them wins, so that thinning never hides one."""
     return math.nan if any(map(math.isnan, values)) else min(values)
 
 
 def middle(values: Sequence[float]) -> float:
-    """Takes the median of the values that are numbers."""
+    """Returns the median of the values that are numbers."""
     numbers = sorted(value for value in values if not math.isnan(value))
     return numbers[len(numbers) // 2] if numbers else math.nan
 
 
 def newest(values: Sequence[float]) -> float:
-    """Takes the last value."""
+    """Returns the last value."""
     return values[-1]
 
 
@@ -108,7 +108,7 @@ class StepScalars:
 
         Args:
             record: The step.
-            spread: The four percentiles of :func:`~gradwatch_tensorboard.scalars.norm_spread`.
+            spread: The four percentiles of :func:`norm_spread`.
 
         Returns:
             Name to value. A loss or learning rate that is not a finite number is left out, and so
@@ -139,6 +139,8 @@ class StepScalars:
             row["loss"] = record.loss
         if math.isfinite(record.lr):
             row["lr"] = record.lr
+        # From the first on that says something: most runs have no scaler and no accumulation, and
+        # need no charts of ones.
         if self.scaled:
             row["loss_scale"] = record.loss_scale
         if _is_known(record):
@@ -158,15 +160,13 @@ def accumulates(record: StepRecord) -> bool:
 
 
 def _is_known(record: StepRecord) -> bool:
-    """Tells whether a noise scale is more than its standard error.
-
-    Where it is less, it says nothing, and may be so large that nothing else is seen on its axis.
-    """
+    """Tells whether a noise scale is more than its standard error."""
+    # One that is less says nothing, and may be so large that nothing else is seen on its axis.
     return 0 <= record.noise_scale_stderr < record.noise_scale < math.inf
 
 
 def norm_spread(norms: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Takes the 5th, 50th, 95th and 100th percentile of each row.
+    """Returns the 5th, 50th, 95th and 100th percentile of each row.
 
     Only finite norms count: parameters without a gradient (-1) and those with a NaN or an Inf are
     left out. Percentiles between two norms are interpolated linearly, as ``numpy.percentile`` does.
@@ -216,14 +216,11 @@ class Thinner:
         return bool(self._pending)
 
     def add(self, row: Mapping[str, float], *, now: bool) -> Row:
-        """Takes the row of one step.
+        """Adds the row of one step, and returns the one to write at it; empty for none yet.
 
         Args:
             row: The values of the step.
             now: Whether to write at this step whatever the count says.
-
-        Returns:
-            The row to write at this step; empty when there is none yet.
         """
         if self._every == 1:
             return dict(row)
@@ -259,9 +256,8 @@ class Point:
 class OptimizerSeries:
     """What is written for one optimizer: its tags, its counters and what thinning still holds.
 
-    TensorBoard groups charts by the text before the first slash, so each optimizer after the first
-    has groups of its own, ``gradwatch-SGD-1/`` and ``gradwatch-SGD-1_blocks/``. The hyphen sorts
-    them behind those of the first; an underscore would put them in front.
+    Each optimizer after the first has groups of its own, ``gradwatch-SGD-1/`` and
+    ``gradwatch-SGD-1_blocks/``.
 
     The newest point waits for the next one: at the end it goes out together with what thinning
     still holds, so that a step is never spread over two Events.
@@ -276,6 +272,8 @@ class OptimizerSeries:
             block_every: Steps that one row of block norms stands for.
             step_scalars: Whether the step scalars are written at all.
         """
+        # TensorBoard groups charts by the text before the first slash. The hyphen sorts the groups
+        # behind those of the first optimizer; an underscore would put them in front.
         name = f"gradwatch-{label.replace('/', '_')}" if label else "gradwatch"
         self._group = f"{name}/"
         self._block_group = f"{name}_blocks/"
@@ -285,7 +283,7 @@ class OptimizerSeries:
         self._thin_blocks = Thinner(block_every, lambda _, values: largest(values))
         self._newest: Point | None = None
 
-    def take(
+    def add(
         self,
         record: StepRecord,
         time: float,
@@ -294,7 +292,7 @@ class OptimizerSeries:
         *,
         notable: bool,
     ) -> Point | None:
-        """Takes one step.
+        """Adds one step, and returns the point before it where that is to be written.
 
         Args:
             record: The step.
@@ -302,13 +300,10 @@ class OptimizerSeries:
             spread: The four percentiles over the parameters' norms.
             blocks: Norm of each block that had a gradient.
             notable: Whether the step is written however the series are thinned.
-
-        Returns:
-            The point before this one, where it is to be written. A step that is not above the last
-            one is left out: TensorBoard would take it for a restart and drop the points after it.
         """
         scalars = self._scalars.of(record, spread)
         before = self._newest
+        # TensorBoard would take it for a restart, and drop the points from this step on.
         if before is not None and record.global_step <= before.step:
             return None
         values: Row = {}
@@ -320,7 +315,7 @@ class OptimizerSeries:
         self._newest = Point(record.global_step, time, values)
         return before
 
-    def settled(self) -> Point | None:
+    def ready(self) -> Point | None:
         """Gives the newest point now, where thinning holds nothing that belongs to its step."""
         if self._newest is None or self._thin_scalars.holds or self._thin_blocks.holds:
             return None
@@ -336,14 +331,7 @@ class OptimizerSeries:
         return replace(self._newest, values=self._newest.values | held)
 
     def meaning(self, tag: str) -> str:
-        """Says in one sentence what a tag of this optimizer means.
-
-        Args:
-            tag: One of the tags that :meth:`take` gave.
-
-        Returns:
-            What TensorBoard shows when its user asks about the chart.
-        """
+        """Says in one sentence what a tag of this optimizer means: TensorBoard shows it."""
         if tag.startswith(self._block_group):
             return _BLOCK_MEANING
         name = tag.removeprefix(self._group)
@@ -372,7 +360,7 @@ def chart_layout(*, step_scalars: bool, accumulates: bool = False) -> Any:
         "norm before and after the clip": [
             "Multiline",
             ["gradwatch[^/]*/grad_norm$", "gradwatch[^/]*/grad_norm_clipped$"],
-        ],
+        ]
     }
     if step_scalars:
         charts["norms over parameters: median, 5 % to 95 %"] = ["Margin", _SPREAD]

@@ -82,6 +82,7 @@ class Stream:
             steps: A window for each, at least one.
             now: As in the constructor.
         """
+        # Not in the constructor: only the first step says at which step and time the layout stands.
         outgoing = [] if self.last_step else [self._layout_event(steps)]
         self.last_step = int(steps.last_steps[-1])
         complete = self._reducer.add(steps)
@@ -125,6 +126,7 @@ class Stream:
         ]
 
     def _chunk_event(self, chunk: Windows) -> Outgoing:
+        # A reader reads a tag whole, from its beginning: it must stay small.
         begins = self._segment < 0 or self._chunks == SEGMENT_CHUNKS
         begins = begins or (self._segment_rows + len(chunk)) * self._row_bytes > SEGMENT_BYTES
         if begins:

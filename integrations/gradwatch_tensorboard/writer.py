@@ -93,7 +93,7 @@ class TensorBoardWriter:
         layout: bool = True,
         heatmap: bool = True,
     ) -> None:
-        """Takes a folder or an open writer; writes nothing yet.
+        """Opens nothing yet: the first batch does.
 
         Args:
             log_dir_or_writer: A folder, for an event file of its own that :meth:`close` closes; or
@@ -137,10 +137,7 @@ class TensorBoardWriter:
         return self._file.log_dir
 
     def write(self, batch: RecordBatch) -> None:
-        """Takes some consecutive steps, oldest first, and their events.
-
-        Args:
-            batch: The records.
+        """Writes some consecutive steps, oldest first, and their events.
 
         Raises:
             OSError: If the disk does not take them.
@@ -162,6 +159,7 @@ class TensorBoardWriter:
             self._write_text(batch)
         if self._matrix is not None:
             self._send(self._matrix.add(batch, times))
+        # The process may die of it, and the last batch is then what its user needs most.
         if any(map(_is_nonfinite, batch.steps)) or any(e.nonfinite for e in batch.events):
             self._file.flush()
 
@@ -207,7 +205,7 @@ class TensorBoardWriter:
         rows = zip(batch.steps, times, spreads, block_norms, strict=True)
         for record, wall_time, spread, norms in rows:
             series = self._series_of(record.optimizer)
-            before = series.take(
+            before = series.add(
                 record,
                 wall_time,
                 spread,
@@ -216,7 +214,7 @@ class TensorBoardWriter:
             )
             self._write_point(series, before)
         for series in self._series.values():
-            self._write_point(series, series.settled())
+            self._write_point(series, series.ready())
 
     def _blocks_of(self, layout: Layout) -> Blocks:
         if self._blocks is None or self._blocks[0] != layout:
