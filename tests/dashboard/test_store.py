@@ -163,7 +163,7 @@ def test_requests_that_come_together_ask_once(tmp_path, monkeypatch):
     monkeypatch.setattr(provider_module, "FRESH_SECONDS", 0.5)
     now = [100.0]
     remembered, provider = (
-        provider_module.Listings(lambda: now[0]),
+        provider_module.ListingCache(lambda: now[0]),
         Provider(CountingProvider(tmp_path), {}),
     )
     first = remembered.get(provider)
