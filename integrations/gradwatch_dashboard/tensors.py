@@ -146,9 +146,9 @@ def read_matrix(
         # Only the rows with a bad step: nearly all are zeros, and they take half as much as norms.
         if found_bad is not None and len(found_bad) == len(good):
             here = found_bad[good]
-            places = np.flatnonzero(here.any(axis=1))
-            rows.append(places + start)
-            counts.append(here[places])
+            bad_rows = np.flatnonzero(here.any(axis=1))
+            rows.append(bad_rows + start)
+            counts.append(here[bad_rows])
         start = stop
     return MatrixChunks(cells, np.concatenate(rows), np.concatenate(counts))
 

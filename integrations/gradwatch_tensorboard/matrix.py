@@ -56,13 +56,13 @@ class MatrixWriter:
     def _add_steps(self, batch: RecordBatch, times: Sequence[float]) -> list[Outgoing]:
         if self._layout != batch.layout:
             self._layout, self._owners = batch.layout, Owners(len(batch.layout.names))
-        rows = _rows_by_optimizer(batch)
+        by_optimizer = _rows_by_optimizer(batch)
         # First all of them: whose a parameter is decides which columns each stream has.
-        for optimizer, places in rows.items():
-            self._owners.see(optimizer, batch.norms[places])
+        for optimizer, rows in by_optimizer.items():
+            self._owners.see(optimizer, batch.norms[rows])
         outgoing: list[Outgoing] = []
-        for optimizer, places in rows.items():
-            for part in _rising(batch, places):
+        for optimizer, rows in by_optimizer.items():
+            for part in _rising(batch, rows):
                 outgoing += self._add_part(batch, times, optimizer, part)
         return outgoing
 
@@ -72,14 +72,14 @@ class MatrixWriter:
         return outgoing + self._events.rest()
 
     def _add_part(
-        self, batch: RecordBatch, times: Sequence[float], optimizer: str, places: list[int]
+        self, batch: RecordBatch, times: Sequence[float], optimizer: str, rows: list[int]
     ) -> list[Outgoing]:
-        records = [batch.steps[place] for place in places]
+        records = [batch.steps[row] for row in rows]
         outgoing, stream = self._stream_for(batch.layout, optimizer, records[0].step)
-        norms = batch.norms[places]
+        norms = batch.norms[rows]
         if len(stream.columns) < norms.shape[1]:
             norms = norms[:, stream.columns]
-        steps = Windows.of_steps(records, norms, [times[place] for place in places])
+        steps = Windows.of_steps(records, norms, [times[row] for row in rows])
         return outgoing + stream.add(steps, self._clock())
 
     def _stream_for(
@@ -111,17 +111,17 @@ def _fits(stream: Stream, columns: NDArray[np.intp]) -> bool:
 
 def _rows_by_optimizer(batch: RecordBatch) -> dict[str, list[int]]:
     """Lists the rows of each optimizer."""
-    rows: dict[str, list[int]] = {}
-    for place, record in enumerate(batch.steps):
-        rows.setdefault(record.optimizer, []).append(place)
-    return rows
+    by_optimizer: dict[str, list[int]] = {}
+    for row, record in enumerate(batch.steps):
+        by_optimizer.setdefault(record.optimizer, []).append(row)
+    return by_optimizer
 
 
-def _rising(batch: RecordBatch, places: list[int]) -> list[list[int]]:
+def _rising(batch: RecordBatch, rows: list[int]) -> list[list[int]]:
     """Cuts rows where the steps do not rise."""
-    steps = np.array([batch.steps[place].step for place in places])
+    steps = np.array([batch.steps[row].step for row in rows])
     cuts = (np.flatnonzero(np.diff(steps) <= 0) + 1).tolist()
-    return [places[a:b] for a, b in zip([0, *cuts], [*cuts, len(places)], strict=True)]
+    return [rows[a:b] for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
 
 
 class Owners:

@@ -17,12 +17,12 @@ MAX_COUNT = 65_535
 
 Floats = NDArray[np.floating[Any]]
 
-_PLACE = {name: place for place, name in enumerate(COLUMNS)}
-_FIRST_STEP, _LAST_STEP = _PLACE["first_step"], _PLACE["last_step"]
-_BAD_STEPS = _PLACE["bad_steps"]
-_LARGEST = [_PLACE["grad_norm"], _PLACE["grad_norm_clipped"]]
-_SUMS = [_BAD_STEPS, _PLACE["clipped_steps"], _PLACE["skipped_steps"]]
-_CLIP_COEF = _PLACE["clip_coef"]
+_COLUMN = {name: column for column, name in enumerate(COLUMNS)}
+_FIRST_STEP, _LAST_STEP = _COLUMN["first_step"], _COLUMN["last_step"]
+_BAD_STEPS = _COLUMN["bad_steps"]
+_LARGEST = [_COLUMN["grad_norm"], _COLUMN["grad_norm_clipped"]]
+_SUMS = [_BAD_STEPS, _COLUMN["clipped_steps"], _COLUMN["skipped_steps"]]
+_CLIP_COEF = _COLUMN["clip_coef"]
 
 
 @dataclass(frozen=True, slots=True)
