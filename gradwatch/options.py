@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, fields
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,25 +30,70 @@ Accumulate = int | str | Mapping[int, int] | Callable[[int], int] | AccumulatePo
 
 AUTO_Z = 6.0
 ON_NONFINITE = ("record", "skip", "raise")
+SHOWN_CHARACTERS = 200
+"""Of a value in an error message: a list of parameters may print millions."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The checked arguments of :func:`gradwatch.watch`; see there for what each one means."""
+    """The arguments of :func:`gradwatch.watch`, checked; see there for what each one means.
 
+    Each is given as the user wrote it and held as what it stands for: ``clip=1.0`` is
+    ``ClipByNorm(1.0)``. A ``caller`` that hands arguments on is named in the messages of errors.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If an argument is out of bounds.
+    """
+
+    # The order of the fields is that of the run folder, which keeps them.
     clip: ClipPolicy | None
     accumulate: AccumulatePolicy
     on_nonfinite: str
     statistics: tuple[str, ...]
     every: int
     buffer_size: int
-    scaler: torch.amp.GradScaler | None
+    scaler: torch.amp.GradScaler | None = None
     sinks: tuple[Sink, ...]
     run_dir: str | None
     exploding_norm: float | None
     skip_spikes: float | None
     max_consecutive_skips: int
-    curvature: CurvatureEvery | None = None
+    curvature: CurvatureEvery | None
+    caller: InitVar[str] = "watch"
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any], caller: str = "watch") -> Options:
+        """Picks the options out of the arguments of a call, and checks them.
+
+        Args:
+            arguments: By name, ``locals()`` say; what is no option is left alone.
+            caller: What the user called.
+        """
+        names = [field.name for field in fields(cls) if field.name in arguments]
+        return cls(**{name: arguments[name] for name in names}, caller=caller)
+
+    def __post_init__(self, caller: str) -> None:
+        # The order of the checks decides which of two mistakes is reported first. Each takes what
+        # it has returned before, for `dataclasses.replace` checks all fields again.
+        checks: dict[str, Callable[[str, Any], object]] = {
+            "exploding_norm": _limit,
+            "scaler": _scaler,
+            "clip": _clip_policy,
+            "accumulate": accumulate_policy,
+            "on_nonfinite": partial(_choice, choices=ON_NONFINITE),
+            "statistics": _statistics,
+            "every": _positive_int,
+            "buffer_size": _positive_int,
+            "sinks": _sinks,
+            "run_dir": _folder,
+            "skip_spikes": _spike_z,
+            "max_consecutive_skips": _positive_int,
+            "curvature": _curvature,
+        }
+        for name, check in checks.items():
+            checked = check(f"{caller}({name}=)", getattr(self, name))
+            object.__setattr__(self, name, checked)  # the one way into a frozen dataclass
 
     @property
     def acts(self) -> bool:
@@ -57,12 +104,12 @@ class Options:
     def acting(self) -> list[str]:
         """The arguments by which gradwatch changes the training at an optimizer step."""
         asked = {
-            "clip": self.clip is not None,
-            "accumulate": self.accumulate.most != 1,
-            "on_nonfinite": self.on_nonfinite != "record",
-            "skip_spikes": self.skip_spikes is not None,
+            "clip=": self.clip is not None,
+            "accumulate=": self.accumulate.most != 1,
+            "on_nonfinite=": self.on_nonfinite != "record",
+            "skip_spikes=": self.skip_spikes is not None,
         }
-        return [f"{argument}=" for argument, wanted in asked.items() if wanted]
+        return [argument for argument, wanted in asked.items() if wanted]
 
     @property
     def of_steps(self) -> list[str]:
@@ -74,196 +121,27 @@ class Options:
     @property
     def deciding(self) -> dict[str, str]:
         """What decides about all gradients of a step at once: the argument, and how it reads."""
-        asked = {
-            "clip": (
-                f"Clipping by the global norm (clip={self.clip!r})",
-                self.clip is not None and not isinstance(self.clip, ClipByValue),
-            ),
-            "accumulate": (f"accumulate={self.accumulate}", self.accumulate.most != 1),
-            "on_nonfinite": (f'on_nonfinite="{self.on_nonfinite}"', self.on_nonfinite != "record"),
-            "skip_spikes": (f"skip_spikes={self.skip_spikes}", self.skip_spikes is not None),
+        texts = {
+            "clip": f"Clipping by the global norm (clip={self.clip!r})",
+            "accumulate": f"accumulate={self.accumulate}",
+            "on_nonfinite": f'on_nonfinite="{self.on_nonfinite}"',
+            "skip_spikes": f"skip_spikes={self.skip_spikes}",
         }
-        return {argument: text for argument, (text, wanted) in asked.items() if wanted}
+        if isinstance(self.clip, ClipByValue):  # it looks at one element at a time
+            del texts["clip"]
+        return {name: text for name, text in texts.items() if f"{name}=" in self.acting}
 
 
-def check_options(
-    *,
-    clip: float | str | ClipPolicy | None = None,
-    accumulate: Accumulate = 1,
-    on_nonfinite: str = "record",
-    statistics: Iterable[str] = ("norm",),
-    every: int = 1,
-    buffer_size: int = 1024,
-    scaler: torch.amp.GradScaler | None = None,
-    sinks: Iterable[Sink] = (),
-    run_dir: str | os.PathLike[str] | None = None,
-    exploding_norm: float | None = None,
-    skip_spikes: float | str | None = None,
-    max_consecutive_skips: int = 10,
-    curvature: CurvatureEvery | None = None,
-    caller: str = "watch",
-) -> Options:
-    """Checks the arguments of :func:`gradwatch.watch`, or of an adapter that hands them on.
-
-    Args:
-        clip: As for ``watch``, like all others.
-        accumulate: As for ``watch``.
-        on_nonfinite: As for ``watch``.
-        statistics: As for ``watch``.
-        every: As for ``watch``.
-        buffer_size: As for ``watch``.
-        scaler: As for ``watch``.
-        sinks: As for ``watch``.
-        run_dir: As for ``watch``.
-        exploding_norm: As for ``watch``.
-        skip_spikes: As for ``watch``.
-        max_consecutive_skips: As for ``watch``.
-        curvature: As for ``watch``.
-        caller: What the user called, for the text of errors.
-
-    Returns:
-        The options.
-
-    Raises:
-        TypeError: If an argument is of a wrong type.
-        ValueError: If an argument is out of bounds.
-    """
-    if exploding_norm is not None:
-        check_positive(f"{caller}(exploding_norm=)", exploding_norm)
-    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-        raise TypeError(
-            f"{caller}(scaler=) must be a torch.amp.GradScaler, got {_described(scaler)}."
-        )
-    return Options(
-        clip=_clip_policy(f"{caller}(clip=)", clip),
-        accumulate=accumulate_policy(f"{caller}(accumulate=)", accumulate),
-        on_nonfinite=_choice(f"{caller}(on_nonfinite=)", on_nonfinite, ON_NONFINITE),
-        statistics=_statistics(f"{caller}(statistics=)", statistics),
-        every=_positive_int(f"{caller}(every=)", every),
-        buffer_size=_positive_int(f"{caller}(buffer_size=)", buffer_size),
-        scaler=scaler,
-        sinks=_sinks(f"{caller}(sinks=)", sinks),
-        run_dir=_folder(f"{caller}(run_dir=)", run_dir),
-        exploding_norm=exploding_norm,
-        skip_spikes=_spike_z(f"{caller}(skip_spikes=)", skip_spikes),
-        max_consecutive_skips=_positive_int(
-            f"{caller}(max_consecutive_skips=)", max_consecutive_skips
-        ),
-        curvature=_curvature(f"{caller}(curvature=)", curvature),
-    )
-
-
-def _spike_z(name: str, value: object) -> float | None:
-    if value is None:
-        return None
-    if value == "auto":
-        return AUTO_Z
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise (ValueError if isinstance(value, str) else TypeError)(
-            f'{name} must be None, "auto" or a positive number of deviations, got '
-            f"{_described(value)}."
-        )
-    check_positive(name, value)
-    return float(value)
-
-
-def _clip_policy(name: str, clip: object) -> ClipPolicy | None:
-    if clip is None:
-        return None
-    if isinstance(clip, str) and clip == "auto":
-        return RobustClip()
-    if isinstance(clip, (int, float)) and not isinstance(clip, bool):
-        check_positive(name, clip)
-        return ClipByNorm(float(clip))
-    if isinstance(clip, type) or not isinstance(clip, ClipPolicy):
-        raise (ValueError if isinstance(clip, str) else TypeError)(
-            f'{name} must be a positive number, "auto" or a clipping policy, got '
-            f"{_described(clip)}. Write clip=1.0 to clip by the global L2 norm, clip="
-            '"auto" to have the limit found, or clip=ClipByNorm(1.0, norm_type=...) '
-            "or clip=ClipByValue(...)."
-        )
-    return clip
-
-
-def _positive_int(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer of at least 1, got {_described(value)}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
-    return value
-
-
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {choices}, got {_described(value)}.")
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
-    return value
-
-
-def _statistics(name: str, names: object) -> tuple[str, ...]:
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise TypeError(
-            f"{name} must be a sequence of names, got {_described(names)}. "
-            f'Write statistics=("norm", "max"), for instance.'
-        )
-    chosen = tuple(names)
-    for statistic in chosen:
-        _choice(name, statistic, STATISTICS)
-    return chosen
-
-
-def _curvature(name: str, value: object) -> CurvatureEvery | None:
-    if value is None or isinstance(value, CurvatureEvery):
-        return value
-    raise TypeError(
-        f"{name} must be a CurvatureEvery or None, got {_described(value)}. Write curvature="
-        "CurvatureEvery(200, lambda: criterion(model(x), y)), or gradwatch.curvature(model, loss) "
-        "to take it once."
-    )
-
-
-def _folder(name: str, value: object) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
-        raise TypeError(
-            f"{name} must be a folder (str or PathLike) or None, got {_described(value)}. "
-            'Write run_dir="runs/a".'
-        )
-    if not os.fspath(value):
-        raise ValueError(f'{name} must name a folder, got an empty path. Write run_dir="runs/a".')
-    return str(os.fspath(value))
-
-
-def _sinks(name: str, sinks: object) -> tuple[Sink, ...]:
-    if isinstance(sinks, Sink):
-        raise TypeError(
-            f"{name} must be a sequence of sinks, got one {type(sinks).__name__}. "
-            "Write sinks=[...] around it."
-        )
-    if isinstance(sinks, str) or not isinstance(sinks, Iterable):
-        raise TypeError(f"{name} must be a sequence of sinks, got {_described(sinks)}.")
-    chosen = tuple(sinks)
-    for sink in chosen:
-        if isinstance(sink, type) or not _is_sink(sink):
-            raise TypeError(
-                f"{name} takes objects with the methods write(batch) and close(), got "
-                f"{_described(sink)}."
-            )
-    return chosen
-
-
-def _is_sink(value: object) -> bool:
-    return all(callable(getattr(value, name, None)) for name in ("write", "close"))
-
-
-def _described(value: object) -> str:
-    return f"{value!r} of type {type(value).__name__}"
-
-
+CLIP_ADVICE = (
+    ' Write clip=1.0 to clip by the global L2 norm, clip="auto" to have the limit found, or '
+    "clip=ClipByNorm(1.0, norm_type=...) or clip=ClipByValue(...)."
+)
+CURVATURE_ADVICE = (
+    " Write curvature=CurvatureEvery(200, lambda: criterion(model(x), y)), or "
+    "gradwatch.curvature(model, loss) to take it once."
+)
 NOT_A_MODEL = (
-    "watch(model=) got {value!r} of type {kind}. It watches a torch.nn.Module, or a mapping "
+    "watch(model=) got {value}. It watches a torch.nn.Module, or a mapping "
     'from names to leaf tensors: watch({{"x": x}}).'
 )
 NOT_A_LEAF = (
@@ -282,6 +160,10 @@ WATCHED_ALREADY = (
     'watch() was given "{name}", which another watcher is attached to. Leave the with block of '
     "that one (or call its close()) first."
 )
+NO_OPTIMIZER = (
+    "watch(optimizer=) is empty, got {value}. Leave it out to have the optimizers found "
+    "at their first step."
+)
 OVERLAPPING = (
     "watch(optimizer=) got a {optimizer} with overlap_with_ddp=True, which steps inside the "
     "reduction of the gradients, where nobody can look at them. Build it without that argument."
@@ -294,44 +176,165 @@ FOREIGN_PARAMETERS = (
 )
 
 
+def shown(value: object) -> str:
+    """Returns the ``repr`` of what a user gave, cut to a length that a message bears."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
+
+
+def described(value: object) -> str:
+    """Returns what a user gave and its type, as a message says it."""
+    return f"{shown(value)} of type {type(value).__name__}"
+
+
+def _must_be(name: str, wanted: str, value: object, advice: str = "") -> str:
+    return f"{name} must be {wanted}, got {described(value)}.{advice}"
+
+
+def _limit(name: str, value: float | None) -> float | None:
+    if value is not None:
+        check_positive(name, value)
+    return value
+
+
+def _scaler(name: str, value: object) -> torch.amp.GradScaler | None:
+    if value is None or isinstance(value, torch.amp.GradScaler):
+        return value
+    raise TypeError(_must_be(name, "a torch.amp.GradScaler", value))
+
+
+def _clip_policy(name: str, clip: object) -> ClipPolicy | None:
+    if clip is None:
+        return None
+    if isinstance(clip, str) and clip == "auto":
+        return RobustClip()
+    if isinstance(clip, (int, float)) and not isinstance(clip, bool):
+        check_positive(name, clip)
+        return ClipByNorm(float(clip))
+    # The class ClipByNorm, written without its parentheses, has the methods of a policy too.
+    if isinstance(clip, type) or not isinstance(clip, ClipPolicy):
+        wanted = 'a positive number, "auto" or a clipping policy'
+        raise (ValueError if isinstance(clip, str) else TypeError)(
+            _must_be(name, wanted, clip, CLIP_ADVICE)
+        )
+    return clip
+
+
+def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    if not isinstance(value, str):
+        raise TypeError(_must_be(name, f"one of {choices}", value))
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {shown(value)}.")
+    return value
+
+
+def _statistics(name: str, names: object) -> tuple[str, ...]:
+    # A string is a sequence of names too: "max" would ask for m, a and x.
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        advice = ' Write statistics=("norm", "max"), for instance.'
+        raise TypeError(_must_be(name, "a sequence of names", names, advice))
+    return tuple(_choice(name, statistic, STATISTICS) for statistic in names)
+
+
+def _positive_int(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):  # True is an int in Python
+        raise TypeError(_must_be(name, "an integer of at least 1", value))
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {shown(value)}.")
+    return value
+
+
+def _sinks(name: str, sinks: object) -> tuple[Sink, ...]:
+    if isinstance(sinks, Sink):
+        raise TypeError(
+            f"{name} must be a sequence of sinks, got one {type(sinks).__name__}. "
+            "Write sinks=[...] around it."
+        )
+    if isinstance(sinks, str) or not isinstance(sinks, Iterable):
+        raise TypeError(_must_be(name, "a sequence of sinks", sinks))
+    chosen = tuple(sinks)
+    for sink in chosen:
+        # Not isinstance(sink, Sink): a protocol is content with a `write` that cannot be called.
+        methods = (getattr(sink, name, None) for name in ("write", "close"))
+        if isinstance(sink, type) or not all(map(callable, methods)):
+            raise TypeError(
+                f"{name} takes objects with the methods write(batch) and close(), got "
+                f"{described(sink)}."
+            )
+    return chosen
+
+
+def _folder(name: str, value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        advice = ' Write run_dir="runs/a".'
+        raise TypeError(_must_be(name, "a folder (str or PathLike) or None", value, advice))
+    if not os.fspath(value):
+        raise ValueError(f'{name} must name a folder, got an empty path. Write run_dir="runs/a".')
+    return str(os.fspath(value))
+
+
+def _spike_z(name: str, value: object) -> float | None:
+    if value is None:
+        return None
+    if value == "auto":
+        return AUTO_Z
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        wanted = 'None, "auto" or a positive number of deviations'
+        raise (ValueError if isinstance(value, str) else TypeError)(_must_be(name, wanted, value))
+    check_positive(name, value)
+    return float(value)
+
+
+def _curvature(name: str, value: object) -> CurvatureEvery | None:
+    if value is None or isinstance(value, CurvatureEvery):
+        return value
+    raise TypeError(_must_be(name, "a CurvatureEvery or None", value, CURVATURE_ADVICE))
+
+
 def parameter_table(model: nn.Module | Mapping[str, Tensor]) -> ParameterTable:
     """Lists what is to be watched.
 
     Args:
         model: A module, or a mapping from names to leaf tensors.
 
-    Returns:
-        The table of its tensors.
-
     Raises:
         TypeError: If the model, a name or a tensor is of another type.
         ValueError: If a tensor is not a leaf, none requires a gradient, or FSDP1 hides them.
     """
     if not isinstance(model, (nn.Module, Mapping)):
-        raise TypeError(NOT_A_MODEL.format(value=model, kind=type(model).__name__))
+        raise TypeError(NOT_A_MODEL.format(value=described(model)))
     if isinstance(model, Mapping):
         for name, tensor in model.items():
             _check_entry(name, tensor)
     refuse_fsdp1(model)
+    # Before the parameters are listed: FSDP2 swaps them, and the optimizer holds the shards.
     reshard(model)
     table = ParameterTable.of(model)
     for name, tensor in zip(table.names, table.tensors, strict=True):
         if is_lazy(tensor):
             raise ValueError(LAZY.format(name=name))
     if not any(tensor.requires_grad for tensor in table.tensors):
-        what = type(model).__name__ if isinstance(model, nn.Module) else f"{list(model)}"
+        what = type(model).__name__ if isinstance(model, nn.Module) else shown(list(model))
         raise ValueError(NOTHING_TO_WATCH.format(what=what))
     return table
+
+
+def _check_entry(name: object, tensor: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"watch(model=) takes names that are strings, got {shown(name)} as a key.")
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f'watch(model=) got {described(tensor)} under "{name}".')
+    if not tensor.is_leaf:
+        raise ValueError(NOT_A_LEAF.format(name=name))
 
 
 def check_unwatched(table: ParameterTable) -> None:
     """Refuses a model that has a watcher already.
 
-    Args:
-        table: Its tensors.
-
     Raises:
-        RuntimeError: If another watcher is attached to one of them.
+        RuntimeError: If another watcher is attached to one of its tensors.
     """
     for name, tensor in zip(table.names, table.tensors, strict=True):
         if is_watched(tensor):
@@ -356,35 +359,23 @@ def optimizer_list(
     """
     if optimizer is None:
         return []
+    wanted = "a torch.optim.Optimizer or a sequence of them"
     given = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
     if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
-        raise TypeError(_not_an_optimizer(given))
+        raise TypeError(_must_be("watch(optimizer=)", wanted, given))
     optimizers = list(given)
     if not optimizers:
-        raise ValueError(
-            f"watch(optimizer=) is empty, got {given!r}. Leave it out to have the optimizers found "
-            "at their first step."
-        )
+        raise ValueError(NO_OPTIMIZER.format(value=shown(given)))
     for position, one in enumerate(optimizers):
         if not isinstance(one, Optimizer):
-            raise TypeError(_not_an_optimizer(one))
-        if getattr(one, "_overlap_with_ddp", False):
+            raise TypeError(_must_be("watch(optimizer=)", wanted, one))
+        if getattr(one, "_overlap_with_ddp", False):  # ZeroRedundancyOptimizer's private flag
             raise ValueError(OVERLAPPING.format(optimizer=type(one).__name__))
+        # By identity: `in` compares with ==, which an optimizer may define for itself.
         if any(one is earlier for earlier in optimizers[:position]):
             raise ValueError(f"watch(optimizer=) holds the same {type(one).__name__} twice.")
         _check_parameters(one, table)
     return optimizers
-
-
-def _check_entry(name: object, tensor: object) -> None:
-    if not isinstance(name, str):
-        raise TypeError(f"watch(model=) takes names that are strings, got {name!r} as a key.")
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(
-            f'watch(model=) got {tensor!r} of type {type(tensor).__name__} under "{name}".'
-        )
-    if not tensor.is_leaf:
-        raise ValueError(NOT_A_LEAF.format(name=name))
 
 
 def _check_parameters(optimizer: Optimizer, table: ParameterTable) -> None:
@@ -397,10 +388,3 @@ def _check_parameters(optimizer: Optimizer, table: ParameterTable) -> None:
                 optimizer=type(optimizer).__name__, foreign=foreign, total=len(parameters)
             )
         )
-
-
-def _not_an_optimizer(value: object) -> str:
-    return (
-        "watch(optimizer=) must be a torch.optim.Optimizer or a sequence of them, got "
-        f"{value!r} of type {type(value).__name__}."
-    )

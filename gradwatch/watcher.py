@@ -26,7 +26,6 @@ from gradwatch.measure.parameters import ParameterTable
 from gradwatch.options import (
     Accumulate,
     Options,
-    check_options,
     check_unwatched,
     optimizer_list,
     parameter_table,
@@ -41,18 +40,8 @@ if TYPE_CHECKING:
     from gradwatch.report import Report, Thresholds
 
 
-_PLAIN = (str, int, float, bool, type(None))
-
-
-def described_optimizer(optimizer: Optimizer) -> dict[str, Any]:
-    """Describes an optimizer.
-
-    Args:
-        optimizer: The optimizer.
-
-    Returns:
-        Its class, and for each parameter group its settings and the number of its parameters.
-    """
+def describe_optimizer(optimizer: Optimizer) -> dict[str, Any]:
+    """Describes an optimizer for the run folder: its class, and the settings of each group."""
     kind = type(optimizer)
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
@@ -66,16 +55,17 @@ def described_optimizer(optimizer: Optimizer) -> dict[str, Any]:
     }
 
 
-def described_options(options: Options) -> dict[str, Any]:
+def describe_options(options: Options) -> dict[str, Any]:
     """Describes the arguments of ``watch()``, those that are objects as their ``repr``."""
-    left_out = ("sinks", "run_dir")
+    left_out = ("sinks", "run_dir")  # they say where a run is kept, not how it was trained
     names = [field.name for field in fields(options) if field.name not in left_out]
     return {name: _plain(getattr(options, name)) for name in names}
 
 
 def _plain(value: object) -> Any:
-    if isinstance(value, _PLAIN):
+    if isinstance(value, (str, int, float, bool, type(None))):
         return value
+    # The learning rate of a capturable optimizer is a tensor; a large one is no setting.
     if isinstance(value, Tensor):
         return value.tolist() if value.numel() <= 8 else f"tensor {tuple(value.shape)}"
     if isinstance(value, (list, tuple)):
@@ -520,21 +510,22 @@ def watch(
         >>> watcher.last.grad_norm
         7.0
     """
-    options = check_options(
-        clip=clip,
-        accumulate=accumulate,
-        on_nonfinite=on_nonfinite,
-        statistics=statistics,
-        every=every,
-        buffer_size=buffer_size,
-        scaler=scaler,
-        sinks=sinks,
-        run_dir=run_dir,
-        exploding_norm=exploding_norm,
-        skip_spikes=skip_spikes,
-        max_consecutive_skips=max_consecutive_skips,
-        curvature=curvature,
-    )
+    # In the first line locals() are the arguments and nothing else: so an option is named in the
+    # signature and in Options, and nowhere in between.
+    return build_watcher(model, optimizer, Options.of(locals()))
+
+
+def build_watcher(
+    model: nn.Module | Mapping[str, Tensor],
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    options: Options,
+) -> Watcher:
+    """Does what :func:`watch` does, for an adapter that has checked its options before.
+
+    Raises:
+        TypeError: If the model or an optimizer is of a wrong type.
+        ValueError: If the optimizer's parameters are not the model's.
+    """
     table = parameter_table(model)
     check_unwatched(table)
     sampler_of(options.curvature, model)  # refuses what cannot be had before a folder is made
@@ -542,8 +533,8 @@ def watch(
     if options.run_dir is not None and rank() == 0:
         folder = RunFolder(
             options.run_dir,
-            optimizers=list(map(described_optimizer, optimizers)),
-            options=described_options(options),
+            optimizers=list(map(describe_optimizer, optimizers)),
+            options=describe_options(options),
         )
         options = replace(options, sinks=(*options.sinks, folder))
     return Watcher(model, table, optimizers, options)

@@ -22,26 +22,14 @@ class GradientsLoader(base_plugin.TBLoader):  # type: ignore[misc]  # TensorBoar
     """Loads the plugin. TensorBoard starts in any case, if need be without it."""
 
     def fix_flags(self, flags: Any) -> None:
-        """Asks TensorBoard to keep all of our data, instead of 10 or 100 samples of each tag.
-
-        What the user wrote on the command line for our data stands.
-
-        Args:
-            flags: Those of the command line.
-        """
+        """Asks TensorBoard to keep all of our data, instead of 10 or 100 samples of each tag."""
         samples = getattr(flags, "samples_per_plugin", None)
         if isinstance(samples, dict):
+            # What the user wrote for our data on the command line stands. 0 means all.
             samples.setdefault("gradwatch", 0)
 
     def load(self, context: Any) -> Any:
-        """Makes the plugin.
-
-        Args:
-            context: What TensorBoard gives to its plugins.
-
-        Returns:
-            The plugin; None, and a line in the log, where something that it needs is missing.
-        """
+        """Makes the plugin; None, and a line in the log, where something is missing."""
         try:
             from gradwatch_dashboard.plugin import GradientsPlugin
 

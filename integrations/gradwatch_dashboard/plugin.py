@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tensorboard import errors
 from tensorboard.backend import http_util
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
-from gradwatch_dashboard.arguments import LIMIT, Arguments, shown
-from gradwatch_dashboard.binning import Cells, curve, heatmap
-from gradwatch_dashboard.event_log import page
+from gradwatch_dashboard.answers import curve, describe, event_page, heatmap
+from gradwatch_dashboard.arguments import LIMIT, Arguments
+from gradwatch_dashboard.binning import Cells
 from gradwatch_dashboard.provider import Provider
 from gradwatch_dashboard.sessions import Timeline
-from gradwatch_dashboard.static_files import ENTRY, StaticFile, read_static_files
-from gradwatch_dashboard.store import Runs, Store, View
+from gradwatch_dashboard.store import RunCache, RunStore, RunView
+from gradwatch_dashboard.untrusted import shown
 from gradwatch_dashboard.wire import PLUGIN
 
 _logger = logging.getLogger(__name__)
@@ -31,11 +33,29 @@ _NO_OPTIMIZER = "run {run} has no optimizer {optimizer} with gradients"
 _JSON = "application/json"
 _BINARY = "application/octet-stream"
 
+ENTRY = "index.js"
+"""The module that TensorBoard opens."""
+
+_STATIC_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+_STATIC_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+
 MAX_EVENTS = 20_000
 DEFAULT_EVENTS = 2000
 
 App = Callable[[Any, Any], Any]
 Answer = Callable[[Arguments, Provider], "tuple[str | bytes | dict[str, Any], str]"]
+
+
+class _StaticFile(NamedTuple):
+    """A file of the front end.
+
+    Attributes:
+        content: All of it.
+        content_type: Its media type.
+    """
+
+    content: bytes
+    content_type: str
 
 
 class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoard has no types
@@ -46,9 +66,6 @@ class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoar
     def __init__(self, context: Any) -> None:
         """Reads the front end.
 
-        Args:
-            context: What TensorBoard gives to its plugins.
-
         Raises:
             FileNotFoundError: If the front end is missing.
             RuntimeError: If TensorBoard is too old.
@@ -56,8 +73,8 @@ class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoar
         if not hasattr(context.data_provider, "list_tensors"):
             raise RuntimeError(_NO_PROVIDER)
         self._data_provider = context.data_provider
-        self._runs = Runs()
-        self._files = read_static_files(_STATIC)
+        self._runs = RunCache()
+        self._files = _read_static_files(_STATIC)
 
     def get_plugin_apps(self) -> dict[str, App]:
         """Returns the routes."""
@@ -68,7 +85,10 @@ class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoar
             "curve": self._curve,
             "events": self._events,
         }
-        files = {f"/{name}": _application(_serve_file(file)) for name, file in self._files.items()}
+        files = {
+            f"/{name}": _application(partial(_respond_with_file, file))
+            for name, file in self._files.items()
+        }
         routes = {f"/{name}": _application(self._ask(answer)) for name, answer in answers.items()}
         return files | routes
 
@@ -98,66 +118,60 @@ class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoar
 
     def _layout(self, arguments: Arguments, provider: Provider) -> tuple[dict[str, Any], str]:
         optimizer = arguments.text("optimizer")
-        _, track = self._track(arguments, provider, optimizer)
-        return _describe(track), _JSON
+        _, timeline = self._timeline(arguments, provider, optimizer)
+        return describe(timeline), _JSON
 
     def _heatmap(self, arguments: Arguments, provider: Provider) -> tuple[bytes, str]:
         run, optimizer = arguments.text("run"), arguments.text("optimizer")
-        cells, track = self._track(arguments, provider, optimizer, with_cells=True)
-        return heatmap(run, track, cells, arguments), _BINARY
+        cells, timeline = self._timeline(arguments, provider, optimizer, with_cells=True)
+        return heatmap(run, timeline, cells, arguments), _BINARY
 
     def _curve(self, arguments: Arguments, provider: Provider) -> tuple[str, str]:
         optimizer = arguments.text("optimizer")
-        cells, track = self._track(arguments, provider, optimizer, with_cells=True)
-        return curve(track, cells, arguments), _JSON
+        cells, timeline = self._timeline(arguments, provider, optimizer, with_cells=True)
+        return curve(timeline, cells, arguments), _JSON
 
     def _events(self, arguments: Arguments, provider: Provider) -> tuple[str, str]:
-        view = self._in_store(arguments, provider, lambda store, view: view)
+        with self._open(arguments, provider) as (_, view):
+            events = view.events
         first, last = arguments.range(-LIMIT, LIMIT)
         limit = arguments.integer("limit", DEFAULT_EVENTS, 0, MAX_EVENTS)
-        return page(view.events, first, last, limit), _JSON
+        return event_page(events, first, last, limit), _JSON
 
-    def _track(
+    def _timeline(
         self, arguments: Arguments, provider: Provider, optimizer: str, *, with_cells: bool = False
     ) -> tuple[Cells, Timeline]:
-        def take(store: Store, view: View) -> tuple[Cells, Timeline]:
-            track = view.tracks.get(optimizer)
-            if track is None:
+        with self._open(arguments, provider) as (store, view):
+            timeline = view.timelines.get(optimizer)
+            if timeline is None:
                 names = {"run": shown(arguments.text("run")), "optimizer": shown(optimizer)}
                 raise errors.NotFoundError(_NO_OPTIMIZER.format(**names))
-            return store.cells(provider, track) if with_cells else [], track
+            return store.cells(provider, timeline) if with_cells else [], timeline
 
-        found: tuple[Cells, Timeline] = self._in_store(arguments, provider, take)
-        return found
-
-    def _in_store(
-        self, arguments: Arguments, provider: Provider, take: Callable[[Store, View], Any]
-    ) -> Any:
-        """Takes something out of a run as it is now."""
+    @contextmanager
+    def _open(self, arguments: Arguments, provider: Provider) -> Iterator[tuple[RunStore, RunView]]:
+        # What is taken out is never written to again: the answer is made after the lock is free.
         run = arguments.text("run")
         with self._runs.open(provider, run) as found:
             if found is None:
                 raise errors.NotFoundError(_NO_RUN.format(run=shown(run)))
-            return take(*found)
+            yield found
 
 
-def _describe(track: Timeline) -> dict[str, Any]:
-    return {
-        "optimizer": track.layout.optimizer,
-        "parameters": track.layout.parameters,
-        "modules": track.layout.modules,
-        "shapes": track.layout.shapes,
-        "first_step": track.first_step,
-        "last_step": track.last_step,
-        "windows": len(track.table),
+def _read_static_files(folder: Path) -> dict[str, _StaticFile]:
+    """Reads all scripts, styles and pictures that lie right in the folder."""
+    # Once, into a closed dictionary: so no request names a path.
+    files = {
+        path.name: _StaticFile(path.read_bytes(), _STATIC_TYPES[path.suffix])
+        for path in sorted(folder.glob("*"))
+        if path.suffix in _STATIC_TYPES and _STATIC_NAME.fullmatch(path.name) and path.is_file()
     }
+    if ENTRY not in files:
+        raise FileNotFoundError(f"its front end is missing, no {ENTRY} in {folder}")
+    return files
 
 
-def _serve_file(file: StaticFile) -> Callable[[Any], Any]:
-    return partial(_respond_with_file, file)
-
-
-def _respond_with_file(file: StaticFile, request: Any) -> Any:
+def _respond_with_file(file: _StaticFile, request: Any) -> Any:
     return http_util.Respond(request, file.content, file.content_type)
 
 
@@ -166,13 +180,14 @@ def _application(respond: Callable[[Any], Any]) -> App:
 
     @wrappers.Request.application
     def application(request: wrappers.Request) -> Any:
+        # A route that changed something would need a guard against requests that other sites forge.
         if request.method not in ("GET", "HEAD"):
             allowed = [("Allow", "GET, HEAD")]
             text = "Only GET is answered: the tab reads, and changes nothing."
             return http_util.Respond(request, text, "text/plain", code=405, headers=allowed)
         try:
             return respond(request)
-        except errors.PublicError:
+        except errors.PublicError:  # TensorBoard answers with its code and its text
             raise
         except Exception:  # TensorBoard would say so nowhere
             _logger.exception("The Gradients tab has failed at %s", shown(request.path))

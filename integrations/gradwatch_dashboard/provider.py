@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from tensorboard import errors, plugin_util
 from tensorboard.data import provider
 
-from gradwatch_dashboard.arguments import note, shown
+from gradwatch_dashboard.untrusted import note, shown
 from gradwatch_dashboard.wire import PLUGIN, Tag, is_readable
 
+# The largest int32, as the data server takes it; with 0 it gives nothing.
 ALL_SAMPLES = 2**31 - 1
 
 _UNKNOWN = (
@@ -67,21 +68,13 @@ class Provider:
     """
 
     def __init__(self, data_provider: Any, environ: Any) -> None:
-        """Takes what each call has to pass on.
-
-        Args:
-            data_provider: Of TensorBoard's context.
-            environ: The WSGI environment of the request.
-        """
+        """Holds TensorBoard's data provider and what of the request each call passes on."""
         self._provider = data_provider
         self._context = plugin_util.context(environ)
         self.experiment: str = plugin_util.experiment_id(environ)
 
     def listing(self, run: str | None = None) -> Listing:
-        """Lists what there is.
-
-        Args:
-            run: Only of this run; of all by default.
+        """Lists what there is of a run, or of all.
 
         Raises:
             UnavailableError: If TensorBoard cannot tell now.
@@ -101,10 +94,7 @@ class Provider:
         return {name: ours for name, tags in found.items() if (ours := _readable(name, tags))}
 
     def read(self, wanted: Sequence[TagSource]) -> dict[TagSource, list[Any]]:
-        """Reads tags, in as few calls as go well: each takes the data server 45 ms.
-
-        Args:
-            wanted: Run and tag of each.
+        """Reads tags, in as few calls as go well.
 
         Returns:
             The ``TensorDatum``s of each in the order of the file. A tag that is gone, damaged or
@@ -113,6 +103,8 @@ class Provider:
         Raises:
             UnavailableError: If TensorBoard cannot read now.
         """
+        # Together, for a call takes the data server 45 ms. Where it fails, in halves: a reply above
+        # 256 MiB fails, and so does one with a damaged tag, whose neighbours can still be read.
         try:
             found = self._read(wanted)
         except Exception as error:
@@ -169,27 +161,18 @@ FRESH_SECONDS = 0.5
 """Age up to which a listing still stands: TensorBoard looks at the files once a second at most."""
 
 
-class Listings:
+class ListingCache:
     """Remembers the newest listings."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Starts empty.
-
-        Args:
-            clock: Seconds that only rise.
-        """
         self._clock = clock
         self._lock = threading.Lock()
         self._known: dict[tuple[str, str | None], tuple[float, Listing]] = {}
 
     def get(self, provider: Provider, run: str | None = None) -> Listing:
-        """Lists what there is.
-
-        Args:
-            provider: Where to ask.
-            run: Only of this run; of all by default.
-        """
+        """Lists what there is of a run, or of all."""
         whole, key = (provider.experiment, None), (provider.experiment, run)
+        # Also while it asks: requests that come together wait for one answer.
         with self._lock:
             now = self._clock()
             self._known = {

@@ -1,4 +1,4 @@
-"""Sessions: one track for each optimizer of a run, out of all that its processes wrote.
+"""Sessions: one timeline for each optimizer of a run, out of all that its processes wrote.
 
 A later session, or a later stream of one, replaces what earlier ones hold of the same optimizer
 from its first step on.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gradwatch_dashboard.tensors import EventChunks, TabEvent
 from gradwatch_dashboard.wire import StreamLayout
 
 StreamKey = tuple[str, int]
@@ -23,13 +24,13 @@ SegmentKey = tuple[str, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows of a segment that belong to a track.
+    """Rows of a segment that belong to a timeline.
 
     Attributes:
         segment: The segment.
         rows: Which of its rows.
-        start: Number of the first of them in the track.
-        columns: intp array ``[P of the stream]``: the parameters of the track that the columns
+        start: Number of the first of them in the timeline.
+        columns: intp array ``[P of the stream]``: the parameters of the timeline that the columns
             stand for; None where they are the same.
     """
 
@@ -40,7 +41,7 @@ class Piece:
 
     @property
     def stop(self) -> int:
-        """Number of the first window of the track behind it."""
+        """Number of the first window of the timeline behind it."""
         return self.start + int(self.rows.stop) - int(self.rows.start)
 
 
@@ -77,14 +78,11 @@ class Timeline:
 def join_sessions(
     layouts: Mapping[StreamKey, StreamLayout], tables: Mapping[SegmentKey, NDArray[np.float64]]
 ) -> dict[str, Timeline]:
-    """Joins the streams of a run.
+    """Joins the streams of a run to a timeline of each optimizer, in the order of the alphabet.
 
     Args:
         layouts: Of each stream.
         tables: Windows of each segment, float64 arrays ``[windows, 11]`` whose steps rise.
-
-    Returns:
-        Optimizer to track, in the order of the alphabet; no optimizer without a window.
     """
     segments: dict[str, dict[StreamKey, list[SegmentKey]]] = {}
     for segment in sorted(tables):
@@ -92,21 +90,13 @@ def join_sessions(
         if stream in layouts and len(tables[segment]):
             of_optimizer = segments.setdefault(layouts[stream].optimizer, {})
             of_optimizer.setdefault(stream, []).append(segment)
-    return {name: _track(segments[name], layouts, tables) for name in sorted(segments)}
+    return {name: _timeline(segments[name], layouts, tables) for name in sorted(segments)}
 
 
 def first_steps_of(
     layouts: Mapping[StreamKey, StreamLayout], tables: Mapping[SegmentKey, NDArray[np.float64]]
 ) -> dict[str, dict[str, int]]:
-    """Tells from which step on a session counts.
-
-    Args:
-        layouts: As for :func:`join_sessions`.
-        tables: As for :func:`join_sessions`.
-
-    Returns:
-        Optimizer to session to the first step of its windows.
-    """
+    """Tells from which step on each session counts: by optimizer and session."""
     firsts: dict[str, dict[str, int]] = {}
     for segment, table in tables.items():
         if segment[:2] in layouts and len(table):
@@ -116,7 +106,32 @@ def first_steps_of(
     return firsts
 
 
-def _track(
+def join_events(
+    sessions: Mapping[str, EventChunks], first_steps: Mapping[str, Mapping[str, int]]
+) -> list[TabEvent]:
+    """Joins the events of the sessions, oldest first.
+
+    Args:
+        sessions: Session to its events.
+        first_steps: Of :func:`first_steps_of`: a later session replaces earlier events from there.
+    """
+    kept: list[TabEvent] = []
+    for session in sorted(sessions):
+        limits = {
+            optimizer: min((first for other, first in firsts.items() if other > session), default=0)
+            for optimizer, firsts in first_steps.items()
+            if any(other > session for other in firsts)
+        }
+        for events in sessions[session].values():
+            kept += (
+                event
+                for event in events
+                if event.optimizer not in limits or event.step < limits[event.optimizer]
+            )
+    return kept
+
+
+def _timeline(
     streams: Mapping[StreamKey, Sequence[SegmentKey]],
     layouts: Mapping[StreamKey, StreamLayout],
     tables: Mapping[SegmentKey, NDArray[np.float64]],
@@ -125,6 +140,7 @@ def _track(
     kept: list[tuple[SegmentKey, slice]] = []
     lasts: list[NDArray[np.float64]] = []
     limit = np.inf
+    # From the newest on, each kept up to the first step of those behind it.
     for stream in reversed(list(streams)):
         parts, end = [], -1.0
         for segment in streams[stream]:
@@ -149,21 +165,23 @@ def _join_layouts(
     layouts: Mapping[StreamKey, StreamLayout],
 ) -> tuple[StreamLayout, dict[StreamKey, NDArray[np.intp] | None]]:
     """Joins layouts, the newest first; and where the columns of each are in the whole."""
-    places: dict[str, int] = {}
+    positions: dict[str, int] = {}
     modules: list[str] = []
     shapes: list[tuple[int, ...]] = []
     columns: dict[StreamKey, NDArray[np.intp] | None] = {}
+    # The newest first: its model is the one that is being looked at, the rest stands below.
     for stream in reversed(list(layouts)):
         layout = layouts[stream]
         for name, module, shape in zip(
             layout.parameters, layout.modules, layout.shapes, strict=True
         ):
-            if places.setdefault(name, len(places)) == len(modules):
+            if positions.setdefault(name, len(positions)) == len(modules):
                 modules.append(module)
                 shapes.append(shape)
-        columns[stream] = np.array([places[name] for name in layout.parameters], np.intp)
-    for stream, places_of in columns.items():
-        if places_of is not None and np.array_equal(places_of, np.arange(len(places))):
+        columns[stream] = np.array([positions[name] for name in layout.parameters], np.intp)
+    # Mostly all sessions have the same parameters: None spares the binning to sort each row anew.
+    for stream, found in columns.items():
+        if found is not None and np.array_equal(found, np.arange(len(positions))):
             columns[stream] = None
     optimizer = next(iter(layouts.values())).optimizer
-    return StreamLayout(optimizer, tuple(places), tuple(modules), tuple(shapes)), columns
+    return StreamLayout(optimizer, tuple(positions), tuple(modules), tuple(shapes)), columns

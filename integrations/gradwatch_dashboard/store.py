@@ -9,56 +9,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
-from gradwatch_dashboard.arguments import fit_name, note
-from gradwatch_dashboard.event_log import Chunks, Entry, kept_events, read_events
-from gradwatch_dashboard.provider import Listing, Listings, Provider, TagSource, Version
-from gradwatch_dashboard.segments import MatrixChunks, Steps, read_matrix, read_steps
-from gradwatch_dashboard.sessions import Piece, SegmentKey, Timeline, first_steps_of, join_sessions
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch_dashboard.provider import Listing, ListingCache, Provider, TagSource, Version
+from gradwatch_dashboard.sessions import (
+    Piece,
+    SegmentKey,
+    Timeline,
+    first_steps_of,
+    join_events,
+    join_sessions,
+)
+from gradwatch_dashboard.tensors import (
+    EventChunks,
+    MatrixChunks,
+    Steps,
+    TabEvent,
+    read_events,
+    read_layout,
+    read_matrix,
+    read_steps,
+)
 from gradwatch_dashboard.wire import COLUMNS, StreamLayout, Tag
-
-_WRONG = "The Gradients tab leaves out the stream %s of run %s: its layout is damaged."
-
-
-def read_layout(run: str, tag: Tag, data: Sequence[Any]) -> StreamLayout | None:
-    """Reads a layout.
-
-    Args:
-        run: For the log.
-        tag: Its tag.
-        data: Its ``TensorDatum``s.
-
-    Returns:
-        The first that is whole, with names that fit into an answer; None where none is.
-    """
-    layouts = [layout for datum in data if (layout := _read(datum.numpy)) is not None]
-    if not layouts:
-        note(_WRONG, str(tag), run)
-        return None
-    return layouts[0]
-
-
-def _read(array: Any) -> StreamLayout | None:
-    try:
-        (text,) = array.ravel().tolist()
-        return _checked(StreamLayout.from_json(text))
-    except ValueError:
-        return None
-
-
-def _checked(layout: StreamLayout) -> StreamLayout:
-    count = len(layout.parameters)
-    shapes = layout.shapes or ((),) * count
-    if len(layout.modules) != count or len(shapes) != count:
-        raise ValueError("modules and shapes are not as many as the parameters")
-    if any(not 0 <= size < 2**53 for shape in shapes for size in shape):
-        raise ValueError("a shape has a size that is none")
-    parameters = tuple(map(fit_name, layout.parameters))
-    if len(set(parameters)) != count:
-        raise ValueError("two parameters have the same name")
-    return StreamLayout(
-        fit_name(layout.optimizer), parameters, tuple(map(fit_name, layout.modules)), shapes
-    )
-
 
 TOGETHER = 64
 """Small tags that are read in one call."""
@@ -71,37 +44,32 @@ Data = Mapping[TagSource, Sequence[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class RunView:
     """A run as it was at one time.
 
     Attributes:
-        tracks: Optimizer to all that there is of it.
+        timelines: Optimizer to all that there is of it.
         events: What happened, oldest first.
         newest: Wall time of the newest Event, seconds since 1970; 0 where none has one.
     """
 
-    tracks: dict[str, Timeline]
-    events: list[Entry]
+    timelines: dict[str, Timeline]
+    events: list[TabEvent]
     newest: float
 
 
-class Store:
+class RunStore:
     """What was read of one run. The caller holds :attr:`lock` while it calls anything."""
 
     def __init__(self, run: str) -> None:
-        """Starts empty.
-
-        Args:
-            run: Name of the run.
-        """
         self.lock = threading.Lock()
         self._run = run
         self._layouts: dict[Tag, tuple[Version, StreamLayout | None]] = {}
         self._steps: dict[Tag, tuple[Version, Steps]] = {}
-        self._events: dict[Tag, tuple[Version, Chunks]] = {}
+        self._events: dict[Tag, tuple[Version, EventChunks]] = {}
         self._matrices: dict[Tag, tuple[tuple[Version | None, ...], MatrixChunks]] = {}
         self._tags: Tags = {}
-        self._view: View | None = None
+        self._view: RunView | None = None
 
     @property
     def nbytes(self) -> int:
@@ -109,14 +77,11 @@ class Store:
         matrices = sum(matrix.nbytes for _, matrix in self._matrices.values())
         tables = sum(steps.table.nbytes for _, steps in self._steps.values())
         chunks = [chunk for _, chunks in self._events.values() for chunk in chunks.values()]
+        # Of each table the timeline has a joined copy, and the steps as integers.
         return matrices + 3 * tables + _EVENT_BYTES * sum(map(len, chunks))
 
     def changed(self, tags: Tags) -> list[TagSource]:
-        """Lists what has to be read before a view.
-
-        Args:
-            tags: What there is of the run now.
-        """
+        """Lists what has to be read before a view of these tags."""
         if tags == self._tags:
             return []
         known = self._layouts | self._steps | self._events
@@ -126,13 +91,13 @@ class Store:
             if tag.kind in _SMALL and (tag not in known or known[tag][0] != version)
         ]
 
-    def view(self, provider: Provider, tags: Tags, read: Data | None = None) -> View:
+    def view(self, provider: Provider, tags: Tags, read: Data | None = None) -> RunView:
         """Brings everything but the cells up to date.
 
         Args:
             provider: Where to read.
             tags: What there is of the run now.
-            read: What was read for it already.
+            read: What was read for it already, with that of other runs.
         """
         if self._view is not None and tags == self._tags:
             return self._view
@@ -140,37 +105,28 @@ class Store:
         missing = [source for source in self.changed(tags) if source not in data]
         for start in range(0, len(missing), TOGETHER):
             data |= provider.read(missing[start : start + TOGETHER])
-        self._take(tags, data)
+        self._update(tags, data)
         tables = {tag[1:]: steps.table for tag, (_, steps) in self._steps.items()}
         layouts = {
             tag[1:3]: layout for tag, (_, layout) in self._layouts.items() if layout is not None
         }
         sessions = {tag.session: chunks for tag, (_, chunks) in self._events.items()}
         times = [version.max_wall_time for version in tags.values()]
-        self._tags, self._view = (
-            tags,
-            View(
-                join_sessions(layouts, tables),
-                kept_events(sessions, first_steps_of(layouts, tables)),
-                max((time for time in times if time is not None), default=0.0),
-            ),
+        view = RunView(
+            join_sessions(layouts, tables),
+            join_events(sessions, first_steps_of(layouts, tables)),
+            max((time for time in times if time is not None), default=0.0),
         )
-        return self._view
+        # Together and last: where a read fails, the next request has to try again.
+        self._tags, self._view = tags, view
+        return view
 
-    def cells(self, provider: Provider, track: Timeline) -> list[tuple[Piece, MatrixChunks]]:
-        """Brings the cells of a track up to date.
+    def cells(self, provider: Provider, timeline: Timeline) -> list[tuple[Piece, MatrixChunks]]:
+        """Returns the pieces of a timeline of the newest view, each with its segment's cells."""
+        return [(piece, self._matrix(provider, piece.segment)) for piece in timeline.pieces]
 
-        Args:
-            provider: Where to read.
-            track: Of the newest view.
-
-        Returns:
-            Its pieces, each with the cells of its segment.
-        """
-        return [(piece, self._matrix(provider, piece.segment)) for piece in track.pieces]
-
-    def _take(self, tags: Tags, data: Data) -> None:
-        """Takes what was read; forgets what is gone."""
+    def _update(self, tags: Tags, data: Data) -> None:
+        # A tag is gone where a run was deleted and begun anew under the same name.
         for known in (self._layouts, self._steps, self._events, self._matrices):
             for tag in set(known).difference(tags):
                 del known[tag]
@@ -181,6 +137,7 @@ class Store:
             elif tag.kind == "steps":
                 self._steps[tag] = version, read_steps(run, tag, found)
             else:
+                # Chunks are only added: those that are parsed are not parsed again.
                 known_chunks = self._events[tag][1] if tag in self._events else {}
                 self._events[tag] = version, read_events(run, tag, found, known_chunks)
 
@@ -192,50 +149,34 @@ class Store:
             layout = cast(StreamLayout, self._layouts[Tag("layout", *segment[:2])][1])
             sources = [TagSource(self._run, tag) for tag in (norms, bad)]
             data = provider.read([source for source in sources if source.tag in self._tags])
-            self._matrices[norms] = (
-                versions,
-                read_matrix(
-                    self._run,
-                    norms,
-                    self._steps[steps][1],
-                    len(layout.parameters),
-                    data.get(sources[0], []),
-                    data.get(sources[1], []),
-                ),
-            )
+            found = [data.get(source, []) for source in sources]
+            windows, parameters = self._steps[steps][1], len(layout.parameters)
+            matrix = read_matrix(self._run, norms, windows, parameters, *found)
+            self._matrices[norms] = versions, matrix
         return self._matrices[norms][1]
 
 
 MAX_BYTES = 256 * 2**20
 """Memory for what was read; of runs beyond it the longest unused are read again when needed."""
 
-_BAD_STEPS = COLUMNS.index("bad_steps")
 _Key = tuple[str, str]
 
 
-class Runs:
+class RunCache:
     """Keeps a store for each run."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
-        """Starts empty.
-
-        Args:
-            max_bytes: Memory for all stores; the one in use is kept in any case.
-        """
+        """Starts empty; the store in use is kept, however large."""
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._stores: OrderedDict[_Key, Store] = OrderedDict()
+        self._stores: OrderedDict[_Key, RunStore] = OrderedDict()
         self._sizes: dict[_Key, int] = {}
-        self._listings = Listings()
+        self._listings = ListingCache()
         self._summaries: dict[_Key, tuple[object, dict[str, Any]]] = {}
 
     @contextmanager
-    def open(self, provider: Provider, run: str) -> Iterator[tuple[Store, View] | None]:
+    def open(self, provider: Provider, run: str) -> Iterator[tuple[RunStore, RunView] | None]:
         """Gives a run, as it is now, to one thread.
-
-        Args:
-            provider: Where to read.
-            run: Name of the run.
 
         Yields:
             Its store, and what there is but the cells; None where there is no such run of ours.
@@ -248,10 +189,11 @@ class Runs:
             yield store, store.view(provider, tags)
 
     @contextmanager
-    def _store(self, key: _Key) -> Iterator[Store]:
+    def _store(self, key: _Key) -> Iterator[RunStore]:
         with self._lock:
-            store = self._stores.setdefault(key, Store(key[1]))
+            store = self._stores.setdefault(key, RunStore(key[1]))
             self._stores.move_to_end(key)
+        # Not under the lock of all runs: the others are answered while this one is read.
         with store.lock:
             try:
                 yield store
@@ -260,14 +202,7 @@ class Runs:
         self._shrink(key, size)
 
     def summaries(self, provider: Provider) -> list[dict[str, Any]]:
-        """Summarizes all runs.
-
-        Args:
-            provider: Where to read.
-
-        Returns:
-            What the route ``runs`` says of each, in the order of the alphabet.
-        """
+        """Returns what the route ``runs`` says of each run, in the order of the alphabet."""
         listing = self._listings.get(provider)
         self._forget_others(provider.experiment, listing)
         changed = [run for run in sorted(listing) if self._changed(provider, run, listing[run])]
@@ -275,7 +210,7 @@ class Runs:
             for run in runs:
                 key = (provider.experiment, run)
                 with self._store(key) as store:
-                    summary = summarize(run, store.view(provider, listing[run], read))
+                    summary = _summarize(run, store.view(provider, listing[run], read))
                 with self._lock:
                     self._summaries[key] = listing[run], summary
         found = (self._summaries.get((provider.experiment, run)) for run in sorted(listing))
@@ -302,8 +237,7 @@ class Runs:
 
     def _forget_others(self, experiment: str, listing: Listing) -> None:
         with self._lock:
-            known = {*self._stores, *self._summaries}
-            for key in known:
+            for key in {*self._stores, *self._summaries}:
                 if key[0] == experiment and key[1] not in listing:
                     self._stores.pop(key, None)
                     self._sizes.pop(key, None)
@@ -311,34 +245,32 @@ class Runs:
 
     def _shrink(self, key: _Key, size: int) -> None:
         with self._lock:
-            if key in self._stores:
+            if key in self._stores:  # another request may have dropped it in the meantime
                 self._sizes[key] = size
             while sum(self._sizes.values()) > self._max_bytes and len(self._stores) > 1:
                 oldest, _ = self._stores.popitem(last=False)
                 self._sizes.pop(oldest, None)
 
 
-def summarize(run: str, view: View) -> dict[str, Any]:
-    """Says what there is of a run.
-
-    Args:
-        run: Its name.
-        view: What was read of it.
-    """
+def _summarize(run: str, view: RunView) -> dict[str, Any]:
+    """Says what there is of a run, as the route ``runs`` sends it."""
     optimizers = [
         {
             "optimizer": name,
-            "parameters": len(track.layout.parameters),
-            "first_step": track.first_step,
-            "last_step": track.last_step,
-            "windows": len(track.table),
-            "bad_steps": int(sum(n for n in track.table[:, _BAD_STEPS].tolist() if 0 < n < 2**53)),
+            "parameters": len(timeline.layout.parameters),
+            "first_step": timeline.first_step,
+            "last_step": timeline.last_step,
+            "windows": len(timeline.table),
+            "bad_steps": _count_bad_steps(timeline.table),
         }
-        for name, track in view.tracks.items()
+        for name, timeline in view.timelines.items()
     ]
-    return {
-        "run": run,
-        "optimizers": optimizers,
-        "events": len(view.events),
-        "newest": view.newest,
-    }
+    events, newest = len(view.events), view.newest
+    return {"run": run, "optimizers": optimizers, "events": events, "newest": newest}
+
+
+def _count_bad_steps(table: NDArray[np.float64]) -> int:
+    # The numbers are a stranger's: a NaN fails both comparisons, and none is more than a browser
+    # can count. As Python integers, whose sum does not overflow.
+    counts = table[:, COLUMNS.index("bad_steps")].tolist()
+    return int(sum(count for count in counts if 0 < count < 2**53))

@@ -99,14 +99,7 @@ class Tag(NamedTuple):
 
     @classmethod
     def parse(cls, tag: str) -> Tag | None:
-        """Reads a tag.
-
-        Args:
-            tag: Any tag, of a stranger's file too.
-
-        Returns:
-            Its parts; None where it is none of ours.
-        """
+        """Reads the parts of a tag, of a stranger's file too; None where it is none of ours."""
         plugin, _, rest = tag.partition("/")
         kind, *parts = rest.split("/")
         if plugin != PLUGIN or kind not in _KINDS or not parts:
@@ -114,6 +107,7 @@ class Tag(NamedTuple):
         numbers = parts[1:]
         if not all(n.isascii() and n.isdigit() and len(n) <= MAX_DIGITS for n in numbers):
             return None
+        # Whole only where it reads back the same: "01" and "1" must not be two names of a stream.
         found = cls(kind, parts[0], *map(int, numbers)) if len(numbers) <= 2 else None
         return found if found is not None and str(found) == tag else None
 
@@ -166,27 +160,17 @@ def plugin_content() -> bytes:
 
 
 def is_readable(content: bytes) -> bool:
-    """Tells whether this reader knows the format of a tag.
-
-    Args:
-        content: The plugin content of the tag's metadata.
-    """
+    """Tells whether this reader knows the format of a tag, by the plugin content of it."""
     try:
         version = json.loads(content)["version"]
     except (LookupError, RecursionError, TypeError, ValueError):
         return False
+    # Not isinstance: True is an int in Python, and no version.
     return type(version) is int and 1 <= version <= VERSION
 
 
 def checked_text(value: object) -> str:
-    """Returns what is a text.
-
-    Args:
-        value: Out of a stranger's JSON.
-
-    Raises:
-        TypeError: If it is something else.
-    """
+    """Returns a text out of a stranger's JSON; a TypeError if it is something else."""
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
     return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,9 +16,9 @@ from gradwatch.accumulate.noise_scale import NoiseScale
 from gradwatch.accumulate.policies import AccumulatePolicy
 from gradwatch.clip.policy import ClipPolicy
 from gradwatch.history import History
-from gradwatch.options import check_options
+from gradwatch.options import Options, shown
 from gradwatch.record.records import Event, Sink, StepRecord
-from gradwatch.watcher import Watcher
+from gradwatch.watcher import Watcher, build_watcher
 from gradwatch_lightning.tensorboard import (
     NORM_TAG,
     retire_scalars,
@@ -111,33 +112,22 @@ class GradientMonitor(Callback):
         log: bool = True,
         accumulate: str | Mapping[int, int] | Callable[[int], int] | AccumulatePolicy | None = None,
     ) -> None:
+        arguments = dict(locals())  # a copy in the first line: locals() changes as names are added
         super().__init__()
         policy = accumulate_policy_of(accumulate)
+        arguments["accumulate"] = 1 if policy is None else policy
         if not isinstance(log, bool):
-            raise TypeError(f"GradientMonitor(log=) must be True or False, got {log!r}.")
-        self._options = check_options(
-            clip=clip,
-            accumulate=1 if policy is None else policy,
-            on_nonfinite=on_nonfinite,
-            statistics=statistics,
-            every=every,
-            buffer_size=buffer_size,
-            sinks=sinks,
-            run_dir=run_dir,
-            exploding_norm=exploding_norm,
-            skip_spikes=skip_spikes,
-            max_consecutive_skips=max_consecutive_skips,
-            curvature=curvature,
-            caller="GradientMonitor",
-        )
+            raise TypeError(f"GradientMonitor(log=) must be True or False, got {shown(log)}.")
+        self._options = Options.of(arguments, caller="GradientMonitor")
         self._accumulation = TrainerAccumulation(policy)
         self._log = log
         self._watcher: Watcher | None = None
         self._state: dict[str, Any] = {}
+        # Weak: a monitor kept for its history must not keep the Trainer and its model alive.
         self._trainer: weakref.ref[Trainer] | None = None
         self._newest: dict[str, StepRecord] = {}
-        self._seen: StepRecord | None = None
-        self._first: str | None = None
+        self._last_record: StepRecord | None = None
+        self._first_optimizer: str | None = None
         self._accumulates = False
 
     @property
@@ -184,30 +174,18 @@ class GradientMonitor(Callback):
         self._state = self.state_dict() if goes_on else {}
         self._accumulation.prepare(trainer, goes_on)
         self._trainer = weakref.ref(trainer)
-        self._watcher = self._seen = self._first = None
+        self._watcher = self._last_record = self._first_optimizer = None
         self._newest = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches a watcher: the checkpoint is restored and the sanity check is over by now."""
-        options = self._options
-        watcher = gradwatch.watch(
-            wrapped_of(trainer, pl_module),
-            optimizers_of(trainer, pl_module),
-            clip=options.clip,
-            accumulate=options.accumulate,
-            on_nonfinite=options.on_nonfinite,
-            statistics=options.statistics,
-            every=options.every,
-            buffer_size=options.buffer_size,
-            scaler=scaler_of(trainer),
-            sinks=[*options.sinks, *(tensorboard_sinks(trainer) if self._log else ())],
-            run_dir=options.run_dir,
-            exploding_norm=options.exploding_norm,
-            skip_spikes=options.skip_spikes,
-            max_consecutive_skips=options.max_consecutive_skips,
-            curvature=options.curvature,
+        sinks = [*self._options.sinks, *(tensorboard_sinks(trainer) if self._log else ())]
+        options = replace(self._options, scaler=scaler_of(trainer), sinks=tuple(sinks))
+        watcher = build_watcher(
+            wrapped_of(trainer, pl_module), optimizers_of(trainer, pl_module), options
         )
-        self._accumulates = self._accumulation.active or accumulates(trainer)
+        self._accumulates = self._accumulation.policy is not None or accumulates(trainer)
+        # All of this before attach(), after which a backward would count from the wrong state.
         watcher.leave_windows(self._accumulates)
         if self._state:
             watcher.load_state_dict(self._state)
@@ -219,24 +197,26 @@ class GradientMonitor(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Takes the record of the optimizer that stepped before this one in the same batch."""
-        self._take_newest()
+        """Keeps the record of the optimizer that stepped before this one in the same batch."""
+        self._keep_newest()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs the newest steps at the batches that Lightning writes logs at."""
-        self._take_newest()
+        self._keep_newest()
         if self._watcher is not None:
             self._accumulation.follow(trainer, self._watcher.accumulate)
-        # Lightning takes some 0.1 ms per logged number, also where it throws it away afterwards.
+        # Lightning spends some 0.1 ms per logged number, also where it throws it away afterwards.
         due = trainer._logger_connector.should_update_logs
         if self._log and due and not trainer.barebones:
-            scalars = step_scalars(self._newest.values(), self._first or "", self._accumulates)
+            scalars = step_scalars(
+                self._newest.values(), self._first_optimizer or "", self._accumulates
+            )
             self._newest = {}
             retire_scalars(trainer, scalars)
-            shown = {tag: scalars.pop(tag) for tag in [NORM_TAG] if tag in scalars}
-            pl_module.log_dict(shown, on_step=True, on_epoch=False, prog_bar=True)
+            in_bar = {NORM_TAG: scalars.pop(NORM_TAG)} if NORM_TAG in scalars else {}
+            pl_module.log_dict(in_bar, on_step=True, on_epoch=False, prog_bar=True)
             pl_module.log_dict(scalars, on_step=True, on_epoch=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -260,7 +240,7 @@ class GradientMonitor(Callback):
         return {**self._watcher.state_dict(), NUMBER: self._accumulation.number}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Takes the state of a checkpoint; the watcher gets it when the training starts."""
+        """Keeps the state of a checkpoint; the watcher gets it when the training starts."""
         self._state = dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -269,20 +249,22 @@ class GradientMonitor(Callback):
         fresh: dict[str, Any] = {
             "_watcher": None,
             "_trainer": None,
-            "_seen": None,
+            "_last_record": None,
             "_newest": {},
-            "_first": None,
+            "_first_optimizer": None,
         }
         kept = {key: self.__dict__[key] for key in self.__dict__ if key not in ("log", "log_dict")}
         return {**kept, **fresh}
 
-    def _take_newest(self) -> None:
+    def _keep_newest(self) -> None:
         record = None if self._watcher is None else self._watcher.last
-        if record is None or record is self._seen or record.optimizer == "none":
+        # By identity: after a rewind another record may have the same step. "none" is the label
+        # of backwards where no optimizer is known: Lightning's x-axis has no step for them.
+        if record is None or record is self._last_record or record.optimizer == "none":
             return
-        self._seen = self._newest[record.optimizer] = record
-        if self._first is None:
-            self._first = record.optimizer
+        self._last_record = self._newest[record.optimizer] = record
+        if self._first_optimizer is None:
+            self._first_optimizer = record.optimizer
 
     def _watched(self, name: str) -> Watcher:
         if self._watcher is None:

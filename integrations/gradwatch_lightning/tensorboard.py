@@ -1,4 +1,7 @@
-"""What goes to the Trainer's loggers: scalars for all of them, more for TensorBoard."""
+"""What goes to the Trainer's loggers: scalars for all of them, more for TensorBoard.
+
+In spite of its name this module hides nothing: ``import tensorboard`` is absolute.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,14 @@ from gradwatch.record.records import Sink, StepRecord
 def tensorboard_sinks(trainer: Trainer) -> list[Sink]:
     """Makes a sink for each TensorBoardLogger, on the one rank that writes.
 
-    It shares the logger's own event file, so that its steps stand beside the logged ones. A logger
-    that fell back to tensorboardX gets none: its event files take no blocks and no text of ours.
-
-    Args:
-        trainer: The Trainer of the fit that begins.
-
-    Returns:
-        The sinks; the step scalars are left to the logger itself.
+    It shares the logger's own event file, so that its steps stand beside the logged ones, and
+    leaves the step scalars to the logger itself. A logger that fell back to tensorboardX gets none:
+    its event files take no blocks and no text of ours.
     """
     loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     if not loggers or not trainer.is_global_zero:
         return []
+    # Only now: torch's writer needs TensorBoard, which a user of another logger need not have.
     try:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -70,9 +69,6 @@ def step_scalars(records: Iterable[StepRecord], first: str, accumulated: bool) -
         records: The newest step of each optimizer that stepped.
         first: Label of the optimizer whose group has no suffix.
         accumulated: Whether steps may have several micro-batches.
-
-    Returns:
-        Tag to value.
     """
     scalars: dict[str, float] = {}
     for record in records:
@@ -80,6 +76,23 @@ def step_scalars(records: Iterable[StepRecord], first: str, accumulated: bool) -
         values = _values(record, accumulated)
         scalars |= {f"{GROUP}{suffix}/{name}": value for name, value in values.items()}
     return scalars
+
+
+def _values(record: StepRecord, accumulated: bool) -> dict[str, float]:
+    values = {
+        "grad_norm": record.grad_norm,
+        "grad_norm_clipped": record.grad_norm_clipped,
+        "clip_coef": record.clip_coef,
+        "nonfinite_parameters": float(record.nonfinite_parameters),
+    }
+    if record.loss_scale != 1.0:
+        values["loss_scale"] = record.loss_scale
+    # One below its standard error says nothing, and may be so large that it hides the others.
+    if 0 <= record.noise_scale_stderr < record.noise_scale < math.inf:
+        values["noise_scale"] = record.noise_scale
+    if accumulated:
+        values["micro_batches"] = float(record.micro_batches)
+    return values
 
 
 def retire_scalars(trainer: Trainer, fresh: Collection[str]) -> None:
@@ -96,19 +109,3 @@ def retire_scalars(trainer: Trainer, fresh: Collection[str]) -> None:
     for metric in results.values():
         if metric.meta.name.startswith(GROUP) and metric.meta.name not in fresh:
             metric.reset()
-
-
-def _values(record: StepRecord, accumulated: bool) -> dict[str, float]:
-    values = {
-        "grad_norm": record.grad_norm,
-        "grad_norm_clipped": record.grad_norm_clipped,
-        "clip_coef": record.clip_coef,
-        "nonfinite_parameters": float(record.nonfinite_parameters),
-    }
-    if record.loss_scale != 1.0:
-        values["loss_scale"] = record.loss_scale
-    if 0 <= record.noise_scale_stderr < record.noise_scale < math.inf:  # as in TensorBoard
-        values["noise_scale"] = record.noise_scale
-    if accumulated:
-        values["micro_batches"] = float(record.micro_batches)
-    return values

@@ -1,4 +1,4 @@
-"""The Trainer: its optimizers, its accumulation, and settings that it and the monitor would own."""
+"""The Trainer: what the monitor reads of it, what it sets, and what both would decide."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from gradwatch.accumulate.policies import AccumulatePolicy, accumulate_policy
 from gradwatch.clip.policy import ClipPolicy
 from gradwatch.measure.parameters import optimizer_parameters
+from gradwatch.options import described, shown
 
 
 def optimizers_of(trainer: Trainer, module: LightningModule) -> list[Optimizer] | None:
@@ -37,16 +38,31 @@ def wrapped_of(trainer: Trainer, module: LightningModule) -> nn.Module:
 
 def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
     """Returns the scaler of the precision plugin, if it has one."""
+    # MixedPrecision and FSDPPrecision have the attribute, None for bf16; other plugins have none.
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if isinstance(scaler, torch.amp.GradScaler) else None
 
 
 def logged_step_of(trainer: Trainer) -> Callable[[], int]:
     """Returns a function that tells the step under which Lightning logs the batch under way."""
+    # Not trainer.global_step: that counts the steps of all optimizers, several in a batch of a GAN.
     loop = trainer.fit_loop.epoch_loop
     if not hasattr(loop, "_batches_that_stepped"):  # private: a later Lightning may rename it
         return lambda: trainer.global_step
     return lambda: int(loop._batches_that_stepped)
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Tells whether a step of the Trainer may have several micro-batches."""
+    # A scheduler may begin with 1 and raise it in a later epoch.
+    planned = any(one.going_to_accumulate_grad_batches() for one in _schedulers(trainer))
+    return planned or trainer.accumulate_grad_batches > 1
+
+
+def _schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:
+    """Lists the callbacks of Lightning's own that change the number."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # by a connector
+    return [one for one in callbacks if isinstance(one, GradientAccumulationScheduler)]
 
 
 class TrainerAccumulation:
@@ -62,34 +78,24 @@ class TrainerAccumulation:
     """
 
     def __init__(self, policy: AccumulatePolicy | None) -> None:
-        """Gives nothing to a Trainer yet.
-
-        Args:
-            policy: Decides; None to leave the number alone.
-        """
+        """Leaves the Trainer as it is until :meth:`prepare`."""
         self.policy = policy
         self.number: int | None = None
         self._gave = False
+        # A policy learns as it runs, and the monitor may be given to a second, unrelated fit.
         self._fresh = {} if policy is None else policy.state_dict()
-
-    @property
-    def active(self) -> bool:
-        """Whether the number is the monitor's."""
-        return self.policy is not None
 
     def prepare(self, trainer: Trainer, goes_on: bool) -> None:
         """Gives the Trainer a first number, by which it estimates how many steps there will be.
 
-        Args:
-            trainer: The Trainer of the fit that begins.
-            goes_on: Whether it goes on with the fit before. Else the policy begins anew.
+        Unless it goes on with the fit before, the policy begins anew.
         """
         if self.policy is None:
             return
         if not goes_on:
             self.number = None
-        if not goes_on and self._fresh:
-            self.policy.load_state_dict(self._fresh)
+            if self._fresh:
+                self.policy.load_state_dict(self._fresh)
         self._give(trainer, self.number or self.policy.micro_batches)
 
     def start(self, trainer: Trainer, saved: int | None, wanted: int) -> None:
@@ -101,6 +107,7 @@ class TrainerAccumulation:
             wanted: What the policy says.
         """
         if self.policy is not None:
+            # First the old number, for follow() to wait until the restored window is over.
             self._give(trainer, saved or 1)
             self.follow(trainer, wanted)
 
@@ -109,14 +116,12 @@ class TrainerAccumulation:
 
         Nothing is done while another callback has taken the number over, as
         ``StochasticWeightAveraging`` does in its last epoch.
-
-        Args:
-            trainer: The Trainer, between two batches.
-            wanted: What the policy says.
         """
         if self.number in (None, wanted) or trainer.accumulate_grad_batches != self.number:
             return
         done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        # As Lightning's _num_ready_batches_reached() tells it: there a window is cut short, and the
+        # next epoch counts its batches from 0.
         last = trainer.is_last_batch or done == trainer.num_training_batches
         if last or done % self.number == done % wanted == 0:
             self._give(trainer, wanted)
@@ -131,27 +136,15 @@ class TrainerAccumulation:
         self._gave = True
 
 
-def schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:
-    """Lists the callbacks of Lightning's own that change the number."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # by a connector
-    return [one for one in callbacks if isinstance(one, GradientAccumulationScheduler)]
-
-
-def accumulates(trainer: Trainer) -> bool:
-    """Tells whether a step of the Trainer may have several micro-batches."""
-    planned = any(one.going_to_accumulate_grad_batches() for one in schedulers(trainer))
-    return planned or trainer.accumulate_grad_batches > 1
-
-
 FIXED_NUMBER = (
-    "GradientMonitor(accumulate={accumulate!r}) asks for a number of micro-batches that never "
+    "GradientMonitor(accumulate={accumulate}) asks for a number of micro-batches that never "
     "changes, and under Lightning such a number belongs to the Trainer. Write "
-    "Trainer(accumulate_grad_batches={accumulate!r}) instead; the monitor records how many "
+    "Trainer(accumulate_grad_batches={accumulate}) instead; the monitor records how many "
     "micro-batches are in each step."
 )
 NO_POLICY = (
     'GradientMonitor(accumulate=) must be "auto", a mapping {{step: micro-batches}}, a function of '
-    "the step or an accumulation policy, got {accumulate!r} of type {kind}. Write accumulate="
+    "the step or an accumulation policy, got {accumulate}. Write accumulate="
     '"auto" (or an object, AccumulateByNoiseScale(min=2, max=32)) to follow the gradient noise, '
     "accumulate={{0: 2, 1000: 4}} to change the number at a step, or "
     "Trainer(accumulate_grad_batches=4) for one that never changes."
@@ -183,13 +176,7 @@ TWO_CLIPS = (
 
 
 def accumulate_policy_of(accumulate: object) -> AccumulatePolicy | None:
-    """Turns ``GradientMonitor(accumulate=)`` into the policy that it means.
-
-    Args:
-        accumulate: What the user gave; None for nothing.
-
-    Returns:
-        The policy; None for nothing.
+    """Turns ``GradientMonitor(accumulate=)`` into the policy that it means; None for nothing.
 
     Raises:
         TypeError: If it is of another kind.
@@ -197,15 +184,16 @@ def accumulate_policy_of(accumulate: object) -> AccumulatePolicy | None:
     """
     if accumulate is None:
         return None
-    known = (
-        accumulate == "auto" if isinstance(accumulate, str) else not isinstance(accumulate, bool)
-    )
-    if known and not isinstance(accumulate, type):
-        if isinstance(accumulate, SupportsIndex) and not isinstance(accumulate, AccumulatePolicy):
-            raise ValueError(FIXED_NUMBER.format(accumulate=accumulate))
-        if isinstance(accumulate, (str, Mapping, AccumulatePolicy)) or callable(accumulate):
+    if isinstance(accumulate, AccumulatePolicy) and not isinstance(accumulate, type):
+        return accumulate
+    # True is an int and a class is callable: neither is what it looks like.
+    is_auto = isinstance(accumulate, str) and accumulate == "auto"
+    if is_auto or not isinstance(accumulate, (str, bool, type)):
+        if isinstance(accumulate, SupportsIndex):  # an int, or one of numpy or torch
+            raise ValueError(FIXED_NUMBER.format(accumulate=shown(accumulate)))
+        if is_auto or isinstance(accumulate, Mapping) or callable(accumulate):
             return accumulate_policy("GradientMonitor(accumulate=)", accumulate)
-    text = NO_POLICY.format(accumulate=accumulate, kind=type(accumulate).__name__)
+    text = NO_POLICY.format(accumulate=described(accumulate))
     raise (ValueError if isinstance(accumulate, str) else TypeError)(text)
 
 
@@ -213,11 +201,6 @@ def refuse_two_numbers(
     accumulate: AccumulatePolicy | None, trainer: Trainer, module: LightningModule
 ) -> None:
     """Refuses a policy of the monitor's that the Trainer cannot follow.
-
-    Args:
-        accumulate: The monitor's policy; None where the number is the Trainer's own.
-        trainer: The Trainer of the fit that begins.
-        module: The module that it fits.
 
     Raises:
         ValueError: If the Trainer decides too, if it does not accumulate at all, or if its strategy
@@ -232,11 +215,9 @@ def refuse_two_numbers(
         raise ValueError(STRATEGY.format(accumulate=accumulate, strategy=type(strategy).__name__))
     number = trainer.accumulate_grad_batches
     if number != 1:
-        side, remove = (
-            f"Trainer(accumulate_grad_batches={number})",
-            "remove accumulate_grad_batches",
-        )
-    elif schedulers(trainer):
+        side = f"Trainer(accumulate_grad_batches={number})"
+        remove = "remove accumulate_grad_batches"
+    elif _schedulers(trainer):
         side, remove = "a GradientAccumulationScheduler", "remove that callback"
     else:
         return
@@ -245,11 +226,6 @@ def refuse_two_numbers(
 
 def refuse_two_clips(clip: ClipPolicy | None, trainer: Trainer, module: LightningModule) -> None:
     """Refuses a clip of the monitor's where Lightning clips too.
-
-    Args:
-        clip: The monitor's policy; None where it only watches.
-        trainer: The Trainer of the fit that begins.
-        module: The module that it fits.
 
     Raises:
         ValueError: If both clip.

@@ -42,14 +42,10 @@ def assign_blocks(modules: Sequence[str], limit: int = MAX_BLOCKS) -> list[str]:
     paths = [tuple(module.split(".")) if module else () for module in modules]
     deepest = max(map(len, paths), default=0)
     level = 0
-    while level < deepest and _count(path[: level + 1] for path in paths) <= limit:
+    while level < deepest and len({path[: level + 1] for path in paths}) <= limit:
         level += 1
     blocks = _open_stacks(paths, level, limit) or [path[:level] for path in paths]
     return [".".join(block) or ROOT for block in blocks]
-
-
-def _count(blocks: Any) -> int:
-    return len(set(blocks))
 
 
 def _open_stacks(paths: Sequence[_Path], level: int, limit: int) -> list[_Path] | None:
@@ -61,7 +57,7 @@ def _open_stacks(paths: Sequence[_Path], level: int, limit: int) -> list[_Path] 
     length = 1
     while length <= max(last.values(), default=0):
         blocks = [_run(path, level, length, last) for path in paths]
-        if _count(blocks) <= limit:
+        if len(set(blocks)) <= limit:
             return blocks
         length *= 2
     return None
@@ -92,14 +88,11 @@ class Blocks:
 
     @classmethod
     def of(cls, modules: Sequence[str], limit: int = MAX_BLOCKS) -> Blocks:
-        """Finds the blocks of a layout.
+        """Finds the blocks of a layout; none where the whole model would be the only one.
 
         Args:
             modules: Name of the module that owns each parameter.
             limit: Largest number of blocks.
-
-        Returns:
-            The blocks; none where the whole model would be the only one.
         """
         distinct = list(dict.fromkeys(modules))
         block_of = dict(zip(distinct, assign_blocks(distinct, limit), strict=True))
@@ -112,7 +105,7 @@ class Blocks:
         return cls(names, order, np.searchsorted(block[order], np.arange(len(names))))
 
     def norms(self, norms: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-        """Takes the root of the sum of squares over the parameters of each block.
+        """Returns the root of the sum of squares over the parameters of each block.
 
         Args:
             norms: float array ``[steps, parameters]``; ``NO_GRADIENT`` (-1) where there was none.
@@ -123,19 +116,16 @@ class Blocks:
         """
         if not self.names:
             return np.empty((len(norms), 0))
+        # reduceat sums neighbours, so the parameters of a block have to be next to each other.
         ordered = norms.take(self.order, axis=1)
         absent = ordered == NO_GRADIENT
         ordered[absent] = 0.0
         with np.errstate(over="ignore", invalid="ignore"):
-            squares = np.square(ordered, dtype=np.float64)
+            squares = np.square(ordered, dtype=np.float64)  # in float32 a norm of 1e20 overflows
             result: NDArray[np.float64] = np.sqrt(np.add.reduceat(squares, self.starts, axis=1))
         result[np.logical_and.reduceat(absent, self.starts, axis=1)] = NO_GRADIENT
         return result
 
     def present(self, row: Sequence[float]) -> dict[str, float]:
-        """Names the norms of one step, leaving out blocks without a gradient.
-
-        Args:
-            row: One row of :meth:`norms`, as Python numbers.
-        """
+        """Names the norms of one row of :meth:`norms`, leaving out blocks without a gradient."""
         return {n: v for n, v in zip(self.names, row, strict=True) if v != NO_GRADIENT}

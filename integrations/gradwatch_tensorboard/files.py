@@ -1,87 +1,12 @@
-"""Where values go: an event file of our own or the user's SummaryWriter, and the messages in it."""
+"""Where Events go: an event file of our own, or that of the user's SummaryWriter."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, SummaryMetadata
-from torch.utils.tensorboard import FileWriter, SummaryWriter, summary
-
-_MAX_TEMPLATES = 64
-
-
-def _metadata(description: str) -> Any:
-    plugin = SummaryMetadata.PluginData(plugin_name="scalars")
-    return SummaryMetadata(
-        plugin_data=plugin, data_class=DATA_CLASS_SCALAR, summary_description=description
-    )
-
-
-class ScalarEvents:
-    """Fills one Event with the scalars of a step.
-
-    Building a message takes ten times as long as writing numbers into one that is there, so a
-    message is kept for each set of tags that occurs. TensorBoard keeps the first metadata of a tag
-    and ignores the rest, so a tag's meaning goes out once.
-    """
-
-    def __init__(self) -> None:
-        """Starts with no tag described."""
-        self._described: set[str] = set()
-        self._templates: dict[tuple[str, ...], tuple[Any, list[Any]]] = {}
-
-    def fill(self, values: Mapping[str, float], meaning: Callable[[str], str]) -> Any:
-        """Puts the values of a step into one Event.
-
-        Args:
-            values: Tag to value.
-            meaning: Says what a tag means; asked once for each.
-
-        Returns:
-            An ``Event`` without step and time, valid until the next call.
-        """
-        tags = tuple(values)
-        if tags not in self._templates and not self._described.issuperset(tags):
-            return self._describe(values, meaning)
-        event, slots = self._templates.get(tags) or self._template(tags)
-        for slot, value in zip(slots, values.values(), strict=True):
-            slot.simple_value = value
-        return event
-
-    def _describe(self, values: Mapping[str, float], meaning: Callable[[str], str]) -> Any:
-        event = Event()
-        for tag, value in values.items():
-            slot = event.summary.value.add(tag=tag, simple_value=value)
-            if tag not in self._described:
-                slot.metadata.CopyFrom(_metadata(meaning(tag)))
-        self._described.update(values)
-        return event
-
-    def _template(self, tags: tuple[str, ...]) -> tuple[Any, list[Any]]:
-        if len(self._templates) >= _MAX_TEMPLATES:
-            self._templates.clear()
-        event = Event()
-        slots = [event.summary.value.add(tag=tag) for tag in tags]
-        self._templates[tags] = event, slots
-        return event, slots
-
-
-def text_summary(tag: str, markdown: str) -> Any:
-    """Puts a text into a message.
-
-    Args:
-        tag: Its tag.
-        markdown: The text.
-
-    Returns:
-        A ``Summary`` for the Text dashboard.
-    """
-    return summary.text(tag, markdown)  # type: ignore[no-untyped-call]  # torch's own
-
+from torch.utils.tensorboard import FileWriter, SummaryWriter
 
 FLUSH_SECS = 5
 """TensorBoard looks for new data as often."""
@@ -111,131 +36,11 @@ _CLOSED_SINCE = (
 )
 
 
-class EventFile(Protocol):
-    """An event file and who closes it."""
-
-    @property
-    def log_dir(self) -> str:
-        """The folder that TensorBoard shows as the run."""
-
-    def writer(self, first_step: int) -> Any:
-        """Gives the ``FileWriter``, made now where there is none yet.
-
-        Args:
-            first_step: Step of the value that is about to be written.
-        """
-
-    def flush(self) -> None:
-        """Waits until everything is on the disk."""
-
-    def close(self) -> None:
-        """Leaves everything on the disk, and the file closed where it is ours."""
-
-
-class OwnFile:
-    """An event file of our own, made when the first value arrives.
-
-    Only then is the first step known, and with it from where on a resumed run takes over from the
-    one before it in the same folder; and a process that never writes leaves no empty file behind,
-    which TensorBoard's Python loader would follow instead of the full one.
-    """
-
-    def __init__(self, log_dir: str) -> None:
-        """Makes the folder.
-
-        Args:
-            log_dir: The folder, or an address like ``gs://...`` that TensorBoard can write to.
-        """
-        self.log_dir = log_dir
-        if "://" not in log_dir:
-            Path(log_dir).mkdir(parents=True, exist_ok=True)
-        self._writer: SummaryWriter | None = None
-
-    def writer(self, first_step: int) -> Any:
-        """See :class:`EventFile`."""
-        if self._writer is None:
-            self._writer = SummaryWriter(
-                self.log_dir,
-                purge_step=first_step if self._is_ours() else None,
-                max_queue=MAX_QUEUE,
-                flush_secs=FLUSH_SECS,
-                filename_suffix=SUFFIX,
-            )
-        return self._writer.file_writer
-
-    def _is_ours(self) -> bool:
-        """Whether the folder holds nothing but files of ours.
-
-        Only then a restart is announced, which hides all values of the run from that step on, and
-        in a new run too: TensorBoard's Python loader takes no heed of the first one.
-        """
-        if "://" in self.log_dir:
-            return False
-        return all(path.name.endswith(SUFFIX) for path in Path(self.log_dir).glob("*tfevents*"))
-
-    def flush(self) -> None:
-        """See :class:`EventFile`."""
-        if self._writer is not None:
-            self._writer.flush()
-
-    def close(self) -> None:
-        """See :class:`EventFile`. The thread behind the file ends even if the disk is gone."""
-        if self._writer is None:
-            return
-        file_writer: Any = self._writer.file_writer
-        try:
-            file_writer.flush()
-        finally:
-            file_writer.close()
-
-
-class SharedFile:
-    """The event file of the user's SummaryWriter, which stays open."""
-
-    def __init__(self, writer: SummaryWriter) -> None:
-        """Takes the writer.
-
-        Args:
-            writer: An open one.
-        """
-        self._writer = writer
-
-    @property
-    def log_dir(self) -> str:
-        """See :class:`EventFile`."""
-        return str(self._writer.log_dir)
-
-    def writer(self, first_step: int) -> FileWriter:
-        """See :class:`EventFile`.
-
-        Raises:
-            RuntimeError: If the user closed it; torch would quietly begin a second file.
-        """
-        file_writer: FileWriter | None = self._writer.file_writer
-        if file_writer is None:
-            raise RuntimeError(_CLOSED_SINCE.format(log_dir=self.log_dir))
-        return file_writer
-
-    def flush(self) -> None:
-        """See :class:`EventFile`."""
-        self._writer.flush()
-
-    def close(self) -> None:
-        """See :class:`EventFile`."""
-        self._writer.flush()
-
-
-def event_file(log_dir_or_writer: object) -> EventFile:
-    """Takes what the user named as the place to write to.
-
-    Args:
-        log_dir_or_writer: A folder or a SummaryWriter.
-
-    Returns:
-        The file behind it.
+def event_file(log_dir_or_writer: object) -> OwnFile | SharedFile:
+    """Returns the event file behind what the user named.
 
     Raises:
-        TypeError: If it is neither.
+        TypeError: If it is neither a folder nor a SummaryWriter.
         ValueError: If it names no folder, or is closed.
     """
     if isinstance(log_dir_or_writer, SummaryWriter):
@@ -252,3 +57,89 @@ def event_file(log_dir_or_writer: object) -> EventFile:
         what = f"{log_dir!r}, which is a file" if log_dir else "an empty one"
         raise ValueError(_NO_FOLDER.format(what=what))
     return OwnFile(log_dir)
+
+
+class OwnFile:
+    """An event file of our own, made when the first value arrives.
+
+    Only then is the first step known, and with it from where on a resumed run takes over from the
+    one before it in the same folder.
+    """
+
+    # A process that never writes so leaves no empty file behind, which TensorBoard's Python loader
+    # would follow instead of the full one.
+
+    def __init__(self, log_dir: str) -> None:
+        """Makes the folder, unless it is an address like ``gs://...``."""
+        self.log_dir = log_dir
+        if "://" not in log_dir:
+            Path(log_dir).mkdir(parents=True, exist_ok=True)
+        self._writer: SummaryWriter | None = None
+
+    def writer(self, first_step: int) -> Any:
+        """Returns torch's ``FileWriter``, made before the first value, that of ``first_step``."""
+        if self._writer is None:
+            self._writer = SummaryWriter(
+                self.log_dir,
+                purge_step=first_step if self._is_ours() else None,
+                max_queue=MAX_QUEUE,
+                flush_secs=FLUSH_SECS,
+                filename_suffix=SUFFIX,
+            )
+        return self._writer.file_writer
+
+    def _is_ours(self) -> bool:
+        """Whether the folder holds nothing but files of ours: then a restart is announced."""
+        # It hides all values of the run from that step on, those of other writers too. In a new run
+        # it is announced as well, for TensorBoard's Python loader takes no heed of the first one.
+        if "://" in self.log_dir:
+            return False
+        return all(path.name.endswith(SUFFIX) for path in Path(self.log_dir).glob("*tfevents*"))
+
+    def flush(self) -> None:
+        """Waits until everything is on the disk."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Leaves everything on the disk and closes the file."""
+        if self._writer is None:
+            return
+        # SummaryWriter.close() stops at a flush that fails, and its thread would wait for ever.
+        file_writer: Any = self._writer.file_writer
+        try:
+            file_writer.flush()
+        finally:
+            file_writer.close()
+
+
+class SharedFile:
+    """The event file of the user's SummaryWriter, which stays open."""
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        self._writer = writer
+
+    @property
+    def log_dir(self) -> str:
+        """The folder that TensorBoard shows as the run."""
+        return str(self._writer.log_dir)
+
+    def writer(self, first_step: int) -> FileWriter:
+        """Returns torch's ``FileWriter``, whatever the first step.
+
+        Raises:
+            RuntimeError: If the user closed it.
+        """
+        # SummaryWriter.close() leaves None here, and torch's own way to the file begins another.
+        file_writer: FileWriter | None = self._writer.file_writer
+        if file_writer is None:
+            raise RuntimeError(_CLOSED_SINCE.format(log_dir=self.log_dir))
+        return file_writer
+
+    def flush(self) -> None:
+        """Waits until everything is on the disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Leaves the file open, and everything on the disk."""
+        self._writer.flush()

@@ -1,178 +1,28 @@
-"""What the Gradients tab reads: all norms of all parameters, and all events."""
+"""Matrix: what the Gradients tab reads, all norms of all parameters, sorted into streams."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.record.records import NO_GRADIENT, Event, Layout, RecordBatch
+from gradwatch.record.records import NO_GRADIENT, Layout, RecordBatch
 from gradwatch_dashboard.wire import Tag
-from gradwatch_tensorboard.stream import Outgoing, Stream, text_event
+from gradwatch_tensorboard.events import EventList
+from gradwatch_tensorboard.messages import Outgoing
+from gradwatch_tensorboard.stream import Stream
 from gradwatch_tensorboard.windows import EarlyEnds, Windows
 
-MAX_EVENTS = 10_000
-"""Events that are listed one by one."""
 
-LEFT_OUT = "left_out"
-"""Kind of the entry that stands for the rest."""
-
-ONLY_FIRST = "More events followed; only the first {limit:,} are listed."
-LEFT_OUT_KINDS = "{total:,} more events are not listed: {kinds}."
-
-
-class EventStream:
-    """Lists the first events, then counts.
-
-    One entry says so as soon as an event is left out, in case the process is killed, and a second
-    one at the end how many there were of each kind.
-    """
-
-    def __init__(self) -> None:
-        """Starts without an event."""
-        self._listed = 0
-        self._left_out: Counter[str] = Counter()
-        self._newest: Event | None = None
-        self._session = ""
-        self._step = -1
-        self._time = 0.0
-
-    def add(self, events: Sequence[Event], session: str, time: float) -> list[Outgoing]:
-        """Takes events.
-
-        Args:
-            events: Oldest first.
-            session: The session that they are of.
-            time: Wall time in seconds since 1970.
-
-        Returns:
-            What is to be written now.
-        """
-        if not events:
-            return []
-        room = MAX_EVENTS - self._listed
-        listed, rest = events[:room], events[room:]
-        self._listed += len(listed)
-        entries = [asdict(event) for event in listed]
-        if rest:
-            self._newest = rest[-1]
-            if not self._left_out:
-                entries.append(self._last_entry(ONLY_FIRST.format(limit=MAX_EVENTS), len(rest)))
-            self._left_out.update(event.kind for event in rest)
-        if not entries:
-            return []
-        first = min(event.global_step for event in listed or rest)
-        return [self._outgoing(entries, first, session, time)]
-
-    def rest(self) -> list[Outgoing]:
-        """Returns what is to be written at the end: how many events were left out."""
-        if self._newest is None:
-            return []
-        total = self._left_out.total()
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self._left_out.most_common())
-        entry = self._last_entry(LEFT_OUT_KINDS.format(total=total, kinds=kinds), total)
-        step, session, self._newest = self._newest.global_step, self._session, None
-        return [self._outgoing([entry], step, session, self._time)]
-
-    def _last_entry(self, message: str, count: int) -> dict[str, Any]:
-        newest = {} if self._newest is None else asdict(self._newest)
-        nothing = {"parameter": "", "module": "", "nan_count": 0, "inf_count": 0, "micro_batch": 0}
-        return newest | nothing | {"kind": LEFT_OUT, "value": float(count), "message": message}
-
-    def _outgoing(
-        self, entries: Sequence[dict[str, Any]], step: int, session: str, time: float
-    ) -> Outgoing:
-        begins = session != self._session
-        self._step = step if begins else max(step, self._step + 1)
-        self._session = session
-        self._time = max(self._time, time)
-        texts = [json.dumps(entry) for entry in entries]
-        event = text_event(Tag("events", session), texts, described=not begins)
-        return Outgoing(event, self._step, self._time)
-
-
-class Owners:
-    """Tells whose parameters are whose, from who had gradients.
-
-    Every row of a batch has a column for every watched parameter. Written so for each of many
-    optimizers they would be a square, of which all but the diagonal is empty.
-    """
-
-    def __init__(self, parameters: int) -> None:
-        """Starts with nothing seen.
-
-        Args:
-            parameters: Number of columns.
-        """
-        self._seen: dict[str, NDArray[np.bool_]] = {}
-        self._owned = np.zeros(parameters, np.bool_)
-
-    def see(self, optimizer: str, norms: NDArray[np.floating[Any]]) -> None:
-        """Notes where an optimizer had gradients.
-
-        Args:
-            optimizer: Its label.
-            norms: float array ``[steps, parameters]``: the norms of steps of it.
-        """
-        present = (norms != NO_GRADIENT).any(axis=0)
-        self._seen[optimizer] = present | self._seen.get(optimizer, False)
-        self._owned |= present
-
-    def columns(self, optimizer: str) -> NDArray[np.intp]:
-        """Lists the columns of an optimizer.
-
-        Args:
-            optimizer: Its label, seen before.
-
-        Returns:
-            intp array: rising; those where it had a gradient, and those where nobody had.
-        """
-        return np.flatnonzero(self._seen[optimizer] | ~self._owned)
-
-
-_begun = [0]
-
-
-def new_session(log_dir: str) -> str:
-    """Names a session, later than all that this process or another has begun in the folder.
-
-    Where the clock was set back since, or two begin in one millisecond, the name is that of the
-    millisecond after the newest event file was written to.
-
-    Args:
-        log_dir: The folder of the run, or an address like ``gs://...``.
-
-    Returns:
-        Milliseconds since 1970, 12 hexadecimal digits.
-    """
-    now = int(time.time() * 1000)
-    _begun.append(max(now, _newest_file(log_dir) + 1, _begun.pop() + 1))
-    return f"{_begun[-1]:012x}"
-
-
-def _newest_file(log_dir: str) -> int:
-    newest = 0
-    if "://" not in log_dir:
-        for path in Path(log_dir).glob("*tfevents*"):
-            with suppress(OSError):  # another process may remove it
-                newest = max(newest, path.stat().st_mtime_ns // 1_000_000)
-    return newest
-
-
-class MatrixStream:
+class MatrixWriter:
     """Sorts the steps of a run into streams.
 
-    A stream ends, and the next one begins, where the parameters change; and where the steps of an
-    optimizer go back, as when a checkpoint is loaded in the middle, with a new session: only so
-    does a reader replace the steps that come again.
+    A stream ends, and the next one begins, where the parameters change or the steps go back.
     """
 
     def __init__(self, log_dir: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -186,21 +36,18 @@ class MatrixStream:
         self._log_dir = log_dir
         self._clock = clock
         self._early_ends = EarlyEnds()
-        self._events = EventStream()
+        self._events = EventList()
         self._streams: dict[str, Stream] = {}
         self._count = 0
         self._layout: Layout | None = None
         self._owners = Owners(0)
 
     def add(self, batch: RecordBatch, times: Sequence[float]) -> list[Outgoing]:
-        """Takes steps.
+        """Adds steps and their events, and returns what is to be written now, in this order.
 
         Args:
             batch: The steps, and what happened in them.
             times: Wall time of each step, in seconds since 1970.
-
-        Returns:
-            What is to be written now, in this order.
         """
         outgoing = self._add_steps(batch, times) if batch.steps and batch.layout.names else []
         newest_time = times[-1] if times else time.time()
@@ -209,12 +56,13 @@ class MatrixStream:
     def _add_steps(self, batch: RecordBatch, times: Sequence[float]) -> list[Outgoing]:
         if self._layout != batch.layout:
             self._layout, self._owners = batch.layout, Owners(len(batch.layout.names))
-        rows = _rows_by_optimizer(batch)
-        for optimizer, places in rows.items():
-            self._owners.see(optimizer, batch.norms[places])
+        by_optimizer = _rows_by_optimizer(batch)
+        # First all of them: whose a parameter is decides which columns each stream has.
+        for optimizer, rows in by_optimizer.items():
+            self._owners.see(optimizer, batch.norms[rows])
         outgoing: list[Outgoing] = []
-        for optimizer, places in rows.items():
-            for part in _rising(batch, places):
+        for optimizer, rows in by_optimizer.items():
+            for part in _rising(batch, rows):
                 outgoing += self._add_part(batch, times, optimizer, part)
         return outgoing
 
@@ -224,15 +72,15 @@ class MatrixStream:
         return outgoing + self._events.rest()
 
     def _add_part(
-        self, batch: RecordBatch, times: Sequence[float], optimizer: str, places: list[int]
+        self, batch: RecordBatch, times: Sequence[float], optimizer: str, rows: list[int]
     ) -> list[Outgoing]:
-        records = [batch.steps[place] for place in places]
+        records = [batch.steps[row] for row in rows]
         outgoing, stream = self._stream_for(batch.layout, optimizer, records[0].step)
-        norms = batch.norms[places]
+        norms = batch.norms[rows]
         if len(stream.columns) < norms.shape[1]:
             norms = norms[:, stream.columns]
-        steps = Windows.of_steps(records, norms, [times[place] for place in places])
-        return outgoing + stream.take(steps, self._clock())
+        steps = Windows.of_steps(records, norms, [times[row] for row in rows])
+        return outgoing + stream.add(steps, self._clock())
 
     def _stream_for(
         self, layout: Layout, optimizer: str, first_step: int
@@ -243,6 +91,8 @@ class MatrixStream:
         goes_back = old is not None and first_step <= old.last_step
         if old is not None and not goes_back and old.layout == layout and _fits(old, columns):
             return [], old
+        # As when a checkpoint is loaded in the middle. Only a later session makes a reader replace
+        # the steps that come again.
         if goes_back:
             self._session = new_session(self._log_dir)
         tag = Tag("layout", self._session, self._count)
@@ -261,14 +111,70 @@ def _fits(stream: Stream, columns: NDArray[np.intp]) -> bool:
 
 def _rows_by_optimizer(batch: RecordBatch) -> dict[str, list[int]]:
     """Lists the rows of each optimizer."""
-    rows: dict[str, list[int]] = {}
-    for place, record in enumerate(batch.steps):
-        rows.setdefault(record.optimizer, []).append(place)
-    return rows
+    by_optimizer: dict[str, list[int]] = {}
+    for row, record in enumerate(batch.steps):
+        by_optimizer.setdefault(record.optimizer, []).append(row)
+    return by_optimizer
 
 
-def _rising(batch: RecordBatch, places: list[int]) -> list[list[int]]:
+def _rising(batch: RecordBatch, rows: list[int]) -> list[list[int]]:
     """Cuts rows where the steps do not rise."""
-    steps = np.array([batch.steps[place].step for place in places])
+    steps = np.array([batch.steps[row].step for row in rows])
     cuts = (np.flatnonzero(np.diff(steps) <= 0) + 1).tolist()
-    return [places[a:b] for a, b in zip([0, *cuts], [*cuts, len(places)], strict=True)]
+    return [rows[a:b] for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
+
+
+class Owners:
+    """Tells which parameters each optimizer has, from the gradients of its steps."""
+
+    # Every row of a batch has a column for every watched parameter. Written so for each of many
+    # optimizers they would be a square, of which all but the diagonal is empty.
+
+    def __init__(self, parameters: int) -> None:
+        self._seen: dict[str, NDArray[np.bool_]] = {}
+        self._owned = np.zeros(parameters, np.bool_)
+
+    def see(self, optimizer: str, norms: NDArray[np.floating[Any]]) -> None:
+        """Notes where an optimizer had gradients.
+
+        Args:
+            optimizer: Its label.
+            norms: float array ``[steps, parameters]``: the norms of steps of it.
+        """
+        present = (norms != NO_GRADIENT).any(axis=0)
+        self._seen[optimizer] = present | self._seen.get(optimizer, False)
+        self._owned |= present
+
+    def columns(self, optimizer: str) -> NDArray[np.intp]:
+        """Lists the columns where an optimizer had a gradient or nobody had, rising intp array."""
+        return np.flatnonzero(self._seen[optimizer] | ~self._owned)
+
+
+_newest_session = [0]  # of this process, milliseconds since 1970
+
+
+def new_session(log_dir: str) -> str:
+    """Names a session, later than all that this process or another has begun in the folder.
+
+    Where the clock was set back since, or two begin in one millisecond, the name is that of the
+    millisecond after the newest event file was written to.
+
+    Args:
+        log_dir: The folder of the run, or an address like ``gs://...``.
+
+    Returns:
+        Milliseconds since 1970, 12 hexadecimal digits.
+    """
+    now = int(time.time() * 1000)
+    # A name that is not above those before would have a reader hide the new session, not the old.
+    _newest_session[0] = max(now, _newest_file(log_dir) + 1, _newest_session[0] + 1)
+    return f"{_newest_session[0]:012x}"
+
+
+def _newest_file(log_dir: str) -> int:
+    newest = 0
+    if "://" not in log_dir:  # a bucket: asking it would take seconds
+        for path in Path(log_dir).glob("*tfevents*"):
+            with suppress(OSError):  # another process may remove it
+                newest = max(newest, path.stat().st_mtime_ns // 1_000_000)
+    return newest

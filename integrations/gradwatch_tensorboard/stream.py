@@ -1,97 +1,14 @@
-"""One optimizer with one set of parameters, cut into chunks and segments."""
+"""Stream: one optimizer with one set of parameters, cut into chunks and segments."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
-from tensorboard.compat.proto import types_pb2
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, SummaryMetadata
 
 from gradwatch.record.records import Layout
-from gradwatch_dashboard.wire import COLUMNS, PLUGIN, StreamLayout, Tag, plugin_content
+from gradwatch_dashboard.wire import COLUMNS, StreamLayout, Tag
+from gradwatch_tensorboard.messages import Outgoing, array_event, text_event
 from gradwatch_tensorboard.windows import EarlyEnds, WindowReducer, Windows
-
-_TYPES = {
-    np.dtype(np.float32): types_pb2.DT_FLOAT,
-    np.dtype(np.float64): types_pb2.DT_DOUBLE,
-    np.dtype(np.uint16): types_pb2.DT_UINT16,
-}
-# Without the data class no reader lists the tag.
-_METADATA = SummaryMetadata(
-    plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN, content=plugin_content()),
-    data_class=DATA_CLASS_TENSOR,
-)
-
-
-class Outgoing(NamedTuple):
-    """An Event that is ready.
-
-    Attributes:
-        event: An ``Event`` without step and time.
-        step: Its step; rises within each tag.
-        time: Its wall time in seconds since 1970.
-    """
-
-    event: Any
-    step: int
-    time: float
-
-
-def array_event(arrays: dict[Tag, NDArray[Any]], *, described: bool) -> Any:
-    """Puts arrays into one Event, so that a reader sees all of them or none.
-
-    Args:
-        arrays: Tag to a float32, float64 or uint16 array.
-        described: Whether the tags were written before: TensorBoard reads what a tag is from its
-            first Event.
-
-    Returns:
-        The ``Event``.
-    """
-    event = Event()
-    for tag, array in arrays.items():
-        tensor = _add(event, tag, described=described)
-        tensor.dtype = _TYPES[array.dtype]
-        tensor.tensor_content = array.tobytes()
-        _shape(tensor, array.shape)
-    return event
-
-
-def text_event(tag: Tag, texts: str | Sequence[str], *, described: bool = False) -> Any:
-    """Puts texts into an Event.
-
-    Args:
-        tag: Their tag.
-        texts: One text, a tensor of shape ``[]``; or several, one of shape ``[texts]``.
-        described: Whether the tag was written before.
-
-    Returns:
-        The ``Event``.
-    """
-    event = Event()
-    tensor = _add(event, tag, described=described)
-    tensor.dtype = types_pb2.DT_STRING
-    lines = [texts] if isinstance(texts, str) else texts
-    tensor.string_val.extend(line.encode() for line in lines)
-    _shape(tensor, () if isinstance(texts, str) else (len(lines),))
-    return event
-
-
-def _add(event: Any, tag: Tag, *, described: bool) -> Any:
-    value = event.summary.value.add(tag=str(tag))
-    if not described:
-        value.metadata.CopyFrom(_METADATA)
-    return value.tensor
-
-
-def _shape(tensor: Any, shape: Sequence[int]) -> None:
-    for size in shape:
-        tensor.tensor_shape.dim.add(size=size)
-
 
 CHUNK_WINDOWS = 64
 """Windows that go out together."""
@@ -115,9 +32,6 @@ _WALL_TIME = COLUMNS.index("wall_time")
 class Stream:
     """Writes the windows of a stream.
 
-    The Event of a chunk stands at the first step that it covers: a resumed run hides what begins at
-    its first step or later, and has to leave the chunk that it cuts in two.
-
     Attributes:
         columns: intp array: the columns of a batch that the stream holds.
         layout: The layout of the batches.
@@ -140,7 +54,7 @@ class Stream:
             optimizer: Label of the optimizer.
             layout: Of the batches.
             columns: Those that belong to the stream.
-            early_ends: Those of the run.
+            early_ends: Those of the run: all its streams share them.
             now: Seconds, of any clock that only rises.
         """
         self.layout = layout
@@ -161,21 +75,20 @@ class Stream:
     def _row_bytes(self) -> int:
         return max(1, 4 * len(self.columns))
 
-    def take(self, steps: Windows, now: float) -> list[Outgoing]:
-        """Takes steps.
+    def add(self, steps: Windows, now: float) -> list[Outgoing]:
+        """Adds steps and returns what is to be written now.
 
         Args:
             steps: A window for each, at least one.
             now: As in the constructor.
-
-        Returns:
-            What is to be written now.
         """
+        # Not in the constructor: only the first step says at which step and time the layout stands.
         outgoing = [] if self.last_step else [self._layout_event(steps)]
         self.last_step = int(steps.last_steps[-1])
-        complete = self._reducer.take(steps)
+        complete = self._reducer.add(steps)
         if len(complete):
             self._waiting.append(complete)
+        # A NaN is seen in the tab at once, whatever is still missing in its chunk.
         urgent = bool(steps.are_bad.any()) or now - self._flushed_at >= FLUSH_SECONDS
         chunks = self._chunk_events(everything=urgent)
         if chunks or urgent:
@@ -213,6 +126,7 @@ class Stream:
         ]
 
     def _chunk_event(self, chunk: Windows) -> Outgoing:
+        # A reader reads a tag whole, from its beginning: it must stay small.
         begins = self._segment < 0 or self._chunks == SEGMENT_CHUNKS
         begins = begins or (self._segment_rows + len(chunk)) * self._row_bytes > SEGMENT_BYTES
         if begins:
@@ -220,12 +134,15 @@ class Stream:
             self._chunks = self._segment_rows = 0
         self._chunks += 1
         self._segment_rows += len(chunk)
+        # TensorBoard's checksum is a loop in Python: each byte of zeros would cost its 0.1 µs too.
         bad = chunk.bad if chunk.bad.any() else chunk.bad[:0]
         arrays = {
             self._tag._replace(kind=kind, segment=self._segment): array
             for kind, array in (("norms", chunk.norms), ("bad", bad), ("steps", chunk.table))
         }
         event = array_event(arrays, described=not begins)
+        # At the first step that it covers: a resumed run hides what begins at its first step or
+        # later, and has to leave the chunk that it cuts in two.
         outgoing = Outgoing(event, self._step, float(chunk.table[-1, _WALL_TIME]))
         self._step = max(self._step, int(chunk.table[-1, _GLOBAL_STEP])) + 1
         return outgoing

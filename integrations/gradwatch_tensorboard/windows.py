@@ -17,12 +17,12 @@ MAX_COUNT = 65_535
 
 Floats = NDArray[np.floating[Any]]
 
-_PLACE = {name: place for place, name in enumerate(COLUMNS)}
-_FIRST_STEP, _LAST_STEP = _PLACE["first_step"], _PLACE["last_step"]
-_BAD_STEPS = _PLACE["bad_steps"]
-_LARGEST = [_PLACE["grad_norm"], _PLACE["grad_norm_clipped"]]
-_SUMS = [_BAD_STEPS, _PLACE["clipped_steps"], _PLACE["skipped_steps"]]
-_CLIP_COEF = _PLACE["clip_coef"]
+_COLUMN = {name: column for column, name in enumerate(COLUMNS)}
+_FIRST_STEP, _LAST_STEP = _COLUMN["first_step"], _COLUMN["last_step"]
+_BAD_STEPS = _COLUMN["bad_steps"]
+_LARGEST = [_COLUMN["grad_norm"], _COLUMN["grad_norm_clipped"]]
+_SUMS = [_BAD_STEPS, _COLUMN["clipped_steps"], _COLUMN["skipped_steps"]]
+_CLIP_COEF = _COLUMN["clip_coef"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +44,12 @@ class Windows:
     def of_steps(
         cls, records: Sequence[StepRecord], norms: Floats, times: Sequence[float]
     ) -> Windows:
-        """Makes a window of each step.
+        """Makes a window of each step, in arrays of its own.
 
         Args:
             records: The steps.
             norms: float array ``[steps, parameters]``; -1 where there was no gradient.
             times: Wall time of each step, in seconds since 1970.
-
-        Returns:
-            The windows, in arrays of their own.
         """
         narrow = _narrow(norms)
         bad = ~np.isfinite(narrow)
@@ -69,11 +66,7 @@ class Windows:
 
     @classmethod
     def join(cls, parts: Sequence[Windows]) -> Windows:
-        """Puts windows one after another.
-
-        Args:
-            parts: At least one, of the same parameters.
-        """
+        """Puts windows of the same parameters one after another; at least one."""
         if len(parts) == 1:
             return parts[0]
         return cls(
@@ -100,21 +93,16 @@ class Windows:
         return bad
 
     def merged(self, starts: NDArray[np.intp]) -> Windows:
-        """Merges neighbours.
-
-        Args:
-            starts: Where each of the new windows begins, from 0 and rising.
-
-        Returns:
-            One window for each start.
-        """
+        """Merges neighbours into one window for each of ``starts``, from 0 and rising."""
         if len(starts) == len(self):
             return self
+        # Wider while it is summed: a uint16 would wrap around and show a bad window as a good one.
         bad = np.add.reduceat(self.bad, starts, axis=0, dtype=np.uint32)
         ends = np.append(starts[1:], len(self)) - 1
         table = self.table[ends]
         table[:, _FIRST_STEP] = self.table[starts, _FIRST_STEP]
         table[:, _LARGEST] = _largest_finite(self.table[:, _LARGEST], starts)
+        # fmin, not minimum: a NaN coefficient must not hide how the other steps were clipped.
         table[:, _CLIP_COEF] = np.fmin.reduceat(self.table[:, _CLIP_COEF], starts)
         table[:, _SUMS] = np.add.reduceat(self.table[:, _SUMS], starts, axis=0)
         return Windows(
@@ -123,10 +111,10 @@ class Windows:
 
 
 def _largest_finite(values: Any, starts: NDArray[np.intp]) -> Any:
-    """Takes the largest finite value of each group, else its NaN or Inf, else the -1 it is."""
+    """Returns the largest finite value of each group, else its NaN or Inf, else the -1 it is."""
     plain = np.maximum.reduceat(values, starts, axis=0)
     finite = np.isfinite(values)
-    if finite.all():
+    if finite.all():  # as nearly always: what follows copies the matrix
         return plain
     best = np.maximum.reduceat(np.where(finite, values, -np.inf), starts, axis=0)
     return np.where((best < 0) & ~np.isfinite(plain), plain, best).astype(values.dtype, copy=False)
@@ -134,6 +122,7 @@ def _largest_finite(values: Any, starts: NDArray[np.intp]) -> Any:
 
 def _narrow(norms: Floats) -> NDArray[np.float32]:
     """Copies as float32; what is finite stays so, and what is more than zero too."""
+    # A float64 norm of 1e39 would become an Inf, an alarm that the training never gave.
     with np.errstate(over="ignore", under="ignore"):
         narrow = norms.astype(np.float32)
     if norms.dtype != np.float32:
@@ -175,11 +164,7 @@ class EarlyEnds:
     """Grants windows of a run an early end, as often as its file can bear."""
 
     def __init__(self, left: int = EARLY_ENDS) -> None:
-        """Starts with all of them left.
-
-        Args:
-            left: How many there are.
-        """
+        """Starts with ``left`` of them."""
         self._left = left
 
     def grant(self, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -191,32 +176,26 @@ class EarlyEnds:
         Returns:
             bool array ``[steps]``: where it may.
         """
-        places = np.flatnonzero(wanted)[: self._left]
-        self._left -= len(places)
-        granted = np.zeros_like(wanted)
-        granted[places] = True
+        granted = wanted & (np.cumsum(wanted) <= self._left)
+        self._left -= int(granted.sum())
         return granted
 
 
 class WindowReducer:
     """Gathers the steps of one stream into windows, whatever the batches that they come in.
 
-    A window ends early at the first of several non-finite steps in a row, so that it need not wait
-    for the rest of its steps to be seen.
+    A window ends early at the first of several non-finite steps in a row, which can so be seen
+    before the rest of its steps is there.
     """
 
     def __init__(self, early_ends: EarlyEnds) -> None:
-        """Starts with no step.
-
-        Args:
-            early_ends: Those of the run.
-        """
+        """Starts with no step; the early ends are those of the run."""
         self._early_ends = early_ends
         self._open: Windows | None = None
         self._was_bad = False
 
-    def take(self, steps: Windows) -> Windows:
-        """Takes the next steps.
+    def add(self, steps: Windows) -> Windows:
+        """Adds the next steps.
 
         Args:
             steps: A window for each, at least one; their numbers rise.
@@ -225,6 +204,7 @@ class WindowReducer:
             The windows that are complete now, possibly none.
         """
         bad = steps.are_bad
+        # A run of NaN steps ends one window only: after the first, all the rest are bad too.
         begins = bad & ~np.append(self._was_bad, bad[:-1])
         self._was_bad = bool(bad[-1])
         last_steps = steps.last_steps

@@ -52,14 +52,21 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from torch.utils.tensorboard import summary
+
 from gradwatch.record.records import Layout, RecordBatch, StepRecord
 from gradwatch_tensorboard.blocks import Blocks
-from gradwatch_tensorboard.files import ScalarEvents, event_file, text_summary
-from gradwatch_tensorboard.matrix import MatrixStream
-from gradwatch_tensorboard.scalars import accumulates, chart_layout, norm_spread
-from gradwatch_tensorboard.series import OptimizerSeries, Point
-from gradwatch_tensorboard.stream import Outgoing
-from gradwatch_tensorboard.text import EventText
+from gradwatch_tensorboard.events import EventText
+from gradwatch_tensorboard.files import event_file
+from gradwatch_tensorboard.matrix import MatrixWriter
+from gradwatch_tensorboard.messages import Outgoing, ScalarEvents
+from gradwatch_tensorboard.scalars import (
+    OptimizerSeries,
+    Point,
+    accumulates,
+    chart_layout,
+    norm_spread,
+)
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -86,7 +93,7 @@ class TensorBoardWriter:
         layout: bool = True,
         heatmap: bool = True,
     ) -> None:
-        """Takes a folder or an open writer; writes nothing yet.
+        """Opens nothing yet: the first batch does.
 
         Args:
             log_dir_or_writer: A folder, for an event file of its own that :meth:`close` closes; or
@@ -119,7 +126,7 @@ class TensorBoardWriter:
         self._text = EventText()
         self._text_step = -1
         self._blocks: tuple[Layout, Blocks] | None = None
-        self._matrix: MatrixStream | None = None
+        self._matrix: MatrixWriter | None = None
         self._newest_time = 0.0
         self._begun = False
         self._closed = False
@@ -130,10 +137,7 @@ class TensorBoardWriter:
         return self._file.log_dir
 
     def write(self, batch: RecordBatch) -> None:
-        """Takes some consecutive steps, oldest first, and their events.
-
-        Args:
-            batch: The records.
+        """Writes some consecutive steps, oldest first, and their events.
 
         Raises:
             OSError: If the disk does not take them.
@@ -155,6 +159,7 @@ class TensorBoardWriter:
             self._write_text(batch)
         if self._matrix is not None:
             self._send(self._matrix.add(batch, times))
+        # The process may die of it, and the last batch is then what its user needs most.
         if any(map(_is_nonfinite, batch.steps)) or any(e.nonfinite for e in batch.events):
             self._file.flush()
 
@@ -175,7 +180,7 @@ class TensorBoardWriter:
         if self._begun:
             return
         if self._heatmap:
-            self._matrix = MatrixStream(self.log_dir)
+            self._matrix = MatrixWriter(self.log_dir)
         file_writer = self._file.writer(first_step)
         if self._layout:
             layout = chart_layout(step_scalars=self._step_scalars, accumulates=accumulates)
@@ -200,7 +205,7 @@ class TensorBoardWriter:
         rows = zip(batch.steps, times, spreads, block_norms, strict=True)
         for record, wall_time, spread, norms in rows:
             series = self._series_of(record.optimizer)
-            before = series.take(
+            before = series.add(
                 record,
                 wall_time,
                 spread,
@@ -209,7 +214,7 @@ class TensorBoardWriter:
             )
             self._write_point(series, before)
         for series in self._series.values():
-            self._write_point(series, series.settled())
+            self._write_point(series, series.ready())
 
     def _blocks_of(self, layout: Layout) -> Blocks:
         if self._blocks is None or self._blocks[0] != layout:
@@ -244,7 +249,8 @@ class TensorBoardWriter:
         newest = max(event.global_step for event in batch.events)
         self._text_step = max(self._text_step + 1, newest)
         file_writer = self._file.writer(self._text_step)
-        file_writer.add_summary(text_summary("gradwatch/events", text), self._text_step)
+        message = summary.text("gradwatch/events", text)  # type: ignore[no-untyped-call]  # torch's
+        file_writer.add_summary(message, self._text_step)
 
 
 def _is_nonfinite(record: StepRecord) -> bool:

@@ -1,10 +1,11 @@
 """Bad input is an error before the first step, in words that name the argument and the value."""
 
 import copy
+import inspect
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import gradwatch
+from gradwatch.options import Options
 from gradwatch.testing import CapturingSink
 
 
@@ -267,3 +269,37 @@ def test_loss_that_is_no_scalar_is_refused_by_the_managed_loop() -> None:
         watcher.backward(model(torch.ones(1, 2)).sum())
         assert watcher.step() is True
     assert list(watcher.history.steps()["micro_batches"]) == [1]
+
+
+def test_error_of_a_long_value_is_short() -> None:
+    """What a user gave is cut in the message, so that its advice is still in sight."""
+    model, optimizer = _model_and_optimizer()
+    weights = [torch.randn(30, 30) for _ in range(10)]
+    calls: list[Callable[[], object]] = [
+        lambda: gradwatch.watch(weights),  # type: ignore[arg-type]
+        lambda: gradwatch.watch({"x": weights}),  # type: ignore[dict-item]
+        lambda: gradwatch.watch(model, weights),  # type: ignore[arg-type]
+        lambda: gradwatch.watch(model, optimizer, clip=weights),  # type: ignore[arg-type]
+        lambda: gradwatch.watch(model, optimizer, run_dir=weights),  # type: ignore[arg-type]
+        lambda: gradwatch.watch(model, optimizer, sinks=weights),  # type: ignore[arg-type]
+        lambda: gradwatch.watch(model, optimizer, statistics=["norm" * 1000]),
+        lambda: gradwatch.watch({f"name{i}": torch.ones(1) for i in range(1000)}),
+    ]
+    for call in calls:
+        with pytest.raises((TypeError, ValueError)) as error:
+            call()
+        assert len(str(error.value)) < 600
+
+
+def test_first_of_two_mistakes_is_that_of_the_norm() -> None:
+    """Of two bad options always the same one is reported."""
+    with pytest.raises(ValueError, match="exploding_norm"):
+        gradwatch.watch(nn.Linear(1, 1), clip=-1.0, exploding_norm=-1.0)
+    with pytest.raises(ValueError, match="clip="):
+        gradwatch.watch(nn.Linear(1, 1), every=0, clip=-1.0)
+
+
+def test_every_argument_of_watch_is_an_option() -> None:
+    """What watch() takes besides model and optimizer is what Options checks, name for name."""
+    arguments = list(inspect.signature(gradwatch.watch).parameters)
+    assert arguments == ["model", "optimizer", *(field.name for field in fields(Options))]

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from tensorboard import errors
 from werkzeug.datastructures import MultiDict
 
-from gradwatch_dashboard.arguments import MAX_CHARACTERS, Arguments, fit_name
-from gradwatch_dashboard.binning import json_numbers, pack
+from gradwatch_dashboard.answers import json_numbers, pack
+from gradwatch_dashboard.arguments import Arguments
+from gradwatch_dashboard.untrusted import MAX_NAME, fit_name
 
 from .board import unpack
 
@@ -46,7 +47,7 @@ def test_numbers_are_json(values):
 
 @pytest.mark.parametrize(
     ("name", "fit"),
-    [("a.b", "a.b"), ("\ud800x", "?x"), ("ß" * 2000, "ß" * MAX_CHARACTERS + "..."), ("", "")],
+    [("a.b", "a.b"), ("\ud800x", "?x"), ("ß" * 2000, "ß" * MAX_NAME + "..."), ("", "")],
 )
 def test_names_fit(name, fit):
     """A name is cut where it is too long, and holds nothing that UTF-8 cannot."""

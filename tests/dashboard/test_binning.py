@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradwatch_dashboard.binning import bin_bad, bin_norms, bin_table, spans_of
-from gradwatch_dashboard.segments import MAX_STEP, MatrixChunks, encode
 from gradwatch_dashboard.sessions import Piece
+from gradwatch_dashboard.tensors import MAX_STEP, MatrixChunks, encode
 from gradwatch_dashboard.wire import COLUMNS
 
 from .slow_binning import NOTHING, columns_of_window, slow_heatmap

@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 
-from gradwatch_dashboard.event_log import kept_events, page, read_events
+from gradwatch_dashboard.answers import event_page
+from gradwatch_dashboard.sessions import join_events
+from gradwatch_dashboard.tensors import read_events
 from gradwatch_dashboard.wire import Tag
 
 from .logs import event
@@ -23,14 +25,14 @@ def test_a_later_session_replaces_from_its_first_step_on():
     """An event in the step at which a later session begins is replaced, the one before is not."""
     old = read_events("run", TAG, [chunk(1, event(4), event(5), event(9, optimizer="B"))], {})
     new = read_events("run", TAG, [chunk(1, event(6))], {})
-    kept = kept_events({"b": new, "a": old}, {"A": {"b": 5}, "AdamW": {"a": 1, "b": 5, "c": 7}})
+    kept = join_events({"b": new, "a": old}, {"A": {"b": 5}, "AdamW": {"a": 1, "b": 5, "c": 7}})
     assert [(one.step, one.optimizer) for one in kept] == [(4, "AdamW"), (9, "B"), (6, "AdamW")]
 
 
 def test_the_last_session_is_whole():
     """A session does not replace its own events, whatever its first step."""
     own = read_events("run", TAG, [chunk(1, event(4), event(8))], {})
-    assert len(kept_events({"a": own}, {"AdamW": {"a": 1}})) == 2
+    assert len(join_events({"a": own}, {"AdamW": {"a": 1}})) == 2
 
 
 def test_known_chunks_are_not_read_again():
@@ -45,7 +47,7 @@ def test_only_the_fields_of_an_event_are_sent():
     entries = read_events(
         "run", TAG, [chunk(1, {"step": 3, "evil": "<b>", "value": float("nan")})], {}
     )
-    (sent,) = json.loads(page(next(iter(entries.values())), 0, 9, 5))["events"]
+    (sent,) = json.loads(event_page(next(iter(entries.values())), 0, 9, 5))["events"]
     assert "evil" not in sent
     assert sent.keys() == event(3).keys()
     assert (sent["value"], sent["message"], sent["rank"]) == ("NaN", "", 0)
@@ -54,5 +56,5 @@ def test_only_the_fields_of_an_event_are_sent():
 def test_pages():
     """A page counts all events of its range, both ends included, and lists the first ones."""
     entries = read_events("run", TAG, [chunk(1, *(event(step) for step in range(1, 10)))], {})
-    found = json.loads(page(next(iter(entries.values())), 3, 7, 2))
+    found = json.loads(event_page(next(iter(entries.values())), 3, 7, 2))
     assert (found["total"], [one["step"] for one in found["events"]]) == (5, [3, 4])

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from gradwatch_dashboard.segments import decode, encode, read_matrix, read_steps
+from gradwatch_dashboard.tensors import decode, encode, read_matrix, read_steps
 from gradwatch_dashboard.wire import COLUMNS, Tag
 
 TAG = Tag("steps", "s", 0, 0)

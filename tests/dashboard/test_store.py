@@ -6,7 +6,7 @@ from tensorboard.backend.event_processing.plugin_event_multiplexer import EventM
 
 from gradwatch_dashboard import provider as provider_module
 from gradwatch_dashboard.provider import Provider, UnavailableError
-from gradwatch_dashboard.store import Runs
+from gradwatch_dashboard.store import RunCache
 
 from .logs import LogFile, write_run
 
@@ -55,14 +55,14 @@ def _no_waiting(monkeypatch):
 def cells(runs, provider, run="a"):
     """Reads all cells of a run."""
     with runs.open(provider, run) as (store, view):
-        return store.cells(provider, view.tracks["AdamW"])
+        return store.cells(provider, view.timelines["AdamW"])
 
 
 def test_only_what_has_grown_is_read_again(tmp_path):
     """The second look reads nothing, and after a new chunk only its segment is read."""
     write_run(tmp_path / "a", last=200, chunk=1)
     data = CountingProvider(tmp_path)
-    runs, provider = Runs(), Provider(data, {})
+    runs, provider = RunCache(), Provider(data, {})
     cells(runs, provider)
     assert len(data.reads) == 1 + 3 * 2
     data.reload()
@@ -83,7 +83,7 @@ def test_many_runs_are_read_together(tmp_path):
     for number in range(100):
         write_run(tmp_path / f"run{number:03d}", session=f"{number:012x}", last=3)
     data = CountingProvider(tmp_path)
-    runs, provider = Runs(), Provider(data, {})
+    runs, provider = RunCache(), Provider(data, {})
     assert len(runs.summaries(provider)) == 100
     assert data.calls <= 5
     assert not any("norms" in tag for tag in data.reads)
@@ -94,10 +94,10 @@ def test_the_memory_is_bounded(tmp_path):
     for name in "abc":
         write_run(tmp_path / name)
     data = CountingProvider(tmp_path)
-    with Runs().open(Provider(data, {}), "a") as (store, view):
-        store.cells(Provider(data, {}), view.tracks["AdamW"])
+    with RunCache().open(Provider(data, {}), "a") as (store, view):
+        store.cells(Provider(data, {}), view.timelines["AdamW"])
         size = store.nbytes
-    runs, provider = Runs(max_bytes=2 * size), Provider(data, {})
+    runs, provider = RunCache(max_bytes=2 * size), Provider(data, {})
     for name in "abc":
         cells(runs, provider, name)
     data.reload()
@@ -106,7 +106,7 @@ def test_the_memory_is_bounded(tmp_path):
     assert data.reads == []
     cells(runs, provider, "a")
     assert len(data.reads) == 4
-    tiny = Runs(max_bytes=0)
+    tiny = RunCache(max_bytes=0)
     assert len(cells(tiny, provider, "a")) == 1
     data.reload()
     cells(tiny, provider, "a")
@@ -117,7 +117,7 @@ def test_a_run_that_is_gone_is_forgotten(tmp_path):
     """What TensorBoard no longer lists takes no memory."""
     write_run(tmp_path / "a")
     data = CountingProvider(tmp_path)
-    runs, provider = Runs(), Provider(data, {})
+    runs, provider = RunCache(), Provider(data, {})
     cells(runs, provider)
     data.multiplexer = data._multiplexer = EventMultiplexer()
     assert runs.summaries(provider) == []
@@ -137,7 +137,7 @@ def test_a_reply_that_is_too_large_costs_its_tag_only(tmp_path):
         return read(self, ctx, run_tag_filter=run_tag_filter, **options)
 
     data.read_tensors = refuse.__get__(data)
-    first, second = cells(Runs(), Provider(data, {}))
+    first, second = cells(RunCache(), Provider(data, {}))
     assert (first[1].norms >= 0).all()
     assert (second[1].norms == -2).all()
 
@@ -146,7 +146,7 @@ def test_a_data_server_that_is_away_is_no_damage(tmp_path):
     """While the data server is away the answer is 503, and all is well when it is back."""
     write_run(tmp_path / "a")
     data = CountingProvider(tmp_path)
-    runs, provider = Runs(), Provider(data, {})
+    runs, provider = RunCache(), Provider(data, {})
     data.failure = GrpcError("UNAVAILABLE")
     with pytest.raises(UnavailableError) as raised, runs.open(provider, "a"):
         pass
@@ -163,7 +163,7 @@ def test_requests_that_come_together_ask_once(tmp_path, monkeypatch):
     monkeypatch.setattr(provider_module, "FRESH_SECONDS", 0.5)
     now = [100.0]
     remembered, provider = (
-        provider_module.Listings(lambda: now[0]),
+        provider_module.ListingCache(lambda: now[0]),
         Provider(CountingProvider(tmp_path), {}),
     )
     first = remembered.get(provider)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradwatch_tensorboard.text import MAX_EVENTS, MAX_LENGTH, EventText, escape
+from gradwatch_tensorboard.events import MAX_LENGTH, MAX_TEXT_EVENTS, EventText, escape
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of html5lib, inside TensorBoard
@@ -102,9 +102,9 @@ def test_list_grows_until_it_is_full(run):
 def test_notes_once_that_more_follow(run):
     """Twenty events are listed; the text that leaves one out says so, and no further text comes."""
     text = EventText()
-    full = text.add([run.event(step) for step in range(MAX_EVENTS)], "AdamW")
-    more = text.add([run.event(MAX_EVENTS)], "AdamW")
-    assert full.count("* step") == more.count("* step") == MAX_EVENTS
+    full = text.add([run.event(step) for step in range(MAX_TEXT_EVENTS)], "AdamW")
+    more = text.add([run.event(MAX_TEXT_EVENTS)], "AdamW")
+    assert full.count("* step") == more.count("* step") == MAX_TEXT_EVENTS
     assert "More events" not in full
     assert "More events" in more
     assert text.add([run.event(99)], "AdamW") is None
@@ -112,7 +112,7 @@ def test_notes_once_that_more_follow(run):
 
 def test_exactly_twenty_events_are_all(run):
     """No note where nothing was left out."""
-    text = EventText().add([run.event(step) for step in range(MAX_EVENTS)], "AdamW")
+    text = EventText().add([run.event(step) for step in range(MAX_TEXT_EVENTS)], "AdamW")
     assert "More events" not in text
 
 

@@ -4,8 +4,7 @@ import math
 
 import pytest
 
-from gradwatch_tensorboard.scalars import STEP_SCALARS, largest, middle, newest, smallest
-from gradwatch_tensorboard.series import Thinner
+from gradwatch_tensorboard.scalars import STEP_SCALARS, Thinner, largest, middle, newest, smallest
 
 
 def thinner(every):

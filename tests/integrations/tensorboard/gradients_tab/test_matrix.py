@@ -8,7 +8,7 @@ import pytest
 from gradwatch.record.records import Layout
 from gradwatch_dashboard.wire import Tag
 from gradwatch_tensorboard import stream as stream_module
-from gradwatch_tensorboard.matrix import MatrixStream
+from gradwatch_tensorboard.matrix import MatrixWriter
 
 from . import logs
 
@@ -31,7 +31,7 @@ def clock():
 @pytest.fixture
 def matrix(tmp_path, clock):
     """A matrix of an empty folder."""
-    return MatrixStream(str(tmp_path), clock)
+    return MatrixWriter(str(tmp_path), clock)
 
 
 def add(matrix, part):

@@ -8,7 +8,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from gradwatch_tensorboard import TensorBoardWriter
-from gradwatch_tensorboard.matrix import MatrixStream
+from gradwatch_tensorboard.matrix import MatrixWriter
 
 from . import logs
 
@@ -67,7 +67,7 @@ def write_run(folder, parts):
 
 def write_matrix(folder, parts):
     """Writes nothing but the matrix of a run."""
-    matrix = MatrixStream(str(folder))
+    matrix = MatrixWriter(str(folder))
     with SummaryWriter(folder, max_queue=1000) as summary_writer:
         for part in parts:
             for event, step, time in matrix.add(part, [record.time_s for record in part.steps]):

@@ -70,7 +70,7 @@ def reduce(steps, rows, cuts=(), early_ends=1000, dtype=np.float32):
     bounds = sorted({0, *cuts, len(steps)})
     for a, b in itertools.pairwise(bounds):
         times = [step * 0.1 for step in steps[a:b]]
-        parts.append(reducer.take(Windows.of_steps(records[a:b], norms[a:b], times)))
+        parts.append(reducer.add(Windows.of_steps(records[a:b], norms[a:b], times)))
     return Windows.join(parts), reducer.rest()
 
 

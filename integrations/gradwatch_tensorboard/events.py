@@ -1,0 +1,162 @@
+"""Events: the first ones one by one, as text for everyone and as JSON for the Gradients tab."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from gradwatch.record.records import Event
+from gradwatch_dashboard.wire import Tag
+from gradwatch_tensorboard.messages import Outgoing, text_event
+
+MAX_TEXT_EVENTS = 20
+"""Events of the text; where there are more, the first ones tell the story."""
+
+MAX_LENGTH = 300
+"""Characters of one name or message that are shown."""
+
+MAX_TAB_EVENTS = 10_000
+"""Events of a session that the tab lists one by one."""
+
+LEFT_OUT = "left_out"
+"""Kind of the entry that stands for the rest."""
+
+ONLY_FIRST = "More events followed; only the first {limit:,} are listed."
+LEFT_OUT_KINDS = "{total:,} more events are not listed: {kinds}."
+
+_OF_THE_RUN = "none"  # accumulation has events that are of no optimizer
+_MARKDOWN = re.compile(r"[\\`*_\[\]|~]")
+_MORE = (
+    f"\n\n*More events followed; only the first {MAX_TEXT_EVENTS} are listed here. "
+    "`watcher.history.events()` has those that the buffer holds.*"
+)
+
+
+class EventText:
+    """Gathers the first events of a run as lines of one list."""
+
+    def __init__(self) -> None:
+        """Starts without an event."""
+        self._lines: list[str] = []
+        self._complete = False
+
+    def add(self, events: Sequence[Event], first_optimizer: str) -> str | None:
+        """Adds the events of one batch.
+
+        Args:
+            events: Oldest first.
+            first_optimizer: Label that goes without saying.
+
+        Returns:
+            The list so far as Markdown; None where nothing is to be added to it.
+        """
+        if not events or self._complete:
+            return None
+        room = MAX_TEXT_EVENTS - len(self._lines)
+        self._lines += [_line(event, first_optimizer) for event in events[:room]]
+        self._complete = len(events) > room
+        # Whole each time: TensorBoard keeps 10 texts of a tag at random and always the last one.
+        return "\n".join(self._lines) + (_MORE if self._complete else "")
+
+
+def _line(event: Event, first_optimizer: str) -> str:
+    # Most messages name the parameter themselves.
+    named = not event.parameter or event.parameter in event.message
+    where = [] if named else [escape(event.parameter)]
+    if event.optimizer not in (first_optimizer, _OF_THE_RUN):
+        where.append(escape(event.optimizer))
+    place = f" ({', '.join(where)})" if where else ""
+    return f"* step {event.global_step}, **{escape(event.kind)}**{place}: {escape(event.message)}"
+
+
+def escape(text: str) -> str:
+    r"""Makes a string safe as a piece of one line of Markdown.
+
+    Control characters, also those that turn the direction of writing, are shown as U+FFFD.
+
+    >>> escape("block_0.__init__ <b>")
+    'block\\_0.\\_\\_init\\_\\_ &lt;b&gt;'
+    """
+    if len(text) > MAX_LENGTH:
+        text = text[: MAX_LENGTH - 1] + "…"
+    text = "".join(" " if c in "\n\r\t" else _visible(c) for c in text)
+    return _MARKDOWN.sub(_escaped, html.escape(text, quote=False))
+
+
+def _visible(character: str) -> str:
+    category = unicodedata.category(character)
+    return "\ufffd" if category.startswith("C") or category in ("Zl", "Zp") else character
+
+
+def _escaped(match: re.Match[str]) -> str:
+    character = match.group()
+    return f"&#{ord(character)};" if character in "|~" else "\\" + character
+
+
+class EventList:
+    """Lists the first events for the Gradients tab, then counts: see the wire's ``left_out``."""
+
+    def __init__(self) -> None:
+        """Starts without an event."""
+        self._listed = 0
+        self._left_out: Counter[str] = Counter()
+        self._newest: Event | None = None
+        self._session = ""
+        self._step = -1
+        self._time = 0.0
+
+    def add(self, events: Sequence[Event], session: str, time: float) -> list[Outgoing]:
+        """Adds events, oldest first, and returns what is to be written now.
+
+        Args:
+            events: Of one batch.
+            session: The session that they are of.
+            time: Wall time in seconds since 1970.
+        """
+        if not events:
+            return []
+        room = MAX_TAB_EVENTS - self._listed
+        listed, rest = events[:room], events[room:]
+        self._listed += len(listed)
+        entries = [asdict(event) for event in listed]
+        if rest:
+            self._newest = rest[-1]
+            if not self._left_out:  # already now, in case the process is killed before rest()
+                entries.append(self._last_entry(ONLY_FIRST.format(limit=MAX_TAB_EVENTS), len(rest)))
+            self._left_out.update(event.kind for event in rest)
+        if not entries:
+            return []
+        first = min(event.global_step for event in listed or rest)
+        return [self._outgoing(entries, first, session, time)]
+
+    def rest(self) -> list[Outgoing]:
+        """Returns what is to be written at the end: how many events were left out."""
+        if self._newest is None:
+            return []
+        total = self._left_out.total()
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in self._left_out.most_common())
+        entry = self._last_entry(LEFT_OUT_KINDS.format(total=total, kinds=kinds), total)
+        step, session, self._newest = self._newest.global_step, self._session, None
+        return [self._outgoing([entry], step, session, self._time)]
+
+    def _last_entry(self, message: str, count: int) -> dict[str, Any]:
+        newest = {} if self._newest is None else asdict(self._newest)
+        nothing = {"parameter": "", "module": "", "nan_count": 0, "inf_count": 0, "micro_batch": 0}
+        return newest | nothing | {"kind": LEFT_OUT, "value": float(count), "message": message}
+
+    def _outgoing(
+        self, entries: Sequence[dict[str, Any]], step: int, session: str, time: float
+    ) -> Outgoing:
+        begins = session != self._session
+        self._step = step if begins else max(step, self._step + 1)
+        self._session = session
+        self._time = max(self._time, time)
+        texts = [json.dumps(entry) for entry in entries]
+        event = text_event(Tag("events", session), texts, described=not begins)
+        return Outgoing(event, self._step, self._time)
