@@ -15,13 +15,24 @@ from gradwatch.clip.zclip import ZClip
 from gradwatch.errors import AccumulationError, NonFiniteGradientError
 from gradwatch.hessian.every import CurvatureEvery
 from gradwatch.history import History, load
+from gradwatch.pickles import INNER, MOVED, add_aliases
 from gradwatch.record.folder.writer import RunFolder
-from gradwatch.record.records import Event, GradwatchWarning, RecordBatch, Sink, StepRecord
+from gradwatch.record.records import (
+    Event,
+    GradwatchWarning,
+    Layout,
+    RecordBatch,
+    Sink,
+    StepRecord,
+)
 from gradwatch.watcher import Watcher, watch
 
 if TYPE_CHECKING:
     from gradwatch.gradcheck.check import check_gradients
+    from gradwatch.gradcheck.result import WrongGradientError
     from gradwatch.hessian.curvature import curvature
+    from gradwatch.report.report import Report
+    from gradwatch.report.thresholds import Thresholds
 
 __version__ = "0.1.0"
 
@@ -40,14 +51,18 @@ __all__ = [
     "Event",
     "GradwatchWarning",
     "History",
+    "Layout",
     "NoiseScale",
     "NonFiniteGradientError",
     "RecordBatch",
+    "Report",
     "RobustClip",
     "RunFolder",
     "Sink",
     "StepRecord",
+    "Thresholds",
     "Watcher",
+    "WrongGradientError",
     "ZClip",
     "check_gradients",
     "curvature",
@@ -56,17 +71,24 @@ __all__ = [
 ]
 
 _ON_DEMAND = {
+    "Report": "gradwatch.report.report",
+    "Thresholds": "gradwatch.report.thresholds",
+    "WrongGradientError": "gradwatch.gradcheck.result",
     "check_gradients": "gradwatch.gradcheck.check",
     "curvature": "gradwatch.hessian.curvature",
 }
 """What few runs need, and so is loaded when somebody asks for it."""
 
+add_aliases(MOVED, __name__)
+
 
 def __getattr__(name: str) -> Any:
-    if name not in _ON_DEMAND:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_ON_DEMAND[name]), name)
-    return value
+    if name in _ON_DEMAND:
+        value = globals()[name] = getattr(import_module(_ON_DEMAND[name]), name)
+        return value
+    if name in INNER:  # not kept: dir() lists what is public
+        return getattr(import_module(INNER[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

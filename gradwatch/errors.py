@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from gradwatch.pickles import stable_name
 
+
+@stable_name
 class NonFiniteGradientError(RuntimeError):
     """A gradient held a NaN or an Inf and ``on_nonfinite="raise"`` was asked for.
 
@@ -34,5 +37,6 @@ class NonFiniteGradientError(RuntimeError):
         self.inf_count = inf_count
 
 
+@stable_name
 class AccumulationError(RuntimeError):
     """A step or a backward came against the number of micro-batches that was asked for."""

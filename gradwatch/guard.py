@@ -12,11 +12,13 @@ from typing import NamedTuple
 import torch
 
 from gradwatch.errors import AccumulationError, NonFiniteGradientError
+from gradwatch.pickles import stable_name
 from gradwatch.record.records import warn_safely
 
 _CALIBRATION_CALLS = 2_000
 
 
+@stable_name
 class Overhead(NamedTuple):
     """The time that gradwatch took.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwatch.pickles import stable_name
 from gradwatch.plots import need_matplotlib
 from gradwatch.record.columns import (
     NORM_COLUMNS,
@@ -33,6 +34,7 @@ Names = str | re.Pattern[str] | Iterable[str]
 """Parameters: one by its name, several, or those in whose name a compiled pattern is found."""
 
 
+@stable_name
 class History:
     """The steps of a run and its events; reading it never changes the run.
 
@@ -314,6 +316,7 @@ class History:
         return draw_clipping(self._source, ax, chosen_span(start, stop, "steps"))
 
 
+@stable_name
 def load(path: str | os.PathLike[str]) -> History:
     """Opens the folder of a run, also while the run still writes to it.
 

@@ -23,6 +23,7 @@ from gradwatch.hooks.backward import is_watched
 from gradwatch.hooks.data_parallel import refuse_fsdp1, reshard
 from gradwatch.measure.parameters import ParameterTable, optimizer_parameters
 from gradwatch.measure.statistics import STATISTICS, WEIGHT_STATISTICS
+from gradwatch.pickles import stable_name
 from gradwatch.record.records import Sink
 
 Accumulate = int | str | Mapping[int, int] | Callable[[int], int] | AccumulatePolicy
@@ -34,6 +35,7 @@ SHOWN_CHARACTERS = 200
 """Of a value in an error message: a list of parameters may print millions."""
 
 
+@stable_name
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """The arguments of :func:`gradwatch.watch`, checked; see there for what each one means.

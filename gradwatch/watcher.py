@@ -30,6 +30,7 @@ from gradwatch.options import (
     optimizer_list,
     parameter_table,
 )
+from gradwatch.pickles import stable_name
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.recorder import Recorder
 from gradwatch.record.records import Event, Sink, StepRecord
@@ -105,6 +106,7 @@ NEVER_ENTERED = (
 )
 
 
+@stable_name
 class Watcher:
     """A run being watched: made by :func:`watch`, attached by its ``with`` block.
 
@@ -443,6 +445,7 @@ class Watcher:
             self._registry.add(backward, self._managed.weight)
 
 
+@stable_name
 def watch(
     model: nn.Module | Mapping[str, Tensor],
     optimizer: Optimizer | Sequence[Optimizer] | None = None,

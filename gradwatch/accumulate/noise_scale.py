@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gradwatch.checks import check_between
 from gradwatch.measure.deferred import Deferred, FloatOrDeferred, as_operand, defer, resolve
+from gradwatch.pickles import stable_name
 
 MIN_UPDATES = 20
 """Fewer windows give no estimate, and no standard error, worth the name."""
@@ -31,6 +32,7 @@ MOST_BATCHES = 4.0
 _LARGEST = 1e300  # the difference of two such numbers is still a float
 
 
+@stable_name
 @dataclass(frozen=True, slots=True)
 class NoiseScale:
     """An estimate of the simple noise scale tr(Sigma) / |G|^2, and whether to believe it.
@@ -302,6 +304,7 @@ def noise_terms(small_sq: float, small: float, big_sq: float, big: float) -> tup
     return tr_sigma, grad_sq
 
 
+@stable_name
 class NoiseScaleEstimator:
     """Follows the noise scale from window to window.
 
@@ -413,6 +416,7 @@ def _short(number: float) -> str:
 _Root = tuple[float, float, float]
 
 
+@stable_name
 class PairAverage:
     """Bias-corrected exponential moving averages of pairs, with their standard errors.
 

@@ -18,8 +18,10 @@ from gradwatch.checks import (
     whole_number,
 )
 from gradwatch.errors import AccumulationError
+from gradwatch.pickles import stable_name
 
 
+@stable_name
 @runtime_checkable
 class AccumulatePolicy(Protocol):
     """A rule that says before each window how many micro-batches it has.
@@ -76,6 +78,7 @@ class _WithoutNoise:
         return False
 
 
+@stable_name
 class FixedAccumulation(_WithoutNoise):
     """The same number of micro-batches in every window; ``name`` is what errors call it.
 
@@ -108,6 +111,7 @@ class FixedAccumulation(_WithoutNoise):
         """Does nothing: the rule has no memory."""
 
 
+@stable_name
 class AccumulationSchedule(_WithoutNoise):
     """A number of micro-batches that depends on the step.
 
@@ -197,6 +201,7 @@ def _at_step(name: str, step: int) -> str:
     return f"The micro-batches that {name} gives for step {step}"
 
 
+@stable_name
 def _looked_up(table: Mapping[int, int], step: int) -> int:
     return table[max(start for start in table if start <= step)]
 
@@ -206,8 +211,9 @@ _SIGNIFICANCE = 3.0  # standard errors of |G|^2 at each of them: it does have a 
 _LR_POWERS = {"sqrt": 0.5, "linear": 1.0}
 
 
+@stable_name
 @dataclass(slots=True)
-class _State:
+class _NoiseScaleState:
     """What changes from window to window; the names are those of the state in a checkpoint."""
 
     micro_batches: int  # of the window under way
@@ -215,6 +221,7 @@ class _State:
     out_of_range: int = 0  # checks in a row that found the noise scale out of range
 
 
+@stable_name
 @dataclass(frozen=True, eq=False)
 class AccumulateByNoiseScale:
     """Lets the batch follow the gradient noise scale; ``accumulate="auto"``.
@@ -270,7 +277,7 @@ class AccumulateByNoiseScale:
     hysteresis: float = 1.5
     min_updates: int = 50
     scale_lr: str | None = None
-    _state: _State = field(init=False, repr=False)
+    _state: _NoiseScaleState = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._check_bounds()
@@ -283,7 +290,7 @@ class AccumulateByNoiseScale:
             name = "AccumulateByNoiseScale(scale_lr=), where not None,"
             check_choice(name, self.scale_lr, list(_LR_POWERS))
         start = self.min if self.start is None else self.start
-        object.__setattr__(self, "_state", _State(start, start))
+        object.__setattr__(self, "_state", _NoiseScaleState(start, start))
 
     def _check_bounds(self) -> None:
         check_power_of_two("AccumulateByNoiseScale(min=)", self.min)

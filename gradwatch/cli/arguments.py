@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradwatch.cli.terminal import Output, as_json
+from gradwatch.pickles import stable_name
 from gradwatch.record.folder.meta import NAME, TABLES
 from gradwatch.wording import printable
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from gradwatch.history import History
 
 
+@stable_name
 class CommandError(Exception):
     """Wrong usage, or a run or a file that cannot be used; the command ends with exit code 2."""
 

@@ -14,16 +14,19 @@ from gradwatch.checks import check_at_least, check_between, check_count, check_p
 from gradwatch.clip.norm_history import exact_dtype
 from gradwatch.clip.policy import ClipDecision
 from gradwatch.measure.deferred import is_at_hand
+from gradwatch.pickles import stable_name
 
 
+@stable_name
 @dataclass
-class _State:
+class _AdaGCState:
     """What AdaGC remembers, for the policy itself is frozen."""
 
     steps: int | Tensor = 0  # a number on the host, or a tensor [] of int64
     averages: Tensor | None = None  # [n]: each parameter's gamma; 0 before its first gradient
 
 
+@stable_name
 @dataclass(frozen=True, eq=False)
 class AdaGC:
     r"""Limits the norm of each parameter's gradient by the average of its own earlier norms.
@@ -73,7 +76,7 @@ class AdaGC:
     warmup: int = 100
     norm_type: float = 2.0
     scope: ClassVar[str] = "parameter"
-    _state: _State = field(init=False, repr=False, default_factory=_State)
+    _state: _AdaGCState = field(init=False, repr=False, default_factory=_AdaGCState)
 
     def __post_init__(self) -> None:
         check_positive("AdaGC(lambda_rel=)", self.lambda_rel)

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from gradwatch.checks import check_names, check_positive
 from gradwatch.clip.policy import ClipDecision, Stateless
+from gradwatch.pickles import stable_name
 
 _HALF = {torch.float16, torch.bfloat16}
 
 
+@stable_name
 @dataclass(frozen=True)
 class AdaptiveGradientClip(Stateless):
     r"""Limits the gradient of each output unit to a share of the norm of its weights (AGC).

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from gradwatch.checks import check_at_most, check_between, check_count, check_positive
 from gradwatch.clip.norm_history import Backend, Flag, HistoryClip, Scalar
+from gradwatch.pickles import stable_name
 
 
+@stable_name
 @dataclass(frozen=True, eq=False)
 class AutoClip(HistoryClip):
     r"""Limits the norm to a percentile of the norms of earlier steps.

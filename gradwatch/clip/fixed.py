@@ -12,8 +12,10 @@ from torch import Tensor
 from gradwatch.checks import check_choice, check_positive
 from gradwatch.clip.policy import SCOPES, ClipDecision, Stateless
 from gradwatch.measure.deferred import is_at_hand
+from gradwatch.pickles import stable_name
 
 
+@stable_name
 @dataclass(frozen=True)
 class ClipByNorm(Stateless):
     r"""Scales gradients down when their norm exceeds a limit: all together, or in parts.
@@ -63,6 +65,7 @@ class ClipByNorm(Stateless):
         return ClipDecision(coefficient=coefficient, threshold=threshold)
 
 
+@stable_name
 @dataclass(frozen=True)
 class ClipByValue(Stateless):
     """Limits every element of every gradient to ``[-clip_value, clip_value]``.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gradwatch.clip.policy import ClipDecision
 from gradwatch.measure.deferred import is_at_hand
+from gradwatch.pickles import stable_name
 
 # Any, for no type says "floats here or tensors there, but never both", and rules mix in constants.
 Scalar: TypeAlias = Any  # a float on the host, a tensor [] on a device
@@ -84,6 +85,7 @@ def _decide_on_device(
     )
 
 
+@stable_name
 class NormHistory:
     """A window of norms and a few numbers; they are where the newest norm is.
 
@@ -96,12 +98,11 @@ class NormHistory:
         numbers: Further numbers by name, each a float or a tensor ``[]``.
     """
 
-    window: _FloatWindow | _TensorWindow
-    numbers: dict[str, Scalar]
-
     def __init__(self, size: int, names: Sequence[str] = ()) -> None:
         self._size, self._names = size, tuple(names)
         self._backend: Backend = _FloatBackend()
+        self.window: _FloatWindow | _TensorWindow
+        self.numbers: dict[str, Scalar]
         self._fill([], dict.fromkeys(self._names, 0.0))
 
     def read(self, norm: Tensor) -> tuple[Backend, Scalar, Flag]:
@@ -157,6 +158,7 @@ def exact_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+@stable_name
 class _FloatWindow:
     """The last numbers as Python floats, in order of arrival and, for quantiles, of size.
 
@@ -214,6 +216,7 @@ def _quantile(ordered: list[float], fraction: float) -> float:
     return low + (high - low) * (position - below)
 
 
+@stable_name
 class _TensorWindow:
     """The same as a tensor ``[size]`` on a device; places not yet taken hold Inf, and sort last."""
 
@@ -262,6 +265,7 @@ class _TensorWindow:
         return between
 
 
+@stable_name
 class _FloatBackend:
     """Functions of Python floats, which answer as torch's do instead of raising an error."""
 
@@ -291,6 +295,7 @@ class _FloatBackend:
         return (value if usable else 1.0), usable
 
 
+@stable_name
 class _TensorBackend:
     """The same functions of tensors ``[]`` on one device, in the most exact dtype that it has."""
 

@@ -9,9 +9,12 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from gradwatch.pickles import stable_name
+
 SCOPES = ("global", "group", "parameter")
 
 
+@stable_name
 @runtime_checkable
 class ClipPolicy(Protocol):
     """A clipping rule: norms in, a decision out. It never sees a gradient.
@@ -47,6 +50,23 @@ class ClipPolicy(Protocol):
         """Restores what :meth:`state_dict` gave."""
 
 
+class UnitRule(Protocol):
+    """A rule that looks at the gradient and the weight of each output unit."""
+
+    def coefficient(self, name: str, gradient: Tensor, weight: Tensor) -> Tensor | None:
+        """Computes the factors for one parameter, to broadcast against its gradient.
+
+        Args:
+            name: Its name.
+            gradient: Its gradient, in true units.
+            weight: Its value.
+
+        Returns:
+            The factors; None to leave the gradient.
+        """
+
+
+@stable_name
 @dataclass(frozen=True, slots=True)
 class ClipDecision:
     """What a policy wants done to the gradients of one step.
@@ -64,22 +84,6 @@ class ClipDecision:
     threshold: float | Tensor = math.nan
     clip_value: float | None = None
     units: UnitRule | None = None
-
-
-class UnitRule(Protocol):
-    """A rule that looks at the gradient and the weight of each output unit."""
-
-    def coefficient(self, name: str, gradient: Tensor, weight: Tensor) -> Tensor | None:
-        """Computes the factors for one parameter, to broadcast against its gradient.
-
-        Args:
-            name: Its name.
-            gradient: Its gradient, in true units.
-            weight: Its value.
-
-        Returns:
-            The factors; None to leave the gradient.
-        """
 
 
 class Stateless:

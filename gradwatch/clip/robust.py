@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gradwatch.checks import check_at_most, check_count, check_positive
 from gradwatch.clip.norm_history import Backend, Flag, HistoryClip, Scalar
+from gradwatch.pickles import stable_name
 
 MAD_TO_DEVIATION = 1.4826
 """The standard deviation of a normal distribution over its median absolute deviation."""
@@ -17,6 +18,7 @@ _GUARD = math.log(4.0)  # during the warm-up, four times the median is out
 _FEWEST = 3  # fewer norms have no median worth the name
 
 
+@stable_name
 @dataclass(frozen=True, eq=False)
 class RobustClip(HistoryClip):
     r"""Clips a norm that is an outlier among the last ones, by their median; ``clip="auto"``.

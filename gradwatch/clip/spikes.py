@@ -11,6 +11,7 @@ from torch import Tensor
 from gradwatch.checks import check_positive
 from gradwatch.clip.norm_history import Backend, Flag, HistoryRule, Scalar
 from gradwatch.clip.robust import MAD_TO_DEVIATION
+from gradwatch.pickles import stable_name
 
 _AUTO = 6.0
 _WINDOW = 128
@@ -18,6 +19,7 @@ _FEWEST = 25
 _LEAST_DEVIATION = 0.05  # as a share of the median: nothing below 1.3 times it is a spike at 6
 
 
+@stable_name
 @dataclass(frozen=True, eq=False)
 class SpikeRule(HistoryRule):
     r"""Tells spikes by the median of the norms before them; ``skip_spikes=``.

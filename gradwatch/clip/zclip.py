@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from gradwatch.checks import check_between, check_choice, check_count, check_positive
 from gradwatch.clip.norm_history import Backend, Flag, HistoryClip, Scalar
+from gradwatch.pickles import stable_name
 
 _LEAST_DEVIATION = {"winsorized": 0.01, "clipped": 0.0}  # as a share of the mean
 _SOFTENING = {"winsorized": 0.0, "clipped": 1e-6}
 
 
+@stable_name
 @dataclass(frozen=True, eq=False)
 class ZClip(HistoryClip):
     r"""Clips a norm that lies too many standard deviations above the mean of the norms before it.

@@ -18,6 +18,7 @@ from gradwatch.gradcheck.culprits import Culprit, find_culprits, first_calls, fu
 from gradwatch.gradcheck.function import Leaf, Repeatable, evaluate_first
 from gradwatch.gradcheck.result import GradientCheck, GradientMismatch, WrongGradientError
 from gradwatch.gradcheck.slopes import Comparison, Line, Slopes, Tolerance, compare, is_wrong
+from gradwatch.pickles import stable_name
 
 __all__ = ["GradientCheck", "GradientMismatch", "WrongGradientError", "check_gradients"]
 
@@ -31,6 +32,7 @@ _BAD_SAMPLES = (
 )
 
 
+@stable_name
 def check_gradients(
     function: Callable[..., Any],
     inputs: Any,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from gradwatch.pickles import stable_name
+
 _REASONS = {
     "detached": "no gradient arrives, but the output depends on it (detach, no_grad, .data?)",
     "flat": "there is a gradient, but the output does not move (rounding, straight-through?)",
@@ -13,6 +15,7 @@ _REASONS = {
 _SHOWN = 20  # entries of each list: a model with thousands of parameters may be wrong in all
 
 
+@stable_name
 class WrongGradientError(RuntimeError):
     """A gradient is not that of its function.
 
@@ -25,6 +28,7 @@ class WrongGradientError(RuntimeError):
         self.check = check
 
 
+@stable_name
 @dataclass(frozen=True, slots=True)
 class GradientMismatch:
     """A tensor whose analytic gradient is not the numeric one, at the element that is worst.
@@ -81,6 +85,7 @@ class GradientMismatch:
         return ", ".join(parts) + reason
 
 
+@stable_name
 @dataclass(frozen=True, slots=True)
 class GradientCheck:
     """What a check has found.

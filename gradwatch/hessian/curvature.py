@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from gradwatch.checks import check_between, check_count
 from gradwatch.hessian.of_model import Loss, check_loss, hessian_of
 from gradwatch.hessian.spectrum import estimate_trace, extreme_eigenvalues
+from gradwatch.pickles import stable_name
 
 __all__ = ["Curvature", "curvature"]
 
 
+@stable_name
 @dataclass(frozen=True, slots=True)
 class Curvature:
     """How a loss bends around the weights that a model has.
@@ -82,6 +84,7 @@ class Curvature:
         return f", trace {self.trace:.4g} ± {self.trace_stderr:.2g} ({self.probes} products)"
 
 
+@stable_name
 def curvature(
     model: nn.Module | Mapping[str, Tensor],
     loss: Loss,

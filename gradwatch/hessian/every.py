@@ -15,6 +15,7 @@ from gradwatch.checks import check_between, check_count
 from gradwatch.hessian.of_model import arguments, hessian_of, trainable
 from gradwatch.hessian.spectrum import Eigenpair, NotFiniteError, estimate_trace, largest_eigenpair
 from gradwatch.hooks.backward import inside_backward
+from gradwatch.pickles import stable_name
 from gradwatch.record.records import warn_safely
 
 _NOT_A_FUNCTION = (
@@ -38,6 +39,7 @@ _IN_BACKWARD = (
 _MIXED_IN = 0.1  # length of the random vector added to the last eigenvector, whose length is 1
 
 
+@stable_name
 @dataclass(frozen=True, slots=True)
 class CurvatureEvery:
     r"""Measures the curvature of the loss along a training, for ``watch(curvature=)``.
@@ -120,6 +122,7 @@ class CurvatureEvery:
         check_count("CurvatureEvery(probes=)", self.probes, 0)
 
 
+@stable_name
 class CurvatureSample(NamedTuple):
     """What is kept of the curvature at a step.
 

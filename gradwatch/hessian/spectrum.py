@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gradwatch.pickles import stable_name
+
 _NOT_FINITE = (
     "The product of the Hessian with a vector holds NaN or Inf, so it has no eigenvalues. The loss "
     "or its second derivative overflows, or is undefined there (a square root or a norm of zeros, "
@@ -30,6 +32,7 @@ _Mapped: TypeAlias = tuple[Tensor, Tensor]
 """A vector ``[n]`` and its product with the matrix."""
 
 
+@stable_name
 class NotFiniteError(ValueError):
     """A loss or its Hessian is not finite at these weights; at others it may be."""
 

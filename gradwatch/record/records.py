@@ -12,9 +12,12 @@ from typing import Any, Literal, Protocol, get_args, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from gradwatch.pickles import stable_name
+
 Outcome = Literal["applied", "skipped_nonfinite", "skipped_scaler", "skipped_policy"]
 
 
+@stable_name
 @dataclass(slots=True)
 class StepRecord:
     """One optimizer step in true units: unscaled, and reduced over ranks.
@@ -86,6 +89,7 @@ EventKind = Literal[
 EVENT_KINDS: tuple[str, ...] = get_args(EventKind)
 
 
+@stable_name
 @dataclass(frozen=True, slots=True)
 class Event:
     """Something that happened in one optimizer step.
@@ -129,6 +133,7 @@ class Event:
         return self.kind in ("nan", "inf")
 
 
+@stable_name
 @dataclass(frozen=True, slots=True)
 class Layout:
     """The watched parameters in model order; index ``i`` is column ``i`` of every row.
@@ -146,6 +151,7 @@ class Layout:
     aliases: tuple[tuple[str, ...], ...] = ()
 
 
+@stable_name
 @dataclass(frozen=True, slots=True)
 class RecordBatch:
     """Some consecutive steps, oldest first, as sinks receive them.
@@ -169,6 +175,7 @@ class RecordBatch:
     events: Sequence[Event] = ()
 
 
+@stable_name
 @runtime_checkable
 class Sink(Protocol):
     """Anything that receives batches of records: a file, a logger, TensorBoard, a list."""
@@ -207,6 +214,7 @@ def clipped_by(
 logger = logging.getLogger("gradwatch")
 
 
+@stable_name
 class GradwatchWarning(UserWarning):
     """Something in gradwatch failed or was left out; the training itself is untouched."""
 

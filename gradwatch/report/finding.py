@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from gradwatch.pickles import stable_name
+
 Severity = Literal["critical", "warning", "note"]
 SEVERITIES: tuple[str, ...] = get_args(Severity)
 """From the heaviest to the lightest."""
@@ -13,6 +15,7 @@ SEVERITIES: tuple[str, ...] = get_args(Severity)
 MOST_STEPS = 10
 
 
+@stable_name
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """The evidence of a finding.
@@ -30,6 +33,7 @@ class Evidence:
     optimizer: str = ""
 
 
+@stable_name
 @dataclass(frozen=True, slots=True)
 class Finding:
     """Something in a run that deserves a person's attention.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradwatch.pickles import stable_name
 from gradwatch.record.columns import Source
 from gradwatch.record.folder.files import plain_data
 from gradwatch.report.finding import SEVERITIES, Evidence, Finding
@@ -50,6 +51,7 @@ NOT_TAKEN = {
 }
 
 
+@stable_name
 @dataclass(frozen=True, slots=True)
 class Report:
     """The findings about a run, the heaviest first.

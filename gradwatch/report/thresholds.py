@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from gradwatch.pickles import stable_name
 
+
+@stable_name
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thresholds:
     """What a report calls too much, too little or too often.

@@ -37,7 +37,7 @@ from gradwatch.step.skip_rule import APPLIED, SkipRule, StepOutcome, TooManySkip
 from gradwatch.step.window import Losses, Window, WindowWeights, no_ride
 
 
-class Curvature(Protocol):
+class MeasureCurvature(Protocol):
     """Measures the curvature of a loss after a step, if it is due."""
 
     busy: bool
@@ -193,7 +193,7 @@ class OptimizerSteps(Steps):
         window: Window,
         run: Run,
         clip: ClipPolicy | None,
-        curvature: Curvature | None,
+        curvature: MeasureCurvature | None,
         on_finished: Callable[[OptimizerSteps], None],
     ) -> None:
         """Finds out what the optimizer can do by itself, where that may be needed.

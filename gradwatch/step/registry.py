@@ -24,7 +24,7 @@ from gradwatch.measure.deferred import FloatOrDeferred, resolve
 from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.record.events import dropped_event, nonfinite_error
 from gradwatch.record.records import warn_safely
-from gradwatch.step.optimizer_steps import Curvature, OptimizerSteps, Steps
+from gradwatch.step.optimizer_steps import MeasureCurvature, OptimizerSteps, Steps
 from gradwatch.step.pending import PendingStep
 from gradwatch.step.run import Run
 from gradwatch.step.window import Window
@@ -124,7 +124,7 @@ class OptimizerRegistry:
         followed: One for each optimizer, in the order in which they came.
     """
 
-    def __init__(self, run: Run, shield: Shield, curvature: Curvature | None = None) -> None:
+    def __init__(self, run: Run, shield: Shield, curvature: MeasureCurvature | None = None) -> None:
         """Follows nothing yet.
 
         Args:

@@ -11,6 +11,7 @@ from torch import Tensor
 from gradwatch.clip.spikes import SpikeRule
 from gradwatch.measure.deferred import Deferred, FloatOrDeferred, resolve
 from gradwatch.measure.norms import StepNorms
+from gradwatch.pickles import stable_name
 from gradwatch.record.records import Outcome
 
 OURS: tuple[Outcome, ...] = ("skipped_nonfinite", "skipped_policy")
@@ -59,6 +60,7 @@ class StepOutcome(NamedTuple):
 APPLIED = StepOutcome()
 
 
+@stable_name
 class TooManySkipsError(Exception):
     """More steps in a row would be left out than is allowed; caught and told in full above."""
 

@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from gradwatch.pickles import stable_name
 
+
+@stable_name
 class UnreadableError(ValueError):
     """No run folder, half of one, one in a newer format, or a file in it that is damaged."""
 

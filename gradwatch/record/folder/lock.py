@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from gradwatch.pickles import stable_name
 from gradwatch.record.folder.files import remove_quietly
 
 LOCK = ".lock"
@@ -22,6 +23,7 @@ TAKEN = (
 TRIES = 100
 
 
+@stable_name
 class WriterLock:
     """The right to write into a run folder, from :meth:`acquire` to :meth:`release`.
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from gradwatch.pickles import stable_name
 from gradwatch.record.columns import Array
 from gradwatch.record.folder.files import (
     remove_leftovers,
@@ -20,6 +21,7 @@ from gradwatch.record.folder.tables import STEP_INDEX, open_parquet, reading
 _NAME = re.compile(r"(\d{4,})-(\d{10,})-(\d{10,})\.parquet")
 
 
+@stable_name
 @dataclass(frozen=True, slots=True, order=True)
 class Part:
     """Consecutive rows of one session.

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from gradwatch.pickles import stable_name
 from gradwatch.record.columns import (
     NORM_COLUMNS,
     STEP_DTYPES,
@@ -93,6 +94,7 @@ class Listing:
         )
 
 
+@stable_name
 class FolderSource:
     """A :class:`~gradwatch.record.columns.Source` that reads what the folder holds at each call."""
 
@@ -272,6 +274,7 @@ class ResumeRule:
         return event.step < void.get(event.optimizer, event.step + 1)
 
 
+@stable_name
 class SessionStarts:
     """Finds the first step of each session and optimizer; a part is read once."""
 
@@ -337,6 +340,7 @@ CLIPPED = "grad_norm_clipped"
 Dtypes = Mapping[str, type[np.generic]]
 
 
+@stable_name
 class ParameterReader:
     """Reads numbers per parameter of the steps that it is given."""
 

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from gradwatch.pickles import stable_name
 from gradwatch.record.columns import Array
 from gradwatch.record.folder.event_log import EventLog, event_files, lines_of, read_events
 from gradwatch.record.folder.files import write_whole
@@ -61,6 +62,7 @@ _EARLIER = (
 )
 
 
+@stable_name
 class RunFolder:
     """Writes steps and per-parameter statistics as Parquet, and events as JSON lines.
 
