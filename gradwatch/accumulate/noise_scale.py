@@ -416,7 +416,6 @@ def _short(number: float) -> str:
 _Root = tuple[float, float, float]
 
 
-@stable_name
 class PairAverage:
     """Bias-corrected exponential moving averages of pairs, with their standard errors.
 

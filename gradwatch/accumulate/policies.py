@@ -77,6 +77,15 @@ class _WithoutNoise:
         """Tells that the noise scale is never read."""
         return False
 
+    def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
+        # In pickles of gradwatch 0.1 both numbers stand behind properties.
+        values = dict(state[1])
+        if "_number" in values:
+            values["most"] = values["_number"]
+        renamed = {"_number": "micro_batches", "_micro_batches": "micro_batches", "_most": "most"}
+        for name, value in values.items():
+            setattr(self, renamed.get(name, name), value)
+
 
 @stable_name
 class FixedAccumulation(_WithoutNoise):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ class AdaGC:
     lambda_abs: float = 1.0
     warmup: int = 100
     norm_type: float = 2.0
-    scope: ClassVar[str] = "parameter"
+    scope: str = field(default="parameter", init=False, repr=False)
     _state: _AdaGCState = field(init=False, repr=False, default_factory=_AdaGCState)
 
     def __post_init__(self) -> None:

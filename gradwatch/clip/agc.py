@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -66,7 +65,7 @@ class AdaptiveGradientClip(Stateless):
     eps: float = 1e-3
     exclude: tuple[str, ...] = ()
     norm_type: float = 2.0
-    scope: ClassVar[str] = "global"
+    scope: str = field(default="global", init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_positive("AdaptiveGradientClip(clip_factor=)", self.clip_factor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gradwatch.checks import check_at_most, check_between, check_count, check_positive
 from gradwatch.clip.norm_history import Backend, Flag, HistoryClip, Scalar
@@ -55,6 +55,7 @@ class AutoClip(HistoryClip):
     warmup: int = 5
     include_current: bool = False
     norm_type: float = 2.0
+    scope: str = field(default="global", init=False, repr=False)
 
     def __post_init__(self) -> None:
         advice = "Write 90 to clip the largest tenth of the norms."

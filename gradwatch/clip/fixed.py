@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -88,7 +87,7 @@ class ClipByValue(Stateless):
 
     clip_value: float
     norm_type: float = 2.0
-    scope: ClassVar[str] = "global"
+    scope: str = field(default="global", init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_positive("ClipByValue(clip_value=)", self.clip_value)

@@ -11,7 +11,7 @@ import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,6 +35,10 @@ class HistoryRule:
         # The rules are frozen dataclasses: what a user chose stays, only the history changes.
         object.__setattr__(self, "_history", NormHistory(size, numbers))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # So the history is called in pickles of gradwatch 0.1.
+        self.__dict__.update({("_history" if k == "_memory" else k): v for k, v in state.items()})
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the history as plain numbers; on an accelerator this waits for it."""
         return self._history.state_dict()
@@ -50,8 +54,6 @@ class HistoryClip(HistoryRule):
     A norm that is zero or not finite says nothing about the scale of the others: it is left alone,
     and nothing is remembered of it.
     """
-
-    scope: ClassVar[str] = "global"
 
     def decide(self, total_norm: Tensor) -> ClipDecision:
         """Decides about one norm; see :class:`~gradwatch.clip.policy.ClipPolicy`."""
@@ -104,6 +106,10 @@ class NormHistory:
         self.window: _FloatWindow | _TensorWindow
         self.numbers: dict[str, Scalar]
         self._fill([], dict.fromkeys(self._names, 0.0))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # So the backend is called in pickles of gradwatch 0.1.
+        self.__dict__.update({("_backend" if k == "place" else k): v for k, v in state.items()})
 
     def read(self, norm: Tensor) -> tuple[Backend, Scalar, Flag]:
         """Reads a norm ``[]``, without a wait unless the last one was elsewhere.

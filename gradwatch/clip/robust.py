@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gradwatch.checks import check_at_most, check_count, check_positive
 from gradwatch.clip.norm_history import Backend, Flag, HistoryClip, Scalar
@@ -75,6 +75,7 @@ class RobustClip(HistoryClip):
     window: int = 64
     warmup: int = 25
     norm_type: float = 2.0
+    scope: str = field(default="global", init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_positive("RobustClip(z_thresh=)", self.z_thresh)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gradwatch.checks import check_between, check_choice, check_count, check_positive
 from gradwatch.clip.norm_history import Backend, Flag, HistoryClip, Scalar
@@ -71,6 +71,7 @@ class ZClip(HistoryClip):
     max_norm: float | None = None
     update: str = "winsorized"
     norm_type: float = 2.0
+    scope: str = field(default="global", init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_between("ZClip(alpha=)", self.alpha, 0.0, 1.0, "Write 0.97 for about 33 steps.")

@@ -1,5 +1,7 @@
 """gradwatch in Lightning: a callback that watches the gradients of a Trainer's fit."""
 
+from gradwatch.pickles import add_aliases
+
 try:
     from gradwatch_lightning.monitor import GradientMonitor
 except ModuleNotFoundError as exc:
@@ -12,3 +14,7 @@ except ModuleNotFoundError as exc:
     ) from exc
 
 __all__ = ["GradientMonitor"]
+
+add_aliases(
+    {"gradwatch_lightning.accumulation": "TrainerAccumulation"}, "gradwatch_lightning.trainer"
+)

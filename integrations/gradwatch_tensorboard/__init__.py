@@ -1,5 +1,7 @@
 """gradwatch in TensorBoard: a sink that writes event files."""
 
+from gradwatch.pickles import add_aliases
+
 try:
     from gradwatch_tensorboard.writer import TensorBoardWriter
 except ModuleNotFoundError as exc:
@@ -12,3 +14,6 @@ except ModuleNotFoundError as exc:
     ) from exc
 
 __all__ = ["TensorBoardWriter"]
+
+add_aliases({"gradwatch_tensorboard.protos": "ScalarEvents"}, "gradwatch_tensorboard.messages")
+add_aliases({"gradwatch_tensorboard.text": "EventText"}, "gradwatch_tensorboard.events")

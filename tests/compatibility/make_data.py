@@ -150,7 +150,6 @@ def objects_to_pickle(runs):
         "SpikeRule": _fed_spikes(internal("SpikeRule")(4.0)),
         "FixedAccumulation": internal("FixedAccumulation")(4),
         "AccumulationSchedule": _decided(internal("AccumulationSchedule")({0: 1, 5: 2, 10: 4})),
-        "NoiseScaleEstimator": pickles.fed_estimator(internal("NoiseScaleEstimator")(0.9)),
         "ClipDecision": gradwatch.ClipDecision(torch.tensor(0.25), 1.5),
         "ClipDecisionOfUnits": gradwatch.AdaptiveGradientClip(0.1).decide(torch.tensor(1.0)),
         "CurvatureEvery": gradwatch.CurvatureEvery(

@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 
-from .answers import DATA
+from .answers import DATA, expected
 from .checkpoints import clip_policies, kept, load, resume
 from .told import differences, told
 
-EXPECTED = json.loads((DATA / "checkpoints.json").read_text())
+EXPECTED = expected("checkpoints.json")
 REL = 1e-5
 
 

@@ -10,10 +10,10 @@ import torch
 import gradwatch
 from gradwatch.testing import LinearModel
 
-from .answers import DATA, history_answers
+from .answers import DATA, expected, history_answers
 from .told import differences
 
-EXPECTED = json.loads((DATA / "folders.json").read_text())
+EXPECTED = expected("folders.json")
 COMPUTED = {"flow", "clip_rate", "report_data"}
 """What is computed from the numbers in the files, by functions that may round otherwise."""
 

@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 
-from .answers import DATA
+from .answers import DATA, expected
 from .boards import NEUTRAL_NAME, answers_of, write_log
 from .told import differences
 
-EXPECTED = json.loads((DATA / "logs.json").read_text())
+EXPECTED = expected("logs.json")
 
 
 @pytest.fixture(scope="module")

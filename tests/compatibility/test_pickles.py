@@ -10,11 +10,11 @@ import pytest
 import gradwatch
 import gradwatch.testing
 
-from .answers import DATA
+from .answers import DATA, expected
 from .pickles import held_by, in_folder
 from .told import differences
 
-EXPECTED = json.loads((DATA / "pickles.json").read_text())
+EXPECTED = expected("pickles.json")
 REL = 1e-9
 POSIX_ONLY = ("History", "RunFolder")
 """What holds a path, which another kind of system does not load."""

@@ -107,11 +107,20 @@ class FolderSource:
             ModuleNotFoundError: If pyarrow is not installed.
         """
         need_pyarrow("gradwatch.load()")
-        self._folder = Path(path)
+        self._open(Path(path))
         read_meta(self._folder)
         check_whole(self._folder)
-        self._starts = SessionStarts(self._folder / STEPS)
-        self._parameters = ParameterReader(self._folder / PARAMETERS)
+
+    def _open(self, folder: Path) -> None:
+        self._folder = folder
+        self._starts = SessionStarts(folder / STEPS)
+        self._parameters = ParameterReader(folder / PARAMETERS)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_folder": self._folder}  # the rest is only remembered of what is in it
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._open(state["_folder"])
 
     def layout(self) -> Layout:
         """See :class:`~gradwatch.record.columns.Source`."""
