@@ -201,7 +201,7 @@ def _inside_another_backward(frame: FrameType | None) -> bool:
 
 
 def on_incoming(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Has a hook called with what a backward is about to add to the gradient of a leaf tensor."""
+    """Has a hook called with a gradient that reaches a tensor, before it is added to ``.grad``."""
     # torch leaves this method without annotations, and the next one.
     handle: RemovableHandle = tensor.register_hook(hook)  # type: ignore[no-untyped-call]
     return handle

@@ -66,16 +66,15 @@ class StepBoundary:
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._checkpoint: OptimizerCheckpoint | None = None
         self._refused = False
-        self._handles: list[RemovableHandle] = [
+        self._handles: tuple[RemovableHandle, ...] = (
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
-        ]
+        )
 
     def remove(self) -> None:
         """Takes the hooks off; safe to call again."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
 
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -165,13 +164,11 @@ class OptimizerDiscovery:
         self._owned = owned
         self._on_found = on_found
         self._seen: WeakSet[Optimizer] = WeakSet()  # no ids: a later optimizer may get the same
-        self._handle: RemovableHandle | None = register_optimizer_step_pre_hook(self._look)
+        self._handle: RemovableHandle = register_optimizer_step_pre_hook(self._look)
 
     def remove(self) -> None:
         """Takes the hook off; safe to call again."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        self._handle.remove()
 
     def _look(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if optimizer in self._seen:

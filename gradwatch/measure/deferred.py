@@ -141,61 +141,45 @@ class Transfer:
         groups: dict[torch.device, list[Deferred]] = {}
         for one in deferred:
             groups.setdefault(one.tensor.device, []).append(one)
-        self._copies = [_Copy(device, group) for device, group in groups.items()]
+        self._copies = [(group, *_start_copy(group, device)) for device, group in groups.items()]
+        self._polls = _polls_until_arrival or 0
 
     def arrived(self) -> bool:
         """Tells, without waiting, whether all numbers can be read."""
         if self._copies:
-            self._copies = [copy for copy in self._copies if not copy.arrived()]
+            self._polls -= 1
+            ended = all(event is None or event.query() for _, _, event in self._copies)
+            if self._polls < 0 and ended:
+                self.wait()
         return not self._copies
 
     def wait(self) -> None:
         """Waits until they can."""
-        for copy in self._copies:
-            copy.wait()
+        for deferred, host, event in self._copies:
+            if event is not None:
+                event.synchronize()
+            numbers = host.cpu().numpy()
+            ends = np.cumsum([one.tensor.numel() for one in deferred])
+            for one, part in zip(deferred, np.split(numbers, ends[:-1]), strict=True):
+                # cat() promoted all to the widest dtype; each gets its own back, so that a float32
+                # norm has the same digits whatever it travelled with.
+                precision = np.float64 if one.tensor.dtype == torch.float64 else np.float32
+                one.arrive(part.reshape(tuple(one.tensor.shape)).astype(precision))
         self._copies = []
 
 
-class _Copy:
-    """The copy of a transfer from one device."""
+def _start_copy(deferred: Sequence[Deferred], device: torch.device) -> tuple[Tensor, Any]:
+    """Starts a copy from one device; returns where to, and an event that tells when it has ended.
 
-    def __init__(self, device: torch.device, deferred: list[Deferred]) -> None:
-        self._deferred = deferred
-        # One copy of one tensor: a copy of few numbers costs as much as a copy of many.
-        flat = torch.cat([one.tensor.reshape(-1) for one in deferred])
-        self._event = _event(device)
-        self._polls = _polls_until_arrival or 0
-        if self._event is None:
-            self._host = flat.clone() if device.type == "cpu" else flat
-        else:
-            # A copy to pageable memory waits in spite of non_blocking=True.
-            self._host = torch.empty_like(flat, device="cpu", pin_memory=True)
-            self._host.copy_(flat, non_blocking=True)
-            self._event.record()
-
-    def arrived(self) -> bool:
-        if self._event is None:
-            self._polls -= 1
-            arrived = self._polls < 0
-        else:
-            arrived = self._event.query()
-        if arrived:
-            self.wait()
-        return arrived
-
-    def wait(self) -> None:
-        if self._event is not None:
-            self._event.synchronize()
-        numbers = self._host.cpu().numpy()
-        ends = np.cumsum([one.tensor.numel() for one in self._deferred])
-        for one, part in zip(self._deferred, np.split(numbers, ends[:-1]), strict=True):
-            # cat() promoted all to the widest dtype; each gets its own back, so that a float32
-            # norm has the same digits whatever it travelled with.
-            precision = np.float64 if one.tensor.dtype == torch.float64 else np.float32
-            one.arrive(part.reshape(tuple(one.tensor.shape)).astype(precision))
-
-
-def _event(device: torch.device) -> Any:
-    """Makes an event of a device that can copy to the host by itself; None where it cannot."""
-    module = getattr(torch, device.type, None)
-    return module.Event() if device.type in ("cuda", "xpu") and module is not None else None
+    A device that cannot copy to the host by itself has no event.
+    """
+    # Of one tensor: a copy of a few numbers costs as much as a copy of many.
+    flat = torch.cat([one.tensor.reshape(-1) for one in deferred])
+    if device.type not in ("cuda", "xpu"):
+        return (flat.clone() if device.type == "cpu" else flat), None
+    # A copy to pageable memory waits in spite of non_blocking=True.
+    host = torch.empty_like(flat, device="cpu", pin_memory=True)
+    host.copy_(flat, non_blocking=True)
+    event: Any = getattr(torch, device.type).Event()
+    event.record()
+    return host, event

@@ -93,9 +93,9 @@ def all_reduce_norms(
     overflowed = before.overflowed or after.overflowed
     sides = [_measurement(shards, indices, row, norm_type, overflowed) for row in whole]
     reduced = replace(local, before=sides[0], after=sides[1])
-    return (
-        _with_first_nonfinite(reduced, packed.gathered[first]) if after.total.at_hand else reduced
-    )
+    if not after.total.at_hand:
+        return reduced
+    return _with_first_nonfinite(reduced, packed.gathered[first])
 
 
 def _measurement(
@@ -183,7 +183,7 @@ class PackedAllReduce:
         by_mesh: list[list[Tensor]] = [[] for _ in self._own]
         for group in self.shards.groups:
             self._run(group, by_mesh)
-        self.gathered = [torch.cat(rows) for rows in by_mesh]
+        self.gathered = [rows[0] if len(rows) == 1 else torch.cat(rows) for rows in by_mesh]
 
     def _run(self, group: MeshGroup, gathered: list[list[Tensor]]) -> None:
         columns = self.shards.index_tensor(group.indices, self.device)
