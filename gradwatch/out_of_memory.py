@@ -101,6 +101,8 @@ class Rollback:
         """
         # Gradients go to the CPU: the device is short of memory. Buffers are small and stay on
         # their device, as copying each of them to the CPU would wait for it each time.
+        # ``_buffers`` is private, but named_buffers() leaves out those that are None so far, and
+        # says of none where to put it back (torch 2.4 to 2.13).
         with torch.no_grad():
             self._gradients = [(p, p.grad, _on_cpu(p.grad)) for p in parameters]
             self._buffers = [
