@@ -1,7 +1,7 @@
 """Ranks that average gradients: which they are, when they communicate, and how to defer it.
 
 What FSDP2 and DistributedDataParallel keep to themselves is named in this file only. The names of
-DistributedDataParallel were seen on torch 2.4 to 2.13, those of FSDP2 on 2.6 to 2.13.
+DistributedDataParallel were seen on torch 2.4 to 2.13, those of FSDP2 on 2.9 to 2.13.
 """
 
 from __future__ import annotations
