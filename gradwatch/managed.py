@@ -20,8 +20,8 @@ from gradwatch.measure.deferred import (
     FloatOrDeferred,
     as_operand,
     defer,
+    defer_copy,
     is_at_hand,
-    reading_of,
 )
 from gradwatch.out_of_memory import Rollback, forget, is_out_of_memory, release_memory
 from gradwatch.record.events import out_of_memory_event
@@ -190,7 +190,7 @@ def checked_weight(weight: float | Tensor) -> FloatOrDeferred:
             raise TypeError(WEIGHT.format(weight=weight))
         if not is_at_hand(weight):  # to look at it would wait for the device
             # A quotient of integers would be of the default dtype, which is float32.
-            return reading_of(weight.reshape(()).to(exact_dtype(weight.device)))
+            return defer_copy(weight.reshape(()).to(exact_dtype(weight.device)))
         weight = weight.item()
     if isinstance(weight, bool) or not isinstance(weight, Real):  # of NumPy as well
         raise TypeError(WEIGHT.format(weight=weight))
@@ -342,7 +342,7 @@ class ManagedLoop:
         if self._agreed is None and ranks is not None:
             device = self._run.table.tensors[0].device
             value = torch.as_tensor(as_operand(weight), dtype=torch.float64).reshape(1).to(device)
-            self._agreed = defer(ranks.add_up_(value)[0] / ranks.ranks)
+            self._agreed = defer(ranks.sum_(value)[0] / ranks.ranks)
         return weight if self._agreed is None else self._agreed
 
     def mark(self) -> Callable[[], None]:
@@ -604,7 +604,7 @@ class BatchRunner:
             return failed
         device = self._run.table.tensors[0].device
         told = torch.tensor([-math.inf if failed is None else -float(failed)], device=device)
-        smallest = -ranks.largest_(told).item()
+        smallest = -ranks.max_(told).item()
         return None if math.isinf(smallest) else int(smallest)
 
     # -- sizes -----------------------------------------------------------------------------------

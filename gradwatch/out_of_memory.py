@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradwatch.measure.sharded import local_part
+from gradwatch.measure.parameters import local_part
 
 # Those of torch that are no torch.OutOfMemoryError; each is a part of the message.
 MESSAGES = (
@@ -45,10 +45,7 @@ MESSAGES = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tells whether an error says that memory ran out, on whatever device.
-
-    Args:
-        error: What was raised; what it was raised ``from`` counts too.
+    """Tells whether an error, or what it was raised ``from``, says that memory ran out.
 
     Returns:
         True if running less at a time may help.
@@ -60,12 +57,10 @@ def forget(error: BaseException) -> None:
     """Lets go of the activations that an error holds: those in the frames of its traceback.
 
     Call it before running again, in a place where no variable holds a result of the failed run;
-    the error has no traceback afterwards.
-
-    Args:
-        error: What was raised; what it came from is forgotten too.
+    the error, and what it came from, has no traceback afterwards.
     """
     for one in _chain(error, contexts=True):
+        # A frame may outlive the traceback, in a generator or a debugger: clear both.
         traceback.clear_frames(one.__traceback__)
         one.__traceback__ = None
 
@@ -76,7 +71,7 @@ def release_memory(devices: Iterable[torch.device]) -> None:
     Args:
         devices: Those in use. A kind that is not among them is not touched, let alone initialised.
     """
-    gc.collect()
+    gc.collect()  # a traceback and its frames hold each other
     for kind in {device.type for device in devices}:
         empty_cache = getattr(getattr(torch, kind, None), "empty_cache", None)
         if empty_cache is not None:
@@ -99,14 +94,15 @@ class Rollback:
     ) -> None:
         """Copies it; nearly free where no parameter has a gradient.
 
-        Gradients are copied to the CPU: the device is short of memory. Buffers stay on their
-        device, as they are small, and copying each of them to the CPU would wait for it each time.
-
         Args:
             parameters: The leaf tensors that a backward leaves gradients in.
             modules: Those whose buffers may change: ``model.modules()``, or those in training.
             devices: Those whose generators may be used, besides the CPU's.
         """
+        # Gradients go to the CPU: the device is short of memory. Buffers are small and stay on
+        # their device, as copying each of them to the CPU would wait for it each time.
+        # ``_buffers`` is private, but named_buffers() leaves out those that are None so far, and
+        # says of none where to put it back (torch 2.4 to 2.13).
         with torch.no_grad():
             self._gradients = [(p, p.grad, _on_cpu(p.grad)) for p in parameters]
             self._buffers = [
@@ -137,7 +133,7 @@ def _says_out_of_memory(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException, contexts: bool) -> Iterator[BaseException]:
-    seen: set[int] = set()
+    seen: set[int] = set()  # ids, as errors may be raised from each other in a circle
     waiting: list[BaseException | None] = [error]
     while waiting:
         one = waiting.pop()

@@ -121,17 +121,17 @@ class WindowSums:
             loss=defer(sum(as_operand(loss) * as_operand(weight) for loss, weight in losses)),
         )
 
-    def over_ranks(self, add_up_: Callable[[Tensor], Tensor], device: torch.device) -> WindowSums:
+    def over_ranks(self, sum_: Callable[[Tensor], Tensor], device: torch.device) -> WindowSums:
         """Adds up the sums of all ranks.
 
         Args:
-            add_up_: Adds a tensor up over the ranks, in place.
+            sum_: Sums a tensor over the ranks, in place.
             device: Where their process group works.
         """
         parts = map(as_operand, (self.weight, self.count, self.spread, self.loss))
         # One all-reduce for all four. NaN, the mark of an unknown norm, reaches every rank with it.
         payload = [torch.as_tensor(part, dtype=torch.float64).to(device) for part in parts]
-        return WindowSums(*map(defer, add_up_(torch.stack(payload)).unbind()))
+        return WindowSums(*map(defer, sum_(torch.stack(payload)).unbind()))
 
 
 def _spread(one: MicroBatch) -> float | Tensor:
@@ -175,7 +175,7 @@ class NoiseSample:
             return resolve(self.large)
         return resolve(self.per_micro_batch) * self.micro_batches
 
-    def readings(self) -> list[Deferred]:
+    def deferred(self) -> list[Deferred]:
         """Lists what must be read before the numbers can be."""
         numbers = (self.small_sq, self.small, self.large, self.scale, self.per_micro_batch)
         return [one for one in numbers if isinstance(one, Deferred)]

@@ -21,10 +21,14 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import RemovableHandle
 
-_engine = torch.autograd.Variable._execution_engine
+# The private door to the end of a backward, which DDP and FSDP2 of torch 2.4 to 2.13 use as well.
+# A hook on the root of the graph would run at its beginning, and no public hook runs at its end.
+_queue_callback = torch.autograd.Variable._execution_engine.queue_callback
+
+# Frames of these functions on the call stack show that a backward is under way further out; the
+# engine itself does not say so (torch 2.4 to 2.13).
 _ENGINE_CODE = _engine_run_backward.__code__
 _FUNCTION_CODE = BackwardCFunction.apply.__code__
-_NONE_FREED: Mapping[int, Tensor] = MappingProxyType({})
 
 
 class Backward(NamedTuple):
@@ -43,7 +47,7 @@ class Backward(NamedTuple):
     arrived: Sequence[int]
     continues: bool
     create_graph: bool
-    freed: Mapping[int, Tensor] = _NONE_FREED
+    freed: Mapping[int, Tensor] = MappingProxyType({})
 
 
 class Arrivals(dict[int, Tensor]):
@@ -77,11 +81,11 @@ class Arrivals(dict[int, Tensor]):
         self._arm()
 
     def hook(self, index: int, tensor: Tensor) -> None:
-        """Hangs the arrival mark on a tensor, once.
+        """Hangs the arrival mark on a leaf tensor that requires a gradient, once.
 
         Args:
             index: What the tensor is called in the report at the end of the backward.
-            tensor: A leaf tensor that requires a gradient.
+            tensor: The tensor.
         """
         if index not in self._handles:
             self._handles[index] = on_accumulated(tensor, partial(setitem, self, index))
@@ -101,28 +105,29 @@ class Arrivals(dict[int, Tensor]):
         self._handles.clear()
         self._arm()
 
+    def begin(self) -> None:
+        """Begins a backward before its first arrival, unless one is under way."""
+        if self.__class__ is Arrivals:
+            return
+        self.__class__ = Arrivals
+        end = _BackwardEnd(self, self._token)
+        # DDP and FSDP2 finish their reduction in callbacks that were queued as this one is. One
+        # that is queued from inside a callback runs after all of them, when every gradient is
+        # final. Where nobody listens in between, no Python frame is needed for that.
+        again = partial(_queue_callback, end)
+        _queue_callback(again if self._on_arrived is None else end.all_arrived)
+
     def _arm(self) -> None:
         self.clear()
+        # A callback that is queued already cannot be taken back; its token is out of date now.
         self._token += 1
         self.__class__ = _ArmedArrivals
 
-    def begin(self) -> None:
-        """Begins a backward before its first arrival, unless one is under way."""
-
-    def _begin(self) -> None:
-        self.__class__ = Arrivals
-        _engine.queue_callback(_BackwardEnd(self, self._token))
-
-    def _abandon(self, token: int) -> None:
-        if token == self._token:
-            self._arm()
-
     def _continues(self, arrived: Sequence[int], task: int, nested: bool) -> bool:
-        """Decides whether a backward that ended belongs to the micro-batch of the one before.
-
-        An outer backward has a lower task number than the nested ones that ended before it. Two
-        nested ones share the outer one unless a parameter arrives again.
-        """
+        """Decides whether a backward that ended belongs to the micro-batch of the one before."""
+        # Reentrant checkpointing runs a backward inside the backward for each block, and each ends
+        # by itself. An outer one has a lower task number than the nested ones that ended before
+        # it. Two nested ones share the outer one unless a parameter arrives again.
         same = task < self._open_task or (nested and self._open.isdisjoint(arrived))
         continues = bool(self._open) and same
         before = self._open if continues else set()
@@ -136,23 +141,15 @@ class _ArmedArrivals(Arrivals):
 
     __slots__ = ()
 
-    def begin(self) -> None:
-        self._begin()
-
     def __setitem__(self, index: int, tensor: Tensor) -> None:
         # FSDP2 calls the mark where a reduction is made up for, as well: outside of a backward.
-        if torch._C._current_graph_task_id() != -1:
-            self._begin()
+        if torch._C._current_graph_task_id() != -1:  # inside_backward() without its frame
+            self.begin()
             self[index] = tensor
 
 
 class _BackwardEnd:
-    """The callback at the end of a backward.
-
-    It queues itself once more from inside the callback: DDP and FSDP2 finish their reduction in
-    callbacks of the first level, which run before those of the second. A backward that fails runs
-    no callback at all; the engine then drops this object, and its arrivals with it.
-    """
+    """The callback at the end of a backward."""
 
     __slots__ = ("_arrivals", "_finished", "create_graph", "nested", "task", "token")
 
@@ -162,28 +159,31 @@ class _BackwardEnd:
         self.token = token
         self.task: int = torch._C._current_graph_task_id()
         self.nested = _inside_another_backward(sys._getframe())
+        # The engine sets the grad mode of a backward to create_graph.
         self.create_graph = torch.is_grad_enabled()
 
-    def __call__(self) -> None:
+    def all_arrived(self) -> None:
         if self._arrivals._on_arrived is not None:
             self._arrivals._on_arrived()
-        _engine.queue_callback(self._finish)
+        _queue_callback(self)
 
-    def _finish(self) -> None:
+    def __call__(self) -> None:
         self._finished = True
         arrivals = self._arrivals
         if self.token != arrivals._token:
             return  # the hooks were taken off, or hung anew, in between
         arrived = list(arrivals)
-        arrivals._arm()
+        arrivals._arm()  # before the report: a listener may run a backward of its own
         continues = False
         if self.nested or arrivals._open:
             continues = arrivals._continues(arrived, self.task, self.nested)
         arrivals._on_end(Backward(arrived, continues, self.create_graph))
 
     def __del__(self) -> None:
-        if not self._finished:
-            self._arrivals._abandon(self.token)
+        # A backward that fails runs no callback: the engine drops this object, and nothing else
+        # tells that what has arrived so far is void.
+        if not self._finished and self.token == self._arrivals._token:
+            self._arrivals._arm()
 
 
 def _inside_another_backward(frame: FrameType | None) -> bool:
@@ -200,34 +200,30 @@ def _inside_another_backward(frame: FrameType | None) -> bool:
     return False
 
 
+def on_incoming(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Has a hook called with a gradient that reaches a tensor, before it is added to ``.grad``."""
+    # torch leaves this method without annotations, and the next one.
+    handle: RemovableHandle = tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+    return handle
+
+
 def on_accumulated(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Has a hook called in each backward as soon as a leaf tensor has its gradient.
+    """Has a hook called with a leaf tensor in each backward, as soon as its gradient is there.
 
-    Args:
-        tensor: A leaf tensor that requires a gradient.
-        hook: Called with the tensor; under data parallelism the gradient is not yet reduced.
-
-    Returns:
-        What takes the hook off.
+    Under data parallelism the gradient is not yet reduced then.
     """
-    # torch leaves this method without annotations.
     handle: RemovableHandle = tensor.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     return handle
 
 
 def inside_backward() -> bool:
     """Tells whether this code runs inside a backward: in a hook, or in a function of its graph."""
+    # Private; no public function says it (torch 2.4 to 2.13). It is -1 outside.
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 def is_watched(tensor: Tensor) -> bool:
-    """Tells whether a tensor carries an arrival mark of some watcher.
-
-    Args:
-        tensor: Any tensor.
-
-    Returns:
-        True while a watcher is attached to it.
-    """
+    """Tells whether a tensor carries an arrival mark of some watcher that is attached to it."""
+    # The tensor itself is asked, no list of ours: a copy of a watched model has no hooks.
     hooks: dict[int, Any] = getattr(tensor, "_post_accumulate_grad_hooks", None) or {}
     return any(isinstance(h, partial) and isinstance(h.args[0], Arrivals) for h in hooks.values())

@@ -49,7 +49,7 @@ class Deferred:
     __slots__ = ("_array", "_value", "tensor")
 
     def __init__(self, tensor: Tensor, value: float | None = None) -> None:
-        """Takes note of a tensor.
+        """Keeps a tensor.
 
         Args:
             tensor: Of any shape, floating dtype and device.
@@ -62,20 +62,24 @@ class Deferred:
     @property
     def at_hand(self) -> bool:
         """Whether asking does not wait."""
-        known = self._value is not None or self._array is not None
-        return known or is_at_hand(self.tensor)
+        if self._value is not None or self._array is not None:
+            return True
+        return is_at_hand(self.tensor)
 
     def array(self) -> Array:
         """Returns the numbers in the shape of the tensor."""
         if self._array is None:
-            self._array = _on_host(self.tensor).numpy()
+            if self.tensor.is_cpu and not is_at_hand(self.tensor):
+                # On a device the copy below waits; under late_readings() this shows the same wait.
+                self.tensor.new_zeros(()).item()
+            self._array = self.tensor.cpu().numpy()
         return self._array
 
     def value(self) -> float:
         """Returns the number of a tensor with one element."""
         if self._value is None:
-            arrived = self._array is not None
-            self._value = float(self.array()) if arrived else self.tensor.item()
+            # item() copies one number; array() would make a NumPy array of it first.
+            self._value = self.tensor.item() if self._array is None else float(self._array)
         return self._value
 
     def if_known(self) -> float | None:
@@ -85,7 +89,7 @@ class Deferred:
         return self._value
 
     def arrive(self, array: Array) -> None:
-        """Takes the numbers that a transfer has brought."""
+        """Accepts the numbers that a transfer has brought."""
         self._array = array
 
 
@@ -93,7 +97,7 @@ FloatOrDeferred = float | Deferred
 
 
 def resolve(value: FloatOrDeferred) -> float:
-    """Returns a number that may have to come from a device."""
+    """Returns a number, waiting where it is still on a device."""
     return value.value() if isinstance(value, Deferred) else value
 
 
@@ -105,7 +109,7 @@ def as_operand(value: FloatOrDeferred) -> float | Tensor:
 
 
 def defer(result: float | Tensor) -> FloatOrDeferred:
-    """Takes the result of a calculation with :func:`as_operand`.
+    """Wraps the result of a calculation with :func:`as_operand`; reads it where that costs nothing.
 
     Args:
         result: A float, or a tensor ``[]`` that nothing will write into.
@@ -115,7 +119,7 @@ def defer(result: float | Tensor) -> FloatOrDeferred:
     return result.item() if is_at_hand(result) else Deferred(result)
 
 
-def reading_of(tensor: Tensor) -> FloatOrDeferred:
+def defer_copy(tensor: Tensor) -> FloatOrDeferred:
     """Reads a tensor ``[]`` where that costs nothing, else keeps a copy to be read later.
 
     Args:
@@ -128,72 +132,54 @@ def reading_of(tensor: Tensor) -> FloatOrDeferred:
 class Transfer:
     """One asynchronous copy to the host of all numbers of a step."""
 
-    def __init__(self, readings: Sequence[Deferred]) -> None:
+    def __init__(self, deferred: Sequence[Deferred]) -> None:
         """Starts the copy.
 
         Args:
-            readings: What is to be read, on any devices; none that is at hand.
+            deferred: What is to be read, on any devices; none that is at hand.
         """
         groups: dict[torch.device, list[Deferred]] = {}
-        for reading in readings:
-            groups.setdefault(reading.tensor.device, []).append(reading)
-        self._copies = [_Copy(device, group) for device, group in groups.items()]
+        for one in deferred:
+            groups.setdefault(one.tensor.device, []).append(one)
+        self._copies = [(group, *_start_copy(group, device)) for device, group in groups.items()]
+        self._polls = _polls_until_arrival or 0
 
     def arrived(self) -> bool:
         """Tells, without waiting, whether all numbers can be read."""
         if self._copies:
-            self._copies = [copy for copy in self._copies if not copy.delivered()]
+            self._polls -= 1
+            ended = all(event is None or event.query() for _, _, event in self._copies)
+            if self._polls < 0 and ended:
+                self.wait()
         return not self._copies
 
     def wait(self) -> None:
         """Waits until they can."""
-        for copy in self._copies:
-            copy.deliver()
+        for deferred, host, event in self._copies:
+            if event is not None:
+                event.synchronize()
+            numbers = host.cpu().numpy()
+            ends = np.cumsum([one.tensor.numel() for one in deferred])
+            for one, part in zip(deferred, np.split(numbers, ends[:-1]), strict=True):
+                # cat() promoted all to the widest dtype; each gets its own back, so that a float32
+                # norm has the same digits whatever it travelled with.
+                precision = np.float64 if one.tensor.dtype == torch.float64 else np.float32
+                one.arrive(part.reshape(tuple(one.tensor.shape)).astype(precision))
         self._copies = []
 
 
-class _Copy:
-    """The copy of a transfer from one device."""
+def _start_copy(deferred: Sequence[Deferred], device: torch.device) -> tuple[Tensor, Any]:
+    """Starts a copy from one device; returns where to, and an event that tells when it has ended.
 
-    def __init__(self, device: torch.device, readings: list[Deferred]) -> None:
-        self._readings = readings
-        flat = torch.cat([reading.tensor.reshape(-1) for reading in readings])
-        self._event = _event(device)
-        self._polls = _polls_until_arrival or 0
-        if self._event is None:
-            self._host = flat.clone() if device.type == "cpu" else flat
-        else:
-            self._host = torch.empty_like(flat, device="cpu", pin_memory=True)
-            self._host.copy_(flat, non_blocking=True)
-            self._event.record()
-
-    def delivered(self) -> bool:
-        if self._event is None:
-            self._polls -= 1
-            here = self._polls < 0
-        else:
-            here = self._event.query()
-        if here:
-            self.deliver()
-        return here
-
-    def deliver(self) -> None:
-        if self._event is not None:
-            self._event.synchronize()
-        numbers = self._host.cpu().numpy()
-        ends = np.cumsum([reading.tensor.numel() for reading in self._readings])
-        for reading, part in zip(self._readings, np.split(numbers, ends[:-1]), strict=True):
-            precision = np.float64 if reading.tensor.dtype == torch.float64 else np.float32
-            reading.arrive(part.reshape(tuple(reading.tensor.shape)).astype(precision))
-
-
-def _event(device: torch.device) -> Any:
-    """Makes an event of a device that can copy to the host by itself; None where it cannot."""
-    module = getattr(torch, device.type, None)
-    return module.Event() if device.type in ("cuda", "xpu") and module is not None else None
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    if tensor.device.type == "cpu" and not is_at_hand(tensor):
-        tensor.new_zeros(()).item()  # on a device the copy below waits; here, show the same wait
-    return tensor.cpu()
+    A device that cannot copy to the host by itself has no event.
+    """
+    # Of one tensor: a copy of a few numbers costs as much as a copy of many.
+    flat = torch.cat([one.tensor.reshape(-1) for one in deferred])
+    if device.type not in ("cuda", "xpu"):
+        return (flat.clone() if device.type == "cpu" else flat), None
+    # A copy to pageable memory waits in spite of non_blocking=True.
+    host = torch.empty_like(flat, device="cpu", pin_memory=True)
+    host.copy_(flat, non_blocking=True)
+    event: Any = getattr(torch, device.type).Event()
+    event.record()
+    return host, event

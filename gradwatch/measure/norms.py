@@ -14,150 +14,18 @@ from torch import Tensor
 
 from gradwatch.measure.deferred import Deferred, FloatOrDeferred, as_operand, is_at_hand, resolve
 
-
-def gradient_values(gradient: Tensor) -> Tensor:
-    """Returns the elements that a gradient stores.
-
-    Args:
-        gradient: A tensor of any shape and dtype, dense or sparse.
-
-    Returns:
-        The gradient itself where it is dense; else its values, duplicate indices added up.
-    """
-    return gradient if gradient.layout is torch.strided else gradient.coalesce().values()
-
-
 _dtype = attrgetter("dtype")
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _UP_TO_FLOAT32 = (*_LOW_PRECISION, torch.float32)
 
 
-def gradient_norms(
-    gradients: list[Tensor], norm_type: float = 2.0, dtype: torch.dtype | None = None
-) -> Tensor:
-    """Takes the p-norm of each gradient, float16 and bfloat16 accumulated in float32.
-
-    On finite float32 gradients every value equals, bit for bit, the one that
-    ``torch.nn.utils.clip_grad_norm_`` sums up.
-
-    Args:
-        gradients: Any number of tensors: any shapes, real or complex dtypes, dense or sparse.
-        norm_type: The p of the norm, positive; ``math.inf`` for the largest magnitude.
-        dtype: That of all gradients, where it is float16, bfloat16 or float32 and known: they need
-            not be asked for it then. One that has another one after all is measured right.
-
-    Returns:
-        Tensor ``[len(gradients)]`` on the device of the first one, float32 or, where a gradient
-        has double precision, float64.
-    """
-    if not gradients:
-        return torch.zeros(0)
-    known = dtype in _UP_TO_FLOAT32
-    dtypes = {torch.float32} if known else set(map(_dtype, gradients))
-    if len(dtypes) == 1:
-        accumulator = torch.float32 if known else _accumulator(dtypes.pop())
-        try:
-            norms = torch._foreach_norm(gradients, norm_type, accumulator)
-            return torch.stack(norms)
-        except (NotImplementedError, RuntimeError):
-            pass  # some are sparse, or on another device
-    return _norms_of_groups(gradients, norm_type)
-
-
-def _norms_of_groups(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
-    values = [gradient_values(gradient) for gradient in gradients]
-    norms = [torch.zeros((), device=v.device) for v in values]  # what no element adds up to
-    for indices, dtype in _groups(values):
-        group = [values[i] for i in indices]
-        taken = torch._foreach_norm(group, norm_type, dtype)
-        for index, norm in zip(indices, taken, strict=True):
-            norms[index] = norm
-    return torch.stack([norm.to(norms[0].device) for norm in norms])
-
-
-def total_norm(norms: Tensor, norm_type: float = 2.0) -> Tensor:
-    """Combines the norms of parts into the norm of the whole.
-
-    Args:
-        norms: Tensor ``[n]`` of p-norms.
-        norm_type: The same p.
-
-    Returns:
-        Tensor ``[]`` of the same dtype; 0 where ``n`` is 0.
-    """
-    if norms.numel() == 0:
-        return norms.new_zeros(())
-    total: Tensor = torch.linalg.vector_norm(norms, norm_type)
-    return total
-
-
-def wide_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
-    """Takes the same norms with float64 accumulation, for gradients whose float32 norm overflows.
-
-    Args:
-        gradients: As for :func:`gradient_norms`.
-        norm_type: As for :func:`gradient_norms`.
-
-    Returns:
-        Tensor ``[len(gradients)]``, float64.
-    """
-    norms = [
-        torch.linalg.vector_norm(gradient_values(g).to(_wide(g.dtype)), norm_type)
-        for g in gradients
-    ]
-    return torch.stack(norms)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.complex128 if dtype.is_complex else torch.float64
-
-
-def _groups(values: Sequence[Tensor]) -> list[tuple[Sequence[int], torch.dtype | None]]:
-    """Splits into what one batched call can take, each with the dtype to accumulate in."""
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, value in enumerate(values):
-        if value.numel() == 0:
-            continue  # has no largest element
-        groups.setdefault((value.device, value.dtype), []).append(index)
-    return [(indices, _accumulator(dtype)) for (_, dtype), indices in groups.items()]
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype | None:
-    return torch.float32 if dtype in _LOW_PRECISION else None
-
-
-class NonFiniteCount(NamedTuple):
-    """How many elements of a gradient are NaN and Inf; a complex one with both is a NaN."""
-
-    nan: int
-    inf: int
-
-    def __bool__(self) -> bool:
-        return self.nan > 0 or self.inf > 0
-
-
-def count_nonfinite(gradient: Tensor) -> NonFiniteCount:
-    """Counts the bad elements of a gradient.
-
-    Args:
-        gradient: A tensor of any shape, floating or complex dtype, dense or sparse.
-
-    Returns:
-        The exact counts of NaN and of Inf elements.
-    """
-    values = gradient_values(gradient)
-    nan = torch.isnan(values)
-    inf = torch.isinf(values) & ~nan
-    return NonFiniteCount(int(nan.sum()), int(inf.sum()))
-
-
 class Measurement(NamedTuple):
-    """Norms of some gradients, taken in one batched pass.
+    """Norms of some gradients, measured in one batched pass.
 
     Attributes:
         indices: Index in the parameter table of each gradient, ascending.
-        norms: Reading ``[len(indices)]``: the norm of each.
-        total: Reading ``[]``: the norm of all together.
+        norms: The norm of each: ``[len(indices)]``.
+        total: The norm of all together: ``[]``.
         overflowed: Whether the elements are finite but their float32 norm was not; the numbers
             are then float64 ones. Found out only where they are at hand.
     """
@@ -177,21 +45,12 @@ class Measurement(NamedTuple):
         return [self.indices[i] for i in np.flatnonzero(~np.isfinite(self.norms.array())).tolist()]
 
     def subset(self, indices: Sequence[int], norm_type: float) -> Measurement:
-        """Keeps some of the parameters.
-
-        Args:
-            indices: Those to keep, ascending.
-            norm_type: The p of the norms.
-
-        Returns:
-            The measurement that a pass over those alone would have given.
-        """
+        """Returns the measurement that a pass over some of the parameters would have given."""
         wanted = set(indices)
         keep = [i for i, index in enumerate(self.indices) if index in wanted]
-        norms = self.norms.tensor[keep]
-        total = total_norm(norms, norm_type)
-        kept = [self.indices[i] for i in keep]
-        return Measurement(kept, Deferred(norms), Deferred(total), self.overflowed)
+        norms, kept = self.norms.tensor[keep], [self.indices[i] for i in keep]
+        total = Deferred(total_norm(norms, norm_type))
+        return Measurement(kept, Deferred(norms), total, self.overflowed)
 
 
 def measure(
@@ -204,27 +63,119 @@ def measure(
 
     Args:
         indices: Index in the parameter table of each gradient, ascending.
-        gradients: The gradients.
+        gradients: As for :func:`gradient_norms`.
         norm_type: The p of the norm, positive or ``math.inf``.
-        dtype: As for :func:`~gradwatch.measure.norms.gradient_norms`.
+        dtype: As for :func:`gradient_norms`.
 
     Returns:
-        The norms. Where the float32 norm of finite gradients overflows they are taken once more
+        The norms. Where the float32 norm of finite gradients overflows they are measured again
         in float64, so that the true number stands there and a clip can still work with it; not so
         on an accelerator, where finding out would wait for it.
     """
     norms = gradient_norms(gradients, norm_type, dtype)
     total = total_norm(norms, norm_type)
     value = total.item() if is_at_hand(total) else None
-    if value is None or math.isfinite(value) or not all(map(_all_finite, gradients)):
+    # The elements are looked at only where the norm is not finite: isfinite() is a second pass.
+    if value is None or math.isfinite(value) or not _all_finite(gradients):
         return Measurement(indices, Deferred(norms), Deferred(total, value))
     norms = wide_norms(gradients, norm_type)
     total = total_norm(norms, norm_type)
     return Measurement(indices, Deferred(norms), Deferred(total), overflowed=True)
 
 
-def _all_finite(gradient: Tensor) -> bool:
-    return bool(torch.isfinite(gradient_values(gradient)).all())
+def _all_finite(gradients: Sequence[Tensor]) -> bool:
+    return all(bool(torch.isfinite(gradient_values(g)).all()) for g in gradients)
+
+
+def gradient_norms(
+    gradients: list[Tensor], norm_type: float = 2.0, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Computes the p-norm of each gradient, float16 and bfloat16 accumulated in float32.
+
+    On finite float32 gradients every value equals, bit for bit, the one that
+    ``torch.nn.utils.clip_grad_norm_`` sums up.
+
+    Args:
+        gradients: Any number of tensors: any shapes, real or complex dtypes, dense or sparse.
+        norm_type: The p of the norm, positive; ``math.inf`` for the largest magnitude.
+        dtype: That of all gradients, where it is float16, bfloat16 or float32 and known: they need
+            not be asked for it then. One that has another one after all is measured right.
+
+    Returns:
+        Tensor ``[len(gradients)]`` on the device of the first one, float32 or, where a gradient
+        has double precision, float64.
+    """
+    if not gradients:
+        return torch.zeros(0)
+    known = dtype in _UP_TO_FLOAT32
+    dtypes = {torch.float32} if known else set(map(_dtype, gradients))
+    if len(dtypes) == 1:
+        # To ask for float32 changes no bit of a float32 norm. torch refuses to narrow float64 to
+        # it, with an error that lands below: so a wrong ``dtype`` does no harm.
+        accumulator = torch.float32 if known else _accumulator(dtypes.pop())
+        # Not torch.nn.utils.get_total_norm(), of torch 2.6 and later: its norm has the dtype of
+        # the gradients, in which finite float16 ones add up to inf. ``_foreach_norm`` is what it
+        # calls, with a dtype (seen on torch 2.4 to 2.13).
+        try:
+            norms = torch._foreach_norm(gradients, norm_type, accumulator)
+            return torch.stack(norms)
+        except (NotImplementedError, RuntimeError):
+            # Some are sparse, or on another device. To look first would cost every step a pass
+            # over the list, and such models are rare.
+            pass
+    return _norms_of_groups(gradients, norm_type)
+
+
+def _norms_of_groups(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
+    """Computes norms with one batched call per device and dtype."""
+    values = [gradient_values(gradient) for gradient in gradients]
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, value in enumerate(values):
+        if value.numel():  # an empty tensor has no largest element, and its norm is the zero below
+            groups.setdefault((value.device, value.dtype), []).append(index)
+    norms = [torch.zeros((), device=v.device) for v in values]
+    for (_, dtype), indices in groups.items():
+        group = [values[i] for i in indices]
+        found = torch._foreach_norm(group, norm_type, _accumulator(dtype))
+        for index, norm in zip(indices, found, strict=True):
+            norms[index] = norm
+    return torch.stack([norm.to(norms[0].device) for norm in norms])
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype | None:
+    return torch.float32 if dtype in _LOW_PRECISION else None
+
+
+def total_norm(norms: Tensor, norm_type: float = 2.0) -> Tensor:
+    """Combines the p-norms ``[n]`` of parts into that of the whole: ``[]``, 0 where ``n`` is 0."""
+    if norms.numel() == 0:  # for p = inf torch raises: nothing has no largest element
+        return norms.new_zeros(())
+    total: Tensor = torch.linalg.vector_norm(norms, norm_type)
+    return total
+
+
+def wide_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
+    """Computes the same norms in float64, for gradients whose float32 norm overflows.
+
+    Args:
+        gradients: As for :func:`gradient_norms`.
+        norm_type: As for :func:`gradient_norms`.
+
+    Returns:
+        Tensor ``[len(gradients)]``, float64.
+    """
+    # One gradient at a time, so that only one float64 copy is in memory.
+    norms = []
+    for gradient in gradients:
+        wide = torch.complex128 if gradient.dtype.is_complex else torch.float64
+        norms.append(torch.linalg.vector_norm(gradient_values(gradient).to(wide), norm_type))
+    return torch.stack(norms)
+
+
+def gradient_values(gradient: Tensor) -> Tensor:
+    """Returns a dense gradient itself, of a sparse one its values, duplicate indices added up."""
+    # An embedding lists a row once per use of it; the norm is that of the sums.
+    return gradient if gradient.layout is torch.strided else gradient.coalesce().values()
 
 
 class StepNorms(NamedTuple):
@@ -307,6 +258,24 @@ class StepNorms(NamedTuple):
         return self.after is self.before
 
 
+class NonFiniteCount(NamedTuple):
+    """How many elements of a gradient are NaN and Inf; a complex one with both is a NaN."""
+
+    nan: int
+    inf: int
+
+    def __bool__(self) -> bool:
+        return self.nan > 0 or self.inf > 0
+
+
+def count_nonfinite(gradient: Tensor) -> NonFiniteCount:
+    """Counts the NaN and Inf elements of a gradient of any shape, dense or sparse."""
+    values = gradient_values(gradient)
+    nan = torch.isnan(values)
+    inf = torch.isinf(values) & ~nan
+    return NonFiniteCount(int(nan.sum()), int(inf.sum()))
+
+
 @dataclass(frozen=True, slots=True)
 class FirstNonFinite:
     """The first parameter in backward order whose gradient went bad in a window.
@@ -317,14 +286,14 @@ class FirstNonFinite:
         norm: Its norm, NaN or Inf.
         counts: Its NaN and Inf elements; None where the gradient was gone when its norm arrived
             from the device.
-        place: Its place in the order of the backward.
+        position: Its position in the order of the backward.
     """
 
     index: int
     micro_batch: int
     norm: float
     counts: NonFiniteCount | None
-    place: int = 0
+    position: int = 0
 
     @property
     def is_nan(self) -> bool:
@@ -353,13 +322,14 @@ class LateCheck(NamedTuple):
         """
         if self.measurement.finite or self.measurement.overflowed:
             return []
-        places = {index: place for place, index in enumerate(self.order)}
+        positions = {index: position for position, index in enumerate(self.order)}
         found = []
         for index in self.measurement.nonfinite_indices():
             column = self.measurement.indices.index(index)
             counts = None if gradients is None else count_nonfinite(gradients[column])
+            # A norm can overflow beside a gradient that is really bad: that one has no bad element.
             if counts is None or counts:
                 norm = float(self.measurement.norms.array()[column])
-                place = places.get(index, len(places) + column)
-                found.append(FirstNonFinite(index, self.micro_batch, norm, counts, place))
-        return sorted(found, key=lambda first: first.place)
+                position = positions.get(index, len(positions) + column)
+                found.append(FirstNonFinite(index, self.micro_batch, norm, counts, position))
+        return sorted(found, key=lambda first: first.position)

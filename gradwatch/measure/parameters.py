@@ -1,15 +1,26 @@
-"""ParameterTable: the watched tensors in model order, with the names that their user gave them."""
+"""The watched parameters: tensors in model order with their names, each whole or sharded."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+# What torch.compile(), FSDP and activation checkpointing put into the names of parameters.
 _WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+# torch 2.4 has a package of the public name too, without the class.
+_DTENSOR_MODULE = (
+    "torch.distributed._tensor" if torch.__version__ < "2.5" else "torch.distributed.tensor"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +41,13 @@ class ParameterTable:
 
     @classmethod
     def of(cls, model: nn.Module | Mapping[str, Tensor]) -> ParameterTable:
-        """Lists the tensors of a module or of a mapping of names.
+        """Lists the tensors of a module, or of a mapping from names to leaf tensors.
 
-        Args:
-            model: The module, or a mapping from names to leaf tensors.
-
-        Returns:
-            The table, tied tensors listed once under their first name.
+        Tied tensors are listed once, under their first name.
         """
         named: dict[int, tuple[Tensor, list[str]]] = {}
         for name, tensor in _named_tensors(model):
+            # By id, not by the tensor: ``==`` between tensors compares their elements.
             named.setdefault(id(tensor), (tensor, []))[1].append(_clean(name))
         entries = list(named.values())
         return cls(
@@ -57,14 +65,7 @@ class ParameterTable:
         return {id(tensor): index for index, tensor in enumerate(self.tensors)}
 
     def indices_of(self, tensors: Iterable[Tensor]) -> list[int]:
-        """Finds tensors in the table.
-
-        Args:
-            tensors: Any tensors, the parameters of an optimizer say.
-
-        Returns:
-            The indices of those that are in the table, in model order, each once.
-        """
+        """Returns the indices of those tensors that are in the table, in model order, each once."""
         position = self.positions()
         return sorted({position[id(t)] for t in tensors if id(t) in position})
 
@@ -74,8 +75,10 @@ def _named_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[st
         yield from model.items()
         return
     module: nn.Module = model
+    # Their prefix "module." cannot be cut out of a name: a user may call a submodule so.
     while isinstance(module, _WRAPPERS):
         module = module.module
+    # With duplicates, for the further names of tied tensors.
     yield from module.named_parameters(remove_duplicate=False)
 
 
@@ -86,12 +89,23 @@ def _clean(name: str) -> str:
 
 
 def optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Lists the parameters of all groups of an optimizer.
-
-    Args:
-        optimizer: Any optimizer.
-
-    Returns:
-        Its parameters in the order of its groups.
-    """
+    """Lists the parameters of all groups of an optimizer, in the order of its groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def is_sharded(tensor: Tensor | None) -> TypeGuard[DTensor]:
+    """Tells whether a tensor is a DTensor."""
+    # Importing torch's module takes long, and where nobody has there is no such tensor.
+    module: Any = sys.modules.get(_DTENSOR_MODULE)
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Returns what this rank holds of a tensor: a plain tensor that shares its memory."""
+    part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
+    return part
+
+
+def is_partial(gradient: Tensor | None) -> bool:
+    """Tells whether a gradient is a sum over ranks that has not been taken yet (Partial)."""
+    return is_sharded(gradient) and any(p.is_partial() for p in gradient.placements)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,13 +11,17 @@ from torch import Tensor
 
 from gradwatch.measure.deferred import Array, Deferred, FloatOrDeferred, resolve
 from gradwatch.measure.norms import gradient_norms, gradient_values
-from gradwatch.measure.sharded import Exchange, Shards, local_part
+from gradwatch.measure.parameters import local_part
+from gradwatch.measure.sharded import PackedAllReduce, Shards
 
 GRADIENT_STATISTICS = ("max", "mean", "std", "zeros")
 WEIGHT_STATISTICS = ("weight_norm", "update_ratio")
 STATISTICS = ("norm", *GRADIENT_STATISTICS, *WEIGHT_STATISTICS)
 """Every statistic that ``watch(statistics=)`` knows; ``norm`` is always taken."""
 
+# Of each statistic the rows that add up over the parts of a gradient, so that ranks which hold a
+# part each can make it together. A sum of squares would do for ``std`` too, but it cancels where
+# the mean is large; see _std_of().
 _ROWS_OF = {
     "max": ("max",),
     "mean": ("count", "sum"),
@@ -29,7 +33,7 @@ _ROWS_OF = {
 
 
 def gradient_rows(gradients: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """Takes what statistics of the elements of each gradient are made of.
+    """Computes what statistics of the elements of each gradient are made of.
 
     Args:
         gradients: Tensors of any shape, real or complex, dense or sparse, or parts of such. The
@@ -46,19 +50,12 @@ def gradient_rows(gradients: Sequence[Tensor], names: Sequence[str]) -> dict[str
 
 
 def weight_row(parameters: Sequence[Tensor]) -> Tensor:
-    """Takes the squared L2 norm of each parameter, or of a part of each.
-
-    Args:
-        parameters: Tensors of any shape.
-
-    Returns:
-        Tensor ``[len(parameters)]``, float64.
-    """
+    """Computes the squared L2 norm of each parameter, or of a part: ``[n]``, float64."""
     return gradient_norms([p.detach() for p in parameters]).double().square()
 
 
 def update_row(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-    """Takes the squared L2 norm of the change of each parameter, or of a part of each.
+    """Computes the squared L2 norm of the change of each parameter, or of a part of each.
 
     Args:
         before: Copies of the parameters before the step.
@@ -92,62 +89,31 @@ def statistics_of(names: Sequence[str], rows: Mapping[str, Array], unit: float) 
 def _row(measure: Callable[[Tensor], Tensor], values: list[Tensor]) -> Tensor:
     if not values:
         return torch.zeros(0, dtype=torch.float64)
-    numbers = [measure(value).double() for value in values]
+    # An empty part has no mean and no largest element; it counts as 0.
+    numbers = [(measure(v) if v.numel() else v.new_zeros(())).double() for v in values]
     return torch.stack([one.to(numbers[0].device) for one in numbers])
 
 
 def _elements(gradient: Tensor) -> Tensor:
     values = gradient_values(gradient.detach())
     values = torch.view_as_real(values) if values.is_complex() else values
+    # Every result would be rounded to their 8 or 11 bits, and those of float16 overflow.
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
-def _count(values: Tensor) -> Tensor:
-    return torch.full((), values.numel(), dtype=torch.float64, device=values.device)
-
-
 def _max(values: Tensor) -> Tensor:
-    if not values.numel():
-        return values.new_zeros(())
-    low, high = torch.aminmax(values)
+    low, high = torch.aminmax(values)  # on a CPU ten times as fast as a norm of p = inf
     return torch.maximum(-low, high)
 
 
-def _mean(values: Tensor) -> Tensor:
-    return values.mean().double() if values.numel() else values.new_zeros(())
-
-
-def _sum(values: Tensor) -> Tensor:
-    return _mean(values) * values.numel()
-
-
-def _sum_squared_over_count(values: Tensor) -> Tensor:
-    return _mean(values).square() * values.numel()
-
-
-def _squared_deviations(values: Tensor) -> Tensor:
-    if not values.numel():
-        return values.new_zeros(())
-    return torch.var(values, correction=0).double() * values.numel()
-
-
-def _zeros(values: Tensor) -> Tensor:
-    return values.numel() - torch.count_nonzero(values)
-
-
 _MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
-    "count": _count,
+    "count": lambda v: torch.full((), v.numel(), dtype=torch.float64, device=v.device),
     "max": _max,
-    "sum": _sum,
-    "sum_squared_over_count": _sum_squared_over_count,
-    "squared_deviations": _squared_deviations,
-    "zeros": _zeros,
+    "sum": lambda v: v.mean().double() * v.numel(),
+    "sum_squared_over_count": lambda v: v.mean().double().square() * v.numel(),
+    "squared_deviations": lambda v: torch.var(v, correction=0).double() * v.numel(),
+    "zeros": lambda v: v.numel() - torch.count_nonzero(v),
 }
-
-
-def _mean_of(rows: Mapping[str, Array], unit: float) -> Array:
-    mean: Array = rows["sum"] / np.maximum(rows["count"], 1) / unit
-    return mean
 
 
 def _std_of(rows: Mapping[str, Array], unit: float) -> Array:
@@ -165,25 +131,12 @@ def _update_ratio_of(rows: Mapping[str, Array], unit: float) -> Array:
 
 _FORMULAS: dict[str, Callable[[Mapping[str, Array], float], Array]] = {
     "max": lambda rows, unit: rows["max"] / unit,
-    "mean": _mean_of,
+    "mean": lambda rows, unit: rows["sum"] / np.maximum(rows["count"], 1) / unit,
     "std": _std_of,
     "zeros": lambda rows, unit: rows["zeros"] / np.maximum(rows["count"], 1),
     "weight_norm": lambda rows, unit: np.sqrt(rows["squared_weights"]),
     "update_ratio": _update_ratio_of,
 }
-
-
-@dataclass(slots=True)
-class StatisticRows:
-    """Rows over some of the parameters.
-
-    Attributes:
-        indices: The parameters.
-        rows: By name, tensors ``[len(indices)]``.
-    """
-
-    indices: Sequence[int]
-    rows: dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,16 +155,16 @@ class StatisticsSample:
     parts: Sequence[tuple[Sequence[int], dict[str, Deferred]]] = ()
     unit: FloatOrDeferred = 1.0
 
-    def readings(self) -> list[Deferred]:
+    def deferred(self) -> list[Deferred]:
         """Lists what must be read before the rows can be made."""
         unit = [self.unit] if isinstance(self.unit, Deferred) else []
-        return [*unit, *(reading for _, rows in self.parts for reading in rows.values())]
+        return [*unit, *(row for _, rows in self.parts for row in rows.values())]
 
     def rows(self) -> dict[str, Array]:
         """Makes the statistics: rows over all columns, NaN where there is no value."""
         made: dict[str, Array] = {}
-        for indices, readings in self.parts:
-            rows = {name: reading.array() for name, reading in readings.items()}
+        for indices, deferred in self.parts:
+            rows = {name: row.array() for name, row in deferred.items()}
             for name, values in statistics_of(self.names, rows, resolve(self.unit)).items():
                 made[name] = np.full(self.columns, np.nan)
                 made[name][list(indices)] = values
@@ -219,6 +172,15 @@ class StatisticsSample:
 
 
 NO_SAMPLE = StatisticsSample()
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Rows ``[len(indices)]`` by name, and their slots in the all-reduce between ranks."""
+
+    indices: Sequence[int] = ()
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    slots: dict[str, int] = field(default_factory=dict)
 
 
 class StatisticsSampler:
@@ -230,10 +192,10 @@ class StatisticsSampler:
     def __init__(
         self, names: Sequence[str], every: int, columns: int, shards: Shards | None = None
     ) -> None:
-        """Takes note of what is wanted.
+        """Starts with no sample.
 
         Args:
-            names: Statistics to take; ``norm`` is none of its business.
+            names: Statistics to take; ``norm`` is not among its tasks.
             every: Take them at every so many steps.
             columns: Number of watched parameters.
             shards: Knows which parameters this rank holds a part of; None where all are whole.
@@ -244,10 +206,7 @@ class StatisticsSampler:
         self._every = every
         self._columns = columns
         self._shards = shards
-        self._gradients, self._weights = StatisticRows((), {}), StatisticRows((), {})
-        self._copies: list[Tensor] = []
-        self._exchange: Exchange | None = None
-        self._tickets: list[dict[str, int]] = []
+        self._forget()
 
     @classmethod
     def of(
@@ -256,67 +215,57 @@ class StatisticsSampler:
         """Returns a sampler; None where no more than the norm is wanted."""
         return cls(names, every, columns, shards) if any(name != "norm" for name in names) else None
 
+    def _forget(self) -> None:
+        self._gradients, self._weights = _Rows(), _Rows()
+        self._weights_before: list[Tensor] = []
+        self._packed: PackedAllReduce | None = None
+
     def due(self, step: int) -> bool:
         """Tells whether statistics are to be taken at a step, counted from 1."""
         return bool(self._names) and (step - 1) % self._every == 0
 
-    def see_gradients(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> None:
-        """Takes the statistics of gradients.
-
-        Args:
-            indices: Columns of the gradients.
-            gradients: The gradients before the clip, of sharded ones the parts of this rank.
-        """
+    def measure_gradients(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> None:
+        """Measures gradients before the clip, of sharded ones the parts of this rank."""
         if self._of_gradients:
-            self._gradients = StatisticRows(indices, gradient_rows(gradients, self._of_gradients))
+            self._gradients = _Rows(indices, gradient_rows(gradients, self._of_gradients))
 
-    def see_weights(self, indices: Sequence[int], parameters: Sequence[Tensor]) -> None:
-        """Takes the statistics of weights.
-
-        Args:
-            indices: Columns of the parameters.
-            parameters: The parameters before the step.
-        """
+    def measure_weights(self, indices: Sequence[int], parameters: Sequence[Tensor]) -> None:
+        """Measures parameters before the step."""
         if self._of_weights:
             parts = list(map(local_part, parameters))
-            self._weights = StatisticRows(indices, {"squared_weights": weight_row(parts)})
+            self._weights = _Rows(indices, {"squared_weights": weight_row(parts)})
 
-    def exchange(self, exchange: Exchange) -> None:
-        """Lets the rows of sharded parameters ride along with an exchange between ranks."""
-        # Anew at each call: a closure that is evaluated several times exchanges as often.
-        self._tickets = [
-            {name: self._enter(exchange, part, name) for name in part.rows}
-            for part in (self._gradients, self._weights)
-        ]
-        self._exchange = exchange
+    def add_to(self, packed: PackedAllReduce) -> None:
+        """Adds the rows of sharded parameters to the all-reduce of the norms."""
+        # Anew at each call: a closure that is evaluated several times reduces as often.
+        for part in (self._gradients, self._weights):
+            for name, values in part.rows.items():
+                row = packed.shards.full_row(part.indices, values)
+                part.slots[name] = packed.add_gather(row) if name == "max" else packed.add_sum(row)
+        self._packed = packed
 
     def before_step(self, parameters: Sequence[Tensor]) -> None:
         """Copies the weights that a step is about to change, where their update is asked for."""
         if "update_ratio" in self._names:
-            self._copies = [torch.clone(local_part(p.detach())) for p in parameters]
+            self._weights_before = [torch.clone(local_part(p.detach())) for p in parameters]
 
     def after_step(
         self, indices: Sequence[int], parameters: Sequence[Tensor], unit: FloatOrDeferred
     ) -> StatisticsSample:
-        """Takes the statistics of the update.
+        """Measures the update, and returns everything measured for this step.
 
         Args:
             indices: Columns of the parameters.
             parameters: The parameters after the step.
-            unit: The loss scale that the gradients carried when they were seen.
-
-        Returns:
-            Everything taken for this step.
+            unit: The loss scale that the gradients carried when they were measured.
         """
-        if self._exchange is not None:
-            for part, tickets in zip((self._gradients, self._weights), self._tickets, strict=True):
-                for name, ticket in tickets.items():
-                    part.rows[name] = self._result(self._exchange, part, name, ticket)
-        if self._copies:
-            now = list(map(local_part, parameters))
-            self._weights.rows["squared_update"] = self._whole(
-                indices, update_row(self._copies, now)
-            )
+        if self._packed is not None:
+            for part in (self._gradients, self._weights):
+                for name, slot in part.slots.items():
+                    part.rows[name] = _reduced_row(self._packed, part.indices, name, slot)
+        if self._weights_before:
+            update = update_row(self._weights_before, list(map(local_part, parameters)))
+            self._weights.rows["squared_update"] = self._summed(indices, update)
         parts = [
             (part.indices, {name: Deferred(row) for name, row in part.rows.items()})
             for part in (self._gradients, self._weights)
@@ -325,23 +274,16 @@ class StatisticsSampler:
         self._forget()
         return StatisticsSample(self._names, self._columns, parts, unit)
 
-    def _forget(self) -> None:
-        self._gradients, self._weights = StatisticRows((), {}), StatisticRows((), {})
-        self._copies, self._exchange, self._tickets = [], None, []
-
-    def _enter(self, exchange: Exchange, part: StatisticRows, name: str) -> int:
-        row = exchange.shards.spread(part.indices, part.rows[name])
-        return exchange.tell(row) if name == "max" else exchange.add_up(row)
-
-    def _result(self, exchange: Exchange, part: StatisticRows, name: str, ticket: int) -> Tensor:
-        row = exchange.told(ticket).amax(0) if name == "max" else exchange.total(ticket)
-        return row[exchange.shards.places(part.indices, row.device)]
-
-    def _whole(self, indices: Sequence[int], row: Tensor) -> Tensor:
-        """Adds the row of an update up over the ranks, which can be done only after the step."""
+    def _summed(self, indices: Sequence[int], row: Tensor) -> Tensor:
+        """Sums the row of an update over the ranks, in an all-reduce of its own after the step."""
         if self._shards is None:
             return row
-        exchange = Exchange(self._shards, row.device)
-        ticket = exchange.add_up(self._shards.spread(indices, row))
-        exchange.run()
-        return exchange.total(ticket)[self._shards.places(indices, row.device)]
+        packed = PackedAllReduce(self._shards, row.device)
+        slot = packed.add_sum(self._shards.full_row(indices, row))
+        packed.run()
+        return _reduced_row(packed, indices, "squared_update", slot)
+
+
+def _reduced_row(packed: PackedAllReduce, indices: Sequence[int], name: str, slot: int) -> Tensor:
+    row = packed.gathered[slot].amax(0) if name == "max" else packed.sums[slot]
+    return row[packed.shards.index_tensor(indices, row.device)]

@@ -21,8 +21,7 @@ from gradwatch.measure.deferred import (
     resolve,
 )
 from gradwatch.measure.norms import Measurement, StepNorms, total_norm
-from gradwatch.measure.parameters import ParameterTable
-from gradwatch.measure.sharded import is_sharded, local_part
+from gradwatch.measure.parameters import ParameterTable, is_sharded, local_part
 from gradwatch.step.window import Window
 
 UNITS_OF_SHARDS = (

@@ -23,10 +23,10 @@ from gradwatch.hooks.optimizer import (
     scale_learning_rates,
 )
 from gradwatch.hooks.scaler import LossScale
-from gradwatch.measure.deferred import Deferred, FloatOrDeferred, reading_of
+from gradwatch.measure.deferred import Deferred, FloatOrDeferred, defer_copy
 from gradwatch.measure.norms import StepNorms
 from gradwatch.measure.parameters import optimizer_parameters
-from gradwatch.measure.sharded import Exchange
+from gradwatch.measure.sharded import PackedAllReduce
 from gradwatch.measure.statistics import NO_SAMPLE, StatisticsSampler
 from gradwatch.record.events import nonfinite_error, too_many_skips_error
 from gradwatch.record.records import Event, StepRecord
@@ -34,7 +34,7 @@ from gradwatch.step.clipping import Clipping
 from gradwatch.step.pending import PendingStep
 from gradwatch.step.run import Run
 from gradwatch.step.skip_rule import APPLIED, SkipRule, StepOutcome, TooManySkipsError
-from gradwatch.step.window import Losses, Window, WindowWeights, no_ride
+from gradwatch.step.window import Losses, Window, WindowWeights
 
 
 class MeasureCurvature(Protocol):
@@ -107,7 +107,7 @@ class Steps:
             return False
         self._scale_at_backward = 1.0 if self._scale.scaler is None else self._scale.value()
         if self._sampler is not None and self._sampler.due(self.step + 1):
-            self._sampler.see_gradients(*window.gradients())
+            self._sampler.measure_gradients(*window.gradients())
         return True
 
     def _scaler_has_updated(self) -> bool:
@@ -302,7 +302,7 @@ class OptimizerSteps(Steps):
         if has_closure:
             self._losses = []
 
-    def settle(self, optimizer: Optimizer, loss: object) -> bool:
+    def gradients_ready(self, optimizer: Optimizer, loss: object) -> bool:
         """Measures, decides and clips; raises where that was asked for."""
         try:
             return self._settle(optimizer, loss)
@@ -329,12 +329,12 @@ class OptimizerSteps(Steps):
         sampler = self._sampler
         if sampler is not None and not sampler.due(self.step + 1):
             sampler = None
-        ride: Callable[[Exchange], None] = no_ride
+        extra: Callable[[PackedAllReduce], None] | None = None
         if sampler is not None:
-            sampler.see_weights(self.window.indices, self._parameters())
-            ride = sampler.exchange
+            sampler.measure_weights(self.window.indices, self._parameters())
+            extra = sampler.add_to
         left, found_inf = carried_by(optimizer)
-        norms = self._norms = self.window.step_norms(self._scale, left, ride)
+        norms = self._norms = self.window.step_norms(self._scale, left, extra)
         if found_inf != 0.0 or not self.skip_rule.takes_all:
             self._outcome = self._decide(norms, found_inf)
             if self._outcome.outcome != "applied":
@@ -474,5 +474,5 @@ class OptimizerSteps(Steps):
 
 def _loss(loss: object) -> FloatOrDeferred:
     if isinstance(loss, Tensor):
-        return reading_of(loss.reshape(())) if loss.numel() == 1 else math.nan
+        return defer_copy(loss.reshape(())) if loss.numel() == 1 else math.nan
     return float(loss) if isinstance(loss, (int, float)) else math.nan

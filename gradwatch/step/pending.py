@@ -116,8 +116,8 @@ class PendingStep:
         deferred = [
             *(norms for one in measured for norms in (one.norms, one.total)),
             *(one for one in (*numbers, self.local) if isinstance(one, Deferred)),
-            *(() if self.noise is None else self.noise.readings()),
-            *self.statistics.readings(),
+            *(() if self.noise is None else self.noise.deferred()),
+            *self.statistics.deferred(),
         ]
         each_once = {id(one): one for one in deferred}.values()
         return [one for one in each_once if not one.at_hand]

@@ -196,7 +196,7 @@ class OptimizerRegistry:
         for one in self.followed:
             one.add(backward, weight)
         if self._unowned is not None:
-            backward = backward._replace(freed=run.hooks.take_freed(backward.arrived))
+            backward = backward._replace(freed=run.hooks.freed.take(backward.arrived))
             self._unowned.add_alone(backward, weight, alone=not self.followed)
         if run.hooks.added.watching:
             self._watch_what_is_added()

@@ -27,14 +27,10 @@ from gradwatch.hooks.scaler import LossScale
 from gradwatch.hooks.snapshot import GradientSnapshot
 from gradwatch.measure.deferred import FloatOrDeferred, as_operand, defer
 from gradwatch.measure.norms import FirstNonFinite, LateCheck, Measurement, StepNorms, measure
-from gradwatch.measure.parameters import ParameterTable
-from gradwatch.measure.sharded import Exchange, Shards, Sides, agree, is_pending, local_part
+from gradwatch.measure.parameters import ParameterTable, is_partial, local_part
+from gradwatch.measure.sharded import ClipSides, PackedAllReduce, Shards, all_reduce_norms
 
 _grad = attrgetter("grad")
-
-
-def no_ride(exchange: Exchange) -> None:
-    """Adds nothing to an exchange between ranks."""
 
 
 @dataclass(slots=True)
@@ -198,7 +194,7 @@ class Window:
         self,
         scale: LossScale,
         left: FloatOrDeferred,
-        ride: Callable[[Exchange], None] = no_ride,
+        extra: Callable[[PackedAllReduce], None] | None = None,
     ) -> StepNorms:
         """Returns the norms of the gradients that a step is about to use.
 
@@ -208,7 +204,7 @@ class Window:
         Args:
             scale: The loss scale of the run.
             left: The loss scale that the gradients still carry.
-            ride: Adds further numbers to the exchange between ranks, where there is one.
+            extra: Adds further numbers to the all-reduce between ranks, where there is one.
 
         Returns:
             The norms before and after the loop's own clip.
@@ -223,7 +219,7 @@ class Window:
             before, after = self._measure_again()
         unit_after = unit_before if after is before else left
         if self.shards is not None:
-            before, after = self._agree(self.shards, before, after, ride)
+            before, after = self._all_reduce(self.shards, before, after, extra)
         return StepNorms(
             before, after, unit_before, unit_after, self.correction, loss_scale=loss_scale
         )
@@ -236,7 +232,7 @@ class Window:
             gradients: The gradients; of sharded ones the parts of this rank.
         """
         after = measure(indices, gradients, self.norm_type)
-        return after if self.shards is None else self._agree(self.shards, after, after)[1]
+        return after if self.shards is None else self._all_reduce(self.shards, after, after)[1]
 
     def unused_norms(self, loss_scale: FloatOrDeferred, together: bool) -> StepNorms | None:
         """Returns the norms of a window that no step has used, gradients gone or not.
@@ -253,7 +249,7 @@ class Window:
         if before is None:
             return None
         if self.shards is not None and together:
-            before, _ = self._agree(self.shards, before, before, gradients=False)
+            before, _ = self._all_reduce(self.shards, before, before, gradients=False)
         return StepNorms(before, before, loss_scale, loss_scale, loss_scale=loss_scale)
 
     def _is_unchanged(self, before: Measurement) -> bool:
@@ -284,21 +280,21 @@ class Window:
         if bad and self.first_nonfinite is None:
             self.first_nonfinite = bad[0]
 
-    def _agree(
+    def _all_reduce(
         self,
         shards: Shards,
         before: Measurement,
         after: Measurement,
-        ride: Callable[[Exchange], None] = no_ride,
+        extra: Callable[[PackedAllReduce], None] | None = None,
         gradients: bool = True,
     ) -> tuple[Measurement, Measurement]:
         """Adds the norms of all ranks' parts up, together with the first bad parameter of any."""
         there = {i: self.table.tensors[i].grad for i in after.indices} if gradients else {}
-        pending = {i: local_part(g) for i, g in there.items() if g is not None and is_pending(g)}
-        mine = Sides(before, after, self.first_nonfinite, self.nonfinite_count)
-        agreed = agree(shards, mine, pending, self.norm_type, ride)
-        self.first_nonfinite, self.nonfinite_count = agreed.first_nonfinite, agreed.nonfinite_count
-        return agreed.before, agreed.after
+        partial = {i: local_part(g) for i, g in there.items() if g is not None and is_partial(g)}
+        local = ClipSides(before, after, self.first_nonfinite, self.nonfinite_count)
+        whole = all_reduce_norms(shards, local, partial, self.norm_type, extra)
+        self.first_nonfinite, self.nonfinite_count = whole.first_nonfinite, whole.nonfinite_count
+        return whole.before, whole.after
 
     # -- other windows made of it ------------------------------------------------------------------
 
@@ -479,7 +475,7 @@ class WindowWeights:
         sums = WindowSums.of(window.noise_terms, losses)
         if ranks is not None:
             device = window.table.tensors[window.indices[0]].device
-            sums = sums.over_ranks(ranks.add_up_, device)
+            sums = sums.over_ranks(ranks.sum_, device)
             losses = [(_mean_loss(sums), 1.0)] if losses else []
         self.weight = sums.weight
         weight, count = _nonzero(as_operand(sums.weight)), 1 if ranks is None else ranks.ranks

@@ -121,7 +121,7 @@ def _window(model, sync, start, size):
         with Collectives() as collectives:
             _backward(model, start + k, dist.get_rank())
         sent.append(dict(collectives.counts))
-        sync.hold_back() if k + 1 < WANTED - 1 else sync.let_go()
+        sync.hold_back() if k + 1 < WANTED - 1 else sync.restore()
     with Collectives() as collectives:
         if size < WANTED:
             sync.reduce_()
@@ -320,7 +320,7 @@ def _special():
     sync.hold_back()
     seen["can_hold"].append(can_hold(static))
     seen["is_held"].append(sync.is_held)
-    sync.let_go()
+    sync.restore()
     seen["is_held"].append(sync.is_held)
     return seen
 
@@ -456,16 +456,16 @@ def test_shards_are_reduced_once_per_window(sharded):
 def _flags():
     """What is left of the flags that a user has set."""
     wrapper = DistributedDataParallel(Plain())
-    wrapper.require_backward_grad_sync = False
     sync = GradientSync.of(wrapper, DataParallel.of(wrapper))
+    seen = []
+    for wanted in (True, False):
+        wrapper.require_backward_grad_sync = wanted
+        for change in (sync.restore, sync.hold_back, sync.restore):
+            change()
+            seen.append(wrapper.require_backward_grad_sync)
+    wrapper.require_backward_grad_sync = True
     sync.restore()
-    seen = [wrapper.require_backward_grad_sync]
-    sync.let_go()
-    seen.append(wrapper.require_backward_grad_sync)
-    for _ in range(2):
-        sync.restore()
-        seen.append(wrapper.require_backward_grad_sync)
-    return seen
+    return [*seen, wrapper.require_backward_grad_sync]
 
 
 def _sharded_flags():
@@ -475,7 +475,7 @@ def _sharded_flags():
     model.blocks[1].set_requires_gradient_sync(False)
     sync = GradientSync.of(model, DataParallel.of(model))
     seen = [_sharded_flags_of(model)]
-    for change in (sync.hold_back, sync.let_go, sync.restore, sync.restore):
+    for change in (sync.hold_back, sync.restore, sync.restore):
         change()
         seen.append(_sharded_flags_of(model))
     sync.hold_back()
@@ -500,16 +500,16 @@ def _sharded_flags_of(model):
 def test_flags_are_put_back():
     """As the user had set them, and only once."""
     for seen in on_ranks(_flags, 2):
-        assert seen == [False, True, False, False]
+        assert seen == [True, False, True, False, False, False, True]
 
 
 @fsdp2
 def test_flags_of_shards_are_put_back():
     """Each as it was; reducing changes none; where torch has changed, it is said what to write."""
     users = [(True, False), (False, False), (True, True), (True, True)]
-    held, free = [(False, False)] * 4, [(True, True)] * 4
+    held = [(False, False)] * 4
     for *seen, message in on_ranks(_sharded_flags, 2):
-        assert seen == [users, held, free, users, users, held, False]
+        assert seen == [users, held, users, users, held, False]
         assert "_root_post_backward_final_callback" in message
         assert "watcher.micro_batches(...)" in message
 
@@ -567,8 +567,8 @@ def _sums(ranks):
         return None
     own = torch.tensor([1.0, 2.0 ** dist.get_rank()])
     with Collectives() as collectives:
-        total = ranks.add_up_(own.clone()).tolist()
-    largest = ranks.largest_(own)[1].item()
+        total = ranks.sum_(own.clone()).tolist()
+    largest = ranks.max_(own)[1].item()
     return ranks.ranks, *total, largest, collectives.counts["allreduce"]
 
 

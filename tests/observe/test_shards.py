@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.tensor.parallel
 
-from gradwatch.measure.sharded import is_sharded
+from gradwatch.measure.parameters import is_sharded
 
 
 @pytest.fixture

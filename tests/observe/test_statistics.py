@@ -83,8 +83,8 @@ def test_sampler_takes_every_nth_step():
 def test_sampler_fills_rows_over_all_columns():
     """A row has NaN where the optimizer has no parameter."""
     sampler = StatisticsSampler(("max", "weight_norm"), every=1, columns=3)
-    sampler.see_gradients([1], [torch.tensor([-2.0])])
-    sampler.see_weights([1], [torch.tensor([5.0])])
+    sampler.measure_gradients([1], [torch.tensor([-2.0])])
+    sampler.measure_weights([1], [torch.tensor([5.0])])
     rows = sampler.after_step([1], [torch.tensor([5.0])], unit=1.0).rows()
     assert rows["max"][1] == 2.0
     assert rows["weight_norm"][1] == 5.0
