@@ -17,14 +17,7 @@ from gradwatch.hessian.every import CurvatureEvery
 from gradwatch.history import History, load
 from gradwatch.pickles import INNER, MOVED, add_aliases
 from gradwatch.record.folder.writer import RunFolder
-from gradwatch.record.records import (
-    Event,
-    GradwatchWarning,
-    Layout,
-    RecordBatch,
-    Sink,
-    StepRecord,
-)
+from gradwatch.record.records import Event, GradwatchWarning, Layout, RecordBatch, Sink, StepRecord
 from gradwatch.watcher import Watcher, watch
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-    from gradwatch.report import Report, Thresholds
+    from gradwatch.report.report import Report
+    from gradwatch.report.thresholds import Thresholds
 
 Names = str | re.Pattern[str] | Iterable[str]
 """Parameters: one by its name, several, or those in whose name a compiled pattern is found."""
@@ -149,13 +150,13 @@ class History:
         Returns:
             A number from 0 to 1; NaN before the first step.
         """
-        from gradwatch.report.advice import clip_rate
+        from gradwatch.report.rules.clipping import clip_rate
 
         return clip_rate(self._source, window)
 
     def advice(self) -> list[str]:
         """Returns a line for each optimizer whose clip acts on most steps, or on none."""
-        from gradwatch.report.advice import clip_advice
+        from gradwatch.report.rules.clipping import clip_advice
 
         return clip_advice(self._source)
 
@@ -170,7 +171,7 @@ class History:
             The findings, the weightiest first: print it, show it in a notebook, or take
             ``.to_dict()``.
         """
-        from gradwatch.report import make_report
+        from gradwatch.report.report import make_report
 
         return make_report(self._source, thresholds, **changes)
 

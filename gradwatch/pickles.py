@@ -46,7 +46,7 @@ INNER = {
     "UnreadableError": "gradwatch.record.folder.files",
     "WriterLock": "gradwatch.record.folder.lock",
     "TooManySkipsError": "gradwatch.step.skip_rule",
-    "late_readings": "gradwatch.measure.deferred",
+    "late_readings": "gradwatch.testing",
 }
 """Where ``gradwatch`` finds what is not public, but is in the pickle of something that is."""
 

@@ -10,6 +10,8 @@ from gradwatch.record.records import Event, RecordBatch, StepRecord
 
 __all__ = ["CapturingSink", "LinearModel", "late_readings"]
 
+late_readings.__module__ = __name__  # it lives below, where numbers are read
+
 
 class CapturingSink:
     """A sink that keeps what it is given.

@@ -23,13 +23,7 @@ from gradwatch.hooks.data_parallel import DataParallel, GradientSync, rank
 from gradwatch.hooks.model import ModelHooks
 from gradwatch.managed import BatchRunner, Closure, ManagedLoop
 from gradwatch.measure.parameters import ParameterTable
-from gradwatch.options import (
-    Accumulate,
-    Options,
-    check_unwatched,
-    optimizer_list,
-    parameter_table,
-)
+from gradwatch.options import Accumulate, Options, check_unwatched, optimizer_list, parameter_table
 from gradwatch.pickles import stable_name
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.recorder import Recorder
@@ -38,7 +32,8 @@ from gradwatch.step.registry import OptimizerRegistry
 from gradwatch.step.run import Run
 
 if TYPE_CHECKING:
-    from gradwatch.report import Report, Thresholds
+    from gradwatch.report.report import Report
+    from gradwatch.report.thresholds import Thresholds
 
 
 def describe_optimizer(optimizer: Optimizer) -> dict[str, Any]:

@@ -3,15 +3,387 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from math import isnan
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from gradwatch.cli.arguments import FINE, RUN, Commands, add_command, at_least_one
-from gradwatch.cli.differences import ColumnDifference, Compared, ParameterDifference, compare
+import numpy as np
+from numpy.typing import NDArray
+
+from gradwatch.cli.arguments import (
+    FINE,
+    RUN,
+    Commands,
+    add_command,
+    at_least_one,
+    open_run,
+    run_name,
+)
 from gradwatch.cli.terminal import Output, as_json, or_dash, percent, shortened, text_table, times
-from gradwatch.wording import counted, printable
+from gradwatch.record.folder.meta import read_meta
+from gradwatch.report.finding import counted, printable
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from gradwatch.history import History
+
+
+Floats = NDArray[np.floating[Any]]
+
+_MEASURED = ("grad_norm", "grad_norm_clipped", "clip_coef")
+_KNOWN_TO_SOME = ("loss", "lr", "clip_threshold", "loss_scale", "noise_scale")
+"""Left out where one of the runs has no such number at all."""
+
+ROWS = 1 << 18
+"""Rows of the table of parameters that are read of a run at once, about."""
+_SPANS = 16
+"""Where a run has more, that many ranges of steps are read, from its first to its last step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Two runs beside each other.
+
+    Attributes:
+        a: How A is called.
+        b: How B is called.
+        settings: By path the settings that differ, with the values of both.
+        totals: By name a number of each; NaN where one run has none.
+        steps: By step.
+        parameters: By parameter.
+    """
+
+    a: str
+    b: str
+    settings: Mapping[str, tuple[Any, Any]]
+    totals: Mapping[str, tuple[float, float]]
+    steps: StepsCompared
+    parameters: ParametersCompared
+
+
+def compare(a: str, b: str) -> Compared:
+    """Compares the runs in two folders.
+
+    Raises:
+        CommandError: If one cannot be read.
+    """
+    left, right = open_run(a), open_run(b)
+    return Compared(
+        a=run_name(a),
+        b=run_name(b),
+        settings=_differing_settings(a, b),
+        # A kind of event that one run does not have is 0 there.
+        totals=_pairs(_totals(left), _totals(right), 0),
+        steps=_compare_steps(left, right),
+        parameters=_compare_parameters(left, right),
+    )
+
+
+def _pairs(a: Mapping[str, Any], b: Mapping[str, Any], missing: Any) -> dict[str, tuple[Any, Any]]:
+    return {name: (a.get(name, missing), b.get(name, missing)) for name in dict.fromkeys((*a, *b))}
+
+
+def _differing_settings(a: str, b: str) -> dict[str, tuple[Any, Any]]:
+    """Compares optimizers, options of ``watch()`` and versions, those of the newest session.
+
+    Returns:
+        By the path of a setting, ``optimizers.0.lr``, its two values; None where one has none.
+    """
+    pairs = _pairs(_settings(a), _settings(b), None)
+    # As text, for NaN is no difference, and 1 and True are one.
+    return {name: pair for name, pair in pairs.items() if as_json(pair[0]) != as_json(pair[1])}
+
+
+def _settings(run: str) -> dict[str, Any]:
+    sessions = read_meta(Path(run)).sessions
+    newest = sessions[-1] if sessions else {}
+    parts = {name: newest.get(name) for name in ("optimizers", "options", "versions")}
+    return dict(_flat("", parts))
+
+
+def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping) or not value:
+        yield path, value
+        return
+    for name, one in value.items():
+        yield from _flat(f"{path}.{name}" if path else str(name), one)
+
+
+def _totals(history: History) -> dict[str, float]:
+    """Returns numbers of a run by name; ``clipped`` is a share of the applied steps."""
+    steps = history.steps(("time_s", "clipped", "outcome", "nonfinite_parameters"))
+    applied = steps["outcome"] == "applied"
+    kinds = history.events()["kind"].value_counts()
+    # The median, which a pause or a resumed run does not change.
+    between = np.diff(steps["time_s"].to_numpy())
+    return {
+        "steps": len(steps),
+        "parameters": len(history.names),
+        "seconds per step": float(np.median(between)) if len(between) else math.nan,
+        "clipped": float(steps["clipped"][applied].mean()) if applied.any() else math.nan,
+        "skipped": int((~applied).sum()),
+        "non-finite": int((steps["nonfinite_parameters"] > 0).sum()),
+        **{f"events: {kind}": int(amount) for kind, amount in kinds.items()},
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class StepsCompared:
+    """Two runs by step.
+
+    Attributes:
+        common: Steps that both have, of all optimizers.
+        first_step: First of them at which a column differs; None where all are the same.
+        first_columns: The columns that differ there.
+        columns: One entry per column, those that differ most first.
+    """
+
+    common: int
+    first_step: int | None
+    first_columns: tuple[str, ...]
+    columns: tuple[ColumnDifference, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnDifference:
+    """How a column of ``History.steps()`` differs over the steps that both runs have.
+
+    Attributes:
+        column: Its name.
+        a: Median in A, of the finite numbers.
+        b: Median in B.
+        ratio: ``b / a``; NaN where that says nothing.
+        first_step: First step at which it differs; None where it is the same in all.
+        largest_step: Step at which the two are furthest apart, in proportion; None likewise.
+        largest_a: The number in A there.
+        largest_b: The number in B there.
+    """
+
+    column: str
+    a: float
+    b: float
+    ratio: float
+    first_step: int | None
+    largest_step: int | None
+    largest_a: float
+    largest_b: float
+
+
+def _compare_steps(a: History, b: History) -> StepsCompared:
+    """Compares the steps that both runs have.
+
+    Steps belong together where their numbers are equal; of several optimizers the first of A goes
+    with the first of B, whatever they are called.
+    """
+    left, right = _by_optimizer_and_step(a), _by_optimizer_and_step(b)
+    common = left.index.intersection(right.index, sort=False)
+    left, right = left.loc[common], right.loc[common]
+    steps = common.get_level_values("step").to_numpy()
+    known = [n for n in _KNOWN_TO_SOME if left[n].notna().any() and right[n].notna().any()]
+    names = (*_MEASURED, *known)
+    found = [_column(name, steps, left[name].to_numpy(), right[name].to_numpy()) for name in names]
+    first = min((one.first_step for one in found if one.first_step is not None), default=None)
+    # Where no column differs, first is None, and so is the first step of each.
+    earliest = [one.column for one in found if first is not None and one.first_step == first]
+    return StepsCompared(len(steps), first, tuple(earliest), tuple(_worst_first(found)))
+
+
+def _by_optimizer_and_step(history: History) -> pd.DataFrame:
+    keys = ["optimizer", "step"]
+    frame = history.steps(("optimizer", *_MEASURED, *_KNOWN_TO_SOME)).reset_index()
+    order = {label: index for index, label in enumerate(frame["optimizer"].unique())}
+    frame["optimizer"] = frame["optimizer"].map(order)
+    # A loop that went back to an earlier step has it twice; pandas aligns unique keys alone.
+    keyed: pd.DataFrame = frame.drop_duplicates(keys, keep="last").set_index(keys)
+    return keyed
+
+
+def _column(name: str, steps: np.ndarray, a: Floats, b: Floats) -> ColumnDifference:
+    far = _distance(a, b)
+    middle_a, middle_b = _median(a), _median(b)
+    middles = (middle_a, middle_b, _ratio(middle_a, middle_b))
+    differs = np.flatnonzero(far > 0)
+    if not len(differs):
+        return ColumnDifference(name, *middles, None, None, math.nan, math.nan)
+    at = int(np.argmax(far))
+    first, largest = int(steps[differs].min()), int(steps[at])
+    return ColumnDifference(name, *middles, first, largest, float(a[at]), float(b[at]))
+
+
+def _median(values: Floats) -> float:
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if len(finite) else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class ParametersCompared:
+    """Two runs by parameter.
+
+    Attributes:
+        sampled: Whether only some ranges of steps were read.
+        only_a: Parameters that B does not have.
+        only_b: Parameters that A does not have.
+        parameters: The others that had a gradient in both, those that differ most first.
+    """
+
+    sampled: bool
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+    parameters: tuple[ParameterDifference, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterDifference:
+    """How the gradient norm of a parameter differs over the steps that both runs have.
+
+    Attributes:
+        parameter: Its name.
+        steps: Steps in which both have a gradient of it.
+        a: Typical norm in A: geometric mean of those that are finite and not 0.
+        b: The same in B.
+        ratio: ``b / a``; NaN where one has none.
+        largest_step: Step at which the two are furthest apart, in proportion; None where all are
+            equal.
+        largest_a: The norm in A there.
+        largest_b: The norm in B there.
+    """
+
+    parameter: str
+    steps: int
+    a: float
+    b: float
+    ratio: float
+    largest_step: int | None
+    largest_a: float
+    largest_b: float
+
+
+def _compare_parameters(a: History, b: History) -> ParametersCompared:
+    """Compares the parameters that both runs have, in the steps that both have."""
+    of_a, of_b = dict.fromkeys(a.names), dict.fromkeys(b.names)
+    sums = {name: _NormSums(name) for name in of_a if name in of_b}
+    starts, length, sampled = _spans(a, b)
+    for start in starts:
+        _add_span(sums, a, b, start, start + length)
+    found = [one.result() for one in sums.values() if one.steps]
+    return ParametersCompared(
+        sampled=sampled,
+        only_a=tuple(name for name in of_a if name not in of_b),
+        only_b=tuple(name for name in of_b if name not in of_a),
+        parameters=tuple(_worst_first(found)),
+    )
+
+
+def _spans(a: History, b: History) -> tuple[list[int], int, bool]:
+    """Chooses ranges of steps so that no more is read than fits.
+
+    Returns:
+        Where they start, their length, and whether steps are left out between them.
+    """
+    steps = np.intersect1d(a.steps(()).index.to_numpy(), b.steps(()).index.to_numpy())
+    if not len(steps):
+        return [], 0, False
+    first, stop = int(steps[0]), int(steps[-1]) + 1
+    length = max(1, ROWS // max(1, len(a.names), len(b.names)))
+    starts = np.arange(first, stop, length)
+    if len(starts) > _SPANS:
+        starts = np.linspace(first, stop - length, _SPANS).astype(np.int64)
+    return starts.tolist(), length, len(starts) * length < stop - first
+
+
+def _add_span(sums: dict[str, _NormSums], a: History, b: History, start: int, stop: int) -> None:
+    keys = ["step", "parameter"]
+    left, right = (
+        one.parameters(columns=["grad_norm"], start=start, stop=stop).drop_duplicates(
+            keys, keep="last"
+        )
+        for one in (a, b)
+    )
+    both = left.merge(right, on=keys, suffixes=("_a", "_b"))
+    for name, rows in both.groupby("parameter", sort=False, observed=True):
+        if (known := sums.get(str(name))) is not None:
+            numbers = (rows[column].to_numpy() for column in ("grad_norm_a", "grad_norm_b"))
+            known.add(rows["step"].to_numpy(), *numbers)
+
+
+class _NormSums:
+    """What is known of a parameter after some ranges of steps."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.steps = 0
+        self._logs, self._counts = [0.0, 0.0], [0, 0]  # of A and of B
+        self._worst = (0.0, 0, math.nan, math.nan)
+
+    def add(self, steps: np.ndarray, a: Floats, b: Floats) -> None:
+        """Adds some steps."""
+        self.steps += len(steps)
+        for side, norms in enumerate((a, b)):
+            # By logarithms: one spike in a run would be most of an arithmetic mean.
+            usable = norms[np.isfinite(norms) & (norms > 0)].astype(np.float64)
+            self._logs[side] += float(np.log(usable).sum())
+            self._counts[side] += len(usable)
+        far = _distance(a, b)
+        at = int(np.argmax(far))
+        if far[at] > self._worst[0]:
+            self._worst = (far[at], int(steps[at]), float(a[at]), float(b[at]))
+
+    def result(self) -> ParameterDifference:
+        """Returns what was found."""
+        far, step, *norms = self._worst
+        sums = zip(self._logs, self._counts, strict=True)
+        a, b = (float(np.exp(logs / count)) if count else math.nan for logs, count in sums)
+        largest = step if far > 0 else None
+        return ParameterDifference(self.name, self.steps, a, b, _ratio(a, b), largest, *norms)
+
+
+def _distance(a: Floats, b: Floats) -> Floats:
+    """Measures how far numbers are apart, on a scale that has no unit.
+
+    Returns:
+        ``|b - a| / (|a| + |b|)`` in float64: 0 where they are equal, both NaN included, 1 where
+        their signs differ or one is 0, and infinity where only one is finite, or the kinds of
+        non-finite differ.
+
+    Example:
+        >>> _distance(np.array([1.0, 1.0, np.nan]), np.array([1.0, 3.0, 1.0])).tolist()
+        [0.0, 0.5, inf]
+    """
+    # The run folder has float32, in which a distance would be rounded to 1e-7.
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    with np.errstate(all="ignore"):
+        # Halved first: the sum of two large numbers is not to overflow.
+        far = np.abs(b / 2 - a / 2) / (np.abs(a) / 2 + np.abs(b) / 2)
+    far = np.where(np.isfinite(a) & np.isfinite(b), far, np.inf)
+    result: Floats = np.where(same, 0.0, far)
+    return result
+
+
+def _ratio(a: float, b: float) -> float:
+    """Returns ``b / a``; NaN where that says nothing."""
+    return b / a if math.isfinite(a) and math.isfinite(b) and a != 0 else math.nan
+
+
+_Difference = TypeVar("_Difference", ParameterDifference, ColumnDifference)
+
+
+def _worst_first(found: Sequence[_Difference]) -> list[_Difference]:
+    """Sorts by how far the typical numbers are apart, and then those of the worst step."""
+
+    def apart(one: _Difference) -> tuple[float, float]:
+        a, b = np.array([one.a, one.largest_a]), np.array([one.b, one.largest_b])
+        middle, worst = _distance(a, b).tolist()
+        return middle, worst
+
+    return sorted(found, key=apart, reverse=True)
+
 
 _NAME = 44  # columns of a name, in which a parameter of a deep model still differs from the next
 _VALUE = 200
@@ -58,8 +430,8 @@ def _lines(found: Compared, top: int) -> Iterator[str]:
     yield f"A  {printable(found.a)}"
     yield f"B  {printable(found.b)}"
     yield _summary(found)
-    yield from _settings(found, top)
-    yield from _totals(found)
+    yield from _setting_lines(found, top)
+    yield from _total_lines(found)
     yield from _steps(found)
     yield from _parameters(found, top)
 
@@ -75,7 +447,7 @@ def _summary(found: Compared) -> str:
     return f"{both}; they differ from step {steps.first_step:,} on, first in {columns}."
 
 
-def _settings(found: Compared, top: int) -> Iterator[str]:
+def _setting_lines(found: Compared, top: int) -> Iterator[str]:
     shown = list(found.settings.items())[:top]
     if shown:
         yield ""
@@ -89,7 +461,7 @@ def _settings(found: Compared, top: int) -> Iterator[str]:
     yield from _more(len(found.settings) - len(shown), "setting")
 
 
-def _totals(found: Compared) -> Iterator[str]:
+def _total_lines(found: Compared) -> Iterator[str]:
     rows = [
         [printable(name), *(_total(name, value) for value in pair)]
         for name, pair in found.totals.items()

@@ -18,7 +18,7 @@ from gradwatch.cli.arguments import (
     written_whole,
 )
 from gradwatch.cli.terminal import Output, as_json, printable_lines
-from gradwatch.wording import counted
+from gradwatch.report.finding import counted
 
 if TYPE_CHECKING:
     import pandas as pd

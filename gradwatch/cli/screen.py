@@ -24,7 +24,7 @@ from gradwatch.cli.terminal import (
     times,
     width,
 )
-from gradwatch.wording import counted, printable
+from gradwatch.report.finding import counted, printable
 
 _EVENTS = 5
 _OTHER_LINES = 11  # of the screen, besides the table of steps and the events

@@ -24,7 +24,7 @@ from gradwatch.cli.arguments import (
 from gradwatch.cli.follower import KEPT, EventRow, Follower, New, Row
 from gradwatch.cli.terminal import Output, as_json, event_line, number, times
 from gradwatch.record.folder.meta import NAME
-from gradwatch.wording import counted, printable
+from gradwatch.report.finding import counted, printable
 
 if TYPE_CHECKING:
     from gradwatch.cli.screen import Screen

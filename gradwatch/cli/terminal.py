@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from unicodedata import combining, east_asian_width
 
 from gradwatch.record.folder.files import plain_data
-from gradwatch.wording import printable
+from gradwatch.report.finding import printable
 
 
 def number(value: float) -> str:
@@ -64,7 +64,7 @@ _ELLIPSIS = "..."
 
 
 def printable_lines(text: str) -> str:
-    """Escapes like :func:`~gradwatch.wording.printable`, and keeps the line breaks.
+    """Escapes like :func:`~gradwatch.report.finding.printable`, and keeps the line breaks.
 
     Args:
         text: Text of several lines.

@@ -20,6 +20,9 @@ from gradwatch.clip.policy import ClipDecision
 from gradwatch.measure.deferred import is_at_hand
 from gradwatch.pickles import stable_name
 
+MAD_TO_DEVIATION = 1.4826
+"""The standard deviation of a normal distribution over its median absolute deviation."""
+
 # Any, for no type says "floats here or tensors there, but never both", and rules mix in constants.
 Scalar: TypeAlias = Any  # a float on the host, a tensor [] on a device
 Flag: TypeAlias = Any  # a bool on the host, a tensor [] of bool on a device

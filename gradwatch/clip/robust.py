@@ -6,11 +6,8 @@ import math
 from dataclasses import dataclass, field
 
 from gradwatch.checks import check_at_most, check_count, check_positive
-from gradwatch.clip.norm_history import Backend, Flag, HistoryClip, Scalar
+from gradwatch.clip.norm_history import MAD_TO_DEVIATION, Backend, Flag, HistoryClip, Scalar
 from gradwatch.pickles import stable_name
-
-MAD_TO_DEVIATION = 1.4826
-"""The standard deviation of a normal distribution over its median absolute deviation."""
 
 _LEAST_DEVIATION = 0.05  # of the logarithm: norms within some 15 % of the median always pass
 _FARTHEST = math.log(8.0)  # eight times the median is out however much the norms spread

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.checks import check_positive
-from gradwatch.clip.norm_history import Backend, Flag, HistoryRule, Scalar
-from gradwatch.clip.robust import MAD_TO_DEVIATION
+from gradwatch.clip.norm_history import MAD_TO_DEVIATION, Backend, Flag, HistoryRule, Scalar
 from gradwatch.pickles import stable_name
 
 _AUTO = 6.0

@@ -99,7 +99,7 @@ class Arrivals(dict[int, Tensor]):
         return list(self._handles)
 
     def unhook(self) -> None:
-        """Takes every mark off; safe to call again."""
+        """Removes every mark; safe to call again."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()

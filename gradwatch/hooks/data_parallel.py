@@ -284,7 +284,7 @@ class GradientSync:
                 self._handles.append(module.register_forward_pre_hook(hook))
 
     def detach(self) -> None:
-        """Takes the hooks off, and puts the flags back as the user had set them."""
+        """Removes the hooks, and puts the flags back as the user had set them."""
         self.restore()
         for handle in self._handles:
             handle.remove()

@@ -76,7 +76,7 @@ class ModelHooks:
             self.local.attach(norm_type)
 
     def detach(self) -> None:
-        """Takes everything off; safe to call again."""
+        """Removes every hook; safe to call again."""
         self._arrivals.unhook()
         self.freed.detach()
         self.added.detach()
@@ -160,7 +160,7 @@ class _TensorHooks:
                 self._handles[index] = register(tensor, partial(call, index))
 
     def detach(self) -> None:
-        """Takes the hooks off; safe to call again."""
+        """Removes the hooks; safe to call again."""
         for handle in self._handles.values():
             handle.remove()
         self._handles = {}
@@ -354,7 +354,7 @@ class MicroBatchNorms(_TensorHooks):
         self._hook(indices, self._see)
 
     def detach(self) -> None:
-        """Takes the hooks off; safe to call again."""
+        """Removes the hooks; safe to call again."""
         super().detach()
         self.watching = False
         self.begin()

@@ -72,7 +72,7 @@ class StepBoundary:
         )
 
     def remove(self) -> None:
-        """Takes the hooks off; safe to call again."""
+        """Removes the hooks; safe to call again."""
         for handle in self._handles:
             handle.remove()
 
@@ -167,7 +167,7 @@ class OptimizerDiscovery:
         self._handle: RemovableHandle = register_optimizer_step_pre_hook(self._look)
 
     def remove(self) -> None:
-        """Takes the hook off; safe to call again."""
+        """Removes the hook; safe to call again."""
         self._handle.remove()
 
     def _look(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

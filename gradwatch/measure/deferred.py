@@ -11,14 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradwatch.pickles import stable_name
-
 Array = NDArray[np.floating[Any]]
 
 _polls_until_arrival: int | None = None
 
 
-@stable_name
 @contextmanager
 def late_readings(polls: int = 1) -> Iterator[None]:
     """Treats the CPU like an accelerator, so that what a run does on one can be seen on the CPU.

@@ -13,11 +13,10 @@ import numpy as np
 from gradwatch.pickles import stable_name
 from gradwatch.record.columns import Source
 from gradwatch.record.folder.files import plain_data
-from gradwatch.report.finding import SEVERITIES, Evidence, Finding
+from gradwatch.report.finding import SEVERITIES, Evidence, Finding, counted, named, printable
 from gradwatch.report.rules import ALWAYS, RULES
 from gradwatch.report.run_data import RunData, first_and_last, read_run
 from gradwatch.report.thresholds import Thresholds
-from gradwatch.wording import counted, named, printable
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -13,13 +13,7 @@ from torch.optim import Optimizer
 from gradwatch.clip.apply import clamp_, scale_, scale_each_
 from gradwatch.clip.policy import ClipDecision, ClipPolicy, UnitRule
 from gradwatch.hooks.optimizer import FusedStep
-from gradwatch.measure.deferred import (
-    Deferred,
-    FloatOrDeferred,
-    as_operand,
-    defer,
-    resolve,
-)
+from gradwatch.measure.deferred import Deferred, FloatOrDeferred, as_operand, defer, resolve
 from gradwatch.measure.norms import Measurement, StepNorms, total_norm
 from gradwatch.measure.parameters import ParameterTable, is_sharded, local_part
 from gradwatch.step.window import Window

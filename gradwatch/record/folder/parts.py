@@ -10,12 +10,7 @@ from typing import Any, Protocol
 
 from gradwatch.pickles import stable_name
 from gradwatch.record.columns import Array
-from gradwatch.record.folder.files import (
-    remove_leftovers,
-    remove_quietly,
-    sync_folder,
-    write_whole,
-)
+from gradwatch.record.folder.files import remove_leftovers, remove_quietly, sync_folder, write_whole
 from gradwatch.record.folder.tables import STEP_INDEX, open_parquet, reading
 
 _NAME = re.compile(r"(\d{4,})-(\d{10,})-(\d{10,})\.parquet")

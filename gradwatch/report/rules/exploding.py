@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gradwatch.report.finding import Evidence, Finding, first_steps
+from gradwatch.report.finding import Evidence, Finding, counted, first_steps
 from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
-from gradwatch.wording import counted
 
 _BLOCK = 5
 _START = 10

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from gradwatch.record.columns import Array
-from gradwatch.report.finding import Evidence, Finding
+from gradwatch.report.finding import Evidence, Finding, counted, named
 from gradwatch.report.run_data import RunData
 from gradwatch.report.thresholds import Thresholds
-from gradwatch.wording import counted, named
 
 SMALLEST = 2.0**-24
 """The smallest float16 above 0; each float16 is a whole number of times as large."""

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from gradwatch.record.columns import safe_text
-from gradwatch.report.finding import Evidence, Finding
+from gradwatch.report.finding import Evidence, Finding, counted, named
 from gradwatch.report.run_data import RunData
 from gradwatch.report.thresholds import Thresholds
-from gradwatch.wording import counted, named
 
 WHY = (
     "They are in the optimizer and require a gradient, but stay as they were initialised (weight "

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.record.columns import Array
-from gradwatch.report.finding import Evidence, Finding, first_steps
+from gradwatch.report.finding import Evidence, Finding, counted, first_steps
 from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
-from gradwatch.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gradwatch.record.columns import Array
-from gradwatch.report.finding import Evidence, Finding, first_steps
+from gradwatch.report.finding import Evidence, Finding, counted, first_steps
 from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
-from gradwatch.wording import counted
 
 WHY = "A step that is left out costs its batch, and moves schedules of the learning rate apart."
 ADVICE = (

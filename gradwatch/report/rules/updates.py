@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gradwatch.report.finding import Evidence, Finding
+from gradwatch.report.finding import Evidence, Finding, named
 from gradwatch.report.run_data import RunData, medians
 from gradwatch.report.thresholds import Thresholds
-from gradwatch.wording import named
 
 LARGE_WHY = "Weights that are rewritten within a few steps forget what they have learnt."
 SMALL_WHY = "At this pace the weights stay, in effect, as they were initialised."

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from gradwatch.record.columns import Array
-from gradwatch.report.finding import Evidence, Finding
+from gradwatch.report.finding import Evidence, Finding, counted, named
 from gradwatch.report.run_data import RunData, medians
 from gradwatch.report.thresholds import Thresholds
-from gradwatch.wording import counted, named
 
 WHY = (
     "What has a gradient of exactly zero does not learn. A ReLU that is off for every input passes "
