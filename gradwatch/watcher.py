@@ -26,7 +26,6 @@ from gradwatch.measure.parameters import ParameterTable
 from gradwatch.options import Accumulate, Options, check_unwatched, optimizer_list, parameter_table
 from gradwatch.pickles import stable_name
 from gradwatch.record.folder.writer import RunFolder
-from gradwatch.record.recorder import Recorder
 from gradwatch.record.records import Event, Sink, StepRecord
 from gradwatch.step.registry import OptimizerRegistry
 from gradwatch.step.run import Run
@@ -34,58 +33,6 @@ from gradwatch.step.run import Run
 if TYPE_CHECKING:
     from gradwatch.report.report import Report
     from gradwatch.report.thresholds import Thresholds
-
-
-def describe_optimizer(optimizer: Optimizer) -> dict[str, Any]:
-    """Describes an optimizer for the run folder: its class, and the settings of each group."""
-    kind = type(optimizer)
-    return {
-        "class": f"{kind.__module__}.{kind.__qualname__}",
-        "groups": [
-            {
-                "parameters": len(group["params"]),
-                **{name: _plain(value) for name, value in group.items() if name != "params"},
-            }
-            for group in optimizer.param_groups
-        ],
-    }
-
-
-def describe_options(options: Options) -> dict[str, Any]:
-    """Describes the arguments of ``watch()``, those that are objects as their ``repr``."""
-    left_out = ("sinks", "run_dir")  # they say where a run is kept, not how it was trained
-    names = [field.name for field in fields(options) if field.name not in left_out]
-    return {name: _plain(getattr(options, name)) for name in names}
-
-
-def _plain(value: object) -> Any:
-    if isinstance(value, (str, int, float, bool, type(None))):
-        return value
-    # The learning rate of a capturable optimizer is a tensor; a large one is no setting.
-    if isinstance(value, Tensor):
-        return value.tolist() if value.numel() <= 8 else f"tensor {tuple(value.shape)}"
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return repr(value)
-
-
-def postfix(recorder: Recorder) -> dict[str, str]:
-    """Makes a few short texts of the newest step; see :meth:`gradwatch.watcher.Watcher.postfix`.
-
-    Args:
-        recorder: The memory of the watcher.
-    """
-    record = recorder.newest
-    if record is None:
-        return {}
-    texts = {"grad_norm": f"{record.grad_norm:.3g}"}
-    if record.clipped:
-        texts["clip_coef"] = f"{record.clip_coef:.2g}"
-    if record.nonfinite_parameters:
-        texts["nonfinite"] = str(record.nonfinite_parameters)
-    if recorder.skipped:
-        texts["skipped"] = str(recorder.skipped)
-    return texts
 
 
 STATE_VERSION = 3
@@ -350,7 +297,18 @@ class Watcher:
             >>> watcher.postfix()
             {'grad_norm': '7', 'clip_coef': '0.5'}
         """
-        return postfix(self._run.recorder)
+        recorder = self._run.recorder
+        record = recorder.newest
+        if record is None:
+            return {}
+        texts = {"grad_norm": f"{record.grad_norm:.3g}"}
+        if record.clipped:
+            texts["clip_coef"] = f"{record.clip_coef:.2g}"
+        if record.nonfinite_parameters:
+            texts["nonfinite"] = str(record.nonfinite_parameters)
+        if recorder.skipped:
+            texts["skipped"] = str(recorder.skipped)
+        return texts
 
     @property
     def overhead(self) -> Overhead:
@@ -536,3 +494,36 @@ def build_watcher(
         )
         options = replace(options, sinks=(*options.sinks, folder))
     return Watcher(model, table, optimizers, options)
+
+
+def describe_optimizer(optimizer: Optimizer) -> dict[str, Any]:
+    """Describes an optimizer for the run folder: its class, and the settings of each group."""
+    kind = type(optimizer)
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "groups": [
+            {
+                "parameters": len(group["params"]),
+                **{name: _plain(value) for name, value in group.items() if name != "params"},
+            }
+            for group in optimizer.param_groups
+        ],
+    }
+
+
+def describe_options(options: Options) -> dict[str, Any]:
+    """Describes the arguments of ``watch()``, those that are objects as their ``repr``."""
+    left_out = ("sinks", "run_dir")  # they say where a run is kept, not how it was trained
+    names = [field.name for field in fields(options) if field.name not in left_out]
+    return {name: _plain(getattr(options, name)) for name in names}
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    # The learning rate of a capturable optimizer is a tensor; a large one is no setting.
+    if isinstance(value, Tensor):
+        return value.tolist() if value.numel() <= 8 else f"tensor {tuple(value.shape)}"
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return repr(value)
