@@ -15,7 +15,7 @@ from gradwatch.clip.zclip import ZClip
 from gradwatch.errors import AccumulationError, NonFiniteGradientError
 from gradwatch.hessian.every import CurvatureEvery
 from gradwatch.history import History, load
-from gradwatch.pickles import INNER, MOVED, add_aliases
+from gradwatch.pickles import MOVED, add_aliases, find_inner
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.records import Event, GradwatchWarning, Layout, RecordBatch, Sink, StepRecord
 from gradwatch.watcher import Watcher, watch
@@ -79,8 +79,8 @@ def __getattr__(name: str) -> Any:
     if name in _ON_DEMAND:
         value = globals()[name] = getattr(import_module(_ON_DEMAND[name]), name)
         return value
-    if name in INNER:  # not kept: dir() lists what is public
-        return getattr(import_module(INNER[name]), name)
+    if (inner := find_inner(name)) is not None:  # not kept: dir() lists what is public
+        return inner
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

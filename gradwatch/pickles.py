@@ -17,38 +17,29 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 INNER = {
-    "CommandError": "gradwatch.cli.arguments",
-    "Curvature": "gradwatch.hessian.curvature",
-    "CurvatureSample": "gradwatch.hessian.every",
-    "AccumulationSchedule": "gradwatch.accumulate.policies",
-    "FixedAccumulation": "gradwatch.accumulate.policies",
-    "_NoiseScaleState": "gradwatch.accumulate.policies",
-    "_looked_up": "gradwatch.accumulate.policies",
-    "NoiseScaleEstimator": "gradwatch.accumulate.noise_scale",
-    "_AdaGCState": "gradwatch.clip.adagc",
-    "NormHistory": "gradwatch.clip.norm_history",
-    "_FloatBackend": "gradwatch.clip.norm_history",
-    "_FloatWindow": "gradwatch.clip.norm_history",
-    "_TensorBackend": "gradwatch.clip.norm_history",
-    "_TensorWindow": "gradwatch.clip.norm_history",
-    "SpikeRule": "gradwatch.clip.spikes",
-    "GradientCheck": "gradwatch.gradcheck.result",
-    "GradientMismatch": "gradwatch.gradcheck.result",
-    "NotFiniteError": "gradwatch.hessian.spectrum",
-    "Evidence": "gradwatch.report.finding",
-    "Finding": "gradwatch.report.finding",
-    "Options": "gradwatch.options",
-    "Overhead": "gradwatch.guard",
-    "FolderSource": "gradwatch.record.folder.reader",
-    "ParameterReader": "gradwatch.record.folder.reader",
-    "SessionStarts": "gradwatch.record.folder.reader",
-    "Part": "gradwatch.record.folder.parts",
-    "UnreadableError": "gradwatch.record.folder.files",
-    "WriterLock": "gradwatch.record.folder.lock",
-    "TooManySkipsError": "gradwatch.step.skip_rule",
-    "late_readings": "gradwatch.testing",
+    "gradwatch.accumulate.noise_scale": "NoiseScaleEstimator",
+    "gradwatch.accumulate.policies": "AccumulationSchedule FixedAccumulation _NoiseScaleState "
+    "_looked_up",
+    "gradwatch.cli.arguments": "CommandError",
+    "gradwatch.clip.adagc": "_AdaGCState",
+    "gradwatch.clip.norm_history": "NormHistory _FloatBackend _FloatWindow _TensorBackend "
+    "_TensorWindow",
+    "gradwatch.clip.spikes": "SpikeRule",
+    "gradwatch.gradcheck.result": "GradientCheck GradientMismatch",
+    "gradwatch.guard": "Overhead",
+    "gradwatch.hessian.curvature": "Curvature",
+    "gradwatch.hessian.every": "CurvatureSample",
+    "gradwatch.hessian.spectrum": "NotFiniteError",
+    "gradwatch.options": "Options",
+    "gradwatch.record.folder.files": "UnreadableError",
+    "gradwatch.record.folder.lock": "WriterLock",
+    "gradwatch.record.folder.parts": "Part",
+    "gradwatch.record.folder.reader": "FolderSource ParameterReader SessionStarts",
+    "gradwatch.report.finding": "Evidence Finding",
+    "gradwatch.step.skip_rule": "TooManySkipsError",
+    "gradwatch.testing": "late_readings",
 }
-"""Where ``gradwatch`` finds what is not public, but is in the pickle of something that is."""
+"""Modules, and what of them is not public but in the pickle of something that is."""
 
 MOVED = {
     "gradwatch.commands.shared.command_error": "CommandError",
@@ -93,6 +84,14 @@ MOVED = {
     "gradwatch.watching": "watch",
 }
 """Modules of gradwatch 0.1, and what of them pickles may name: ``NAME`` or ``OLD=NEW``."""
+
+
+def find_inner(name: str) -> Any:
+    """Returns a thing that is not public but pickled by this name; None for any other name."""
+    for module, names in INNER.items():
+        if name in names.split():
+            return getattr(import_module(module), name)
+    return None
 
 
 def stable_name(thing: T) -> T:

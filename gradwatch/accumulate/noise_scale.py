@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -165,24 +165,10 @@ class NoiseSample:
     per_micro_batch: FloatOrDeferred
     micro_batches: int | None = None
 
-    def of_full_window(self, micro_batches: int) -> NoiseSample:
-        """Returns the sample with the number of micro-batches that a full window has."""
-        return replace(self, micro_batches=micro_batches)
-
-    def batch(self) -> float:
-        """The size of a full window."""
-        if self.micro_batches is None:
-            return resolve(self.large)
-        return resolve(self.per_micro_batch) * self.micro_batches
-
     def deferred(self) -> list[Deferred]:
         """Lists what must be read before the numbers can be."""
         numbers = (self.small_sq, self.small, self.large, self.scale, self.per_micro_batch)
         return [one for one in numbers if isinstance(one, Deferred)]
-
-    def small_norm_sq(self) -> float:
-        """The squared norm of the mean gradient of the small batch, in true units."""
-        return resolve(self.small_sq) / resolve(self.scale) ** 2
 
 
 def sample_of_all(
@@ -338,6 +324,20 @@ class NoiseScaleEstimator:
         self._batch = self._per_micro_batch = 0.0
         self.updates = 0
         """Windows so far."""
+
+    def add(self, sample: NoiseSample, norm_sq: float) -> None:
+        """Adds what the micro-batches of a window tell; its numbers must have arrived.
+
+        Args:
+            sample: The gradient of a small batch.
+            norm_sq: Squared norm of that of the whole window, in true units.
+        """
+        small, large, each = map(resolve, (sample.small, sample.large, sample.per_micro_batch))
+        if 0 < small < large:  # else a single micro-batch weighs something
+            small_sq = resolve(sample.small_sq) / resolve(sample.scale) ** 2
+            full = sample.micro_batches
+            batch = large if full is None else each * full
+            self.update(*noise_terms(small_sq, small, norm_sq, large), batch, each)
 
     def update(self, tr_sigma: float, grad_sq: float, batch: float, per_micro_batch: float) -> None:
         """Adds a window; one with a number that is not finite, or without a size, is ignored.

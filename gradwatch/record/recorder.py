@@ -49,15 +49,6 @@ class Entry:
     statistics: Mapping[str, Row] = field(default_factory=dict)
     events: tuple[Event, ...] = ()
 
-    def with_clipped(self, columns: Sequence[int], norms: Row) -> Entry:
-        """Returns the entry with post-clip norms of their own.
-
-        Args:
-            columns: Columns of the layout.
-            norms: float array ``[len(columns)]``.
-        """
-        return replace(self, clipped_columns=columns, clipped_norms=norms)
-
 
 class RingBuffer:
     """Keeps the newest entries; an older one makes room for each that comes after it is full."""
@@ -90,8 +81,14 @@ class RingBuffer:
         _fill(self._norms[slot], entry.columns, entry.norms)
         self._explicit[slot] = entry.clipped_norms is not None
         if entry.clipped_norms is not None:
-            _fill(self._clipped_plane()[slot], entry.clipped_columns, entry.clipped_norms)
-        self._append_statistics(slot, entry.statistics)
+            if self._clipped is None:  # most runs have no clip but gradwatch's, and need no second
+                self._clipped = np.full_like(self._norms, NO_GRADIENT)
+            _fill(self._clipped[slot], entry.clipped_columns, entry.clipped_norms)
+        for name in entry.statistics:
+            if name not in self._statistics:
+                self._statistics[name] = np.full(self._norms.shape, np.nan)
+        for name, plane in self._statistics.items():
+            plane[slot] = entry.statistics.get(name, np.nan)
 
     def batch(self, newest: int | None = None, events: tuple[Event, ...] = ()) -> RecordBatch:
         """Copies the newest steps out.
@@ -123,18 +120,6 @@ class RingBuffer:
             return derived
         rows: Row = np.where(self._explicit[slots][:, None], self._clipped[slots], derived)
         return rows
-
-    def _clipped_plane(self) -> Row:
-        if self._clipped is None:
-            self._clipped = np.full_like(self._norms, NO_GRADIENT)
-        return self._clipped
-
-    def _append_statistics(self, slot: int, statistics: Mapping[str, Row]) -> None:
-        for name in statistics:
-            if name not in self._statistics:
-                self._statistics[name] = np.full(self._norms.shape, np.nan)
-        for name, plane in self._statistics.items():
-            plane[slot] = statistics.get(name, np.nan)
 
     def _widen_for(self, entry: Entry) -> None:
         """Goes over to float64 where a norm comes that a float32 cannot hold exactly."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from gradwatch.accumulate.noise_scale import NoiseSample, NoiseScaleEstimator, noise_terms
+from gradwatch.accumulate.noise_scale import NoiseSample, NoiseScaleEstimator
 from gradwatch.measure.deferred import Deferred, FloatOrDeferred, Transfer, resolve
 from gradwatch.measure.norms import FirstNonFinite, LateCheck, StepNorms
 from gradwatch.measure.parameters import ParameterTable
@@ -130,12 +130,12 @@ class PendingStep:
         rows = before.norms.array()
         if norms.before_scale != 1.0:
             rows = rows * norms.before_scale
-        statistics, events = self.statistics.rows(), self._events(record, first)
-        entry = Entry(record, before.indices, rows, statistics=statistics, events=events)
-        if norms.untouched:
-            return entry
-        factor = norms.after_scale * resolve(norms.coefficient)
-        return entry.with_clipped(after.indices, after.norms.array() * factor)
+        clipped = None
+        if not norms.untouched:
+            clipped = after.norms.array() * (norms.after_scale * resolve(norms.coefficient))
+        events = self._events(record, first)
+        statistics = self.statistics.rows()
+        return Entry(record, before.indices, rows, after.indices, clipped, statistics, events)
 
     def _check_late(self) -> tuple[FirstNonFinite | None, int]:
         """Looks at what could not be looked at in time."""
@@ -176,11 +176,7 @@ class PendingStep:
         if estimator is None:
             return
         if sample is not None and record.outcome == "applied":
-            small, large = resolve(sample.small), resolve(sample.large)
-            if 0 < small < large:  # else a single micro-batch weighs something
-                norm_sq = record.grad_norm * record.grad_norm
-                terms = noise_terms(sample.small_norm_sq(), small, norm_sq, large)
-                estimator.update(*terms, sample.batch(), resolve(sample.per_micro_batch))
+            estimator.add(sample, record.grad_norm * record.grad_norm)
         if estimator.updates:
             noise = estimator.read()
             record.noise_scale, record.noise_scale_stderr = noise.b_simple, noise.stderr

@@ -43,7 +43,7 @@ class Window:
         norm_type: The p of the norms.
         shards: Knows which gradients this rank holds a part of; None where all are whole.
         arrivals: For each micro-batch the indices that received a gradient in it, and its weight.
-        noise_terms: For each micro-batch what the noise scale is made of.
+        noise_norms: For each micro-batch its weight and norm, for the noise scale.
         first_nonfinite: The first parameter that went bad; None while all is finite.
         nonfinite_count: How many parameters were bad at the worst moment.
         late_checks: What was measured and could not be looked at yet.
@@ -57,7 +57,7 @@ class Window:
     norm_type: float = 2.0
     shards: Shards | None = None
     arrivals: list[tuple[set[int], FloatOrDeferred]] = field(default_factory=list)
-    noise_terms: list[MicroBatch] = field(default_factory=list)
+    noise_norms: list[MicroBatch] = field(default_factory=list)
     first_nonfinite: FirstNonFinite | None = None
     nonfinite_count: int = 0
     late_checks: list[LateCheck] = field(default_factory=list)
@@ -169,7 +169,7 @@ class Window:
 
     def reset(self) -> None:
         """Empties the window: a step was taken, or the gradients were thrown away."""
-        self.arrivals, self.noise_terms, self.late_checks = [], [], []
+        self.arrivals, self.noise_norms, self.late_checks = [], [], []
         self.first_nonfinite, self.nonfinite_count = None, 0
         self.divisor, self.correction = None, 1.0
         self._before = self._snapshot = None
@@ -303,7 +303,7 @@ class Window:
         return replace(
             self,
             arrivals=[(set(arrived), weight) for arrived, weight in self.arrivals],
-            noise_terms=list(self.noise_terms),
+            noise_norms=list(self.noise_norms),
             late_checks=list(self.late_checks),
         )
 
@@ -327,7 +327,7 @@ class Window:
         kept = [(arrived, w) for arrived, w in self.arrivals if arrived & mine or not arrived]
         part.arrivals = [(arrived & mine, w) for arrived, w in kept]
         if mine.issuperset(self.indices):
-            part.noise_terms = list(self.noise_terms)
+            part.noise_norms = list(self.noise_norms)
         if first is not None and first.index in mine:
             number = sum(bool(arrived & mine) for arrived, _ in self.arrivals[: first.micro_batch])
             part.first_nonfinite = replace(first, micro_batch=number)
@@ -424,11 +424,11 @@ class WindowWeights:
         """
         count, hooks = len(window.arrivals), self._hooks
         if count == 1 and hooks.local is None and not hooks.added.watching:
-            window.noise_terms = [
+            window.noise_norms = [
                 MicroBatch(weight, None if measurement is None else measurement.total)
             ]
             return
-        first, again = count == 1, count == len(window.noise_terms)
+        first, again = count == 1, count == len(window.noise_norms)
         self._reduced = 0 if first else self._reduced
         own, added = self.own_norm(window), None
         self._reduced += own is not None
@@ -439,7 +439,10 @@ class WindowWeights:
         norm = None if added is None else defer(added)
         if norm is None and first and measurement is not None:
             norm = measurement.total
-        window.noise_terms = [*window.noise_terms[: count - 1], MicroBatch(weight, norm)]
+        window.noise_norms = [
+            *window.noise_norms[: count - 1],
+            MicroBatch(weight, norm),
+        ]
 
     def own_norm(self, window: Window) -> Tensor | None:
         """Returns the norm of this rank's own gradients before the newest reduction, if any."""
@@ -468,11 +471,11 @@ class WindowWeights:
         self.sample = self.weight = ranks = None
         if window.divisor is not None or self._by_noise:
             ranks = self._data_parallel  # but not in a loop that is only watched
-        alone = len(window.noise_terms) < 2 and self._data_parallel is None
-        if not window.noise_terms or (alone and window.divisor is None):
+        alone = len(window.noise_norms) < 2 and self._data_parallel is None
+        if not window.noise_norms or (alone and window.divisor is None):
             self.silent = ONE_MICRO_BATCH
             return losses
-        sums = WindowSums.of(window.noise_terms, losses)
+        sums = WindowSums.of(window.noise_norms, losses)
         if ranks is not None:
             device = window.table.tensors[window.indices[0]].device
             sums = sums.over_ranks(ranks.sum_, device)
@@ -493,16 +496,16 @@ class WindowWeights:
             return None, NOT_L2
         if window.shards is not None:
             return None, SHARDED
-        units = added.units or len(window.noise_terms)
+        units = added.units or len(window.noise_norms)
         if added.ranks is None and self._data_parallel is not None:
             return self._sample_of_rank(window, self._data_parallel, added.scale, units)
-        if added.ranks is None and len(window.noise_terms) < 2:
+        if added.ranks is None and len(window.noise_norms) < 2:
             return None, ONE_MICRO_BATCH
         sample = sample_of_all(added.sums, added.divisor, added.scale, units)
         if sample is not None and added.units:  # a short last window is not as long as the next
-            sample = sample.of_full_window(added.full_units)
+            sample = replace(sample, micro_batches=added.full_units)
         if sample is None and added.ranks is None:
-            sample = sample_of_first(window.noise_terms, added.divisor, added.scale)
+            sample = sample_of_first(window.noise_norms, added.divisor, added.scale)
         return sample, "" if sample is not None else NOT_SEEN
 
     def _sample_of_rank(

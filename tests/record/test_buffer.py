@@ -1,5 +1,7 @@
 """The ring buffer: bounded, in order, both sides of the clip."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -41,7 +43,9 @@ def test_measured_clipped_norms_win():
     """Where the loop clipped, the norms after are the measured ones, of that step only."""
     buffer = RingBuffer(LAYOUT, 4)
     buffer.append(_entry(1, coefficient=0.5))
-    buffer.append(_entry(2).with_clipped([0], np.array([0.25], np.float32)))
+    buffer.append(
+        replace(_entry(2), clipped_columns=[0], clipped_norms=np.array([0.25], np.float32))
+    )
     assert buffer.batch().clipped_norms.tolist() == [
         [0.5, NO_GRADIENT, 1.0],
         [0.25, NO_GRADIENT, NO_GRADIENT],

@@ -62,8 +62,8 @@ def live(*batches, size=100_000):
         for place, record in enumerate(one.steps):
             statistics = {name: plane[place] for name, plane in one.statistics.items()}
             columns = range(len(one.layout.names))
-            entry = Entry(record, columns, one.norms[place], statistics=statistics)
-            buffer.append(entry.with_clipped(columns, one.clipped_norms[place]))
+            norms, clipped = one.norms[place], one.clipped_norms[place]
+            buffer.append(Entry(record, columns, norms, columns, clipped, statistics))
     events = tuple(event for one in batches for event in one.events)
     return History(lambda: buffer.batch(events=events))
 
