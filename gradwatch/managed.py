@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -224,6 +223,7 @@ class ManagedLoop:
         newest_weight: Weight of the newest one.
         active: Whether a backward of this loop is under way.
         manages: Whether the newest backward was this loop's: else the loop's windows are its own.
+        holds_all: Has no micro-batch communicate, not even the last: the step makes up for it.
     """
 
     def __init__(
@@ -247,7 +247,7 @@ class ManagedLoop:
         # What one batch weighs, the same on all ranks; None while they were not asked.
         self._agreed: FloatOrDeferred | None = None
         self._communicated = True
-        self._holds_all = False
+        self.holds_all = False
         self.manages = run.accumulation.checked
 
     # -- what the loop calls ---------------------------------------------------------------------
@@ -297,15 +297,6 @@ class ManagedLoop:
             self._run.hooks.watch_added()
         return self._progress.parts(parts)
 
-    @contextmanager
-    def all_held_back(self) -> Iterator[None]:
-        """Has no micro-batch communicate, not even the last: the step makes up for it."""
-        self._holds_all = True
-        try:
-            yield
-        finally:
-            self._holds_all = False
-
     # -- what happens around it ------------------------------------------------------------------
 
     def before_forward(self) -> None:
@@ -314,7 +305,7 @@ class ManagedLoop:
             return
         self._sync.restore()  # left over where a forward had no backward
         wanted = self._run.accumulation.micro_batches
-        if self._holds_all or (self.manages and not self._progress.is_last(wanted)):
+        if self.holds_all or (self.manages and not self._progress.is_last(wanted)):
             self._sync.hold_back()
 
     def after_other_backward(self) -> None:
@@ -351,8 +342,7 @@ class ManagedLoop:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs to divide by the same."""
-        agreed = None if self._agreed is None else float(as_operand(self._agreed))
-        return {"agreed": agreed}
+        return {"agreed": None if self._agreed is None else float(as_operand(self._agreed))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave."""
@@ -538,9 +528,9 @@ class BatchRunner:
         self, start: _Start, closure: Closure, batch: Any, size: int
     ) -> tuple[Tensor, Exception | None]:
         """Runs a batch once; returns its loss, and the error where memory ran out."""
+        self._managed.holds_all = True
         try:
-            with self._managed.all_held_back():
-                return self._run_parts(closure, batch, size), None
+            return self._run_parts(closure, batch, size), None
         except BaseException as error:
             if isinstance(error, Exception) and is_out_of_memory(error):
                 if size > 1:  # else it will be raised, with its story
@@ -548,6 +538,8 @@ class BatchRunner:
                 return torch.zeros(()), error
             start.go_back()
             raise
+        finally:
+            self._managed.holds_all = False
 
     def _run_parts(self, closure: Closure, batch: Any, size: int) -> Tensor:
         loss_sum = torch.zeros(())

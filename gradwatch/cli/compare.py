@@ -32,6 +32,151 @@ if TYPE_CHECKING:
     from gradwatch.history import History
 
 
+_NAME = 44  # columns of a name, in which a parameter of a deep model still differs from the next
+_VALUE = 200
+_SHORT = 40  # two values that are no longer together share a line
+
+_LARGEST = ("largest at step", "A there", "B there")
+
+_DESCRIPTION = """\
+Puts two runs beside each other: their settings, the steps that both have, and the
+parameters that both have. What differs most comes first.
+
+Steps are compared number by number, so two runs that began alike show where they part."""
+
+_EXAMPLES = """\
+gradwatch compare runs/a runs/b
+gradwatch compare runs/a runs/b --top 30
+gradwatch compare runs/a runs/b --json | jq .steps.first_step"""
+
+
+def add_to(commands: Commands) -> None:
+    """Adds the command to those of the parser."""
+    summary = "two runs, and what differs most"
+    parser = add_command(commands, "compare", run, summary, _DESCRIPTION, _EXAMPLES)
+    parser.add_argument("a", metavar="A", help=RUN)
+    parser.add_argument("b", metavar="B", help="the one to compare it with")
+    shown = "parameters and settings to show (default: %(default)s); --json has all"
+    parser.add_argument("--top", type=at_least_one, default=10, metavar="N", help=shown)
+    what = "print everything that was compared as JSON"
+    parser.add_argument("--json", action="store_true", help=what)
+
+
+def run(arguments: argparse.Namespace, out: Output) -> int:
+    """Prints the comparison; returns the exit code."""
+    found = compare(arguments.a, arguments.b)
+    if arguments.json:
+        out.line(as_json(asdict(found), indent=2))
+    else:
+        for line in _lines(found, arguments.top):
+            out.line(line)
+    return FINE
+
+
+def _lines(found: Compared, top: int) -> Iterator[str]:
+    yield f"A  {printable(found.a)}"
+    yield f"B  {printable(found.b)}"
+    yield _summary(found)
+    yield from _setting_lines(found, top)
+    yield from _total_lines(found)
+    yield from _steps(found)
+    yield from _parameters(found, top)
+
+
+def _summary(found: Compared) -> str:
+    steps = found.steps
+    if not steps.common:
+        return "The runs have no step in common."
+    both = f"{counted(steps.common, 'step')} in both"
+    if steps.first_step is None:
+        return f"{both}, and the same numbers in each of them."
+    columns = ", ".join(steps.first_columns)
+    return f"{both}; they differ from step {steps.first_step:,} on, first in {columns}."
+
+
+def _setting_lines(found: Compared, top: int) -> Iterator[str]:
+    shown = list(found.settings.items())[:top]
+    if shown:
+        yield ""
+        yield "Settings that differ"
+    for name, pair in shown:
+        a, b = map(_value, pair)
+        if len(a) + len(b) <= _SHORT:
+            yield f"  {shortened(printable(name), _NAME)}  {a} in A, {b} in B"
+        else:
+            yield from (f"  {shortened(printable(name), _NAME)}", f"    A  {a}", f"    B  {b}")
+    yield from _more(len(found.settings) - len(shown), "setting")
+
+
+def _total_lines(found: Compared) -> Iterator[str]:
+    rows = [
+        [printable(name), *(_total(name, value) for value in pair)]
+        for name, pair in found.totals.items()
+    ]
+    yield from _section("Totals", ("", "A", "B"), rows)
+
+
+def _steps(found: Compared) -> Iterator[str]:
+    differing = [one for one in found.steps.columns if one.first_step is not None]
+    header = ("", "A", "B", "B/A", "differs from", *_LARGEST)
+    rows = [[one.column, *_middle(one), f"{one.first_step:,}", *_largest(one)] for one in differing]
+    yield from _section("By step (medians)", header, rows)
+    same = [one.column for one in found.steps.columns if one.first_step is None]
+    if rows and same:
+        yield f"The same in both: {', '.join(same)}"
+
+
+def _parameters(found: Compared, top: int) -> Iterator[str]:
+    differing = [one for one in found.parameters.parameters if one.largest_step is not None]
+    header = ("", "A", "B", "B/A", *_LARGEST)
+    rows = [
+        [shortened(printable(one.parameter), _NAME), *_middle(one), *_largest(one)]
+        for one in differing[:top]
+    ]
+    sampled = ", of some ranges of steps" if found.parameters.sampled else ""
+    yield from _section(f"By parameter (typical gradient norm{sampled})", header, rows)
+    yield from _more(len(differing) - len(rows), "parameter")
+    for side, names in (("A", found.parameters.only_a), ("B", found.parameters.only_b)):
+        if names:
+            yield f"Only in {side}: {_named(names)}"
+
+
+def _section(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    if rows:
+        yield ""
+        yield title
+        yield from (f"  {line}" for line in text_table(header, rows))
+
+
+def _more(amount: int, what: str) -> Iterator[str]:
+    if amount > 0:
+        yield f"  ... and {counted(amount, f'more {what}')}; --top shows more."
+
+
+def _middle(one: ColumnDifference | ParameterDifference) -> list[str]:
+    return [or_dash(one.a), or_dash(one.b), "-" if isnan(one.ratio) else times(one.ratio)]
+
+
+def _largest(one: ColumnDifference | ParameterDifference) -> list[str]:
+    return [f"{one.largest_step:,}", f"{one.largest_a:.4g}", f"{one.largest_b:.4g}"]
+
+
+def _total(name: str, value: Any) -> str:
+    # A count stays an int to the end, and a float is a measurement, with four digits.
+    if name == "clipped":
+        return percent(value)
+    return or_dash(value) if isinstance(value, float) else f"{value:,}"
+
+
+def _value(value: Any) -> str:
+    return "nothing" if value is None else shortened(printable(str(value)), _VALUE)
+
+
+def _named(names: Sequence[str], most: int = 3) -> str:
+    shown = ", ".join(shortened(printable(name), _NAME) for name in names[:most])
+    return shown + (f" and {len(names) - most:,} more" if len(names) > most else "")
+
+
 Floats = NDArray[np.floating[Any]]
 
 _MEASURED = ("grad_norm", "grad_norm_clipped", "clip_coef")
@@ -383,148 +528,3 @@ def _worst_first(found: Sequence[_Difference]) -> list[_Difference]:
         return middle, worst
 
     return sorted(found, key=apart, reverse=True)
-
-
-_NAME = 44  # columns of a name, in which a parameter of a deep model still differs from the next
-_VALUE = 200
-_SHORT = 40  # two values that are no longer together share a line
-
-_LARGEST = ("largest at step", "A there", "B there")
-
-_DESCRIPTION = """\
-Puts two runs beside each other: their settings, the steps that both have, and the
-parameters that both have. What differs most comes first.
-
-Steps are compared number by number, so two runs that began alike show where they part."""
-
-_EXAMPLES = """\
-gradwatch compare runs/a runs/b
-gradwatch compare runs/a runs/b --top 30
-gradwatch compare runs/a runs/b --json | jq .steps.first_step"""
-
-
-def add_to(commands: Commands) -> None:
-    """Adds the command to those of the parser."""
-    summary = "two runs, and what differs most"
-    parser = add_command(commands, "compare", run, summary, _DESCRIPTION, _EXAMPLES)
-    parser.add_argument("a", metavar="A", help=RUN)
-    parser.add_argument("b", metavar="B", help="the one to compare it with")
-    shown = "parameters and settings to show (default: %(default)s); --json has all"
-    parser.add_argument("--top", type=at_least_one, default=10, metavar="N", help=shown)
-    what = "print everything that was compared as JSON"
-    parser.add_argument("--json", action="store_true", help=what)
-
-
-def run(arguments: argparse.Namespace, out: Output) -> int:
-    """Prints the comparison; returns the exit code."""
-    found = compare(arguments.a, arguments.b)
-    if arguments.json:
-        out.line(as_json(asdict(found), indent=2))
-    else:
-        for line in _lines(found, arguments.top):
-            out.line(line)
-    return FINE
-
-
-def _lines(found: Compared, top: int) -> Iterator[str]:
-    yield f"A  {printable(found.a)}"
-    yield f"B  {printable(found.b)}"
-    yield _summary(found)
-    yield from _setting_lines(found, top)
-    yield from _total_lines(found)
-    yield from _steps(found)
-    yield from _parameters(found, top)
-
-
-def _summary(found: Compared) -> str:
-    steps = found.steps
-    if not steps.common:
-        return "The runs have no step in common."
-    both = f"{counted(steps.common, 'step')} in both"
-    if steps.first_step is None:
-        return f"{both}, and the same numbers in each of them."
-    columns = ", ".join(steps.first_columns)
-    return f"{both}; they differ from step {steps.first_step:,} on, first in {columns}."
-
-
-def _setting_lines(found: Compared, top: int) -> Iterator[str]:
-    shown = list(found.settings.items())[:top]
-    if shown:
-        yield ""
-        yield "Settings that differ"
-    for name, pair in shown:
-        a, b = map(_value, pair)
-        if len(a) + len(b) <= _SHORT:
-            yield f"  {shortened(printable(name), _NAME)}  {a} in A, {b} in B"
-        else:
-            yield from (f"  {shortened(printable(name), _NAME)}", f"    A  {a}", f"    B  {b}")
-    yield from _more(len(found.settings) - len(shown), "setting")
-
-
-def _total_lines(found: Compared) -> Iterator[str]:
-    rows = [
-        [printable(name), *(_total(name, value) for value in pair)]
-        for name, pair in found.totals.items()
-    ]
-    yield from _section("Totals", ("", "A", "B"), rows)
-
-
-def _steps(found: Compared) -> Iterator[str]:
-    differing = [one for one in found.steps.columns if one.first_step is not None]
-    header = ("", "A", "B", "B/A", "differs from", *_LARGEST)
-    rows = [[one.column, *_middle(one), f"{one.first_step:,}", *_largest(one)] for one in differing]
-    yield from _section("By step (medians)", header, rows)
-    same = [one.column for one in found.steps.columns if one.first_step is None]
-    if rows and same:
-        yield f"The same in both: {', '.join(same)}"
-
-
-def _parameters(found: Compared, top: int) -> Iterator[str]:
-    differing = [one for one in found.parameters.parameters if one.largest_step is not None]
-    header = ("", "A", "B", "B/A", *_LARGEST)
-    rows = [
-        [shortened(printable(one.parameter), _NAME), *_middle(one), *_largest(one)]
-        for one in differing[:top]
-    ]
-    sampled = ", of some ranges of steps" if found.parameters.sampled else ""
-    yield from _section(f"By parameter (typical gradient norm{sampled})", header, rows)
-    yield from _more(len(differing) - len(rows), "parameter")
-    for side, names in (("A", found.parameters.only_a), ("B", found.parameters.only_b)):
-        if names:
-            yield f"Only in {side}: {_named(names)}"
-
-
-def _section(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    if rows:
-        yield ""
-        yield title
-        yield from (f"  {line}" for line in text_table(header, rows))
-
-
-def _more(amount: int, what: str) -> Iterator[str]:
-    if amount > 0:
-        yield f"  ... and {counted(amount, f'more {what}')}; --top shows more."
-
-
-def _middle(one: ColumnDifference | ParameterDifference) -> list[str]:
-    return [or_dash(one.a), or_dash(one.b), "-" if isnan(one.ratio) else times(one.ratio)]
-
-
-def _largest(one: ColumnDifference | ParameterDifference) -> list[str]:
-    return [f"{one.largest_step:,}", f"{one.largest_a:.4g}", f"{one.largest_b:.4g}"]
-
-
-def _total(name: str, value: Any) -> str:
-    # A count stays an int to the end, and a float is a measurement, with four digits.
-    if name == "clipped":
-        return percent(value)
-    return or_dash(value) if isinstance(value, float) else f"{value:,}"
-
-
-def _value(value: Any) -> str:
-    return "nothing" if value is None else shortened(printable(str(value)), _VALUE)
-
-
-def _named(names: Sequence[str], most: int = 3) -> str:
-    shown = ", ".join(shortened(printable(name), _NAME) for name in names[:most])
-    return shown + (f" and {len(names) - most:,} more" if len(names) > most else "")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -136,14 +136,6 @@ class CurvatureSample(NamedTuple):
 
 
 NOT_TAKEN = CurvatureSample()
-
-TakeCurvature: TypeAlias = Callable[[int, str], CurvatureSample]
-"""What is called with a step and its outcome, when it is over."""
-
-
-def never(step: int, outcome: str) -> CurvatureSample:
-    """Measures nothing, at any step."""
-    return NOT_TAKEN
 
 
 def sampler_of(

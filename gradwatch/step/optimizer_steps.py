@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -264,10 +264,6 @@ class OptimizerSteps(Steps):
             self.window, self._losses = window, losses
 
         return put_back
-
-    def shares(self, indices: Sequence[int]) -> bool:
-        """Tells whether the optimizer holds any of some parameters."""
-        return not set(indices).isdisjoint(self.window.indices)
 
     def _refresh(self) -> list[int]:
         """Watches the parameters of groups that were added to the optimizer since.

@@ -145,6 +145,7 @@ class OptimizerRegistry:
         self._noise: dict[str, Any] = {}
         clip = run.options.clip
         self._fresh_clip = {} if clip is None else clip.state_dict()
+        self._norm_type = 2.0 if clip is None else clip.norm_type
 
     def attach(self, optimizers: Sequence[Optimizer]) -> None:
         """Hangs hooks on the optimizers, and on the parameters that they step.
@@ -252,10 +253,8 @@ class OptimizerRegistry:
         windows = [one.window for one in self.followed if one.window.micro_batches]
         if not windows:
             return {}
-        return {
-            "micro_batches": windows[0].micro_batches,
-            "weight": float(resolve(windows[0].weight)),
-        }
+        weight = float(resolve(windows[0].weight))
+        return {"micro_batches": windows[0].micro_batches, "weight": weight}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what :meth:`state_dict` gave, also for optimizers that are still to come."""
@@ -279,7 +278,8 @@ class OptimizerRegistry:
         if self._unowned is None:
             return
         indices = self._indices(optimizer)
-        if any(one.stepping and one.shares(indices) for one in self.followed):
+        stepping = [index for one in self.followed if one.stepping for index in one.window.indices]
+        if not set(indices).isdisjoint(stepping):
             return  # an optimizer that another one calls, as SAM does: one step, not two
         windows = [self._unowned.window, *(one.window for one in self.followed)]
         parts = [window.part(indices) for window in windows]
@@ -325,12 +325,8 @@ class OptimizerRegistry:
     def _indices(self, optimizer: Optimizer) -> list[int]:
         return self._run.table.indices_of(optimizer_parameters(optimizer))
 
-    @property
-    def _norm_type(self) -> float:
-        return 2.0 if self._options.clip is None else self._options.clip.norm_type
-
     def _window(self, indices: Sequence[int]) -> Window:
-        return Window(self._run.table, list(indices), self._norm_type, shards=self._run.shards)
+        return Window(self._run.table, list(indices), self._norm_type, self._run.shards)
 
 
 def _label(optimizer: Optimizer, taken: Sequence[str]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from gradwatch.accumulate.noise_scale import NoiseScale
 from gradwatch.accumulate.policies import AccumulationPlan
 from gradwatch.guard import Stopwatch
 from gradwatch.hooks.data_parallel import DataParallel, rank
@@ -52,7 +51,9 @@ class Run:
         self.shards = Shards.of(table.tensors)
         self.scale = LossScale(options.scaler)
         self.stopwatch = Stopwatch()
-        self.accumulation = AccumulationPlan(options.accumulate, self._note_change)
+        self.accumulation = AccumulationPlan(
+            options.accumulate, lambda *change: self.note(changed_event(*change))
+        )
         shapes = tuple(tuple(tensor.shape) for tensor in table.tensors)
         layout = Layout(table.names, table.modules, shapes, aliases=table.aliases)
         sinks = options.sinks if rank() == 0 else ()  # the ranks would write the same numbers
@@ -62,6 +63,3 @@ class Run:
     def note(self, event: Event) -> None:
         """Records an event that belongs to no finished step."""
         self.recorder.note((replace(event, global_step=self.global_step(event.step)),))
-
-    def _note_change(self, step: int, old: int, new: int, noise: NoiseScale | None) -> None:
-        self.note(changed_event(step, old, new, noise))
