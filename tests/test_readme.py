@@ -64,6 +64,14 @@ def test_every_tag_stands_in_the_readme():
     assert missing == []
 
 
+def test_every_tag_stands_on_the_writers_page():
+    """The page of the writer's module explains each scalar, too."""
+    writer = pytest.importorskip("gradwatch_tensorboard.writer")
+    scalars = pytest.importorskip("gradwatch_tensorboard.scalars")
+    page = re.sub(r"(gradwatch/norm_)p05, _p50, _p95", r"\1p05`` \1p50`` \1p95``", writer.__doc__)
+    assert [name for name in scalars.STEP_SCALARS if f"gradwatch/{name}``" not in page] == []
+
+
 def test_the_screenshot_is_there():
     """The picture that the README shows is in the repository."""
     for picture in re.findall(r"!\[.*?\]\((.*?)\)", README):

@@ -25,6 +25,9 @@ tag                                    meaning and unit
                                        micro-batches, over all ranks where gradwatch accumulates;
                                        from the first step that has several or a noise scale
 ``gradwatch/micro_batches``            how many they are; from the same step on
+``gradwatch/hessian_eigenvalue``       largest eigenvalue of the Hessian, at the steps at which
+                                       ``watch(curvature=)`` measured it
+``gradwatch/hessian_trace``            its trace, at the same steps
 ``gradwatch/nonfinite_event``          number of parameters with a NaN or an Inf; written at such
                                        steps only, so that down-sampling does not lose them
 ``gradwatch_blocks/<module>``          L2 norm before the clip over the parameters of one of at most
