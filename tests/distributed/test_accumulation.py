@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
+from tests.support.launch import on_ranks
 
-from .launch import on_ranks
 from .test_gradient_sync import Collectives, fsdp2
 
 WANTED = 3

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
+from tests.support.launch import on_ranks
 
-from .launch import on_ranks
 from .test_accumulation import WANTED, Net, _at_once, _loss, _optimizer, _rows
 from .test_gradient_sync import Collectives
 

@@ -11,8 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradwatch.hooks.data_parallel import DataParallel, GradientSync, _buckets, can_hold
-
-from .launch import on_ranks
+from tests.support.launch import on_ranks
 
 WANTED = 3
 SIZES = (3, 2, 1, 3, 3)  # of the windows; those of fewer than are wanted end early

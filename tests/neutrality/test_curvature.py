@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import nn
 
 import gradwatch
+from tests.support.launch import on_ranks
 
 from .covering import covering_array
-from .launch import on_ranks
 from .layouts import ddp
 from .loop import Loop
 from .models import MODELS

@@ -4,10 +4,11 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .covering import Row
+from tests.neutrality.covering import Row
+from tests.neutrality.loop import MAX_NORM
+from tests.neutrality.optimizers import IN_TWO_PARTS, WITH_A_CLOSURE
+
 from .double import total
-from .loop import MAX_NORM
-from .optimizers import IN_TWO_PARTS, WITH_A_CLOSURE
 
 EXACT = 1e-5  # of norms that are taken in float32
 # How far a training in that precision is from one in float64 that starts from the same weights.

@@ -4,12 +4,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .covering import Row
+from tests.neutrality.covering import Row
+from tests.neutrality.layouts import ALONE, Layout
+from tests.neutrality.loop import MAX_NORM, Loop
+from tests.neutrality.ranked import layout_of
+from tests.neutrality.state import differences
+
 from .double import widen
-from .layouts import ALONE, Layout
-from .loop import MAX_NORM, Loop
-from .ranked import layout_of
-from .state import differences
 
 STEPS = 10
 

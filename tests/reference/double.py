@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from .models import make_batch, make_case
+from tests.neutrality.models import make_batch, make_case
 
 Gradients = dict[str, Tensor]
 

@@ -6,11 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .covering import Row
+from tests.neutrality.covering import Row
+from tests.neutrality.layouts import ALONE, Layout
+from tests.neutrality.loop import MAX_NORM, Loop
+from tests.neutrality.ranked import layout_of
+
 from .double import DoubleModel, norms, widen
-from .layouts import ALONE, Layout
-from .loop import MAX_NORM, Loop
-from .ranked import layout_of
 
 
 class TaughtLoop(Loop):

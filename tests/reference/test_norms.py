@@ -2,10 +2,11 @@
 
 import pytest
 
+from tests.neutrality.layouts import ALONE
+from tests.neutrality.ranked import layout_of
+from tests.support.launch import on_ranks
+
 from .agreement import differences_between_ranks, disagreements
-from .launch import on_ranks
-from .layouts import ALONE
-from .ranked import layout_of
 from .taught import train, train_on_rank
 from .trainings import (
     ALONE_RECORDED,

@@ -1,8 +1,8 @@
 """The trainings whose numbers are compared: choices of the neutral ones, as each test needs them."""
 
-from .covering import covering_array
-from .params import every_row, pairs_slowly
-from .ranked_settings import (
+from tests.neutrality.covering import covering_array
+from tests.neutrality.params import every_row, pairs_slowly
+from tests.neutrality.ranked_settings import (
     DDP,
     DDP_FORBIDDEN,
     FSDP,
@@ -11,7 +11,7 @@ from .ranked_settings import (
     TENSOR,
     TENSOR_FORBIDDEN,
 )
-from .settings import AXES, FORBIDDEN
+from tests.neutrality.settings import AXES, FORBIDDEN
 
 # A sparse gradient that is added to another makes a new tensor, like one that comes after
 # zero_grad(): where a closure zeroes nothing but those, its evaluations cannot be told apart.

@@ -9,9 +9,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
-
-from .launch import on_ranks
-from .oracle import KnownCovariance, Oracle, draws, gradient_of
+from tests.accumulate.noise_oracle import KnownCovariance, Oracle, draws, gradient_of
+from tests.support.launch import on_ranks
 
 WINDOWS = 8
 

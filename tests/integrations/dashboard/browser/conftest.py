@@ -6,7 +6,8 @@ import tempfile
 
 import pytest
 
-from ..board import Board  # noqa: TID252
+from tests.integrations.dashboard.board import Board
+
 from . import data
 from .tab import Tab
 

@@ -4,7 +4,7 @@ import numpy as np
 from tensorboard.compat.proto import event_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from ..logs import LogFile, event  # noqa: TID252
+from tests.integrations.dashboard.logs import LogFile, event
 
 HOSTILE_RUN = "<img src=x onerror=alert(1)>"
 HOSTILE = [

@@ -9,7 +9,7 @@ from torch import nn
 
 from gradwatch.clip.agc import AdaptiveGradientClip
 from gradwatch.testing import late_readings
-from tests.control.test_policies import CountWaits
+from tests.clip.test_policies import CountWaits
 
 
 def _oracle(gradient, weight, clip_factor=0.01, eps=1e-3, norm_type=2.0):

@@ -14,9 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import gradwatch
 from gradwatch.accumulate.splitting import split_batch
 from gradwatch.testing import late_readings
-
-from .oracle import KnownCovariance, Oracle, draws, gradient_of
-from .reference import identical, snapshot
+from tests.accumulate.noise_oracle import KnownCovariance, Oracle, draws, gradient_of
+from tests.contract.reference import identical, snapshot
 
 WINDOWS = 12
 

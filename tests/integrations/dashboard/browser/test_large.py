@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from ..board import Board  # noqa: TID252
+from tests.integrations.dashboard.board import Board
+
 from . import data
 from .tab import bad_pixels
 

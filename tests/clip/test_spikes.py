@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from gradwatch.clip.spikes import SpikeRule
 from gradwatch.testing import late_readings
-from tests.control.test_policies import ANY_NORM, CountWaits
+from tests.clip.test_policies import ANY_NORM, CountWaits
 
 SEEDS = range(5)
 

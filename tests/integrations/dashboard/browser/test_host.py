@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
-from ..board import Board  # noqa: TID252
+from tests.integrations.dashboard.board import Board
+
 from . import data
 from .tab import READY
 
