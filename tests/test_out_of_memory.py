@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradwatch.out_of_memory import Rollback, forget, is_out_of_memory, release_memory
+from tests.support.calls import CountCalls
+from tests.support.memory import LIMIT_MEMORY
 
 CPU = torch.device("cpu")
 
@@ -144,17 +145,13 @@ def test_releasing_breaks_cycles():
 
 
 REAL = """
-    import resource
     import torch
     from torch import nn
     from gradwatch.out_of_memory import forget, is_out_of_memory, release_memory
 
     model = nn.Sequential(*[layer for _ in range(8) for layer in (nn.Linear(256, 256), nn.Tanh())])
     model(torch.zeros(2, 256)).sum().backward()
-    with open("/proc/self/statm") as file:
-        in_use = int(file.read().split()[0]) * resource.getpagesize()
-    limit = in_use + (96 << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    limit_memory(96 << 20)
 
     def run(examples):  # 16 activations of 1 KiB per example
         model(torch.ones(examples, 256)).sum().backward()
@@ -182,7 +179,7 @@ REAL = """
 def test_a_real_lack_of_memory_is_recovered_from():
     """The allocator's own error is recognised, and once it is forgotten a smaller run fits."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(REAL)],
+        [sys.executable, "-c", LIMIT_MEMORY + textwrap.dedent(REAL)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -257,20 +254,12 @@ def test_no_gradient_stays_no_gradient():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-class _Operations(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += 1
-        return function(*args, **(kwargs or {}))
-
-
 def test_without_gradients_and_buffers_nothing_is_copied():
     """A rollback of nothing runs no operation on a tensor."""
     model = nn.Linear(3, 3)
-    with _Operations() as operations:
+    with CountCalls() as operations:
         _rollback(model).restore()
-    assert operations.count == 0
+    assert not operations.calls
 
 
 def test_gradients_are_restored_in_place():

@@ -3,12 +3,10 @@
 import copy
 import math
 import weakref
-from collections import Counter
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import gradwatch
@@ -16,6 +14,7 @@ from gradwatch.accumulate.splitting import split_batch
 from gradwatch.testing import late_readings
 from tests.accumulate.noise_oracle import KnownCovariance, Oracle, draws, gradient_of
 from tests.contract.reference import identical, snapshot
+from tests.support.calls import CountCalls
 
 WINDOWS = 12
 
@@ -243,37 +242,17 @@ def test_where_there_is_none_the_reason_is_told(options, micro_batches, reason):
     assert reason in watcher.noise_scale.reason
 
 
-class _Counting(TorchDispatchMode):
-    """Counts the batched norms and the waits of the host."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls[str(function)] += 1
-        return function(*args, **(kwargs or {}))
-
-    @property
-    def passes(self):
-        return sum(count for name, count in self.calls.items() if "foreach_norm" in name)
-
-    @property
-    def waits(self):
-        return self.calls["aten._local_scalar_dense.default"]
-
-
 def test_a_micro_batch_costs_one_pass_more():
     """Watching takes one batched norm per micro-batch; the noise scale one more from the second on."""
     passes = {}
     for accumulate in (4, 1):
         model = _model(torch.float32)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        with gradwatch.watch(model, optimizer, accumulate=accumulate), _Counting() as counting:
+        with gradwatch.watch(model, optimizer, accumulate=accumulate), CountCalls() as counting:
             for index in range(4):
                 _loss(model, _batch(0, index, 4, torch.float32)).backward()
             optimizer.step()
-        passes[accumulate] = counting.passes
+        passes[accumulate] = counting.by_name()["_foreach_norm"]
     assert passes == {1: 4, 4: 7}
 
 
@@ -283,7 +262,7 @@ def test_on_a_device_nothing_waits(weight):
     noise = []
     for late in (True, False):
         model = _model()
-        with _run_late(late), _Counting() as counting:
+        with _run_late(late), CountCalls() as counting:
             optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
             watcher = gradwatch.watch(model, optimizer, accumulate=3, clip=0.1).attach()
             for window in range(4):

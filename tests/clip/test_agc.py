@@ -9,7 +9,7 @@ from torch import nn
 
 from gradwatch.clip.agc import AdaptiveGradientClip
 from gradwatch.testing import late_readings
-from tests.clip.test_policies import CountWaits
+from tests.support.calls import CountCalls
 
 
 def _oracle(gradient, weight, clip_factor=0.01, eps=1e-3, norm_type=2.0):
@@ -95,7 +95,7 @@ def test_a_sparse_gradient_is_refused():
 def test_decides_by_units_without_a_wait():
     """The decision refers to the policy itself; neither it nor the factors ask for a number."""
     policy, one = AdaptiveGradientClip(), torch.ones(3, 2)
-    with late_readings(), CountWaits() as counter:
+    with late_readings(), CountCalls() as counter:
         decision = policy.decide(torch.tensor(1.0))
         decision.units.coefficient("weight", one, one)
     assert counter.waits == 0

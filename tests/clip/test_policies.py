@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradwatch.clip.adagc import AdaGC
 from gradwatch.clip.agc import AdaptiveGradientClip
@@ -21,6 +20,7 @@ from gradwatch.clip.policy import ClipPolicy
 from gradwatch.clip.robust import RobustClip
 from gradwatch.clip.zclip import ZClip
 from gradwatch.testing import late_readings
+from tests.support.calls import CountCalls
 
 POLICIES = [
     ClipByNorm(1.0),
@@ -53,18 +53,6 @@ ANY_NORM = st.one_of(
 )
 every = pytest.mark.parametrize("policy", POLICIES, ids=repr)
 learning = pytest.mark.parametrize("policy", LEARNING, ids=repr)
-
-
-class CountWaits(TorchDispatchMode):
-    """Counts how often the host asks for a number of a tensor."""
-
-    def __init__(self):
-        super().__init__()
-        self.waits = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.waits += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
 
 
 def _norms(policy, norm):
@@ -145,7 +133,7 @@ class TestEveryPolicy:
         """Where the norms are not at hand, no number is asked for."""
         policy = copy.deepcopy(policy)
         norms = [_norms(policy, norm) for norm in (*_sequence(1, 40), NAN, 0.0, 1.0)]
-        with late_readings(), CountWaits() as counter:
+        with late_readings(), CountCalls() as counter:
             for norm in norms:
                 policy.decide(norm)
         assert counter.waits == 0

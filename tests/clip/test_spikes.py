@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from gradwatch.clip.spikes import SpikeRule
 from gradwatch.testing import late_readings
-from tests.clip.test_policies import ANY_NORM, CountWaits
+from tests.clip.test_policies import ANY_NORM
+from tests.support.calls import CountCalls
 
 SEEDS = range(5)
 
@@ -125,7 +126,7 @@ def test_never_waits():
     """Where the norm is not at hand, no number is asked for."""
     norms = [torch.tensor(norm) for norm in _steady(4, 0.15, 60)]
     rule = SpikeRule()
-    with late_readings(), CountWaits() as counter:
+    with late_readings(), CountCalls() as counter:
         verdicts = [rule.is_spike(norm) for norm in norms]
     assert counter.waits == 0
     assert {(verdict.dtype, verdict.shape) for verdict in verdicts} == {(torch.bool, ())}

@@ -12,8 +12,7 @@ from werkzeug.datastructures import MultiDict
 from gradwatch_dashboard.answers import json_numbers, pack
 from gradwatch_dashboard.arguments import Arguments
 from gradwatch_dashboard.untrusted import MAX_NAME, fit_name
-
-from .board import unpack
+from tests.support.board import unpack
 
 
 @settings(deadline=None)

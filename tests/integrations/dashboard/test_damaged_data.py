@@ -7,8 +7,8 @@ import pytest
 from tensorboard.compat.proto import tensor_pb2, types_pb2
 
 from gradwatch_dashboard.wire import Tag
+from tests.support.board import LOADERS, Board
 
-from .board import LOADERS, Board
 from .logs import LogFile, event
 
 GOOD, BAD = "018000000001", "018000000002"

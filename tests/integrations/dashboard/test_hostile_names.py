@@ -6,7 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-from .board import LOADERS, Board
+from tests.support.board import LOADERS, Board
+
 from .logs import LogFile
 
 NAMES = [

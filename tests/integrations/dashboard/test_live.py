@@ -6,7 +6,8 @@ import threading
 import numpy as np
 import pytest
 
-from .board import LOADERS, Board
+from tests.support.board import LOADERS, Board
+
 from .logs import LogFile, event, write_run
 
 FIRST, SECOND = "018000000001", "018000000002"

@@ -2,7 +2,8 @@
 
 import pytest
 
-from .board import LOADERS, PLUGIN, Board
+from tests.support.board import LOADERS, PLUGIN, Board
+
 from .logs import LogFile, event, write_run
 
 GOOD = "run=a&optimizer=AdamW"

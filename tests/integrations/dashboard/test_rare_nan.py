@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from gradwatch_dashboard.wire import COLUMNS
+from tests.support.board import LOADERS, Board
 
-from .board import LOADERS, Board
 from .logs import LogFile, event, table_of
 
 STEPS, PARAMETERS, CHUNK = 100_000, 6, 64

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from .board import LOADERS, PLUGIN, Board
+from tests.support.board import LOADERS, PLUGIN, Board
+
 from .logs import LogFile, event, write_run
 
 NAN_STEPS = (7, 33)

@@ -14,8 +14,8 @@ import pytest
 
 import gradwatch_dashboard
 from gradwatch_dashboard import GradientsLoader
+from tests.support.board import LOADERS, Board
 
-from .board import LOADERS, Board
 from .logs import LogFile, write_run
 
 PACKAGE = Path(gradwatch_dashboard.__file__).parent

@@ -7,8 +7,7 @@ import pytest
 
 from gradwatch.record.records import Event, Layout, RecordBatch, StepRecord
 from gradwatch_tensorboard import TensorBoardWriter
-
-from .board import LOADERS, Board
+from tests.support.board import LOADERS, Board
 
 NAMES = ("embed.weight", "head.weight", "head.bias")
 LAYOUT = Layout(NAMES, ("embed", "head", "head"), ((10, 4), (4, 2), (2,)))

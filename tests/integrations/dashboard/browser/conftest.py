@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 
-from tests.integrations.dashboard.board import Board
+from tests.support.board import Board
 
 from . import data
 from .tab import Tab

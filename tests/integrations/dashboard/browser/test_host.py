@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.integrations.dashboard.board import Board
+from tests.support.board import Board
 
 from . import data
 from .tab import READY

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.integrations.dashboard.board import Board
+from tests.support.board import Board
 
 from . import data
 from .tab import bad_pixels

@@ -1,4 +1,4 @@
-"""A real TensorBoard on loopback, for the tests of the "Gradients" tab.
+"""A real TensorBoard on loopback.
 
 with Board(logdir, load_fast="true") as board:
 runs = board.get_json("runs")
@@ -16,12 +16,12 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+
+from tests.support.memory import resident_bytes
 
 PLUGIN = "data/plugin/gradwatch/"
 START_S = 300
@@ -167,6 +167,12 @@ class Board:
         assert reply.status == 200, f"{reply.status} {reply.text[:500]}\n{self.log[-9000:]}"
         return reply.json()
 
+    def ask(self, route, **query):
+        """Asks for a route of whichever plugin, "scalars/tags", that has to answer with JSON."""
+        reply = self.fetch(f"data/plugin/{route}?{urllib.parse.urlencode(query)}")
+        assert reply.status == 200, f"{reply.status} {reply.text[:500]}\n{self.log[-9000:]}"
+        return reply.json()
+
     def heatmap(self, run, optimizer, **query):
         """Asks for a heat map: its header with the arrays by name."""
         reply = self.get("heatmap", run=run, optimizer=optimizer, **query)
@@ -175,13 +181,7 @@ class Board:
 
     def rss_bytes(self):
         """Resident memory of the process and of those below it, bytes; Linux only."""
-        pids, total = [self.process.pid], 0
-        for pid in pids:
-            with suppress(OSError):
-                total += int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
-                for task in Path(f"/proc/{pid}/task").iterdir():
-                    pids += map(int, (task / "children").read_text(encoding="utf-8").split())
-        return total * os.sysconf("SC_PAGE_SIZE")
+        return resident_bytes(self.process.pid)
 
     def stop(self):
         """Ends it."""
