@@ -10,9 +10,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import gradwatch
 from tests.support.calls import CountCalls
+from tests.support.options import OPTIONS
 
 from . import zoo
-from .watching import OPTIONS
 
 
 class _Fresh(torch.autograd.Function):

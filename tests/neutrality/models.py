@@ -112,6 +112,20 @@ class Spectral(nn.Module):
         return torch.fft.ifft(torch.fft.fft(x * self.scale) * self.spectrum).abs()[:, :3]
 
 
+class Mixed(nn.Module):
+    """A bfloat16 core between float32 layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Linear(6, 12)
+        self.core = nn.Linear(12, 12).bfloat16()
+        self.leave = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.enter(x)).to(self.core.weight.dtype)
+        return self.leave(torch.tanh(self.core(hidden)).to(self.leave.weight.dtype))
+
+
 def _mlp(dropout: float) -> nn.Module:
     return nn.Sequential(
         nn.Linear(6, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 8), nn.ReLU(),
@@ -141,13 +155,14 @@ ON_TOKENS: dict[str, Callable[[float], nn.Module]] = {
     "all_sparse": lambda _: Bag(head=False),
 }
 MODELS = {**ON_NUMBERS, **ON_TOKENS}
+IN_TWO_DTYPES: dict[str, Callable[[float], nn.Module]] = {"mixed": lambda _: Mixed()}
 
 
 def make_case(name: str, *, rank: int = 0, dropout: float = DROPOUT) -> Case:
     """Return a model, the same on every rank, and the data of one rank."""
     torch.manual_seed(SEED)
     loss = _cross_entropy if name in ON_TOKENS else _squared_error
-    return Case(MODELS[name](dropout), partial(make_batch, name, rank), loss)
+    return Case({**MODELS, **IN_TWO_DTYPES}[name](dropout), partial(make_batch, name, rank), loss)
 
 
 def make_batch(name: str, rank: int, index: int) -> Batch:

@@ -78,3 +78,36 @@ WITH_A_CLOSURE: dict[str, Make] = {
 }
 IN_TWO_PARTS: dict[str, Make] = {"SAM_by_hand": lambda p: SAM(p, lr=0.05, momentum=0.9)}
 OPTIMIZERS: dict[str, Make] = {**PLAIN, **WITH_A_CLOSURE, **IN_TWO_PARTS}
+
+# Trained once per way to name them, not in every combination: what they ask of a watcher, another
+# of their kind above asks as well.
+RARER: dict[str, Make] = {
+    "SGD_nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "SGD_foreach": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, foreach=True),
+    "SGD_fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+    "Adam_amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True, maximize=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, lr=0.5),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),  # of torch 2.5 and newer
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.01),
+}
+RARER_WITH_A_CLOSURE: dict[str, Make] = {
+    "LBFGS_strong_wolfe": lambda p: torch.optim.LBFGS(p, max_iter=5, line_search_fn="strong_wolfe"),
+    "SGD_closure": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "AdamW_closure": lambda p: torch.optim.AdamW(p, lr=0.01),
+}
+
+
+def make_optimizer(name: str, parameters: Iterable[Tensor]) -> Optimizer:
+    """Return an optimizer by its name."""
+    return {**OPTIMIZERS, **RARER, **RARER_WITH_A_CLOSURE}[name](parameters)
+
+
+def takes_a_closure(name: str) -> bool:
+    """Return whether an optimizer's step() is given a closure."""
+    return name in WITH_A_CLOSURE or name in RARER_WITH_A_CLOSURE

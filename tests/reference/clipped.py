@@ -9,8 +9,7 @@ from tests.neutrality.layouts import ALONE, Layout
 from tests.neutrality.loop import MAX_NORM, Loop
 from tests.neutrality.ranked import layout_of
 from tests.neutrality.state import differences
-
-from .double import widen
+from tests.support.float64 import widen
 
 STEPS = 10
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.neutrality.loop import STATISTICS
 from tests.neutrality.params import every_row
 from tests.neutrality.ranked import layout_of
 from tests.support.launch import on_ranks
+from tests.support.options import STATISTICS
 
 from .collectives import STEPS, count
 
