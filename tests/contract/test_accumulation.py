@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
+from tests.support import zoo
+from tests.support.state import identical, snapshot
 
-from . import reference, zoo
 from .windows import found_or_named, new_run, norm_of, norms_and_counts
 
 
 def test_a_direct_step_in_the_middle_of_a_window_is_refused() -> None:
     """With accumulate=4 an optimizer.step() after two micro-batches is an error that says what to call."""
     case, optimizer, watching = new_run(accumulate=4)
-    before = reference.snapshot(case.model)
+    before = snapshot(case.model)
     with watching as watcher:
         for index in range(2):
             watcher.backward(case.loss(case.model, case.batch(index)))
@@ -24,19 +25,19 @@ def test_a_direct_step_in_the_middle_of_a_window_is_refused() -> None:
             optimizer.step()
     assert "2" in str(caught.value)
     assert "4" in str(caught.value)
-    assert reference.identical(before, reference.snapshot(case.model))
+    assert identical(before, snapshot(case.model))
 
 
 def test_a_direct_step_in_the_middle_of_an_unmanaged_window_is_refused() -> None:
     """The same where the loop calls loss.backward() itself."""
     case, optimizer, watching = new_run(accumulate=4)
-    before = reference.snapshot(case.model)
+    before = snapshot(case.model)
     with watching:
         for index in range(2):
             case.loss(case.model, case.batch(index)).backward()
         with pytest.raises(gradwatch.AccumulationError, match=r"watcher\.step\("):
             optimizer.step()
-    assert reference.identical(before, reference.snapshot(case.model))
+    assert identical(before, snapshot(case.model))
 
 
 def test_a_full_unmanaged_window_is_stepped() -> None:
@@ -68,7 +69,7 @@ def test_the_managed_loop_equals_the_loop_by_hand(accumulate: int) -> None:
             if (index + 1) % accumulate == 0:
                 by_hand.step()
                 by_hand.zero_grad()
-    torch.testing.assert_close(reference.snapshot(case.model), reference.snapshot(twin))
+    torch.testing.assert_close(snapshot(case.model), snapshot(twin))
     assert norms_and_counts(watcher)[1] == [accumulate] * 3
 
 
@@ -95,7 +96,7 @@ def test_a_short_last_window_is_its_own_mean(clip: float | None, short: int) -> 
                 nn.utils.clip_grad_norm_(twin.parameters(), clip)
             by_hand.step()
             by_hand.zero_grad()
-    torch.testing.assert_close(reference.snapshot(case.model), reference.snapshot(twin))
+    torch.testing.assert_close(snapshot(case.model), snapshot(twin))
     norms, counted = norms_and_counts(watcher)
     assert counted == [4, short]
     assert norms == pytest.approx(expected, rel=1e-5)
@@ -111,8 +112,8 @@ def test_a_full_last_window_is_not_divided_again() -> None:
                 watcher.backward(case.loss(case.model, case.batch(index)))
                 stepped = watcher.step(last=last and index == 1)
         assert stepped is True
-        weights.append(reference.snapshot(case.model))
-    assert reference.identical(*weights)
+        weights.append(snapshot(case.model))
+    assert identical(*weights)
 
 
 def test_the_managed_loop_without_accumulation() -> None:
@@ -128,7 +129,7 @@ def test_the_managed_loop_without_accumulation() -> None:
             case.loss(twin, case.batch(index)).backward()
             by_hand.step()
             by_hand.zero_grad()
-    assert reference.identical(reference.snapshot(case.model), reference.snapshot(twin))
+    assert identical(snapshot(case.model), snapshot(twin))
 
 
 @pytest.mark.parametrize("call", ["backward", "step"])

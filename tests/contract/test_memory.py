@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import gradwatch
+from tests.support import zoo
 from tests.support.calls import CountCalls
 from tests.support.options import OPTIONS
-
-from . import zoo
 
 
 class _Fresh(torch.autograd.Function):

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradwatch
+from tests.support import float64, zoo
+from tests.support.state import identical, snapshot
 
-from . import reference, zoo
 from .windows import found_or_named, new_run, norm_of, norms_and_counts, to_none
 
 
@@ -49,12 +50,12 @@ def test_checkpointing(
             for i in range(micro_batches):
                 x = zoo.mlp().batch(2 * index + i)[0].requires_grad_()
                 model(x).pow(2).mean().backward()
-            expected.append(reference.gradient_norms(reference.parameters_of(model)))
+            expected.append(float64.gradient_norms(dict(model.named_parameters())))
             optimizer.step()
             optimizer.zero_grad(set_to_none=set_to_none)
     norms, counted = norms_and_counts(watcher)
     assert counted == [micro_batches] * 3
-    assert norms == pytest.approx([reference.total(norm) for norm in expected], rel=1e-5)
+    assert norms == pytest.approx([float64.total(norm) for norm in expected], rel=1e-5)
     table = watcher.history.parameters()
     for step, rows in table.groupby("step"):
         got = dict(zip(rows["parameter"], rows["grad_norm"], strict=True))
@@ -191,7 +192,7 @@ def test_optimizers_that_step_inside_the_backward(found: bool) -> None:
         norms: list[float] = []
 
         def step(p: Tensor, optimizers: Any = optimizers, norms: list[float] = norms) -> None:
-            norms.append(reference.norm(p.grad))
+            norms.append(float64.norm(p.grad))
             optimizers[p].step()
             optimizers[p].zero_grad()
 
@@ -202,8 +203,8 @@ def test_optimizers_that_step_inside_the_backward(found: bool) -> None:
         with watcher or torch.enable_grad():
             for index in range(3):
                 case.loss(case.model, case.batch(index)).backward()
-        results.append(reference.snapshot(case.model))
-    assert reference.identical(*results)
+        results.append(snapshot(case.model))
+    assert identical(*results)
     steps = watcher.history.steps()
     assert list(steps["grad_norm_clipped"]) == pytest.approx(norms, rel=1e-5)
     assert list(steps["grad_norm"]) == pytest.approx(norms, rel=1e-5)

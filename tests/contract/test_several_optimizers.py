@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import gradwatch
+from tests.support import float64, zoo
+from tests.support.state import identical, snapshot
 
-from . import reference, zoo
 from .windows import found_or_named, new_run, norm_of, norms_and_counts, to_none
 
 
@@ -54,7 +55,7 @@ def test_a_gan_in_alternation(
                 if clip and not watched:
                     nn.utils.clip_grad_norm_(gan.generator.parameters(), clip)
                 of_generator.step()
-        results.append(reference.snapshot(gan))
+        results.append(snapshot(gan))
         if watched:
             steps = watcher.history.steps()
             assert sorted(set(steps["optimizer"])) == ["Adam", "SGD"]
@@ -66,7 +67,7 @@ def test_a_gan_in_alternation(
                 limited = [min(norm, clip or math.inf) for norm in norms]
                 assert list(mine["grad_norm_clipped"]) == pytest.approx(limited, rel=1e-4)
             assert not [event for event in watcher.events if event.kind != "no_gradient"]
-    assert reference.identical(*results)
+    assert identical(*results)
 
 
 @to_none
@@ -138,7 +139,7 @@ def test_an_optimizer_that_replaces_another(clip: float | None, found: bool) -> 
                         nn.utils.clip_grad_norm_(case.model.parameters(), clip)
                     optimizer.step()
                     optimizer.zero_grad()
-        results.append(reference.snapshot(case.model))
+        results.append(snapshot(case.model))
         if watched:
             steps = watcher.history.steps()
             for name, norms in zip(("Adam", "SGD"), expected, strict=True):
@@ -146,7 +147,7 @@ def test_an_optimizer_that_replaces_another(clip: float | None, found: bool) -> 
                 assert list(mine.index) == [1, 2, 3]
                 assert list(mine["grad_norm"]) == pytest.approx(norms, rel=1e-5)
                 assert list(mine["micro_batches"]) == [1, 1, 1]
-    assert reference.identical(*results)
+    assert identical(*results)
 
 
 @found_or_named
@@ -164,7 +165,7 @@ def test_two_optimizers_with_a_parameter_in_common(found: bool) -> None:
             case.model.zero_grad()
             case.loss(case.model, case.batch(index)).backward()
             for norms, part, optimizer in zip(expected, parts, optimizers, strict=True):
-                norms.append(math.hypot(*(reference.norm(p.grad) for p in part)))
+                norms.append(math.hypot(*(float64.norm(p.grad) for p in part)))
                 optimizer.step()
     steps = watcher.history.steps()
     for name, norms in zip(("SGD", "Adam"), expected, strict=True):

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 import gradwatch
-
-from . import reference, zoo
+from tests.support import float64, zoo
 
 to_none = pytest.mark.parametrize("set_to_none", [True, False], ids=["to_none", "to_zero"])
 
@@ -25,7 +24,7 @@ def new_run(found: bool = False, **options: Any) -> tuple[zoo.Case, Any, Any]:
 
 def norm_of(model: nn.Module) -> float:
     """Return the float64 norm of all gradients of a model."""
-    return reference.total(reference.gradient_norms(reference.parameters_of(model)))
+    return float64.total(float64.gradient_norms(dict(model.named_parameters())))
 
 
 def norms_and_counts(watcher: gradwatch.Watcher) -> tuple[list[float], list[int]]:

@@ -11,16 +11,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import gradwatch
+from tests.support.optimizers import IN_TWO_PARTS, make_optimizer, takes_a_closure
 from tests.support.options import STATISTICS
+from tests.support.state import state_of
+from tests.support.zoo import SEED, make_case
 
 from .covering import Row
 from .layouts import ALONE, Layout
-from .models import DROPOUT, SEED, make_case
-from .optimizers import IN_TWO_PARTS, make_optimizer, takes_a_closure
 from .precisions import OF_THE_MODEL, PRECISIONS
-from .state import state_of
 
 STEPS = 20
+DROPOUT = 0.2
 MAX_NORM = 0.1
 WATCHING: dict[str, dict[str, Any]] = {
     "named": {"named": True},

@@ -3,17 +3,15 @@
 from itertools import product
 
 import pytest
-import torch
 
+from tests.support.optimizers import CLOSURES, RARER, RARER_WITH_A_CLOSURE
 from tests.support.options import OPTIONS
+from tests.support.state import differences
 
 from .loop import Loop
-from .optimizers import RARER, RARER_WITH_A_CLOSURE
 from .params import every_row
-from .state import differences
 
 STEPS = 5
-CLOSURES = ["LBFGS", *RARER_WITH_A_CLOSURE]
 
 
 def _rows(**axes):
@@ -33,8 +31,6 @@ def _check(setting, **options):
 )
 def test_a_rarer_optimizer_trains_alike(setting):
     """State and returned losses of every other optimizer of torch, told or found, are those of the bare loop."""
-    if setting["optimizer"] == "Adafactor" and not hasattr(torch.optim, "Adafactor"):
-        pytest.skip("torch.optim.Adafactor needs torch 2.5 or newer")
     _check(setting)
 
 

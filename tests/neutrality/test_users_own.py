@@ -5,9 +5,8 @@ import torch
 from torch.optim import lr_scheduler
 
 import gradwatch
-
-from .models import make_case
-from .state import differences, pieces
+from tests.support.state import differences, pieces
+from tests.support.zoo import make_case
 
 STEPS = 5
 

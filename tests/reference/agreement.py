@@ -6,8 +6,8 @@ from typing import Any
 
 from tests.neutrality.covering import Row
 from tests.neutrality.loop import MAX_NORM, OWN_CLIPS
-from tests.neutrality.optimizers import IN_TWO_PARTS, WITH_A_CLOSURE
 from tests.support.float64 import total
+from tests.support.optimizers import IN_TWO_PARTS, WITH_A_CLOSURE
 
 from .taught import MAX_NORMS, norm_type_of
 

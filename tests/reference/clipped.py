@@ -8,8 +8,8 @@ from tests.neutrality.covering import Row
 from tests.neutrality.layouts import ALONE, Layout
 from tests.neutrality.loop import MAX_NORM, Loop
 from tests.neutrality.ranked import layout_of
-from tests.neutrality.state import differences
 from tests.support.float64 import widen
+from tests.support.state import differences
 
 STEPS = 10
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from tests.neutrality.models import make_batch, make_case
 from tests.support.float64 import gradients, widen, widen_module
+from tests.support.zoo import make_batch, make_case
 
 Gradients = dict[str, Tensor]
 

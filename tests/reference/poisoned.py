@@ -12,7 +12,7 @@ from tests.neutrality.covering import Row
 from tests.neutrality.layouts import ALONE, Layout
 from tests.neutrality.loop import Loop
 from tests.neutrality.ranked import layout_of
-from tests.neutrality.state import differences, pieces
+from tests.support.state import differences, pieces
 
 STEPS, POISONED = 6, 3
 

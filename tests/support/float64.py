@@ -41,6 +41,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+def gradient_norms(parameters: Mapping[str, Tensor], p: float = 2.0) -> dict[str, float]:
+    """Return the p-norm of every gradient that is there, by parameter name."""
+    return {name: norm(t.grad, p) for name, t in parameters.items() if t.grad is not None}
+
+
 def gradient_norm(model: nn.Module, p: float = 2.0) -> float:
     """Return the p-norm of all gradients of a model."""
     return total(norms(gradients(model), p), p)

@@ -29,6 +29,16 @@ def state_of(model: nn.Module, *optimizers: Optimizer) -> dict[str, Any]:
     }
 
 
+def snapshot(model: nn.Module) -> list[Tensor]:
+    """Return copies of all parameters and buffers."""
+    return [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
+
+
+def identical(left: Any, right: Any) -> bool:
+    """Return whether two nested states are equal, bit for bit and in their layout."""
+    return not any(differences(pieces(left), pieces(right)))
+
+
 def pieces(value: Any) -> Any:
     """Return a copy of a nested state in which every tensor is plain and dense."""
     if hasattr(value, "placements"):

@@ -1,4 +1,4 @@
-"""The models that are trained, and the data that trains them."""
+"""The models that the suites train, and the data that trains them."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 SEED = 20_011
-DROPOUT = 0.2
 
 Batch = tuple[Tensor, ...]
 
@@ -128,8 +127,8 @@ class Mixed(nn.Module):
 
 def _mlp(dropout: float) -> nn.Module:
     return nn.Sequential(
-        nn.Linear(6, 16), nn.Tanh(), nn.Dropout(dropout), nn.Linear(16, 8), nn.ReLU(),
-        nn.Linear(8, 3),
+        nn.Linear(6, 16), nn.Sequential(nn.Tanh(), nn.Dropout(dropout)), nn.Linear(16, 8),
+        nn.ReLU(), nn.Linear(8, 3),
     )  # fmt: skip
 
 
@@ -158,11 +157,41 @@ MODELS = {**ON_NUMBERS, **ON_TOKENS}
 IN_TWO_DTYPES: dict[str, Callable[[float], nn.Module]] = {"mixed": lambda _: Mixed()}
 
 
-def make_case(name: str, *, rank: int = 0, dropout: float = DROPOUT) -> Case:
+def make_case(name: str, *, rank: int = 0, dropout: float = 0.0) -> Case:
     """Return a model, the same on every rank, and the data of one rank."""
     torch.manual_seed(SEED)
     loss = _cross_entropy if name in ON_TOKENS else _squared_error
     return Case({**MODELS, **IN_TWO_DTYPES}[name](dropout), partial(make_batch, name, rank), loss)
+
+
+def mlp() -> Case:
+    """Return the perceptron: layers 0, 2 and 4 have weights."""
+    return make_case("mlp")
+
+
+def cnn() -> Case:
+    """Return the convolutional net with batch normalization."""
+    return make_case("cnn")
+
+
+def lstm() -> Case:
+    """Return the two-layer LSTM."""
+    return make_case("lstm")
+
+
+def transformer() -> Case:
+    """Return the transformer with tied embeddings."""
+    return make_case("transformer")
+
+
+def sparse() -> Case:
+    """Return the sparse embedding under a dense head; a batch draws some rows several times."""
+    return make_case("sparse")
+
+
+def sparse_only() -> Case:
+    """Return a sparse embedding and nothing else."""
+    return make_case("all_sparse")
 
 
 def make_batch(name: str, rank: int, index: int) -> Batch:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -79,6 +80,13 @@ WITH_A_CLOSURE: dict[str, Make] = {
 IN_TWO_PARTS: dict[str, Make] = {"SAM_by_hand": lambda p: SAM(p, lr=0.05, momentum=0.9)}
 OPTIMIZERS: dict[str, Make] = {**PLAIN, **WITH_A_CLOSURE, **IN_TWO_PARTS}
 
+
+def _adafactor(parameters: Iterable[Tensor]) -> Optimizer:
+    if not hasattr(torch.optim, "Adafactor"):
+        pytest.skip("torch.optim.Adafactor needs torch 2.5 or newer")
+    return torch.optim.Adafactor(parameters, lr=0.01)
+
+
 # Trained once per way to name them, not in every combination: what they ask of a watcher, another
 # of their kind above asks as well.
 RARER: dict[str, Make] = {
@@ -92,7 +100,7 @@ RARER: dict[str, Make] = {
     "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
     "Adadelta": lambda p: torch.optim.Adadelta(p, lr=0.5),
-    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),  # of torch 2.5 and newer
+    "Adafactor": _adafactor,
     "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
     "ASGD": lambda p: torch.optim.ASGD(p, lr=0.01),
 }
@@ -101,6 +109,11 @@ RARER_WITH_A_CLOSURE: dict[str, Make] = {
     "SGD_closure": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "AdamW_closure": lambda p: torch.optim.AdamW(p, lr=0.01),
 }
+
+
+# Those of torch, without and with a closure, for dense gradients.
+DENSE: dict[str, Make] = {n: make for n, make in {**PLAIN, **RARER}.items() if n != "SparseAdam"}
+CLOSURES: dict[str, Make] = {"LBFGS": WITH_A_CLOSURE["LBFGS"], **RARER_WITH_A_CLOSURE}
 
 
 def make_optimizer(name: str, parameters: Iterable[Tensor]) -> Optimizer:
