@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 import gradwatch
 from gradwatch.accumulate.splitting import split_batch
 from gradwatch.testing import late_readings
-from tests.accumulate.noise_oracle import KnownCovariance, Oracle, draws, gradient_of
-from tests.contract.reference import identical, snapshot
 from tests.support.calls import CountCalls
+from tests.support.noise import KnownCovariance, Oracle, draws, gradient_of
+from tests.support.state import identical, snapshot
 
 WINDOWS = 12
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
-from tests.accumulate.noise_oracle import KnownCovariance, Oracle, draws, gradient_of
 from tests.support.launch import on_ranks
+from tests.support.noise import KnownCovariance, Oracle, draws, gradient_of
 
 WINDOWS = 8
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 import gradwatch
 from tests.support import zoo
+from tests.support.float64 import gradient_norm
 from tests.support.state import identical, snapshot
 
-from .windows import found_or_named, new_run, norm_of, norms_and_counts
+from .windows import found_or_named, new_run, norms_and_counts
 
 
 def test_a_direct_step_in_the_middle_of_a_window_is_refused() -> None:
@@ -91,7 +92,7 @@ def test_a_short_last_window_is_its_own_mean(clip: float | None, short: int) -> 
             assert stepped is True
             for index in window:
                 (case.loss(twin, case.batch(index)) / len(window)).backward()
-            expected.append(norm_of(twin))
+            expected.append(gradient_norm(twin))
             if clip:
                 nn.utils.clip_grad_norm_(twin.parameters(), clip)
             by_hand.step()
@@ -184,7 +185,7 @@ def test_lbfgs_is_one_step_per_call(found: bool) -> None:
         optimizer.zero_grad()
         loss = case.loss(case.model, case.batch(0))
         loss.backward()
-        norms.append(norm_of(case.model))
+        norms.append(gradient_norm(case.model))
         return loss
 
     with gradwatch.watch(case.model, None if found else optimizer) as watcher:
@@ -211,7 +212,7 @@ def test_an_ordinary_closure(found: bool) -> None:
                 for index in range(count):
                     loss = case.loss(case.model, case.batch(index))
                     loss.backward()
-                expected.append(norm_of(case.model))
+                expected.append(gradient_norm(case.model))
                 return loss
 
             optimizer.step(closure)
@@ -234,9 +235,9 @@ def test_a_closure_that_clips_for_itself(kind: str, found: bool) -> None:
         optimizer.zero_grad()
         loss = case.loss(case.model, case.batch(0))
         loss.backward()
-        before = norm_of(case.model)
+        before = gradient_norm(case.model)
         nn.utils.clip_grad_norm_(case.model.parameters(), 0.05)
-        log.append((before, norm_of(case.model)))
+        log.append((before, gradient_norm(case.model)))
         return loss.detach()
 
     last = []
@@ -260,7 +261,7 @@ def test_a_backward_in_another_thread() -> None:
             thread = threading.Thread(target=loss.backward)
             thread.start()
             thread.join()
-            expected.append(norm_of(case.model))
+            expected.append(gradient_norm(case.model))
             optimizer.step()
             optimizer.zero_grad()
     assert norms_and_counts(watcher) == (pytest.approx(expected, rel=1e-5), [1, 1, 1])

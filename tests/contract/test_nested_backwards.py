@@ -10,9 +10,10 @@ from torch.utils.checkpoint import checkpoint
 
 import gradwatch
 from tests.support import float64, zoo
+from tests.support.float64 import gradient_norm
 from tests.support.state import identical, snapshot
 
-from .windows import found_or_named, new_run, norm_of, norms_and_counts, to_none
+from .windows import found_or_named, new_run, norms_and_counts, to_none
 
 
 class _Checkpointed(nn.Module):
@@ -77,7 +78,7 @@ def test_checkpoint_inside_a_checkpoint(reentrant: bool) -> None:
         for _ in range(3):
             x = torch.randn(2, 4, requires_grad=True)
             checkpoint(block, x, use_reentrant=reentrant).pow(2).sum().backward()
-            expected = norm_of(model)
+            expected = gradient_norm(model)
             optimizer.step()
             optimizer.zero_grad()
     norms, counted = norms_and_counts(watcher)
@@ -92,7 +93,7 @@ def test_the_same_parameter_used_twice_is_measured_once() -> None:
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     with gradwatch.watch(layer, optimizer) as watcher:
         layer(torch.tanh(layer(torch.randn(3, 4)))).sum().backward()
-        expected = norm_of(layer)
+        expected = gradient_norm(layer)
         optimizer.step()
     assert norms_and_counts(watcher) == (pytest.approx([expected], rel=1e-5), [1])
     assert list(watcher.history.parameters()["parameter"]) == ["weight", "bias"]
@@ -109,7 +110,7 @@ def test_create_graph(found: bool) -> None:
             case.loss(case.model, case.batch(index)).backward(create_graph=True)
             if index == 1:
                 sum(p.grad.pow(2).sum() for p in case.model.parameters()).backward()
-            expected.append(norm_of(case.model))
+            expected.append(gradient_norm(case.model))
             optimizer.step()
             optimizer.zero_grad()
     norms, counted = norms_and_counts(watcher)
@@ -131,7 +132,7 @@ def test_gradient_penalties_are_no_micro_batch(of: str, found: bool) -> None:
             wanted = [x] if of == "inputs" else list(case.model.parameters())
             grads = torch.autograd.grad(loss, wanted, create_graph=True)
             (loss + sum((grad.norm() - 1).pow(2) for grad in grads)).backward()
-            expected.append(norm_of(case.model))
+            expected.append(gradient_norm(case.model))
             optimizer.step()
             optimizer.zero_grad()
     norms, counted = norms_and_counts(watcher)
@@ -156,13 +157,13 @@ def test_several_losses_in_one_backward() -> None:
     with watching as watcher:
         losses = [case.loss(case.model, case.batch(index)) for index in range(2)]
         torch.autograd.backward(losses)
-        expected.append(norm_of(case.model))
+        expected.append(gradient_norm(case.model))
         optimizer.step()
         optimizer.zero_grad()
         loss = case.loss(case.model, case.batch(2))
         loss.backward(retain_graph=True)
         loss.backward()
-        expected.append(norm_of(case.model))
+        expected.append(gradient_norm(case.model))
         optimizer.step()
     assert norms_and_counts(watcher) == (pytest.approx(expected, rel=1e-5), [1, 2])
 
@@ -215,7 +216,7 @@ def test_backward_with_inputs_measures_what_it_filled() -> None:
     case, optimizer, watching = new_run()
     with watching as watcher:
         case.loss(case.model, case.batch(0)).backward(inputs=list(case.model[4].parameters()))
-        expected = norm_of(case.model)
+        expected = gradient_norm(case.model)
         optimizer.step()
     assert norms_and_counts(watcher) == (pytest.approx([expected], rel=1e-5), [1])
     assert set(watcher.history.parameters()["parameter"]) == {"4.weight", "4.bias"}
@@ -266,7 +267,7 @@ def test_an_exception_in_the_middle_of_a_backward(
                         x.pow(2).mean().backward()
                     optimizer.zero_grad(set_to_none=set_to_none)
             case.loss(case.model, case.batch(index)).backward()
-            expected.append(norm_of(case.model))
+            expected.append(gradient_norm(case.model))
             nn.utils.clip_grad_norm_(case.model.parameters(), 0.1)
             optimizer.step()
             optimizer.zero_grad(set_to_none=set_to_none)
@@ -294,7 +295,7 @@ def test_a_broken_reentrant_checkpoint_is_survived() -> None:
         optimizer.zero_grad()
         for _ in range(2):
             run(broken=False).backward()
-            expected = norm_of(model)
+            expected = gradient_norm(model)
             nn.utils.clip_grad_norm_(model.parameters(), 0.01)
             optimizer.step()
             optimizer.zero_grad()

@@ -8,9 +8,10 @@ from torch import nn
 
 import gradwatch
 from tests.support import float64, zoo
+from tests.support.float64 import gradient_norm
 from tests.support.state import identical, snapshot
 
-from .windows import found_or_named, new_run, norm_of, norms_and_counts, to_none
+from .windows import found_or_named, new_run, norms_and_counts, to_none
 
 
 class _Gan(nn.Module):
@@ -45,13 +46,13 @@ def test_a_gan_in_alternation(
                 fake = gan.generator(noise)
                 fake = fake.detach() if detached else fake
                 (gan.critic(fake).mean() - gan.critic(real).mean()).backward()
-                expected["SGD"].append(norm_of(gan.critic))
+                expected["SGD"].append(gradient_norm(gan.critic))
                 if clip and not watched:
                     nn.utils.clip_grad_norm_(gan.critic.parameters(), clip)
                 of_critic.step()
                 of_generator.zero_grad(set_to_none=set_to_none)
                 (-gan.critic(gan.generator(noise)).mean()).backward()
-                expected["Adam"].append(norm_of(gan.generator))
+                expected["Adam"].append(gradient_norm(gan.generator))
                 if clip and not watched:
                     nn.utils.clip_grad_norm_(gan.generator.parameters(), clip)
                 of_generator.step()
@@ -103,7 +104,7 @@ def test_two_optimizers_that_share_one_backward(found: bool) -> None:
             case.model.zero_grad()
             case.loss(case.model, case.batch(index)).backward()
             for norms, part, optimizer in zip(expected, parts, optimizers, strict=True):
-                norms.append(norm_of(part))
+                norms.append(gradient_norm(part))
                 optimizer.step()
     steps = watcher.history.steps()
     names = list(dict.fromkeys(steps["optimizer"]))
@@ -134,7 +135,7 @@ def test_an_optimizer_that_replaces_another(clip: float | None, found: bool) -> 
             for norms, optimizer in zip(expected, phases, strict=True):
                 for index in range(3):
                     case.loss(case.model, case.batch(index)).backward()
-                    norms.append(norm_of(case.model))
+                    norms.append(gradient_norm(case.model))
                     if clip and not watched:
                         nn.utils.clip_grad_norm_(case.model.parameters(), clip)
                     optimizer.step()
@@ -187,12 +188,12 @@ def test_a_gan_that_freezes_its_critic_in_turns(found: bool, set_to_none: bool) 
             gan.critic.requires_grad_(True)
             of_critic.zero_grad(set_to_none=set_to_none)
             gan.critic(gan.generator(torch.randn(5, 3)).detach()).mean().backward()
-            expected["SGD"].append(norm_of(gan.critic))
+            expected["SGD"].append(gradient_norm(gan.critic))
             of_critic.step()
             gan.critic.requires_grad_(False)
             of_generator.zero_grad(set_to_none=set_to_none)
             (-gan.critic(gan.generator(torch.randn(5, 3))).mean()).backward()
-            expected["Adam"].append(norm_of(gan.generator))
+            expected["Adam"].append(gradient_norm(gan.generator))
             of_generator.step()
     steps = watcher.history.steps()
     for name, norms in expected.items():
@@ -284,7 +285,7 @@ def test_backwards_before_a_found_optimizer_belong_to_its_first_window() -> None
     with watching as watcher:
         for index in range(3):
             case.loss(case.model, case.batch(index)).backward()
-        expected = norm_of(case.model)
+        expected = gradient_norm(case.model)
         optimizer.step()
     norms, micro_batches = norms_and_counts(watcher)
     assert norms == pytest.approx([expected], rel=1e-5)

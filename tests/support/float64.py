@@ -1,6 +1,5 @@
 """What the numbers must be, computed apart, in float64, from copies."""
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -29,11 +28,8 @@ def norms(tensors: Mapping[str, Tensor], p: float = 2.0) -> dict[str, float]:
 
 def total(norms: Mapping[str, float], p: float = 2.0) -> float:
     """Return the p-norm of all tensors together, given the p-norm of each."""
-    if math.isinf(p):
-        return max(norms.values(), default=0.0)
-    if p == 2:
-        return math.hypot(*norms.values())
-    return sum(value**p for value in norms.values()) ** (1 / p)
+    each = torch.tensor(list(norms.values()), dtype=torch.float64)
+    return float(torch.linalg.vector_norm(each, p)) if norms else 0.0
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
