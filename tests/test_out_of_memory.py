@@ -9,12 +9,11 @@ import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from gradwatch.out_of_memory import Rollback, forget, is_out_of_memory, release_memory
 from tests.support.calls import CountCalls
+from tests.support.launch import mesh_of_one
 from tests.support.memory import LIMIT_MEMORY
 
 CPU = torch.device("cpu")
@@ -308,9 +307,7 @@ def test_sharded_gradients_are_restored():
         from torch.distributed.tensor import distribute_tensor
     except ImportError:  # torch 2.4
         from torch.distributed._tensor import distribute_tensor
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
+    with mesh_of_one() as mesh:
         weight = nn.Parameter(distribute_tensor(torch.ones(3), mesh))
         weight.grad = distribute_tensor(torch.arange(3.0), mesh)
         local = weight.grad.to_local()
@@ -319,8 +316,6 @@ def test_sharded_gradients_are_restored():
         rollback.restore()
         assert local.tolist() == [0, 1, 2]
         assert weight.grad.to_local().data_ptr() == local.data_ptr()
-    finally:
-        dist.destroy_process_group()
 
 
 class _Counter(nn.Module):

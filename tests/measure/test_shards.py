@@ -2,20 +2,17 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.tensor.parallel
 
 from gradwatch.measure.parameters import is_sharded
+from tests.support.launch import mesh_of_one
 
 
 @pytest.fixture
 def mesh():
     """A mesh of one process."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+    with mesh_of_one() as mesh:
+        yield mesh
 
 
 def test_a_package_without_the_class_is_no_error():

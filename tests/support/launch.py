@@ -2,9 +2,10 @@
 
 Each rank is a fresh process, forked from a server that has imported torch already: it starts in
 milliseconds, and leaves nothing behind for the next test. A rank finds the function by the path
-of its file, so that `tests` need not be importable.
+of its file, so that `tests` need not be on the path.
 """
 
+import contextlib
 import multiprocessing
 import multiprocessing.util
 import os
@@ -14,10 +15,13 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import gradwatch
 
@@ -63,6 +67,16 @@ def on_ranks(
     except CrashedError as error:
         print(f"{error}\nonce more:", file=sys.stderr)
         return _on_ranks(job, ranks, timeout, arguments)
+
+
+@contextlib.contextmanager
+def mesh_of_one() -> Iterator[DeviceMesh]:
+    """Make this process a group by itself, with its mesh; what is sharded over it is whole."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
 
 
 def _on_ranks(

@@ -1,4 +1,8 @@
-"""The models that the suites train, and the data that trains them."""
+"""The models that the suites train, and the data that trains them.
+
+Models whose gradient is known beforehand, that run out of memory, or of which ranks use different
+parts, are made for one suite and stay with it.
+"""
 
 import math
 from collections.abc import Callable
