@@ -5,24 +5,9 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
-
-
-class CountCalls(TorchDispatchMode):
-    """Counts every ATen call that is made under it; two detaches in a row, as torch 2.4 makes, once."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-        self._last = None
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not (function is self._last is torch.ops.aten.detach.default):
-            self.calls[str(function)] += 1
-        self._last = function
-        return function(*args, **(kwargs or {}))
+from tests.support.calls import CountCalls
 
 
 def _calls(parameters, watched, **options):

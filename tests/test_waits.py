@@ -5,25 +5,13 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
 from gradwatch.testing import late_readings
+from tests.support.calls import CountCalls
 
 STEPS, POISONED = 6, 3
 COLUMNS = ["grad_norm", "grad_norm_clipped", "clip_coef", "outcome", "loss_scale", "lr"]
-
-
-class CountWaits(TorchDispatchMode):
-    """Counts how often the host asks for a number of a tensor."""
-
-    def __init__(self):
-        super().__init__()
-        self.waits = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.waits += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
 
 
 def _train(watch, *, scaled=False, fused=False, poisoned=None):
@@ -33,7 +21,7 @@ def _train(watch, *, scaled=False, fused=False, poisoned=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, fused=fused)
     scaler = torch.amp.GradScaler("cpu", 1024.0, growth_interval=2, enabled=scaled)
     watcher = watch(model, optimizer, scaler)
-    with CountWaits() as counter:
+    with CountCalls() as counter:
         for step in range(STEPS):
             for _ in range(2):
                 loss = model(torch.randn(8, 4)).square().mean()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import gradwatch
+from tests.support.float64 import gradient_norm
 
 IGNORED = -100
 Batch = tuple[Tensor, Tensor]
@@ -132,10 +133,10 @@ def at_once(
         loss = loss_of(model, joined(window))
         loss.backward()
         trained.losses.append(loss.item())
-        trained.norms.append(norm_of(model))
+        trained.norms.append(gradient_norm(model))
         for optimizer in optimizers:
             clip([p for group in optimizer.param_groups for p in group["params"]])
-        trained.clipped.append(norm_of(model))
+        trained.clipped.append(gradient_norm(model))
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -159,12 +160,6 @@ def watched(
                 ends = index + 1 == len(window)
                 assert watcher.step(last=ends) is ends
     return Trained(weights_of(model), watcher=watcher)
-
-
-def norm_of(model: nn.Module) -> float:
-    """Return the norm of all gradients."""
-    gradients = [p.grad.to_dense() for p in model.parameters() if p.grad is not None]
-    return float(torch.linalg.vector_norm(torch.cat([g.flatten().double() for g in gradients])))
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.optim import optimizer as torch_optimizer
 
-from . import zoo
+from tests.support import zoo
 
 GLOBAL_OPTIMIZER_HOOKS = (
     torch_optimizer._global_optimizer_pre_hooks,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
-
-from . import reference, zoo
+from tests.support import zoo
+from tests.support.state import snapshot
 
 BAD = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -63,9 +63,7 @@ BATCHES = 6
 
 def state_of(case: zoo.Case, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return a copy of the weights and of the optimizer's state."""
-    return copy.deepcopy(
-        {"weights": reference.snapshot(case.model), "optimizer": optimizer.state_dict()}
-    )
+    return copy.deepcopy({"weights": snapshot(case.model), "optimizer": optimizer.state_dict()})
 
 
 def train_with_poison(

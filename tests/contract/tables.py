@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import gradwatch
-
-from . import zoo
+from tests.support import zoo
 
 STEPS = 5
 

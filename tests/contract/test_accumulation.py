@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
+from tests.support import zoo
+from tests.support.float64 import gradient_norm
+from tests.support.state import identical, snapshot
 
-from . import reference, zoo
-from .windows import found_or_named, new_run, norm_of, norms_and_counts
+from .windows import found_or_named, new_run, norms_and_counts
 
 
 def test_a_direct_step_in_the_middle_of_a_window_is_refused() -> None:
     """With accumulate=4 an optimizer.step() after two micro-batches is an error that says what to call."""
     case, optimizer, watching = new_run(accumulate=4)
-    before = reference.snapshot(case.model)
+    before = snapshot(case.model)
     with watching as watcher:
         for index in range(2):
             watcher.backward(case.loss(case.model, case.batch(index)))
@@ -24,19 +26,19 @@ def test_a_direct_step_in_the_middle_of_a_window_is_refused() -> None:
             optimizer.step()
     assert "2" in str(caught.value)
     assert "4" in str(caught.value)
-    assert reference.identical(before, reference.snapshot(case.model))
+    assert identical(before, snapshot(case.model))
 
 
 def test_a_direct_step_in_the_middle_of_an_unmanaged_window_is_refused() -> None:
     """The same where the loop calls loss.backward() itself."""
     case, optimizer, watching = new_run(accumulate=4)
-    before = reference.snapshot(case.model)
+    before = snapshot(case.model)
     with watching:
         for index in range(2):
             case.loss(case.model, case.batch(index)).backward()
         with pytest.raises(gradwatch.AccumulationError, match=r"watcher\.step\("):
             optimizer.step()
-    assert reference.identical(before, reference.snapshot(case.model))
+    assert identical(before, snapshot(case.model))
 
 
 def test_a_full_unmanaged_window_is_stepped() -> None:
@@ -68,7 +70,7 @@ def test_the_managed_loop_equals_the_loop_by_hand(accumulate: int) -> None:
             if (index + 1) % accumulate == 0:
                 by_hand.step()
                 by_hand.zero_grad()
-    torch.testing.assert_close(reference.snapshot(case.model), reference.snapshot(twin))
+    torch.testing.assert_close(snapshot(case.model), snapshot(twin))
     assert norms_and_counts(watcher)[1] == [accumulate] * 3
 
 
@@ -90,12 +92,12 @@ def test_a_short_last_window_is_its_own_mean(clip: float | None, short: int) -> 
             assert stepped is True
             for index in window:
                 (case.loss(twin, case.batch(index)) / len(window)).backward()
-            expected.append(norm_of(twin))
+            expected.append(gradient_norm(twin))
             if clip:
                 nn.utils.clip_grad_norm_(twin.parameters(), clip)
             by_hand.step()
             by_hand.zero_grad()
-    torch.testing.assert_close(reference.snapshot(case.model), reference.snapshot(twin))
+    torch.testing.assert_close(snapshot(case.model), snapshot(twin))
     norms, counted = norms_and_counts(watcher)
     assert counted == [4, short]
     assert norms == pytest.approx(expected, rel=1e-5)
@@ -111,8 +113,8 @@ def test_a_full_last_window_is_not_divided_again() -> None:
                 watcher.backward(case.loss(case.model, case.batch(index)))
                 stepped = watcher.step(last=last and index == 1)
         assert stepped is True
-        weights.append(reference.snapshot(case.model))
-    assert reference.identical(*weights)
+        weights.append(snapshot(case.model))
+    assert identical(*weights)
 
 
 def test_the_managed_loop_without_accumulation() -> None:
@@ -128,7 +130,7 @@ def test_the_managed_loop_without_accumulation() -> None:
             case.loss(twin, case.batch(index)).backward()
             by_hand.step()
             by_hand.zero_grad()
-    assert reference.identical(reference.snapshot(case.model), reference.snapshot(twin))
+    assert identical(snapshot(case.model), snapshot(twin))
 
 
 @pytest.mark.parametrize("call", ["backward", "step"])
@@ -183,7 +185,7 @@ def test_lbfgs_is_one_step_per_call(found: bool) -> None:
         optimizer.zero_grad()
         loss = case.loss(case.model, case.batch(0))
         loss.backward()
-        norms.append(norm_of(case.model))
+        norms.append(gradient_norm(case.model))
         return loss
 
     with gradwatch.watch(case.model, None if found else optimizer) as watcher:
@@ -210,7 +212,7 @@ def test_an_ordinary_closure(found: bool) -> None:
                 for index in range(count):
                     loss = case.loss(case.model, case.batch(index))
                     loss.backward()
-                expected.append(norm_of(case.model))
+                expected.append(gradient_norm(case.model))
                 return loss
 
             optimizer.step(closure)
@@ -233,9 +235,9 @@ def test_a_closure_that_clips_for_itself(kind: str, found: bool) -> None:
         optimizer.zero_grad()
         loss = case.loss(case.model, case.batch(0))
         loss.backward()
-        before = norm_of(case.model)
+        before = gradient_norm(case.model)
         nn.utils.clip_grad_norm_(case.model.parameters(), 0.05)
-        log.append((before, norm_of(case.model)))
+        log.append((before, gradient_norm(case.model)))
         return loss.detach()
 
     last = []
@@ -259,7 +261,7 @@ def test_a_backward_in_another_thread() -> None:
             thread = threading.Thread(target=loss.backward)
             thread.start()
             thread.join()
-            expected.append(norm_of(case.model))
+            expected.append(gradient_norm(case.model))
             optimizer.step()
             optimizer.zero_grad()
     assert norms_and_counts(watcher) == (pytest.approx(expected, rel=1e-5), [1, 1, 1])

@@ -1,13 +1,12 @@
 """What the exactness of a window costs: the passes over the gradients, counted."""
 
-import collections
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
+from tests.support.calls import CountCalls
 
 from .full_batch import Batch, Words, count, loss_of, windows_of
 
@@ -16,24 +15,18 @@ MULTIPLICATIONS = ("_foreach_mul_", "mul_")
 PARAMETERS = 4
 
 
-class _Passes(TorchDispatchMode):
-    """Counts calls that write into a gradient, by name; the optimizer's own are told apart by it."""
+class _Passes(CountCalls):
+    """Counts only what writes into a gradient; the optimizer's own is told apart by its name."""
 
     def __init__(self, model: Words) -> None:
         super().__init__()
         self.model = model
-        self.counts: collections.Counter[str] = collections.Counter()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        name = func._schema.name.removeprefix("aten::")
+    def is_counted(self, function: Any, args: tuple[Any, ...]) -> bool:
         first = args[0] if args else None
         targets = first if isinstance(first, (list, tuple)) else [first]
         gradients = {p.grad.data_ptr() for p in self.model.parameters() if p.grad is not None}
-        if any(isinstance(t, torch.Tensor) and t.data_ptr() in gradients for t in targets):
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
+        return any(isinstance(t, torch.Tensor) and t.data_ptr() in gradients for t in targets)
 
 
 def _passes_of_steps(
@@ -51,7 +44,7 @@ def _passes_of_steps(
                     watcher.backward(loss_of(model, part), weight=weigh(part))
             with _Passes(model) as passes:
                 assert watcher.step(last=True) is True
-            steps.append(sum(passes.counts[name] for name in MULTIPLICATIONS))
+            steps.append(sum(passes.by_name()[name] for name in MULTIPLICATIONS))
     return steps
 
 
@@ -111,4 +104,4 @@ def test_the_counting_sees_multiplications() -> None:
         torch._foreach_mul_(gradients, 2.0)
         for gradient in gradients:
             gradient.mul_(2.0)
-    assert passes.counts == {"_foreach_mul_": 1, "mul_": PARAMETERS}
+    assert passes.by_name() == {"_foreach_mul_": 1, "mul_": PARAMETERS}

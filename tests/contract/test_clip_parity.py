@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import gradwatch
-
-from . import reference, zoo
+from tests.support import float64, zoo
+from tests.support.state import identical, snapshot
 
 _always = {
     "deadline": None,
@@ -90,7 +90,7 @@ def test_clip_by_norm_leaves_the_bits_of_clip_grad_norm(
     assume(math.isfinite(_torch_norm(gradients, p)))
     expected = _torch_leaves(gradients, max_norm, p)
     left, _ = _gradwatch_leaves(gradients, gradwatch.ClipByNorm(max_norm, norm_type=p))
-    assert reference.identical(left, expected)
+    assert identical(left, expected)
 
 
 @some
@@ -100,7 +100,7 @@ def test_a_limit_at_the_norm_itself(gradients: list[Tensor], scale: float) -> No
     limit = _torch_norm(gradients) * scale
     limit = limit or 1.0
     left, _ = _gradwatch_leaves(gradients, gradwatch.ClipByNorm(limit))
-    assert reference.identical(left, _torch_leaves(gradients, limit, 2.0))
+    assert identical(left, _torch_leaves(gradients, limit, 2.0))
 
 
 @some
@@ -111,7 +111,7 @@ def test_parameter_groups_do_not_change_the_bits(
     """However the optimizer orders its groups, the bits are those of clip_grad_norm_(model.parameters())."""
     expected = _torch_leaves(gradients, max_norm, 2.0)
     left, _ = _gradwatch_leaves(gradients, gradwatch.ClipByNorm(max_norm), groups=groups)
-    assert reference.identical(left, expected)
+    assert identical(left, expected)
 
 
 @some
@@ -120,7 +120,7 @@ def test_a_number_means_clip_by_norm(gradients: list[Tensor], max_norm: float) -
     """clip=m is ClipByNorm(m)."""
     by_number, _ = _gradwatch_leaves(gradients, max_norm)
     by_policy, _ = _gradwatch_leaves(gradients, gradwatch.ClipByNorm(max_norm))
-    assert reference.identical(by_number, by_policy)
+    assert identical(by_number, by_policy)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
@@ -132,7 +132,7 @@ def test_other_options_do_not_change_the_bits(options: dict[str, Any], p: float)
     generator = torch.Generator().manual_seed(5)
     gradients = [torch.randn(7, 5, generator=generator), torch.randn(11, generator=generator)]
     left, _ = _gradwatch_leaves(gradients, gradwatch.ClipByNorm(0.7, norm_type=p), **options)
-    assert reference.identical(left, _torch_leaves(gradients, 0.7, p))
+    assert identical(left, _torch_leaves(gradients, 0.7, p))
 
 
 def test_zero_gradients_stay_zero() -> None:
@@ -149,7 +149,7 @@ def test_many_tensors() -> None:
     gradients = [torch.randn(13, 7, generator=generator) for _ in range(300)]
     for p in (1.0, 2.0, math.inf):
         left, _ = _gradwatch_leaves(gradients, gradwatch.ClipByNorm(1.5, norm_type=p))
-        assert reference.identical(left, _torch_leaves(gradients, 1.5, p))
+        assert identical(left, _torch_leaves(gradients, 1.5, p))
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_large_tensors(two_threads: None) -> None:
     ]
     for p in (1.0, 2.0, math.inf):
         left, _ = _gradwatch_leaves(gradients, gradwatch.ClipByNorm(1.5, norm_type=p))
-        assert reference.identical(left, _torch_leaves(gradients, 1.5, p))
+        assert identical(left, _torch_leaves(gradients, 1.5, p))
 
 
 def test_not_contiguous_gradients() -> None:
@@ -182,7 +182,7 @@ def test_not_contiguous_gradients() -> None:
         torch.randn(1, generator=generator).expand(6),
     ]
     left, _ = _gradwatch_leaves(gradients, 0.5)
-    assert reference.identical(left, _torch_leaves(gradients, 0.5, 2.0))
+    assert identical(left, _torch_leaves(gradients, 0.5, 2.0))
 
 
 def _train(
@@ -211,7 +211,7 @@ def _train(
                 torch.nn.utils.clip_grad_norm_(case.model.parameters(), own)
             optimizer.step()
             optimizer.zero_grad()
-    return reference.snapshot(case.model)
+    return snapshot(case.model)
 
 
 @pytest.mark.parametrize("limit", [0.05, 0.3, 100.0])
@@ -234,7 +234,7 @@ def test_five_clipped_steps_leave_the_weights_of_torchs_clip(
         for one, other in zip(trained, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
     else:
-        assert reference.identical(trained, expected)
+        assert identical(trained, expected)
 
 
 @pytest.mark.parametrize("p", [1.0, 2.0, math.inf])
@@ -300,7 +300,7 @@ def test_overflow_is_clipped_to_the_limit_or_as_torch_does() -> None:
     left, watcher = _gradwatch_leaves([torch.full((4,), 3e38), torch.full((4,), 1.0)], 1.0)
     row = watcher.history.steps().loc[1]
     assert all(gradient.isfinite().all() for gradient in left)
-    norm = reference.total({str(i): reference.norm(gradient) for i, gradient in enumerate(left)})
+    norm = float64.total({str(i): float64.norm(gradient) for i, gradient in enumerate(left)})
     assert norm <= 1.0 + 1e-6
     assert row["grad_norm"] == pytest.approx(6e38, rel=1e-5)
     assert row["grad_norm_clipped"] == pytest.approx(norm, rel=1e-5)
@@ -320,12 +320,12 @@ def test_clip_by_value_leaves_the_bits_of_clip_grad_value(
     _arrive(expected, gradients)
     torch.nn.utils.clip_grad_value_(expected, limit)
     left, watcher = _gradwatch_leaves(gradients, gradwatch.ClipByValue(limit))
-    assert reference.identical(left, [leaf.grad for leaf in expected])
+    assert identical(left, [leaf.grad for leaf in expected])
     row = watcher.history.steps().loc[1]
     biggest = max(float(gradient.abs().max()) for gradient in gradients)
     assert bool(row["clipped"]) == (biggest > torch.tensor(float(limit)).item())
-    norms = {str(i): reference.norm(gradient) for i, gradient in enumerate(left)}
-    assert row["grad_norm_clipped"] == pytest.approx(reference.total(norms), rel=1e-4, abs=1e-18)
+    norms = {str(i): float64.norm(gradient) for i, gradient in enumerate(left)}
+    assert row["grad_norm_clipped"] == pytest.approx(float64.total(norms), rel=1e-4, abs=1e-18)
 
 
 @pytest.mark.parametrize("make", [zoo.mlp, zoo.cnn])
@@ -343,8 +343,8 @@ def test_training_with_clip_by_value(make: Any) -> None:
                     nn.utils.clip_grad_value_(case.model.parameters(), 0.01)
                 optimizer.step()
                 optimizer.zero_grad()
-        results.append(reference.snapshot(case.model))
-    assert reference.identical(*results)
+        results.append(snapshot(case.model))
+    assert identical(*results)
 
 
 def _train_with_a_closure(make: Any, steps: int) -> list[Any]:
@@ -367,17 +367,17 @@ def _train_with_a_closure(make: Any, steps: int) -> list[Any]:
         with gradwatch.watch(case.model, optimizer, clip=0.1) if watched else torch.enable_grad():
             for _ in range(steps):
                 optimizer.step(closure)
-        results.append(reference.snapshot(case.model))
+        results.append(snapshot(case.model))
     return results
 
 
 def test_lbfgs_with_a_closure_is_clipped_at_every_evaluation() -> None:
     """Under LBFGS every evaluation of the closure is clipped, as if the closure had called clip_grad_norm_."""
     results = _train_with_a_closure(lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=4), steps=3)
-    assert reference.identical(*results)
+    assert identical(*results)
 
 
 def test_an_ordinary_optimizer_with_a_closure_is_clipped() -> None:
     """A closure handed to an ordinary optimizer is clipped once, after its backward."""
     results = _train_with_a_closure(lambda p: torch.optim.SGD(p, lr=0.5), steps=5)
-    assert reference.identical(*results)
+    assert identical(*results)

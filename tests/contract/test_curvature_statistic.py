@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import gradwatch
 from gradwatch.testing import CapturingSink
-
-from . import reference, zoo
+from tests.support import zoo
+from tests.support.state import identical, snapshot
 
 COLUMNS = ["hessian_eigenvalue", "hessian_trace"]
 
@@ -215,7 +215,7 @@ def test_a_loss_that_fails_is_told_once_and_harms_nothing(loss: Any, text: str, 
         with warnings.catch_warnings(record=True) as caught, watcher:
             warnings.simplefilter("always")
             _train(optimizer, real, 6)
-        results.append((reference.snapshot(model), [p.grad for p in model.parameters()]))
+        results.append((snapshot(model), [p.grad for p in model.parameters()]))
         norms = watcher.history.steps()["grad_norm"].tolist()
         results[-1] = (*results[-1], norms, watcher.history.steps()["micro_batches"].tolist())
     assert [str(w.message) for w in caught if "curvature from step 1 on" in str(w.message)]
@@ -223,7 +223,7 @@ def test_a_loss_that_fails_is_told_once_and_harms_nothing(loss: Any, text: str, 
     with pytest.raises(gradwatch.GradwatchWarning, match=text):
         raise caught[0].message  # type: ignore[misc]
     assert _taken(watcher) == []
-    assert reference.identical(*results)
+    assert identical(*results)
 
 
 def test_a_loss_that_is_not_finite_for_a_while() -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 import gradwatch
 from gradwatch.testing import late_readings
+from tests.support.float64 import norms, total
 
 STEPS = 40
 SPIKED = (12, 30)
@@ -78,11 +79,10 @@ def test_the_record_is_what_was_done(policy, late):
     for number, (before, after) in enumerate(seen, start=1):
         step = history.steps().loc[number]
         for norm, gradients in (("grad_norm", before), ("grad_norm_clipped", after)):
-            each = [float(g.double().norm(kind)) for g in gradients]
+            each = norms(dict(zip(names, gradients, strict=True)), kind)
             recorded = [rows.loc[(number, name), norm] for name in names]
-            assert recorded == pytest.approx(each, rel=1e-4, abs=1e-9)
-            total = float(torch.tensor(each, dtype=torch.float64).norm(kind))
-            assert step[norm] == pytest.approx(total, rel=1e-4)
+            assert recorded == pytest.approx(list(each.values()), rel=1e-4, abs=1e-9)
+            assert step[norm] == pytest.approx(total(each, kind), rel=1e-4)
         changed = any(not torch.equal(b, a) for b, a in zip(before, after, strict=True))
         assert bool(step["clipped"]) == changed
         assert step["grad_norm_clipped"] == pytest.approx(step["clip_coef"] * step["grad_norm"])

@@ -10,8 +10,9 @@ import torch
 
 import gradwatch
 from gradwatch.testing import CapturingSink
+from tests.support import float64, zoo
+from tests.support.state import identical, snapshot
 
-from . import reference, zoo
 from .lives import (
     Stop,
     hooks,
@@ -209,7 +210,7 @@ def test_deepcopy_of_a_watched_model_and_optimizer(kind: str, found: bool) -> No
         train(case, optimizer, 1)
         model, by = copy.deepcopy((case.model, optimizer))
         assert hooks(model, by)[6:] == bare
-        assert reference.identical(reference.snapshot(model), reference.snapshot(case.model))
+        assert identical(snapshot(model), snapshot(case.model))
         train(zoo.Case(model, case.batch, case.loss), by, 2)
         train(case, optimizer, 1)
     assert list(watcher.history.steps().index) == [1, 2]
@@ -224,10 +225,10 @@ def test_deepcopy_in_the_middle_of_a_window() -> None:
         model = copy.deepcopy(case.model)
         model.zero_grad()
         case.loss(model, case.batch(1)).backward()
-        norms = reference.gradient_norms(reference.parameters_of(case.model))
+        norms = float64.gradient_norms(dict(case.model.named_parameters()))
         optimizer.step()
     row = watcher.history.steps().loc[1]
-    assert row["grad_norm"] == pytest.approx(reference.total(norms), rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(float64.total(norms), rel=1e-5)
     assert row["micro_batches"] == 1
 
 
@@ -347,6 +348,6 @@ def test_a_run_resumed_in_the_middle_equals_a_run_in_one_piece() -> None:
             steps = watcher.history.steps()
             rows += list(zip(steps.index, steps["grad_norm"], steps["clip_coef"], strict=True))
         tables.append(rows)
-        weights.append(reference.snapshot(case.model))
+        weights.append(snapshot(case.model))
     assert tables[0] == tables[1]
-    assert reference.identical(*weights)
+    assert identical(*weights)

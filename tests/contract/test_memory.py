@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
-
-from . import zoo
-from .watching import OPTIONS
+from tests.support import zoo
+from tests.support.calls import CountCalls
+from tests.support.options import OPTIONS
 
 
 class _Fresh(torch.autograd.Function):
@@ -138,20 +137,6 @@ def test_a_backward_pays_no_second_copy_of_the_gradients() -> None:
     assert peaks[1] - peaks[0] < 256 * 256 * 4
 
 
-class _Counts(TorchDispatchMode):
-    """Counts the ATen calls that reach the dispatcher; torch 2.4 detaches twice, which is counted once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-        self._last: Any = None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls += not (func is self._last is torch.ops.aten.detach.default)
-        self._last = func
-        return func(*args, **(kwargs or {}))
-
-
 def _calls_per_step(parameters: int, options: dict[str, Any] | None) -> int:
     weights = {f"w{i}": torch.ones(3, requires_grad=True) for i in range(parameters)}
     optimizer = torch.optim.SGD(list(weights.values()), lr=0.1, fused=True)
@@ -161,11 +146,11 @@ def _calls_per_step(parameters: int, options: dict[str, Any] | None) -> int:
         else torch.enable_grad()
     ):
         for _ in range(3):
-            with _Counts() as counter:
+            with CountCalls() as counter:
                 torch.cat(list(weights.values())).pow(2).sum().backward()
                 optimizer.step()
             optimizer.zero_grad()
-    return counter.calls
+    return counter.calls.total()
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import gradwatch
+from tests.support import float64, zoo
+from tests.support.float64 import gradient_norm
+from tests.support.state import identical, snapshot
 
-from . import reference, zoo
-from .windows import found_or_named, new_run, norm_of, norms_and_counts, to_none
+from .windows import found_or_named, new_run, norms_and_counts, to_none
 
 
 class _Checkpointed(nn.Module):
@@ -49,12 +51,12 @@ def test_checkpointing(
             for i in range(micro_batches):
                 x = zoo.mlp().batch(2 * index + i)[0].requires_grad_()
                 model(x).pow(2).mean().backward()
-            expected.append(reference.gradient_norms(reference.parameters_of(model)))
+            expected.append(float64.gradient_norms(dict(model.named_parameters())))
             optimizer.step()
             optimizer.zero_grad(set_to_none=set_to_none)
     norms, counted = norms_and_counts(watcher)
     assert counted == [micro_batches] * 3
-    assert norms == pytest.approx([reference.total(norm) for norm in expected], rel=1e-5)
+    assert norms == pytest.approx([float64.total(norm) for norm in expected], rel=1e-5)
     table = watcher.history.parameters()
     for step, rows in table.groupby("step"):
         got = dict(zip(rows["parameter"], rows["grad_norm"], strict=True))
@@ -76,7 +78,7 @@ def test_checkpoint_inside_a_checkpoint(reentrant: bool) -> None:
         for _ in range(3):
             x = torch.randn(2, 4, requires_grad=True)
             checkpoint(block, x, use_reentrant=reentrant).pow(2).sum().backward()
-            expected = norm_of(model)
+            expected = gradient_norm(model)
             optimizer.step()
             optimizer.zero_grad()
     norms, counted = norms_and_counts(watcher)
@@ -91,7 +93,7 @@ def test_the_same_parameter_used_twice_is_measured_once() -> None:
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
     with gradwatch.watch(layer, optimizer) as watcher:
         layer(torch.tanh(layer(torch.randn(3, 4)))).sum().backward()
-        expected = norm_of(layer)
+        expected = gradient_norm(layer)
         optimizer.step()
     assert norms_and_counts(watcher) == (pytest.approx([expected], rel=1e-5), [1])
     assert list(watcher.history.parameters()["parameter"]) == ["weight", "bias"]
@@ -108,7 +110,7 @@ def test_create_graph(found: bool) -> None:
             case.loss(case.model, case.batch(index)).backward(create_graph=True)
             if index == 1:
                 sum(p.grad.pow(2).sum() for p in case.model.parameters()).backward()
-            expected.append(norm_of(case.model))
+            expected.append(gradient_norm(case.model))
             optimizer.step()
             optimizer.zero_grad()
     norms, counted = norms_and_counts(watcher)
@@ -130,7 +132,7 @@ def test_gradient_penalties_are_no_micro_batch(of: str, found: bool) -> None:
             wanted = [x] if of == "inputs" else list(case.model.parameters())
             grads = torch.autograd.grad(loss, wanted, create_graph=True)
             (loss + sum((grad.norm() - 1).pow(2) for grad in grads)).backward()
-            expected.append(norm_of(case.model))
+            expected.append(gradient_norm(case.model))
             optimizer.step()
             optimizer.zero_grad()
     norms, counted = norms_and_counts(watcher)
@@ -155,13 +157,13 @@ def test_several_losses_in_one_backward() -> None:
     with watching as watcher:
         losses = [case.loss(case.model, case.batch(index)) for index in range(2)]
         torch.autograd.backward(losses)
-        expected.append(norm_of(case.model))
+        expected.append(gradient_norm(case.model))
         optimizer.step()
         optimizer.zero_grad()
         loss = case.loss(case.model, case.batch(2))
         loss.backward(retain_graph=True)
         loss.backward()
-        expected.append(norm_of(case.model))
+        expected.append(gradient_norm(case.model))
         optimizer.step()
     assert norms_and_counts(watcher) == (pytest.approx(expected, rel=1e-5), [1, 2])
 
@@ -191,7 +193,7 @@ def test_optimizers_that_step_inside_the_backward(found: bool) -> None:
         norms: list[float] = []
 
         def step(p: Tensor, optimizers: Any = optimizers, norms: list[float] = norms) -> None:
-            norms.append(reference.norm(p.grad))
+            norms.append(float64.norm(p.grad))
             optimizers[p].step()
             optimizers[p].zero_grad()
 
@@ -202,8 +204,8 @@ def test_optimizers_that_step_inside_the_backward(found: bool) -> None:
         with watcher or torch.enable_grad():
             for index in range(3):
                 case.loss(case.model, case.batch(index)).backward()
-        results.append(reference.snapshot(case.model))
-    assert reference.identical(*results)
+        results.append(snapshot(case.model))
+    assert identical(*results)
     steps = watcher.history.steps()
     assert list(steps["grad_norm_clipped"]) == pytest.approx(norms, rel=1e-5)
     assert list(steps["grad_norm"]) == pytest.approx(norms, rel=1e-5)
@@ -214,7 +216,7 @@ def test_backward_with_inputs_measures_what_it_filled() -> None:
     case, optimizer, watching = new_run()
     with watching as watcher:
         case.loss(case.model, case.batch(0)).backward(inputs=list(case.model[4].parameters()))
-        expected = norm_of(case.model)
+        expected = gradient_norm(case.model)
         optimizer.step()
     assert norms_and_counts(watcher) == (pytest.approx([expected], rel=1e-5), [1])
     assert set(watcher.history.parameters()["parameter"]) == {"4.weight", "4.bias"}
@@ -265,7 +267,7 @@ def test_an_exception_in_the_middle_of_a_backward(
                         x.pow(2).mean().backward()
                     optimizer.zero_grad(set_to_none=set_to_none)
             case.loss(case.model, case.batch(index)).backward()
-            expected.append(norm_of(case.model))
+            expected.append(gradient_norm(case.model))
             nn.utils.clip_grad_norm_(case.model.parameters(), 0.1)
             optimizer.step()
             optimizer.zero_grad(set_to_none=set_to_none)
@@ -293,7 +295,7 @@ def test_a_broken_reentrant_checkpoint_is_survived() -> None:
         optimizer.zero_grad()
         for _ in range(2):
             run(broken=False).backward()
-            expected = norm_of(model)
+            expected = gradient_norm(model)
             nn.utils.clip_grad_norm_(model.parameters(), 0.01)
             optimizer.step()
             optimizer.zero_grad()

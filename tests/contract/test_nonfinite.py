@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import gradwatch
+from tests.support import float64, zoo
 
-from . import reference, zoo
 from .poison import (
     BAD,
     bad_events,
@@ -163,12 +163,12 @@ def test_recording_goes_on_after_a_bad_step() -> None:
         for index in range(4):
             loss = case.loss(case.model, case.batch(index))
             (loss * math.nan if index == 1 else loss).backward()
-            norms = reference.gradient_norms(reference.parameters_of(case.model))
+            norms = float64.gradient_norms(dict(case.model.named_parameters()))
             optimizer.step()
             optimizer.zero_grad()
             if index == 1:
                 case.model.load_state_dict(saved)
     steps = watcher.history.steps()
     assert list(steps["nonfinite_parameters"]) == [0, 6, 0, 0]
-    assert steps.loc[4, "grad_norm"] == pytest.approx(reference.total(norms), rel=1e-5)
+    assert steps.loc[4, "grad_norm"] == pytest.approx(float64.total(norms), rel=1e-5)
     assert set(bad_events(watcher)["step"]) == {2}

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import gradwatch
+from tests.support.optimizers import DENSE
 
 from .poison import three_leaves, train_with_poison
-from .zoo import OPTIMIZERS
 
 
 @pytest.mark.parametrize("on_nonfinite", ["record", "skip", "raise"])
@@ -113,7 +113,7 @@ def test_no_gradient_does_not_flood() -> None:
 
 def test_a_healthy_run_has_no_events() -> None:
     """Five ordinary steps leave no event, and the event table keeps its columns."""
-    _, watcher = train_with_poison(OPTIMIZERS["AdamW"], clip=1.0, on_nonfinite="skip")
+    _, watcher = train_with_poison(DENSE["AdamW"], clip=1.0, on_nonfinite="skip")
     events = watcher.history.events()
     assert events.empty
     assert {"step", "micro_batch", "kind", "parameter", "module", "value", "rank", "message",

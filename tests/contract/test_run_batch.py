@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
 from gradwatch.testing import late_readings
+from tests.support.calls import CountCalls
 
 from .running_out import (
     LENGTHS,
@@ -283,22 +283,12 @@ def test_the_loss_is_that_of_the_batch(closure_of: Any, size: int | None) -> Non
     torch.testing.assert_close(loss, expected)
 
 
-class _Waits(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **(kwargs or {}))
-
-
 def test_no_host_wait() -> None:
     """Where nothing fails nobody waits for the device: not for the weights, nor for the losses."""
     with late_readings():
         model, watcher = new_watcher(2, accumulate=2)
-        with watcher, _Waits() as counter:
+        with watcher, CountCalls() as counter:
             for index in range(4):
                 watcher.run_batch(closure_with_tokens(model, Fault(ALWAYS)), batch_of(index))
                 watcher.step()
-    assert counter.count == 0
+    assert counter.waits == 0

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.memory import LIMIT_MEMORY
+
 from .running_out import Fault, batch_of, new_watcher, plain_closure
 
 ALWAYS = 99
@@ -100,7 +102,7 @@ def test_the_error_itself_is_gone() -> None:
 
 
 REAL = """
-    import resource, sys
+    import sys
     import torch
     from torch import nn
     import gradwatch
@@ -112,11 +114,6 @@ REAL = """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batches = [torch.randn(BATCH * (1 + 7 * (k % 2)), 64) for k in range(4)]
 
-    def limit():  # 16 activations of 256 bytes per example, so 4 KiB
-        with open("/proc/self/statm") as file:
-            in_use = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (in_use + (80 << 20), resource.RLIM_INFINITY))
-
     with gradwatch.watch(model, optimizer, accumulate=2) as watcher:
         if not LIMITED:
             size = int(sys.argv[2])
@@ -125,7 +122,7 @@ REAL = """
             loss = watcher.run_batch(lambda part: model(part).square().mean(), batch)
             watcher.step()
             if index == 0 and LIMITED:
-                limit()
+                limit_memory(80 << 20)  # 16 activations of 256 bytes per example, so 4 KiB
     events = [event.kind for event in watcher.events]
     print(watcher.micro_batch_size, len(events), set(events) <= {"out_of_memory"})
     print(loss.item(), watcher.last.grad_norm, watcher.last.micro_batches)
@@ -135,7 +132,7 @@ REAL = """
 
 def _in_a_process(*arguments: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(REAL), *arguments],
+        [sys.executable, "-c", LIMIT_MEMORY + textwrap.dedent(REAL), *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
         capture_output=True,
         text=True,

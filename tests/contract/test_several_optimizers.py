@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 import gradwatch
+from tests.support import float64, zoo
+from tests.support.float64 import gradient_norm
+from tests.support.state import identical, snapshot
 
-from . import reference, zoo
-from .windows import found_or_named, new_run, norm_of, norms_and_counts, to_none
+from .windows import found_or_named, new_run, norms_and_counts, to_none
 
 
 class _Gan(nn.Module):
@@ -44,17 +46,17 @@ def test_a_gan_in_alternation(
                 fake = gan.generator(noise)
                 fake = fake.detach() if detached else fake
                 (gan.critic(fake).mean() - gan.critic(real).mean()).backward()
-                expected["SGD"].append(norm_of(gan.critic))
+                expected["SGD"].append(gradient_norm(gan.critic))
                 if clip and not watched:
                     nn.utils.clip_grad_norm_(gan.critic.parameters(), clip)
                 of_critic.step()
                 of_generator.zero_grad(set_to_none=set_to_none)
                 (-gan.critic(gan.generator(noise)).mean()).backward()
-                expected["Adam"].append(norm_of(gan.generator))
+                expected["Adam"].append(gradient_norm(gan.generator))
                 if clip and not watched:
                     nn.utils.clip_grad_norm_(gan.generator.parameters(), clip)
                 of_generator.step()
-        results.append(reference.snapshot(gan))
+        results.append(snapshot(gan))
         if watched:
             steps = watcher.history.steps()
             assert sorted(set(steps["optimizer"])) == ["Adam", "SGD"]
@@ -66,7 +68,7 @@ def test_a_gan_in_alternation(
                 limited = [min(norm, clip or math.inf) for norm in norms]
                 assert list(mine["grad_norm_clipped"]) == pytest.approx(limited, rel=1e-4)
             assert not [event for event in watcher.events if event.kind != "no_gradient"]
-    assert reference.identical(*results)
+    assert identical(*results)
 
 
 @to_none
@@ -102,7 +104,7 @@ def test_two_optimizers_that_share_one_backward(found: bool) -> None:
             case.model.zero_grad()
             case.loss(case.model, case.batch(index)).backward()
             for norms, part, optimizer in zip(expected, parts, optimizers, strict=True):
-                norms.append(norm_of(part))
+                norms.append(gradient_norm(part))
                 optimizer.step()
     steps = watcher.history.steps()
     names = list(dict.fromkeys(steps["optimizer"]))
@@ -133,12 +135,12 @@ def test_an_optimizer_that_replaces_another(clip: float | None, found: bool) -> 
             for norms, optimizer in zip(expected, phases, strict=True):
                 for index in range(3):
                     case.loss(case.model, case.batch(index)).backward()
-                    norms.append(norm_of(case.model))
+                    norms.append(gradient_norm(case.model))
                     if clip and not watched:
                         nn.utils.clip_grad_norm_(case.model.parameters(), clip)
                     optimizer.step()
                     optimizer.zero_grad()
-        results.append(reference.snapshot(case.model))
+        results.append(snapshot(case.model))
         if watched:
             steps = watcher.history.steps()
             for name, norms in zip(("Adam", "SGD"), expected, strict=True):
@@ -146,7 +148,7 @@ def test_an_optimizer_that_replaces_another(clip: float | None, found: bool) -> 
                 assert list(mine.index) == [1, 2, 3]
                 assert list(mine["grad_norm"]) == pytest.approx(norms, rel=1e-5)
                 assert list(mine["micro_batches"]) == [1, 1, 1]
-    assert reference.identical(*results)
+    assert identical(*results)
 
 
 @found_or_named
@@ -164,7 +166,7 @@ def test_two_optimizers_with_a_parameter_in_common(found: bool) -> None:
             case.model.zero_grad()
             case.loss(case.model, case.batch(index)).backward()
             for norms, part, optimizer in zip(expected, parts, optimizers, strict=True):
-                norms.append(math.hypot(*(reference.norm(p.grad) for p in part)))
+                norms.append(math.hypot(*(float64.norm(p.grad) for p in part)))
                 optimizer.step()
     steps = watcher.history.steps()
     for name, norms in zip(("SGD", "Adam"), expected, strict=True):
@@ -186,12 +188,12 @@ def test_a_gan_that_freezes_its_critic_in_turns(found: bool, set_to_none: bool) 
             gan.critic.requires_grad_(True)
             of_critic.zero_grad(set_to_none=set_to_none)
             gan.critic(gan.generator(torch.randn(5, 3)).detach()).mean().backward()
-            expected["SGD"].append(norm_of(gan.critic))
+            expected["SGD"].append(gradient_norm(gan.critic))
             of_critic.step()
             gan.critic.requires_grad_(False)
             of_generator.zero_grad(set_to_none=set_to_none)
             (-gan.critic(gan.generator(torch.randn(5, 3))).mean()).backward()
-            expected["Adam"].append(norm_of(gan.generator))
+            expected["Adam"].append(gradient_norm(gan.generator))
             of_generator.step()
     steps = watcher.history.steps()
     for name, norms in expected.items():
@@ -283,7 +285,7 @@ def test_backwards_before_a_found_optimizer_belong_to_its_first_window() -> None
     with watching as watcher:
         for index in range(3):
             case.loss(case.model, case.batch(index)).backward()
-        expected = norm_of(case.model)
+        expected = gradient_norm(case.model)
         optimizer.step()
     norms, micro_batches = norms_and_counts(watcher)
     assert norms == pytest.approx([expected], rel=1e-5)

@@ -7,8 +7,8 @@ import pytest
 
 import gradwatch
 from gradwatch.testing import CapturingSink
+from tests.support.state import identical, snapshot
 
-from . import reference
 from .lives import (
     Stop,
     model_and_optimizer,
@@ -57,8 +57,8 @@ def test_a_sink_that_raises_is_told_once_and_left_out(clip: float | None, fails_
             assert "_Failing" in str(caught[0].message)
             assert "disk full" in str(caught[0].message)
             assert failing.writes == fails_at
-        weights.append(reference.snapshot(case.model))
-    assert reference.identical(*weights)
+        weights.append(snapshot(case.model))
+    assert identical(*weights)
 
 
 def test_a_sink_that_cannot_close_is_told() -> None:

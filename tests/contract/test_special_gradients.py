@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
+from tests.support import float64, zoo
+from tests.support.state import identical, snapshot
 
-from . import reference, zoo
 from .tables import STEPS, all_norms, rows_of, sgd
 
 
@@ -24,7 +25,7 @@ def test_sparse_adam_norms_sum_the_rows_that_repeat(p: float) -> None:
     ) as watcher:
         for index in range(STEPS):
             case.loss(case.model, case.batch(index)).backward()
-            expected.append(reference.norm(case.model.table.weight.grad, p))
+            expected.append(float64.norm(case.model.table.weight.grad, p))
             optimizer.step()
             optimizer.zero_grad()
     assert list(watcher.history.steps()["grad_norm"]) == pytest.approx(expected, rel=1e-5)
@@ -63,7 +64,7 @@ def test_fp16_gradients_are_clipped_with_their_true_norm() -> None:
         (weight * gradient).sum().backward()
         optimizer.step()
     row = watcher.history.steps().loc[1]
-    assert reference.norm(weight.grad) == pytest.approx(10.0, rel=2e-3)
+    assert float64.norm(weight.grad) == pytest.approx(10.0, rel=2e-3)
     assert row["grad_norm_clipped"] == pytest.approx(10.0, rel=2e-3)
     assert row["clip_coef"] == pytest.approx(1e-4, rel=1e-3)
 
@@ -108,7 +109,7 @@ def thawing(request: pytest.FixtureRequest) -> dict[str, Any]:
                 if not early:
                     optimizer.add_param_group({"params": list(model.frozen.parameters())})
             data.loss(model, data.batch(index)).backward()
-            expected.append(reference.gradient_norms(reference.parameters_of(model)))
+            expected.append(float64.gradient_norms(dict(model.named_parameters())))
             optimizer.step()
             optimizer.zero_grad()
     return {"watcher": watcher, "expected": expected, "model": model}
@@ -123,7 +124,7 @@ def test_frozen_unused_and_thawed_parameters(thawing: dict[str, Any]) -> None:
     for step in range(1, STEPS + 1):
         assert rows_of(watcher, step) == pytest.approx(expected[step - 1], rel=1e-5)
         assert steps.loc[step, "grad_norm"] == pytest.approx(
-            reference.total(expected[step - 1]), rel=1e-5
+            float64.total(expected[step - 1]), rel=1e-5
         )
 
 
@@ -155,8 +156,8 @@ def test_a_thawed_parameter_is_clipped_too() -> None:
                     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
                 optimizer.step()
                 optimizer.zero_grad()
-        results.append(reference.snapshot(model))
-    assert reference.identical(*results)
+        results.append(snapshot(model))
+    assert identical(*results)
 
 
 def test_a_parameter_frozen_in_the_middle_leaves_the_table() -> None:
@@ -186,7 +187,7 @@ def test_norms_of_an_optimizer_over_a_part_of_the_model(discover: bool) -> None:
             case.model.zero_grad()
             case.loss(case.model, case.batch(index)).backward()
             expected.append(
-                reference.total(reference.gradient_norms(dict(case.model[4].named_parameters())))
+                float64.total(float64.gradient_norms(dict(case.model[4].named_parameters())))
             )
             optimizer.step()
     assert list(watcher.history.steps()["grad_norm"]) == pytest.approx(expected, rel=1e-5)
@@ -194,7 +195,7 @@ def test_norms_of_an_optimizer_over_a_part_of_the_model(discover: bool) -> None:
 
 def _true_norms(case: zoo.Case, loss: Tensor) -> float:
     grads = torch.autograd.grad(loss, list(case.model.parameters()), retain_graph=True)
-    return math.hypot(*(reference.norm(grad) for grad in grads))
+    return math.hypot(*(float64.norm(grad) for grad in grads))
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
@@ -275,8 +276,8 @@ def test_the_other_statistics_equal_the_reference() -> None:
     with gradwatch.watch(case.model, optimizer, statistics=names, every=2) as watcher:
         for index in range(4):
             case.loss(case.model, case.batch(index)).backward()
-            before = {n: reference.widen(p) for n, p in case.model.named_parameters()}
-            grads = {n: reference.widen(p.grad) for n, p in case.model.named_parameters()}
+            before = {n: float64.widen(p) for n, p in case.model.named_parameters()}
+            grads = {n: float64.widen(p.grad) for n, p in case.model.named_parameters()}
             optimizer.step()
             optimizer.zero_grad()
             expected.append(
@@ -289,7 +290,7 @@ def test_the_other_statistics_equal_the_reference() -> None:
                         "weight_norm": float(before[name].norm()),
                         "update_ratio": float(
                             (
-                                reference.widen(dict(case.model.named_parameters())[name])
+                                float64.widen(dict(case.model.named_parameters())[name])
                                 - before[name]
                             ).norm()
                             / before[name].norm()

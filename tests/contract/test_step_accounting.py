@@ -4,7 +4,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from .windows import found_or_named, new_run, norm_of, norms_and_counts, to_none
+from tests.support.float64 import gradient_norm
+
+from .windows import found_or_named, new_run, norms_and_counts, to_none
 
 
 @found_or_named
@@ -31,7 +33,7 @@ def test_one_backward_per_step(zero: str, when: str, set_to_none: bool, found: b
             if when == "before_backward":
                 empty()
             case.loss(case.model, case.batch(index)).backward()
-            expected.append(norm_of(case.model))
+            expected.append(gradient_norm(case.model))
             optimizer.step()
             if when == "after_step":
                 empty()
@@ -51,7 +53,7 @@ def test_two_backwards_per_step(set_to_none: bool, found: bool) -> None:
         for index in range(4):
             for i in range(2):
                 case.loss(case.model, case.batch(2 * index + i)).backward()
-            expected.append(norm_of(case.model))
+            expected.append(gradient_norm(case.model))
             optimizer.step()
             optimizer.zero_grad(set_to_none=set_to_none)
     norms, micro_batches = norms_and_counts(watcher)
@@ -83,7 +85,7 @@ def test_a_backward_that_is_thrown_away_does_not_count(set_to_none: bool, found:
             case.loss(case.model, case.batch(90 + index)).backward()
             optimizer.zero_grad(set_to_none=set_to_none)
             case.loss(case.model, case.batch(index)).backward()
-            expected.append(norm_of(case.model))
+            expected.append(gradient_norm(case.model))
             optimizer.step()
             optimizer.zero_grad(set_to_none=set_to_none)
     norms, micro_batches = norms_and_counts(watcher)
@@ -109,12 +111,12 @@ def test_a_step_without_a_backward(set_to_none: bool, found: bool) -> None:
     case, optimizer, watching = new_run(found)
     with watching as watcher:
         case.loss(case.model, case.batch(0)).backward()
-        first = norm_of(case.model)
+        first = gradient_norm(case.model)
         optimizer.step()
         optimizer.zero_grad(set_to_none=set_to_none)
         optimizer.step()
         case.loss(case.model, case.batch(1)).backward()
-        third = norm_of(case.model)
+        third = gradient_norm(case.model)
         optimizer.step()
     norms, micro_batches = norms_and_counts(watcher)
     assert norms == pytest.approx([first, 0.0, third], rel=1e-5)
@@ -132,7 +134,7 @@ def test_a_step_after_its_gradients_were_thrown_away(set_to_none: bool, found: b
         optimizer.zero_grad(set_to_none=set_to_none)
         optimizer.step()
         case.loss(case.model, case.batch(1)).backward()
-        expected = norm_of(case.model)
+        expected = gradient_norm(case.model)
         optimizer.step()
     assert norms_and_counts(watcher) == (pytest.approx([0.0, expected], rel=1e-5), [0, 1])
     assert not watcher.history.steps()["clipped"].any()
@@ -145,7 +147,7 @@ def test_a_step_before_any_backward(found: bool) -> None:
     with watching as watcher:
         optimizer.step()
         case.loss(case.model, case.batch(0)).backward()
-        expected = norm_of(case.model)
+        expected = gradient_norm(case.model)
         optimizer.step()
     norms, micro_batches = norms_and_counts(watcher)
     assert norms == pytest.approx([0.0, expected], rel=1e-5)
@@ -158,7 +160,7 @@ def test_stale_gradients_keep_their_norm(found: bool) -> None:
     case, optimizer, watching = new_run(found)
     with watching as watcher:
         case.loss(case.model, case.batch(0)).backward()
-        expected = norm_of(case.model)
+        expected = gradient_norm(case.model)
         optimizer.step()
         optimizer.step()
     norms, micro_batches = norms_and_counts(watcher)
@@ -174,7 +176,7 @@ def test_a_loop_that_never_empties_its_gradients(found: bool) -> None:
     with watching as watcher:
         for index in range(3):
             case.loss(case.model, case.batch(index)).backward()
-            expected.append(norm_of(case.model))
+            expected.append(gradient_norm(case.model))
             optimizer.step()
     assert norms_and_counts(watcher)[0] == pytest.approx(expected, rel=1e-5)
 
@@ -214,13 +216,13 @@ def test_any_order_of_calls(actions: list[str], found: bool, clip: float | None)
                 optimizer.zero_grad(set_to_none=action == "drop")
                 window = 0
             else:
-                before = norm_of(case.model)
+                before = gradient_norm(case.model)
                 if action == "clip_step" and window:
                     for parameter in case.model.parameters():
                         if parameter.grad is not None:
                             parameter.grad.mul_(0.5)
                 optimizer.step()
-                expected.append((before, norm_of(case.model), window))
+                expected.append((before, gradient_norm(case.model), window))
                 window = 0
     steps = watcher.history.steps()
     assert list(steps["micro_batches"]) == [count for _, _, count in expected]

@@ -4,11 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import gradwatch
-
-from . import reference, zoo
+from tests.support import zoo
 
 to_none = pytest.mark.parametrize("set_to_none", [True, False], ids=["to_none", "to_zero"])
 
@@ -21,11 +19,6 @@ def new_run(found: bool = False, **options: Any) -> tuple[zoo.Case, Any, Any]:
     case = zoo.mlp()
     optimizer = torch.optim.SGD(case.model.parameters(), lr=0.1)
     return case, optimizer, gradwatch.watch(case.model, None if found else optimizer, **options)
-
-
-def norm_of(model: nn.Module) -> float:
-    """Return the float64 norm of all gradients of a model."""
-    return reference.total(reference.gradient_norms(reference.parameters_of(model)))
 
 
 def norms_and_counts(watcher: gradwatch.Watcher) -> tuple[list[float], list[int]]:

@@ -10,9 +10,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
+from tests.support.calls import CountCalls
+from tests.support.launch import on_ranks
 
-from .launch import on_ranks
-from .test_gradient_sync import Collectives, fsdp2
+from .test_gradient_sync import fsdp2
 
 WANTED = 3
 # Micro-batches of each window; those of fewer than are wanted end with step(last=True).
@@ -97,11 +98,11 @@ def _train(model, kind="sgd", sizes=SIZES, seldom=False, **options):
             sent.append([])
             for m in range(size):
                 data = _rows(window, m, rank)
-                with Collectives() as collectives:
+                with CountCalls() as collectives:
                     use = seldom and rank == ranks - 1
                     watcher.backward(_loss(model, data, use), weight=data[1].sum())
                     watcher.step(last=m + 1 == size)
-                sent[-1].append(dict(collectives.counts))
+                sent[-1].append(dict(collectives.sent))
     steps = watcher.history.steps()
     named = {name.removeprefix("module."): p for name, p in model.named_parameters()}
     return {
@@ -252,12 +253,12 @@ def _parts_of_unequal_number():
     optimizer, sent = _optimizer(model, "sgd"), []
     with gradwatch.watch(model, optimizer) as watcher:
         for window in range(4):
-            with Collectives() as collectives:
+            with CountCalls() as collectives:
                 # Of six rows the first rank makes two parts, the second one three.
                 for x, kept in watcher.micro_batches(data(window, 0, rank), 3 if rank == 0 else 2):
                     watcher.backward(_loss(model, (x, kept)))
                 assert watcher.step()
-            sent.append(collectives.counts["allreduce"])
+            sent.append(collectives.sent["allreduce"])
     steps = watcher.history.steps()
     return {
         "found": {

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
+from tests.support.calls import CountCalls
+from tests.support.launch import on_ranks
 
-from .launch import on_ranks
 from .test_accumulation import WANTED, Net, _at_once, _loss, _optimizer, _rows
-from .test_gradient_sync import Collectives
 
 
 def _own_loop():
@@ -23,7 +23,7 @@ def _own_loop():
     optimizer, by_hand = _optimizer(model, "sgd"), _optimizer(twin, "sgd")
     with gradwatch.watch(model, optimizer, accumulate=4) as watcher:
         for window in range(3):
-            with Collectives() as collectives:
+            with CountCalls() as collectives:
                 for m in range(4):
                     with model.no_sync() if m < 3 else contextlib.nullcontext():
                         loss = _loss(model, _rows(window, m, rank)) / 4
@@ -31,7 +31,7 @@ def _own_loop():
                         loss.backward()
                 optimizer.step()
             optimizer.zero_grad()
-            sent.append(collectives.counts["allreduce"])
+            sent.append(collectives.sent["allreduce"])
             for m in range(4):
                 for r in range(ranks):
                     (_loss(twin, _rows(window, m, r)) / 4 / ranks).backward()

@@ -11,8 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
 from gradwatch.testing import CapturingSink
-
-from .launch import on_ranks
+from tests.support.launch import on_ranks
 
 RANKS, STEPS, POISONED = 2, 6, 3
 

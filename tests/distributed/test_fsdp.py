@@ -11,8 +11,7 @@ from torch import nn
 
 import gradwatch
 from gradwatch.testing import CapturingSink, late_readings
-
-from .launch import on_ranks
+from tests.support.launch import on_ranks
 
 RANKS, STEPS, POISONED = 2, 4, 2
 

@@ -1,6 +1,5 @@
 """Which micro-batches communicate, in real processes: the gradients are those of all the data."""
 
-import collections
 import copy
 
 import pytest
@@ -8,11 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradwatch.hooks.data_parallel import DataParallel, GradientSync, _buckets, can_hold
-
-from .launch import on_ranks
+from tests.support.calls import CountCalls
+from tests.support.launch import on_ranks
 
 WANTED = 3
 SIZES = (3, 2, 1, 3, 3)  # of the windows; those of fewer than are wanted end early
@@ -20,19 +18,6 @@ SIZES = (3, 2, 1, 3, 3)  # of the windows; those of fewer than are wanted end ea
 fsdp2 = pytest.mark.skipif(
     torch.__version__ < "2.9", reason="FSDP2 on CPUs needs torch 2.9 or newer"
 )
-
-
-class Collectives(TorchDispatchMode):
-    """Counts what is sent, by kind."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = collections.Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "c10d":
-            self.counts[func._schema.name.removeprefix("c10d::").strip("_")] += 1
-        return func(*args, **(kwargs or {}))
 
 
 class Plain(nn.Module):
@@ -118,15 +103,15 @@ def _window(model, sync, start, size):
     """Runs a window as the managed loop does; tells what was sent in each micro-batch."""
     sent = []
     for k in range(size):
-        with Collectives() as collectives:
+        with CountCalls() as collectives:
             _backward(model, start + k, dist.get_rank())
-        sent.append(dict(collectives.counts))
+        sent.append(dict(collectives.sent))
         sync.hold_back() if k + 1 < WANTED - 1 else sync.restore()
-    with Collectives() as collectives:
+    with CountCalls() as collectives:
         if size < WANTED:
             sync.reduce_()
     sync.hold_back()
-    return [*sent, dict(collectives.counts)]
+    return [*sent, dict(collectives.sent)]
 
 
 def _expected(bare, start, size):
@@ -296,9 +281,9 @@ def _special():
     sync = GradientSync.of(twice, DataParallel.of(twice))
     sync.hold_back()
     _backward(wrappers[0], 0, dist.get_rank())
-    with Collectives() as collectives:
+    with CountCalls() as collectives:
         sync.reduce_()
-    seen["twice"] = collectives.counts["allreduce"]
+    seen["twice"] = collectives.sent["allreduce"]
     seen["outer"] = _distance(twice.last.weight.grad, expected["last.weight"])
 
     table = DistributedDataParallel(Sparse())
@@ -566,10 +551,10 @@ def _sums(ranks):
     if ranks is None:
         return None
     own = torch.tensor([1.0, 2.0 ** dist.get_rank()])
-    with Collectives() as collectives:
+    with CountCalls() as collectives:
         total = ranks.sum_(own.clone()).tolist()
     largest = ranks.max_(own)[1].item()
-    return ranks.ranks, *total, largest, collectives.counts["allreduce"]
+    return ranks.ranks, *total, largest, collectives.sent["allreduce"]
 
 
 @fsdp2

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from .launch import RankError, on_ranks
+from tests.support.launch import RankError, on_ranks
 
 
 def _sum_of_ranks(start):

@@ -8,8 +8,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
-
-from .launch import on_ranks
+from tests.support.launch import on_ranks
 
 ACCUMULATE, WINDOWS = 2, 3
 LIMIT = 2

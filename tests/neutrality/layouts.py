@@ -10,7 +10,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from .models import units_of
+from tests.support.zoo import units_of
 
 
 def _at_once(model: nn.Module, last: bool) -> AbstractContextManager[object]:
@@ -103,9 +103,9 @@ def tensor_parallel(shards: int = 1, *, whole: bool = False) -> Layout:
         parallelize_module,
     )
 
-    plan = {"0": ColwiseParallel(), "3": RowwiseParallel()}
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
     if whole:
-        plan["5"] = ColwiseParallel(output_layouts=Replicate())
+        plan["4"] = ColwiseParallel(output_layouts=Replicate())
 
     def wrap(model: nn.Module) -> nn.Module:
         mesh = init_device_mesh("cpu", (shards, 2), mesh_dim_names=("shard", "tensor"))

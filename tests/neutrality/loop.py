@@ -1,31 +1,40 @@
 """A training loop that can do all that a setting says, with and without a watcher."""
 
 import random
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 import gradwatch
+from tests.support.optimizers import IN_TWO_PARTS, make_optimizer, takes_a_closure
+from tests.support.options import STATISTICS
+from tests.support.state import state_of
+from tests.support.zoo import SEED, make_case
 
 from .covering import Row
 from .layouts import ALONE, Layout
-from .models import DROPOUT, SEED, make_case
-from .optimizers import IN_TWO_PARTS, OPTIMIZERS, WITH_A_CLOSURE
-from .precisions import PRECISIONS
-from .state import state_of
+from .precisions import OF_THE_MODEL, PRECISIONS
 
 STEPS = 20
+DROPOUT = 0.2
 MAX_NORM = 0.1
-STATISTICS = ("norm", "max", "mean", "std", "zeros", "weight_norm", "update_ratio")
 WATCHING: dict[str, dict[str, Any]] = {
     "named": {"named": True},
     "found": {"named": False},
     "statistics": {"named": True, "statistics": STATISTICS},
     "found_statistics": {"named": False, "statistics": STATISTICS, "every": 3},
+}
+OWN_CLIPS: dict[str, Callable[[list[Tensor]], object]] = {
+    "clip": lambda parameters: nn.utils.clip_grad_norm_(parameters, MAX_NORM),
+    "clip_far": lambda parameters: nn.utils.clip_grad_norm_(parameters, 1e6),
+    "clip_value": lambda parameters: nn.utils.clip_grad_value_(parameters, 1e-3),
+    "multiplied": lambda parameters: [p.grad.mul_(0.25) for p in parameters],
+    "replaced": lambda parameters: [setattr(p, "grad", p.grad * 0.25) for p in parameters],
 }
 USUAL: Row = {
     "model": "mlp", "optimizer": "SGD", "precision": "float32", "micro_batches": "1",
@@ -42,6 +51,7 @@ class Loop:
         scaler: That of the loss, where the precision has one.
         watcher: None where nothing is watched.
         overflows: Steps that the scaler left out.
+        losses: What each step returned, or each evaluation where step() returns nothing.
     """
 
     def __init__(
@@ -66,14 +76,15 @@ class Loop:
         """
         self.setting = {**USUAL, **setting}
         self.layout = layout
-        self.precision = PRECISIONS[self.setting["precision"]]
+        self.precision = {**PRECISIONS, **OF_THE_MODEL}[self.setting["precision"]]
         self.micro_batches = int(self.setting["micro_batches"])
         self.case = make_case(self.setting["model"], rank=rank // layout.copies, dropout=dropout)
         self.scaler = self.precision.scaler()
         self.model = layout.wrap(self.precision.cast(self.case.model))
-        self.optimizer = OPTIMIZERS[self.setting["optimizer"]](self.model.parameters())
+        self.optimizer = make_optimizer(self.setting["optimizer"], self.model.parameters())
         self.watcher = self._watch(options) if watched else None
         self.overflows = 0
+        self.losses: list[Tensor] = []
 
     def run(self, steps: int = STEPS) -> dict[str, Any]:
         """Train from fresh seeds, and return the state at the end."""
@@ -83,7 +94,7 @@ class Loop:
         with self.watcher or nullcontext():
             for step in range(steps):
                 self.step(step)
-        return state_of(self.model, *self._optimizers())
+        return {**state_of(self.model, *self._optimizers()), "losses": self.losses}
 
     def steps_seen(self) -> int:
         """Return how many steps of an optimizer the watcher has recorded."""
@@ -92,10 +103,10 @@ class Loop:
     def step(self, step: int) -> None:
         """Train on the micro-batches of one step."""
         optimizer, name = self.optimizer, self.setting["optimizer"]
-        if name in WITH_A_CLOSURE:
-            optimizer.step(lambda: self.evaluate(step))
+        if takes_a_closure(name):
+            self.losses.append(optimizer.step(lambda: self.evaluate(step)))
             return
-        self.evaluate(step)
+        self.losses.append(self.evaluate(step))
         if name in IN_TWO_PARTS:
             optimizer.first_step()
             self.evaluate(step)
@@ -119,10 +130,10 @@ class Loop:
                 loss = losses[-1] / self.micro_batches
                 (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         self.look_at_gradients(step)
-        if self.setting["own_clip"] == "clip":
+        if self.setting["own_clip"] in OWN_CLIPS:
             if self.scaler is not None:
                 self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_NORM)
+            OWN_CLIPS[self.setting["own_clip"]](list(self.model.parameters()))
         return self._mean_over_ranks(torch.stack(losses).mean().detach())
 
     def look_at_gradients(self, step: int) -> None:
@@ -136,7 +147,7 @@ class Loop:
 
     def _mean_over_ranks(self, loss: Tensor) -> Tensor:
         """Return the mean, so that an optimizer that looks at the loss decides alike on all ranks."""
-        if self.layout.ranks > 1 and self.setting["optimizer"] in WITH_A_CLOSURE:
+        if self.layout.ranks > 1 and takes_a_closure(self.setting["optimizer"]):
             dist.all_reduce(loss)
             loss /= self.layout.ranks
         return loss

@@ -11,9 +11,9 @@ WIDE = {torch.float32: torch.complex64, torch.float64: torch.complex128}
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtype of the parameters, that of autocast, and whether the loss is scaled."""
+    """The dtype of the parameters, None for the model's own; that of autocast; a scaled loss or not."""
 
-    parameters: torch.dtype = torch.float32
+    parameters: torch.dtype | None = torch.float32
     autocast: torch.dtype | None = None
     scaled: bool = False
 
@@ -25,6 +25,8 @@ class Precision:
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return a tensor in this precision; numbers that are not real or complex stay."""
+        if self.parameters is None:
+            return tensor
         if tensor.is_complex():
             return tensor.to(WIDE[self.parameters])
         return tensor.to(self.parameters) if tensor.is_floating_point() else tensor
@@ -49,3 +51,4 @@ PRECISIONS = {
     "bf16": Precision(torch.bfloat16),
     "autocast_fp16": Precision(autocast=torch.float16, scaled=True),
 }
+OF_THE_MODEL = {"own": Precision(None)}  # no choice for models that have but one dtype

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tests.support.state import differences
+
 from .covering import Row
 from .layouts import Layout, ddp, fsdp, tensor_parallel
 from .loop import Loop
-from .state import differences
 
 
 def compare(setting: Row, steps: int) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Which choices there are for a training in one process, and which of them do not go together."""
 
+from tests.support.optimizers import IN_TWO_PARTS, OPTIMIZERS, WITH_A_CLOSURE
+from tests.support.zoo import MODELS
+
 from .covering import covering_array
 from .loop import WATCHING
-from .models import MODELS
-from .optimizers import IN_TWO_PARTS, OPTIMIZERS, WITH_A_CLOSURE
 from .precisions import PRECISIONS
 
 SPARSE = ("sparse", "all_sparse")

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from tests.support.state import differences
+
 from .layouts import Layout
 from .loop import STEPS, Loop
 from .params import every_row
-from .state import differences
 
 # Dynamo says so of itself, with Python 3.13.0.
 pytestmark = pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")

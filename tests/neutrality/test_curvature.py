@@ -9,14 +9,14 @@ import torch.distributed as dist
 from torch import nn
 
 import gradwatch
+from tests.support.launch import on_ranks
+from tests.support.state import differences, state_of
+from tests.support.zoo import MODELS
 
 from .covering import covering_array
-from .launch import on_ranks
 from .layouts import ddp
 from .loop import Loop
-from .models import MODELS
 from .params import every_row
-from .state import differences, state_of
 
 STEPS = 8
 EVERY = 3

@@ -2,10 +2,11 @@
 
 import pytest
 
+from tests.support.state import differences
+
 from .loop import STEPS, Loop
 from .params import every_row
 from .settings import SETTINGS
-from .state import differences
 
 
 @pytest.mark.parametrize("setting", every_row(SETTINGS))

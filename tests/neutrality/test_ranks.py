@@ -2,8 +2,9 @@
 
 import pytest
 
+from tests.support.launch import on_ranks
+
 from .covering import covering_array
-from .launch import on_ranks
 from .params import every_row, pairs_slowly
 from .ranked import compare, layout_of
 from .ranked_settings import (

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.state import differences, state_of
+
 from .loop import Loop
-from .state import differences, state_of
 
 
 def _flip_a_bit(tensor):

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .covering import Row
-from .double import widen
-from .layouts import ALONE, Layout
-from .loop import MAX_NORM, Loop
-from .ranked import layout_of
-from .state import differences
+from tests.neutrality.covering import Row
+from tests.neutrality.layouts import ALONE, Layout
+from tests.neutrality.loop import MAX_NORM, Loop
+from tests.neutrality.ranked import layout_of
+from tests.support.float64 import widen
+from tests.support.state import differences
 
 STEPS = 10
 

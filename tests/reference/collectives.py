@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .covering import Row
-from .loop import Loop
-from .ranked import layout_of
+from tests.neutrality.covering import Row
+from tests.neutrality.loop import Loop
+from tests.neutrality.ranked import layout_of
 
 STEPS = 5
 

@@ -1,35 +1,14 @@
 """The gradients of a model in float64, computed apart from the training that is watched."""
 
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from .models import make_batch, make_case
+from tests.support.float64 import gradients, widen, widen_module
+from tests.support.zoo import make_batch, make_case
 
 Gradients = dict[str, Tensor]
-
-
-def widen(tensor: Tensor) -> Tensor:
-    """Return a whole, dense copy in double precision of a tensor that may be split or sparse."""
-    tensor = tensor.detach()
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    wide = torch.complex128 if tensor.is_complex() else torch.float64
-    if not tensor.is_sparse:
-        return tensor.to(wide, copy=True)
-    return tensor.coalesce().to(wide).to_dense()  # duplicates are added up as the optimizer does
-
-
-def norms(gradients: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the L2 norm of each gradient."""
-    return {name: float(torch.linalg.vector_norm(wide)) for name, wide in gradients.items()}
-
-
-def total(norms: Mapping[str, float]) -> float:
-    """Return the L2 norm of all gradients together."""
-    return math.hypot(*norms.values())
 
 
 class DoubleModel:
@@ -39,9 +18,7 @@ class DoubleModel:
         self._name = name
         case = make_case(name, dropout=0.0)
         self._model, self._loss = case.model, case.loss
-        for tensor in (*self._model.parameters(), *self._model.buffers()):
-            if tensor.is_floating_point() or tensor.is_complex():
-                tensor.data = widen(tensor)
+        widen_module(self._model)
 
     def take(self, weights: Mapping[str, Tensor]) -> None:
         """Copy the weights of the watched model, under its own names."""
@@ -61,5 +38,4 @@ class DoubleModel:
             batch = make_batch(self._name, rank, index)
             wide = tuple(t.double() if t.is_floating_point() else t for t in batch)
             (self._loss(self._model, wide) * share).backward()
-        parameters = self._model.named_parameters()
-        return {name: widen(p.grad) for name, p in parameters if p.grad is not None}
+        return {name: widen(grad) for name, grad in gradients(self._model).items()}

@@ -8,12 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import gradwatch
-
-from .covering import Row
-from .layouts import ALONE, Layout
-from .loop import Loop
-from .ranked import layout_of
-from .state import differences, pieces
+from tests.neutrality.covering import Row
+from tests.neutrality.layouts import ALONE, Layout
+from tests.neutrality.loop import Loop
+from tests.neutrality.ranked import layout_of
+from tests.support.state import differences, pieces
 
 STEPS, POISONED = 6, 3
 

@@ -1,16 +1,28 @@
 """A watched training beside which a float64 model computes what the records must say."""
 
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .covering import Row
-from .double import DoubleModel, norms, widen
-from .layouts import ALONE, Layout
-from .loop import MAX_NORM, Loop
-from .ranked import layout_of
+import gradwatch
+from tests.neutrality.covering import Row
+from tests.neutrality.layouts import ALONE, Layout
+from tests.neutrality.loop import MAX_NORM, Loop
+from tests.neutrality.ranked import layout_of
+from tests.support.float64 import gradients, norms, widen
+
+from .double import DoubleModel
+
+MAX_NORMS = {1.0: 1.0, 2.0: MAX_NORM, math.inf: 0.02}
+FAR = 1e6  # no gradient is as long
+
+
+def norm_type_of(setting: Row) -> float:
+    """Return the p of the norm that a setting asks for."""
+    return float(setting.get("norm_type", "2"))
 
 
 class TaughtLoop(Loop):
@@ -23,8 +35,10 @@ class TaughtLoop(Loop):
     """
 
     def __init__(self, setting: Row, *, layout: Layout = ALONE, rank: int = 0) -> None:
-        clip = {"clip": MAX_NORM} if setting.get("own_clip") == "watch_clip" else {}
-        super().__init__(setting, watched=True, layout=layout, rank=rank, dropout=0.0, **clip)
+        super().__init__(
+            setting, watched=True, layout=layout, rank=rank, dropout=0.0, **self._options(setting)
+        )
+        self._p = norm_type_of(setting)
         self.expected: dict[int, dict[str, Any]] = {}
         self._rank = rank // layout.copies
         self._data_ranks = range(layout.ranks // layout.copies)
@@ -36,26 +50,35 @@ class TaughtLoop(Loop):
         super().step(step)
         skipped = self.overflows > overflows
         self.expected[step]["outcome"] = "skipped_scaler" if skipped else "applied"
+        if self.scaler is None and "fused" not in self.setting["optimizer"]:
+            # A scaler, and a fused optimizer that clips, leave other gradients than they step with.
+            self.expected[step]["left"] = norms(gradients(self.inner), self._p)
 
     def evaluate(self, step: int) -> Tensor:
         """Compute the gradients in float64 too."""
+        self.expect(step)
+        return super().evaluate(step)
+
+    def expect(self, step: int) -> None:
+        """Compute in float64 what the gradients of a step are going to be."""
         self._double.take(self._whole(dict(self.inner.named_parameters())))
         numbers = [step * self.micro_batches + i for i in range(self.micro_batches)]
         everywhere = [(rank, number) for rank in self._data_ranks for number in numbers]
         share = 1 / self.micro_batches
         self.expected[step] = {
-            "double": norms(self._double.gradients(everywhere, share / len(self._data_ranks))),
-            "local": norms(self._local(numbers, share)),
+            "double": norms(
+                self._double.gradients(everywhere, share / len(self._data_ranks)), self._p
+            ),
+            "local": norms(self._local(numbers, share), self._p),
             "loss_scale": 1.0 if self.scaler is None else self.scaler.get_scale(),
+            "left": None,
         }
-        return super().evaluate(step)
 
     def look_at_gradients(self, step: int) -> None:
         """Measure the gradients that are really there, in true units."""
-        parameters = self.inner.named_parameters()
-        there = self._whole({name: p.grad for name, p in parameters if p.grad is not None})
+        there = self._whole(gradients(self.inner))
         scale = self.expected[step]["loss_scale"]
-        self.expected[step]["gradients"] = norms({n: g / scale for n, g in there.items()})
+        self.expected[step]["gradients"] = norms({n: g / scale for n, g in there.items()}, self._p)
 
     @property
     def inner(self) -> torch.nn.Module:
@@ -71,8 +94,21 @@ class TaughtLoop(Loop):
         frame = history.parameters()
         for step, row in zip(steps.index, rows, strict=True):
             of_step = frame[frame["step"] == step]
-            row["parameters"] = dict(zip(of_step["parameter"], of_step["grad_norm"], strict=True))
+            for key, column in (
+                ("parameters", "grad_norm"),
+                ("clipped_parameters", "grad_norm_clipped"),
+            ):
+                row[key] = dict(zip(of_step["parameter"], of_step[column], strict=True))
+            row["number"] = step
         return {"recorded": rows, "expected": list(self.expected.values())}
+
+    @staticmethod
+    def _options(setting: Row) -> dict[str, Any]:
+        """Return the options of a watcher that clips, or that measures in another norm."""
+        p, clips = norm_type_of(setting), setting.get("own_clip") == "watch_clip"
+        if p == 2:
+            return {"clip": MAX_NORM} if clips else {}
+        return {"clip": gradwatch.ClipByNorm(MAX_NORMS[p] if clips else math.inf, norm_type=p)}
 
     def _local(self, numbers: list[int], share: float) -> dict[str, Tensor]:
         """Return what this rank holds before the last reduction: what came reduced, and its own."""
@@ -88,9 +124,30 @@ class TaughtLoop(Loop):
         return {name: widen(tensor) for name, tensor in tensors.items()}
 
 
+class ManagedLoop(TaughtLoop):
+    """The same training, whose backwards and steps are the watcher's."""
+
+    def step(self, step: int) -> None:
+        """Train on one window; only its last micro-batch steps."""
+        self.expect(step)
+        self.expected[step]["gradients"] = None  # theirs are in the making until the very step
+        applied = []
+        for number in range(self.micro_batches):
+            self.watcher.backward(self.loss(step * self.micro_batches + number))
+            applied.append(self.watcher.step())
+        assert applied == [False] * (self.micro_batches - 1) + [True]
+        self.expected[step]["outcome"] = "applied"
+
+    @staticmethod
+    def _options(setting: Row) -> dict[str, Any]:
+        clip = MAX_NORM if setting["own_clip"] == "watch_clip" else FAR
+        return {"clip": clip, "accumulate": int(setting["micro_batches"])}
+
+
 def train(setting: Row, layout: Layout, steps: int, rank: int = 0) -> dict[str, Any]:
     """Train, and return what was recorded beside what was expected."""
-    loop = TaughtLoop(setting, layout=layout, rank=rank)
+    kind = ManagedLoop if setting.get("managed") == "managed" else TaughtLoop
+    loop = kind(setting, layout=layout, rank=rank)
     loop.run(steps)
     return loop.seen()
 

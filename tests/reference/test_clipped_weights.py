@@ -2,9 +2,10 @@
 
 import pytest
 
+from tests.neutrality.ranked import layout_of
+from tests.support.launch import on_ranks
+
 from .clipped import STEPS, compare, compare_on_rank
-from .launch import on_ranks
-from .ranked import layout_of
 from .trainings import (
     ALONE_CLIPPED,
     DDP_CLIPPED,

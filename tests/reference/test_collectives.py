@@ -2,11 +2,12 @@
 
 import pytest
 
+from tests.neutrality.params import every_row
+from tests.neutrality.ranked import layout_of
+from tests.support.launch import on_ranks
+from tests.support.options import STATISTICS
+
 from .collectives import STEPS, count
-from .launch import on_ranks
-from .loop import STATISTICS
-from .params import every_row
-from .ranked import layout_of
 
 REPLICATED = [
     {"layout": "ddp2", "hook": "no_hook", "model": "mlp"},

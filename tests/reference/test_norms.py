@@ -2,16 +2,21 @@
 
 import pytest
 
+from tests.neutrality.layouts import ALONE
+from tests.neutrality.ranked import layout_of
+from tests.support.launch import on_ranks
+
 from .agreement import differences_between_ranks, disagreements
-from .launch import on_ranks
-from .layouts import ALONE
-from .ranked import layout_of
 from .taught import train, train_on_rank
 from .trainings import (
     ALONE_RECORDED,
     DDP_RECORDED,
     FOUR_RANKS_RECORDED,
     FSDP_RECORDED,
+    IN_TWO_DTYPES,
+    MANAGED,
+    OTHER_NORMS,
+    OWN_CLIPPED,
     TENSOR_RECORDED,
 )
 
@@ -27,6 +32,36 @@ def _check_on_ranks(setting):
 @pytest.mark.parametrize("setting", ALONE_RECORDED)
 def test_the_numbers_of_one_process_equal_the_reference(setting):
     """Norms before and after the clip, coefficients, outcomes and counts are those of the float64 model."""
+    assert disagreements(setting, train(setting, ALONE, STEPS)) == []
+
+
+@pytest.mark.parametrize("setting", OTHER_NORMS)
+def test_other_norms_equal_the_reference(setting):
+    """Where a policy clips by the L1 or the largest element all norms are of that kind, before and after."""
+    seen = train(setting, ALONE, STEPS)
+    assert disagreements(setting, seen) == []
+    assert any(row["clipped"] for row in seen["recorded"]) == (setting["own_clip"] != "no_clip")
+
+
+@pytest.mark.parametrize("setting", OWN_CLIPPED)
+def test_the_loops_own_clip_is_seen_from_both_sides(setting):
+    """Whichever way a loop clips, norms are those before and after it; a clip that did nothing is none."""
+    seen = train(setting, ALONE, STEPS)
+    assert disagreements(setting, seen) == []
+    if setting["own_clip"] != "clip":
+        clipped = {row["clipped"] for row in seen["recorded"]}
+        assert clipped == {setting["own_clip"] != "clip_far"}
+
+
+@pytest.mark.parametrize("setting", IN_TWO_DTYPES)
+def test_the_numbers_of_two_dtypes_equal_the_reference(setting):
+    """So are those of a model of float32 and bfloat16."""
+    assert disagreements(setting, train(setting, ALONE, STEPS)) == []
+
+
+@pytest.mark.parametrize("setting", MANAGED)
+def test_the_numbers_of_a_managed_loop_equal_the_reference(setting):
+    """Where the watcher runs the backwards and steps, norms are those of the mean over each window."""
     assert disagreements(setting, train(setting, ALONE, STEPS)) == []
 
 

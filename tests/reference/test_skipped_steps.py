@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from .launch import on_ranks
+from tests.neutrality.ranked import layout_of
+from tests.support.launch import on_ranks
+
 from .poisoned import POISONED, STEPS, refuse_on_rank, skip, skip_on_rank
-from .ranked import layout_of
 from .trainings import (
     ALONE_SKIPPED,
     DDP_SKIPPED,

@@ -1,8 +1,10 @@
 """The trainings whose numbers are compared: choices of the neutral ones, as each test needs them."""
 
-from .covering import covering_array
-from .params import every_row, pairs_slowly
-from .ranked_settings import (
+from itertools import product
+
+from tests.neutrality.covering import Row, covering_array
+from tests.neutrality.params import every_row, pairs_slowly
+from tests.neutrality.ranked_settings import (
     DDP,
     DDP_FORBIDDEN,
     FSDP,
@@ -11,7 +13,7 @@ from .ranked_settings import (
     TENSOR,
     TENSOR_FORBIDDEN,
 )
-from .settings import AXES, FORBIDDEN
+from tests.neutrality.settings import AXES, FORBIDDEN
 
 # A sparse gradient that is added to another makes a new tensor, like one that comes after
 # zero_grad(): where a closure zeroes nothing but those, its evaluations cannot be told apart.
@@ -28,6 +30,44 @@ FSDP_RECORDED = pairs_slowly({**FSDP, **RECORDED}, [*FSDP_FORBIDDEN, *MOVED])
 TENSOR_RECORDED = pairs_slowly({**TENSOR, **RECORDED}, TENSOR_FORBIDDEN)
 FOUR_RANKS_RECORDED = every_row(
     [{**setting, "own_clip": "watch_clip", "watching": "named"} for setting in ON_FOUR_RANKS]
+)
+
+# What does not occur in those pairs, on one of each kind of model.
+KINDS: list[Row] = [
+    *({"model": model, "precision": "float32"} for model in
+      ("mlp", "cnn", "lstm", "transformer", "sparse", "complex")),
+    {"model": "mlp", "precision": "float64"},
+    {"model": "mixed", "precision": "own"},
+]  # fmt: skip
+DENSE = [kind for kind in KINDS if kind["model"] != "sparse"]
+
+
+def _rows(kinds: list[Row], **axes: list[str]) -> list[Row]:
+    """Return every kind of model with every combination of further choices."""
+    combinations = [dict(zip(axes, row, strict=True)) for row in product(*axes.values())]
+    return [{**kind, "optimizer": "SGD_bare", **row} for kind in kinds for row in combinations]
+
+
+OTHER_NORMS = every_row(
+    _rows(KINDS, norm_type=["1", "inf"], own_clip=["no_clip", "watch_clip"])
+    + _rows(KINDS[:1], norm_type=["1", "inf"], own_clip=["multiplied"])
+)
+OWN_CLIPPED = every_row(
+    [
+        row
+        for row in _rows(
+            DENSE, own_clip=["clip", "clip_far", "clip_value", "multiplied", "replaced"]
+        )
+        if (row["model"], row["own_clip"]) != ("complex", "clip_value")  # torch has none
+    ]
+)
+IN_TWO_DTYPES = every_row(
+    _rows(KINDS[-1:], own_clip=["no_clip", "watch_clip"], micro_batches=["1", "3"])
+)
+MANAGED = every_row(
+    _rows(
+        KINDS, managed=["managed"], own_clip=["watch_clip", "watch_far"], micro_batches=["1", "3"]
+    )
 )
 
 FEW_MODELS = {"model": ["mlp", "cnn", "transformer", "frozen"]}

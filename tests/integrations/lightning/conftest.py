@@ -14,6 +14,8 @@ from torch.nn import functional
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.support.float64 import gradient_norms, total
+
 # What Lightning itself warns about in a short fit on a CPU. Everything else is an error.
 LIGHTNING_WARNINGS = (
     r"ignore:.*does not have many workers",
@@ -154,13 +156,8 @@ class CapturingLogger(Logger):
 
 def norm_of(optimizer):
     """Takes the L2 norm over the gradients of an optimizer in float64."""
-    gradients = [
-        p.grad.double().flatten()
-        for group in optimizer.param_groups
-        for p in group["params"]
-        if p.grad is not None
-    ]
-    return float(torch.cat(gradients).norm()) if gradients else 0.0
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return total(gradient_norms(dict(enumerate(parameters))))
 
 
 def loader(batches=6, poison=None, scale=1.0):

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gradwatch import AccumulateByNoiseScale
 from gradwatch_lightning import GradientMonitor
-from tests.distributed.launch import on_ranks
 from tests.integrations.lightning.conftest import Net, trainer
+from tests.support.launch import on_ranks
 
 NOISE_SCALE = 96.0  # examples: 12 micro-batches of 4 on each of 2 ranks
 

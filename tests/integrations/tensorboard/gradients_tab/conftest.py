@@ -1,4 +1,7 @@
-"""Both ways in which TensorBoard reads event files: its Python loader and its data server."""
+"""Both ways in which TensorBoard reads event files: its Python loader and its data server.
+
+Without TensorBoard around them, as `tests.support.board` has: so whole arrays can be compared.
+"""
 
 import argparse
 import subprocess
