@@ -50,7 +50,7 @@ def tensorboard(logdir: Path, load_fast: str) -> Iterator[tuple[str, int]]:
     """Starts TensorBoard on loopback; gives its address and its process."""
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir)]
     command += ["--host", "127.0.0.1", "--port", "0", "--load_fast", load_fast]
-    with tempfile.TemporaryFile("w+") as log:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             end = time.monotonic() + START_S

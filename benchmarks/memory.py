@@ -16,7 +16,7 @@ def resident_bytes(pid: int | None = None) -> int:
     pids, pages = [os.getpid() if pid is None else pid], 0
     for one in pids:  # grows as children are found
         with suppress(OSError):  # it has ended meanwhile
-            pages += int(Path(f"/proc/{one}/statm").read_text().split()[1])
+            pages += int(Path(f"/proc/{one}/statm").read_text(encoding="utf-8").split()[1])
             for task in Path(f"/proc/{one}/task").iterdir():
                 pids += map(int, (task / "children").read_text().split())
     return pages * os.sysconf("SC_PAGE_SIZE") if pages else 0
@@ -26,4 +26,4 @@ def peak_resident_bytes() -> int:
     """Returns the most memory that this process ever had in RAM."""
     # Not ru_maxrss: that of a child begins with the parent's.
     status = Path("/proc/self/status")
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 if status.exists() else 0
+    return int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) * 1024 if status.exists() else 0
