@@ -26,4 +26,8 @@ def peak_resident_bytes() -> int:
     """Returns the most memory that this process ever had in RAM."""
     # Not ru_maxrss: that of a child begins with the parent's.
     status = Path("/proc/self/status")
-    return int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) * 1024 if status.exists() else 0
+    return (
+        int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) * 1024
+        if status.exists()
+        else 0
+    )
