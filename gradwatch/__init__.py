@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gradwatch import pickles
 from gradwatch.accumulate.noise_scale import NoiseScale
 from gradwatch.accumulate.policies import AccumulateByNoiseScale, AccumulatePolicy
 from gradwatch.clip.adagc import AdaGC
@@ -15,7 +16,6 @@ from gradwatch.clip.zclip import ZClip
 from gradwatch.errors import AccumulationError, NonFiniteGradientError
 from gradwatch.hessian.every import CurvatureEvery
 from gradwatch.history import History, load
-from gradwatch.pickles import MOVED, add_aliases, find_inner
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.records import Event, GradwatchWarning, Layout, RecordBatch, Sink, StepRecord
 from gradwatch.watcher import Watcher, watch
@@ -72,14 +72,14 @@ _ON_DEMAND = {
 }
 """What few runs need, and so is loaded when somebody asks for it."""
 
-add_aliases(MOVED, __name__)
+pickles.add_aliases(pickles.MOVED, __name__)
 
 
 def __getattr__(name: str) -> Any:
     if name in _ON_DEMAND:
         value = globals()[name] = getattr(import_module(_ON_DEMAND[name]), name)
         return value
-    if (inner := find_inner(name)) is not None:  # not kept: dir() lists what is public
+    if (inner := pickles.find_inner(name)) is not None:  # not kept: dir() lists what is public
         return inner
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
