@@ -129,7 +129,7 @@ print(sorted(heavy & set(sys.modules)))
 
 
 def test_import_is_quick(tmp_path: Path) -> None:
-    """`import gradwatch` adds at most a tenth to the processor time of `import torch` (the best of three)."""
+    """`import gradwatch` adds at most a quarter to the processor time of `import torch` (the best of three)."""
     code = """
 import time
 start = time.process_time()
@@ -138,7 +138,7 @@ between = time.process_time()
 import gradwatch
 print((time.process_time() - between) / (between - start))
 """
-    assert any(float(_python(code, tmp_path)) <= 0.1 for _ in range(3))
+    assert any(float(_python(code, tmp_path)) <= 0.25 for _ in range(3))
 
 
 PUBLIC = [
