@@ -1,5 +1,6 @@
 """A disk that is full, read-only or gone: one warning, and the training goes on."""
 
+import os
 import resource
 import shutil
 import tempfile
