@@ -12,10 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.accumulate.splitting import batch_length, largest_part, split_batch
-from gradwatch.clip.norm_history import exact_dtype
 from gradwatch.errors import AccumulationError
 from gradwatch.hooks.data_parallel import GradientSync, broadcast_buffers, can_hold
-from gradwatch.measure.deferred import FloatOrDeferred, as_operand, defer, defer_copy, is_at_hand
+from gradwatch.measure.deferred import (
+    FloatOrDeferred,
+    as_operand,
+    defer,
+    defer_copy,
+    exact_dtype,
+    is_at_hand,
+)
 from gradwatch.out_of_memory import Rollback, forget, is_out_of_memory, release_memory
 from gradwatch.record.events import out_of_memory_event
 from gradwatch.step.optimizer_steps import OptimizerSteps

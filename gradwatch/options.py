@@ -18,6 +18,7 @@ from gradwatch.checks import check_positive
 from gradwatch.clip.fixed import ClipByNorm, ClipByValue
 from gradwatch.clip.policy import ClipPolicy
 from gradwatch.clip.robust import RobustClip
+from gradwatch.clip.spikes import AUTO_Z
 from gradwatch.hessian.every import CurvatureEvery
 from gradwatch.hooks.backward import is_watched
 from gradwatch.hooks.data_parallel import refuse_fsdp1, reshard
@@ -29,7 +30,6 @@ from gradwatch.record.records import Sink
 Accumulate = int | str | Mapping[int, int] | Callable[[int], int] | AccumulatePolicy
 """What ``watch(accumulate=)`` takes."""
 
-AUTO_Z = 6.0
 ON_NONFINITE = ("record", "skip", "raise")
 SHOWN_CHARACTERS = 200
 """Of a value in an error message: a list of parameters may print millions."""

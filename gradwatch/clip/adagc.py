@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from gradwatch.checks import check_at_least, check_between, check_count, check_positive
-from gradwatch.clip.norm_history import exact_dtype
 from gradwatch.clip.policy import ClipDecision
-from gradwatch.measure.deferred import is_at_hand
+from gradwatch.measure.deferred import exact_dtype, is_at_hand
 from gradwatch.pickles import stable_name
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.clip.policy import ClipDecision
-from gradwatch.measure.deferred import is_at_hand
+from gradwatch.measure.deferred import exact_dtype, is_at_hand
 from gradwatch.pickles import stable_name
 
 MAD_TO_DEVIATION = 1.4826
@@ -160,11 +160,6 @@ class NormHistory:
     def _fill(self, window: Sequence[float], numbers: Mapping[str, float]) -> None:
         self.window = self._backend.window(self._size, window)
         self.numbers = {name: self._backend.scalar(value) for name, value in numbers.items()}
-
-
-def exact_dtype(device: torch.device) -> torch.dtype:
-    """Returns the most exact dtype that a device computes in."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @stable_name

@@ -12,7 +12,7 @@ from gradwatch.checks import check_positive
 from gradwatch.clip.norm_history import MAD_TO_DEVIATION, Backend, Flag, HistoryRule, Scalar
 from gradwatch.pickles import stable_name
 
-_AUTO = 6.0
+AUTO_Z = 6.0
 _WINDOW = 128
 _FEWEST = 25
 _LEAST_DEVIATION = 0.05  # as a share of the median: nothing below 1.3 times it is a spike at 6
@@ -77,7 +77,7 @@ class SpikeRule(HistoryRule):
         median = window.quantile(0.5)
         deviation = MAD_TO_DEVIATION * window.median_distance(median)
         deviation = backend.maximum(deviation, _LEAST_DEVIATION * median)
-        limit = median + (_AUTO if self.z == "auto" else self.z) * deviation
+        limit = median + (AUTO_Z if self.z == "auto" else self.z) * deviation
         spike = (window.count >= _FEWEST) & (norm > limit)
         # Spikes enter as well: left out, a loss that settled higher would be skipped for ever.
         window.push(norm, keep)

@@ -36,6 +36,11 @@ def is_at_hand(tensor: Tensor) -> bool:
     return tensor.is_cpu and _polls_until_arrival is None
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Returns the most exact dtype that a device computes in."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class Deferred:
     """The numbers of a tensor of any shape; asking for them waits unless they are at hand.
 
