@@ -16,6 +16,7 @@ FORMAT = "gradwatch run"
 VERSION = 1
 NAME = "meta.json"
 STEPS, PARAMETERS, EVENTS = TABLES = ("steps", "parameters", "events")
+EARLIER = "earlier-"
 _FIELDS = tuple(field.name for field in fields(Layout))
 
 NO_FOLDER = (
@@ -30,6 +31,10 @@ NO_META_BUT_TABLES = (
 BARELY_BEGUN = (
     "{path!r} holds no step yet: the run that made it was stopped, or has only just begun. Train "
     "into it, or wait for its first steps, which are written after 5 seconds."
+)
+BEGUN_ANEW = (
+    "{path!r} holds no step yet: a run that began at step 1 again was stopped before its first "
+    "steps were written. The run before it is in {earlier!r}."
 )
 FOREIGN = "{path!r} is no run folder, as its meta.json was not written by gradwatch ({why}). {hint}"
 NEWER = (
@@ -98,7 +103,22 @@ def check_whole(folder: Path) -> None:
     """
     missing = [f"{name}/" for name in TABLES if not (folder / name).is_dir()]
     if missing:
+        earlier = newest_earlier(folder)
+        if f"{STEPS}/" in missing and earlier is not None and (earlier / STEPS).is_dir():
+            raise UnreadableError(BEGUN_ANEW.format(path=str(folder), earlier=str(earlier)))
         raise UnreadableError(HALF.format(path=str(folder), missing=" and no ".join(missing)))
+
+
+def newest_earlier(folder: Path) -> Path | None:
+    """Finds the run that was set aside last, when another began at step 1 in the same folder."""
+    found = (path for path in folder.glob(f"{EARLIER}*") if number_of_earlier(path))
+    return max(found, key=number_of_earlier, default=None)
+
+
+def number_of_earlier(path: Path | None) -> int:
+    """Returns the number in the name of a run that was set aside; 0 for any other path."""
+    digits = path.name.removeprefix(EARLIER) if path is not None else ""
+    return int(digits) if digits.isdecimal() else 0
 
 
 def has_begun(folder: Path) -> bool:

@@ -21,6 +21,7 @@ from gradwatch.record.folder.event_log import EventLog, event_files, lines_of, r
 from gradwatch.record.folder.files import write_whole
 from gradwatch.record.folder.lock import WriterLock
 from gradwatch.record.folder.meta import (
+    EARLIER,
     EVENTS,
     NAME,
     PARAMETERS,
@@ -28,6 +29,8 @@ from gradwatch.record.folder.meta import (
     TABLES,
     Meta,
     has_begun,
+    newest_earlier,
+    number_of_earlier,
     read_meta,
 )
 from gradwatch.record.folder.parts import Part, PartStore
@@ -160,6 +163,7 @@ class RunFolder:
             self._tidy(partial(self._session.tidy, batch))
 
     def _keep_earlier(self, batch: RecordBatch) -> None:
+        finish_setting_aside(self._path)
         earlier = set_aside(self._path) if begins_anew(batch.steps) else None
         if earlier is not None:
             warn_safely(_EARLIER.format(path=str(self._path), earlier=str(earlier)))
@@ -194,9 +198,6 @@ class RunFolder:
             del self._held[0]
 
 
-EARLIER = "earlier-{number}"
-
-
 def begins_anew(steps: Sequence[StepRecord]) -> bool:
     """Tells whether the first steps that a session writes are the first of a run."""
     # A resumed run goes on after the last step of its checkpoint.
@@ -213,20 +214,35 @@ def set_aside(folder: Path) -> Path | None:
     Raises:
         OSError: If the disk is full or read-only.
     """
-    steps = folder / STEPS
-    if not steps.is_dir() or next(steps.glob("*.parquet"), None) is None:
-        return None  # a temporary file, left over by a process that was killed, is no step
-    number = 1
-    while (target := folder / EARLIER.format(number=number)).exists():
-        number += 1
-    target.mkdir()
+    # A temporary file, left over by a process that was killed, is no step.
+    if next((folder / STEPS).glob("*.parquet"), None) is None:
+        return None
+    target = newest_earlier(folder)
+    if target is None or (target / STEPS).exists():  # else a move that was stopped at its start
+        target = folder / f"{EARLIER}{number_of_earlier(target) + 1}"
+        target.mkdir()
     # Copied, and the steps moved first: whatever stops it in between, no step is lost, and what has
     # been moved is no longer read here.
     shutil.copy2(folder / NAME, target / NAME)
-    for table in TABLES:
-        if (folder / table).exists():
-            (folder / table).rename(target / table)
+    (folder / STEPS).rename(target / STEPS)
+    finish_setting_aside(folder)
     return target
+
+
+def finish_setting_aside(folder: Path) -> None:
+    """Moves the tables that are still here although their steps have been set aside.
+
+    A process may have been killed in between. A session would take them for its own.
+
+    Raises:
+        OSError: If the disk is full or read-only.
+    """
+    target = newest_earlier(folder)
+    if target is None or (folder / STEPS).exists() or not (target / STEPS).exists():
+        return
+    for table in TABLES:
+        if (folder / table).exists() and not (target / table).exists():
+            (folder / table).rename(target / table)
 
 
 class Session:
@@ -251,8 +267,8 @@ class Session:
         folder.mkdir(parents=True, exist_ok=True)
         meta = read_meta(folder) if (folder / NAME).exists() else Meta(layout)
         (folder / EVENTS).mkdir(exist_ok=True)
-        self._steps.open()
         self._parameters.open()
+        self._steps.open()  # last: a folder without steps/ is one that has not begun (anew)
         written = {part.session: part.last for part in self._steps.parts()}
         self._parameters.remove_beyond(written)
         self._resumes = bool(written)

@@ -3,13 +3,16 @@
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
+import warnings
 
 import pandas as pd
 import pytest
 
+import gradwatch
 from gradwatch.history import load
 from gradwatch.record.folder import parts
 
@@ -114,6 +117,33 @@ def test_killed_between_any_two_file_operations(tmp_path, monkeypatch, stride, r
     assert operation > 60
 
 
+def test_killed_while_an_earlier_run_is_set_aside(tmp_path):
+    """Whatever operation is the last one: the next run goes on, and no number of the earlier is lost."""
+    operation, alive = 1, True
+    while alive:
+        path = tmp_path / str(operation)
+        _deliver_all(path, 1, 17)
+
+        def act(path=path, operation=operation):
+            die_at(operation, path)
+            _deliver_all(path, 1, 5)
+
+        with warnings.catch_warnings(category=gradwatch.GradwatchWarning, action="ignore"):
+            alive = killed(forked(act))
+            try:
+                assert runs.assert_consistent(path) in {0, 2, 4, 16}
+            except gradwatch.UnreadableError as error:
+                assert re.search("holds no step yet.*'.*earlier-1'", str(error))  # noqa: PT017
+            _deliver_all(path, 1, 9)
+        assert runs.assert_consistent(path) == 8
+        earlier = [runs.assert_consistent(folder) for folder in sorted(path.glob("earlier-*"))]
+        assert earlier in ([16], [16, 2], [16, 4])
+        events = load(path / "earlier-1").events()["step"].tolist()
+        assert events == list(range(1, 17, 2))
+        operation += 1
+    assert operation > 20
+
+
 def _killed_at_random(tmp_path, kills, seed):
     """Kills a training so many times, each time resumed from its checkpoint, then lets it finish."""
     random.seed(seed)
@@ -126,10 +156,12 @@ def _killed_at_random(tmp_path, kills, seed):
         assert killed(child)
         count += 1
         progress = int(done.read_text(encoding="utf-8") or 0) if done.exists() else 0
-        if not (path / "meta.json").exists():
+        try:
+            steps = load(path).steps().index.tolist()
+        except (gradwatch.UnreadableError, FileNotFoundError) as error:
+            assert re.search(NOT_BEGUN, str(error))  # noqa: PT017
             assert progress <= 64
             continue
-        steps = load(path).steps().index.tolist()
         assert steps == list(range(1, len(steps) + 1))
         assert len(steps) >= progress - 64
         assert len(load(path).parameters()) == 4 * len(steps)
