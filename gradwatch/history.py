@@ -86,11 +86,8 @@ class History:
             stop: One after the last step.
 
         Returns:
-            Index ``step`` (from 1 per optimizer); columns ``optimizer, time_s, micro_batches,
-            weight, grad_norm, grad_norm_clipped, grad_norm_local, clip_coef, clip_threshold,
-            clipped, outcome, nonfinite_parameters, loss, lr, loss_scale, noise_scale,
-            noise_scale_stderr, hessian_eigenvalue, hessian_trace`` as
-            :class:`~gradwatch.record.records.StepRecord` explains them.
+            Index ``step`` (from 1 per optimizer); as columns the fields of
+            :class:`~gradwatch.StepRecord`, but for ``global_step``.
 
         Raises:
             TypeError: If a bound is no integer, or the columns are no sequence of names.
@@ -135,8 +132,7 @@ class History:
         """Returns one row per event, oldest first.
 
         Returns:
-            Columns ``step, micro_batch, kind, parameter, module, value, rank, message, nan_count,
-            inf_count, optimizer`` as :class:`~gradwatch.record.records.Event` explains them.
+            As columns the fields of :class:`~gradwatch.Event`, but for ``global_step``.
         """
         return events_frame(self._source.events())
 

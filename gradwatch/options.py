@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from gradwatch.hessian.every import CurvatureEvery
 from gradwatch.hooks.backward import is_watched
 from gradwatch.hooks.data_parallel import refuse_fsdp1, reshard
 from gradwatch.measure.parameters import ParameterTable, optimizer_parameters
-from gradwatch.measure.statistics import STATISTICS, WEIGHT_STATISTICS
+from gradwatch.measure.statistics import STATISTICS
 from gradwatch.pickles import stable_name
 from gradwatch.record.records import Sink
 
@@ -33,6 +33,25 @@ Accumulate = int | str | Mapping[int, int] | Callable[[int], int] | AccumulatePo
 ON_NONFINITE = ("record", "skip", "raise")
 SHOWN_CHARACTERS = 200
 """Of a value in an error message: a list of parameters may print millions."""
+
+
+class SharedOptions(TypedDict, total=False):
+    """The options of :func:`gradwatch.watch` that an adapter hands on, for its ``**options``.
+
+    ``accumulate`` and ``scaler`` are missing: they are the framework's own business.
+    """
+
+    clip: float | str | ClipPolicy | None
+    on_nonfinite: str
+    statistics: Iterable[str]
+    every: int
+    buffer_size: int
+    sinks: Iterable[Sink]
+    run_dir: str | os.PathLike[str] | None
+    exploding_norm: float | None
+    skip_spikes: float | str | None
+    max_consecutive_skips: int
+    curvature: CurvatureEvery | None
 
 
 @stable_name
@@ -116,7 +135,7 @@ class Options:
     @property
     def of_steps(self) -> list[str]:
         """What was asked for that only an optimizer's step can give."""
-        names = [name for name in self.statistics if name in WEIGHT_STATISTICS]
+        names = [n for n in self.statistics if n != "norm" and STATISTICS[n].weights]
         asked = [f"statistics={names}"] if names else []
         return asked + ["curvature="] * (self.curvature is not None)
 
@@ -235,7 +254,8 @@ def _statistics(name: str, names: object) -> tuple[str, ...]:
     if isinstance(names, str) or not isinstance(names, Iterable):
         advice = ' Write statistics=("norm", "max"), for instance.'
         raise TypeError(_must_be(name, "a sequence of names", names, advice))
-    return tuple(_choice(name, statistic, STATISTICS) for statistic in names)
+    known = ("norm", *STATISTICS)
+    return tuple(_choice(name, statistic, known) for statistic in names)
 
 
 def _positive_int(name: str, value: object) -> int:

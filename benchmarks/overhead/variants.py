@@ -254,7 +254,7 @@ def gradwatch_variants(training: Training) -> list[Variant]:
     for name, regime, sinks in kinds:
         prepare = partial(watched, training, sinks, clip=MAX_NORMS[regime])
         variants.append(Variant(name, prepare, regime, sinks))
-    every = partial(watched, training, statistics=STATISTICS)
+    every = partial(watched, training, statistics=tuple(STATISTICS))
     variants.append(Variant(STATISTICS_ON, every, sinks=(), precise=False))
     if training.accumulate > 1:
         prepare = partial(managed, training, MAX_NORMS[NOTHING_CLIPPED])

@@ -73,9 +73,9 @@ def statistics_added(tensors: int, rounds: int) -> dict[str, Spread]:
         By statistic, what ``watch(statistics=)`` adds to a bare step; ``norm`` is always taken.
     """
     options: dict[str, dict[str, Any]] = {
-        name: {"statistics": ("norm", name)} for name in STATISTICS if name != "norm"
+        name: {"statistics": ("norm", name)} for name in STATISTICS
     }
-    options = {"norm": {}, **options, "all of them": {"statistics": STATISTICS}}
+    options = {"norm": {}, **options, "all of them": {"statistics": tuple(STATISTICS)}}
     return _added(tensors, options, rounds)[1]
 
 

@@ -23,6 +23,7 @@ from gradwatch.cli.arguments import (
     run_name,
 )
 from gradwatch.cli.terminal import Output, as_json, or_dash, percent, shortened, text_table, times
+from gradwatch.record.columns import STEP_COLUMNS, STEP_DTYPES
 from gradwatch.record.folder.meta import read_meta
 from gradwatch.report.finding import counted, printable
 
@@ -179,8 +180,7 @@ def _named(names: Sequence[str], most: int = 3) -> str:
 
 Floats = NDArray[np.floating[Any]]
 
-_MEASURED = ("grad_norm", "grad_norm_clipped", "clip_coef")
-_KNOWN_TO_SOME = ("loss", "lr", "clip_threshold", "loss_scale", "noise_scale")
+_COMPARED = [name for name in STEP_COLUMNS if STEP_DTYPES[name] is np.float64 and name != "time_s"]
 """Left out where one of the runs has no such number at all."""
 
 ROWS = 1 << 18
@@ -330,8 +330,7 @@ def _compare_steps(a: History, b: History) -> StepsCompared:
     common = left.index.intersection(right.index, sort=False)
     left, right = left.loc[common], right.loc[common]
     steps = common.get_level_values("step").to_numpy()
-    known = [n for n in _KNOWN_TO_SOME if left[n].notna().any() and right[n].notna().any()]
-    names = (*_MEASURED, *known)
+    names = [n for n in _COMPARED if left[n].notna().any() and right[n].notna().any()]
     found = [_column(name, steps, left[name].to_numpy(), right[name].to_numpy()) for name in names]
     first = min((one.first_step for one in found if one.first_step is not None), default=None)
     # Where no column differs, first is None, and so is the first step of each.
@@ -341,7 +340,7 @@ def _compare_steps(a: History, b: History) -> StepsCompared:
 
 def _by_optimizer_and_step(history: History) -> pd.DataFrame:
     keys = ["optimizer", "step"]
-    frame = history.steps(("optimizer", *_MEASURED, *_KNOWN_TO_SOME)).reset_index()
+    frame = history.steps(("optimizer", *_COMPARED)).reset_index()
     order = {label: index for index, label in enumerate(frame["optimizer"].unique())}
     frame["optimizer"] = frame["optimizer"].map(order)
     # A loop that went back to an earlier step has it twice; pandas aligns unique keys alone.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Mapping
+from math import isnan
 from pathlib import Path
 from typing import NamedTuple
 
-from gradwatch.record.columns import python_rows
+from gradwatch.cli.terminal import number
+from gradwatch.record.columns import STEP_DTYPES, python_rows
 from gradwatch.record.folder.reader import FolderSource, ReadPosition
-from gradwatch.record.records import Event
+from gradwatch.record.records import Event, StepRecord
+from gradwatch.record.schema import columns_of
 
 KEPT = 1024
 """Steps that are kept, for the curve and the clip rate."""
@@ -18,38 +21,14 @@ KEPT = 1024
 KEPT_EVENTS = 64
 """Events that are kept; of all others only their number by kind."""
 
-
-class Row(NamedTuple):
-    """A step, with the fields of :class:`~gradwatch.record.records.StepRecord` that tail shows."""
-
-    step: int
-    optimizer: str
-    time_s: float
-    grad_norm: float
-    grad_norm_clipped: float
-    clip_coef: float
-    clip_threshold: float
-    clipped: bool
-    outcome: str
-    nonfinite_parameters: int
-    loss: float
-    lr: float
-    loss_scale: float
+HEADINGS = {name: one.tail for name, one in columns_of(StepRecord).items() if one.tail}
+"""The columns that declare a heading of their own in tail, and these headings."""
 
 
-class EventRow(NamedTuple):
-    """An event, with the fields of :class:`~gradwatch.record.records.Event` that tail shows."""
-
-    step: int
-    optimizer: str
-    kind: str
-    parameter: str
-    message: str
-
-    @classmethod
-    def from_event(cls, event: Event) -> EventRow:
-        """Copies the fields of an event."""
-        return cls(*(getattr(event, name) for name in cls._fields))
+def declared_texts(record: StepRecord) -> dict[str, str]:
+    """Writes the numbers of the :data:`HEADINGS`, by heading; empty where one is NaN."""
+    values = {heading: getattr(record, name) for name, heading in HEADINGS.items()}
+    return {heading: "" if isnan(one) else number(one) for heading, one in values.items()}
 
 
 class New(NamedTuple):
@@ -62,9 +41,9 @@ class New(NamedTuple):
         resumed: Whether another process has gone on with the run.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[StepRecord, ...]
     left_out: int
-    events: tuple[EventRow, ...]
+    events: tuple[Event, ...]
     resumed: bool
 
     def __bool__(self) -> bool:
@@ -91,8 +70,8 @@ class Follower:
         self._source = FolderSource(folder)
         self._end = ReadPosition()
         self._offsets: dict[int, int] = {}
-        self.rows: deque[Row] = deque(maxlen=KEPT)
-        self.events: deque[EventRow] = deque(maxlen=KEPT_EVENTS)
+        self.rows: deque[StepRecord] = deque(maxlen=KEPT)
+        self.events: deque[Event] = deque(maxlen=KEPT_EVENTS)
         self.event_counts: Counter[str] = Counter()
         self.changed_at = time.monotonic()
 
@@ -111,14 +90,14 @@ class Follower:
     def _look(self) -> New:
         # One listing for steps and events: what a resumed run makes void is void for both.
         listing = self._source.listing()
-        table = self._source.newest_steps(listing, self._end, Row._fields, KEPT)
-        rows = tuple(Row(*values) for values in python_rows(table))
+        table = self._source.newest_steps(listing, self._end, tuple(STEP_DTYPES), KEPT)
+        rows = tuple(StepRecord(*values) for values in python_rows(table))
         resumed = 0 < self._end.session < listing.end.session
         if resumed:
             self._forget(listing.rule.void_from(self._end.session))
-        come: deque[EventRow] = deque(maxlen=KEPT_EVENTS)
+        come: deque[Event] = deque(maxlen=KEPT_EVENTS)
         for event in self._source.new_events(listing, self._offsets):
-            come.append(EventRow.from_event(event))
+            come.append(event)
             self.event_counts[event.kind] += 1
         self.events += come
         self.rows += rows

@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from gradwatch.cli.follower import Follower, New, Row
+from gradwatch.cli.follower import HEADINGS, Follower, New, declared_texts
 from gradwatch.cli.terminal import (
     ASCII,
     BLOCKS,
@@ -24,6 +24,7 @@ from gradwatch.cli.terminal import (
     times,
     width,
 )
+from gradwatch.record.records import StepRecord
 from gradwatch.report.finding import counted, printable
 
 _EVENTS = 5
@@ -80,7 +81,7 @@ class Screen:
         yield from _event_lines(follower, len(_labels(rows)) > 1)
         yield Text("Ctrl-C ends", style="dim")
 
-    def _head(self, rows: Sequence[Row], idle_s: float) -> Text:
+    def _head(self, rows: Sequence[StepRecord], idle_s: float) -> Text:
         step = f"  step {rows[-1].step:,}" if rows else ""
         since = f"  nothing new for {_ago(idle_s)}" if idle_s >= _STALE_S else ""
         # The console would wrap a long path, and the step with it, into a second line.
@@ -88,7 +89,7 @@ class Screen:
         head = Text(shortened(self._run, room), style="bold")
         return head.append(step, style="bold green").append(since, style="yellow")
 
-    def _curves(self, rows: Sequence[Row]) -> Iterator[Text]:
+    def _curves(self, rows: Sequence[StepRecord]) -> Iterator[Text]:
         # Norms of two optimizers in one curve would be a zigzag; many curves would be the screen.
         labels = _labels(rows)
         if len(labels) == 1 or len(labels) > _CURVES:
@@ -98,7 +99,7 @@ class Screen:
             mine = [row for row in rows if row.optimizer == label]
             yield self._curve(f"norm, {shortened(printable(label), 16)}", mine)
 
-    def _curve(self, name: str, rows: Sequence[Row]) -> Text:
+    def _curve(self, name: str, rows: Sequence[StepRecord]) -> Text:
         norms = [row.grad_norm for row in rows]
         finite = [norm for norm in norms if math.isfinite(norm)]
         bounds = f"  {number(min(finite))} to {number(max(finite))}" if finite else ""
@@ -106,7 +107,7 @@ class Screen:
         curve = Text(f"{name} ").append(sparkline(norms, columns, self._levels), style="cyan")
         return curve.append(bounds, style="dim")
 
-    def _table(self, rows: Sequence[Row]) -> Table:
+    def _table(self, rows: Sequence[StepRecord]) -> Table:
         labels = _labels(rows)
         shown = rows[-self._room(len(labels)) :]
         cells = _columns(shown, len(labels) > 1)
@@ -139,7 +140,7 @@ def _event_lines(follower: Follower, several: bool) -> Iterator[Text]:
         yield Text(text, style="yellow", no_wrap=True, overflow="ellipsis")
 
 
-def _clip_line(rows: Sequence[Row]) -> Text:
+def _clip_line(rows: Sequence[StepRecord]) -> Text:
     clipped = [row.clipped for row in rows if row.outcome == "applied"]
     rate = percent(sum(clipped) / len(clipped) if clipped else math.nan)
     skipped = len(rows) - len(clipped)
@@ -150,20 +151,20 @@ def _clip_line(rows: Sequence[Row]) -> Text:
     return Text(", ".join(parts))
 
 
-def _labels(rows: Sequence[Row]) -> list[str]:
+def _labels(rows: Sequence[StepRecord]) -> list[str]:
     return list(dict.fromkeys(row.optimizer for row in rows))
 
 
-def _columns(rows: Sequence[Row], several: bool) -> dict[str, list[str]]:
+def _columns(rows: Sequence[StepRecord], several: bool) -> dict[str, list[str]]:
     """Writes the table column by column, without those that say nothing."""
+    declared = list(map(declared_texts, rows))
     columns = {
         "optimizer": [printable(row.optimizer) if several else "" for row in rows],
         "step": [f"{row.step:,}" for row in rows],
-        "loss": ["" if math.isnan(row.loss) else number(row.loss) for row in rows],
         "norm": [number(row.grad_norm) for row in rows],
         "after clip": [number(row.grad_norm_clipped) if row.clipped else "" for row in rows],
         "clip": [times(row.clip_coef) if row.clipped else "" for row in rows],
-        "lr": ["" if math.isnan(row.lr) else number(row.lr) for row in rows],
+        **{heading: [texts[heading] for texts in declared] for heading in HEADINGS.values()},
         "outcome": [printable(row.outcome).replace("_", " ") for row in rows],
     }
     return {name: cells for name, cells in columns.items() if any(cells)}
@@ -176,7 +177,7 @@ def _width(columns: Mapping[str, Sequence[str]]) -> int:
     return sum(cells) + 2 * (len(columns) - 1)
 
 
-def _style(row: Row) -> str:
+def _style(row: StepRecord) -> str:
     if row.nonfinite_parameters:
         return "bold red"
     return "" if row.outcome == "applied" else "yellow"

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +22,10 @@ from gradwatch.cli.arguments import (
     open_run,
     run_name,
 )
-from gradwatch.cli.follower import KEPT, EventRow, Follower, New, Row
+from gradwatch.cli.follower import KEPT, Follower, New, declared_texts
 from gradwatch.cli.terminal import Output, as_json, event_line, number, times
 from gradwatch.record.folder.meta import NAME
+from gradwatch.record.records import Event, StepRecord
 from gradwatch.report.finding import counted, printable
 
 if TYPE_CHECKING:
@@ -196,9 +198,9 @@ class Lines:
 
 def _json_lines(new: New, most: int) -> Iterator[str]:
     for row in new.rows[-most:]:
-        yield as_json({"type": "step", **row._asdict()})
+        yield as_json({"type": "step", **asdict(row)})
     for event in new.events[-most:]:
-        yield as_json({"type": "event", **event._asdict()})
+        yield as_json({"type": "event", **asdict(event)})
 
 
 def _text_lines(new: New, most: int, several: bool) -> Iterator[str]:
@@ -222,18 +224,17 @@ def _text_lines(new: New, most: int, several: bool) -> Iterator[str]:
     yield from _event_lines(waiting, several)
 
 
-def _event_lines(events: Iterable[EventRow], several: bool) -> Iterator[str]:
+def _event_lines(events: Iterable[Event], several: bool) -> Iterator[str]:
     for event in events:
         optimizer = event.optimizer if several else ""
         yield f"  event  {event_line(event.step, event.kind, event.message, optimizer)}"
 
 
-def _step_line(row: Row, several: bool) -> str:
+def _step_line(row: StepRecord, several: bool) -> str:
     label = f"{printable(row.optimizer)} " if several else ""
     # Numbers have a width of their own, so that the lines of a log stand under each other.
     parts = [f"{label}step {row.step:>8,}", f"norm {number(row.grad_norm):>9}"]
-    for name, value in (("loss", row.loss), ("lr", row.lr)):
-        parts += [] if math.isnan(value) else [f"{name} {number(value):>9}"]
+    parts += [f"{name} {text:>9}" for name, text in declared_texts(row).items() if text]
     parts += [f"clipped {times(row.clip_coef)}"] if row.clipped else []
     parts += [] if row.outcome == "applied" else [printable(row.outcome).replace("_", " ")]
     return "  ".join(parts)

@@ -14,39 +14,186 @@ from gradwatch.measure.norms import gradient_norms, gradient_values
 from gradwatch.measure.parameters import local_part
 from gradwatch.measure.sharded import PackedAllReduce, Shards
 
-GRADIENT_STATISTICS = ("max", "mean", "std", "zeros")
-WEIGHT_STATISTICS = ("weight_norm", "update_ratio")
-STATISTICS = ("norm", *GRADIENT_STATISTICS, *WEIGHT_STATISTICS)
-"""Every statistic that ``watch(statistics=)`` knows; ``norm`` is always taken."""
+Measure = Callable[[Tensor], Tensor]
+"""Of the elements of a gradient, a float tensor with at least one, makes a tensor ``[]``."""
 
-# Of each statistic the rows that add up over the parts of a gradient, so that ranks which hold a
-# part each can make it together. A sum of squares would do for ``std`` too, but it cancels where
-# the mean is large; see _std_of().
-_ROWS_OF = {
-    "max": ("max",),
-    "mean": ("count", "sum"),
-    "std": ("count", "sum", "sum_squared_over_count", "squared_deviations"),
-    "zeros": ("count", "zeros"),
-    "weight_norm": ("squared_weights",),
-    "update_ratio": ("squared_weights", "squared_update"),
+Totals = Mapping[str, Array]
+"""By the name of a measure a float64 array ``[parameters]``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistic:
+    """A statistic per parameter, for ``watch(statistics=)``.
+
+    Ranks may hold a part of a gradient each, so a statistic is made in two steps: measures, which
+    are taken of each part and put together over the parts, and a formula over what they come to.
+    Two statistics may share a measure of the same name: it is taken once.
+
+    Attributes:
+        meaning: A phrase in Markdown, without a full stop.
+        unit: Unit of the values; empty for ratios.
+        formula: Makes the statistic of all parameters, a float array ``[parameters]``, of the
+            totals of the measures and of the loss scale that the gradients carried: divide by that
+            where the unit is the gradient's.
+        sums: Measures that are added up over the parts, by name.
+        maxima: Measures of whose values over the parts the largest counts, by name.
+        weights: Instead of measures of the gradient: which of ``"squared_weights"`` (squared L2
+            norm before the step) and ``"squared_update"`` (of the change that the step made) the
+            formula needs.
+    """
+
+    meaning: str
+    formula: Callable[[Totals, float], Array]
+    unit: str = ""
+    sums: Mapping[str, Measure] = field(default_factory=dict)
+    maxima: Mapping[str, Measure] = field(default_factory=dict)
+    weights: tuple[str, ...] = ()
+
+    @property
+    def measures(self) -> Mapping[str, Measure]:
+        """The measures that are taken of a gradient, by name."""
+        return {**self.sums, **self.maxima}
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The totals that the formula reads."""
+        return (*self.measures, *self.weights)
+
+
+def _count(values: Tensor) -> Tensor:
+    return torch.full((), values.numel(), dtype=torch.float64, device=values.device)
+
+
+def _sum(values: Tensor) -> Tensor:
+    return values.mean().double() * values.numel()
+
+
+def _max(values: Tensor) -> Tensor:
+    low, high = torch.aminmax(values)  # on a CPU ten times as fast as a norm of p = inf
+    return torch.maximum(-low, high)
+
+
+def _std(totals: Totals, unit: float) -> Array:
+    """Adds up the deviations within parts and between them (Chan, Golub, LeVeque 1983)."""
+    count = np.maximum(totals["count"], 1)
+    between = np.maximum(totals["sum_squared_over_count"] - totals["sum"] ** 2 / count, 0)
+    std: Array = np.sqrt((totals["squared_deviations"] + between) / count) / unit
+    return std
+
+
+def _update_ratio(totals: Totals, unit: float) -> Array:
+    ratio: Array = np.sqrt(totals["squared_update"] / totals["squared_weights"])
+    return np.where(totals["squared_weights"] > 0, ratio, np.nan)
+
+
+STATISTICS: dict[str, Statistic] = {
+    "max": Statistic(
+        meaning="largest magnitude of an element of the gradient",
+        unit="gradient",
+        maxima={"max": _max},
+        formula=lambda totals, unit: totals["max"] / unit,
+    ),
+    "mean": Statistic(
+        meaning="mean of the elements of the gradient",
+        unit="gradient",
+        sums={"count": _count, "sum": _sum},
+        formula=lambda totals, unit: totals["sum"] / np.maximum(totals["count"], 1) / unit,
+    ),
+    "std": Statistic(
+        meaning="population standard deviation of the elements of the gradient",
+        unit="gradient",
+        # A sum of squares would do, but it cancels where the mean is large.
+        sums={
+            "count": _count,
+            "sum": _sum,
+            "sum_squared_over_count": lambda v: v.mean().double().square() * v.numel(),
+            "squared_deviations": lambda v: torch.var(v, correction=0).double() * v.numel(),
+        },
+        formula=_std,
+    ),
+    "zeros": Statistic(
+        meaning="share of the elements of the gradient that are exactly zero",
+        sums={"count": _count, "zeros": lambda v: v.numel() - torch.count_nonzero(v)},
+        formula=lambda totals, unit: totals["zeros"] / np.maximum(totals["count"], 1),
+    ),
+    "weight_norm": Statistic(
+        meaning="L2 norm of the parameter before the step",
+        unit="weight",
+        weights=("squared_weights",),
+        formula=lambda totals, unit: np.sqrt(totals["squared_weights"]),
+    ),
+    "update_ratio": Statistic(
+        meaning="L2 norm of the change that the step made, over `weight_norm`; NaN where all "
+        "weights were zero",
+        weights=("squared_weights", "squared_update"),
+        formula=_update_ratio,
+    ),
 }
+"""Every statistic that ``watch(statistics=)`` knows, besides ``"norm"``, which is always taken."""
+
+_TAKEN_NAMES = ("norm", "row", "step", "optimizer", "parameter", "grad_norm", "grad_norm_clipped")
+
+_NOT_A_NAME = (
+    "register_statistic(name=) must be an identifier that is not taken yet, got {name!r}. Taken "
+    "are: {taken}."
+)
+_NOT_A_STATISTIC = (
+    "register_statistic(statistic=) must be a Statistic, got {value!r}. Write Statistic("
+    'meaning="...", sums={{"name": measure}}, formula=...).'
+)
+_NOTHING_MEASURED = (
+    "register_statistic({name!r}) got a Statistic that measures {what}. Give it measures of the "
+    "gradient (sums=, maxima=) or weights=, one of both."
+)
+_MEASURED_TWICE = (
+    "register_statistic({name!r}) has a measure {measure!r}, and so has the statistic {other!r}, "
+    "with another function. Measures of one name are taken once: call yours something else."
+)
+
+
+def register_statistic(name: str, statistic: Statistic) -> None:
+    """Makes a statistic of your own known to ``watch(statistics=)``, in this process.
+
+    Args:
+        name: What it is called there, and in ``History.parameters()``.
+        statistic: The statistic.
+
+    Raises:
+        TypeError: If it is no statistic.
+        ValueError: If the name is taken or cannot be the name of a column, if nothing is measured,
+            or if a measure has the name of another statistic's.
+    """
+    if not isinstance(statistic, Statistic):
+        raise TypeError(_NOT_A_STATISTIC.format(value=statistic))
+    taken = (*_TAKEN_NAMES, *STATISTICS)
+    if not str(name).isidentifier() or name in taken:
+        raise ValueError(_NOT_A_NAME.format(name=name, taken=", ".join(taken)))
+    if bool(statistic.measures) == bool(statistic.weights):
+        what = "both gradient and weights" if statistic.weights else "nothing"
+        raise ValueError(_NOTHING_MEASURED.format(name=name, what=what))
+    for other, known in STATISTICS.items():
+        for measure in statistic.measures.keys() & known.measures.keys():
+            if statistic.measures[measure] is not known.measures[measure]:
+                raise ValueError(_MEASURED_TWICE.format(name=name, measure=measure, other=other))
+    STATISTICS[name] = statistic
 
 
 def gradient_rows(gradients: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """Computes what statistics of the elements of each gradient are made of.
+    """Takes the measures that statistics are made of.
 
     Args:
         gradients: Tensors of any shape, real or complex, dense or sparse, or parts of such. The
             elements of a complex one are its real and imaginary parts, those of a sparse one its
             stored values.
-        names: The statistics; others than ``GRADIENT_STATISTICS`` are passed over.
+        names: The statistics; those of weights are passed over.
 
     Returns:
-        Rows by name: tensors ``[len(gradients)]``, float64, on the device of the first gradient.
+        Rows by name of the measure: tensors ``[len(gradients)]``, float64, on the device of the
+        first gradient.
     """
-    rows = {row for name in names if name in GRADIENT_STATISTICS for row in _ROWS_OF[name]}
+    measures = {row: one for name in names for row, one in STATISTICS[name].measures.items()}
     values = [_elements(gradient) for gradient in gradients]
-    return {row: _row(_MEASURES[row], values) for row in sorted(rows)}
+    return {row: _row(measures[row], values) for row in sorted(measures)}
 
 
 def weight_row(parameters: Sequence[Tensor]) -> Tensor:
@@ -67,26 +214,23 @@ def update_row(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
     return weight_row([new.detach() - old for new, old in zip(after, before, strict=True)])
 
 
-def statistics_of(names: Sequence[str], rows: Mapping[str, Array], unit: float) -> dict[str, Array]:
-    """Makes the statistics of rows that have been added up.
+def statistics_of(names: Sequence[str], rows: Totals, unit: float) -> dict[str, Array]:
+    """Makes the statistics of rows that have been put together over the parts.
 
     Args:
-        names: ``max`` (largest magnitude), ``mean``, ``std`` (population), ``zeros`` (share of
-            elements that are exactly zero), ``weight_norm`` (L2, before the step),
-            ``update_ratio`` (L2 norm of the update over that of the weights before, NaN where
-            they were all zero).
-        rows: By name, float arrays ``[n]``.
+        names: The statistics.
+        rows: By name of the measure, float arrays ``[n]``.
         unit: What to divide a gradient by to have true units.
 
     Returns:
-        For each name whose rows are there a float array ``[n]``.
+        For each statistic whose rows are there a float array ``[n]``.
     """
-    there = [name for name in names if all(row in rows for row in _ROWS_OF.get(name, ("",)))]
+    there = [name for name in names if all(row in rows for row in STATISTICS[name].needs)]
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        return {name: _FORMULAS[name](rows, unit) for name in there}
+        return {name: STATISTICS[name].formula(rows, unit) for name in there}
 
 
-def _row(measure: Callable[[Tensor], Tensor], values: list[Tensor]) -> Tensor:
+def _row(measure: Measure, values: list[Tensor]) -> Tensor:
     if not values:
         return torch.zeros(0, dtype=torch.float64)
     # An empty part has no mean and no largest element; it counts as 0.
@@ -99,44 +243,6 @@ def _elements(gradient: Tensor) -> Tensor:
     values = torch.view_as_real(values) if values.is_complex() else values
     # Every result would be rounded to their 8 or 11 bits, and those of float16 overflow.
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-
-
-def _max(values: Tensor) -> Tensor:
-    low, high = torch.aminmax(values)  # on a CPU ten times as fast as a norm of p = inf
-    return torch.maximum(-low, high)
-
-
-_MEASURES: dict[str, Callable[[Tensor], Tensor]] = {
-    "count": lambda v: torch.full((), v.numel(), dtype=torch.float64, device=v.device),
-    "max": _max,
-    "sum": lambda v: v.mean().double() * v.numel(),
-    "sum_squared_over_count": lambda v: v.mean().double().square() * v.numel(),
-    "squared_deviations": lambda v: torch.var(v, correction=0).double() * v.numel(),
-    "zeros": lambda v: v.numel() - torch.count_nonzero(v),
-}
-
-
-def _std_of(rows: Mapping[str, Array], unit: float) -> Array:
-    """Adds up the deviations within parts and between them (Chan, Golub, LeVeque 1983)."""
-    count = np.maximum(rows["count"], 1)
-    between = np.maximum(rows["sum_squared_over_count"] - rows["sum"] ** 2 / count, 0)
-    std: Array = np.sqrt((rows["squared_deviations"] + between) / count) / unit
-    return std
-
-
-def _update_ratio_of(rows: Mapping[str, Array], unit: float) -> Array:
-    ratio: Array = np.sqrt(rows["squared_update"] / rows["squared_weights"])
-    return np.where(rows["squared_weights"] > 0, ratio, np.nan)
-
-
-_FORMULAS: dict[str, Callable[[Mapping[str, Array], float], Array]] = {
-    "max": lambda rows, unit: rows["max"] / unit,
-    "mean": lambda rows, unit: rows["sum"] / np.maximum(rows["count"], 1) / unit,
-    "std": _std_of,
-    "zeros": lambda rows, unit: rows["zeros"] / np.maximum(rows["count"], 1),
-    "weight_norm": lambda rows, unit: np.sqrt(rows["squared_weights"]),
-    "update_ratio": _update_ratio_of,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +307,9 @@ class StatisticsSampler:
             shards: Knows which parameters this rank holds a part of; None where all are whole.
         """
         self._names = [name for name in names if name != "norm"]
-        self._of_gradients = [name for name in self._names if name in GRADIENT_STATISTICS]
-        self._of_weights = len(self._of_gradients) < len(self._names)
+        self._of_gradients = [name for name in self._names if STATISTICS[name].measures]
+        self._of_weights = {row for name in self._names for row in STATISTICS[name].weights}
+        self._maxima = {row for name in self._names for row in STATISTICS[name].maxima}
         self._every = every
         self._columns = columns
         self._shards = shards
@@ -241,12 +348,14 @@ class StatisticsSampler:
         for part in (self._gradients, self._weights):
             for name, values in part.rows.items():
                 row = packed.shards.full_row(part.indices, values)
-                part.slots[name] = packed.add_gather(row) if name == "max" else packed.add_sum(row)
+                part.slots[name] = (
+                    packed.add_gather(row) if name in self._maxima else packed.add_sum(row)
+                )
         self._packed = packed
 
     def before_step(self, parameters: Sequence[Tensor]) -> None:
         """Copies the weights that a step is about to change, where their update is asked for."""
-        if "update_ratio" in self._names:
+        if "squared_update" in self._of_weights:
             self._weights_before = [torch.clone(local_part(p.detach())) for p in parameters]
 
     def after_step(
@@ -262,7 +371,7 @@ class StatisticsSampler:
         if self._packed is not None:
             for part in (self._gradients, self._weights):
                 for name, slot in part.slots.items():
-                    part.rows[name] = _reduced_row(self._packed, part.indices, name, slot)
+                    part.rows[name] = self._reduced(self._packed, part.indices, name, slot)
         if self._weights_before:
             update = update_row(self._weights_before, list(map(local_part, parameters)))
             self._weights.rows["squared_update"] = self._summed(indices, update)
@@ -281,9 +390,10 @@ class StatisticsSampler:
         packed = PackedAllReduce(self._shards, row.device)
         slot = packed.add_sum(self._shards.full_row(indices, row))
         packed.run()
-        return _reduced_row(packed, indices, "squared_update", slot)
+        return self._reduced(packed, indices, "squared_update", slot)
 
-
-def _reduced_row(packed: PackedAllReduce, indices: Sequence[int], name: str, slot: int) -> Tensor:
-    row = packed.gathered[slot].amax(0) if name == "max" else packed.sums[slot]
-    return row[packed.shards.index_tensor(indices, row.device)]
+    def _reduced(
+        self, packed: PackedAllReduce, indices: Sequence[int], name: str, slot: int
+    ) -> Tensor:
+        row = packed.gathered[slot].amax(0) if name in self._maxima else packed.sums[slot]
+        return row[packed.shards.index_tensor(indices, row.device)]

@@ -12,6 +12,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import EngFormatter, LogFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import ScaledTranslation
 
+from gradwatch.record.records import EVENT_KINDS
+
 # Okabe and Ito 2008: told apart with every kind of sight.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#8a94a3"
@@ -34,15 +36,9 @@ OPTIMIZERS = (BLUE, GREEN, PURPLE, SKY)
 BEFORE, AFTER, THRESHOLD = BLUE, ORANGE, VERMILLION
 
 LANES = {
-    "nan": NONFINITE,
-    "inf": NONFINITE,
-    "overflow": PURPLE,
-    "not applied": GREY,
-    "exploding": VERMILLION,
-    "no_gradient": SKY,
-    "accumulate": GREEN,
-    "dropped": GREY,
-    "out_of_memory": VERMILLION,
+    # The steps themselves say that they were not applied, those that a scaler left out as well.
+    "not applied" if kind == "skipped" else kind: one.color
+    for kind, one in EVENT_KINDS.items()
 }
 """By kind of event, and for steps that were not applied, the colour of its lane."""
 

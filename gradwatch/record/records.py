@@ -7,125 +7,313 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.pickles import stable_name
+from gradwatch.record.schema import Kind, Scalar, column, documented, is_finite
 
 Outcome = Literal["applied", "skipped_nonfinite", "skipped_scaler", "skipped_policy"]
 
+ACCUMULATING = "from the first step on that has several micro-batches or a noise scale"
+
+
+def accumulates(record: StepRecord) -> bool:
+    """Tells whether a step has a batch to speak of: several micro-batches, or a noise scale."""
+    return record.micro_batches > 1 or math.isfinite(record.noise_scale)
+
+
+def exceeds_its_error(record: StepRecord) -> bool:
+    """Tells whether the noise scale is larger than its standard error."""
+    # One that is smaller says nothing, and may be so large that it hides all others on its axis.
+    return 0 <= record.noise_scale_stderr < record.noise_scale < math.inf
+
 
 @stable_name
+@documented
 @dataclass(slots=True)
 class StepRecord:
     """One optimizer step in true units: unscaled, and reduced over ranks.
 
-    Attributes:
-        step: Optimizer steps so far, counted from 1 per optimizer.
-        optimizer: Label of the optimizer (``"AdamW"``, a second one ``"AdamW-1"``), or ``"none"``
-            where no optimizer steps the model and each backward counts as a step.
-        time_s: Seconds since the watcher was attached, at the end of the step.
-        micro_batches: Backward passes whose gradients are in this step.
-        weight: Sum of the micro-batch weights, of all ranks where gradwatch accumulates; where none
-            were given the number of micro-batches.
-        grad_norm: Total gradient norm BEFORE the clip.
-        grad_norm_clipped: Total gradient norm AFTER the clip; ``clip_coef * grad_norm``.
-        grad_norm_local: Norm of this rank's own gradients just before the last reduction over the
-            ranks; NaN where there is none to be had.
-        clip_coef: Factor that the gradients were multiplied with; 1.0 where nothing was clipped.
-        clip_threshold: Norm (or element) limit of the clipping policy; NaN without one.
-        clipped: Whether the clip changed any gradient.
-        outcome: Whether the step was applied, or why it was not.
-        nonfinite_parameters: Number of parameters whose gradient holds a NaN or an Inf.
-        loss: Weighted mean of the window's losses where gradwatch saw them, else NaN.
-        lr: Learning rate of the first parameter group during the step.
-        loss_scale: Scale of a ``GradScaler`` during the step; 1.0 without one.
-        noise_scale: Gradient noise scale tr(Sigma) / |G|^2 up to this step, in the unit of the
-            weights; NaN where it is not known.
-        noise_scale_stderr: Its standard error.
-        hessian_eigenvalue: Largest eigenvalue of the Hessian of the loss that
-            :class:`~gradwatch.CurvatureEvery` was given, for the weights after the step; NaN where
-            it was not taken.
-        hessian_trace: Its trace; an estimate.
-        global_step: The x-axis of loggers: ``step``, or the framework's own count.
+    Each field is a column of ``History.steps()`` and declares what it means and where it is shown.
     """
 
-    step: int
-    optimizer: str = "none"
-    time_s: float = 0.0
-    micro_batches: int = 1
-    weight: float = 1.0
-    grad_norm: float = 0.0
-    grad_norm_clipped: float = 0.0
-    grad_norm_local: float = math.nan
-    clip_coef: float = 1.0
-    clip_threshold: float = math.nan
-    clipped: bool = False
-    outcome: Outcome = "applied"
-    nonfinite_parameters: int = 0
-    loss: float = math.nan
-    lr: float = math.nan
-    loss_scale: float = 1.0
-    noise_scale: float = math.nan
-    noise_scale_stderr: float = math.nan
-    hessian_eigenvalue: float = math.nan
-    hessian_trace: float = math.nan
-    global_step: int = 0
+    # The order of the fields is that of the columns, and of pickles of earlier versions.
+    step: int = field(metadata=column("optimizer steps so far, counted from 1 per optimizer"))
+    optimizer: str = field(
+        default="none",
+        metadata=column(
+            "class of the optimizer; a second one of a class is `Adam-1`; `none` where no "
+            "optimizer steps the model, so that each backward counts as a step",
+            repeats=True,
+        ),
+    )
+    time_s: float = field(
+        default=0.0, metadata=column("time since watching began, at the end of the step", unit="s")
+    )
+    micro_batches: int = field(
+        default=1,
+        metadata=column(
+            "backward passes whose gradients are in the step",
+            scalar=Scalar(
+                when=accumulates,
+                lasting=True,
+                condition=ACCUMULATING,
+                loggers=True,
+            ),
+        ),
+    )
+    weight: float = field(
+        default=1.0,
+        metadata=column(
+            "batch size: the sum of the micro-batch weights, over all ranks where gradwatch "
+            "accumulates; `micro_batches` where no weights were given",
+            unit="yours",
+            repeats=True,
+            scalar=Scalar(when=accumulates, lasting=True, condition=ACCUMULATING),
+        ),
+    )
+    grad_norm: float = field(
+        default=0.0,
+        metadata=column(
+            "total gradient norm **before** the clip, unscaled; L2, or the `norm_type` of the clip",
+            unit="gradient",
+            scalar=Scalar("largest", loggers=True),
+        ),
+    )
+    grad_norm_clipped: float = field(
+        default=0.0,
+        metadata=column(
+            "total gradient norm **after** every clip, gradwatch's or your own: "
+            "`clip_coef * grad_norm`",
+            unit="gradient",
+            scalar=Scalar("largest", loggers=True),
+        ),
+    )
+    grad_norm_local: float = field(
+        default=math.nan,
+        metadata=column(
+            "norm of this rank's own gradients, just before `DistributedDataParallel` reduces "
+            "them; NaN without it",
+            unit="gradient",
+        ),
+    )
+    clip_coef: float = field(
+        default=1.0,
+        metadata=column(
+            "factor that the gradients were multiplied with; 1 where nothing was clipped",
+            repeats=True,
+            scalar=Scalar("smallest", loggers=True),
+        ),
+    )
+    clip_threshold: float = field(
+        default=math.nan,
+        metadata=column(
+            "limit of gradwatch's clipping policy; NaN without one",
+            unit="gradient",
+            page="clipping.md",
+            repeats=True,
+        ),
+    )
+    clipped: bool = field(default=False, metadata=column("whether a clip changed the gradients"))
+    outcome: Outcome = field(
+        default="applied",
+        metadata=column(
+            "`applied`, `skipped_nonfinite`, `skipped_scaler` (a `GradScaler` left it out) or "
+            "`skipped_policy`",
+            repeats=True,
+        ),
+    )
+    nonfinite_parameters: int = field(
+        default=0,
+        metadata=column(
+            "parameters whose gradient held a NaN or an Inf",
+            scalar=Scalar("largest", tensorboard=False, loggers=True),
+        ),
+    )
+    loss: float = field(
+        default=math.nan,
+        metadata=column(
+            "weighted mean loss of the step, where gradwatch saw it: managed loops and closures; "
+            "else NaN",
+            unit="loss",
+            scalar=Scalar(when=is_finite("loss"), condition="where it is known"),
+            tail="loss",
+            tab=True,
+        ),
+    )
+    lr: float = field(
+        default=math.nan,
+        metadata=column(
+            "learning rate of the first parameter group during the step",
+            repeats=True,
+            scalar=Scalar(when=is_finite("lr"), condition="where it is known"),
+            tail="lr",
+            tab=True,
+        ),
+    )
+    loss_scale: float = field(
+        default=1.0,
+        metadata=column(
+            "scale of the loop's `GradScaler`, passed as `watch(scaler=)` or found; 1 without one",
+            repeats=True,
+            scalar=Scalar(
+                when=lambda record: record.loss_scale != 1.0,
+                lasting=True,
+                condition="from the first one on that is not 1",
+                loggers=True,
+            ),
+        ),
+    )
+    noise_scale: float = field(
+        default=math.nan,
+        metadata=column(
+            "gradient noise scale tr(Sigma) / |G|^2 so far: the batch size whose gradient is as "
+            "much noise as signal; NaN where it is not known",
+            unit="as `weight`",
+            page="accumulation.md",
+            scalar=Scalar(
+                when=exceeds_its_error,
+                condition="where it is larger than its standard error",
+                loggers=True,
+            ),
+        ),
+    )
+    noise_scale_stderr: float = field(
+        default=math.nan,
+        metadata=column("standard error of `noise_scale`", unit="as `weight`"),
+    )
+    hessian_eigenvalue: float = field(
+        default=math.nan,
+        metadata=column(
+            "largest eigenvalue of the Hessian of the loss after the step, as `watch(curvature=)` "
+            "asks; NaN where it was not taken",
+            unit="loss / weight²",
+            page="curvature.md",
+            repeats=True,
+            scalar=Scalar(
+                when=is_finite("hessian_eigenvalue"), condition="at the steps it was taken at"
+            ),
+        ),
+    )
+    hessian_trace: float = field(
+        default=math.nan,
+        metadata=column(
+            "trace of that Hessian, an estimate",
+            unit="loss / weight²",
+            page="curvature.md",
+            repeats=True,
+            scalar=Scalar(
+                when=is_finite("hessian_trace"), condition="at the steps it was taken at"
+            ),
+        ),
+    )
+    global_step: int = field(
+        default=0,
+        metadata=column("the x-axis of loggers: `step`, or the framework's own count"),
+    )
 
 
 EventKind = Literal[
     "nan",
     "inf",
     "overflow",
+    "skipped",
     "exploding",
     "no_gradient",
-    "skipped",
     "accumulate",
     "dropped",
     "out_of_memory",
 ]
-EVENT_KINDS: tuple[str, ...] = get_args(EventKind)
+
+_MAGENTA, _PURPLE, _GRAY, _ORANGE, _BLUE, _GREEN = (
+    *("#ff33ff", "#cc79a7", "#8a94a3", "#d55e00", "#56b4e9", "#009e73"),
+)
+
+EVENT_KINDS: dict[str, Kind] = {
+    "nan": Kind(
+        "a gradient holds a NaN; names the first parameter in backward order, over ranks the first "
+        "of any, with exact counts",
+        "NaN elements of that parameter",
+        _MAGENTA,
+        "triangle",
+    ),
+    "inf": Kind(
+        "a gradient holds an Inf, and no NaN; named likewise",
+        "Inf elements of that parameter",
+        _MAGENTA,
+        "triangle",
+    ),
+    "overflow": Kind(
+        "all gradients are finite, but their norm in float32 is not; the true norm is recorded",
+        "norm",
+        _PURPLE,
+        "triangle",
+    ),
+    "skipped": Kind("the step was not applied; its `outcome` says why", "norm", _GRAY, "square"),
+    "exploding": Kind("the norm is above `watch(exploding_norm=)`", "norm", _ORANGE),
+    "no_gradient": Kind(
+        "a parameter of the optimizer received no gradient; told once per parameter", "0", _BLUE
+    ),
+    "accumulate": Kind(
+        "from this step on a step has another number of micro-batches; the message says why",
+        "micro-batches",
+        _GREEN,
+    ),
+    "dropped": Kind(
+        "a run was resumed in the middle of a window, whose gradients are lost",
+        "micro-batches",
+        _GRAY,
+        "square",
+    ),
+    "out_of_memory": Kind(
+        "a batch did not fit into memory and was run again in smaller micro-batches",
+        "examples",
+        _ORANGE,
+        "square",
+    ),
+}
+"""Every kind of event, in the order in which plots show them."""
 
 
 @stable_name
+@documented
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened in one optimizer step.
+    """Something that happened in one optimizer step."""
 
-    Attributes:
-        step: Optimizer step, counted from 1 per optimizer.
-        micro_batch: Micro-batch of the window in which it was first seen, counted from 1;
-            0 where the event belongs to the whole step.
-        kind: One of :data:`EVENT_KINDS`.
-        parameter: Name of the parameter; for a non-finite event the first in backward order that
-            went bad. Empty where the event belongs to no parameter.
-        module: Name of the module that owns the parameter.
-        value: The number behind the event: a count of bad elements for ``nan`` and ``inf``, a
-            norm for ``overflow``, ``exploding`` and ``skipped``, micro-batches for ``accumulate``
-            and ``dropped``, examples for ``out_of_memory``.
-        rank: Rank of the process that saw it.
-        message: One sentence for people.
-        nan_count: NaN elements in ``parameter``'s gradient, exactly; -1 where the gradient was gone
-            before they could be counted.
-        inf_count: Inf elements in it, likewise.
-        optimizer: Label of the optimizer, as in :class:`~gradwatch.record.records.StepRecord`.
-        global_step: The x-axis of loggers, as in the StepRecord.
-    """
-
-    step: int
-    micro_batch: int
-    kind: EventKind
-    parameter: str
-    module: str
-    value: float
-    rank: int
-    message: str
-    nan_count: int = 0
-    inf_count: int = 0
-    optimizer: str = "none"
-    global_step: int = 0
+    step: int = field(metadata=column("optimizer step, counted from 1 per optimizer"))
+    micro_batch: int = field(
+        metadata=column(
+            "micro-batch of the step in which it was first seen, counted from 1; 0 where the event "
+            "belongs to the step as a whole"
+        )
+    )
+    kind: EventKind = field(metadata=column("see the kinds of events"))
+    parameter: str = field(
+        metadata=column(
+            "the parameter; for `nan` and `inf` the first in backward order that went bad; empty "
+            "where the event belongs to none"
+        )
+    )
+    module: str = field(metadata=column("module that owns the parameter"))
+    value: float = field(metadata=column("the number behind the event; see the kinds of events"))
+    rank: int = field(metadata=column("rank of the process that saw it"))
+    message: str = field(metadata=column("one sentence for people"))
+    nan_count: int = field(
+        default=0,
+        metadata=column(
+            "NaN elements in the parameter's gradient, exactly; -1 where the gradient was gone "
+            "before they could be counted"
+        ),
+    )
+    inf_count: int = field(default=0, metadata=column("Inf elements in it, likewise"))
+    optimizer: str = field(
+        default="none", metadata=column("label of the optimizer, as in `History.steps()`")
+    )
+    global_step: int = field(default=0, metadata=column("the x-axis of loggers at that step"))
 
     @property
     def nonfinite(self) -> bool:

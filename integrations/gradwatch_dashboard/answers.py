@@ -48,6 +48,7 @@ def describe(timeline: Timeline) -> dict[str, Any]:
         "first_step": timeline.first_step,
         "last_step": timeline.last_step,
         "windows": len(timeline.table),
+        "columns": [name for name, _ in timeline.layout.columns],
     }
 
 
@@ -70,7 +71,7 @@ def heatmap(run: str, timeline: Timeline, cells: Cells, arguments: Arguments) ->
         "columns": columns,
         "parameters": parameters,
     }
-    return pack(header, arrays | bin_table(timeline.table, spans))
+    return pack(header, arrays | bin_table(timeline.table, spans, timeline.layout.columns))
 
 
 def curve(timeline: Timeline, cells: Cells, arguments: Arguments) -> str:

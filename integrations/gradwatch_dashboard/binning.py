@@ -52,16 +52,25 @@ def spans_of(first_steps: Ints, last_steps: Ints, first: int, last: int, columns
     return Spans(start, np.maximum(start, np.searchsorted(first_steps, edges[1:])))
 
 
-def bin_table(table: NDArray[np.float64], spans: Spans) -> dict[str, NDArray[np.float32]]:
+def bin_table(
+    table: NDArray[np.float64], spans: Spans, further: Sequence[tuple[str, str]] = ()
+) -> dict[str, NDArray[np.float32]]:
     """Bins what is known of whole steps, the table as on the wire.
+
+    Args:
+        table: float64 array ``[windows, C]``.
+        spans: The columns of the picture.
+        further: Name and reduction of each column of the table that the layout lists.
 
     Returns:
         Name to float32 array ``[columns]``: the largest finite ``grad_norm`` and
         ``grad_norm_clipped`` (NaN or Inf where none is finite), the last ``clip_threshold``, the
         smallest ``clip_coef``, and the sums of ``bad_steps``, ``clipped_steps`` and
-        ``skipped_steps``. NaN, and 0 for the sums, where nothing was recorded.
+        ``skipped_steps``; and the further columns. NaN, and 0 for the sums, where nothing was
+        recorded.
     """
-    named = dict(zip(COLUMNS, table.T, strict=True))
+    names = (*COLUMNS, *(name for name, _ in further))
+    named = dict(zip(names, table.T, strict=True))
     binned: dict[str, NDArray[Any]] = {}
     for name in ("grad_norm", "grad_norm_clipped"):
         largest = reduce_spans(np.maximum, encode(named[name].copy()), spans, np.nan)
@@ -72,7 +81,14 @@ def bin_table(table: NDArray[np.float64], spans: Spans) -> dict[str, NDArray[np.
     for name in ("bad_steps", "clipped_steps", "skipped_steps"):
         counts = np.nan_to_num(named[name], nan=0.0, posinf=0.0, neginf=0.0)
         binned[name] = reduce_spans(np.add, np.maximum(counts, 0.0), spans, 0.0)
+    for name, reduction in further:
+        over = ends if reduction == "newest" else spans
+        binned[name] = reduce_spans(_UFUNCS[reduction], named[name], over, np.nan)
     return {name: _narrow(values) for name, values in binned.items()}
+
+
+_UFUNCS = {"largest": np.fmax, "smallest": np.fmin, "newest": np.fmax}
+"""None lets a NaN hide a number: a further column is NaN where nothing is known."""
 
 
 def reduce_spans(

@@ -13,13 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch_dashboard.tensors import EventChunks, TabEvent
-from gradwatch_dashboard.wire import StreamLayout
+from gradwatch_dashboard.wire import COLUMNS, StreamLayout
 
 StreamKey = tuple[str, int]
 """Session and number of a stream: they sort in the order in which the streams began."""
 
 SegmentKey = tuple[str, int, int]
 """Session, number of the stream, number of the segment."""
+
+
+FurtherColumn = tuple[str, str]
+"""Name and reduction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +57,8 @@ class Timeline:
         layout: The parameters of the newest session, then those that only earlier ones had.
         first_steps: int64 array ``[windows]``, rising.
         last_steps: int64 array ``[windows]``; no two windows share a step.
-        table: float64 array ``[windows, 11]``, as written: the steps of a window that is cut short
-            are those above.
+        table: float64 array ``[windows, C]``, as written, with the further columns of the layout:
+            the steps of a window that is cut short are those above.
         pieces: Where the cells of the windows are.
     """
 
@@ -82,7 +86,7 @@ def join_sessions(
 
     Args:
         layouts: Of each stream.
-        tables: Windows of each segment, float64 arrays ``[windows, 11]`` whose steps rise.
+        tables: Windows of each segment, float64 arrays ``[windows, C]`` whose steps rise.
     """
     segments: dict[str, dict[StreamKey, list[SegmentKey]]] = {}
     for segment in sorted(tables):
@@ -156,9 +160,27 @@ def _timeline(
     for segment, rows in kept:
         pieces.append(Piece(segment, rows, start, columns[segment[:2]]))
         start = pieces[-1].stop
-    table = np.concatenate([tables[segment][rows] for segment, rows in kept])
+    table = np.concatenate(
+        [
+            _widened(tables[segment][rows], layouts[segment[:2]].columns, layout.columns)
+            for segment, rows in kept
+        ]
+    )
     last_steps = np.concatenate(lasts).astype(np.int64)
     return Timeline(layout, table[:, 0].astype(np.int64), last_steps, table, tuple(pieces))
+
+
+def _widened(
+    table: NDArray[np.float64], own: Sequence[FurtherColumn], all_of_them: Sequence[FurtherColumn]
+) -> NDArray[np.float64]:
+    """Puts the further columns of a session where those of all sessions are; NaN for others."""
+    if own == all_of_them:
+        return table
+    wide = np.full((len(table), len(COLUMNS) + len(all_of_them)), np.nan)
+    wide[:, : len(COLUMNS)] = table[:, : len(COLUMNS)]
+    for place, column in enumerate(own):
+        wide[:, len(COLUMNS) + all_of_them.index(column)] = table[:, len(COLUMNS) + place]
+    return wide
 
 
 def _join_layouts(
@@ -183,5 +205,9 @@ def _join_layouts(
     for stream, found in columns.items():
         if found is not None and np.array_equal(found, np.arange(len(positions))):
             columns[stream] = None
-    optimizer = next(iter(layouts.values())).optimizer
-    return StreamLayout(optimizer, tuple(positions), tuple(modules), tuple(shapes)), columns
+    newest_first = [layouts[stream] for stream in reversed(list(layouts))]
+    further = tuple(dict.fromkeys(column for layout in newest_first for column in layout.columns))
+    joined = StreamLayout(
+        newest_first[0].optimizer, tuple(positions), tuple(modules), tuple(shapes), further
+    )
+    return joined, columns

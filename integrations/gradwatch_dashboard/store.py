@@ -130,23 +130,30 @@ class RunStore:
         for known in (self._layouts, self._steps, self._events, self._matrices):
             for tag in set(known).difference(tags):
                 del known[tag]
-        for run, tag in self.changed(tags):
+        # The layouts first: they say how many columns the steps have.
+        for run, tag in sorted(self.changed(tags), key=lambda source: source.tag.kind != "layout"):
             version, found = tags[tag], data[TagSource(run, tag)]
             if tag.kind == "layout":
                 self._layouts[tag] = version, read_layout(run, tag, found)
             elif tag.kind == "steps":
-                self._steps[tag] = version, read_steps(run, tag, found)
+                layout = self._layout_of(tag)
+                further = 0 if layout is None else len(layout.columns)
+                self._steps[tag] = version, read_steps(run, tag, found, further)
             else:
                 # Chunks are only added: those that are parsed are not parsed again.
                 known_chunks = self._events[tag][1] if tag in self._events else {}
                 self._events[tag] = version, read_events(run, tag, found, known_chunks)
+
+    def _layout_of(self, tag: Tag) -> StreamLayout | None:
+        _, layout = self._layouts.get(Tag("layout", tag.session, tag.stream), (None, None))
+        return layout
 
     def _matrix(self, provider: Provider, segment: SegmentKey) -> MatrixChunks:
         norms, bad, steps = (Tag(kind, *segment) for kind in ("norms", "bad", "steps"))
         versions = tuple(map(self._tags.get, (norms, bad, steps)))
         if norms not in self._matrices or self._matrices[norms][0] != versions:
             self._matrices.pop(norms, None)  # not two at a time: they are large
-            layout = cast(StreamLayout, self._layouts[Tag("layout", *segment[:2])][1])
+            layout = cast(StreamLayout, self._layout_of(norms))
             sources = [TagSource(self._run, tag) for tag in (norms, bad)]
             data = provider.read([source for source in sources if source.tag in self._tags])
             found = [data.get(source, []) for source in sources]

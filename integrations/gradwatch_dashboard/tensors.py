@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,12 +19,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch_dashboard.untrusted import fit_name, note
-from gradwatch_dashboard.wire import COLUMNS, NO_GRADIENT, StreamLayout, Tag, checked_text
+from gradwatch_dashboard.wire import (
+    COLUMNS,
+    LOOKS,
+    NO_GRADIENT,
+    OTHER_LOOK,
+    REDUCTIONS,
+    SHAPES,
+    StreamLayout,
+    Tag,
+    checked_text,
+)
 
 NAN_CODE = -0.25
 INF_CODE = -0.5
 NOTHING = -2.0
 """Stands for the norm where nothing was recorded."""
+
+MAX_FURTHER_COLUMNS = 64
 
 MAX_STEP = 2**50
 """Larger numbers of steps are none: an int64 has to hold one times the columns of a heat map."""
@@ -34,6 +47,7 @@ _DAMAGED_CHUNK = "The Gradients tab leaves out a chunk of %s of run %s: its tens
 
 _INTEGERS = ("step", "micro_batch", "rank", "nan_count", "inf_count", "global_step")
 _TEXTS = ("kind", "parameter", "module", "message", "optimizer")
+_COLOR = re.compile("#[0-9a-f]{6}")
 _MAX_INTEGER = 2**53  # what a browser can count
 
 ChunkKey = tuple[int, float]
@@ -70,9 +84,14 @@ def _checked_layout(layout: StreamLayout) -> StreamLayout:
     parameters = tuple(map(fit_name, layout.parameters))
     if len(set(parameters)) != count:
         raise ValueError("two parameters have the same name")
-    return StreamLayout(
-        fit_name(layout.optimizer), parameters, tuple(map(fit_name, layout.modules)), shapes
-    )
+    columns = tuple((fit_name(name), reduction) for name, reduction in layout.columns)
+    names = {*COLUMNS, *(name for name, _ in columns)}
+    if len(names) < len(COLUMNS) + len(columns) or len(columns) > MAX_FURTHER_COLUMNS:
+        raise ValueError("two columns have the same name, or they are too many")
+    if any(reduction not in REDUCTIONS for _, reduction in columns):
+        raise ValueError("a column is put together in a way that is not known")
+    modules = tuple(map(fit_name, layout.modules))
+    return StreamLayout(fit_name(layout.optimizer), parameters, modules, shapes, columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +99,8 @@ class Steps:
     """The windows of a segment.
 
     Attributes:
-        table: float64 array ``[windows, 11]``, as :data:`~gradwatch_dashboard.wire.COLUMNS`; the
-            steps rise and no two windows share one.
+        table: float64 array ``[windows, C]``, as on the wire; the steps rise and no two windows
+            share one.
         chunks: Key of each chunk with the rows that are good, bool array ``[rows]``.
     """
 
@@ -109,10 +128,18 @@ class MatrixChunks:
         return self.norms.nbytes + self.bad_rows.nbytes + self.bad.nbytes
 
 
-def read_steps(run: str, tag: Tag, data: Sequence[Any]) -> Steps:
-    """Returns the windows of a segment, without those whose steps are not whole or do not rise."""
-    tables = _by_chunk(run, tag, data, np.float64, len(COLUMNS))
-    table = np.concatenate([np.empty((0, len(COLUMNS))), *tables.values()])
+def read_steps(run: str, tag: Tag, data: Sequence[Any], further: int = 0) -> Steps:
+    """Returns the windows of a segment, without those whose steps are not whole or do not rise.
+
+    Args:
+        run: For the log.
+        tag: For the log.
+        data: The tag's ``TensorDatum``s.
+        further: Number of further columns that the layout lists.
+    """
+    width = len(COLUMNS) + further
+    tables = _by_chunk(run, tag, data, np.float64, width)
+    table = np.concatenate([np.empty((0, width)), *tables.values()])
     good = _are_good(table[:, 0], table[:, 1])
     ends = np.cumsum([len(part) for part in tables.values()], dtype=np.intp)
     return Steps(table[good], tuple(zip(tables, np.split(good, ends)[:-1], strict=True)))
@@ -263,7 +290,16 @@ def _checked_event(fields: Any) -> TabEvent:
     event["value"] = value if math.isfinite(value) else str(value).replace("inf", "Infinity")
     if event["value"] == "nan":
         event["value"] = "NaN"
+    event["color"], event["shape"] = _look(fields, str(event["kind"]))
     return TabEvent(int(event["step"]), str(event["optimizer"]), json.dumps(event))
+
+
+def _look(fields: Any, kind: str) -> tuple[str, str]:
+    color, shape = fields.get("color"), fields.get("shape")
+    # Only what cannot be anything else gets into the page.
+    if isinstance(color, str) and _COLOR.fullmatch(color) and shape in SHAPES:
+        return color, shape
+    return LOOKS.get(kind, OTHER_LOOK)
 
 
 def _integer(value: Any) -> int:

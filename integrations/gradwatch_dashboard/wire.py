@@ -16,8 +16,10 @@ tag                                 tensor                      content
                                                                 none is finite the NaN or Inf
 ``bad/<session>/<stream>/<seg>``    uint16 ``[windows, P]``     steps whose norm is NaN or Inf;
                                                                 ``[0, P]`` where there are none
-``steps/<session>/<stream>/<seg>``  float64 ``[windows, 11]``   see :data:`COLUMNS`
-``events/<session>``                string ``[events]``         JSON, the fields of an ``Event``
+``steps/<session>/<stream>/<seg>``  float64 ``[windows, C]``    :data:`COLUMNS`, then those that
+                                                                the layout lists
+``events/<session>``                string ``[events]``         JSON: the fields of an ``Event``,
+                                                                the look of its mark, :data:`LOOKS`
 ==================================  ==========================  ===================================
 
 All begin with ``gradwatch/``. The step of an Event is the first ``global_step`` that it covers, or
@@ -41,8 +43,11 @@ from typing import NamedTuple
 PLUGIN = "gradwatch"
 """Name of the plugin: in the metadata of the tags and in addresses."""
 
-VERSION = 1
-"""Version of the format; the plugin content of every tag is ``{"version": 1}``."""
+VERSION = 2
+"""Version of the format; the plugin content of every tag is ``{"version": 2}``.
+
+Version 1 had no further columns of steps, and its events had no look.
+"""
 
 NO_GRADIENT = -1.0
 """Stands for the norm of a parameter that had no gradient in any step of the window."""
@@ -60,13 +65,33 @@ COLUMNS = (
     "clipped_steps",
     "skipped_steps",
 )
-"""What the float64 columns of a window say.
+"""What the first float64 columns of a window say; further ones are listed by the layout.
 
 The first and the last step of the optimizer, the ``global_step`` and the wall time of the last one;
 the largest finite total norm before and after the clip (where none is finite the NaN or Inf), the
 threshold of the last step (NaN without a policy), the smallest clip coefficient; and the steps with
 a non-finite gradient, those that were clipped, and those that were not applied.
 """
+
+REDUCTIONS = ("largest", "smallest", "newest")
+"""How a further column puts the steps of a window together: by the largest number, or the last."""
+
+SHAPES = ("triangle", "square", "round")
+"""Shapes of the mark of an event; its color is ``#rrggbb``."""
+
+LOOKS = {
+    **dict.fromkeys(("nan", "inf"), ("#ff33ff", "triangle")),
+    "overflow": ("#cc79a7", "triangle"),
+    "exploding": ("#d55e00", "round"),
+    "out_of_memory": ("#d55e00", "square"),
+    "no_gradient": ("#56b4e9", "round"),
+    "accumulate": ("#009e73", "round"),
+    **dict.fromkeys(("skipped", "dropped"), ("#8a94a3", "square")),
+}
+"""How events of version 1 look, by kind; an event of a later version says it itself."""
+
+OTHER_LOOK = ("#8a94a3", "round")
+"""How an event looks that does not say it."""
 
 MAX_DIGITS = 9
 """Of a number in a tag: longer ones are not ours."""
@@ -121,12 +146,14 @@ class StreamLayout:
         parameters: Full parameter names, ``P`` of them.
         modules: Name of the module that owns each parameter.
         shapes: Shape of each parameter.
+        columns: Name and reduction of each further column of the steps; see :data:`REDUCTIONS`.
     """
 
     optimizer: str
     parameters: tuple[str, ...]
     modules: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...] = ()
+    columns: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> str:
         """Writes it."""
@@ -149,6 +176,10 @@ class StreamLayout:
                 parameters=tuple(map(checked_text, content["parameters"])),
                 modules=tuple(map(checked_text, content["modules"])),
                 shapes=tuple(tuple(map(int, shape)) for shape in content.get("shapes", ())),
+                columns=tuple(
+                    (checked_text(name), checked_text(reduction))
+                    for name, reduction in content.get("columns", ())
+                ),
             )
         except (LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f"This is no layout of a stream: {error!r}") from error

@@ -1,6 +1,6 @@
 """gradwatch in Lightning: a callback that watches the gradients of a Trainer's fit."""
 
-from gradwatch.pickles import add_aliases
+from gradwatch.adapters import add_aliases
 
 try:
     from gradwatch_lightning.monitor import GradientMonitor

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-import gradwatch
-from gradwatch.accumulate.noise_scale import NoiseScale
-from gradwatch.accumulate.policies import AccumulatePolicy
-from gradwatch.clip.policy import ClipPolicy
-from gradwatch.history import History
-from gradwatch.options import Options, shown
-from gradwatch.record.records import Event, Sink, StepRecord
-from gradwatch.watcher import Watcher, build_watcher
+from gradwatch import AccumulatePolicy, Event, History, NoiseScale, StepRecord, Watcher
+from gradwatch.adapters import (
+    LoggerScalars,
+    SharedOptions,
+    build_watcher,
+    check_options,
+    shown,
+    with_watch_options,
+)
 from gradwatch_lightning.tensorboard import (
     NORM_TAG,
     retire_scalars,
-    step_scalars,
     tensorboard_sinks,
 )
 from gradwatch_lightning.trainer import (
@@ -37,6 +36,9 @@ from gradwatch_lightning.trainer import (
     wrapped_of,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 NUMBER = "accumulate_grad_batches"
 NOTHING_YET = (
     "GradientMonitor.{name} was read, but the monitor has not watched a training yet. Pass the "
@@ -48,8 +50,8 @@ class GradientMonitor(Callback):
     """Watches the gradients of a training, and on request clips them or skips poisoned steps.
 
     Automatic and manual optimization, any number of optimizers, any logger: every
-    ``Trainer(log_every_n_steps=)`` steps, the :func:`~gradwatch_lightning.tensorboard.step_scalars`
-    of each optimizer that stepped since go out through ``LightningModule.log_dict``. A
+    ``Trainer(log_every_n_steps=)`` steps, the :class:`~gradwatch.adapters.LoggerScalars` of each
+    optimizer that stepped since go out through ``LightningModule.log_dict``. A
     ``TensorBoardLogger`` also gets the norms of module blocks, every non-finite step and the events
     as text, whatever that number is. ``Trainer(gradient_clip_val=)`` and
     ``Trainer(accumulate_grad_batches=)`` are observed: both sides of the clip, the number of
@@ -63,25 +65,15 @@ class GradientMonitor(Callback):
     are divided by the whole number. ``trainer.estimated_stepping_batches`` goes by the first one.
 
     Args:
-        clip: As in :func:`gradwatch.watch`: a number (largest global L2 norm), ``"auto"`` or a
-            clipping policy; None only watches. Refused where the Trainer clips too.
-        on_nonfinite: ``"record"``, ``"skip"`` or ``"raise"``.
-        statistics: Statistics per parameter besides ``"norm"``.
-        every: Steps between two takings of the costly statistics.
-        buffer_size: Steps that :attr:`history` keeps.
-        sinks: Further receivers of the records. They are closed when the fit ends.
-        run_dir: A folder that keeps the whole run, for :func:`gradwatch.load`.
-        exploding_norm: Norm above which a step is an ``exploding`` event; None for none.
-        skip_spikes: Leaves a step out whose norm is so many deviations above the usual; ``"auto"``
-            for 6, None to take all.
-        max_consecutive_skips: How many steps in a row may be left out.
-        curvature: Takes the curvature of the loss along the training.
         log: Whether the loggers of the Trainer get anything.
         accumulate: Batches of the Trainer per step, where they change: ``"auto"``, ``{step:
             number}``, a function of the step or a policy such as
             :class:`~gradwatch.AccumulateByNoiseScale`. None leaves the Trainer's number alone;
             one that never changes belongs there. Refused where the Trainer has a number or a
             ``GradientAccumulationScheduler``, and in manual optimization.
+        options: All others of :func:`gradwatch.watch`, as there: ``clip``, ``on_nonfinite``,
+            ``statistics``, ``run_dir`` and so on. ``clip`` is refused where the Trainer clips too;
+            ``sinks`` are closed when the fit ends.
 
     Raises:
         TypeError: If an argument is of a wrong type.
@@ -95,40 +87,30 @@ class GradientMonitor(Callback):
         >>> monitor.history.steps()  # doctest: +SKIP
     """
 
+    @with_watch_options
     def __init__(
         self,
         *,
-        clip: float | str | ClipPolicy | None = None,
-        on_nonfinite: str = "record",
-        statistics: Iterable[str] = ("norm",),
-        every: int = 1,
-        buffer_size: int = 1024,
-        sinks: Iterable[Sink] = (),
-        run_dir: str | os.PathLike[str] | None = None,
-        exploding_norm: float | None = None,
-        skip_spikes: float | str | None = None,
-        max_consecutive_skips: int = 10,
-        curvature: gradwatch.CurvatureEvery | None = None,
         log: bool = True,
         accumulate: str | Mapping[int, int] | Callable[[int], int] | AccumulatePolicy | None = None,
+        **options: Unpack[SharedOptions],
     ) -> None:
-        arguments = dict(locals())  # a copy in the first line: locals() changes as names are added
         super().__init__()
         policy = accumulate_policy_of(accumulate)
-        arguments["accumulate"] = 1 if policy is None else policy
         if not isinstance(log, bool):
             raise TypeError(f"GradientMonitor(log=) must be True or False, got {shown(log)}.")
-        self._options = Options.of(arguments, caller="GradientMonitor")
+        self._options = check_options(
+            "GradientMonitor", {**options, "accumulate": 1 if policy is None else policy}
+        )
         self._accumulation = TrainerAccumulation(policy)
         self._log = log
         self._watcher: Watcher | None = None
         self._state: dict[str, Any] = {}
         # Weak: a monitor kept for its history must not keep the Trainer and its model alive.
         self._trainer: weakref.ref[Trainer] | None = None
-        self._newest: dict[str, StepRecord] = {}
+        self._newest: dict[str, dict[str, float]] = {}
         self._last_record: StepRecord | None = None
-        self._first_optimizer: str | None = None
-        self._accumulates = False
+        self._scalars = LoggerScalars()
 
     @property
     def watcher(self) -> Watcher | None:
@@ -174,7 +156,7 @@ class GradientMonitor(Callback):
         self._state = self.state_dict() if goes_on else {}
         self._accumulation.prepare(trainer, goes_on)
         self._trainer = weakref.ref(trainer)
-        self._watcher = self._last_record = self._first_optimizer = None
+        self._watcher = self._last_record = None
         self._newest = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -184,9 +166,10 @@ class GradientMonitor(Callback):
         watcher = build_watcher(
             wrapped_of(trainer, pl_module), optimizers_of(trainer, pl_module), options
         )
-        self._accumulates = self._accumulation.policy is not None or accumulates(trainer)
+        may_accumulate = self._accumulation.policy is not None or accumulates(trainer)
+        self._scalars = LoggerScalars(accumulates=may_accumulate)
         # All of this before attach(), after which a backward would count from the wrong state.
-        watcher.leave_windows(self._accumulates)
+        watcher.leave_windows(may_accumulate)
         if self._state:
             watcher.load_state_dict(self._state)
         self._accumulation.start(trainer, self._state.get(NUMBER), watcher.accumulate)
@@ -210,9 +193,7 @@ class GradientMonitor(Callback):
         # Lightning spends some 0.1 ms per logged number, also where it throws it away afterwards.
         due = trainer._logger_connector.should_update_logs
         if self._log and due and not trainer.barebones:
-            scalars = step_scalars(
-                self._newest.values(), self._first_optimizer or "", self._accumulates
-            )
+            scalars = {tag: value for one in self._newest.values() for tag, value in one.items()}
             self._newest = {}
             retire_scalars(trainer, scalars)
             in_bar = {NORM_TAG: scalars.pop(NORM_TAG)} if NORM_TAG in scalars else {}
@@ -251,7 +232,7 @@ class GradientMonitor(Callback):
             "_trainer": None,
             "_last_record": None,
             "_newest": {},
-            "_first_optimizer": None,
+            "_scalars": LoggerScalars(),
         }
         kept = {key: self.__dict__[key] for key in self.__dict__ if key not in ("log", "log_dict")}
         return {**kept, **fresh}
@@ -262,9 +243,8 @@ class GradientMonitor(Callback):
         # of backwards where no optimizer is known: Lightning's x-axis has no step for them.
         if record is None or record is self._last_record or record.optimizer == "none":
             return
-        self._last_record = self._newest[record.optimizer] = record
-        if self._first_optimizer is None:
-            self._first_optimizer = record.optimizer
+        self._last_record = record
+        self._newest[record.optimizer] = self._scalars.of(record)
 
     def _watched(self, name: str) -> Watcher:
         if self._watcher is None:

@@ -5,13 +5,13 @@ In spite of its name this module hides nothing: ``import tensorboard`` is absolu
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from gradwatch.record.records import Sink, StepRecord
+from gradwatch import Sink
+from gradwatch.adapters import GROUP
 
 
 def tensorboard_sinks(trainer: Trainer) -> list[Sink]:
@@ -41,58 +41,8 @@ def tensorboard_sinks(trainer: Trainer) -> list[Sink]:
     ]
 
 
-GROUP = "gradwatch"
-"""Tags of the first optimizer begin with it, as those of ``gradwatch_tensorboard`` do."""
-
-NORM_TAG = f"{GROUP}/grad_norm"
+NORM_TAG = "gradwatch/grad_norm"
 """What the progress bar shows."""
-
-
-def step_scalars(records: Iterable[StepRecord], first: str, accumulated: bool) -> dict[str, float]:
-    """Lists what is logged for the steps of one batch.
-
-    ======================================  ======================================================
-    tag                                     meaning
-    ======================================  ======================================================
-    ``gradwatch/grad_norm``                 total gradient norm before the clip, in true units
-    ``gradwatch/grad_norm_clipped``         the same after the clip
-    ``gradwatch/clip_coef``                 factor between both; 1 where nothing was clipped
-    ``gradwatch/nonfinite_parameters``      parameters whose gradient holds a NaN or an Inf
-    ``gradwatch/loss_scale``                scale of the GradScaler, where there is one
-    ``gradwatch/noise_scale``               noise scale in micro-batches, above its standard error
-    ``gradwatch/micro_batches``             micro-batches of the step, where the Trainer accumulates
-    ======================================  ======================================================
-
-    Each further optimizer has a group of its own, ``gradwatch-Adam-1/grad_norm`` say.
-
-    Args:
-        records: The newest step of each optimizer that stepped.
-        first: Label of the optimizer whose group has no suffix.
-        accumulated: Whether steps may have several micro-batches.
-    """
-    scalars: dict[str, float] = {}
-    for record in records:
-        suffix = "" if record.optimizer == first else f"-{record.optimizer.replace('/', '_')}"
-        values = _values(record, accumulated)
-        scalars |= {f"{GROUP}{suffix}/{name}": value for name, value in values.items()}
-    return scalars
-
-
-def _values(record: StepRecord, accumulated: bool) -> dict[str, float]:
-    values = {
-        "grad_norm": record.grad_norm,
-        "grad_norm_clipped": record.grad_norm_clipped,
-        "clip_coef": record.clip_coef,
-        "nonfinite_parameters": float(record.nonfinite_parameters),
-    }
-    if record.loss_scale != 1.0:
-        values["loss_scale"] = record.loss_scale
-    # One below its standard error says nothing, and may be so large that it hides the others.
-    if 0 <= record.noise_scale_stderr < record.noise_scale < math.inf:
-        values["noise_scale"] = record.noise_scale
-    if accumulated:
-        values["micro_batches"] = float(record.micro_batches)
-    return values
 
 
 def retire_scalars(trainer: Trainer, fresh: Collection[str]) -> None:

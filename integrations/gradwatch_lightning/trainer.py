@@ -13,10 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from gradwatch.accumulate.policies import AccumulatePolicy, accumulate_policy
-from gradwatch.clip.policy import ClipPolicy
-from gradwatch.measure.parameters import optimizer_parameters
-from gradwatch.options import described, shown
+from gradwatch import AccumulatePolicy, ClipPolicy
+from gradwatch.adapters import accumulate_policy, described, optimizer_parameters, shown
 
 
 def optimizers_of(trainer: Trainer, module: LightningModule) -> list[Optimizer] | None:

@@ -1,6 +1,6 @@
 """gradwatch in TensorBoard: a sink that writes event files."""
 
-from gradwatch.pickles import add_aliases
+from gradwatch.adapters import add_aliases
 
 try:
     from gradwatch_tensorboard.writer import TensorBoardWriter

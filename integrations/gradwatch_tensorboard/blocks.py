@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.record.records import NO_GRADIENT
+from gradwatch.adapters import NO_GRADIENT
 
 MAX_BLOCKS = 20
 """More lines than this nobody can tell apart in one chart."""

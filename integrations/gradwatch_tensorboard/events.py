@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from gradwatch.record.records import Event
-from gradwatch_dashboard.wire import Tag
+from gradwatch import Event
+from gradwatch.adapters import EVENT_KINDS
+from gradwatch_dashboard.wire import OTHER_LOOK, Tag
 from gradwatch_tensorboard.messages import Outgoing, text_event
 
 MAX_TEXT_EVENTS = 20
@@ -99,6 +100,12 @@ def _escaped(match: re.Match[str]) -> str:
     return f"&#{ord(character)};" if character in "|~" else "\\" + character
 
 
+def _look(kind: str) -> dict[str, str]:
+    declared = EVENT_KINDS.get(kind)
+    color, shape = OTHER_LOOK if declared is None else (declared.color, declared.shape)
+    return {"color": color, "shape": shape}
+
+
 class EventList:
     """Lists the first events for the Gradients tab, then counts: see the wire's ``left_out``."""
 
@@ -124,7 +131,7 @@ class EventList:
         room = MAX_TAB_EVENTS - self._listed
         listed, rest = events[:room], events[room:]
         self._listed += len(listed)
-        entries = [asdict(event) for event in listed]
+        entries = [asdict(event) | _look(event.kind) for event in listed]
         if rest:
             self._newest = rest[-1]
             if not self._left_out:  # already now, in case the process is killed before rest()
@@ -148,7 +155,8 @@ class EventList:
     def _last_entry(self, message: str, count: int) -> dict[str, Any]:
         newest = {} if self._newest is None else asdict(self._newest)
         nothing = {"parameter": "", "module": "", "nan_count": 0, "inf_count": 0, "micro_batch": 0}
-        return newest | nothing | {"kind": LEFT_OUT, "value": float(count), "message": message}
+        entry = {"kind": LEFT_OUT, "value": float(count), "message": message}
+        return newest | nothing | entry | _look(LEFT_OUT)
 
     def _outgoing(
         self, entries: Sequence[dict[str, Any]], step: int, session: str, time: float

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.record.records import NO_GRADIENT, Layout, RecordBatch
+from gradwatch import Layout, RecordBatch
+from gradwatch.adapters import NO_GRADIENT
 from gradwatch_dashboard.wire import Tag
 from gradwatch_tensorboard.events import EventList
 from gradwatch_tensorboard.messages import Outgoing

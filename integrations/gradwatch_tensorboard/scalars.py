@@ -6,7 +6,6 @@ for several steps, and steps only ever rise.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.tensorboard.summary import custom_scalars
 
-from gradwatch.record.records import StepRecord
+from gradwatch import StepRecord
+from gradwatch.adapters import (
+    REDUCTIONS,
+    SCALARS,
+    STEP_COLUMNS,
+    Reduction,
+    StepScalars,
+    group_of,
+    sentence,
+)
 
 QUANTILES = (0.05, 0.5, 0.95, 1.0)
 
@@ -25,108 +33,73 @@ Row = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Scalar:
-    """One series of numbers.
+class DerivedScalar:
+    """A number that the writer makes of several steps or parameters, and that is no column.
 
     Attributes:
         meaning: What TensorBoard shows when its user asks about the chart.
-        thin: Turns the values since the last written step into the one that is written.
+        reduction: Which value is written where one point stands for several steps.
     """
 
     meaning: str
-    thin: Callable[[Sequence[float]], float]
+    reduction: Reduction
 
 
-def largest(values: Sequence[float]) -> float:
-    """Returns the largest value; a NaN among them wins, so that thinning never hides one."""
-    return math.nan if any(map(math.isnan, values)) else max(values)
-
-
-def smallest(values: Sequence[float]) -> float:
-    """Returns the smallest value; a NaN among them wins, so that thinning never hides one."""
-    return math.nan if any(map(math.isnan, values)) else min(values)
-
-
-def middle(values: Sequence[float]) -> float:
-    """Returns the median of the values that are numbers."""
-    numbers = sorted(value for value in values if not math.isnan(value))
-    return numbers[len(numbers) // 2] if numbers else math.nan
-
-
-def newest(values: Sequence[float]) -> float:
-    """Returns the last value."""
-    return values[-1]
-
-
-STEP_SCALARS = {
-    "grad_norm": Scalar("Total L2 gradient norm before the clip, in true units.", largest),
-    "grad_norm_clipped": Scalar("Total gradient norm after the clip.", largest),
-    "clip_coef": Scalar("Factor that the clip multiplied gradients with; 1: no clip.", smallest),
-    "clip_rate": Scalar("Share of the last 1,000 applied steps that were clipped.", newest),
-    "norm_p05": Scalar("5th percentile over the parameters' norms before the clip.", smallest),
-    "norm_p50": Scalar("Median over the parameters' norms before the clip.", middle),
-    "norm_p95": Scalar("95th percentile over the parameters' norms before the clip.", largest),
-    "norm_max": Scalar("Largest finite norm of a parameter before the clip.", largest),
-    "nonfinite_steps_total": Scalar("Steps so far with a NaN or Inf gradient.", newest),
-    "skipped_steps_total": Scalar("Steps so far that were not applied.", newest),
-    "loss": Scalar("Weighted mean of the losses of the step.", newest),
-    "lr": Scalar("Learning rate of the first parameter group.", newest),
-    "loss_scale": Scalar("Scale of the GradScaler.", newest),
-    "noise_scale": Scalar("Gradient noise scale, in the unit of the weights.", newest),
-    "weight": Scalar("The batch: sum of the micro-batches' weights.", newest),
-    "micro_batches": Scalar("Backward passes whose gradients are in the step.", newest),
-    "hessian_eigenvalue": Scalar("Largest eigenvalue of the Hessian after the step.", newest),
-    "hessian_trace": Scalar("Trace of the Hessian after the step, an estimate.", newest),
+DERIVED_SCALARS = {
+    "clip_rate": DerivedScalar(
+        "Share of clipped steps among the last 1,000 applied ones.", "newest"
+    ),
+    "norm_p05": DerivedScalar(
+        "5th percentile over the parameters' finite norms before the clip.", "smallest"
+    ),
+    "norm_p50": DerivedScalar("Median over the same norms.", "median"),
+    "norm_p95": DerivedScalar("95th percentile over the same norms.", "largest"),
+    "norm_max": DerivedScalar("Largest of the same norms.", "largest"),
+    "nonfinite_steps_total": DerivedScalar(
+        "Steps with a NaN or Inf since this writer was made; no down-sampling loses it.", "newest"
+    ),
+    "skipped_steps_total": DerivedScalar(
+        "Steps that were not applied since this writer was made; likewise.", "newest"
+    ),
 }
-"""Every scalar of a step by its name, in the order in which they are written."""
+"""By name what :class:`StepSeries` adds to the columns that are logged."""
 
 NONFINITE_EVENT = "nonfinite_event"
 
-_NONFINITE_MEANING = "Parameters with a NaN or Inf gradient; written at such steps only."
-_BLOCK_MEANING = "L2 norm over the parameters of this part of the model, before the clip."
+NONFINITE_MEANING = (
+    "Parameters with a NaN or Inf gradient; written at such steps only, so that none is thinned "
+    "away."
+)
+BLOCK_MEANING = "L2 norm over the parameters of this part of the model, before the clip."
 
 
 @dataclass(slots=True)
-class StepScalars:
-    """Turns the records of one optimizer into its step scalars.
+class StepSeries:
+    """Turns the records of one optimizer into the values of its step scalars.
 
     Attributes:
         nonfinite_steps: Steps so far with a NaN or an Inf in a gradient.
         skipped_steps: Steps so far that were not applied.
-        scaled: Whether a loss scale other than 1 was seen.
-        accumulated: Whether a step of several micro-batches, or a noise scale, was seen.
     """
 
     nonfinite_steps: int = field(default=0, init=False)
     skipped_steps: int = field(default=0, init=False)
-    scaled: bool = field(default=False, init=False)
-    accumulated: bool = field(default=False, init=False)
+    _columns: StepScalars = field(default_factory=StepScalars.for_tensorboard, init=False)
     _clipped: deque[bool] = field(default_factory=lambda: deque(maxlen=1_000), init=False)
 
-    def of(self, record: StepRecord, spread: Sequence[float]) -> dict[str, float]:
-        """Lists the scalars of one step.
+    def of(self, record: StepRecord, spread: Sequence[float]) -> Row:
+        """Returns the values of one step.
 
         Args:
             record: The step.
             spread: The four percentiles of :func:`norm_spread`.
-
-        Returns:
-            Name to value. A loss or learning rate that is not a finite number is left out, and so
-            is a loss scale as long as it was never anything but 1. The batch is in it from the
-            first step on that has several micro-batches or a noise scale; the curvature at the
-            steps at which it was taken.
         """
         self.nonfinite_steps += record.nonfinite_parameters > 0
         self.skipped_steps += record.outcome != "applied"
-        self.scaled = self.scaled or record.loss_scale != 1.0
-        self.accumulated = self.accumulated or accumulates(record)
         if record.outcome == "applied":
             self._clipped.append(record.clipped)
         p05, p50, p95, maximum = spread
-        row = {
-            "grad_norm": record.grad_norm,
-            "grad_norm_clipped": record.grad_norm_clipped,
-            "clip_coef": record.clip_coef,
+        derived = {
             "clip_rate": sum(self._clipped) / max(len(self._clipped), 1),
             "norm_p05": p05,
             "norm_p50": p50,
@@ -135,34 +108,13 @@ class StepScalars:
             "nonfinite_steps_total": float(self.nonfinite_steps),
             "skipped_steps_total": float(self.skipped_steps),
         }
-        if math.isfinite(record.loss):
-            row["loss"] = record.loss
-        if math.isfinite(record.lr):
-            row["lr"] = record.lr
-        # From the first on that says something: most runs have no scaler and no accumulation, and
-        # need no charts of ones.
-        if self.scaled:
-            row["loss_scale"] = record.loss_scale
-        if _is_known(record):
-            row["noise_scale"] = record.noise_scale
-        if self.accumulated:
-            row["weight"] = record.weight
-            row["micro_batches"] = float(record.micro_batches)
-        for name in ("hessian_eigenvalue", "hessian_trace"):
-            if math.isfinite(value := getattr(record, name)):
-                row[name] = value
-        return row
+        return self._columns.of(record) | derived
 
 
-def accumulates(record: StepRecord) -> bool:
-    """Tells whether a step has a batch to speak of: several micro-batches, or a noise scale."""
-    return record.micro_batches > 1 or math.isfinite(record.noise_scale)
-
-
-def _is_known(record: StepRecord) -> bool:
-    """Tells whether a noise scale is more than its standard error."""
-    # One that is less says nothing, and may be so large that nothing else is seen on its axis.
-    return 0 <= record.noise_scale_stderr < record.noise_scale < math.inf
+def reduce_scalar(name: str, values: Sequence[float]) -> float:
+    """Reduces the values of several steps, oldest first, to the one that is written for them."""
+    declared = DERIVED_SCALARS.get(name) or SCALARS[name]
+    return REDUCTIONS[declared.reduction](values)
 
 
 def norm_spread(norms: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
@@ -272,15 +224,13 @@ class OptimizerSeries:
             block_every: Steps that one row of block norms stands for.
             step_scalars: Whether the step scalars are written at all.
         """
-        # TensorBoard groups charts by the text before the first slash. The hyphen sorts the groups
-        # behind those of the first optimizer; an underscore would put them in front.
-        name = f"gradwatch-{label.replace('/', '_')}" if label else "gradwatch"
+        name = group_of(label, first="")
         self._group = f"{name}/"
         self._block_group = f"{name}_blocks/"
         self._step_scalars = step_scalars
-        self._scalars = StepScalars()
-        self._thin_scalars = Thinner(every, lambda name, values: STEP_SCALARS[name].thin(values))
-        self._thin_blocks = Thinner(block_every, lambda _, values: largest(values))
+        self._scalars = StepSeries()
+        self._thin_scalars = Thinner(every, reduce_scalar)
+        self._thin_blocks = Thinner(block_every, lambda _, values: REDUCTIONS["largest"](values))
         self._newest: Point | None = None
 
     def add(
@@ -333,9 +283,12 @@ class OptimizerSeries:
     def meaning(self, tag: str) -> str:
         """Says in one sentence what a tag of this optimizer means: TensorBoard shows it."""
         if tag.startswith(self._block_group):
-            return _BLOCK_MEANING
+            return BLOCK_MEANING
         name = tag.removeprefix(self._group)
-        return _NONFINITE_MEANING if name == NONFINITE_EVENT else STEP_SCALARS[name].meaning
+        if name == NONFINITE_EVENT:
+            return NONFINITE_MEANING
+        derived = DERIVED_SCALARS.get(name)
+        return derived.meaning if derived is not None else sentence(STEP_COLUMNS[name])
 
 
 def _prefixed(group: str, row: Mapping[str, float]) -> Row:

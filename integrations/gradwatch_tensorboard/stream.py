@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.record.records import Layout
+from gradwatch import Layout
 from gradwatch_dashboard.wire import COLUMNS, StreamLayout, Tag
 from gradwatch_tensorboard.messages import Outgoing, array_event, text_event
-from gradwatch_tensorboard.windows import EarlyEnds, WindowReducer, Windows
+from gradwatch_tensorboard.windows import FURTHER_COLUMNS, EarlyEnds, WindowReducer, Windows
 
 CHUNK_WINDOWS = 64
 """Windows that go out together."""
@@ -109,6 +109,7 @@ class Stream:
             tuple(layout.names[column] for column in columns),
             tuple(layout.modules[column] for column in columns),
             tuple(layout.shapes[column] for column in columns if layout.shapes),
+            FURTHER_COLUMNS,
         ).to_json()
         self._step = int(steps.table[0, _GLOBAL_STEP])
         return Outgoing(text_event(self._tag, text), self._step, float(steps.table[0, _WALL_TIME]))

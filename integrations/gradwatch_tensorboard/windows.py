@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.record.records import StepRecord
+from gradwatch import StepRecord
+from gradwatch.adapters import STEP_COLUMNS
 from gradwatch_dashboard.wire import COLUMNS
 
 MAX_COUNT = 65_535
@@ -24,6 +25,20 @@ _LARGEST = [_COLUMN["grad_norm"], _COLUMN["grad_norm_clipped"]]
 _SUMS = [_BAD_STEPS, _COLUMN["clipped_steps"], _COLUMN["skipped_steps"]]
 _CLIP_COEF = _COLUMN["clip_coef"]
 
+FURTHER_COLUMNS: tuple[tuple[str, str], ...] = tuple(
+    (name, one.scalar.reduction)
+    for name, one in STEP_COLUMNS.items()
+    if one.tab and one.scalar is not None
+)
+"""Name and reduction of the columns of steps that are declared for the tab, behind those above."""
+
+# fmax and fmin, not maximum: a column is NaN where nothing is known, which must not hide a number.
+_EXTREMES = [
+    (len(COLUMNS) + place, np.fmax if reduction == "largest" else np.fmin)
+    for place, (_, reduction) in enumerate(FURTHER_COLUMNS)
+    if reduction != "newest"
+]
+
 
 @dataclass(frozen=True, slots=True)
 class Windows:
@@ -33,7 +48,8 @@ class Windows:
         norms: float32 array ``[windows, parameters]``: largest finite norm; where none is finite
             the NaN or Inf; -1 without a gradient in any step.
         bad: uint16 array like ``norms``: steps whose norm is NaN or Inf.
-        table: float64 array ``[windows, 11]``, see :data:`gradwatch_dashboard.wire.COLUMNS`.
+        table: float64 array ``[windows, C]``: :data:`gradwatch_dashboard.wire.COLUMNS`, then the
+            :data:`FURTHER_COLUMNS`.
     """
 
     norms: NDArray[np.float32]
@@ -58,7 +74,7 @@ class Windows:
             (
                 r.step, r.step, r.global_step, time, r.grad_norm, r.grad_norm_clipped,
                 r.clip_threshold, r.clip_coef, row_bad or r.nonfinite_parameters > 0, r.clipped,
-                r.outcome != "applied",
+                r.outcome != "applied", *[getattr(r, name) for name, _ in FURTHER_COLUMNS],
             )
             for r, time, row_bad in zip(records, times, is_bad, strict=True)
         ]  # fmt: skip
@@ -104,6 +120,8 @@ class Windows:
         table[:, _LARGEST] = _largest_finite(self.table[:, _LARGEST], starts)
         # fmin, not minimum: a NaN coefficient must not hide how the other steps were clipped.
         table[:, _CLIP_COEF] = np.fmin.reduceat(self.table[:, _CLIP_COEF], starts)
+        for column, extreme in _EXTREMES:
+            table[:, column] = extreme.reduceat(self.table[:, column], starts)
         table[:, _SUMS] = np.add.reduceat(self.table[:, _SUMS], starts, axis=0)
         return Windows(
             _largest_finite(self.norms, starts), np.minimum(bad, MAX_COUNT).astype(np.uint16), table

@@ -57,7 +57,8 @@ from typing import TYPE_CHECKING
 
 from torch.utils.tensorboard import summary
 
-from gradwatch.record.records import Layout, RecordBatch, StepRecord
+from gradwatch import Layout, RecordBatch, StepRecord
+from gradwatch.adapters import accumulates
 from gradwatch_tensorboard.blocks import Blocks
 from gradwatch_tensorboard.events import EventText
 from gradwatch_tensorboard.files import event_file
@@ -66,7 +67,6 @@ from gradwatch_tensorboard.messages import Outgoing, ScalarEvents
 from gradwatch_tensorboard.scalars import (
     OptimizerSeries,
     Point,
-    accumulates,
     chart_layout,
     norm_spread,
 )

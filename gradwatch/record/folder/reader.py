@@ -45,7 +45,7 @@ from gradwatch.record.folder.tables import (
     open_parquet,
     reading,
 )
-from gradwatch.record.records import Event, Layout, clipped_by
+from gradwatch.record.records import Event, Layout, StepRecord, clipped_by
 
 TRIES = 50
 PAUSE_S = 0.02
@@ -325,10 +325,14 @@ def _lower(lowest: dict[str, int], steps: Mapping[str, int]) -> None:
 
 
 def _unwritten(name: str, rows: int) -> Column:
-    """Makes a column that the gradwatch of that time did not write: a number that is not known."""
-    if STEP_DTYPES.get(name) is not np.float64:
-        raise KeyError(name)
-    return np.full(rows, np.nan)
+    """Makes a column that an earlier gradwatch did not write: NaN, or the default of the record."""
+    dtype = STEP_DTYPES[name]
+    if dtype is np.float64:
+        return np.full(rows, np.nan)
+    default = getattr(StepRecord(step=0), name)
+    if dtype is None:
+        return Labels((default,), np.zeros(rows, np.int64))
+    return np.full(rows, default, dtype)
 
 
 def _joined(name: str, columns: Sequence[Column]) -> Column:

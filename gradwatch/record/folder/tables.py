@@ -12,8 +12,9 @@ import numpy as np
 from gradwatch.record.columns import STEP_DTYPES, Array, Labels, safe_text, step_table
 from gradwatch.record.folder.files import UnreadableError
 from gradwatch.record.records import NO_GRADIENT, Layout, RecordBatch, StepRecord, clipped_by
+from gradwatch.record.schema import columns_of
 
-STEP_LABELS = ("optimizer", "outcome")
+STEP_LABELS = tuple(name for name, dtype in STEP_DTYPES.items() if dtype is None)
 PARAMETER_LABELS = ("optimizer", "parameter")
 """The columns of strings of each table: stored, written and read as dictionaries."""
 
@@ -26,13 +27,8 @@ STEP_INDEX = 1
 PARAMETER_INDEX = 3
 """Place of the column ``parameter`` in its table."""
 
-# Columns that seldom change, or (those of the Hessian) few steps have a number in: as a dictionary
-# and its runs they take next to nothing.
-_REPEATING = (
-    *STEP_LABELS,
-    *("weight", "clip_coef", "clip_threshold", "lr", "loss_scale"),
-    *("hessian_eigenvalue", "hessian_trace"),
-)
+# As a dictionary and its runs they take next to nothing.
+_REPEATING = tuple(name for name, one in columns_of(StepRecord).items() if one.repeats)
 _STEP_ROW_GROUP = 1 << 16
 # One parameter's curve reads whole groups: small ones waste less, and cost more bounds to look at.
 _PARAMETER_ROW_GROUP = 1 << 14

@@ -19,19 +19,6 @@ const BROWN_GREEN =
 /** What is no norm has a colour that the maps lack, and its own lightness. */
 export const SPECIAL = { bad: "#ff33ff", badDark: "#a800b8", zero: "#000000", zeroLine: "#8d96a3" };
 
-/** By kind of event, the colour of its mark. */
-export const KINDS = {
-  nan: "#ff33ff",
-  inf: "#ff33ff",
-  overflow: "#cc79a7",
-  exploding: "#d55e00",
-  no_gradient: "#56b4e9",
-  skipped: "#8a94a3",
-  accumulate: "#009e73",
-  dropped: "#8a94a3",
-  out_of_memory: "#d55e00",
-};
-
 /**
  * Packs a colour as a pixel of ImageData.
  *

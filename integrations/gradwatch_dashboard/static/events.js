@@ -1,7 +1,6 @@
 /** The list of events; a click leads to the step and the row. */
 
 import { getJson, isAbort, Latest } from "./api.js";
-import { KINDS } from "./colours.js";
 import { flag, h } from "./dom.js";
 import { count, shown } from "./format.js";
 
@@ -61,9 +60,11 @@ export class Events {
 
   /** Writes the list. */
   show() {
-    const counts = new Map();
-    for (const { kind } of this.events) counts.set(kind, (counts.get(kind) ?? 0) + 1);
-    this.kinds.replaceChildren(...[...counts].map(([kind, some]) => this.#kind(kind, some)));
+    const byKind = new Map();
+    for (const event of this.events) {
+      byKind.set(event.kind, [...(byKind.get(event.kind) ?? []), event]);
+    }
+    this.kinds.replaceChildren(...[...byKind.values()].map((events) => this.#kind(events)));
     const seen = this.events.filter(({ kind }) => !this.state.hidden.has(kind));
     const several = new Set(this.events.map(({ choice }) => choice.run)).size > 1;
     const all = this.events.length + this.beyond;
@@ -89,29 +90,26 @@ export class Events {
     this.list.replaceChildren(...items);
   }
 
-  #kind(kind, some) {
+  #kind(events) {
+    const [{ kind }] = events;
     const toggle = () => {
       const hidden = new Set(this.state.hidden);
       if (!hidden.delete(kind)) hidden.add(kind);
       this.state.set({ hidden });
     };
-    const dot = h("i", { class: `dot ${shapeOf(kind)}` });
-    dot.style.setProperty("--kind", KINDS[kind] ?? "#8a94a3");
-    const text = `${shown(kind).replaceAll("_", " ")} ${count(some)}`;
-    const chip = h("button", { class: "chip", onclick: toggle }, dot, text);
+    const text = `${shown(kind).replaceAll("_", " ")} ${count(events.length)}`;
+    const chip = h("button", { class: "chip", onclick: toggle }, markOf(events[0]), text);
     flag(chip, "aria-pressed", !this.state.hidden.has(kind));
     return chip;
   }
 
   #item(event, several) {
-    const dot = h("i", { class: `dot ${shapeOf(event.kind)}` });
-    dot.style.setProperty("--kind", KINDS[event.kind] ?? "#8a94a3");
     const words = [h("b", { text: shown(event.kind).replaceAll("_", " ") })];
     if (several) words.push(h("em", { text: shown(event.choice.run) }));
     const button = h(
       "button",
       { class: "event", onclick: () => this.jump(event), title: shown(event.message) },
-      dot,
+      markOf(event),
       h("span", { class: "event-step", text: count(event.step) }),
       h("span", { class: "event-head" }, ...words),
       event.parameter ? h("span", { class: "event-name", text: shown(event.parameter) }) : null,
@@ -121,10 +119,11 @@ export class Events {
   }
 }
 
-/** Kinds differ in shape too. */
-function shapeOf(kind) {
-  if (["nan", "inf", "overflow"].includes(kind)) return "triangle";
-  return ["skipped", "dropped", "out_of_memory"].includes(kind) ? "square" : "round";
+/** The mark of an event: its kind says which color and shape, and the server has checked both. */
+function markOf({ color, shape }) {
+  const mark = h("i", { class: `dot ${shape}` });
+  mark.style.setProperty("--kind", color);
+  return mark;
 }
 
 function ofChoice(event, choice) {

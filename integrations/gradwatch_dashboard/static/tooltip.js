@@ -25,6 +25,7 @@ export function describe(panel, row, step, view) {
   lines.push([wide ? "steps" : "step", steps(range.first, range.last).replace(/^steps? /, "")]);
   if (row) lines.push(...aboutCell(panel, cells, row, column, wide));
   lines.push(...aboutColumn(cells.heat, column, wide));
+  lines.push(...furtherColumns(panel, cells.heat, column));
   return { title: row ? shown(row.name) : "all parameters", lines };
 }
 
@@ -119,5 +120,15 @@ function aboutColumn({ strip }, column, wide) {
   const threshold = at("clip_threshold");
   if (threshold === threshold) lines.push(["clip threshold", number(threshold, 4)]);
   if (at("skipped_steps") > 0) lines.push(["not applied", counted(at("skipped_steps"), "step")]);
+  return lines;
+}
+
+/** The columns of steps that the writer has added: the loss, the learning rate. */
+function furtherColumns(panel, { strip }, column) {
+  const lines = [];
+  for (const name of panel.layout?.columns ?? []) {
+    const value = strip[name]?.[column] ?? NaN;
+    if (value === value) lines.push([shown(name).replaceAll("_", " "), number(value, 4)]);
+  }
   return lines;
 }

@@ -4,12 +4,13 @@ import math
 
 import pytest
 
-from gradwatch_tensorboard.scalars import STEP_SCALARS, Thinner, largest, middle, newest, smallest
+from gradwatch.adapters import REDUCTIONS
+from gradwatch_tensorboard.scalars import Thinner, reduce_scalar
 
 
 def thinner(every):
     """Thins step scalars."""
-    return Thinner(every, lambda name, values: STEP_SCALARS[name].thin(values))
+    return Thinner(every, reduce_scalar)
 
 
 def test_every_one_passes_rows_through():
@@ -55,7 +56,7 @@ def test_value_that_some_steps_lack_is_thinned_over_the_others():
     assert thin.add({"lr": 0.2}, now=False) == {"loss": 2.5, "lr": 0.2}
 
 
-@pytest.mark.parametrize("worst", [largest, smallest])
+@pytest.mark.parametrize("worst", [REDUCTIONS["largest"], REDUCTIONS["smallest"]])
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_nan_wins(worst, position):
     """Thinning never hides a NaN, wherever it stands."""
@@ -64,8 +65,8 @@ def test_nan_wins(worst, position):
     assert math.isnan(worst(values))
 
 
-def test_middle_and_newest():
+def test_median_and_newest():
     """The median leaves NaN out; the newest is the last."""
-    assert middle([3.0, math.nan, 1.0, 2.0]) == 2.0
-    assert math.isnan(middle([math.nan]))
-    assert newest([1.0, 2.0]) == 2.0
+    assert REDUCTIONS["median"]([3.0, math.nan, 1.0, 2.0]) == 2.0
+    assert math.isnan(REDUCTIONS["median"]([math.nan]))
+    assert REDUCTIONS["newest"]([1.0, 2.0]) == 2.0
