@@ -151,7 +151,6 @@ class StepRecord:
             repeats=True,
             scalar=Scalar(when=is_finite("lr"), condition="where it is known"),
             tail="lr",
-            tab=True,
         ),
     )
     loss_scale: float = field(

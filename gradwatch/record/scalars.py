@@ -31,8 +31,14 @@ def group_of(optimizer: str, first: str) -> str:
 
 
 def sentence(column: Column) -> str:
-    """Returns the meaning of a column as a sentence, for a logger that shows one."""
-    return f"{column.meaning[:1].upper()}{column.meaning[1:]}."
+    """Returns what a column means in one short sentence, for a logger that shows one.
+
+    Example:
+        >>> sentence(STEP_COLUMNS["clip_coef"])
+        'Factor that the gradients were multiplied with.'
+    """
+    meaning = column.meaning.partition(";")[0]  # what follows says what the default stands for
+    return f"{meaning[:1].upper()}{meaning[1:]}."
 
 
 class StepScalars:

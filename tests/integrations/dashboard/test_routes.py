@@ -75,6 +75,7 @@ def test_gives_the_layout(board):
     assert board.get_json("layout", run="nested/resumed", optimizer="AdamW") == {
         "optimizer": "AdamW", "parameters": ["both", "new", "old"], "modules": ["", "", ""],
         "shapes": [[], [], []], "first_step": 1, "last_step": 120, "windows": 120,
+        "columns": [],
     }  # fmt: skip
 
 
@@ -144,7 +145,8 @@ def test_lists_the_events(board):
     """Events come oldest first, in a range, as many as asked for; Inf is a word."""
     everything = board.get_json("events", run="whole")
     assert [one["step"] for one in everything["events"]] == [7, 33, 90]
-    assert everything["events"][0] == event(7, message="<b>NaN</b>")
+    look = {"color": "#ff33ff", "shape": "triangle"}
+    assert everything["events"][0] == event(7, message="<b>NaN</b>") | look
     assert everything["events"][2]["value"] == "Infinity"
     part = board.get_json("events", run="whole", first=8, last=95, limit=1)
     assert (part["total"], [one["step"] for one in part["events"]]) == (2, [33])

@@ -57,7 +57,7 @@ def test_lists_the_tags(server):
 def test_says_what_a_chart_means(server):
     """The meaning of a tag is shown with its chart, and its name is left as it is."""
     entry = server.ask("scalars/tags")["a"]["gradwatch/grad_norm"]
-    assert "Total L2 gradient norm before the clip" in entry["description"]
+    assert "Total gradient norm <strong>before</strong> the clip" in entry["description"]
     assert entry["displayName"] in ("", "gradwatch/grad_norm")
 
 

@@ -7,8 +7,9 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from gradwatch.record.records import Sink
+from gradwatch.record.scalars import SCALARS
 from gradwatch_tensorboard import TensorBoardWriter
-from gradwatch_tensorboard.scalars import STEP_SCALARS
+from gradwatch_tensorboard.scalars import DERIVED_SCALARS
 
 
 def write(folder, *batches, **options):
@@ -46,7 +47,8 @@ def test_scalars_of_a_step(run, read, tmp_path):
         "noise_scale": 50.0, "weight": 32.0, "micro_batches": 4.0,
         "hessian_eigenvalue": 20.0, "hessian_trace": 90.0,
     }  # fmt: skip
-    assert expected.keys() == STEP_SCALARS.keys()
+    columns = {name for name, scalar in SCALARS.items() if scalar.tensorboard}
+    assert expected.keys() == columns | DERIVED_SCALARS.keys()
     for name, value in expected.items():
         assert found[f"gradwatch/{name}"] == [(7, pytest.approx(value))]
     assert found["gradwatch_blocks/encoder"] == [(7, pytest.approx(math.sqrt(10)))]

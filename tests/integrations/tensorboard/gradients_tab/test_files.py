@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from gradwatch.adapters import STEP_COLUMNS
 from gradwatch_dashboard.wire import COLUMNS, Tag
 from gradwatch_tensorboard import TensorBoardWriter
 
@@ -29,7 +30,9 @@ def test_a_short_run_reads_as_it_was_written(load, tmp_path):
     (stream,) = logs.streams(load(folder))
     np.testing.assert_array_equal(stream.norms, norms)
     np.testing.assert_array_equal(stream.bad, [[0, 0, 0], [0, 1, 0], [1, 0, 0]])
-    table = dict(zip(COLUMNS, stream.table.T.tolist(), strict=True))
+    further = [name for name, _ in stream.layout.columns]
+    assert further == [name for name, one in STEP_COLUMNS.items() if one.tab]
+    table = dict(zip((*COLUMNS, *further), stream.table.T.tolist(), strict=True))
     assert table["first_step"] == table["last_step"] == [1, 2, 3]
     assert table["global_step"] == [11, 12, 13]
     assert np.diff(table["wall_time"]) == pytest.approx([0.01, 0.01], abs=1e-3)
@@ -225,7 +228,7 @@ def test_the_tags_name_the_version(tmp_path):
     assert len(found) == 5
     for metadata in found.values():
         assert metadata.plugin_data.plugin_name == "gradwatch"
-        assert json.loads(metadata.plugin_data.content) == {"version": 1}
+        assert json.loads(metadata.plugin_data.content) == {"version": 2}
 
 
 def test_off(tmp_path):

@@ -56,7 +56,7 @@ def records_of(steps, rows):
     """Records whose fields differ from step to step."""
     return [
         StepRecord(step=step, grad_norm=row[0] if row[0] >= 0 else NAN, grad_norm_clipped=step * 0.5,
-                   clip_threshold=step * 2.0, clip_coef=1 / (1 + step % 7), clipped=step % 3 == 0,
+                   clip_threshold=step * 2.0, loss=step * 0.25, clip_coef=1 / (1 + step % 7), clipped=step % 3 == 0,
                    outcome="applied" if step % 5 else "skipped_policy", global_step=step + 100,
                    nonfinite_parameters=sum(not math.isfinite(norm) for norm in row))
         for step, row in zip(steps, rows, strict=True)
@@ -122,6 +122,7 @@ def test_windows_equal_a_plain_loop(run):
                 largest([r.grad_norm for r in taken]), last.grad_norm_clipped, last.clip_threshold,
                 min(r.clip_coef for r in taken), sum(r.nonfinite_parameters > 0 for r in taken),
                 sum(r.clipped for r in taken), sum(r.outcome != "applied" for r in taken),
+                *(getattr(last, name) for name, _ in FURTHER_COLUMNS),
             ],
         )  # fmt: skip
 
