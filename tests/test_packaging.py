@@ -14,7 +14,6 @@ import gradwatch
 
 ROOT = Path(__file__).parent.parent
 ADDRESS = "https://forge.example/owner/gradwatch"
-NO_ADDRESS = 'repository = ""'
 BUILD = """
 import sys
 from hatchling.build import prepare_metadata_for_build_wheel
