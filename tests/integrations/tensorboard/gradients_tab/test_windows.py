@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from gradwatch.record.records import StepRecord
 from gradwatch_dashboard.wire import COLUMNS
-from gradwatch_tensorboard.windows import EarlyEnds, WindowReducer, Windows, window_ends
+from gradwatch_tensorboard.windows import (
+    FURTHER_COLUMNS,
+    EarlyEnds,
+    WindowReducer,
+    Windows,
+    window_ends,
+)
 
 NAN, INF = math.nan, math.inf
 
