@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-matrix lint format bench bench-scaling bench-clip clean
+.PHONY: help demo test test-slow test-matrix lint reference format bench bench-scaling bench-clip clean
 
 help: ## Lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ lint: $(VENV)/.dev ## Checks style, types and the direction of imports
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+reference: $(VENV)/.dev ## Writes docs/reference.md from the lists that the code declares
+	$(BIN)/python docs/reference.py
 
 format: $(VENV)/.dev ## Rewrites the files as `make lint` wants them
 	$(BIN)/ruff check --fix

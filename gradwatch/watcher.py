@@ -431,24 +431,29 @@ def watch(
         on_nonfinite: What to do about a gradient with NaN or Inf: ``"record"`` it, ``"skip"`` the
             step (weights and optimizer state stay as they were) or ``"raise"``
             :class:`~gradwatch.NonFiniteGradientError` before any weight changes.
-        statistics: What to take per parameter besides ``"norm"``: ``"max"``, ``"mean"``, ``"std"``,
-            ``"zeros"``, ``"weight_norm"``, ``"update_ratio"``.
-        every: Take those at every so many steps.
-        buffer_size: Steps kept in memory.
-        scaler: The ``GradScaler`` of the loop, so that norms are in true units.
-        sinks: Receive all records: objects with ``write(batch)`` and ``close()``; of several ranks
-            the first one's do.
+        statistics: What to record per parameter besides ``"norm"``: ``"max"``, ``"mean"``,
+            ``"std"``, ``"zeros"``, ``"weight_norm"``, ``"update_ratio"``, or a statistic of your
+            own that was given to :func:`~gradwatch.adapters.register_statistic`.
+        every: Number of steps from one sample of these statistics to the next. The norm is taken
+            at every step.
+        buffer_size: Number of steps kept in memory, the newest ones.
+        scaler: The ``GradScaler`` of the loop, so that norms are in true units. Left out, it is
+            found in the first backward.
+        sinks: Objects with ``write(batch)`` and ``close()`` that receive all records. With several
+            ranks, only those of rank 0 do.
         run_dir: A folder that keeps the whole run, for :func:`gradwatch.load` and every tool that
-            reads Parquet; one that holds a run is gone on with. Needs ``gradwatch[runs]``.
+            reads Parquet. A resumed run continues the one in the folder. Needs
+            ``gradwatch[runs]``.
         exploding_norm: A total norm above it is an ``exploding`` event; None for no limit.
-        skip_spikes: Leaves a step out whose norm is so many deviations above the usual, as
-            ``on_nonfinite="skip"`` does; ``"auto"`` for 6, None to take all.
-        max_consecutive_skips: How many steps in a row gradwatch may leave out. One more with a NaN
-            or Inf raises :class:`~gradwatch.NonFiniteGradientError`; one more that is finite is
-            taken: so many outliers in a row are a rise that lasts.
-        curvature: Takes the curvature of a loss along the training:
-            ``CurvatureEvery(200, lambda: criterion(model(x), y))``. Not with FSDP2, nor with
-            weights in half precision.
+        skip_spikes: Skips a step, as ``on_nonfinite="skip"`` does, whose norm is more than this
+            many deviations above the median of the last 128 norms. ``"auto"`` means 6, None takes
+            every step.
+        max_consecutive_skips: Number of steps in a row that gradwatch may skip. If the next one
+            holds a NaN or Inf too, :class:`~gradwatch.NonFiniteGradientError` is raised. If it is
+            a finite outlier, it is taken: that many in a row are a lasting rise.
+        curvature: Measures the curvature of a loss during the training:
+            ``CurvatureEvery(200, lambda: criterion(model(x), y))``. Works neither with FSDP2 nor
+            with weights in half precision.
 
     Returns:
         The watcher, to be used in a ``with`` statement.

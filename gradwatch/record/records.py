@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.pickles import stable_name
-from gradwatch.record.schema import Kind, Scalar, column, documented, is_finite
+from gradwatch.record.schema import Kind, Scalar, column, declared, is_finite
 
 Outcome = Literal["applied", "skipped_nonfinite", "skipped_scaler", "skipped_policy"]
 
@@ -32,7 +32,7 @@ def exceeds_its_error(record: StepRecord) -> bool:
 
 
 @stable_name
-@documented
+@declared
 @dataclass(slots=True)
 class StepRecord:
     """One optimizer step in true units: unscaled, and reduced over ranks.
@@ -40,7 +40,7 @@ class StepRecord:
     Each field is a column of ``History.steps()`` and declares what it means and where it is shown.
     """
 
-    # The order of the fields is that of the columns, and of pickles of earlier versions.
+    # The order of the fields is that of the columns: a new one goes to the end.
     step: int = field(metadata=column("optimizer steps so far, counted from 1 per optimizer"))
     optimizer: str = field(
         default="none",
@@ -278,11 +278,15 @@ EVENT_KINDS: dict[str, Kind] = {
 
 
 @stable_name
-@documented
+@declared
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened in one optimizer step."""
+    """Something that happened in one optimizer step.
 
+    Each field is a column of ``History.events()``.
+    """
+
+    # Pickles of earlier versions hold the values in this order: a new field goes to the end.
     step: int = field(metadata=column("optimizer step, counted from 1 per optimizer"))
     micro_batch: int = field(
         metadata=column(

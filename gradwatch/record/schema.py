@@ -96,11 +96,25 @@ def columns_of(record: type) -> dict[str, Column]:
     return columns
 
 
-def documented(record: T) -> T:
-    """Appends the declared meanings to a record's docstring, as its ``Attributes``."""
+def declared(record: T) -> T:
+    """Completes a record class with what its fields declare.
+
+    Its docstring gets the meanings as ``Attributes``. Pickles from before a field was added load
+    with the default of that field.
+    """
     lines = (f"        {name}: {one.meaning}." for name, one in columns_of(record).items())
-    record.__doc__ = "\n".join(((record.__doc__ or "").rstrip(), "", "    Attributes:", *lines))
+    summary = (record.__doc__ or "").rstrip()
+    record.__doc__ = "\n".join((summary, "", "    Attributes:", *lines))
+    record.__setstate__ = _restore  # type: ignore[attr-defined]
     return record
+
+
+def _restore(self: Any, state: Any) -> None:
+    # Frozen dataclasses with slots pickle a list of values, others (None, {name: value}).
+    names = [field.name for field in fields(self)]
+    values = state[1] if isinstance(state, tuple) else dict(zip(names, state, strict=False))
+    for field in fields(self):
+        object.__setattr__(self, field.name, values.get(field.name, field.default))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,50 +1,8 @@
 """TensorBoardWriter: a sink for TensorBoard's stock dashboards and for the Gradients tab.
 
-What it writes, all values of a step in one Event, whatever the number of parameters:
-
-=====================================  ==========================================================
-tag                                    meaning and unit
-=====================================  ==========================================================
-``gradwatch/grad_norm``                total L2 gradient norm before the clip, in true units:
-                                       unscaled, reduced over ranks
-``gradwatch/grad_norm_clipped``        the same after the clip
-``gradwatch/clip_coef``                factor that the gradients were multiplied with, 1: no clip
-``gradwatch/clip_rate``                share of the last 1,000 applied steps that were clipped
-``gradwatch/norm_p05, _p50, _p95``     percentiles over the parameters' norms, before the clip;
-                                       finite norms only, parameters without a gradient left out
-``gradwatch/norm_max``                 the largest of those norms
-``gradwatch/nonfinite_steps_total``    steps with a NaN or an Inf since this writer was made
-``gradwatch/skipped_steps_total``      steps that were not applied since this writer was made
-``gradwatch/loss``                     weighted mean loss of the step; steps where gradwatch saw a
-                                       finite one
-``gradwatch/lr``                       learning rate of the first parameter group
-``gradwatch/loss_scale``               scale of the ``GradScaler``; from the first one that is not 1
-``gradwatch/noise_scale``              gradient noise scale in the unit of the weights; steps where
-                                       it is larger than its standard error
-``gradwatch/weight``                   the batch to compare it with: sum of the weights of the
-                                       micro-batches, over all ranks where gradwatch accumulates;
-                                       from the first step that has several or a noise scale
-``gradwatch/micro_batches``            how many they are; from the same step on
-``gradwatch/hessian_eigenvalue``       largest eigenvalue of the Hessian, at the steps at which
-                                       ``watch(curvature=)`` measured it
-``gradwatch/hessian_trace``            its trace, at the same steps
-``gradwatch/nonfinite_event``          number of parameters with a NaN or an Inf; written at such
-                                       steps only, so that down-sampling does not lose them
-``gradwatch_blocks/<module>``          L2 norm before the clip over the parameters of one of at most
-                                       20 parts of the model; ``layers.0-3`` are layers 0 to 3
-``gradwatch/events``                   text: the first 20 events
-``custom_scalars__config__``           layout of the Custom Scalars dashboard, once
-``gradwatch/norms/...``                for the Gradients tab: the norms before the clip of all
-                                       parameters at all steps, in chunks of up to 64 windows
-``gradwatch/bad/...``                  for the same chunks: where the norms were NaN or Inf
-``gradwatch/steps/...``                for the same chunks: which steps, their total norms, the clip
-``gradwatch/layout/...``               which parameters these are; once for each optimizer
-``gradwatch/events/...``               the first 10,000 events, field by field
-=====================================  ==========================================================
-
-The x-axis is ``StepRecord.global_step``. Optimizers after the first write the same names under
-``gradwatch-<optimizer>/`` and ``gradwatch-<optimizer>_blocks/``. What is for the Gradients tab only
-is described in full in :mod:`gradwatch_dashboard.wire`; the stock dashboards leave it out.
+It writes all values of a step as one Event, whatever the number of parameters, at
+``StepRecord.global_step``. ``docs/reference.md`` lists every tag; what only the Gradients tab reads
+is described in :mod:`gradwatch_dashboard.wire`.
 """
 
 from __future__ import annotations
@@ -78,7 +36,7 @@ if TYPE_CHECKING:
 class TensorBoardWriter:
     """Writes gradient norms, clipping and events where TensorBoard shows them.
 
-    The module's docstring lists every tag. An error of the disk leaves :meth:`write`: the watcher
+    ``docs/reference.md`` lists every tag. An error of the disk leaves :meth:`write`: the watcher
     reports it once and goes on without this sink.
 
     >>> import tempfile
