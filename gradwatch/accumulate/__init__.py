@@ -1,1 +1,1 @@
-"""How many micro-batches make a step, and the noise scale that tells how many should."""
+"""How many micro-batches make a step, and the noise scale that suggests how many should."""

@@ -1,9 +1,10 @@
-"""The gradient noise scale: how many examples until a gradient is as much signal as noise.
+"""The gradient noise scale: the batch size at which a gradient is as much signal as noise.
 
-The micro-batches of a window (:class:`MicroBatch`) are added up, over the ranks too
-(:class:`WindowSums`). That gives the squared norm of a small batch beside that of the window, a
-large one (:class:`NoiseSample`), and two sizes tell noise from gradient (:func:`noise_terms`).
-Averages over many windows (:class:`NoiseScaleEstimator`) give the :class:`NoiseScale`.
+The micro-batches of a window (:class:`MicroBatch`) are summed, also over the ranks
+(:class:`WindowSums`). This gives the squared gradient norm of a small batch and that of the whole
+window, a large batch (:class:`NoiseSample`). Two batch sizes are enough to separate the noise from
+the gradient (:func:`noise_terms`). Averages over many windows (:class:`NoiseScaleEstimator`) give
+the :class:`NoiseScale`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from gradwatch.measure.deferred import Deferred, FloatOrDeferred, as_operand, de
 from gradwatch.pickles import stable_name
 
 MIN_UPDATES = 20
-"""Fewer windows give no estimate, and no standard error, worth the name."""
+"""The fewest windows for an estimate and its standard error to mean anything."""
 
 LEAST_SIGNIFICANCE = 2.0
 """How many standard errors above 0 the squared gradient must be."""
 
 MOST_BATCHES = 4.0
-"""A noise scale above this many batches is further away than the batches can tell."""
+"""A noise scale above this many batches is too far away to be measured with such batches."""
 
 _LARGEST = 1e300  # the difference of two such numbers is still a float
 
@@ -37,20 +38,20 @@ _LARGEST = 1e300  # the difference of two such numbers is still a float
 class NoiseScale:
     """An estimate of the simple noise scale tr(Sigma) / |G|^2, and whether to believe it.
 
-    Sizes, and tr(Sigma), are in the unit of the weights given to ``watcher.backward(weight=)``:
-    examples or tokens, and micro-batches where none were given. What is not known is NaN.
+    Batch sizes and tr(Sigma) are in the unit of the weights given to ``watcher.backward(weight=)``:
+    examples or tokens, or micro-batches if no weights were given. Unknown values are NaN.
 
     Attributes:
-        b_simple: The noise scale: the batch at which the noise is as large as the gradient.
+        b_simple: The noise scale: the batch size at which the noise is as large as the gradient.
         tr_sigma: tr(Sigma), the variance of the gradient of one unit, summed over all elements.
         grad_sq: |G|^2, the squared norm of the gradient without its noise; may be negative.
         stderr: Standard error of ``b_simple``, by the delta method.
-        valid: Whether to believe it: ``reason`` is empty.
-        updates: Windows that went into the estimate.
+        valid: Whether the estimate can be trusted; if so, ``reason`` is empty.
+        updates: The number of windows that went into the estimate.
         suggested_micro_batches: The power of two nearest to ``micro_batches``, at least 1; None
-            unless valid.
-        reason: Why it is not valid: too few windows, a gradient that does not stand out from the
-            noise, or a ``b_simple`` above four times the batch; empty where it is valid.
+            if the estimate is not valid.
+        reason: Why the estimate is not valid: too few windows, a gradient that does not stand out
+            from the noise, or a ``b_simple`` above four times the batch. Empty if it is valid.
         micro_batches: ``b_simple`` as a number of micro-batches per step, not rounded.
         significance: How many standard errors ``grad_sq`` is above 0.
         batch: The size of the last window, over all ranks.
@@ -70,7 +71,7 @@ class NoiseScale:
 
     @property
     def out_of_range(self) -> bool:
-        """Whether ``b_simple`` is above four times the batch, and so not to be told from more."""
+        """Whether ``b_simple`` is above four times the batch, too large to be measured with it."""
         return self.b_simple > MOST_BATCHES * self.batch
 
     def __float__(self) -> float:
@@ -81,9 +82,9 @@ class MicroBatch(NamedTuple):
     """One micro-batch of a window.
 
     Attributes:
-        weight: Its weight.
-        norm: L2 norm of what it added to the gradients, weighed and scaled as they are; None where
-            that is not known.
+        weight: Its weight in the mean over the window: examples, tokens, or 1.
+        norm: L2 norm of what it added to the gradients, with the same weights and loss scale as
+            these; None if unknown.
     """
 
     weight: FloatOrDeferred
@@ -92,12 +93,12 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class WindowSums:
-    """What adds up over the micro-batches of a window, and over the ranks.
+    """Sums over the micro-batches of a window, and over the ranks.
 
     Attributes:
         weight: Sum of the weights.
-        count: Micro-batches whose weight is not zero.
-        spread: Sum of the squared norms, each over its weight; NaN where one is not known.
+        count: Number of micro-batches whose weight is not zero.
+        spread: Sum of the squared norms, each divided by its weight; NaN if one is unknown.
         loss: Sum of the losses, each times its weight.
     """
 
@@ -112,7 +113,7 @@ class WindowSums:
         micro_batches: Sequence[MicroBatch],
         losses: Sequence[tuple[FloatOrDeferred, FloatOrDeferred]],
     ) -> WindowSums:
-        """Adds up the micro-batches of this rank, and their losses times weights."""
+        """Sums the micro-batches of this rank, and their pairs of loss and weight."""
         weights = [as_operand(one.weight) for one in micro_batches]
         return cls(
             weight=defer(sum(weights)),
@@ -122,14 +123,14 @@ class WindowSums:
         )
 
     def over_ranks(self, sum_: Callable[[Tensor], Tensor], device: torch.device) -> WindowSums:
-        """Adds up the sums of all ranks.
+        """Sums over all ranks.
 
         Args:
-            sum_: Sums a tensor over the ranks, in place.
-            device: Where their process group works.
+            sum_: Sums a tensor over the ranks, in place, and returns it.
+            device: A device that the process group can communicate from.
         """
         parts = map(as_operand, (self.weight, self.count, self.spread, self.loss))
-        # One all-reduce for all four. NaN, the mark of an unknown norm, reaches every rank with it.
+        # One all-reduce for all four. A NaN, which marks an unknown norm, reaches every rank.
         payload = [torch.as_tensor(part, dtype=torch.float64).to(device) for part in parts]
         return WindowSums(*map(defer, sum_(torch.stack(payload)).unbind()))
 
@@ -138,7 +139,7 @@ def _spread(one: MicroBatch) -> float | Tensor:
     if one.norm is None:
         return math.nan
     norm, weight = as_operand(one.norm), as_operand(one.weight)
-    # In float32 the square of a norm above 1.8e19 is infinite.
+    # Squared in float64: in float32 the square of a norm above 1.8e19 is infinite.
     squared = norm.double() ** 2 if isinstance(norm, Tensor) else norm**2
     if isinstance(weight, Tensor):
         return torch.where(weight > 0, squared / weight, 0.0)
@@ -147,15 +148,19 @@ def _spread(one: MicroBatch) -> float | Tensor:
 
 @dataclass(frozen=True, slots=True)
 class NoiseSample:
-    """The gradient of a small batch beside that of a large one.
+    """What one window tells about the noise: the gradient of a small batch, and both batch sizes.
+
+    Sizes are sums of weights. The large batch is the whole window; its norm is not kept here.
 
     Attributes:
-        small_sq: Squared norm of the mean gradient of the small one, in the unit of the loss scale.
-        small: Its size: a sum of weights.
-        large: The size of the large one, which is the whole window.
-        scale: The loss scale that ``small_sq`` carries twice.
+        small_sq: Squared norm of the mean gradient of the small batch, still multiplied by the
+            square of the loss scale.
+        small: The size of the small batch.
+        large: The size of the large batch.
+        scale: The loss scale.
         per_micro_batch: What one more micro-batch on every rank adds to ``large``.
-        micro_batches: How many a window has, where that is another number than this one had.
+        micro_batches: The number of batches in a full window, in the unit of
+            ``watch(accumulate=)``; None if it is not known, and this window counts as full.
     """
 
     small_sq: FloatOrDeferred
@@ -166,7 +171,7 @@ class NoiseSample:
     micro_batches: int | None = None
 
     def deferred(self) -> list[Deferred]:
-        """Lists what must be read before the numbers can be."""
+        """Lists the numbers that may still be on a device."""
         numbers = (self.small_sq, self.small, self.large, self.scale, self.per_micro_batch)
         return [one for one in numbers if isinstance(one, Deferred)]
 
@@ -174,29 +179,30 @@ class NoiseSample:
 def sample_of_all(
     sums: WindowSums, divisor: FloatOrDeferred, scale: FloatOrDeferred, batches: int
 ) -> NoiseSample | None:
-    """Makes a sample of the norms of all micro-batches.
+    """Makes a sample from the norms of all micro-batches.
 
-    For micro-batches of unequal weight :math:`w_i` the mean of their squared norms is weighed by
-    :math:`w_i / W`, and their size is :math:`W / k`: then the estimates of
-    :func:`~gradwatch.accumulate.noise_scale.noise_terms` have no bias.
+    For :math:`k` micro-batches of unequal weight :math:`w_i` with the sum :math:`W`, the mean of
+    the squared norms is weighted by :math:`w_i / W` and the small batch has the size
+    :math:`W / k`. Then the estimates of :func:`noise_terms` are unbiased.
 
     Args:
-        sums: Over all micro-batches, of all ranks.
-        divisor: What each loss was divided by, after it was multiplied with its weight.
-        scale: The loss scale.
-        batches: What the window counts as, in the unit of ``watch(accumulate=)``.
+        sums: Sums over all micro-batches of all ranks.
+        divisor: What each loss was divided by, after it was multiplied by its weight.
+        scale: The loss scale by which the norms are multiplied.
+        batches: The number of batches in the window, in the unit of ``watch(accumulate=)``.
 
     Returns:
-        The sample; None where a norm is not known, or nothing weighs anything.
+        The sample; None if a norm is unknown, or if all weights are zero.
     """
-    # Where the sums are still on a device nobody looks; the estimator leaves such windows out.
+    # If the sums are still on a device, nothing is checked here. The estimator ignores such
+    # windows once the numbers have arrived.
     if isinstance(sums.spread, float) and math.isnan(sums.spread):
         return None
     weight, count, each = as_operand(sums.weight), as_operand(sums.count), as_operand(divisor)
     if isinstance(weight, float) and weight == 0.0:
         return None
     return NoiseSample(
-        # In this order nothing overflows unless the result does.
+        # Multiplied in this order, no intermediate result overflows unless the result does.
         small_sq=defer(each * (each * as_operand(sums.spread) / weight)),
         small=defer(weight / count),
         large=sums.weight,
@@ -208,12 +214,12 @@ def sample_of_all(
 def sample_of_first(
     micro_batches: Sequence[MicroBatch], divisor: FloatOrDeferred, scale: FloatOrDeferred
 ) -> NoiseSample | None:
-    """Makes a sample of the norm of the first micro-batch, where only that is known.
+    """Makes a sample from the norm of the first micro-batch, if only that is known.
 
     Returns:
-        The sample; None where that norm is not known either.
+        The sample; None if that norm is unknown too, or if the weight is zero.
     """
-    # The first needs no hook to be known alone: until the second one comes, it is all of .grad.
+    # The first micro-batch needs no hook: until the second one comes, it is all of .grad.
     first = micro_batches[0]
     weight, small = sum(as_operand(one.weight) for one in micro_batches), as_operand(first.weight)
     if first.norm is None or (isinstance(small, float) and small == 0.0):
@@ -231,16 +237,16 @@ def sample_of_first(
 def sample_of_rank(
     own_norm: Tensor, weight: FloatOrDeferred, ranks: int, scale: FloatOrDeferred, batches: int
 ) -> NoiseSample:
-    """Makes a sample of this rank's own gradient, before it became the mean over the ranks.
+    """Makes a sample from this rank's own gradient, before it was averaged over the ranks.
 
     Args:
         own_norm: Norm of the whole window on this rank: tensor ``[]``.
-        weight: Weight of the window on this rank, taken to be the same on every other.
-        ranks: How many there are.
-        scale: The loss scale.
+        weight: Weight of the window on this rank; assumed to be the same on all ranks.
+        ranks: The number of ranks.
+        scale: The loss scale by which ``own_norm`` is multiplied.
         batches: As for :func:`sample_of_all`.
     """
-    # A loop that is only watched gets no collective of ours: the other ranks' weights are unknown.
+    # Assumed, as gradwatch adds no collective to a loop that it only watches.
     large = as_operand(weight) * ranks
     return NoiseSample(
         small_sq=defer(own_norm.double().square()),
@@ -252,7 +258,7 @@ def sample_of_rank(
 
 
 def noise_terms(small_sq: float, small: float, big_sq: float, big: float) -> tuple[float, float]:
-    r"""Separates the noise from the gradient by its squared norm at two batch sizes.
+    r"""Separates noise and gradient, given the squared gradient norm at two batch sizes.
 
     The squared norm of the mean gradient over :math:`b` examples is on average
     :math:`|G|^2 + \mathrm{tr}(\Sigma)/b`, so two sizes give two equations:
@@ -261,17 +267,18 @@ def noise_terms(small_sq: float, small: float, big_sq: float, big: float) -> tup
         \mathrm{tr}(\Sigma) \approx \frac{q - Q}{1/b - 1/B} \qquad
         |G|^2 \approx \frac{BQ - bq}{B - b}
 
-    Neither is biased. Of k micro-batches, pass the weighted mean of their squared norms,
-    :math:`q = \sum_i (w_i/W) |g_i|^2`, and :math:`b = W/k`, whether they are equally large or not:
-    the noise of micro-batch i is :math:`\mathrm{tr}(\Sigma)/w_i`, and weighing it by
-    :math:`w_i/W` leaves :math:`\mathrm{tr}(\Sigma)\, k/W`. The plain mean would need the harmonic
-    mean of the sizes instead and varies more.
+    Both estimates are unbiased. For k micro-batches, pass the weighted mean of their squared norms,
+    :math:`q = \sum_i (w_i/W) |g_i|^2`, and :math:`b = W/k`, even if their sizes differ: the noise
+    of micro-batch i is :math:`\mathrm{tr}(\Sigma)/w_i`, and the weights :math:`w_i/W` turn the sum
+    into :math:`\mathrm{tr}(\Sigma)\, k/W`. The plain mean would need the harmonic mean of the sizes
+    instead, and varies more.
 
     Args:
-        small_sq: q, the squared norm of a small batch's mean gradient, or the mean of several.
-        small: b, its size in the unit of the weights: examples or tokens; positive.
+        small_sq: q, the squared norm of a small batch's mean gradient, or the mean over several
+            small batches.
+        small: b, the size of the small batch in examples or tokens; positive.
         big_sq: Q, the squared norm of the big batch's mean gradient.
-        big: B, its size in the same unit; above ``small``.
+        big: B, the size of the big batch in the same unit; above ``small``.
 
     Returns:
         tr(Sigma), the variance of the gradient of one example (or token) summed over all
@@ -292,15 +299,15 @@ def noise_terms(small_sq: float, small: float, big_sq: float, big: float) -> tup
 
 @stable_name
 class NoiseScaleEstimator:
-    """Follows the noise scale from window to window.
+    """Estimates the noise scale from many windows.
 
-    Two bias-corrected exponential moving averages, of tr(Sigma) and of |G|^2, are divided by each
-    other. The average of the ratios would be off by tens of percent, for |G|^2 is at times near 0,
-    or below. The standard errors take the windows for independent.
+    The estimate is the ratio of two bias-corrected exponential moving averages, of tr(Sigma) and of
+    |G|^2. An average of the ratios would be off by tens of percent, because |G|^2 is sometimes near
+    or below 0. The standard errors assume that the windows are independent.
 
     Args:
-        beta: How much of the averages stays at each window, between 0 and 1. With 0.99 they span
-            about 200 windows, and a noise scale that grows is seen 100 windows late.
+        beta: The weight of the old averages at each window, between 0 and 1. With 0.99 they span
+            about 200 windows, and follow a growing noise scale with a delay of 100 windows.
 
     Raises:
         TypeError: If ``beta`` is not a number.
@@ -323,28 +330,28 @@ class NoiseScaleEstimator:
         self._averages = PairAverage(beta)
         self._batch = self._per_micro_batch = 0.0
         self.updates = 0
-        """Windows so far."""
+        """The number of windows so far."""
 
     def add(self, sample: NoiseSample, norm_sq: float) -> None:
-        """Adds what the micro-batches of a window tell; its numbers must have arrived.
+        """Adds a window; waits for numbers that have not arrived from the device.
 
         Args:
-            sample: The gradient of a small batch.
-            norm_sq: Squared norm of that of the whole window, in true units.
+            sample: What its micro-batches tell.
+            norm_sq: Squared norm of the window's mean gradient, in true units.
         """
         small, large, each = map(resolve, (sample.small, sample.large, sample.per_micro_batch))
-        if 0 < small < large:  # else a single micro-batch weighs something
+        if 0 < small < large:  # false if only one micro-batch has a weight
             small_sq = resolve(sample.small_sq) / resolve(sample.scale) ** 2
             full = sample.micro_batches
             batch = large if full is None else each * full
             self.update(*noise_terms(small_sq, small, norm_sq, large), batch, each)
 
     def update(self, tr_sigma: float, grad_sq: float, batch: float, per_micro_batch: float) -> None:
-        """Adds a window; one with a number that is not finite, or without a size, is ignored.
+        """Adds a window; it is ignored if a number is not finite, or a size is not positive.
 
         Args:
-            tr_sigma: As of :func:`noise_terms`, like ``grad_sq``.
-            grad_sq: Any sign; its scale does not matter.
+            tr_sigma: tr(Sigma) of :func:`noise_terms`.
+            grad_sq: |G|^2 of :func:`noise_terms`; may be negative.
             batch: The weight of the window over all ranks.
             per_micro_batch: The weight that one more micro-batch on every rank adds to it.
         """
@@ -359,7 +366,7 @@ class NoiseScaleEstimator:
         """Returns the estimate after the windows so far."""
         averages, batch = self._averages, self._batch or math.nan
         tr_sigma, grad_sq = averages.mean_x, averages.mean_y
-        # The mean of tr(Sigma) is below 0 by rounding only, where there is no noise.
+        # Without noise, rounding can make the mean of tr(Sigma) slightly negative.
         b_simple = over(max(tr_sigma, 0.0), grad_sq) if grad_sq > 0 else math.nan
         significance = over(grad_sq, averages.error_y)
         reason = _reason(self.updates, significance, b_simple, batch)
@@ -384,7 +391,7 @@ class NoiseScaleEstimator:
         return {"updates": self.updates, **sizes, **self._averages.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave, and goes on bit for bit as it would have."""
+        """Restores the state that :meth:`state_dict` returned, so that estimates go on exactly."""
         self.updates = int(state["updates"])
         self._batch = float(state["batch"])
         self._per_micro_batch = float(state["per_micro_batch"])
@@ -419,11 +426,11 @@ _Root = tuple[float, float, float]
 class PairAverage:
     """Bias-corrected exponential moving averages of pairs, with their standard errors.
 
-    The errors take the pairs for independent. No scale is too large or too small: variances are
-    kept by a root of their matrix, so nothing is ever squared.
+    The standard errors assume that the pairs are independent. The covariance matrix is kept as a
+    matrix root, so that nothing is squared and numbers of any scale are safe.
 
     Args:
-        beta: How much of the averages stays at each pair, between 0 and 1.
+        beta: The weight of the old averages at each new pair, between 0 and 1.
     """
 
     __slots__ = ("_beta", "_count", "_root", "_share", "mean_x", "mean_y")
@@ -437,7 +444,7 @@ class PairAverage:
         """The averages; NaN before the first pair."""
 
     def push(self, x: float, y: float) -> None:
-        """Adds a pair of finite numbers."""
+        """Adds a pair of numbers, which must be finite."""
         if not self._count:
             self.mean_x, self.mean_y = x, y
         self._count = 1.0 + self._beta * self._count
@@ -456,7 +463,8 @@ class PairAverage:
         """Returns the standard error of the ratio of the averages, by the delta method."""
         a, b, c = self._root
         ratio = over(self.mean_x, self.mean_y)
-        # The root times the gradient of the ratio, (1, -ratio): as long as the ratio's deviation.
+        # Delta method: the deviation of the ratio is the length of the root matrix times the
+        # gradient of the ratio, (1, -ratio) / mean_y.
         return over(self._error(math.hypot(a - ratio * b, ratio * c)), abs(self.mean_y))
 
     def _error(self, deviation: float) -> float:
@@ -466,7 +474,7 @@ class PairAverage:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain finite numbers; ``beta`` is not among them."""
-        # NaN is no JSON: before the first pair there are no means.
+        # JSON has no NaN, so before the first pair the list of means is empty.
         return {
             "count": self._count,
             "share": self._share,
@@ -475,7 +483,7 @@ class PairAverage:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores the state that :meth:`state_dict` returned."""
         self._count, self._share = float(state["count"]), float(state["share"])
         a, b, c = map(float, state["root"])
         self._root = (a, b, c)
@@ -485,8 +493,8 @@ class PairAverage:
 def _rotated(root: _Root, x: float, y: float, new: float) -> _Root:
     """Adds a sample of weight ``new`` to the root of a 2 x 2 covariance.
 
-    The root is the triangle ``R = [[a, b], [0, c]]`` with ``R.T @ R`` the covariance. A row is
-    added by a rotation, so no variance turns negative by rounding.
+    The root is the triangular matrix ``R = [[a, b], [0, c]]``, and ``R.T @ R`` is the covariance. A
+    row is added by a Givens rotation, so that rounding never makes a variance negative.
     """
     a, b, c = root
     x, y = math.sqrt(new) * x, math.sqrt(new) * y
@@ -497,5 +505,5 @@ def _rotated(root: _Root, x: float, y: float, new: float) -> _Root:
 
 
 def over(number: float, divisor: float) -> float:
-    """Divides as IEEE 754 and torch do: by 0 it gives an infinity, or NaN for 0 / 0."""
+    """Divides as IEEE 754 and torch do: division by 0 gives an infinity, or NaN for 0 / 0."""
     return number / divisor if divisor else number * math.inf

@@ -24,61 +24,62 @@ from gradwatch.pickles import stable_name
 @stable_name
 @runtime_checkable
 class AccumulatePolicy(Protocol):
-    """A rule that says before each window how many micro-batches it has.
+    """A rule that decides before each window how many micro-batches it has.
 
-    Steps are optimizer steps done so far: the window that begins first is step 0. All ranks are
-    given the same numbers, and must come to the same answer.
+    A window is all micro-batches of one optimizer step. Steps are counted by completed optimizer
+    steps, so the first window is step 0. All ranks are given the same numbers, and must decide the
+    same.
     """
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of the window under way, before the first decision of the first one."""
+        """Micro-batches of the current window; before the first decision, of the first window."""
 
     @property
     def most(self) -> int | None:
-        """The largest number it may ever ask for; None for any. With 1 nothing accumulates."""
+        """The largest number it may ever ask for; None for no limit. 1 means no accumulation."""
 
     @property
     def lr_factor(self) -> float:
-        """What the learning rate is to be multiplied with in the window under way; else 1."""
+        """The factor for the learning rate in the current window; 1 to leave it unchanged."""
 
     def looks_at(self, step: int) -> bool:
-        """Tells whether it will read the noise scale at a step: only then is it waited for."""
+        """Returns whether :meth:`decide` will read the noise scale at this step."""
 
     def decide(self, step: int, noise: NoiseScale) -> int:
-        """Decides about the window that begins; called once, between two windows.
+        """Decides the length of the next window; called once between two windows.
 
         Args:
-            step: Optimizer steps done so far.
-            noise: The noise scale; nothing can be said of what it holds where :meth:`looks_at` is
-                false.
+            step: The number of completed optimizer steps.
+            noise: The current noise scale; its values are unspecified if :meth:`looks_at` returned
+                False for this step.
 
         Returns:
-            Its micro-batches, at least 1.
+            The micro-batches of the next window, at least 1.
         """
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as plain numbers and lists; empty for a rule without memory."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores the state that :meth:`state_dict` returned."""
 
 
 class _WithoutNoise:
-    """What the rules share that never read the noise scale."""
+    """What rules have in common that never read the noise scale."""
 
     __slots__ = ("micro_batches", "most")
 
     micro_batches: int
     most: int | None
-    lr_factor = 1.0  # whoever writes the numbers down chooses the learning rate as well
+    lr_factor = 1.0  # a user who sets the window lengths also sets the learning rate for them
 
     def looks_at(self, step: int) -> bool:
-        """Tells that the noise scale is never read."""
+        """Returns False: the noise scale is never read."""
         return False
 
     def __setstate__(self, state: tuple[None, dict[str, Any]]) -> None:
-        # In pickles of gradwatch 0.1 both numbers stand behind properties.
+        # In pickles of gradwatch 0.1 the two attributes have other, private names.
         values = dict(state[1])
         if "_number" in values:
             values["most"] = values["_number"]
@@ -89,11 +90,15 @@ class _WithoutNoise:
 
 @stable_name
 class FixedAccumulation(_WithoutNoise):
-    """The same number of micro-batches in every window; ``name`` is what errors call it.
+    """The same number of micro-batches in every window.
+
+    Args:
+        number: Micro-batches per window, at least 1; integers of NumPy and torch are accepted.
+        name: How error messages call the number.
 
     Raises:
-        TypeError: If it is not an integer.
-        ValueError: If it is less than 1.
+        TypeError: If the number is not an integer.
+        ValueError: If the number is less than 1.
     """
 
     __slots__ = ()
@@ -109,11 +114,11 @@ class FixedAccumulation(_WithoutNoise):
         return str(self.micro_batches)
 
     def decide(self, step: int, noise: NoiseScale) -> int:
-        """Returns the number."""
+        """Returns the fixed number."""
         return self.micro_batches
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns nothing: the rule has no memory."""
+        """Returns an empty dict: the rule has no memory."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -125,14 +130,15 @@ class AccumulationSchedule(_WithoutNoise):
     """A number of micro-batches that depends on the step.
 
     Args:
-        schedule: ``{step: micro-batches}``, each from that step on, with a number for step 0; or a
-            function that takes the step and returns the number. Steps are optimizer steps, and the
-            first is 0. The function is called once for each window, for step 0 at once.
-        name: What errors call the schedule.
+        schedule: A mapping ``{step: micro-batches}``, in which each number applies from its step
+            on and step 0 must have one; or a function that takes the step and returns the number.
+            Steps are optimizer steps, counted from 0. The function is called once for each window,
+            and for step 0 already here.
+        name: How error messages call the schedule.
 
     Raises:
         TypeError: If a step or a number is not an integer.
-        ValueError: If a step is negative, a number less than 1, or step 0 left out.
+        ValueError: If a step is negative, a number is less than 1, or step 0 is missing.
 
     Example:
         >>> from gradwatch.accumulate.noise_scale import NoiseScaleEstimator
@@ -163,7 +169,7 @@ class AccumulationSchedule(_WithoutNoise):
                 f"{name} must be a mapping {{step: micro-batches}} or a function of the step, got "
                 f"{schedule!r} of type {type(schedule).__name__}. Write {{0: 1, 1000: 4}}."
             )
-        self.decide(0)  # what a function gives for the first window is checked at once
+        self.decide(0)  # checks what a function returns for the first window
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._schedule!r})"
@@ -175,7 +181,7 @@ class AccumulationSchedule(_WithoutNoise):
         """Returns the number for a step; see ``AccumulatePolicy``.
 
         Raises:
-            TypeError: If the function returned no integer.
+            TypeError: If the function did not return an integer.
             ValueError: If it returned less than 1.
         """
         number, advice = self._function(step), "Return 1 or more."
@@ -183,11 +189,11 @@ class AccumulationSchedule(_WithoutNoise):
         return self.micro_batches
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the number of the window under way."""
+        """Returns the micro-batches of the current window."""
         return {"micro_batches": self.micro_batches}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores the state that :meth:`state_dict` returned."""
         self.micro_batches = int(state["micro_batches"])
 
 
@@ -203,7 +209,7 @@ def _table(name: str, schedule: Mapping[int, int]) -> dict[int, int]:
             f"{name} must say how many micro-batches step 0 has, got {dict(schedule)!r}. "
             "Add 0 to it: {0: 1, ...}."
         )
-    return dict(sorted(table.items()))  # for the repr
+    return dict(sorted(table.items()))  # sorted for the repr only
 
 
 def _at_step(name: str, step: int) -> str:
@@ -215,17 +221,17 @@ def _looked_up(table: Mapping[int, int], step: int) -> int:
     return table[max(start for start in table if start <= step)]
 
 
-_CHECKS = 3  # this many in a row must find the noise scale out of range before more are tried
-_SIGNIFICANCE = 3.0  # standard errors of |G|^2 at each of them: it does have a size
+_CHECKS = 3  # so many checks in a row must find the noise scale out of range, to double anyway
+_SIGNIFICANCE = 3.0  # standard errors by which |G|^2 must be above 0 at each of these checks
 _LR_POWERS = {"sqrt": 0.5, "linear": 1.0}
 
 
 @stable_name
 @dataclass(slots=True)
 class _NoiseScaleState:
-    """What changes from window to window; the names are those of the state in a checkpoint."""
+    """The memory of the policy; the field names are the keys of its state in a checkpoint."""
 
-    micro_batches: int  # of the window under way
+    micro_batches: int  # of the current window
     start: int  # micro-batches of the first window
     out_of_range: int = 0  # checks in a row that found the noise scale out of range
 
@@ -233,33 +239,36 @@ class _NoiseScaleState:
 @stable_name
 @dataclass(frozen=True, eq=False)
 class AccumulateByNoiseScale:
-    """Lets the batch follow the gradient noise scale; ``accumulate="auto"``.
+    """Lets the batch size follow the gradient noise scale; ``accumulate="auto"``.
 
-    The noise scale is where a larger batch begins to pay less than it costs. Every few steps it is
-    compared with the batch, both in micro-batches, and if it is well away the number of
-    micro-batches is doubled or halved: to the nearest power of two in the end, one factor of two at
-    a time. An estimate that is not valid changes nothing, but for one case: if the noise scale is
-    above four times the batch, and that alone is wrong with it, in three checks in a row in which
-    the squared gradient is at least three standard errors above 0, the number is doubled. How far
-    to go cannot be told from there, but the direction can; without it a small ``min`` would never
-    be left.
+    Above the noise scale, a larger batch begins to gain less than it costs. Every few steps the
+    noise scale is compared with the batch, both in micro-batches. If they are far enough apart, the
+    number of micro-batches is doubled or halved, towards the power of two nearest to the noise
+    scale.
+
+    An estimate that is not valid changes nothing, with one exception: the number is also doubled if
+    three checks in a row find a noise scale above four times the batch, provided that nothing else
+    is wrong with the estimate and that the squared gradient is at least three standard errors above
+    0. Such an estimate shows the direction but not the distance. Without this exception, a small
+    ``min`` would never be left.
 
     This is a heuristic: the noise scale stands in for the critical batch size, and how well it
     does is disputed (arXiv 2505.23971). On one device, more micro-batches rarely save time.
 
     Attributes:
-        min: The least number of micro-batches, a power of two. One has no noise scale on a single
-            process: 1 makes sense only with several ranks.
-        max: The largest, a power of two.
-        start: The number to start with, a power of two between them; None for ``min``.
-        every: Optimizer steps from one check to the next.
-        hysteresis: By what factor the noise scale must be away from the batch; above 1.
-        min_updates: Windows that the estimate must have seen.
-        scale_lr: How the learning rate follows the batch: ``"sqrt"`` by its square root, for Adam;
-            ``"linear"``, for SGD; None for not at all.
+        min: The smallest number of micro-batches, a power of two. On a single process it must be
+            at least 2, because a single micro-batch has no noise scale.
+        max: The largest number of micro-batches, a power of two.
+        start: The number to start with, a power of two from ``min`` to ``max``; None for ``min``.
+        every: Optimizer steps between two checks, at least 1.
+        hysteresis: The ratio of noise scale and batch, in either direction, from which the number
+            is changed; above 1.
+        min_updates: The number of windows that an estimate needs before it is used, at least 1.
+        scale_lr: How the learning rate follows the batch size: ``"sqrt"``, by its square root, for
+            Adam; ``"linear"``, in proportion, for SGD; None, not at all.
 
     Raises:
-        TypeError: If an argument is not of the kind that is asked for.
+        TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of bounds.
 
     References:
@@ -317,7 +326,7 @@ class AccumulateByNoiseScale:
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of the window under way."""
+        """Micro-batches of the current window."""
         return self._state.micro_batches
 
     @property
@@ -327,18 +336,18 @@ class AccumulateByNoiseScale:
 
     @property
     def lr_factor(self) -> float:
-        """By what the learning rate follows the batch, in proportion to the first window's."""
+        """The factor for the learning rate, relative to that of the first window."""
         if self.scale_lr is None:
             return 1.0
         growth = self._state.micro_batches / self._state.start
         return float(growth ** _LR_POWERS[self.scale_lr])
 
     def looks_at(self, step: int) -> bool:
-        """Tells whether there is a check at a step."""
+        """Returns whether there is a check at a step."""
         return step > 0 and step % self.every == 0
 
     def decide(self, step: int, noise: NoiseScale) -> int:
-        """Decides about the window that begins; see ``AccumulatePolicy``."""
+        """Decides the length of the next window; see ``AccumulatePolicy``."""
         state = self._state
         if self.looks_at(step) and noise.updates >= self.min_updates:
             state.out_of_range = state.out_of_range + 1 if _surely_out_of_range(noise) else 0
@@ -347,59 +356,57 @@ class AccumulateByNoiseScale:
 
     def _wanted(self, noise: NoiseScale) -> int:
         now = self._state.micro_batches
-        # Estimates beyond the range are not valid, and without this a small min would never grow.
+        # An estimate out of range is not valid, so without this a small number would never grow.
         if self._state.out_of_range == _CHECKS:
             self._state.out_of_range = 0
             return 2 * now
         nearest, exact = noise.suggested_micro_batches, noise.micro_batches
         if not noise.valid or nearest is None or not 0 <= exact < math.inf:
             return now
-        # Near the middle of two powers the nearest changes with every check: hence the margin.
+        # Halfway between two powers of two, the nearest one would change from check to check; the
+        # hysteresis prevents that.
         if nearest > now and exact >= self.hysteresis * now:
             return 2 * now
         return now // 2 if nearest < now and exact * self.hysteresis <= now else now
 
     def _within(self, number: int) -> int:
-        # Inside the methods min and max are the functions, not the fields.
+        # Inside a method, the names min and max are the built-in functions, not the fields.
         return max(self.min, min(self.max, number))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the micro-batches, those of the first window, and the checks in a row."""
+        """Returns the current micro-batches, those of the first window, and the checks in a row."""
         return asdict(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave, within the bounds of this policy."""
+        """Restores the state that :meth:`state_dict` returned, within the bounds of this policy."""
         self._state.micro_batches = self._within(int(state["micro_batches"]))
         self._state.start = int(state["start"])
         self._state.out_of_range = int(state["out_of_range"])
 
 
 def _surely_out_of_range(noise: NoiseScale) -> bool:
-    # Nothing else may be wrong with the estimate: noise alone can make it large as well.
+    # The gradient must be significant, because noise alone can make the estimate large as well.
     significant = noise.significance >= _SIGNIFICANCE
     return significant and noise.out_of_range and math.isfinite(noise.b_simple)
 
 
 def accumulate_policy(name: str, value: object) -> AccumulatePolicy:
-    """Turns what a user wrote into the rule that it means.
+    """Makes the policy for a value of ``watch(accumulate=)``.
 
     Args:
-        name: The argument as the user wrote it, for errors.
+        name: How error messages call the argument, as the user wrote it.
         value: A number of micro-batches; a mapping ``{step: micro-batches}`` or a function of the
-            step; ``"auto"``; or a policy, which is taken as it is, callable or not.
-
-    Returns:
-        The rule.
+            step; ``"auto"``; or a policy, which is returned as it is.
 
     Raises:
-        TypeError: If it is none of them, or a class rather than an object.
-        ValueError: If it is another word, or a number out of bounds.
+        TypeError: If the value is none of these, or is a class rather than an object.
+        ValueError: If the value is another word, or a number out of bounds.
     """
     if isinstance(value, str) and value == "auto":
         return AccumulateByNoiseScale()
-    # A class has the methods of a policy and can be called, True is an integer: neither is meant.
+    # A class has the methods of a policy and is callable, and True is an integer; both are errors.
     if not isinstance(value, (str, bool, type)):
-        if isinstance(value, AccumulatePolicy):  # before callable(): a user's policy may be both
+        if isinstance(value, AccumulatePolicy):  # first, as a user's policy may also be callable
             return value
         if isinstance(value, SupportsIndex):
             return FixedAccumulation(value, name=name)
@@ -416,25 +423,25 @@ def accumulate_policy(name: str, value: object) -> AccumulatePolicy:
 
 _NAN = math.nan
 UNKNOWN = NoiseScale(_NAN, _NAN, _NAN, _NAN, valid=False, updates=0, suggested_micro_batches=None)
-"""What a policy is given at steps where it does not look."""
+"""The noise scale that a policy is given at steps at which it does not look at it."""
 
 
 class AccumulationPlan:
     """Asks the policy before each window, and reports every change.
 
     Args:
-        policy: The rule.
-        on_change: Called with the first step of the windows of another length, the old length and
-            the new one, and the noise scale that decided; None if no noise scale did.
+        policy: The rule that decides the length of each window.
+        on_change: Called with the first step of the new length, the old length, the new length,
+            and the noise scale that decided, or None if none did.
 
     Attributes:
-        checked: Whether a step whose window has another number is refused. A framework's adapter,
-            which leaves the windows to the framework, switches it off.
-        by_framework: Whether that framework accumulates, whatever the policy says.
-        micro_batches: Micro-batches of the window under way.
-        lr_factor: What the learning rate is multiplied with in the step under way.
-        fixed: Whether all windows have the same, so that nobody needs to decide.
-        by_noise: Whether the noise scale decides, so that all ranks must have the same.
+        checked: Whether a step is refused if its window has another number of micro-batches. The
+            adapter of a framework that accumulates by itself switches it off.
+        by_framework: Whether such a framework accumulates, whatever the policy says.
+        micro_batches: Micro-batches of the current window.
+        lr_factor: The factor for the learning rate in the current step.
+        fixed: Whether all windows have the same length, so that no decision is needed.
+        by_noise: Whether the policy may read the noise scale, so that the ranks must agree on it.
     """
 
     def __init__(
@@ -444,7 +451,7 @@ class AccumulationPlan:
     ) -> None:
         self.checked = True
         self.by_framework = False
-        # A policy of the user's own may read the noise scale, and nothing says that it does not.
+        # Any policy other than ours may read the noise scale, so it is assumed to.
         self.by_noise = not isinstance(policy, _WithoutNoise)
         self.fixed = isinstance(policy, FixedAccumulation)
         self._policy = policy
@@ -461,7 +468,7 @@ class AccumulationPlan:
 
     def next_window(self, step: int, noise: Callable[[], NoiseScale]) -> None:
         """Asks the policy about the next window, after ``step`` optimizer steps."""
-        # noise() waits for numbers that are still on their way to the host: only where asked for.
+        # noise() waits for numbers from the device, so it is called only if the policy needs it.
         looked = noise() if self._policy.looks_at(step) else None
         old, new = self.micro_batches, self._policy.decide(step, looked or UNKNOWN)
         self._read()
@@ -469,11 +476,11 @@ class AccumulationPlan:
             self._on_change(step + 1, old, new, looked)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run needs to decide the same."""
+        """Returns what a resumed run needs to make the same decisions."""
         return {"policy": type(self._policy).__name__, "state": self._policy.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave; another policy than that begins anew."""
+        """Restores the state that :meth:`state_dict` returned; ignored if the policy is another."""
         if state["policy"] == type(self._policy).__name__:
             self._policy.load_state_dict(state["state"])
             self._read()
@@ -495,12 +502,12 @@ TOO_LATE = (
 
 
 def check_window(optimizer: str, found: int, wanted: int) -> None:
-    """Refuses a step whose window has another number of micro-batches than was asked for.
+    """Refuses a step whose window has a number of micro-batches other than the wanted one.
 
     Raises:
-        AccumulationError: If they differ, and more than one was asked for.
+        AccumulationError: If the numbers differ, and ``wanted`` is more than 1.
     """
-    # With 1, the default, nothing was said about windows: a loop may accumulate by itself.
+    # With 1, the default, the user has said nothing about windows: the loop may accumulate itself.
     if wanted > 1 and found != wanted:
         text = TOO_EARLY if found < wanted else TOO_LATE
         raise AccumulationError(text.format(optimizer=optimizer, found=found, wanted=wanted))
@@ -513,10 +520,10 @@ ALONE = (
 
 
 def check_noise_scale_exists(policy: AccumulatePolicy, *, single_process: bool) -> None:
-    """Refuses a policy that may end where there is no noise scale for it to follow.
+    """Refuses a policy that may get stuck at one micro-batch, which has no noise scale.
 
     Raises:
-        ValueError: If it may come down to one micro-batch, and no other rank has one.
+        ValueError: If the policy may go down to one micro-batch per step, on a single process.
     """
     if isinstance(policy, AccumulateByNoiseScale) and policy.min == 1 and single_process:
         raise ValueError(ALONE.format(policy=policy))

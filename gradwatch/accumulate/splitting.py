@@ -1,4 +1,4 @@
-"""Splitting a batch: parts of equal size along dimension 0, in the structure of the batch."""
+"""Splitting a batch into parts of equal size along dimension 0, each in its structure."""
 
 from __future__ import annotations
 
@@ -45,21 +45,22 @@ _SAME_IN_EACH_PART = (
     *(torch.dtype, torch.device, torch.layout, torch.Size),
 )
 _LAYOUTS = (torch.strided, torch.sparse_coo)
-# One level of a container: its keys as they are written, its items, how to make it of other items.
+# One level of a container: the paths of its items as the user would write them, the items, and a
+# function that rebuilds the container from other items.
 _Level = tuple[list[str], list[Any], Callable[[list[Any]], Any]]
 
 
 def split_batch(batch: Any, size: int, name: str = CALL) -> list[tuple[Any, int]]:
-    """Splits a batch into parts of equal size: they differ by one example at most.
+    """Splits a batch into parts of equal size, which differ by at most one example.
 
-    Tensors and arrays are cut along dimension 0 and share the memory of the batch (a sparse one is
-    copied). A list or tuple without a tensor in it is cut where it has one item per example.
+    Tensors and arrays are cut along dimension 0 and share the memory of the batch (sparse tensors
+    are copied). A list or tuple that contains no tensor is cut if it has one item per example.
     Numbers, strings, None and tensors ``[]`` are the same in each part.
 
     Args:
-        batch: A tensor, or tuples, lists, mappings and registered pytree classes of them.
-        size: The most examples of a part.
-        name: The call as the user wrote it.
+        batch: A tensor or array, or a tuple, list, mapping or registered pytree class of them.
+        size: The most examples in a part, at least 1.
+        name: How error messages call the function, as the user wrote it.
 
     Returns:
         The parts in the structure of the batch, each with its number of examples.
@@ -77,13 +78,13 @@ def split_batch(batch: Any, size: int, name: str = CALL) -> list[tuple[Any, int]
         raise ValueError(text) if type(size) is int else TypeError(text)
     length = batch_length(batch, name)
     cut, count = _Cut(name, length), _count(length, size)
-    bounds = pairwise(-(-part * length // count) for part in range(count + 1))  # a larger one first
+    bounds = pairwise(-(-part * length // count) for part in range(count + 1))  # larger parts first
     parts = [(cut(batch, "batch", start, end - start), end - start) for start, end in bounds]
     return parts if count > 1 else [(batch, length)]
 
 
 def largest_part(length: int, size: int) -> int:
-    """Returns the examples of the first, and so largest, part that a batch is split into.
+    """Returns the number of examples in the first part of a split batch, which is the largest.
 
     Example:
         >>> largest_part(9, size=8)
@@ -93,15 +94,16 @@ def largest_part(length: int, size: int) -> int:
 
 
 def batch_length(batch: Any, name: str = CALL) -> int:
-    """Returns the examples of a batch, as :func:`split_batch` accepts it.
+    """Returns the number of examples in a batch, as :func:`split_batch` accepts it.
 
-    That is the length of dimension 0; of its lists where it holds no tensor and no array.
+    This is the length of dimension 0 of its tensors and arrays, or the length of its lists if it
+    has neither.
 
     Raises:
         TypeError: If there is nothing to count, or a tensor cannot be cut.
         ValueError: If the batch is empty, or its lengths differ.
     """
-    # All are counted before anything is cut: an error comes before the first backward.
+    # Everything is checked before anything is cut, so that an error comes before a backward.
     leaves = list(_leaves(batch, "batch"))
     for path, leaf in leaves:
         _check_can_be_cut(name, path, leaf)
@@ -124,7 +126,7 @@ def _count(length: int, size: int) -> int:
 
 
 class _Cut:
-    """Cuts some of the examples out of a batch of ``length``."""
+    """Takes ``count`` examples, from ``start`` on, out of a batch of ``length`` examples."""
 
     def __init__(self, name: str, length: int) -> None:
         self._name, self._length = name, length
@@ -148,7 +150,8 @@ class _Cut:
             return len(value) == self._length and len(value) > 0
         leaves = [leaf for _, leaf in _leaves(value, "")]
         lists = [len(leaf) for leaf in leaves if _is_list(leaf)]
-        # Two lists of two strings are two columns of a collated batch rather than two examples.
+        # Two lists of two strings are ambiguous: they count as two columns of a collated batch, not
+        # as two examples.
         columns = bool(lists) and all(length == self._length for length in lists)
         return not columns and not any(_is_array(leaf) for leaf in leaves)
 
@@ -163,12 +166,12 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _level(value: Any) -> _Level | None:
-    """Returns None for what is not taken apart: a tensor, a plain list, a number."""
+    """Takes one level of a container apart; None for a leaf: a tensor, a plain list, a number."""
     if isinstance(value, (Tensor, np.ndarray, PackedSequence, *_SAME_IN_EACH_PART)):
         return None
     if _is_list(value) and _is_flat(value):
         return None
-    # One level only: flattened as a whole, lists of examples would fall apart into strings.
+    # One level only: flattened completely, a list of examples would become single strings.
     items, spec = pytree.tree_flatten(value, is_leaf=lambda one: one is not value)
     if len(items) == 1 and items[0] is value:
         return _mapping_level(value) if isinstance(value, Mapping) else None
@@ -177,7 +180,7 @@ def _level(value: Any) -> _Level | None:
 
 def _mapping_level(value: Mapping[Any, Any]) -> _Level:
     def rebuild(items: list[Any]) -> Mapping[Any, Any]:
-        # Of the same class: the items of transformers' BatchEncoding are attributes too.
+        # Keep the class: a BatchEncoding of transformers gives its items as attributes, too.
         same = copy.copy(value) if isinstance(value, MutableMapping) else {}
         same.update(zip(value, items, strict=True))
         return same
@@ -188,7 +191,7 @@ def _mapping_level(value: Mapping[Any, Any]) -> _Level:
 def _keys(value: Any, count: int) -> list[str]:
     try:
         found, _ = pytree.tree_flatten_with_path(value, is_leaf=lambda one: one is not value)
-    except ValueError:  # a class that was registered without the names of its fields
+    except ValueError:  # a pytree class that was registered without names for its fields
         return [f"[{index}]" for index in range(count)]
     return ["".join(map(str, path)) for path, _ in found]
 
@@ -218,6 +221,6 @@ def _check_can_be_cut(name: str, path: str, leaf: Any) -> None:
 def _narrow(value: Any, start: int, count: int) -> Any:
     if value.ndim == 0 or not isinstance(value, Tensor):
         return value if value.ndim == 0 else value[start : start + count]
-    # A sparse tensor has no views along a dimension of its indices.
+    # A sparse tensor cannot be viewed along a dimension of its indices, so it is copied.
     narrow = torch.narrow_copy if value.is_sparse else torch.narrow
     return narrow(value, 0, start, count)

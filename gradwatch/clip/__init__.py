@@ -1,1 +1,1 @@
-"""Clipping policies: norms in, a decision out; one rule a file."""
+"""Clipping policies: norms in, a decision out; one rule per file."""

@@ -1,4 +1,4 @@
-"""AdaGC: every parameter's norm limited by the moving average of its own norms."""
+"""AdaGC: limits every parameter's gradient norm by the moving average of its own norms."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from gradwatch.pickles import stable_name
 @stable_name
 @dataclass
 class _AdaGCState:
-    """What AdaGC remembers, for the policy itself is frozen."""
+    """The memory of AdaGC, kept apart because the policy itself is a frozen dataclass."""
 
-    steps: int | Tensor = 0  # a number on the host, or a tensor [] of int64
+    steps: int | Tensor = 0  # a number on the host, or an int64 tensor []
     averages: Tensor | None = None  # [n]: each parameter's gamma; 0 before its first gradient
 
 
@@ -36,25 +36,25 @@ class AdaGC:
         h_i = \min(1, \lambda_{rel}\,\gamma_i / n_i), \qquad
         \gamma_i \leftarrow \beta\gamma_i + (1 - \beta)\,h_i n_i
 
-    During the first ``warmup`` steps all gradients are scaled together instead, by
+    During the first ``warmup`` steps all gradients are instead scaled together by
     :math:`h = \min(1, \lambda_{abs} / \|n\|)`, and :math:`\gamma_i` becomes the smallest
     :math:`h n_i` so far. With λ_rel close to 1, most steps are clipped a little.
 
     λ_abs is in the unit of the gradients; with ``math.inf``, nothing is clipped in the warm-up and
-    the rule is independent of the scale of the loss. A norm of zero says nothing about a parameter:
-    it enters no average. A parameter whose first gradient comes late is left alone that time, and
-    its norm starts the average. A step with a norm that is not finite, or with none but zeros, is
-    no step for the rule.
+    the rule is independent of the scale of the loss. A norm of zero carries no information and
+    enters no average. If a parameter gets its first gradient only after the warm-up, that gradient
+    is not clipped, and its norm starts the average. Steps with a norm that is not finite, or with
+    zeros only, are ignored.
 
     Attributes:
-        lambda_rel: How many times its average a parameter's norm may be; positive, 1 or more.
-        beta: The share that the past keeps at each step, between 0 and 1.
-        lambda_abs: The limit of the total norm during the warm-up; positive, or ``math.inf``.
-        warmup: The length of the warm-up in steps.
+        lambda_rel: λ_rel, the largest ratio of a parameter's norm to its average; at least 1.
+        beta: β, the weight of the old average at each step, between 0 and 1.
+        lambda_abs: λ_abs, the limit of the total norm in the warm-up; positive, or ``math.inf``.
+        warmup: The length of the warm-up in steps, at least 0.
         norm_type: The p of the norms, positive.
 
     Raises:
-        TypeError: If an argument is not of the kind that is asked for.
+        TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of bounds.
 
     References:
@@ -87,7 +87,11 @@ class AdaGC:
         check_positive("AdaGC(norm_type=)", self.norm_type)
 
     def decide(self, total_norm: Tensor) -> ClipDecision:
-        """Decides about the norms of one step: tensor ``[n]``, one for each parameter."""
+        """Computes the factors for one step.
+
+        Args:
+            total_norm: Tensor ``[n]``: the norm of each parameter's gradient; 0 for one without.
+        """
         norms = total_norm.detach().to(exact_dtype(total_norm.device))
         averages = self._averages(norms)
         if is_at_hand(norms):
@@ -96,7 +100,7 @@ class AdaGC:
 
     def _on_host(self, norms: Tensor, averages: Tensor, dtype: torch.dtype) -> ClipDecision:
         state, steps = self._state, int(self._state.steps)
-        # The sum tells at once, unless finite norms overflow it; then each norm is looked at.
+        # One sum decides nearly always; only if finite norms overflow it is each norm checked.
         if not (0.0 < norms.sum().item() < math.inf or bool(_says_something(norms))):
             return ClipDecision()
         warm = steps < self.warmup
@@ -110,7 +114,7 @@ class AdaGC:
 
     def _on_device(self, norms: Tensor, averages: Tensor, dtype: torch.dtype) -> ClipDecision:
         state = self._state
-        # Both rules are computed: whether the warm-up is over is known on the device only.
+        # Both rules are computed, as only the device knows whether the warm-up is over.
         steps = torch.as_tensor(state.steps, device=norms.device)
         keep, warm = _says_something(norms), steps < self.warmup
         together, apart = self._together(norms, averages), self._apart(norms, averages)
@@ -121,7 +125,7 @@ class AdaGC:
         return ClipDecision(torch.where(keep, factors, 1.0).to(dtype), limit.to(dtype))
 
     def _together(self, norms: Tensor, averages: Tensor) -> tuple[Tensor, Tensor]:
-        # Divided by the largest, no square leaves the range of the dtype.
+        # Norms are divided by the largest one, so that no power leaves the range of the dtype.
         largest = norms.max() if len(norms) else norms.sum()
         scaled = norms / torch.where(largest > 0, largest, 1.0)
         total = largest * torch.linalg.vector_norm(scaled, self.norm_type)
@@ -131,7 +135,7 @@ class AdaGC:
         return factor.expand_as(norms), torch.where(norms > 0, kept, averages)
 
     def _apart(self, norms: Tensor, averages: Tensor) -> tuple[Tensor, Tensor]:
-        # A zero is a parameter without a gradient: averaged in, it would lock the parameter there.
+        # A zero means that there is no gradient. In the average it would hold the parameter at 0.
         known, present = averages > 0, norms > 0
         kept = torch.where(known, torch.minimum(norms, self.lambda_rel * averages), norms)
         moved = torch.where(known, self.beta * averages + (1 - self.beta) * kept, kept)
@@ -151,7 +155,7 @@ class AdaGC:
         return averages.to(norms)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the count of steps and the averages; on an accelerator this waits for them."""
+        """Returns the number of steps and the averages; on an accelerator this waits for them."""
         averages = self._state.averages
         return {
             "steps": int(self._state.steps),
@@ -159,12 +163,12 @@ class AdaGC:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores the state that :meth:`state_dict` returned."""
         averages, own = state["averages"], self._state
         own.steps = int(state["steps"])
         own.averages = None if averages is None else torch.tensor(averages, dtype=torch.float64)
 
 
 def _says_something(norms: Tensor) -> Tensor:
-    """Tells, bool ``[]``, whether all norms are finite and not all are zero."""
+    """Returns a bool tensor ``[]``: whether all norms are finite and at least one is not zero."""
     return torch.isfinite(norms).all() & (norms > 0).any()

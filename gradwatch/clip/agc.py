@@ -1,4 +1,4 @@
-"""AdaptiveGradientClip: each output unit's gradient limited by the norm of its own weights."""
+"""AdaptiveGradientClip: limits each output unit's gradient by the norm of its own weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HALF = {torch.float16, torch.bfloat16}
 @stable_name
 @dataclass(frozen=True)
 class AdaptiveGradientClip(Stateless):
-    r"""Limits the gradient of each output unit to a share of the norm of its weights (AGC).
+    r"""Limits the gradient norm of each output unit to a share of the norm of its weights (AGC).
 
     For the gradient :math:`g_i` and the weights :math:`w_i` of unit :math:`i` the factor is
 
@@ -27,19 +27,19 @@ class AdaptiveGradientClip(Stateless):
         c_i = \min\left(1, \lambda \frac{\max(\|w_i\|, \epsilon)}{\|g_i\|}\right)
 
     A unit is one index of dimension 0: a row of a linear layer's weight, a filter of a convolution.
-    A parameter with one dimension or none, a bias or a gain, is one unit as a whole. This is what
-    timm does; a unit whose gradient is zero is left alone, so no further epsilon is needed.
+    A parameter with at most one dimension, such as a bias or a gain, is one unit as a whole, as in
+    timm. A unit whose gradient is zero is not changed, so no further epsilon is needed.
 
-    The paper leaves out the last linear layer, and so should you: name it in ``exclude``. The limit
-    depends on the weights and not on the loss, so unlike the rules with a history this one does
-    clip more when the loss is multiplied by a number.
+    The paper does not clip the last linear layer, and neither should you: name it in ``exclude``.
+    The limit depends on the weights and not on the loss. So unlike the rules with a history, this
+    one clips more when the loss is multiplied by a number above 1.
 
     Attributes:
         clip_factor: λ, positive.
-        eps: ε, positive: the norm that weights are at least taken to have, so that those that
-            start at zero can move. In the unit of the weights.
-        exclude: Shell-style patterns of names of parameters to leave alone, ``("head.*",)`` say;
-            case matters.
+        eps: ε, positive, in the unit of the weights: a lower bound for the norm of the weights, so
+            that weights that start at zero can move.
+        exclude: Shell-style patterns of the names of parameters that are not clipped, for example
+            ``("head.*",)``; case-sensitive.
         norm_type: The p of all norms, positive.
 
     Raises:
@@ -76,20 +76,21 @@ class AdaptiveGradientClip(Stateless):
         object.__setattr__(self, "exclude", tuple(self.exclude))  # a list has no hash
 
     def decide(self, total_norm: Tensor) -> ClipDecision:
-        """Refers to the units, whatever the norm; see ``ClipPolicy``."""
+        """Returns a decision that clips unit by unit, whatever the norm; see ``ClipPolicy``."""
         return ClipDecision(threshold=math.nan, units=self)
 
     def coefficient(self, name: str, gradient: Tensor, weight: Tensor) -> Tensor | None:
-        """Computes the factors of the units of one parameter, without a wait.
+        """Computes the factors of the units of one parameter, without waiting for the device.
 
         Args:
-            name: Its name.
-            gradient: Its dense gradient, in true units.
-            weight: Its value, in the same shape.
+            name: The name of the parameter, to compare with ``exclude``.
+            gradient: Its dense gradient, without loss scale.
+            weight: Its value, of the same shape as the gradient.
 
         Returns:
-            Tensor ``[units, 1, ...]`` with as many dimensions as the gradient, or ``[]`` where
-            there is one unit; float32 for halves. None if the parameter is excluded or empty.
+            Tensor ``[units, 1, ...]`` with as many dimensions as the gradient, or ``[]`` if the
+            parameter is one unit; float32 for float16 and bfloat16. None if the parameter is
+            excluded or empty.
 
         Raises:
             TypeError: If the gradient is sparse.
@@ -102,11 +103,11 @@ class AdaptiveGradientClip(Stateless):
                 f"not all there. Write exclude=({name!r},), or sparse=False for the embedding."
             )
         limit = self.clip_factor * torch.clamp(self._unit_norm(weight.detach()), min=self.eps)
-        # A gradient of zero makes this Inf, and the clamp makes it 1: no epsilon is needed.
+        # For a gradient of zero the ratio is Inf, which the clamp turns into 1.
         return torch.clamp(limit / self._unit_norm(gradient.detach()), max=1.0)
 
     def _unit_norm(self, tensor: Tensor) -> Tensor:
-        # In half precision 65504 is the largest norm: a finite gradient of 1000s would overflow.
+        # The largest float16 number is 65504, so the norm of a finite gradient could overflow.
         dtype = torch.float32 if tensor.dtype in _HALF else None
         inner = tuple(range(1, tensor.ndim)) or None
         norms: Tensor = torch.linalg.vector_norm(

@@ -1,4 +1,4 @@
-"""Changing gradients in place: the only place where gradwatch writes into a tensor of the user."""
+"""Functions that scale or clamp many gradients in place."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ _EXACT = {torch.float32, torch.float64}
 
 
 def scale_(gradients: list[Tensor], coefficient: float | Tensor) -> None:
-    """Multiplies every gradient, dense or sparse, with one number, in place.
+    """Multiplies every gradient, dense or sparse, by one number, in place.
 
     Args:
         gradients: Tensors of any shape and dtype.
-        coefficient: The factor, a number or a tensor ``[]``; one that a float32 holds exactly
-            gives the bits that ``torch.nn.utils.clip_grad_norm_`` gives.
+        coefficient: A number or a tensor ``[]``. If it is exact in float32, the result is bit for
+            bit that of ``torch.nn.utils.clip_grad_norm_``.
     """
     dense = gradients
-    # Hundreds of tensors, and nearly always all dense: one set is made faster than a list is.
+    # Of hundreds of tensors nearly always all are dense; a set of layouts is built faster than a
+    # filtered list.
     if set(map(_layout, gradients)) != {torch.strided}:
         dense = [gradient for gradient in gradients if gradient.layout is torch.strided]
     dtypes = set(map(_dtype, dense))
     if isinstance(coefficient, Tensor) and not dtypes <= _EXACT and is_at_hand(coefficient):
-        # A tensor is the faster factor, but would be rounded to a half-precision dtype.
+        # A tensor as the factor is faster, but would be rounded to the dtype of the gradients.
         coefficient = coefficient.item()
     if dense:
         torch._foreach_mul_(dense, coefficient)
@@ -40,11 +41,11 @@ def scale_(gradients: list[Tensor], coefficient: float | Tensor) -> None:
 
 
 def scale_each_(gradients: list[Tensor], coefficients: Tensor) -> None:
-    """Multiplies every gradient, dense or sparse, with its own of the coefficients ``[n]``."""
+    """Multiplies each gradient, dense or sparse, in place, by its entry of coefficients ``[n]``."""
     if not is_at_hand(coefficients):
         torch._foreach_mul_(gradients, list(coefficients.to(gradients[0].dtype).unbind()))
         return
-    # On the host most factors are known to be 1, and their gradients need no pass over memory.
+    # On the host the factors that are 1, usually most of them, cost no pass over memory.
     for gradient, factor in zip(gradients, coefficients.tolist(), strict=True):
         if factor != 1.0:
             gradient.mul_(factor)
@@ -54,9 +55,9 @@ def clamp_(gradients: Sequence[Tensor], limit: float) -> None:
     """Limits every element of every gradient to ``[-limit, limit]``, in place; NaN stays NaN.
 
     Raises:
-        TypeError: If a gradient is complex: its elements have no order.
+        TypeError: If a gradient is complex, as complex numbers have no order.
     """
-    # All are looked at before any is changed: an error leaves the gradients as they were.
+    # All are checked before any is changed, so that an error leaves the gradients as they were.
     for gradient in gradients:
         if gradient.is_complex():
             raise TypeError("ClipByValue cannot limit a complex gradient; use ClipByNorm.")
@@ -70,7 +71,7 @@ def clamp_(gradients: Sequence[Tensor], limit: float) -> None:
 
 
 def _clamp_sparse_(gradient: Tensor, limit: float) -> None:
-    # Duplicate indices add up, so the limit is for their sums.
+    # Entries with the same index add up, so the limit applies to their sum.
     coalesced = gradient.coalesce()
     coalesced.values().clamp_(-limit, limit)
     if coalesced is not gradient:

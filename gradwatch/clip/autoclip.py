@@ -1,4 +1,4 @@
-"""AutoClip: a percentile of earlier norms as the limit."""
+"""AutoClip: limits the norm to a percentile of earlier norms."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ class AutoClip(HistoryClip):
 
     The factor is :math:`c = \min(1, P_p(H) / n)` for the norm :math:`n` and the p-th percentile
     :math:`P_p`, interpolated linearly, of a history :math:`H`: the last ``window`` norms before
-    this one, each as it was before the clip. Nothing is clipped until there are ``warmup`` of them.
-    Norms that are zero or not finite never enter the history. The rule knows no absolute size:
-    a loss a hundred times as large changes no decision.
+    this one, each taken before the clip. Nothing is clipped until the history has ``warmup`` norms.
+    Norms that are zero or not finite never enter it. The rule does not depend on the scale of the
+    loss: multiplying the loss by 100 changes no decision.
 
-    It clips about ``100 - percentile`` percent of all steps, however quiet they are. The paper
-    recommends the 10th percentile of all norms so far, the present one among them, which clips
+    It clips about ``100 - percentile`` percent of all steps, however steady they are. The paper
+    recommends the 10th percentile of all norms so far, including the current one, which clips
     nine steps in ten: ``AutoClip(10, window=1_000_000, warmup=1, include_current=True)``. The
     default, the 90th percentile of a bounded history, clips one in ten and follows decaying norms.
 
     Attributes:
         percentile: p, between 0 and 100.
-        window: The length of the history, in steps.
-        warmup: How many norms the history needs before anything is clipped.
-        include_current: Whether the present norm is in the history by which it is judged.
-        norm_type: The p of the norm itself, positive.
+        window: The length of the history in steps, at least 1.
+        warmup: How many norms the history needs before anything is clipped; 1 to ``window``.
+        include_current: Whether the current norm counts as part of the history.
+        norm_type: The p of the norm itself (not of the percentile), positive.
 
     Raises:
-        TypeError: If an argument is not of the kind that is asked for.
+        TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of bounds.
 
     References:
@@ -71,7 +71,7 @@ class AutoClip(HistoryClip):
         window = self._history.window
         if self.include_current:
             window.push(norm, keep)
-        # Read before the push: by default a spike is not to raise its own limit.
+        # By default the percentile is read before the push, so a spike cannot raise its own limit.
         enough, percentile = window.count >= self.warmup, window.quantile(self.percentile / 100)
         if not self.include_current:
             window.push(norm, keep)

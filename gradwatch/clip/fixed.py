@@ -20,20 +20,20 @@ class ClipByNorm(Stateless):
     r"""Scales gradients down when their norm exceeds a limit: all together, or in parts.
 
     The factor is :math:`c = \min(1, m / (n + 10^{-6}))` for the norm :math:`n` and the limit
-    :math:`m`, computed as ``torch.nn.utils.clip_grad_norm_`` computes it, so that finite float32
-    gradients come out bit for bit the same. Unlike there, gradients stay as they are where the
-    norm is not finite: no NaN spreads, and no finite gradient is zeroed because another is Inf.
+    :math:`m`, computed as in ``torch.nn.utils.clip_grad_norm_``, so that finite float32 gradients
+    come out bit for bit the same. Unlike there, gradients are not changed if the norm is not
+    finite: no NaN spreads, and no finite gradient is zeroed because another is Inf.
 
     Attributes:
-        max_norm: The limit m, positive; ``math.inf`` only measures.
+        max_norm: The limit m, positive; with ``math.inf`` nothing is ever clipped.
         norm_type: The p of the norm, positive; ``math.inf`` for the largest magnitude.
-        scope: What the limit is for: ``"global"`` for the norm over all gradients; ``"group"`` or
-            ``"parameter"`` for the norm of each parameter group of the optimizer, or of each
-            parameter, which are then scaled independently of each other.
+        scope: Which norm is limited: ``"global"`` for the norm of all gradients together;
+            ``"group"`` or ``"parameter"`` for the norm of each parameter group of the optimizer, or
+            of each parameter, which are then scaled independently.
 
     Raises:
-        TypeError: If a number is not a number, or the scope not a string.
-        ValueError: If a number is not positive, or the scope another word.
+        TypeError: If a number is not a number, or the scope is not a string.
+        ValueError: If a number is not positive, or the scope is another word.
 
     References:
         Pascanu, Mikolov, Bengio: On the difficulty of training recurrent neural networks.
@@ -56,7 +56,7 @@ class ClipByNorm(Stateless):
 
     def decide(self, total_norm: Tensor) -> ClipDecision:
         """Computes the factors for norms; see :class:`~gradwatch.clip.policy.ClipPolicy`."""
-        # The limit of a part is no limit of the total norm.
+        # With another scope the limit is per part, and there is none for the total norm.
         threshold = float(self.max_norm) if self.scope == "global" else math.nan
         if _surely_below(total_norm, self.max_norm):
             return ClipDecision(threshold=threshold)
@@ -69,11 +69,12 @@ class ClipByNorm(Stateless):
 class ClipByValue(Stateless):
     """Limits every element of every gradient to ``[-clip_value, clip_value]``.
 
-    The direction of the gradient changes. The recorded ``clip_coef`` is the ratio of the total
-    norms after and before.
+    This changes the direction of the gradient. The recorded ``clip_coef`` is the ratio of the total
+    norm after the clip to that before.
 
     Attributes:
         clip_value: The limit, positive, in the unit of the gradient.
+        norm_type: The p of the norm that is recorded, positive; it does not affect the clip.
 
     Raises:
         TypeError: If ``clip_value`` is not a number.
@@ -94,13 +95,14 @@ class ClipByValue(Stateless):
         check_positive("ClipByValue(norm_type=)", self.norm_type)
 
     def decide(self, total_norm: Tensor) -> ClipDecision:
-        """Names the limit, whatever the norm; see ``ClipPolicy``."""
+        """Returns the limit, whatever the norm; see ``ClipPolicy``."""
         return ClipDecision(threshold=float(self.clip_value), clip_value=float(self.clip_value))
 
 
 def _surely_below(norm: Tensor, limit: float) -> bool:
-    # Most steps are below: one comparison spares them the arithmetic. The margin covers
-    # the rounding of float32 and the 1e-6, which could still make the factor less than 1.
+    # Most steps are below the limit, and this one comparison saves them the arithmetic. Close to
+    # the limit, the 1e-6 and the rounding of float32 can still make the factor less than 1; the
+    # margin covers both.
     if not is_at_hand(norm) or not norm.numel():
         return False
     largest = norm.max() if norm.ndim else norm

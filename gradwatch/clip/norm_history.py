@@ -1,8 +1,8 @@
-"""Rules that remember norms: each is written once, and runs on floats or on tensors of a device.
+"""Rules that remember norms: each is written once, and runs on floats or on device tensors.
 
-On the host a rule computes with Python floats. Where the norm is still on an accelerator it does
-the same with tensors ``[]``, so that nobody waits for a number. A rule asks its :class:`Backend`
-for functions, and its :class:`NormHistory` for the norms of earlier steps.
+On the host a rule computes with Python floats. If the norm is still on an accelerator, it computes
+with tensors ``[]`` instead, so that nothing waits for the device. A rule gets its mathematical
+functions from a :class:`Backend`, and the norms of earlier steps from a :class:`NormHistory`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from gradwatch.measure.deferred import exact_dtype, is_at_hand
 from gradwatch.pickles import stable_name
 
 MAD_TO_DEVIATION = 1.4826
-"""The standard deviation of a normal distribution over its median absolute deviation."""
+"""The ratio of a normal distribution's standard deviation to its median absolute deviation."""
 
-# Any, for no type says "floats here or tensors there, but never both", and rules mix in constants.
+# Any, because no type says "floats or tensors, but never mixed", and rules mix in constants.
 Scalar: TypeAlias = Any  # a float on the host, a tensor [] on a device
 Flag: TypeAlias = Any  # a bool on the host, a tensor [] of bool on a device
 Backend: TypeAlias = "_FloatBackend | _TensorBackend"
@@ -35,33 +35,33 @@ class HistoryRule:
     _history: NormHistory
 
     def _remember(self, size: int, numbers: Sequence[str] = ()) -> None:
-        # The rules are frozen dataclasses: what a user chose stays, only the history changes.
+        # The rules are frozen dataclasses: their settings are constant, only the history changes.
         object.__setattr__(self, "_history", NormHistory(size, numbers))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # So the history is called in pickles of gradwatch 0.1.
+        # In pickles of gradwatch 0.1 the history is named "_memory".
         self.__dict__.update({("_history" if k == "_memory" else k): v for k, v in state.items()})
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the history as plain numbers; on an accelerator this waits for it."""
+        """Returns the history as plain numbers; on an accelerator this waits for the device."""
         return self._history.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores the state that :meth:`state_dict` returned."""
         self._history.load_state_dict(state)
 
 
 class HistoryClip(HistoryRule):
-    """A clipping policy whose limit of the total norm follows from earlier norms.
+    """A clipping policy that limits the total norm according to earlier norms.
 
-    A norm that is zero or not finite says nothing about the scale of the others: it is left alone,
-    and nothing is remembered of it.
+    A norm that is zero or not finite says nothing about the scale of the others. It is not clipped
+    and does not enter the history.
     """
 
     def decide(self, total_norm: Tensor) -> ClipDecision:
-        """Decides about one norm; see :class:`~gradwatch.clip.policy.ClipPolicy`."""
+        """Decides how to clip one step; see :class:`~gradwatch.clip.policy.ClipPolicy`."""
         backend, norm, keep = self._history.read(total_norm)
-        if keep is False:  # on the host; on a device both ways are computed
+        if keep is False:  # only on the host; on a device both branches are computed
             return ClipDecision()
         limit = self._limit(backend, norm, keep)
         if isinstance(keep, Tensor):
@@ -69,7 +69,7 @@ class HistoryClip(HistoryRule):
         return _decide_on_host(norm, limit, total_norm.dtype)
 
     def _limit(self, backend: Backend, norm: Scalar, keep: Flag) -> Scalar:
-        """Returns the limit, Inf for none, and remembers the norm where ``keep`` is true."""
+        """Returns the limit, or Inf for none, and adds the norm to the history if ``keep``."""
         raise NotImplementedError
 
 
@@ -82,7 +82,7 @@ def _decide_on_host(norm: float, limit: float, dtype: torch.dtype) -> ClipDecisi
 def _decide_on_device(
     norm: Tensor, limit: Tensor, keep: Tensor, dtype: torch.dtype
 ) -> ClipDecision:
-    # Both branches are computed and one is selected: an `if` would wait for the flag.
+    # Both branches are computed and one is selected, as an `if` would wait for the flag.
     factor = torch.clamp(limit / norm, max=1.0)
     return ClipDecision(
         coefficient=torch.where(keep, factor, 1.0).to(dtype),
@@ -92,15 +92,15 @@ def _decide_on_device(
 
 @stable_name
 class NormHistory:
-    """A window of norms and a few numbers; they are where the newest norm is.
+    """A window of earlier norms and a few further numbers, on the device of the newest norm.
 
     Args:
-        size: The length of the window.
-        names: Names of the numbers; they start at 0.
+        size: The most norms that the window holds.
+        names: Names of the further numbers; they start at 0.
 
     Attributes:
-        window: The last norms, or what a rule keeps in their stead.
-        numbers: Further numbers by name, each a float or a tensor ``[]``.
+        window: The last norms, or what a rule keeps instead of them, such as their logarithms.
+        numbers: The further numbers by name, each a float or a tensor ``[]``.
     """
 
     def __init__(self, size: int, names: Sequence[str] = ()) -> None:
@@ -111,15 +111,15 @@ class NormHistory:
         self._fill([], dict.fromkeys(self._names, 0.0))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # So the backend is called in pickles of gradwatch 0.1.
+        # In pickles of gradwatch 0.1 the backend is named "place".
         self.__dict__.update({("_backend" if k == "place" else k): v for k, v in state.items()})
 
     def read(self, norm: Tensor) -> tuple[Backend, Scalar, Flag]:
-        """Reads a norm ``[]``, without a wait unless the last one was elsewhere.
+        """Reads a norm ``[]``; waits only if the previous one was on another device.
 
         Returns:
-            What to compute with; the norm; and whether it says anything about the scale of others:
-            it does not if it is zero or not finite, and is then 1 instead.
+            The backend to compute with; the norm; and whether the norm is usable: if it is zero or
+            not finite, the flag is false and the norm is replaced by 1.
         """
         device = None if is_at_hand(norm) else norm.device
         if device != self._backend.device:
@@ -135,10 +135,10 @@ class NormHistory:
         return {"window": self.window.values(), **numbers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave, of a window of this length or another.
+        """Restores the state that :meth:`state_dict` returned, of a window of any length.
 
         Raises:
-            ValueError: If something is missing or not finite.
+            ValueError: If an entry is missing or not finite.
         """
         expected = ("window", *self._names)
         missing = [name for name in expected if name not in state]
@@ -149,7 +149,7 @@ class NormHistory:
             )
         window = [float(value) for value in state["window"]]
         numbers = {name: float(state[name]) for name in self._names}
-        # One NaN would stay in every later mean, and unsettle the order of the sorted window.
+        # One NaN would stay in every later mean, and break the order of the sorted window.
         if not all(map(math.isfinite, (*window, *numbers.values()))):
             raise ValueError(
                 "The state of a clipping policy must be finite; this one is not. Load what "
@@ -164,25 +164,25 @@ class NormHistory:
 
 @stable_name
 class _FloatWindow:
-    """The last numbers as Python floats, in order of arrival and, for quantiles, of size.
+    """The last numbers as Python floats: in order of arrival and, for quantiles, sorted.
 
     Attributes:
-        count: How many there are.
+        count: How many numbers there are.
     """
 
     __slots__ = ("_arrived", "_size", "_sorted", "count")
 
     def __init__(self, size: int, values: Iterable[float]) -> None:
         self._size = size
-        self._arrived = deque(values, size)  # only the newest, where there are more
+        self._arrived = deque(values, size)  # only the newest, if there are more than fit
         self._sorted = sorted(self._arrived)
         self.count = len(self._sorted)
 
     def push(self, value: Scalar, keep: Flag) -> None:
-        """Adds a number if it is to be kept, in place of the oldest when full."""
+        """Adds a number if ``keep`` is true; when full, the oldest number is dropped."""
         if not keep:
             return
-        # Sorting a window of 1000 anew in each step would cost more than the rest of the rule.
+        # Sorting a window of 1000 in every step would cost more than the rest of the rule.
         if self.count == self._size:
             del self._sorted[bisect_left(self._sorted, self._arrived[0])]
         else:
@@ -191,23 +191,23 @@ class _FloatWindow:
         insort(self._sorted, value)
 
     def quantile(self, fraction: float) -> Scalar:
-        """Returns a quantile, interpolated linearly between neighbours as NumPy does."""
+        """Returns a quantile, interpolated linearly between neighbors as NumPy does."""
         return _quantile(self._sorted, fraction)
 
     def median_distance(self, center: Scalar) -> Scalar:
         return _quantile(sorted([abs(value - center) for value in self._sorted]), 0.5)
 
     def mean(self) -> Scalar:
-        # Divided before they are added, numbers near the largest float do not overflow.
+        # Divided before the sum, so that numbers near the largest float do not overflow.
         return math.fsum(v / self.count for v in self._arrived) if self.count else math.nan
 
     def deviation(self, center: Scalar) -> Scalar:
-        """Returns the root of the mean squared distance from a center."""
+        """Returns the root mean square distance from a center."""
         root = math.sqrt(self.count) or math.nan
         return math.hypot(*[(value - center) / root for value in self._arrived])
 
     def values(self) -> list[float]:
-        """Returns the numbers, oldest first; of tensors, this waits for the device."""
+        """Returns the numbers, oldest first; on a device this waits."""
         return list(self._arrived)
 
 
@@ -222,14 +222,14 @@ def _quantile(ordered: list[float], fraction: float) -> float:
 
 @stable_name
 class _TensorWindow:
-    """The same as a tensor ``[size]`` on a device; places not yet taken hold Inf, and sort last."""
+    """The same as a tensor ``[size]`` on a device; unused entries are Inf, and so sort last."""
 
     __slots__ = ("_values", "count")
 
     def __init__(self, size: int, values: Iterable[float], like: dict[str, Any]) -> None:
         newest = list(values)[-size:]
         self._values = torch.tensor([math.inf] * (size - len(newest)) + newest, **like)
-        # A tensor, for only the device knows whether the last norms were kept.
+        # A tensor, because only the device knows whether the last norms were kept.
         self.count = torch.tensor(float(len(newest)), **like)
 
     def push(self, value: Scalar, keep: Flag) -> None:
@@ -248,7 +248,7 @@ class _TensorWindow:
 
     def deviation(self, center: Scalar) -> Scalar:
         distances = self._taken((self._values - center) / self.count.sqrt())
-        # Divided by the largest, no square leaves the range of the dtype.
+        # Distances are divided by the largest, so that no square leaves the range of the dtype.
         largest = distances.abs().max()
         scaled = distances / torch.where(largest > 0, largest, 1.0)
         return largest * torch.linalg.vector_norm(scaled)
@@ -262,7 +262,7 @@ class _TensorWindow:
     def _quantile(self, numbers: Tensor, fraction: float) -> Tensor:
         position = torch.clamp(fraction * (self.count - 1), min=0)
         below = position.floor()
-        # Indexing with a tensor [] would wait for it; selecting with one of [2] does not.
+        # Indexing with a tensor [] would wait for the device; index_select() with [2] does not.
         neighbours = torch.stack((below, position.ceil())).long()
         low, high = numbers.sort().values.index_select(0, neighbours).unbind()
         between: Tensor = low + (high - low) * (position - below)
@@ -271,18 +271,19 @@ class _TensorWindow:
 
 @stable_name
 class _FloatBackend:
-    """Functions of Python floats, which answer as torch's do instead of raising an error."""
+    """Functions of Python floats that return what torch's return where Python's would raise."""
 
     device: torch.device | None = None
     log, hypot = staticmethod(math.log), staticmethod(math.hypot)
-    # Given a NaN first, min() and max() return it, as clamp() does; given it second, they do not.
+    # min() and max() return a NaN only if it is the first argument. Rules pass the value first, so
+    # that the result is that of clamp().
     minimum: Callable[..., Scalar] = staticmethod(min)
     maximum: Callable[..., Scalar] = staticmethod(max)
     window, scalar = _FloatWindow, float
 
     @staticmethod
     def exp(value: Scalar) -> Scalar:
-        return math.exp(value) if value < 709.0 else math.inf  # just below OverflowError
+        return math.exp(value) if value < 709.0 else math.inf  # math.exp(710) raises
 
     @staticmethod
     def divide(dividend: Scalar, divisor: Scalar) -> Scalar:
@@ -301,17 +302,17 @@ class _FloatBackend:
 
 @stable_name
 class _TensorBackend:
-    """The same functions of tensors ``[]`` on one device, in the most exact dtype that it has."""
+    """The same functions of tensors ``[]`` on one device, in its most precise dtype."""
 
     exp, log, hypot = staticmethod(torch.exp), staticmethod(torch.log), staticmethod(torch.hypot)
     divide = staticmethod(torch.div)
-    # One of the two values must be a tensor: of two floats, torch makes a float32.
+    # One of the two values must be a tensor: of two floats torch would make a float32.
     where: Callable[..., Scalar] = staticmethod(torch.where)
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.dtype = device, exact_dtype(device)
 
-    # clamp() takes a bound that is a float, which torch.minimum() and maximum() refuse.
+    # clamp() accepts a float as the bound; torch.minimum() and torch.maximum() do not.
     @staticmethod
     def minimum(value: Scalar, bound: Scalar) -> Scalar:
         return torch.clamp(value, max=bound)

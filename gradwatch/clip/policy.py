@@ -1,4 +1,4 @@
-"""ClipPolicy: numbers in, a decision out; what every clipping rule looks like."""
+"""ClipPolicy: the interface of every clipping rule, and the decision that it returns."""
 
 from __future__ import annotations
 
@@ -19,50 +19,47 @@ SCOPES = ("global", "group", "parameter")
 class ClipPolicy(Protocol):
     """A clipping rule: norms in, a decision out. It never sees a gradient.
 
-    A policy may have an attribute ``scope``. With ``"global"``, or without it, the policy is given
-    the total norm, tensor ``[]``; with ``"group"`` or ``"parameter"`` one norm for each parameter
-    group, or each parameter, of the optimizer: tensor ``[n]``, always in the same order, 0 where
-    there is no gradient.
+    A policy may have an attribute ``scope``. With ``"global"``, or without the attribute, it is
+    given the total norm, a tensor ``[]``. With ``"group"`` or ``"parameter"`` it is given one norm
+    for each parameter group, or for each parameter, of the optimizer: a tensor ``[n]``, always in
+    the same order, with 0 for what has no gradient.
 
-    On the CPU it is never given a norm that is not finite. On an accelerator nobody has looked yet,
-    and looking would wait: there it must keep such a norm out of its memory by itself, and what it
-    answers is not used.
+    On the CPU, a policy is never given a norm that is not finite. On an accelerator it may be, as
+    checking would mean waiting for the device: the policy must then keep such a norm out of its
+    memory by itself, and its decision for that step is not used.
     """
 
-    # `scope` is no member: isinstance() would then refuse a policy of the user without one.
+    # `scope` is not a member, or isinstance() would refuse a user's policy that has none.
 
     @property
     def norm_type(self) -> float:
-        """The p of the norm that it wants, and that is recorded."""
+        """The p of the norm that is measured for this policy, and recorded."""
 
     def decide(self, total_norm: Tensor) -> ClipDecision:
-        """Decides about one step.
+        """Decides what is done to the gradients of one step.
 
         Args:
-            total_norm: Tensor ``[]``, or ``[n]`` for another scope than ``"global"``: pre-clip
-                norms, unscaled and reduced over ranks.
+            total_norm: Tensor ``[]``, or ``[n]`` with a scope other than ``"global"``: norms before
+                the clip, without loss scale and reduced over ranks.
         """
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as plain numbers and lists; empty for a rule without memory."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores the state that :meth:`state_dict` returned."""
 
 
 class UnitRule(Protocol):
-    """A rule that looks at the gradient and the weight of each output unit."""
+    """A rule that needs the gradient and the weight of each output unit, not only norms."""
 
     def coefficient(self, name: str, gradient: Tensor, weight: Tensor) -> Tensor | None:
-        """Computes the factors for one parameter, to broadcast against its gradient.
+        """Computes the factors for one parameter.
 
-        Args:
-            name: Its name.
-            gradient: Its gradient, in true units.
-            weight: Its value.
+        The gradient is without loss scale and has the shape of the weight.
 
         Returns:
-            The factors; None to leave the gradient.
+            The factors, broadcastable to the gradient; None to leave it unchanged.
         """
 
 
@@ -72,12 +69,13 @@ class ClipDecision:
     """What a policy wants done to the gradients of one step.
 
     Attributes:
-        coefficient: The factor to multiply the gradients with, between 0 and 1, in the shape of the
-            norms that the policy was given; None to leave them.
-        threshold: The limit that was applied, in the unit of the norm or of the elements: a number
-            or a tensor ``[]``; NaN where there is no single one.
-        clip_value: Limit for the magnitude of each element; None to leave them.
-        units: A rule for each output unit of each parameter; None for no such.
+        coefficient: The factor to multiply the gradients by, between 0 and 1, in the shape of the
+            norms that the policy was given; None to leave the gradients unchanged.
+        threshold: The limit that was applied, a number or a tensor ``[]``, in the unit of the norm
+            or, with ``clip_value``, of the elements; NaN if there is no single limit. It is
+            recorded only.
+        clip_value: The limit for the magnitude of each element; None for no such limit.
+        units: A rule that is applied to each output unit of each parameter; None for no such rule.
     """
 
     coefficient: Tensor | None = None
@@ -87,7 +85,7 @@ class ClipDecision:
 
 
 class Stateless:
-    """What the policies without memory share."""
+    """The empty state of policies without memory."""
 
     def state_dict(self) -> dict[str, Any]:
         """Returns nothing: the rule has no memory."""

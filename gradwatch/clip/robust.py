@@ -1,4 +1,4 @@
-"""RobustClip: the rule behind ``clip="auto"``, a limit that needs no tuning and recovers."""
+"""RobustClip: the rule behind ``clip="auto"``; needs no tuning, and follows lasting changes."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ from gradwatch.clip.norm_history import MAD_TO_DEVIATION, Backend, Flag, History
 from gradwatch.pickles import stable_name
 
 _LEAST_DEVIATION = 0.05  # of the logarithm: norms within some 15 % of the median always pass
-_FARTHEST = math.log(8.0)  # eight times the median is out however much the norms spread
-_GUARD = math.log(4.0)  # during the warm-up, four times the median is out
-_FEWEST = 3  # fewer norms have no median worth the name
+_FARTHEST = math.log(8.0)  # above 8 times the median is an outlier, however much the norms spread
+_GUARD = math.log(4.0)  # during the warm-up, above 4 times the median is an outlier
+_FEWEST = 3  # the median of fewer norms means little
 
 
 @stable_name
 @dataclass(frozen=True, eq=False)
 class RobustClip(HistoryClip):
-    r"""Clips a norm that is an outlier among the last ones, by their median; ``clip="auto"``.
+    r"""Clips a norm that is an outlier relative to the median of the last norms; ``clip="auto"``.
 
     Norms vary by factors, so the rule works on their logarithms. Let :math:`m` be the median of
-    the logarithms of the last ``window`` norms, each as it was before the clip,
-    :math:`s = 1.4826\,\mathrm{MAD}` their deviation by the median absolute deviation, at least
-    0.05, and :math:`d = \min(z_t s, \log 8)` the distance that passes. A norm :math:`n` with
+    the logarithms of the last ``window`` norms, each taken before the clip,
+    :math:`s = 1.4826\,\mathrm{MAD}` their deviation, estimated by the median absolute deviation and
+    at least 0.05, and :math:`d = \min(z_t s, \log 8)` the allowed distance. A norm :math:`n` with
 
     .. math::
         \log n - m > d \quad\text{is scaled to}\quad
         \exp\left(m + d \left(\frac{d}{\log n - m}\right)^2\right)
 
     so that the further out it is, the closer to the median it is brought. Until there are
-    ``warmup`` norms, one of more than four times the median is scaled to the median; the first
-    three pass. Norms that are zero or not finite never enter.
+    ``warmup`` norms, a norm above four times the median is scaled to the median; the first three
+    norms are never clipped. Norms that are zero or not finite never enter the window.
 
-    Why it recovers: a median does not care how far out an outlier is. A burst of a third of a
-    window, 20 steps, never moves it by much; a rise that lasts becomes the median after half a
-    window, 32 steps, however high. Rules that follow a mean of clipped norms (ZClip) have no such
-    bound, and rules with standard deviations let the second half of a burst pass. Multiplying the
-    loss by any number changes no decision, for it moves all logarithms alike.
+    The rule recovers because a median does not depend on how far out an outlier is. A burst of a
+    third of a window, 20 steps, hardly moves it; a lasting rise becomes the median after half a
+    window, 32 steps, however high it is. Rules that follow a mean of clipped norms (ZClip) have no
+    such bound, and rules with standard deviations let the second half of a burst pass. Multiplying
+    the loss by any number changes no decision, because it shifts all logarithms alike.
 
-    On steady norms it clips about one step in 300, however much they spread; with heavy tails, or
-    norms that wander, two or three in a hundred.
+    On steady norms the rule clips about one step in 300, however much they spread; with heavy
+    tails, or norms that drift, two or three in a hundred.
 
     Attributes:
-        z_thresh: z_t, how many deviations above the median pass; positive.
-        window: How many norms are remembered. Half of it is about the time in which a lasting
-            rise is accepted; a burst that is to be clipped to its end must be shorter.
-        warmup: How many norms there must be before their deviation is trusted.
+        z_thresh: z_t, how many deviations above the median are allowed; positive.
+        window: How many norms are remembered, at least 3. A lasting rise is accepted after about
+            half as many steps, so a burst is clipped to its end only if it is shorter than that.
+        warmup: How many norms are needed before their deviation is used; 3 to ``window``.
         norm_type: The p of the norm, positive.
 
     Raises:
-        TypeError: If an argument is not of the kind that is asked for.
+        TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of bounds.
 
     References:
-        The limit that falls with the distance is after Kumar et al.: ZClip, 2025, arXiv 2504.02507.
+        A limit that falls with the distance: Kumar et al., ZClip, 2025, arXiv 2504.02507.
         Median and MAD: Hampel, The Influence Curve and Its Role in Robust Estimation, JASA 1974.
 
     Example:
@@ -91,12 +91,13 @@ class RobustClip(HistoryClip):
         guarded = backend.where(above > _GUARD, median, median + _GUARD)
         highest = backend.where(logs.count >= self.warmup, median + allowed, guarded)
         limit = backend.where(logs.count >= _FEWEST, backend.exp(highest), math.inf)
-        # As it was before the clip: clipped norms would keep the median from following a rise.
+        # The norm before the clip, as clipped norms would keep the median from following a rise.
         logs.push(log, keep)
         return limit
 
     def _allowed(self, backend: Backend, above: Scalar, deviation: Scalar) -> Scalar:
         passing = self.z_thresh * backend.maximum(deviation, _LEAST_DEVIATION)
         passing = backend.minimum(passing, _FARTHEST)
-        # A norm within the limit makes the ratio 1: no branch, which a device would wait for.
+        # For a norm within the limit the ratio is 1. So no branch is needed, which would wait for
+        # the device.
         return passing * backend.divide(passing, backend.maximum(above, passing)) ** 2

@@ -1,4 +1,4 @@
-"""SpikeRule: tells a finite norm so far out that its step had better be skipped."""
+"""SpikeRule: detects a finite norm so far above the others that its step should be skipped."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from gradwatch.pickles import stable_name
 AUTO_Z = 6.0
 _WINDOW = 128
 _FEWEST = 25
-_LEAST_DEVIATION = 0.05  # as a share of the median: nothing below 1.3 times it is a spike at 6
+_LEAST_DEVIATION = 0.05  # as a share of the median: with z = 6 no norm below 1.3 medians is a spike
 
 
 @stable_name
 @dataclass(frozen=True, eq=False)
 class SpikeRule(HistoryRule):
-    r"""Tells spikes by the median of the norms before them; ``skip_spikes=``.
+    r"""Detects spikes by comparing a norm with the median of those before it; ``skip_spikes=``.
 
     A norm :math:`n` is a spike if :math:`n > m + z \max(1.4826\,\mathrm{MAD}, 0.05\,m)` for the
-    median :math:`m` and the median absolute deviation of the last 128 norms. There must be 25 of
-    them. Spikes enter like all others, so a rise that lasts is accepted after at most 64 steps.
-    Norms that are zero or not finite are no spikes, and never enter.
+    median :math:`m` and the median absolute deviation of the last 128 norms, of which there must be
+    at least 25. Spikes enter this window as well, so a lasting rise is accepted after at most 64
+    steps. Norms that are zero or not finite are never spikes, and never enter the window.
 
     Attributes:
-        z: How many deviations above the median pass, positive; ``"auto"`` for 6.
+        z: How many deviations above the median are allowed, positive; ``"auto"`` for 6.
 
     Raises:
         TypeError: If ``z`` is neither a number nor ``"auto"``.
-        ValueError: If it is not positive, or another word.
+        ValueError: If ``z`` is not positive, or is another word.
 
     References:
-        allenai/OLMo-core, ``optim/skip_step_optimizer.py``, skips at six standard deviations, which
-        a spike in the window inflates; median and MAD are immune to that.
+        allenai/OLMo-core, ``optim/skip_step_optimizer.py``, skips at six standard deviations. A
+        spike in the window inflates a standard deviation, but neither the median nor the MAD.
 
     Example:
         >>> import torch
@@ -60,13 +60,13 @@ class SpikeRule(HistoryRule):
         self._remember(_WINDOW)
 
     def is_spike(self, total_norm: Tensor) -> Tensor:
-        """Tells whether a norm is a spike by those before it, and remembers it.
+        """Returns whether a norm is a spike compared with those before it, and remembers it.
 
         Args:
-            total_norm: Tensor ``[]``: pre-clip, unscaled and reduced over ranks.
+            total_norm: Tensor ``[]``: before the clip, without loss scale, reduced over ranks.
 
         Returns:
-            Tensor ``[]`` of bool, on the device of the norm.
+            A bool tensor ``[]`` on the device of the norm.
         """
         backend, norm, keep = self._history.read(total_norm)
         spike = keep & self._exceeds(backend, norm, keep)
@@ -79,6 +79,7 @@ class SpikeRule(HistoryRule):
         deviation = backend.maximum(deviation, _LEAST_DEVIATION * median)
         limit = median + (AUTO_Z if self.z == "auto" else self.z) * deviation
         spike = (window.count >= _FEWEST) & (norm > limit)
-        # Spikes enter as well: left out, a loss that settled higher would be skipped for ever.
+        # Spikes enter as well: otherwise norms that settle at a higher level would be skipped
+        # forever.
         window.push(norm, keep)
         return spike

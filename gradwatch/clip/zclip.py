@@ -1,4 +1,4 @@
-"""ZClip: a limit on how many standard deviations a norm may lie above the mean."""
+"""ZClip: limits how many standard deviations a norm may lie above the mean of earlier norms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SOFTENING = {"winsorized": 0.0, "clipped": 1e-6}
 @stable_name
 @dataclass(frozen=True, eq=False)
 class ZClip(HistoryClip):
-    r"""Clips a norm that lies too many standard deviations above the mean of the norms before it.
+    r"""Clips a norm that lies too many standard deviations above the mean of earlier norms.
 
     For the norm :math:`n`, the mean :math:`\mu` and the standard deviation :math:`\sigma` of
     earlier norms, and the limit :math:`z_t` on the z-score :math:`z = (n - \mu) / \sigma`:
@@ -26,30 +26,31 @@ class ZClip(HistoryClip):
         \mu \leftarrow \alpha\mu + (1-\alpha)u, \quad
         \sigma^2 \leftarrow \alpha\sigma^2 + (1-\alpha)(u-\mu)^2
 
-    The further out a norm is, the closer to the mean it is brought. Mean and standard deviation
-    (that of the population) start from the first ``warmup_steps`` norms, which are not clipped.
-    What enters them afterwards, :math:`u`, depends on ``update`` where a norm was clipped:
+    The further out a norm is, the closer to the mean it is brought. The mean and the (population)
+    standard deviation start from the first ``warmup_steps`` norms, which are not clipped. After
+    that, :math:`u` is the norm itself or, if it was clipped, depends on ``update``:
 
-    - ``"winsorized"``: :math:`\mu + z_t\sigma`, the largest norm that would have passed. A lasting
-      rise is accepted within some ten steps.
-    - ``"clipped"``, as published: the norm after the clip. The more a norm exceeds, the less it
-      counts, and after a lasting rise by three ZClip as published clips for ever.
+    - ``"winsorized"``: :math:`\mu + z_t\sigma`, the largest norm that would not have been clipped.
+      A lasting rise is accepted within some ten steps.
+    - ``"clipped"``, as published: the norm after the clip. The larger a norm is, the less it
+      counts, and after a lasting rise by a factor of three this variant clips forever.
 
-    The epsilon of 1e-6 in the published z-score is here a millionth of the mean, so that no
-    decision depends on the scale of the loss; with ``"winsorized"`` the deviation is at least a
-    hundredth of the mean. Norms that are zero or not finite enter no statistic.
+    The published z-score has an epsilon of 1e-6. With ``"clipped"`` it is a millionth of the mean
+    here, so that no decision depends on the scale of the loss. With ``"winsorized"`` the deviation
+    is instead at least a hundredth of the mean. Norms that are zero or not finite enter no
+    statistic.
 
     Attributes:
-        alpha: The share that the past keeps at each step, between 0 and 1.
+        alpha: α, the weight of the old statistics at each step, between 0 and 1.
         z_thresh: z_t, positive.
-        warmup_steps: How many norms the mean and the deviation start from.
-        max_norm: A further, fixed limit, for the warm-up too; None for none. The authors' code
-            has 1.0 there, which is a rule of its own and not independent of scale.
+        warmup_steps: How many norms the mean and the deviation start from, at least 1.
+        max_norm: A further, fixed limit of the norm, also during the warm-up; None for none. The
+            authors' code uses 1.0, which makes the rule depend on the scale of the loss.
         update: ``"winsorized"`` or ``"clipped"``.
         norm_type: The p of the norm, positive.
 
     Raises:
-        TypeError: If an argument is not of the kind that is asked for.
+        TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of bounds.
 
     References:
@@ -100,14 +101,14 @@ class ZClip(HistoryClip):
     def _follow(self, backend: Backend, entering: Scalar, keep: Flag) -> None:
         numbers, past, new = self._history.numbers, self.alpha, 1 - self.alpha
         mean = past * numbers["mean"] + new * entering
-        # The root of the variance is followed: the square of a norm of 1e-200 would be lost.
+        # The deviation is updated, not the variance: the square of a norm of 1e-200 is 0.
         deviation = backend.hypot(
             math.sqrt(past) * numbers["deviation"], math.sqrt(new) * (entering - mean)
         )
         self._set(backend, keep, mean, deviation)
 
     def _start(self, backend: Backend, norm: Scalar, keep: Flag) -> None:
-        # After the warm-up the host saves the work; on a device, to look at the flag is to wait.
+        # After the warm-up the host skips this work. On a device, checking the flag would wait.
         if keep is False:
             return
         window = self._history.window

@@ -1,1 +1,1 @@
-"""What hangs on PyTorch while a run is watched: on parameters, modules, optimizers, ranks."""
+"""All that hooks into PyTorch: parameters, modules, optimizers, scalers and data parallelism."""

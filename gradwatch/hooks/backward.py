@@ -1,9 +1,10 @@
 """Arrivals: which parameters received a gradient in a backward, in what order, and when it ended.
 
-The hook of a parameter is ``operator.setitem`` bound to a dict, so that an arrival costs no Python
-frame at all; the insertion order of the dict is the backward order. Only the first arrival of a
-backward must run Python, to ask the autograd engine for a callback at its end: between backwards
-the dict has a class whose ``__setitem__`` is written in Python, and swaps it for dict's own.
+The hook of each parameter is ``operator.setitem`` bound to a dict, so that an arrival runs no
+Python frame at all, and the insertion order of the dict is the backward order. Only the first
+arrival of a backward must run Python code, to queue a callback at the end of the backward. So
+between backwards the dict is of a subclass whose ``__setitem__`` is written in Python; its first
+call switches the dict back to the class with dict's own ``__setitem__``.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import RemovableHandle
 
-# The private door to the end of a backward, which DDP and FSDP2 of torch 2.4 to 2.13 use as well.
-# A hook on the root of the graph would run at its beginning, and no public hook runs at its end.
+# Private, but DDP and FSDP2 of torch 2.4 to 2.13 use it as well. No public hook runs at the end of
+# a backward; a hook on the root of the graph would run at its beginning.
 _queue_callback = torch.autograd.Variable._execution_engine.queue_callback
 
-# Frames of these functions on the call stack show that a backward is under way further out; the
-# engine itself does not say so (torch 2.4 to 2.13).
+# A frame of one of these functions on the call stack shows that an outer backward is under way.
+# The engine itself does not tell (torch 2.4 to 2.13).
 _ENGINE_CODE = _engine_run_backward.__code__
 _FUNCTION_CODE = BackwardCFunction.apply.__code__
 
@@ -35,13 +36,14 @@ class Backward(NamedTuple):
     """A backward that has ended.
 
     Attributes:
-        arrived: Indices of the parameters that received a gradient, in backward order; none where
-            FSDP2 keeps the gradients to itself until the last micro-batch.
-        continues: Whether it belongs to the micro-batch of the backward before it: a backward
-            inside another one, as reentrant checkpointing runs it, may end by itself.
-        create_graph: Whether it recorded a graph of itself; gradients are then added up into new
-            tensors, not in place.
-        freed: Norms by index of gradients that are gone already, used up inside the backward.
+        arrived: Indices of the parameters that received a gradient, in backward order; empty if
+            FSDP2 keeps the gradients back until the last micro-batch.
+        continues: Whether it belongs to the same micro-batch as the backward before it. Reentrant
+            checkpointing runs backwards inside another one, and each of them ends on its own.
+        create_graph: Whether it recorded a graph of itself (``create_graph=True``). Gradients are
+            then accumulated into new tensors, not in place.
+        freed: Norms ``[]``, by index, of gradients that an optimizer has used and freed inside the
+            backward.
     """
 
     arrived: Sequence[int]
@@ -51,9 +53,10 @@ class Backward(NamedTuple):
 
 
 class Arrivals(dict[int, Tensor]):
-    """The parameters that arrived in the backward under way: index -> tensor, in backward order.
+    """The parameters that received a gradient in the current backward, by index, in its order.
 
-    It holds parameters, never gradients: a reference to a gradient would keep it alive.
+    It maps each index to the parameter, never to the gradient: a reference to a gradient would
+    keep it in memory.
     """
 
     __slots__ = ("_handles", "_on_arrived", "_on_end", "_open", "_open_task", "_token")
@@ -66,10 +69,10 @@ class Arrivals(dict[int, Tensor]):
         """Starts with no parameter hooked.
 
         Args:
-            on_end: Called at the end of each backward: every ``.grad`` is final then, and no code
-                of the user has run yet.
-            on_arrived: Called before it, when every gradient has arrived and none has been reduced
-                over ranks yet; None where nobody listens.
+            on_end: Called at the end of each backward, when every ``.grad`` is final and before
+                any code of the user runs.
+            on_arrived: Called before ``on_end``, when every gradient has arrived but before the
+                end-of-backward reduction over ranks; None if it is not needed.
         """
         super().__init__()
         self._handles: dict[int, RemovableHandle] = {}
@@ -81,53 +84,51 @@ class Arrivals(dict[int, Tensor]):
         self._arm()
 
     def hook(self, index: int, tensor: Tensor) -> None:
-        """Hangs the arrival mark on a leaf tensor that requires a gradient, once.
+        """Registers the arrival hook on a leaf tensor that requires a gradient, once.
 
-        Args:
-            index: What the tensor is called in the report at the end of the backward.
-            tensor: The tensor.
+        ``index`` stands for the tensor in :attr:`Backward.arrived`.
         """
         if index not in self._handles:
             self._handles[index] = on_accumulated(tensor, partial(setitem, self, index))
 
     def hooked(self, index: int) -> bool:
-        """Tells whether the tensor with this index carries the mark."""
+        """Returns whether the tensor with this index has an arrival hook."""
         return index in self._handles
 
     def hooked_indices(self) -> list[int]:
-        """Lists the indices of the tensors that carry the mark."""
+        """Lists the indices of the tensors that have an arrival hook."""
         return list(self._handles)
 
     def unhook(self) -> None:
-        """Removes every mark; safe to call again."""
+        """Removes every arrival hook; safe to call again."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
         self._arm()
 
     def begin(self) -> None:
-        """Begins a backward before its first arrival, unless one is under way."""
+        """Begins a backward, before its first arrival; does nothing if one is under way."""
         if self.__class__ is Arrivals:
             return
         self.__class__ = Arrivals
         end = _BackwardEnd(self, self._token)
-        # DDP and FSDP2 finish their reduction in callbacks that were queued as this one is. One
-        # that is queued from inside a callback runs after all of them, when every gradient is
-        # final. Where nobody listens in between, no Python frame is needed for that.
+        # DDP and FSDP2 finish their reduction in callbacks that are queued in the same way. A
+        # callback that is queued from inside a callback runs after all of those, when every
+        # gradient is final. Without an on_arrived, a partial does this with no Python frame.
         again = partial(_queue_callback, end)
         _queue_callback(again if self._on_arrived is None else end.all_arrived)
 
     def _arm(self) -> None:
         self.clear()
-        # A callback that is queued already cannot be taken back; its token is out of date now.
+        # A callback that is already queued cannot be canceled. A new token makes it do nothing.
         self._token += 1
         self.__class__ = _ArmedArrivals
 
     def _continues(self, arrived: Sequence[int], task: int, nested: bool) -> bool:
         """Decides whether a backward that ended belongs to the micro-batch of the one before."""
-        # Reentrant checkpointing runs a backward inside the backward for each block, and each ends
-        # by itself. An outer one has a lower task number than the nested ones that ended before
-        # it. Two nested ones share the outer one unless a parameter arrives again.
+        # Reentrant checkpointing runs a nested backward for each block, and each of them ends on
+        # its own. The outer backward ends last, with a lower task number than the nested ones.
+        # Two nested backwards belong to the same outer one unless a parameter arrives again.
         same = task < self._open_task or (nested and self._open.isdisjoint(arrived))
         continues = bool(self._open) and same
         before = self._open if continues else set()
@@ -137,12 +138,12 @@ class Arrivals(dict[int, Tensor]):
 
 
 class _ArmedArrivals(Arrivals):
-    """Arrivals between two backwards: the first mark begins a backward."""
+    """Arrivals between two backwards: the first arrival begins a backward."""
 
     __slots__ = ()
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
-        # FSDP2 calls the mark where a reduction is made up for, as well: outside of a backward.
+        # FSDP2 calls the hook outside of a backward, too, when held-back gradients are reduced.
         if torch._C._current_graph_task_id() != -1:  # inside_backward() without its frame
             self.begin()
             self[index] = tensor
@@ -171,23 +172,23 @@ class _BackwardEnd:
         self._finished = True
         arrivals = self._arrivals
         if self.token != arrivals._token:
-            return  # the hooks were taken off, or hung anew, in between
+            return  # the hooks were removed, or registered anew, in the meantime
         arrived = list(arrivals)
-        arrivals._arm()  # before the report: a listener may run a backward of its own
+        arrivals._arm()  # before on_end: what it calls may run a backward of its own
         continues = False
         if self.nested or arrivals._open:
             continues = arrivals._continues(arrived, self.task, self.nested)
         arrivals._on_end(Backward(arrived, continues, self.create_graph))
 
     def __del__(self) -> None:
-        # A backward that fails runs no callback: the engine drops this object, and nothing else
-        # tells that what has arrived so far is void.
+        # A backward that raises runs no callback: the engine only drops this object. Nothing else
+        # shows that the arrivals so far do not count.
         if not self._finished and self.token == self._arrivals._token:
             self._arrivals._arm()
 
 
 def _inside_another_backward(frame: FrameType | None) -> bool:
-    """Tells from the call stack whether a backward was started by a backward."""
+    """Returns whether the current backward was started inside another one, by the call stack."""
     entered = False
     while frame is not None:
         if frame.f_code is _ENGINE_CODE:
@@ -201,29 +202,29 @@ def _inside_another_backward(frame: FrameType | None) -> bool:
 
 
 def on_incoming(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Has a hook called with a gradient that reaches a tensor, before it is added to ``.grad``."""
-    # torch leaves this method without annotations, and the next one.
+    """Registers a hook on a tensor's incoming gradient, before it is added to ``.grad``."""
+    # torch has no annotations for this method, nor for the next one.
     handle: RemovableHandle = tensor.register_hook(hook)  # type: ignore[no-untyped-call]
     return handle
 
 
 def on_accumulated(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
-    """Has a hook called with a leaf tensor in each backward, as soon as its gradient is there.
+    """Registers a hook that is called with a leaf tensor once its ``.grad`` is accumulated.
 
-    Under data parallelism the gradient is not yet reduced then.
+    Under data parallelism the gradient is not yet reduced at this point.
     """
     handle: RemovableHandle = tensor.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
     return handle
 
 
 def inside_backward() -> bool:
-    """Tells whether this code runs inside a backward: in a hook, or in a function of its graph."""
-    # Private; no public function says it (torch 2.4 to 2.13). It is -1 outside.
+    """Returns whether this code runs inside a backward: in a hook, or a function of its graph."""
+    # Private, as there is no public function for it (torch 2.4 to 2.13). It is -1 outside.
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 def is_watched(tensor: Tensor) -> bool:
-    """Tells whether a tensor carries an arrival mark of some watcher that is attached to it."""
-    # The tensor itself is asked, no list of ours: a copy of a watched model has no hooks.
+    """Returns whether a tensor has an arrival hook of any attached watcher."""
+    # Looked up on the tensor, not in a list of ours: a copy of a watched model has no hooks.
     hooks: dict[int, Any] = getattr(tensor, "_post_accumulate_grad_hooks", None) or {}
     return any(isinstance(h, partial) and isinstance(h.args[0], Arrivals) for h in hooks.values())

@@ -1,7 +1,13 @@
-"""Ranks that average gradients: which they are, when they communicate, and how to defer it.
+"""The ranks that average gradients: which they are, when they communicate, how to defer it.
 
-What FSDP2 and DistributedDataParallel keep to themselves is named in this file only. The names of
-DistributedDataParallel were seen on torch 2.4 to 2.13, those of FSDP2 on 2.9 to 2.13.
+The private API of FSDP2 and DistributedDataParallel (DDP) is used in this file only; "wrappers" are
+instances of DDP. The private names of DDP were seen on torch 2.4 to 2.13, those of FSDP2 on 2.9 to
+2.13.
+
+DDP keeps the local sum of the gradients in ``.grad`` while it does not communicate (``no_sync()``).
+FSDP2 keeps it in private fields, and ``.grad`` stays as it was until the reduction. This is why
+holding back and reducing afterwards are written once for each (:class:`_Wrapped`,
+:class:`_Sharded`).
 """
 
 from __future__ import annotations
@@ -50,19 +56,19 @@ def is_distributed() -> bool:
 
 
 def rank() -> int:
-    """Returns the rank of this process; 0 where there is no process group."""
+    """Returns the rank of this process; 0 if there is no process group."""
     return dist.get_rank() if is_distributed() else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DataParallel:
-    """The ranks among which a model's gradients are averaged: each of them sees other data.
+    """The ranks over which a model's gradients are averaged; each of them sees other data.
 
     Attributes:
-        ranks: How many they are; at least 2.
-        wrappers: The wrappers that do it for the model; empty where FSDP2 does.
-        groups: Process groups to reduce over, one after the other; nearly always one. None is the
-            whole world.
+        ranks: The number of ranks, at least 2.
+        wrappers: The wrappers that average the model's gradients; empty if FSDP2 averages them.
+        groups: Process groups to reduce over, one after the other; nearly always one. None stands
+            for the whole world.
     """
 
     ranks: int
@@ -71,25 +77,27 @@ class DataParallel:
 
     @classmethod
     def of(cls, model: object) -> DataParallel | None:
-        """Finds out who averages a model's gradients.
+        """Finds the ranks over which a model's gradients are averaged.
 
-        Under tensor parallelism the ranks that share one copy of the data count once. Where some
-        parameters are averaged over fewer ranks than others, as experts may be, the most count.
+        Under tensor parallelism the ranks that share one copy of the data count once. If some
+        parameters are averaged over fewer ranks than others, as experts may be, the largest set
+        of ranks counts.
 
         Returns:
-            The ranks; None where there is no data parallelism, or only one rank of it.
+            The ranks; None without data parallelism, or if it has only one rank.
 
         Raises:
-            ValueError: If gradients are averaged over ranks of which none contain all others.
+            ValueError: If no set of ranks contains all the others.
         """
         wrappers = wrappers_of(model)
-        # Who averages some of the parameters, and the process groups that reach all of them.
+        # Sets of ranks that average some of the parameters, and the process groups that reach them.
         found: list[tuple[frozenset[int], list[Any]]] = [
             (frozenset(dist.get_process_group_ranks(w.process_group)), [w.process_group])
             for w in wrappers
         ]
         for module in fully_sharded(model):
-            # Not the mesh of a parameter, which has more dimensions under tensor parallelism.
+            # The mesh of FSDP2's own communication. That of a parameter has further dimensions
+            # under tensor parallelism.
             found += [_ranks_of(group.mesh_info.mesh) for group in _parameter_groups(module)]
         widest, groups = max(found, key=lambda one: len(one[0]), default=(frozenset(), []))
         if len(widest) < 2:
@@ -101,13 +109,13 @@ class DataParallel:
         return cls(ranks=len(widest), wrappers=wrappers, groups=groups)
 
     def sum_(self, numbers: Tensor) -> Tensor:
-        """Sums numbers over the ranks, in place: a tensor on the model's device, and returns it."""
+        """Sums a tensor over the ranks, in place, and returns it; it is on the model's device."""
         for group in self.groups:
             dist.all_reduce(numbers, group=group)
         return numbers
 
     def max_(self, numbers: Tensor) -> Tensor:
-        """Replaces each number by the largest of all ranks, as :meth:`sum_` does by the sum."""
+        """Takes the elementwise maximum of a tensor over the ranks, in place, and returns it."""
         for group in self.groups:
             dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group)
         return numbers
@@ -115,7 +123,8 @@ class DataParallel:
 
 def _ranks_of(mesh: Any) -> tuple[frozenset[int], list[Any]]:
     ranks = frozenset(mesh.mesh.flatten().tolist())
-    # A mesh has a process group per dimension; the world does several of them in one go.
+    # A mesh has one process group per dimension. If they span the whole world, one all-reduce over
+    # the world does the work of several.
     whole_world = mesh.ndim > 1 and len(ranks) == dist.get_world_size()
     return ranks, [None] if whole_world else [mesh.get_group(d) for d in range(mesh.ndim)]
 
@@ -126,8 +135,8 @@ def _ranks_of(mesh: Any) -> tuple[frozenset[int], list[Any]]:
 def wrappers_of(model: object) -> list[DistributedDataParallel]:
     """Lists the wrappers that reduce a model's gradients.
 
-    They are the model or are in it, or else have it in them: a loop may call the wrapper and have
-    the bare module watched.
+    These are the model itself or modules inside it. If there are none, they are the wrappers that
+    contain the model: a loop may call the wrapper but watch the bare module.
     """
     if not isinstance(model, nn.Module):
         return []
@@ -136,42 +145,41 @@ def wrappers_of(model: object) -> list[DistributedDataParallel]:
 
 
 def _around(model: nn.Module) -> Iterator[DistributedDataParallel]:
-    """Finds the wrappers of the process that have a model in them."""
+    """Finds the wrappers of the process that contain a model."""
     for wrapper in all_wrappers():
-        # One whose constructor failed has no module, and lives on in the traceback.
+        # A wrapper whose constructor raised has no module, but the traceback keeps it alive.
         wrapped = getattr(wrapper, "module", None)
         if wrapped is not None and any(part is model for part in wrapped.modules()):
             yield wrapper
 
 
 def all_wrappers() -> list[DistributedDataParallel]:
-    """Lists the wrappers of the process."""
-    # torch keeps no list of them. The class of an object, not isinstance(): that asks proxies,
-    # which may answer with an error.
+    """Lists all wrappers of the process."""
+    # torch keeps no list of them. Not isinstance(), which reads __class__: on a proxy object this
+    # may raise an error.
     return [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
 
 
 def can_hold(wrapper: DistributedDataParallel) -> bool:
-    """Tells whether a wrapper's next micro-batch may be held back."""
-    # With static_graph=True torch fails in the first backward of all unless it communicates
-    # (pytorch#143580). The first backward sets this flag, whatever its name says.
+    """Returns whether a wrapper's next micro-batch may be held back."""
+    # With static_graph=True the very first backward must communicate, or torch fails
+    # (pytorch#143580). Despite its name, the flag says whether that backward has begun.
     begun: bool = getattr(wrapper, "_static_graph_delay_allreduce_enqueued", False)
     return begun or not wrapper.static_graph
 
 
 def broadcast_buffers(wrappers: Iterable[DistributedDataParallel]) -> None:
-    """Broadcasts buffers where the next forwards would, which then do not: all ranks must call it.
+    """Broadcasts the buffers that the next forwards would broadcast, so that these do not.
 
-    A rank whose forward fails, or that fails before it, leaves the others waiting in it.
-
-    Args:
-        wrappers: The same on every rank, in the same order.
+    A forward that communicates leaves the other ranks waiting if one rank fails before it. All
+    ranks must call this function, with the same wrappers in the same order.
     """
-    each: Iterable[Any] = wrappers  # torch leaves these methods without annotations
+    each: Iterable[Any] = wrappers  # torch has no annotations for these methods
     for wrapper in each:
         if wrapper._check_sync_bufs_pre_fwd():
             wrapper._sync_buffers()
-        # As after a forward that was held back. To reduce what was held back sets it again.
+        # The state after a forward that was held back: the next forward does not broadcast.
+        # _Wrapped.reduce_() sets the flag again.
         wrapper.require_forward_param_sync = False
 
 
@@ -179,15 +187,15 @@ def broadcast_buffers(wrappers: Iterable[DistributedDataParallel]) -> None:
 
 
 def fully_sharded(model: object) -> Iterator[nn.Module]:
-    """Lists the modules of a model that ``fully_shard`` (FSDP2) was applied to."""
+    """Lists the modules of a model to which ``fully_shard`` (FSDP2) was applied."""
     return _modules_of_kind(model, "FSDPModule")
 
 
 def refuse_fsdp1(model: object) -> None:
-    """Refuses a model whose gradients no rank can see rightly.
+    """Refuses FSDP1, whose flattened parameters show no rank the norms of real parameters.
 
     Raises:
-        ValueError: If it holds a ``FullyShardedDataParallel`` that shards anything.
+        ValueError: If the model contains a ``FullyShardedDataParallel`` that shards anything.
     """
     for module in _modules_of_kind(model, "FullyShardedDataParallel"):
         strategy: Any = getattr(module, "sharding_strategy", None)
@@ -196,7 +204,7 @@ def refuse_fsdp1(model: object) -> None:
 
 
 def _modules_of_kind(model: object, name: str) -> Iterator[nn.Module]:
-    # Importing the package takes long, and where nobody has there is no such module. Before
+    # Importing the package takes long. If nobody has imported it, no such module exists. Before
     # torch 2.6 it has no FSDPModule.
     kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), name, None)
     modules = model.modules() if isinstance(model, nn.Module) and kind is not None else ()
@@ -204,10 +212,10 @@ def _modules_of_kind(model: object, name: str) -> Iterator[nn.Module]:
 
 
 def reshard(model: object) -> None:
-    """Has FSDP2 put its shards back in place of whole parameters.
+    """Makes FSDP2 put its sharded parameters back in place of the gathered ones.
 
-    After a forward without a backward, the outermost module still holds the whole parameters,
-    which are other tensors than those that the optimizer has. The next forward gathers them anew.
+    After a forward without a backward, the outermost module still holds the gathered parameters.
+    These are not the tensors that the optimizer holds. The next forward gathers them again.
     """
     sharded: Iterator[Any] = fully_sharded(model)
     for module in sharded:
@@ -216,11 +224,14 @@ def reshard(model: object) -> None:
 
 
 def _parameter_groups(module: Any) -> list[Any]:
-    """Lists what FSDP2 communicates at once; none where all parameters are of inner modules."""
-    # Only torch's private records know the mesh that gradients are averaged over, and the flags
-    # that the user has set.
+    """Lists the groups of parameters that FSDP2 communicates together for a module.
+
+    The list is empty if all of its parameters belong to inner modules with groups of their own.
+    """
+    # Only this private state knows the mesh that gradients are averaged over, and the flags that
+    # the user has set.
     state = module._get_fsdp_state()
-    # Older versions of torch have one group at most, under the singular name.
+    # Older versions of torch have at most one group, under the singular name.
     if not hasattr(state, "_fsdp_param_groups"):
         return [group for group in [state._fsdp_param_group] if group is not None]
     return list(state._fsdp_param_groups)
@@ -232,29 +243,24 @@ def _parameter_groups(module: Any) -> list[Any]:
 class GradientSync:
     """Keeps all but the last micro-batch of a window from communicating.
 
-    The flags are read by a micro-batch's forward and by its backward: set them before both.
+    A micro-batch's forward and backward both read the flags, so they must be set before the
+    forward.
 
     Attributes:
-        is_held: Whether anything is held back in the next micro-batch.
+        is_held: Whether the next micro-batch is held back, wholly or in part.
     """
 
     def __init__(self, parts: Sequence[_Wrapped | _Sharded]) -> None:
-        """Starts with the flags as they are.
-
-        Args:
-            parts: What communicates.
-        """
+        """Starts without changing any flag."""
         self._parts = parts
         self._handles: list[RemovableHandle] = []
         self.is_held = False
 
     @classmethod
     def of(cls, model: object, data_parallel: DataParallel | None) -> GradientSync | None:
-        """Makes one for a model; None where nothing communicates.
+        """Makes one for a watched model; None if nothing in it communicates.
 
-        Args:
-            model: What is watched.
-            data_parallel: The ranks that average its gradients; None where they are not known.
+        Without ``data_parallel`` the wrappers are searched for.
         """
         wrappers = wrappers_of(model) if data_parallel is None else data_parallel.wrappers
         sharded = list(fully_sharded(model))
@@ -269,14 +275,14 @@ class GradientSync:
         return [module for part in self._parts for module in part.modules]
 
     def before_forwards(self, model: object, hook: Callable[[nn.Module, Any], None]) -> None:
-        """Hangs a hook on what communicates, to know when a micro-batch begins.
+        """Registers a forward pre-hook on the modules whose forward begins a micro-batch.
 
         Args:
-            model: What is watched.
-            hook: Called before each forward, with the module and its arguments.
+            model: The watched model.
+            hook: Called before each forward, with the module and its positional arguments.
         """
         modules = self.modules
-        # Inside of what torch.compile() has made, the hook would be compiled too.
+        # On the inner module of a torch.compile() wrapper, the hook would be compiled as well.
         if modules and isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):
             modules = [model]
         for module in modules:
@@ -284,19 +290,19 @@ class GradientSync:
                 self._handles.append(module.register_forward_pre_hook(hook))
 
     def detach(self) -> None:
-        """Removes the hooks, and puts the flags back as the user had set them."""
+        """Removes the hooks and restores the flags that the user had set."""
         self.restore()
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def hold_back(self) -> None:
-        """Has the next forwards and backwards not communicate gradients, where that is possible."""
-        held = [part.hold_back() for part in self._parts]  # any() alone stops at the first
+        """Makes the next forwards and backwards not communicate gradients, as far as possible."""
+        held = [part.hold_back() for part in self._parts]  # any() alone would stop at the first
         self.is_held = any(held)
 
     def restore(self) -> None:
-        """Puts the flags back as the user had set them; safe to call again."""
+        """Restores the flags that the user had set; safe to call again."""
         self.is_held = False
         for part in self._parts:
             part.restore()
@@ -305,22 +311,22 @@ class GradientSync:
     def reduce_(self) -> None:
         """Averages the gradients that were held back, after their last backward.
 
-        All ranks must call it. Gradients become what they are after a window that communicated, to
-        rounding. It changes no flag; to average again what has been averaged changes nothing.
+        All ranks must call it. Up to rounding, the gradients become what they would be if the last
+        micro-batch had communicated. No flag changes, and averaging twice is harmless.
 
         Raises:
-            RuntimeError: If this version of torch has no way to do that.
+            RuntimeError: If this version of torch offers no known way to do this.
         """
         try:
             for part in self._parts:
                 part.reduce_()
-        except AttributeError as error:  # much of it is torch's private business
+        except AttributeError as error:  # most of the names that it needs are private to torch
             why = NO_SUCH_API.format(version=torch.__version__, error=error)
             raise RuntimeError(CANNOT_DEFER.format(why=why)) from error
 
 
 class _Wrapped:
-    """Wrappers, which leave the local sum in the gradients of a micro-batch that is held back."""
+    """DDP wrappers, which leave this rank's own sum in ``.grad`` while they are held back."""
 
     def __init__(self, wrappers: Sequence[DistributedDataParallel]) -> None:
         self.modules: Sequence[nn.Module] = wrappers
@@ -330,14 +336,15 @@ class _Wrapped:
 
     def hold_back(self) -> bool:
         """Sets the flags; returns whether anything is held back now."""
-        # The flag that no_sync() sets. A context manager would have to be open across calls of the
-        # user's code, and one that is never closed would leave it set.
+        # This is the flag that no_sync() sets. The context manager itself would have to stay open
+        # while the user's code runs, and if it were never closed, the flag would stay set.
         if self._before is None:
             self._before = [wrapper.require_backward_grad_sync for wrapper in self._wrappers]
         held = [wrapper for wrapper in self._wrappers if can_hold(wrapper)]
         for wrapper in self._wrappers:
             wrapper.require_backward_grad_sync = wrapper not in held
-        # Not forgotten by restore(): the backward that it waits for may never come.
+        # restore() keeps this list: if no backward of this window communicates any more, reduce_()
+        # needs it.
         self._held = held or self._held
         return bool(held)
 
@@ -349,17 +356,18 @@ class _Wrapped:
     def reduce_(self) -> None:
         done: set[int] = set()
         for wrapper in self._held:
-            # A wrapper that nobody uses any more may still be around, on some ranks only.
+            # An unused wrapper of the same parameters may still be in memory on some ranks only.
+            # Each parameter is averaged once, by the first wrapper that has it.
             parameters = [p for p in _reduced_by(wrapper) if id(p) not in done]
             done.update(map(id, parameters))
             if parameters and dist.get_world_size(wrapper.process_group) > 1:
                 _average_(wrapper, parameters)
-            # As after a backward that communicated: the next forward broadcasts the buffers.
+            # The state after a micro-batch that communicated: the next forward broadcasts buffers.
             wrapper.require_forward_param_sync = True
 
 
 class _Sharded:
-    """Modules under FSDP2, which keeps the gradients of what is held back out of sight."""
+    """FSDP2 modules, which keep the gradients of held-back micro-batches in private fields."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         # A micro-batch begins with the forward of the outermost module.
@@ -387,26 +395,27 @@ class _Sharded:
             _set_flags(before)
 
     def _reduce_(self) -> None:
-        """Runs what FSDP2 runs in a backward that communicates, without a backward."""
-        # No public call reduces what set_requires_gradient_sync(False) has kept; a backward of
-        # zeros would do it, but needs a loss and the graph of every module.
+        """Runs the hooks that FSDP2 runs in a backward that communicates, without a backward."""
+        # No public function reduces the gradients that set_requires_gradient_sync(False) has kept.
+        # A backward of a zero loss would, but it needs the graph of every module.
         states = [module._get_fsdp_state() for module in self._modules]
-        # The last module first, as in a backward: ranks must send in the same order.
+        # The last module first, as in a backward: all ranks must communicate in the same order.
         for module, state in zip(reversed(self._modules), reversed(states), strict=True):
-            # None until the first forward, before which there is nothing to reduce.
+            # _is_root is None until the first forward; before it there is nothing to reduce.
             if state._is_root is not None:
                 for group in reversed(_parameter_groups(module)):
                     group.post_backward()
         for state in states:
             if state._is_root:
                 _finish_backward(state)
-        # Where a newer torch has other conditions, nothing fails but the gradients are not there.
+        # In a newer torch the hooks might run under other conditions: then nothing raises, but the
+        # gradients have not been reduced.
         if any(_keeps_gradients(group) for group, _, _ in self._flags()):
             why = STILL_KEPT.format(version=torch.__version__)
             raise RuntimeError(CANNOT_DEFER.format(why=why))
 
     def _flags(self) -> list[tuple[Any, bool, bool]]:
-        # What the public setters set per module; there are no getters.
+        # The attributes behind the public setters, as there are no getters.
         groups = [group for module in self._modules for group in _parameter_groups(module)]
         return [(group, group.reduce_grads, group.all_reduce_grads) for group in groups]
 
@@ -417,9 +426,9 @@ def _set_flags(flags: Sequence[tuple[Any, bool, bool]]) -> None:
 
 
 def _finish_backward(root: Any) -> None:
-    """Has FSDP2 do what it does at the end of a backward that communicated."""
+    """Makes FSDP2 do what it does at the end of a backward that communicated."""
     context = root._state_ctx
-    # Else it does not wait for the reductions. The user may have set it so.
+    # If this is False (set_is_last_backward), FSDP2 does not wait for the reductions.
     before, context.is_last_backward = context.is_last_backward, True
     try:
         root._root_post_backward_final_callback()
@@ -455,12 +464,12 @@ def _average_(wrapper: DistributedDataParallel, parameters: Sequence[Tensor]) ->
 
 
 def _run_hook_(reducer: Any) -> None:
-    """Has a wrapper's own communication hook reduce its gradients: it may not be a mean at all."""
-    # A hook takes a GradBucket, which only the reducer can make.
+    """Reduces gradients with a wrapper's own communication hook, which need not be a plain mean."""
+    # A communication hook takes a GradBucket, which only the reducer can make.
     for bucket in reducer._get_zeros_like_grad_buckets():
         _copy_(bucket.gradients(), [p.grad for p in bucket.parameters()])
         reduced = reducer._run_comm_hook(bucket).wait()
-        # A list of one tensor from some futures, the tensor itself from others.
+        # Some futures give a list of one tensor, others the tensor itself.
         bucket.set_buffer(reduced if isinstance(reduced, Tensor) else reduced[0])
         _copy_([p.grad for p in bucket.parameters()], bucket.gradients())
 
@@ -471,25 +480,23 @@ def _copy_(targets: Sequence[Tensor | None], sources: Sequence[Tensor | None]) -
             target.copy_(source)
 
 
-_BUCKET_BYTES = 25 * 2**20  # as a wrapper has by default
+_BUCKET_BYTES = 25 * 2**20  # the default of DDP
 _NONE, _DENSE, _SPARSE = 0, 1, 2
 
 
 def _align_gradients_(
     parameters: Sequence[Tensor], group: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Gives a parameter that has a dense gradient on another rank one of zeros here.
+    """Adds gradients of zeros, so that every rank has the same dense gradients.
 
-    Args:
-        parameters: The same on every rank, in the same order.
-        group: The process group.
+    ``parameters`` must be the same on every rank, in the same order.
 
     Returns:
-        The parameters with a dense gradient and those with a sparse one; the others have none on
-        any rank.
+        The parameters with a dense gradient on any rank, and those with a sparse one. The others
+        have none on any rank.
     """
-    # A collective in which ranks send different numbers of elements hangs or mixes them up, so
-    # that they must agree first; tolist() waits for the device, once.
+    # A collective in which the ranks send different numbers of elements hangs or mixes them up, so
+    # the ranks first agree on the layouts. tolist() waits for the device, once.
     local = [
         _NONE if p.grad is None else _SPARSE if p.grad.is_sparse else _DENSE for p in parameters
     ]
@@ -504,10 +511,10 @@ def _align_gradients_(
 
 
 def _average_gradients_(dense: Sequence[Tensor], sparse: Sequence[Tensor], group: Any) -> None:
-    """Averages gradients over ranks, in place, as a wrapper would at the end of a backward."""
+    """Averages gradients over ranks, in place, as DDP would at the end of a backward."""
     ranks = dist.get_world_size(group)
     for bucket in _buckets([local_part(p.grad) for p in dense if p.grad is not None]):
-        # Divided before the sum, as torch does: the sum of float16 could overflow.
+        # Divided before the sum, as DDP does: a sum in float16 could overflow.
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket]).div_(ranks)
         dist.all_reduce(flat, group=group)
         pieces = torch.split(flat, [gradient.numel() for gradient in bucket])
@@ -519,7 +526,7 @@ def _average_gradients_(dense: Sequence[Tensor], sparse: Sequence[Tensor], group
 
 
 def _sparse_rows(parameter: Tensor) -> Tensor:
-    """Returns a gradient in the layout in which an embedding's is sparse: by rows."""
+    """Returns a gradient as a sparse tensor with one index per row, like that of an embedding."""
     if parameter.grad is None:
         nowhere = torch.zeros(1, 0, dtype=torch.int64, device=parameter.device)
         nothing = parameter.new_zeros(0, *parameter.shape[1:])
@@ -528,7 +535,7 @@ def _sparse_rows(parameter: Tensor) -> Tensor:
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Puts gradients together that can be sent at once."""
+    """Groups gradients of one dtype and device into buckets of at most 25 MiB, or one tensor."""
     kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for gradient in gradients:
         kinds.setdefault((gradient.dtype, gradient.device), []).append(gradient)

@@ -1,4 +1,4 @@
-"""What hangs on a watched model: marks of arrival, and hooks that measure what is gone later."""
+"""The hooks on a watched model: arrivals, and gradients that must be measured before the end."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from gradwatch.measure.parameters import ParameterTable
 
 
 class ModelHooks:
-    """Tells what arrives in each backward, and measures what is gone at its end.
+    """Reports the gradients of each backward, and measures those that do not last until its end.
 
     Attributes:
-        local: This rank's own norms; None where the model is not wrapped for data parallelism.
-        added: What each backward adds to the gradients; hooks are hung by :meth:`watch_added`.
-        freed: Measures gradients that are gone at the end of a backward.
-        unhooked: Parameters that require no gradient yet, and so have no mark.
+        local: This rank's norms before the reduction; None if no DistributedDataParallel is used.
+        added: Norms of what each backward adds to the gradients; :meth:`watch_added` switches
+            them on.
+        freed: Norms of gradients that no longer exist at the end of a backward.
+        unhooked: Indices of watched parameters that require no gradient yet, and so have no
+            arrival hook.
     """
 
     def __init__(
@@ -36,13 +38,11 @@ class ModelHooks:
         on_backward: Callable[[Backward], None],
         on_arrived: Callable[[], None],
     ) -> None:
-        """Hangs nothing yet.
+        """Registers no hook yet.
 
-        Args:
-            model: The watched model.
-            table: Its tensors.
-            on_backward: Called at the end of each backward, when every ``.grad`` is final.
-            on_arrived: Called before it, when nothing has been reduced over ranks yet.
+        ``on_backward`` is called at the end of each backward, when every ``.grad`` is final.
+        ``on_arrived`` is called before it, when DistributedDataParallel has not yet written reduced
+        gradients back; it is used only if :attr:`local` is not None.
         """
         self.unhooked: set[int] = set()
         self.local = LocalNorms.of(model, table)
@@ -55,19 +55,20 @@ class ModelHooks:
         self._output_hook: RemovableHandle | None = None
 
     def hooked(self, index: int) -> bool:
-        """Tells whether the arrival of a parameter will be noticed."""
+        """Returns whether a parameter has an arrival hook."""
         return self._arrivals.hooked(index)
 
     def attach(self, indices: Sequence[int], norm_type: float, owned: bool) -> None:
-        """Hangs the hooks.
+        """Registers the hooks.
 
         Args:
-            indices: Parameters to watch.
+            indices: Indices of the parameters to watch.
             norm_type: The p of the norms.
-            owned: Whether it is known which optimizers step them.
+            owned: Whether the optimizers were named. If not, one may turn up that steps inside the
+                backward, so gradients that are freed there are measured.
         """
         if not owned:
-            # Before the marks, so that what hangs on a parameter now is not ours.
+            # Before the arrival hooks, so that any hook found on a parameter is not ours.
             self.freed.attach(indices, norm_type)
         self.watch_also(indices)
         if _holds_gradients_back(self._model):
@@ -88,19 +89,19 @@ class ModelHooks:
             self.local.detach()
 
     def watch_also(self, indices: Sequence[int]) -> list[int]:
-        """Hangs marks on further parameters, as soon as they require a gradient.
+        """Watches further parameters; one is hooked as soon as it requires a gradient.
 
         Returns:
-            Those that have a gradient already: they arrived before they had a mark.
+            Those that were hooked and already have a gradient: it arrived without being noticed.
         """
         self.unhooked.update(index for index in indices if not self.hooked(index))
         return self.hook_thawed()
 
     def hook_thawed(self) -> list[int]:
-        """Hangs marks on the parameters that require a gradient by now.
+        """Hooks the parameters that require a gradient by now (frozen layers that were thawed).
 
         Returns:
-            Those of them that have a gradient already.
+            Those that were hooked and already have a gradient.
         """
         tensors = self._table.tensors
         thawed = sorted(index for index in self.unhooked if tensors[index].requires_grad)
@@ -112,9 +113,9 @@ class ModelHooks:
         return [index for index in thawed if tensors[index].grad is not None]
 
     def watch_added(self) -> None:
-        """Hangs hooks that measure what each backward adds, here and on what is watched later."""
-        # With FSDP2 they would never be called: there a backward adds to whole gradients, which no
-        # parameter holds.
+        """Measures what each backward adds to the gradients, of later watched parameters too."""
+        # With FSDP2 the hooks would never be called: its backward adds to unsharded gradients,
+        # which are not in the .grad of any watched parameter.
         if not self._watches_added and self._output_hook is None:
             self._watches_added = True
             self.added.watch(self._arrivals.hooked_indices())
@@ -125,22 +126,25 @@ class ModelHooks:
                 on_incoming(leaf, self._begin_backward)
 
     def _begin_backward(self, gradient: Tensor) -> None:
-        # Taking a hook off the model does not take it off graphs that were built before.
+        # Removing the hook from the model does not remove it from graphs built before.
         if self._output_hook is not None:
             self._arrivals.begin()
 
 
 def _holds_gradients_back(model: nn.Module | Mapping[str, Tensor]) -> TypeGuard[nn.Module]:
-    """Tells whether a backward may end without an arrival: only its passing the output shows it."""
-    # FSDP2 calls no hook of a parameter in a micro-batch that does not communicate.
+    """Returns whether a backward of the model may run without any parameter hook being called.
+
+    Such a backward is noticed by a hook on the model's outputs instead.
+    """
+    # FSDP2 calls no parameter hook in a micro-batch that does not communicate.
     if not isinstance(model, nn.Module) or next(fully_sharded(model), None) is None:
         return False
-    # Inside a compiled call the hook would be traced, and break the graph.
+    # In a compiled model the output hook would be traced, and break the graph.
     return model._compiled_call_impl is None
 
 
 class _TensorHooks:
-    """One hook on each of some tensors of the parameter table."""
+    """Holds at most one hook on each tensor of the parameter table."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
@@ -153,7 +157,7 @@ class _TensorHooks:
         call: Callable[[int, Tensor], None],
         register: Callable[[Tensor, Callable[[Tensor], None]], RemovableHandle] = on_incoming,
     ) -> None:
-        """Has ``call`` called with an index and what ``register`` gives, once per tensor."""
+        """Registers ``call(index, ...)`` on the tensors that require a gradient, once on each."""
         for index in indices:
             tensor = self._tensors[index]
             if index not in self._handles and tensor.requires_grad:
@@ -170,7 +174,7 @@ Parts = list[tuple[list[int], Tensor]]
 
 
 def _total(parts: Parts, indices: Sequence[int], norm_type: float) -> Tensor | None:
-    """Combines the norms of some tensors, measured in parts; None where nothing was."""
+    """Combines the norms of some tensors that were measured in parts; None if there is no part."""
     wanted = set(indices)
     norms = [
         norms if wanted.issuperset(there) else norms[[index in wanted for index in there]]
@@ -180,9 +184,10 @@ def _total(parts: Parts, indices: Sequence[int], norm_type: float) -> Tensor | N
 
 
 class FreedGradients(_TensorHooks):
-    """Measures each gradient before it reaches the parameter, where it is gone afterwards.
+    """Measures gradients that an optimizer uses and frees inside the backward.
 
-    Where no gradient is left from an earlier backward, what reaches the parameter is its gradient.
+    Each is measured before it is added to ``.grad``. As no gradient is left from an earlier
+    backward, what is added is the whole gradient.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -191,26 +196,25 @@ class FreedGradients(_TensorHooks):
         self._norms: dict[int, Tensor] = {}
 
     def attach(self, indices: Iterable[int], norm_type: float) -> None:
-        """Begins with the parameters that a hook of the user is waiting for already.
+        """Measures the parameters that already have a post-accumulate hook of the user.
 
-        Args:
-            indices: The watched parameters, which carry no hook of gradwatch yet.
-            norm_type: The p of the norms.
+        It must be called before gradwatch registers hooks of its own on the watched parameters.
         """
         self._norm_type = norm_type
-        # An optimizer that steps inside the backward does so in such a hook. Private, as torch has
-        # no way to ask for them (torch 2.4 to 2.13); without it the first step would not be seen.
+        # An optimizer that steps inside the backward does so in such a hook. The attribute is
+        # private, as torch has no public way to list hooks (torch 2.4 to 2.13). Without it the
+        # first step would be missed: take() notices only afterwards that a gradient is gone.
         hooked = [i for i in indices if getattr(self._tensors[i], "_post_accumulate_grad_hooks", 0)]
         self._hook(hooked, self._see)
 
     def take(self, arrived: Sequence[int]) -> dict[int, Tensor]:
-        """Returns the norms of the gradients that are gone at the end of a backward.
+        """Returns the norms of the gradients that were freed by the end of a backward.
 
-        Args:
-            arrived: The parameters that received one.
+        ``arrived`` are the indices of the parameters that received a gradient in it.
 
         Returns:
-            Tensors ``[]`` by index. Where one is missing, the next backward will have it.
+            Tensors ``[]`` by index. A gradient that was not expected to be freed is missing; it is
+            measured from the next backward on.
         """
         norms, self._norms = self._norms, {}
         gone = [index for index in arrived if self._tensors[index].grad is None]
@@ -225,15 +229,10 @@ class FreedGradients(_TensorHooks):
 def with_freed(
     measurement: Measurement, freed: Mapping[int, Tensor], norm_type: float
 ) -> Measurement:
-    """Adds the norms of gradients that are gone to those of gradients that are there.
-
-    Args:
-        measurement: What was measured at the end of the backward.
-        freed: Norms by index.
-        norm_type: The p of the norms.
+    """Adds the norms ``[]`` of freed gradients, by index, to a measurement of the others.
 
     Returns:
-        The measurement that a pass over all of them would have given.
+        The measurement that one pass over all these gradients would have given.
     """
     norms = dict(zip(measurement.indices, measurement.norms.tensor.unbind(), strict=True))
     norms.update(freed)
@@ -243,22 +242,17 @@ def with_freed(
 
 
 class LocalNorms(_TensorHooks):
-    """Measures this rank's gradients at the last moment before they are reduced over ranks.
+    """Measures this rank's own gradients just before they are reduced over ranks.
 
-    It takes part in no reduction itself.
+    It does not communicate.
     """
 
     def __init__(self, wrappers: Sequence[DistributedDataParallel], table: ParameterTable) -> None:
-        """Looks up which parameters are reduced.
-
-        Args:
-            wrappers: The wrappers that are, or are in, the watched model.
-            table: The watched parameters.
-        """
+        """Sorts the parameters of the wrappers by when their gradients are reduced."""
         super().__init__(table.tensors)
-        # A reducer works on copies and writes the result into the gradients at the end of the
-        # backward: until then one batched pass sees all of them. The others are measured one by
-        # one as they arrive.
+        # Normally DDP reduces copies (its buckets) and writes the result into .grad at the end of
+        # the backward, so until then one batched pass sees all local gradients. Those that are
+        # reduced early must be measured one by one as they arrive.
         self._at_end: list[tuple[DistributedDataParallel, list[int]]] = []
         self._early: dict[int, list[DistributedDataParallel]] = {}
         for ddp in wrappers:
@@ -274,32 +268,33 @@ class LocalNorms(_TensorHooks):
     def of(
         cls, model: nn.Module | Mapping[str, Tensor], table: ParameterTable
     ) -> LocalNorms | None:
-        """Makes them for a model; None where nothing in it is wrapped."""
+        """Makes them for a model; None if it contains no DistributedDataParallel."""
         modules = model.modules() if isinstance(model, nn.Module) else ()
         wrappers = [module for module in modules if isinstance(module, DistributedDataParallel)]
         return cls(wrappers, table) if wrappers else None
 
     def attach(self, norm_type: float) -> None:
-        """Hangs hooks where gradients must be measured as they arrive."""
+        """Registers hooks on the parameters whose gradients must be measured as they arrive."""
         self._norm_type = norm_type
         self._hook(self._early, self._see, on_accumulated)
 
     def take(self) -> None:
-        """Measures at the end of a backward, when nothing has been written back yet."""
+        """Measures at the end of a backward, before DDP writes reduced gradients back."""
         arrived, self._arriving = self._arriving, {}
         self._parts = [(list(arrived), torch.stack(list(arrived.values())))] if arrived else []
         for ddp, indices in self._at_end:
             found = [(i, g) for i in indices if (g := self._tensors[i].grad) is not None]
-            # Under no_sync() nothing is reduced, and the gradients hold several micro-batches.
+            # Under no_sync() nothing is reduced, and later the gradients are sums of several
+            # micro-batches.
             if found and ddp.require_backward_grad_sync:
                 norms = gradient_norms([gradient for _, gradient in found], self._norm_type)
                 self._parts.append(([index for index, _ in found], norms))
 
     def total(self, indices: Sequence[int]) -> Tensor | None:
-        """Returns the norm of some parameters before the newest reduction.
+        """Returns this rank's norm of some gradients before the newest reduction.
 
         Returns:
-            Tensor ``[]``, in the unit of the gradients; None where nothing was reduced.
+            Tensor ``[]``, in the unit of the gradients; None if nothing was reduced.
         """
         return _total(self._parts, indices, self._norm_type)
 
@@ -311,37 +306,37 @@ class LocalNorms(_TensorHooks):
 
 
 def _reduced_early(ddp: DistributedDataParallel) -> list[Tensor]:
-    """Lists the parameters whose gradients may be reduced before all have arrived."""
+    """Lists the parameters whose gradients DDP may reduce before all of them have arrived."""
     # A gradient that is a view of its bucket is reduced in place, as soon as the bucket is full.
-    # With static_graph=True the first reduction runs before anything else at the end.
+    # With static_graph=True the first reduction runs before our end-of-backward callback.
     if ddp.gradient_as_bucket_view or ddp.static_graph:
         return list(ddp.module.parameters())
-    # A sparse gradient has no bucket to be copied to.
+    # A sparse gradient is not copied to a bucket.
     sparse = [module for module in ddp.module.modules() if getattr(module, "sparse", False)]
     return [parameter for module in sparse for parameter in module.parameters(recurse=False)]
 
 
-_HELD_BYTES = 2**20  # so many are still in the cache, and their memory is soon used again
+_HELD_BYTES = 2**20  # small enough to be still in the cache, and to be freed soon
 
 
 class MicroBatchNorms(_TensorHooks):
-    """Measures each gradient before it is added to what is there already.
+    """Measures what a backward adds to each gradient, before it is added.
 
-    A hook of a tensor sees what a backward adds to it. Measuring there would take one small call
-    per parameter; so gradients are kept until a megabyte has come, or the backward ends, and are
-    measured in one batched call.
+    A tensor hook sees what a backward adds. Measuring it in the hook would take one small call per
+    parameter, so the gradients are kept until there is a megabyte of them, or the backward ends,
+    and are then measured in one batched call.
 
     Attributes:
         active: Whether to keep gradients in the next backward.
-        watching: Whether hooks hang.
+        watching: Whether hooks are registered.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         """Watches nothing yet."""
         super().__init__(tensors)
-        # A gradient that is kept cannot be moved into .grad but has to be copied, which is why
-        # nothing is kept while .grad is still empty: the sum that stands there afterwards is what
-        # the first micro-batch added.
+        # Autograd moves an incoming gradient into an empty .grad without a copy, unless somebody
+        # else holds a reference to it. So nothing is kept in the first micro-batch (active is
+        # False): .grad itself is then what that micro-batch added.
         self.active = False
         self.watching = False
         self._bytes = [tensor.numel() * tensor.element_size() for tensor in tensors]
@@ -349,7 +344,7 @@ class MicroBatchNorms(_TensorHooks):
         self.begin()
 
     def watch(self, indices: Iterable[int]) -> None:
-        """Hangs hooks on tensors, once each, as far as they require a gradient."""
+        """Registers hooks on those tensors that require a gradient, once on each."""
         self.watching = True
         self._hook(indices, self._see)
 
@@ -360,16 +355,16 @@ class MicroBatchNorms(_TensorHooks):
         self.begin()
 
     def begin(self) -> None:
-        """Forgets what an earlier backward has left."""
+        """Drops gradients and norms that are left from an earlier backward."""
         self._held: dict[int, Tensor] = {}
         self._held_bytes = 0
         self._parts: Parts = []
 
     def total(self, indices: Sequence[int]) -> Tensor | None:
-        """Returns the norm of what the backward that has just ended added to some tensors.
+        """Returns the norm of what the backward that has just ended added to some gradients.
 
         Returns:
-            Tensor ``[]``, in the unit of the gradients; None where nothing was kept.
+            Tensor ``[]``, in the unit of the gradients; None if no gradient was kept.
         """
         self._measure()
         return _total(self._parts, indices, self._norm_type)
@@ -377,7 +372,8 @@ class MicroBatchNorms(_TensorHooks):
     def _see(self, index: int, gradient: Tensor) -> None:
         if not self.active:
             return
-        # Private: the number of the backward. What one that failed has left does not belong here.
+        # The number of the backward, which is private. A new number means that gradients which are
+        # still held are left over from a backward that failed.
         task: int = torch._C._current_graph_task_id()
         if task != self._task:
             self.begin()

@@ -1,4 +1,4 @@
-"""What hangs on an optimizer: the moments around a step, and ways to change or leave out a step."""
+"""Hooks on an optimizer: notices each step, and can change it or make the optimizer skip it."""
 
 from __future__ import annotations
 
@@ -21,27 +21,31 @@ from gradwatch.measure.parameters import is_sharded, optimizer_parameters
 
 
 class StepListener(Protocol):
-    """Who is told about the steps of one optimizer."""
+    """Receives the events of each step of one optimizer."""
 
     def begin(self, optimizer: Optimizer, has_closure: bool) -> None:
-        """A step begins; a closure, if there is one, has not run yet."""
+        """Called when a step begins; a closure, if there is one, has not run yet."""
 
     def gradients_ready(self, optimizer: Optimizer, loss: object) -> bool:
-        """The gradients that the step will use stand: look at them, change them, and decide.
+        """Called when the gradients that the step will use are final; may change them in place.
+
+        Args:
+            optimizer: The optimizer that steps.
+            loss: What the closure returned; None without a closure.
 
         Returns:
-            Whether the optimizer may use them.
+            Whether the optimizer may use the gradients; if not, the step is skipped.
         """
 
     def finish(self, optimizer: Optimizer) -> None:
-        """The step is over."""
+        """Called when the step is over."""
 
 
 Closure = Callable[[], Any]
 
 
 class StepBoundary:
-    """Stands around every step of one optimizer, through its own step hooks."""
+    """Tells a listener about every step of one optimizer, by means of torch's step hooks."""
 
     def __init__(
         self,
@@ -53,11 +57,11 @@ class StepBoundary:
         """Registers the hooks.
 
         Args:
-            optimizer: The optimizer.
-            listener: Who is told.
-            shield: What to stand inside of while it is told, and may hold its errors back.
-            may_refuse: Whether the listener may refuse a step or raise; only then an optimizer
-                that evaluates its closure several times is copied before the step.
+            optimizer: The optimizer whose steps are reported.
+            listener: Receives the events.
+            shield: Context in which the listener is called; it may suppress the listener's errors.
+            may_refuse: Whether the listener may refuse a step or raise. Only then is an optimizer
+                that evaluates its closure several times (LBFGS) copied before each step.
         """
         self._optimizer = optimizer
         self._listener = listener
@@ -79,7 +83,7 @@ class StepBoundary:
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # Left over where the step before raised: torch runs no post-hook then.
+        # Clean up after a step that raised: torch runs no post-hook then.
         if self._refused:
             restore_gradients(self._hidden)
         self._refused = False
@@ -91,19 +95,19 @@ class StepBoundary:
                 self._gradients_ready(None)
         if closure is None:
             return None
-        # LBFGS has moved the parameters by the time that a later evaluation turns out bad.
+        # By the time a later evaluation of the closure is refused, LBFGS has moved the parameters.
         if self._may_refuse and isinstance(optimizer, torch.optim.LBFGS):
             self._checkpoint = OptimizerCheckpoint(optimizer, optimizer_parameters(optimizer))
         return _with_closure(args, kwargs, self._wrap(closure))
 
     def _wrap(self, closure: Closure) -> Closure:
-        # With a closure the backward runs inside step(), after this hook: the gradients are ready
-        # only when it returns.
+        # With a closure the backward runs inside step(), after the pre-hook: the gradients are
+        # ready only when the closure returns.
         last: Any = None
 
         def evaluate() -> Any:
             nonlocal last
-            # Refused gradients are hidden. To run the user's code again would bring new ones.
+            # Refused gradients are hidden; calling the closure again would produce new ones.
             if not self._refused:
                 last = closure()
                 with self._shield:
@@ -119,7 +123,7 @@ class StepBoundary:
             self._restore_checkpoint()
             raise
         if self._refused:
-            # Added to those hidden already: a closure may be evaluated several times in a step.
+            # Appended, as a closure may be evaluated several times in one step.
             self._hidden += hide_gradients(optimizer_parameters(self._optimizer))
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -137,7 +141,7 @@ class StepBoundary:
 
 
 def _closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:
-    # args[0] is the optimizer itself: torch calls the hook with the arguments of the function.
+    # args[0] is the optimizer: torch passes the arguments of the unbound step function.
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     return closure if callable(closure) else None
 
@@ -151,19 +155,19 @@ def _with_closure(
 
 
 class OptimizerDiscovery:
-    """Looks at every optimizer of the process when it steps, once each."""
+    """Finds the optimizers of watched parameters, by looking at each optimizer that steps."""
 
     def __init__(self, owned: set[int], on_found: Callable[[Optimizer], None]) -> None:
         """Registers torch's global optimizer-step hook.
 
         Args:
-            owned: ``id`` of every watched parameter.
-            on_found: Called before the first step of an optimizer that holds one of them; a step
-                hook that it registers on the optimizer still runs for this very step.
+            owned: The ``id`` of every watched parameter.
+            on_found: Called before the first step of an optimizer that holds a watched parameter.
+                A step hook that it registers on the optimizer already runs for this step.
         """
         self._owned = owned
         self._on_found = on_found
-        self._seen: WeakSet[Optimizer] = WeakSet()  # no ids: a later optimizer may get the same
+        self._seen: WeakSet[Optimizer] = WeakSet()  # not ids, which a later optimizer may reuse
         self._handle: RemovableHandle = register_optimizer_step_pre_hook(self._look)
 
     def remove(self) -> None:
@@ -179,13 +183,13 @@ class OptimizerDiscovery:
 
 
 def hide_gradients(parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Hides the gradients from an optimizer, which then has nothing to do.
+    """Sets ``.grad`` to None, so that an optimizer has nothing to update.
 
     Returns:
-        What :func:`restore_gradients` takes.
+        The parameters and their gradients, for :func:`restore_gradients`.
     """
-    # A pre-hook cannot cancel a step. Every optimizer passes over a parameter whose .grad is None,
-    # moments and step count included; gradients of zero would decay the moments.
+    # A pre-hook cannot cancel a step. But every optimizer leaves a parameter whose .grad is None
+    # alone, with its moments and step count. Gradients of zero would still decay the moments.
     hidden = [(p, p.grad) for p in parameters if p.grad is not None]
     for parameter, _ in hidden:
         parameter.grad = None
@@ -193,30 +197,30 @@ def hide_gradients(parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
 
 
 def restore_gradients(hidden: list[tuple[Tensor, Tensor]]) -> None:
-    """Gives hidden gradients back, and empties the list."""
+    """Restores hidden gradients, and empties the list."""
     for parameter, gradient in hidden:
         parameter.grad = gradient
     hidden.clear()
 
 
 class OptimizerCheckpoint:
-    """Parameters and optimizer state before a step that evaluates its closure several times.
+    """A copy of parameters and optimizer state, to undo a step that was refused midway.
 
-    It costs a copy of both, so it is made for such optimizers only.
+    Only optimizers that evaluate their closure several times need one, as it costs memory.
     """
 
     def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
-        """Copies the state of an optimizer that is about to step, and its parameters."""
+        """Copies the parameters, and the state of an optimizer that is about to step."""
         self._optimizer = optimizer
         self._values = [(p, p.detach().clone()) for p in parameters]
         self._state = {p: copy.deepcopy(dict(s)) for p, s in optimizer.state.items()}
 
     def restore(self) -> None:
-        """Puts both back, in place."""
+        """Restores the parameters, in place, and the state."""
         with torch.no_grad():
             for parameter, value in self._values:
                 parameter.copy_(value)
-        # Not load_state_dict(), which casts state to the dtype of the parameters.
+        # Not with load_state_dict(), which casts the state to the dtype of the parameters.
         state: dict[Any, Any] = self._optimizer.state
         for key in [key for key in state if key not in self._state]:
             del state[key]
@@ -226,7 +230,7 @@ class OptimizerCheckpoint:
 
 
 def learning_rate(optimizer: Optimizer) -> FloatOrDeferred:
-    """Returns the learning rate of the first parameter group; NaN where it has none."""
+    """Returns the learning rate of the first parameter group; NaN if it has none."""
     groups = optimizer.param_groups
     value = groups[0].get("lr", math.nan) if groups else math.nan
     return defer_copy(value) if isinstance(value, Tensor) else float(value)
@@ -236,38 +240,35 @@ LearningRates = list[tuple[dict[str, Any], Any]]
 
 
 def scale_learning_rates(optimizer: Optimizer, factor: float) -> LearningRates:
-    """Multiplies the learning rates of an optimizer for one step.
-
-    Args:
-        optimizer: Its groups may hold numbers or tensors.
-        factor: Positive.
+    """Multiplies the learning rates of an optimizer, numbers or tensors, for one step.
 
     Returns:
-        Groups and rates, for :func:`restore_learning_rates`.
+        The parameter groups and their original rates, for :func:`restore_learning_rates`.
     """
-    # Put back after the step, so that rates stay what the user, or a scheduler, has made them:
-    # nothing adds up, and a schedule that works them out from the last one goes on as it would.
+    # The rates are restored after the step. Otherwise the factors would accumulate, and a scheduler
+    # that computes the next rate from the last one would go wrong.
     saved = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group]
     for group, rate in saved:
-        group["lr"] = rate * factor  # a new tensor: groups and schedulers may share the old one
+        group["lr"] = rate * factor  # not in place: groups and schedulers may share the tensor
     return saved
 
 
 def restore_learning_rates(saved: LearningRates) -> None:
-    """Puts learning rates back."""
+    """Restores the learning rates that :func:`scale_learning_rates` has changed."""
     for group, rate in saved:
         group["lr"] = rate
 
 
 def carried_by(optimizer: Optimizer) -> tuple[FloatOrDeferred, FloatOrDeferred]:
-    """Returns what a scaler has left to a fused optimizer, which unscales inside its step.
+    """Returns what a GradScaler has left to a fused optimizer, which unscales inside its step.
 
     Returns:
-        The loss scale that the gradients still carry, 1.0 where they are true; and a number above 0
-        where the scaler has asked the optimizer not to apply this step.
+        The loss scale by which the gradients are still multiplied, 1.0 if there is none; and a
+        number above 0 if the scaler has found an overflow, so that the optimizer must skip the
+        step.
     """
-    # For every other optimizer the scaler has unscaled the gradients already. The attributes are
-    # private between GradScaler.step() and the optimizers of torch (2.4 to 2.13).
+    # For every other optimizer the scaler unscales the gradients before the step. The attributes
+    # are a private protocol between GradScaler.step() and torch's optimizers (torch 2.4 to 2.13).
     scale = getattr(optimizer, "grad_scale", None)
     found_inf = getattr(optimizer, "found_inf", None)
     if scale is None is found_inf:
@@ -285,59 +286,63 @@ _NOT_SET = object()
 
 
 class FusedStep:
-    """Has a fused optimizer scale the gradients, or leave out its step, within its own kernel.
+    """Makes a fused optimizer scale the gradients, or skip its step, inside its own kernel.
 
-    It sets ``grad_scale`` and ``found_inf``, as a GradScaler does, for one step.
+    It sets the attributes ``grad_scale`` and ``found_inf`` for one step, as a GradScaler does: the
+    kernel divides the gradients by ``grad_scale``, and does nothing if ``found_inf`` is 1. This
+    saves the pass over memory that a clip would cost, and the wait that a decision on the host
+    would cost.
 
     Attributes:
-        saved: What is to be put back, by name.
+        saved: The original values of the attributes that were set, by name.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        """Tries out whether the optimizer listens to the attributes."""
+        """Tries out whether the optimizer obeys the attributes; the trial steps a copy of it."""
         self._optimizer = optimizer
-        # Tried, not looked up: an optimizer that inherits from a fused one may ignore them, and
-        # would then take the step with gradients that nobody clipped.
+        # The class alone does not tell: a subclass of a fused optimizer may ignore the attributes,
+        # and would then step with gradients that were never clipped.
         self._listens = _is_fused(optimizer) and _listens(optimizer)
         self.saved: dict[str, Any] = {}
 
     @property
     def can_scale(self) -> bool:
-        """Whether it would scale now."""
+        """Whether the optimizer can scale the gradients in its next step."""
         return self._listens and _is_fused(self._optimizer)  # load_state_dict() can change it
 
     @property
     def can_skip(self) -> bool:
-        """Whether it would leave a step out cleanly now."""
+        """Whether the optimizer can skip its next step without leaving a trace."""
         return self.can_scale and not _lacks_momentum_buffer(self._optimizer)
 
     def scale(self, factor: float | Tensor, device: torch.device) -> None:
-        """Has the step multiply the gradients.
+        """Makes the next step multiply the gradients by a factor.
 
         Args:
             factor: Number or tensor ``[]``, above 0.
-            device: Where the gradients are.
+            device: The device of the gradients.
         """
-        if not isinstance(factor, Tensor):  # filled in on the device: a copy to it would wait
+        if not isinstance(factor, Tensor):  # full() fills it on the device; a copy would wait
             factor = torch.full((), factor, dtype=torch.float64, device=device)
         divisor = factor.reciprocal().float()
         scale = getattr(self._optimizer, "grad_scale", None)
-        # A scaler's own scale stays in it.
+        # If a scaler has set its own scale, the kernel must divide by both.
         self._set("grad_scale", divisor if scale is None else scale * divisor)
 
     def refuse(self, refusal: Tensor) -> None:
-        """Has the step leave everything as it is where a flag says so.
+        """Makes the optimizer skip its next step if a flag on the device is set.
 
         Args:
-            refusal: Tensor ``[]``, float32, 1 to leave the step out and 0 to take it.
+            refusal: Tensor ``[]``, float32: 1 to skip the step and 0 to take it.
         """
         found = getattr(self._optimizer, "found_inf", None)
         flag = refusal if found is None else torch.maximum(found, refusal.to(found.device))
-        # Adam takes this number off its step counts, and a scaler sums up several devices'.
+        # Adam subtracts this number from its step counts, so it must not exceed 1; a scaler's own
+        # found_inf may, as it is a sum over devices.
         self._set("found_inf", flag.clamp(max=1.0))
 
     def restore(self) -> None:
-        """Puts the attributes back as they were; does nothing where none was set."""
+        """Restores the attributes; does nothing if none was set."""
         for name, value in self.saved.items():
             if value is _NOT_SET:
                 delattr(self._optimizer, name)
@@ -351,16 +356,17 @@ class FusedStep:
 
 
 def _is_fused(optimizer: Optimizer) -> bool:
-    # The flag by which GradScaler.step() knows them. Private (torch 2.4 to 2.13).
+    # The private flag by which GradScaler.step() recognizes them (torch 2.4 to 2.13).
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False)) and all(
         group.get("fused") for group in optimizer.param_groups
     )
 
 
 def _lacks_momentum_buffer(optimizer: Optimizer) -> bool:
-    # Fused SGD makes its momentum buffers in the first step and leaves them uninitialised where
-    # that one is skipped, so there the gradients have to be hidden instead. Asked with get(), for
-    # ``state`` is a defaultdict: an entry of nothing would go into the user's checkpoints.
+    # Fused SGD allocates its momentum buffers in the first step, and leaves them uninitialized if
+    # that step is skipped. So its first step is skipped by hiding the gradients instead. Read with
+    # get(), as ``state`` is a defaultdict: indexing would put empty entries into the user's
+    # checkpoints.
     return isinstance(optimizer, torch.optim.SGD) and any(
         group["momentum"] != 0 and optimizer.state.get(parameter, {}).get("momentum_buffer") is None
         for group in optimizer.param_groups
@@ -371,7 +377,11 @@ def _lacks_momentum_buffer(optimizer: Optimizer) -> bool:
 
 @torch.no_grad()
 def _listens(optimizer: Optimizer) -> bool:
-    """Steps an optimizer of the same kind on two numbers, scaled, and then told not to step."""
+    """Returns whether a trial optimizer of the same class obeys the attributes.
+
+    One trial steps with gradients of 4 and a ``grad_scale`` of 4, the other with gradients of 1:
+    both must arrive at the same parameters. Then the second must not move with ``found_inf`` 1.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not parameters or any(map(is_sharded, parameters)):
         return False
@@ -392,7 +402,7 @@ def _listens(optimizer: Optimizer) -> bool:
         before = plain.clone()
         trials[1].step()
         return torch.equal(plain, before)
-    except Exception:  # an optimizer of another make may take other arguments, or refuse these
+    except Exception:  # an optimizer not from torch may take other arguments, or refuse these
         return False
 
 
@@ -405,25 +415,27 @@ REFUSED = (
 
 
 def refuse_what_needs_all_gradients(asked: Mapping[str, str], where: str = "") -> None:
-    """Refuses what can only be decided when every gradient is there.
+    """Refuses options that need every gradient, for an optimizer that steps inside the backward.
 
     Args:
-        asked: Such things that the user asked for: the argument, and how it was written.
-        where: How it is known that the optimizer steps inside the backward.
+        asked: The options of this kind that the user has set: argument name, and the argument as
+            the user wrote it.
+        where: Words for the error on how this is known, such as ``", as SGD does"``.
 
     Raises:
-        ValueError: If there is any.
+        ValueError: If ``asked`` is not empty.
     """
     for argument, written in asked.items():
         raise ValueError(REFUSED.format(argument=argument, asked=written, where=where))
 
 
 def first_stepped_in_backward(names: Iterable[str], tensors: Iterable[Tensor]) -> str | None:
-    """Finds a parameter that ``torch.distributed.optim`` has given an optimizer of its own.
+    """Finds a parameter to which torch's ``_apply_optimizer_in_backward`` was applied.
 
     Returns:
-        Its name; None where ``_apply_optimizer_in_backward`` was applied to none of them.
+        The name of the first such parameter; None if there is none.
     """
-    # That function leaves no other trace before the first backward (torch 2.4 to 2.13).
+    # The attribute is all that this function leaves behind before the first backward (torch 2.4
+    # to 2.13).
     pairs = zip(names, tensors, strict=True)
     return next((n for n, tensor in pairs if hasattr(tensor, "_in_backward_optimizers")), None)

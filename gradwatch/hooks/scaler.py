@@ -1,4 +1,4 @@
-"""LossScale: what a GradScaler has done to the gradients, so that every number is a true one."""
+"""LossScale: the factor of a GradScaler, by which norms are divided to be in true units."""
 
 from __future__ import annotations
 
@@ -15,65 +15,69 @@ from gradwatch.measure.deferred import FloatOrDeferred, defer_copy, resolve
 
 
 class LossScale:
-    """Reads the loss scale of a ``torch.amp.GradScaler``, or stands for its absence.
+    """The loss scale of a ``torch.amp.GradScaler``; 1 if the loop has none.
 
     Attributes:
-        scaler: The scaler; None where there is none, and so no step is left out by one.
-        looked: Whether that is known, until an optimizer steps.
-        candidates: Scalers of which one may be the loop's, until an optimizer steps.
+        scaler: The scaler of the loop; None if there is none, or none that is enabled.
+        looked: Whether the scaler was given, or has been searched for.
+        candidates: Scalers of which one may be the loop's; kept until an optimizer steps.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler | None) -> None:
-        """Reads from the scaler of the training loop; None where there is none."""
+        """Uses the scaler of the training loop; with None it is searched for in the first backward.
+
+        A scaler that is not enabled counts as none.
+        """
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.candidates: list[torch.amp.GradScaler] = []
         self.looked = scaler is not None
 
     def look(self) -> None:
-        """Looks for the scaler of the loop, in the first backward, where none was given.
+        """Looks for the scaler of the loop in the first backward, if none was given.
 
-        One that has scaled something by then, and that the code which called the backward has at
-        hand, is taken for it until an optimizer steps; that tells for certain.
+        A scaler that has already scaled a loss, and that a variable of the calling code refers to,
+        is assumed to be the loop's until an optimizer steps. Then it is known for certain.
         """
         self.looked = True
-        # Of the scale only GradScaler.get_scale() is public, which waits for the device; and whose
-        # steps a scaler serves it keeps to itself. All private names here: torch 2.4 to 2.13.
+        # The only public access to the scale is GradScaler.get_scale(), which waits for the device,
+        # and there is none to the optimizers that a scaler serves. The private names in this file
+        # are the same in torch 2.4 to 2.13.
         self.candidates = [scaler for scaler in _scalers() if scaler._scale is not None]
         self.scaler = _at_hand(self.candidates, sys._getframe())
 
     def keep_scaler_of(self, optimizer: Optimizer) -> None:
-        """Keeps the scaler that unscales the gradients of a step, and forgets all others."""
+        """Keeps the candidate that unscales the gradients of this optimizer; drops the others."""
         serving = [scaler for scaler in self.candidates if _serves(scaler, optimizer)]
         self.scaler = serving[0] if serving else None
         self.candidates = []
 
     def value(self) -> FloatOrDeferred:
-        """Returns the factor that the loss, and so each gradient, is multiplied with now."""
+        """Returns the factor by which the loss, and so each gradient, is multiplied now."""
         if self.scaler is None:
             return 1.0
         scale = self.scaler._scale  # None until it has scaled a loss
         return self.scaler.get_scale() if scale is None else defer_copy(scale)
 
     def generation(self) -> object:
-        """Returns an object that is another one after each ``update()`` of the scaler.
+        """Returns an object that ``update()`` of the scaler replaces by a new one.
 
-        Asking for it does not wait for the device.
+        So two calls tell, without waiting for the device, whether the scaler has updated.
         """
-        # update() begins what the scaler knows of its optimizers anew, in a new dict.
+        # update() makes a new dict for the state of the optimizers.
         return None if self.scaler is None else self.scaler._per_optimizer_states
 
     def lowered_since(self, earlier: FloatOrDeferred) -> bool:
-        """Tells whether the scaler has lowered its scale: it has met a gradient that overflowed.
+        """Returns whether the scaler has lowered its scale, as it does after an overflow.
 
-        On an accelerator it waits for the device.
+        On an accelerator this waits for the device.
         """
         return resolve(self.value()) < resolve(earlier)
 
 
 def _scalers() -> list[torch.amp.GradScaler]:
     """Lists every enabled scaler of the process."""
-    # torch keeps no list of them. The class of an object, not isinstance(): that asks proxies,
-    # which may answer with an error.
+    # torch keeps no list of them. Not isinstance(), which reads __class__: on a proxy object this
+    # may raise an error.
     objects = [o for o in gc.get_objects() if issubclass(type(o), torch.amp.GradScaler)]
     return [scaler for scaler in objects if scaler.is_enabled()]
 
@@ -81,9 +85,13 @@ def _scalers() -> list[torch.amp.GradScaler]:
 def _at_hand(
     scalers: list[torch.amp.GradScaler], frame: FrameType | None
 ) -> torch.amp.GradScaler | None:
-    """Picks the one that the code which called the backward has at hand; None if it has none."""
-    # A scaler of another loop, or of an earlier run that is still in memory, must not be taken:
-    # norms would be divided by a scale that they never had.
+    """Picks the one scaler that the calling code refers to; None if there is none, or several.
+
+    The frames are searched from the innermost outwards: local variables, attributes of ``self``,
+    and globals.
+    """
+    # A scaler of another loop, or one of an earlier run that is still in memory, must not be
+    # chosen: norms would be divided by a scale that was never applied to them.
     while frame is not None and scalers:
         own: dict[str, Any] = getattr(frame.f_locals.get("self"), "__dict__", {})
         values = [*frame.f_locals.values(), *own.values(), *frame.f_globals.values()]
@@ -95,6 +103,6 @@ def _at_hand(
 
 
 def _serves(scaler: torch.amp.GradScaler, optimizer: Optimizer) -> bool:
-    """Tells whether a scaler has unscaled, or is stepping, an optimizer since its last update."""
+    """Returns whether a scaler has unscaled or stepped an optimizer since its last update."""
     state = scaler._per_optimizer_states.get(id(optimizer))
     return state is not None and state["stage"] is not OptState.READY

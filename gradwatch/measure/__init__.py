@@ -1,1 +1,1 @@
-"""Pure numbers: norms, statistics and where gradients are not finite."""
+"""Pure numbers: norms, statistics, and the search for gradients that are not finite."""

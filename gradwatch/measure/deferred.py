@@ -1,4 +1,4 @@
-"""Deferred numbers: computed on a device, brought to the host without a wait."""
+"""Deferred numbers: computed on a device, copied to the host without waiting for the device."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _polls_until_arrival: int | None = None
 
 @contextmanager
 def late_readings(polls: int = 1) -> Iterator[None]:
-    """Treats the CPU like an accelerator, so that what a run does on one can be seen on the CPU.
+    """Treats the CPU like an accelerator, to test on the CPU what a run does on an accelerator.
 
     Args:
-        polls: How often a copy is asked for before it has arrived.
+        polls: How many times a copy is polled before it counts as arrived.
     """
     global _polls_until_arrival  # noqa: PLW0603 - one process, one kind of machine
     before, _polls_until_arrival = _polls_until_arrival, polls
@@ -32,20 +32,20 @@ def late_readings(polls: int = 1) -> Iterator[None]:
 
 
 def is_at_hand(tensor: Tensor) -> bool:
-    """Tells whether the numbers of a tensor can be read without waiting for a device."""
+    """Returns whether the numbers of a tensor can be read without waiting for a device."""
     return tensor.is_cpu and _polls_until_arrival is None
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """Returns the most exact dtype that a device computes in."""
+    """Returns the most precise floating-point dtype that a device supports."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Deferred:
-    """The numbers of a tensor of any shape; asking for them waits unless they are at hand.
+    """The numbers of a tensor of any shape; reading them waits for the device unless ``at_hand``.
 
     Attributes:
-        tensor: Where they are computed; nothing may write into it later.
+        tensor: The tensor; nothing may write into it later.
     """
 
     __slots__ = ("_array", "_value", "tensor")
@@ -54,8 +54,8 @@ class Deferred:
         """Keeps a tensor.
 
         Args:
-            tensor: Of any shape, floating dtype and device.
-            value: The number of a tensor with one element, where it has been read.
+            tensor: Tensor of any shape and floating dtype, on any device.
+            value: The number in a tensor of one element, if it has already been read.
         """
         self.tensor = tensor
         self._array: Array | None = None
@@ -63,35 +63,36 @@ class Deferred:
 
     @property
     def at_hand(self) -> bool:
-        """Whether asking does not wait."""
+        """Whether the numbers can be read without waiting."""
         if self._value is not None or self._array is not None:
             return True
         return is_at_hand(self.tensor)
 
     def array(self) -> Array:
-        """Returns the numbers in the shape of the tensor."""
+        """Returns the numbers, in the shape of the tensor; may wait for the device."""
         if self._array is None:
             if self.tensor.is_cpu and not is_at_hand(self.tensor):
-                # On a device the copy below waits; under late_readings() this shows the same wait.
+                # On a device the copy below waits. Under late_readings() there is no device, and
+                # this item() is the wait that a test can count.
                 self.tensor.new_zeros(()).item()
             self._array = self.tensor.cpu().numpy()
         return self._array
 
     def value(self) -> float:
-        """Returns the number of a tensor with one element."""
+        """Returns the number in a tensor of one element; may wait for the device."""
         if self._value is None:
-            # item() copies one number; array() would make a NumPy array of it first.
+            # item() copies one number; array() would build a NumPy array first.
             self._value = self.tensor.item() if self._array is None else float(self._array)
         return self._value
 
     def if_known(self) -> float | None:
-        """Returns the number of a tensor with one element; None where asking would wait."""
+        """Returns the number in a tensor of one element, or None if reading it would wait."""
         if self._value is None and self.at_hand:
             return self.value()
         return self._value
 
     def arrive(self, array: Array) -> None:
-        """Accepts the numbers that a transfer has brought."""
+        """Stores the numbers that a transfer has copied to the host."""
         self._array = array
 
 
@@ -99,19 +100,19 @@ FloatOrDeferred = float | Deferred
 
 
 def resolve(value: FloatOrDeferred) -> float:
-    """Returns a number, waiting where it is still on a device."""
+    """Returns a number, waiting for it if it is still on a device."""
     return value.value() if isinstance(value, Deferred) else value
 
 
 def as_operand(value: FloatOrDeferred) -> float | Tensor:
-    """Returns a number to calculate with, where it is: on the host, or as a tensor on a device."""
+    """Returns a number to calculate with: a float if it is on the host, else the device tensor."""
     if not isinstance(value, Deferred):
         return value
     return value.value() if value.at_hand else value.tensor
 
 
 def defer(result: float | Tensor) -> FloatOrDeferred:
-    """Wraps the result of a calculation with :func:`as_operand`; reads it where that costs nothing.
+    """Wraps the result of a calculation on :func:`as_operand` values; reads it if that is free.
 
     Args:
         result: A float, or a tensor ``[]`` that nothing will write into.
@@ -122,24 +123,20 @@ def defer(result: float | Tensor) -> FloatOrDeferred:
 
 
 def defer_copy(tensor: Tensor) -> FloatOrDeferred:
-    """Reads a tensor ``[]`` where that costs nothing, else keeps a copy to be read later.
+    """Reads a tensor ``[]`` if that is free; otherwise keeps a copy to be read later.
 
     Args:
-        tensor: One that its owner may write into later, the scale of a ``GradScaler`` say.
+        tensor: One that its owner may write into later, such as the scale of a ``GradScaler``.
     """
     tensor = tensor.detach()
     return float(tensor) if is_at_hand(tensor) else Deferred(tensor.clone())
 
 
 class Transfer:
-    """One asynchronous copy to the host of all numbers of a step."""
+    """One asynchronous copy of all numbers of a step to the host."""
 
     def __init__(self, deferred: Sequence[Deferred]) -> None:
-        """Starts the copy.
-
-        Args:
-            deferred: What is to be read, on any devices; none that is at hand.
-        """
+        """Starts the copy of numbers that are on any devices; none of them may be at hand."""
         groups: dict[torch.device, list[Deferred]] = {}
         for one in deferred:
             groups.setdefault(one.tensor.device, []).append(one)
@@ -147,7 +144,7 @@ class Transfer:
         self._polls = _polls_until_arrival or 0
 
     def arrived(self) -> bool:
-        """Tells, without waiting, whether all numbers can be read."""
+        """Returns whether all numbers can be read; never waits."""
         if self._copies:
             self._polls -= 1
             ended = all(event is None or event.query() for _, _, event in self._copies)
@@ -156,30 +153,30 @@ class Transfer:
         return not self._copies
 
     def wait(self) -> None:
-        """Waits until they can."""
+        """Waits until all numbers can be read."""
         for deferred, host, event in self._copies:
             if event is not None:
                 event.synchronize()
             numbers = host.cpu().numpy()
             ends = np.cumsum([one.tensor.numel() for one in deferred])
             for one, part in zip(deferred, np.split(numbers, ends[:-1]), strict=True):
-                # cat() promoted all to the widest dtype; each gets its own back, so that a float32
-                # norm has the same digits whatever it travelled with.
+                # cat() promoted all numbers to the widest dtype. Each is cast back to its own, so
+                # that a float32 norm has the same digits whatever it was copied together with.
                 precision = np.float64 if one.tensor.dtype == torch.float64 else np.float32
                 one.arrive(part.reshape(tuple(one.tensor.shape)).astype(precision))
         self._copies = []
 
 
 def _start_copy(deferred: Sequence[Deferred], device: torch.device) -> tuple[Tensor, Any]:
-    """Starts a copy from one device; returns where to, and an event that tells when it has ended.
+    """Starts a copy from one device; returns its target and an event that marks its end.
 
-    A device that cannot copy to the host by itself has no event.
+    The event is None on a device that cannot copy to the host asynchronously.
     """
-    # Of one tensor: a copy of a few numbers costs as much as a copy of many.
+    # One concatenated tensor: copying a few numbers costs as much as copying many.
     flat = torch.cat([one.tensor.reshape(-1) for one in deferred])
     if device.type not in ("cuda", "xpu"):
         return (flat.clone() if device.type == "cpu" else flat), None
-    # A copy to pageable memory waits in spite of non_blocking=True.
+    # Pinned, because a copy to pageable memory waits in spite of non_blocking=True.
     host = torch.empty_like(flat, device="cpu", pin_memory=True)
     host.copy_(flat, non_blocking=True)
     event: Any = getattr(torch, device.type).Event()

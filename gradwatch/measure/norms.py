@@ -1,4 +1,4 @@
-"""Norms of many gradients in one batched pass, and where they are not finite."""
+"""Norms of many gradients in one batched pass, and which gradients are not finite."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Measurement(NamedTuple):
     """Norms of some gradients, measured in one batched pass.
 
     Attributes:
-        indices: Index in the parameter table of each gradient, ascending.
-        norms: The norm of each: ``[len(indices)]``.
-        total: The norm of all together: ``[]``.
-        overflowed: Whether the elements are finite but their float32 norm was not; the numbers
-            are then float64 ones. Found out only where they are at hand.
+        indices: Index of each gradient's parameter in the parameter table, ascending.
+        norms: The norm of each gradient: ``[len(indices)]``.
+        total: The norm of all gradients together: ``[]``.
+        overflowed: Whether the elements are finite but their float32 norm was not; the norms are
+            then in float64. Checked only if the norms can be read without waiting.
     """
 
     indices: Sequence[int]
@@ -37,7 +37,7 @@ class Measurement(NamedTuple):
 
     @property
     def finite(self) -> bool:
-        """Whether the total norm is a finite number."""
+        """Whether the total norm is finite."""
         return math.isfinite(self.total.value())
 
     def nonfinite_indices(self) -> list[int]:
@@ -45,7 +45,7 @@ class Measurement(NamedTuple):
         return [self.indices[i] for i in np.flatnonzero(~np.isfinite(self.norms.array())).tolist()]
 
     def subset(self, indices: Sequence[int], norm_type: float) -> Measurement:
-        """Returns the measurement that a pass over some of the parameters would have given."""
+        """Returns the measurement that a pass over a subset of the parameters would have given."""
         wanted = set(indices)
         keep = [i for i, index in enumerate(self.indices) if index in wanted]
         norms, kept = self.norms.tensor[keep], [self.indices[i] for i in keep]
@@ -62,20 +62,20 @@ def measure(
     """Measures gradients in one batched pass.
 
     Args:
-        indices: Index in the parameter table of each gradient, ascending.
+        indices: Index of each gradient's parameter in the parameter table, ascending.
         gradients: As for :func:`gradient_norms`.
         norm_type: The p of the norm, positive or ``math.inf``.
         dtype: As for :func:`gradient_norms`.
 
     Returns:
-        The norms. Where the float32 norm of finite gradients overflows they are measured again
-        in float64, so that the true number stands there and a clip can still work with it; not so
-        on an accelerator, where finding out would wait for it.
+        The norms. If the float32 norm of finite gradients overflows, they are measured again in
+        float64, so that the recorded norm is true and a clip can still use it. On an accelerator
+        this is not done: to detect the overflow would mean waiting for the device.
     """
     norms = gradient_norms(gradients, norm_type, dtype)
     total = total_norm(norms, norm_type)
     value = total.item() if is_at_hand(total) else None
-    # The elements are looked at only where the norm is not finite: isfinite() is a second pass.
+    # The elements are checked only if the norm is not finite: isfinite() is a second pass.
     if value is None or math.isfinite(value) or not _all_finite(gradients):
         return Measurement(indices, Deferred(norms), Deferred(total, value))
     norms = wide_norms(gradients, norm_type)
@@ -90,38 +90,39 @@ def _all_finite(gradients: Sequence[Tensor]) -> bool:
 def gradient_norms(
     gradients: list[Tensor], norm_type: float = 2.0, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Computes the p-norm of each gradient, float16 and bfloat16 accumulated in float32.
+    """Computes the p-norm of each gradient; float16 and bfloat16 are accumulated in float32.
 
-    On finite float32 gradients every value equals, bit for bit, the one that
-    ``torch.nn.utils.clip_grad_norm_`` sums up.
+    On finite float32 gradients every value is bit for bit the one that
+    ``torch.nn.utils.clip_grad_norm_`` combines into its total.
 
     Args:
         gradients: Any number of tensors: any shapes, real or complex dtypes, dense or sparse.
         norm_type: The p of the norm, positive; ``math.inf`` for the largest magnitude.
-        dtype: That of all gradients, where it is float16, bfloat16 or float32 and known: they need
-            not be asked for it then. One that has another one after all is measured right.
+        dtype: The dtype of all gradients, if it is known to be float16, bfloat16 or float32; this
+            saves a look at each of them. If a gradient has another dtype after all, the result is
+            still correct.
 
     Returns:
-        Tensor ``[len(gradients)]`` on the device of the first one, float32 or, where a gradient
-        has double precision, float64.
+        Tensor ``[len(gradients)]`` on the device of the first gradient: float32, or float64 if a
+        gradient has double precision.
     """
     if not gradients:
         return torch.zeros(0)
     known = dtype in _UP_TO_FLOAT32
     dtypes = {torch.float32} if known else set(map(_dtype, gradients))
     if len(dtypes) == 1:
-        # To ask for float32 changes no bit of a float32 norm. torch refuses to narrow float64 to
-        # it, with an error that lands below: so a wrong ``dtype`` does no harm.
+        # Requesting float32 changes no bit of a float32 norm. For float64 gradients torch refuses
+        # it with an error that is caught below, so a wrong ``dtype`` does no harm.
         accumulator = torch.float32 if known else _accumulator(dtypes.pop())
-        # Not torch.nn.utils.get_total_norm(), of torch 2.6 and later: its norm has the dtype of
-        # the gradients, in which finite float16 ones add up to inf. ``_foreach_norm`` is what it
-        # calls, with a dtype (seen on torch 2.4 to 2.13).
+        # Not torch.nn.utils.get_total_norm() (torch 2.6 and later): its norm has the dtype of the
+        # gradients, and finite float16 gradients can add up to inf. ``_foreach_norm``, which it
+        # calls, accepts a dtype (seen on torch 2.4 to 2.13).
         try:
             norms = torch._foreach_norm(gradients, norm_type, accumulator)
             return torch.stack(norms)
         except (NotImplementedError, RuntimeError):
-            # Some are sparse, or on another device. To look first would cost every step a pass
-            # over the list, and such models are rare.
+            # Some are sparse or on another device. Such models are rare, and checking first would
+            # cost every step a pass over the list.
             pass
     return _norms_of_groups(gradients, norm_type)
 
@@ -131,7 +132,7 @@ def _norms_of_groups(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
     values = [gradient_values(gradient) for gradient in gradients]
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, value in enumerate(values):
-        if value.numel():  # an empty tensor has no largest element, and its norm is the zero below
+        if value.numel():  # torch cannot take the max of an empty tensor; its norm stays 0
             groups.setdefault((value.device, value.dtype), []).append(index)
     norms = [torch.zeros((), device=v.device) for v in values]
     for (_, dtype), indices in groups.items():
@@ -147,24 +148,20 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype | None:
 
 
 def total_norm(norms: Tensor, norm_type: float = 2.0) -> Tensor:
-    """Combines the p-norms ``[n]`` of parts into that of the whole: ``[]``, 0 where ``n`` is 0."""
-    if norms.numel() == 0:  # for p = inf torch raises: nothing has no largest element
+    """Combines the p-norms ``[n]`` of parts into the norm of the whole: ``[]``, 0 if ``n`` is 0."""
+    if norms.numel() == 0:  # with p = inf torch raises an error for an empty tensor
         return norms.new_zeros(())
     total: Tensor = torch.linalg.vector_norm(norms, norm_type)
     return total
 
 
 def wide_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
-    """Computes the same norms in float64, for gradients whose float32 norm overflows.
-
-    Args:
-        gradients: As for :func:`gradient_norms`.
-        norm_type: As for :func:`gradient_norms`.
+    """Computes the norms of :func:`gradient_norms` in float64, for when float32 overflows.
 
     Returns:
         Tensor ``[len(gradients)]``, float64.
     """
-    # One gradient at a time, so that only one float64 copy is in memory.
+    # One gradient at a time, so that only one float64 copy is in memory at once.
     norms = []
     for gradient in gradients:
         wide = torch.complex128 if gradient.dtype.is_complex else torch.float64
@@ -173,22 +170,26 @@ def wide_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
 
 
 def gradient_values(gradient: Tensor) -> Tensor:
-    """Returns a dense gradient itself, of a sparse one its values, duplicate indices added up."""
-    # An embedding lists a row once per use of it; the norm is that of the sums.
+    """Returns a dense gradient itself, or the coalesced values of a sparse one."""
+    # An embedding's gradient lists a row once for each use of it; the norm is that of the sums.
     return gradient if gradient.layout is torch.strided else gradient.coalesce().values()
 
 
 class StepNorms(NamedTuple):
-    """Both sides of the clip of one step; the properties are true units, and read the numbers.
+    """The norms of one step before and after the clip.
+
+    The fields are in the units in which they were measured. The properties are in true units
+    (without loss scale, and of the mean gradient) and may wait for the numbers.
 
     Attributes:
-        before: The measurement before the clip.
-        after: The measurement after the user's own clip; ``before`` itself where nothing was done.
-        unit_before: The loss scale that ``before`` still carries.
-        unit_after: The same for ``after``.
-        correction: The factor that turns a sum over the window, and the ranks, into the mean.
-        coefficient: The factor that gradwatch multiplied the gradients with on top; 1.0 for none.
-        threshold: The limit of the clipping policy; NaN without one.
+        before: The measurement before any clip.
+        after: The measurement after the user's own clip; the same object as ``before`` if the user
+            did not change the gradients.
+        unit_before: The loss scale by which ``before`` is still multiplied.
+        unit_after: The loss scale by which ``after`` is still multiplied.
+        correction: The factor that turns the sum over the window and the ranks into the mean.
+        coefficient: The factor of gradwatch's own clip, which comes on top; 1.0 if there is none.
+        threshold: The limit that the clipping policy applied; NaN if there is none.
         loss_scale: The loss scale in force.
     """
 
@@ -202,15 +203,16 @@ class StepNorms(NamedTuple):
     loss_scale: FloatOrDeferred = 1.0
 
     def true_norm(self) -> Tensor:
-        """Returns the total norm when the step begins, in true units: tensor ``[]``."""
+        """Returns the total norm at the start of the step, in true units: tensor ``[]``."""
         return self._in_true_units(self.after.total.tensor)
 
     def true_norms(self) -> Tensor:
-        """Returns the norm of each gradient when the step begins: tensor ``[n]``."""
+        """Returns the norm of each gradient at the start of the step, in true units: ``[n]``."""
         return self._in_true_units(self.after.norms.tensor)
 
     def _in_true_units(self, norms: Tensor) -> Tensor:
-        # A multiplication by one would cost a call; a policy must see the very bits of the norm.
+        # Return the tensor itself if the factor is 1: this saves a kernel launch, and the policy
+        # gets the norm bit for bit.
         if self.correction == self.unit_after == 1.0:
             return norms
         factor = as_operand(self.correction) / as_operand(self.unit_after)
@@ -218,12 +220,12 @@ class StepNorms(NamedTuple):
 
     @property
     def before_scale(self) -> float:
-        """What to multiply ``before`` with to have true units."""
+        """The factor that converts ``before`` to true units."""
         return resolve(self.correction) / resolve(self.unit_before)
 
     @property
     def after_scale(self) -> float:
-        """What to multiply ``after`` with to have true units."""
+        """The factor that converts ``after`` to true units."""
         return resolve(self.correction) / resolve(self.unit_after)
 
     @property
@@ -233,7 +235,7 @@ class StepNorms(NamedTuple):
 
     @property
     def clip_coef(self) -> float:
-        """The factor between both sides; 1.0 where there was no gradient."""
+        """The ratio of the total norm after the clip to that before; 1.0 without a gradient."""
         if self.untouched or self.grad_norm == 0:
             return resolve(self.coefficient)
         return self.grad_norm_clipped / self.grad_norm
@@ -247,7 +249,7 @@ class StepNorms(NamedTuple):
 
     @property
     def clipped(self) -> bool:
-        """Whether a clip changed the gradients: gradwatch's own, or one that shows in the norm."""
+        """Whether a clip changed the gradients: gradwatch's own, or one that lowered the norm."""
         return resolve(self.coefficient) < 1.0 or (
             not self.untouched and self.clip_coef < 1.0 - 1e-6
         )
@@ -259,7 +261,7 @@ class StepNorms(NamedTuple):
 
 
 class NonFiniteCount(NamedTuple):
-    """How many elements of a gradient are NaN and Inf; a complex one with both is a NaN."""
+    """How many elements of a gradient are NaN or Inf; a complex element with both counts as NaN."""
 
     nan: int
     inf: int
@@ -278,15 +280,15 @@ def count_nonfinite(gradient: Tensor) -> NonFiniteCount:
 
 @dataclass(frozen=True, slots=True)
 class FirstNonFinite:
-    """The first parameter in backward order whose gradient went bad in a window.
+    """The first parameter in backward order whose gradient was not finite in a window.
 
     Attributes:
         index: Its index in the parameter table.
-        micro_batch: The micro-batch in which it was seen, counted from 1.
-        norm: Its norm, NaN or Inf.
-        counts: Its NaN and Inf elements; None where the gradient was gone when its norm arrived
-            from the device.
-        position: Its position in the order of the backward.
+        micro_batch: The micro-batch in which this was seen, counted from 1.
+        norm: The norm of its gradient, NaN or Inf.
+        counts: The number of NaN and Inf elements; None if the gradient no longer existed when its
+            norm arrived from the device.
+        position: Its position in backward order, counted from 0.
     """
 
     index: int
@@ -297,17 +299,17 @@ class FirstNonFinite:
 
     @property
     def is_nan(self) -> bool:
-        """Whether it holds a NaN, rather than only Inf."""
+        """Whether the gradient contains a NaN, rather than only Inf."""
         return math.isnan(self.norm) if self.counts is None else self.counts.nan > 0
 
 
 class LateCheck(NamedTuple):
-    """The gradients of a window at the end of one backward, or when the step begins.
+    """Norms whose finiteness can be checked only once they have arrived from the device.
 
     Attributes:
-        micro_batch: Micro-batches so far.
-        measurement: Their norms.
-        order: Indices in the order in which they arrived.
+        micro_batch: Micro-batches in the window at the time of the measurement.
+        measurement: The norms at the end of a backward, or at the start of the step.
+        order: Indices of the parameters in the order in which their gradients arrived.
     """
 
     micro_batch: int
@@ -315,10 +317,10 @@ class LateCheck(NamedTuple):
     order: Sequence[int]
 
     def nonfinite(self, gradients: Sequence[Tensor] | None) -> list[FirstNonFinite]:
-        """Lists the parameters that are bad, the first in backward order first.
+        """Lists the parameters whose gradient is not finite, in backward order.
 
         Args:
-            gradients: Those that were measured; None where they are gone.
+            gradients: The gradients that were measured; None if they no longer exist.
         """
         if self.measurement.finite or self.measurement.overflowed:
             return []
@@ -327,7 +329,8 @@ class LateCheck(NamedTuple):
         for index in self.measurement.nonfinite_indices():
             column = self.measurement.indices.index(index)
             counts = None if gradients is None else count_nonfinite(gradients[column])
-            # A norm can overflow beside a gradient that is really bad: that one has no bad element.
+            # The norm of a finite gradient may have overflowed next to one that is not finite. It
+            # has no NaN or Inf element, and is not reported.
             if counts is None or counts:
                 norm = float(self.measurement.norms.array()[column])
                 position = positions.get(index, len(positions) + column)

@@ -1,4 +1,4 @@
-"""The watched parameters: tensors in model order with their names, each whole or sharded."""
+"""The watched parameters: tensors and names in model order, plain or sharded (DTensor)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-# What torch.compile(), FSDP and activation checkpointing put into the names of parameters.
+# Prefixes that torch.compile(), FSDP and activation checkpointing add to parameter names.
 _WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
-# torch 2.4 has a package of the public name too, without the class.
+# torch 2.4 already has a package with the public name, but without the class.
 _DTENSOR_MODULE = (
     "torch.distributed._tensor" if torch.__version__ < "2.5" else "torch.distributed.tensor"
 )
@@ -30,8 +30,8 @@ class ParameterTable:
     Attributes:
         tensors: The leaf tensors, frozen ones included, in model order, each once.
         names: Their names in the user's model, free of wrapper prefixes.
-        modules: The name of the module that owns each.
-        aliases: Further names of a tensor that is used in several places (tied weights).
+        modules: For each tensor the name of the module that owns it.
+        aliases: For each tensor its further names, if several modules share it (tied weights).
     """
 
     tensors: tuple[Tensor, ...]
@@ -65,7 +65,7 @@ class ParameterTable:
         return {id(tensor): index for index, tensor in enumerate(self.tensors)}
 
     def indices_of(self, tensors: Iterable[Tensor]) -> list[int]:
-        """Returns the indices of those tensors that are in the table, in model order, each once."""
+        """Returns the indices of the given tensors, ascending, each once; skips unknown tensors."""
         position = self.positions()
         return sorted({position[id(t)] for t in tensors if id(t) in position})
 
@@ -75,10 +75,11 @@ def _named_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[st
         yield from model.items()
         return
     module: nn.Module = model
-    # Their prefix "module." cannot be cut out of a name: a user may call a submodule so.
+    # Unwrapped here, as the prefix "module." cannot be removed from a name afterwards: the user
+    # may have a submodule of that name.
     while isinstance(module, _WRAPPERS):
         module = module.module
-    # With duplicates, for the further names of tied tensors.
+    # With duplicates, to collect every name of a tied tensor.
     yield from module.named_parameters(remove_duplicate=False)
 
 
@@ -89,23 +90,23 @@ def _clean(name: str) -> str:
 
 
 def optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Lists the parameters of all groups of an optimizer, in the order of its groups."""
+    """Lists the parameters of an optimizer, in the order of its parameter groups."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def is_sharded(tensor: Tensor | None) -> TypeGuard[DTensor]:
-    """Tells whether a tensor is a DTensor."""
-    # Importing torch's module takes long, and where nobody has there is no such tensor.
+    """Returns whether a tensor is a DTensor."""
+    # Importing torch's module takes long. If nobody has imported it, no DTensor exists.
     module: Any = sys.modules.get(_DTENSOR_MODULE)
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """Returns what this rank holds of a tensor: a plain tensor that shares its memory."""
+    """Returns this rank's part of a tensor, as a plain tensor that shares its memory."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return part
 
 
 def is_partial(gradient: Tensor | None) -> bool:
-    """Tells whether a gradient is a sum over ranks that has not been taken yet (Partial)."""
+    """Returns whether a gradient still has to be summed over ranks (a Partial placement)."""
     return is_sharded(gradient) and any(p.is_partial() for p in gradient.placements)

@@ -1,4 +1,4 @@
-"""Norms of gradients of which every rank holds a part (FSDP2, tensor parallelism)."""
+"""Norms of gradients that are sharded over ranks (FSDP2, tensor parallelism)."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ PARTIAL_ON_MANY_DIMENSIONS = (
 
 @dataclass(frozen=True, slots=True)
 class ClipSides:
-    """The norms on both sides of the clip: of this rank's parts, or of the whole gradients.
+    """The norms before and after the user's clip: of this rank's parts, or of whole gradients.
 
     Attributes:
         before: The measurement before the clip.
-        after: The measurement when the step begins.
-        first_nonfinite: The first parameter that went bad; None while all is finite, or while the
-            numbers are on their way from the device.
-        nonfinite_count: How many parameters were bad.
+        after: The measurement at the start of the step.
+        first_nonfinite: The first parameter whose gradient was not finite; None if there is none,
+            or if the numbers have not arrived from the device yet.
+        nonfinite_count: The number of parameters whose gradient was not finite.
     """
 
     before: Measurement
@@ -50,28 +50,31 @@ def all_reduce_norms(
     norm_type: float,
     extra: Callable[[PackedAllReduce], None] | None = None,
 ) -> ClipSides:
-    """Turns what this rank measured on its parts into numbers of the whole gradients.
+    """Combines the norms of every rank's parts into the norms of the whole gradients.
 
-    A rank that has no gradient, or an empty part, takes part all the same.
+    All ranks must call it, even one that has no gradient or only empty parts.
 
     Args:
-        shards: The sharded parameters.
-        local: What this rank measured.
-        partial: What it holds of gradients that are sums not yet taken, by index.
-        norm_type: The p of the norms.
-        extra: Adds further numbers to the all-reduce.
+        shards: All sharded parameters, in the same order on every rank.
+        local: This rank's norms, of the parts that it holds.
+        partial: This rank's term of each gradient that is still to be summed over ranks (Partial),
+            by parameter index.
+        norm_type: The p of the norms, positive or ``math.inf``.
+        extra: Adds further numbers to the same all-reduce.
 
     Returns:
-        The same on every rank.
+        The norms of the whole gradients, the same on every rank.
     """
     before, after = local.before, local.after
     packed = PackedAllReduce(shards, after.total.tensor.device, partial)
     rows = [shards.full_row(m.indices, m.norms.tensor) for m in (before, after)]
-    # p-th powers add up. Largest magnitudes do not, and an all-reduce of maxima would be a second
-    # one: to gather them costs one number per rank in the same one.
+    # The p-th powers of norms can be summed. Largest magnitudes cannot, and a MAX reduction would
+    # be a second all-reduce. They are gathered instead, in the same all-reduce, at a cost of one
+    # number per rank.
     is_max = math.isinf(norm_type)
     slots = [packed.add_gather(r) if is_max else packed.add_sum(r.pow(norm_type)) for r in rows]
-    # A rank may lack a gradient that others have (an expert that saw no token): ask all of them.
+    # A rank may lack a gradient that others have (an expert that saw no token), so the ranks must
+    # agree on which gradients exist.
     is_here = shards.full_row(after.indices, torch.ones_like(after.norms.tensor))
     presence = packed.add_sum(is_here)
     first = packed.add_gather(_encode_first_nonfinite(local, is_here))
@@ -79,14 +82,14 @@ def all_reduce_norms(
         extra(packed)
     packed.run()
     indices = list(after.indices)
-    if after.total.at_hand:  # else nonzero() would wait for the device
+    if after.total.at_hand:  # on a device nonzero() would wait
         indices = torch.nonzero(packed.sums[presence]).flatten().tolist()
     if is_max:
         whole = [packed.gathered[slot].amax(0) for slot in slots]
     else:
         whole = [packed.sums[slot].pow(1 / norm_type) for slot in slots]
     for index in partial:
-        # The norm of a sum is known only from the sum itself, not from the norms of its terms.
+        # The norm of a sum does not follow from the norms of its terms: compute it from the sum.
         norm = total_norm(packed.partial[index], norm_type)
         whole[1][index] = norm
         whole[0][index] = norm * _ratio(before, after, index)
@@ -104,7 +107,7 @@ def _measurement(
     norms = row[shards.index_tensor(indices, row.device)]
     wide = Deferred(total_norm(norms, norm_type))
     total = Deferred(wide.tensor.to(shards.dtype))
-    # Parts that fit into float32 can make a whole that does not.
+    # Even if the norm of every part fits into float32, that of the whole may not.
     if wide.at_hand and (overflowed or math.isfinite(wide.value())):
         overflowed = overflowed or math.isinf(total.value())
     if overflowed:
@@ -113,7 +116,7 @@ def _measurement(
 
 
 def _ratio(before: Measurement, after: Measurement, index: int) -> Tensor:
-    """Returns how much larger a gradient was before the loop changed it, on this rank's share."""
+    """Returns the ratio of a gradient's norm before and after the user's clip, on this rank."""
     new = after.norms.tensor[after.indices.index(index)]
     if index not in before.indices:
         return torch.ones_like(new)
@@ -122,7 +125,10 @@ def _ratio(before: Measurement, after: Measurement, index: int) -> Tensor:
 
 
 def _encode_first_nonfinite(local: ClipSides, like: Tensor) -> Tensor:
-    """Returns six numbers, all 0 for none. In this order the smallest row came first."""
+    """Encodes this rank's first bad parameter as six numbers, all 0 if it has none.
+
+    Their order makes the lexicographically smallest row of all ranks the first in backward order.
+    """
     first = local.first_nonfinite
     if first is None or first.counts is None:
         return like.new_zeros(6)
@@ -131,7 +137,7 @@ def _encode_first_nonfinite(local: ClipSides, like: Tensor) -> Tensor:
 
 
 def _with_first_nonfinite(reduced: ClipSides, encoded: Tensor) -> ClipSides:
-    """Names the first parameter that went bad on any rank, and counts its bad elements on all."""
+    """Adds the first bad parameter of any rank, with its NaN and Inf elements summed over ranks."""
     rows = [row for row in encoded.tolist() if row[0] > 0]  # micro-batches count from 1
     bad = {i for m in (reduced.before, reduced.after) for i in m.nonfinite_indices()}
     if not rows:
@@ -145,16 +151,16 @@ def _with_first_nonfinite(reduced: ClipSides, encoded: Tensor) -> ClipSides:
 
 @dataclass(slots=True)
 class PackedAllReduce:
-    """All that the ranks exchange in one step, packed into one all-reduce per mesh.
+    """All numbers that the ranks exchange in one step, packed into one all-reduce per mesh.
 
-    Numbers are added first; :meth:`run` sends them all. A collective costs its latency, not the few
-    numbers in it.
+    Numbers are added first, and :meth:`run` sends them all: a collective costs latency, while the
+    few numbers in it cost next to nothing.
 
     Attributes:
         shards: The sharded parameters.
-        device: Where the numbers are.
-        partial: Gradients that are sums not yet taken, by index: what this rank has of each, and
-            then the sum, float64 and flat.
+        device: The device of the numbers.
+        partial: Gradients that are still to be summed over ranks, by parameter index: before
+            :meth:`run` this rank's term of each, afterwards the sum, float64 and flat.
         sums: For each slot of :meth:`add_sum` the sum over the ranks ``[columns]``, float64.
         gathered: For each slot of :meth:`add_gather` the values of all ranks ``[ranks, n]``.
     """
@@ -173,12 +179,12 @@ class PackedAllReduce:
         return len(self._rows) - 1
 
     def add_gather(self, values: Tensor) -> int:
-        """Adds values ``[n]``, float64, to be had from every rank; returns their slot."""
+        """Adds values ``[n]``, float64, to be gathered from every rank; returns their slot."""
         self._own.append(values)
         return len(self._own) - 1
 
     def run(self) -> None:
-        """Does the all-reduce."""
+        """Runs the all-reduce and fills ``sums``, ``gathered`` and ``partial``."""
         self.sums = [row.clone() for row in self._rows]
         by_mesh: list[list[Tensor]] = [[] for _ in self._own]
         for group in self.shards.groups:
@@ -202,7 +208,7 @@ class PackedAllReduce:
         for process_group in group.groups:
             dist.all_reduce(payload, group=process_group)
         reduced = list(torch.split(payload, [part.numel() for part in parts]))
-        # Unpacked in the order in which ``parts`` was packed.
+        # Unpack in the order in which ``parts`` was packed.
         for total in self.sums:
             total.index_copy_(0, columns, reduced.pop(0))
         for rows in gathered:
@@ -212,25 +218,26 @@ class PackedAllReduce:
 
 
 def _at_own_rank(values: Tensor, group: MeshGroup) -> Tensor:
-    """Puts values into the row of this rank among zeros, so that summing gathers them."""
+    """Puts values into this rank's row of a zero matrix, so that a sum over ranks gathers them."""
     rows = values.new_zeros(group.size, values.numel())
     rows[group.rank] = values
     return rows
 
 
 class Shards:
-    """All sharded tensors of a parameter table, by mesh.
+    """All sharded tensors of a parameter table, grouped by device mesh.
 
     Attributes:
-        columns: How many tensors the table has.
-        dtype: Of the norms that the ranks agree on, the same on all of them.
-        groups: What is sharded, by mesh.
+        columns: The number of tensors in the table.
+        dtype: The dtype of the combined norms, the same on all ranks: float32 or float64.
+        groups: The sharded parameters of each mesh.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        """Sorts the tensors of a table; what is not sharded is the same on every rank."""
+        """Groups the tensors of a table; those that are not sharded are the same on every rank."""
         self.columns = len(tensors)
-        # Of all tensors, not of those that have a gradient: these may differ between ranks.
+        # Decided by all tensors. Which of them have a gradient may differ between ranks, and the
+        # ranks must choose the same dtype.
         double = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
         self.dtype = torch.float64 if double else torch.float32
         members: dict[Any, dict[int, DTensor]] = {}
@@ -238,13 +245,13 @@ class Shards:
             if is_sharded(tensor):
                 members.setdefault(tensor.device_mesh, {})[index] = tensor
         self.groups = [MeshGroup.of(mesh, tensors) for mesh, tensors in members.items()]
-        # Made once each: a copy from the host to a device waits for the device.
+        # Each is made only once: a copy from the host to a device waits for the device.
         self._indices: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
         self._weights: dict[tuple[torch.device, int], Tensor] = {}
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Shards | None:
-        """Makes the shards of some tensors; None where all of them are whole."""
+        """Makes the shards of some tensors; None if none of them is sharded."""
         return cls(tensors) if any(map(is_sharded, tensors)) else None
 
     def full_row(self, indices: Sequence[int], values: Tensor) -> Tensor:
@@ -253,7 +260,7 @@ class Shards:
         return row.index_copy_(0, self.index_tensor(indices, values.device), values.double())
 
     def index_tensor(self, indices: Sequence[int], device: torch.device) -> Tensor:
-        """Returns indices as a tensor on a device."""
+        """Returns indices as an int64 tensor on a device, from a cache."""
         key = (device, tuple(indices))
         if key not in self._indices:
             self._indices[key] = torch.tensor(list(indices), dtype=torch.int64, device=device)
@@ -269,17 +276,17 @@ class Shards:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MeshGroup:
-    """The parameters that are sharded over one mesh, and how to sum over its ranks.
+    """The parameters that are sharded over one device mesh, and how to sum over its ranks.
 
     Attributes:
         indices: Their indices in the parameter table.
-        weights: For each the share of one rank's number: less than 1 where several ranks hold the
-            same part, so that it counts once.
-        groups: Process groups to reduce over, one after the other; nearly always one. None is the
-            whole world.
-        rank: This rank among those that take part.
-        size: How many take part.
-        dimensions: Dimensions of the mesh.
+        weights: For each parameter the weight of one rank's number in the sum: ``1 / n`` if ``n``
+            ranks hold the same part, so that the part counts once.
+        groups: Process groups to reduce over, one after the other; nearly always one. None stands
+            for the whole world.
+        rank: The position of this rank among those that take part.
+        size: How many ranks take part.
+        dimensions: The number of dimensions of the mesh.
     """
 
     indices: list[int]
@@ -291,8 +298,12 @@ class MeshGroup:
 
     @classmethod
     def of(cls, mesh: Any, members: dict[int, DTensor]) -> MeshGroup:
-        """Works out how the numbers of some parameters on one device mesh add up."""
-        # Only along dimensions that split something: over the others all ranks hold the same.
+        """Works out how to sum the numbers of some parameters over one device mesh.
+
+        ``members`` are the tensors by their index in the parameter table.
+        """
+        # Reduce only along dimensions that split a tensor; along the others all ranks hold the
+        # same numbers.
         split = {d for tensor in members.values() for d in _split_dimensions(tensor)}
         dimensions = sorted(split) or list(range(mesh.ndim))
         sizes = [mesh.size(d) for d in dimensions]
@@ -300,7 +311,8 @@ class MeshGroup:
         rank = 0
         for dimension, size in zip(dimensions, sizes, strict=True):
             rank = rank * size + coordinate[dimension]
-        # A mesh has a process group per dimension; the world does several of them in one go.
+        # A mesh has one process group per dimension. If several of them together are the whole
+        # world, one all-reduce over the world does the work of several.
         whole_world = len(dimensions) > 1 and math.prod(sizes) == dist.get_world_size()
         return cls(
             indices=list(members),
@@ -313,7 +325,7 @@ class MeshGroup:
 
 
 def _split_dimensions(tensor: DTensor) -> list[int]:
-    """Lists the dimensions of the mesh along which ranks hold different parts."""
+    """Lists the mesh dimensions along which the ranks hold different parts of a tensor."""
     return [d for d, placement in enumerate(tensor.placements) if not placement.is_replicate()]
 
 

@@ -1,1 +1,1 @@
-"""The life of one optimizer step: from the first backward of its window to its record."""
+"""The life of an optimizer step: from the first backward of its window to its record."""

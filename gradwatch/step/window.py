@@ -1,4 +1,10 @@
-"""The micro-batches of one optimizer step: gradients, weights, norms before and after the clip."""
+"""The micro-batches of one optimizer step: gradients, weights, norms before and after the clip.
+
+A :class:`Window` measures the gradients at the end of each backward, in one batched pass, and takes
+a snapshot of them. When the step begins and the snapshot still matches, that measurement is the
+norm before and after the user's clip; otherwise the gradients are measured once more.
+:class:`WindowWeights` then works out the mean over the window, and a sample of the noise.
+"""
 
 from __future__ import annotations
 
@@ -35,19 +41,19 @@ _grad = attrgetter("grad")
 
 @dataclass(slots=True)
 class Window:
-    """What has come since the last step of one optimizer.
+    """The backwards since the last step of one optimizer.
 
     Attributes:
         table: All watched parameters.
-        indices: Those of this optimizer, in model order.
+        indices: Indices of this optimizer's parameters, in model order.
         norm_type: The p of the norms.
-        shards: Knows which gradients this rank holds a part of; None where all are whole.
+        shards: The sharded parameters; None if no gradient is sharded.
         arrivals: For each micro-batch the indices that received a gradient in it, and its weight.
         noise_norms: For each micro-batch its weight and norm, for the noise scale.
-        first_nonfinite: The first parameter that went bad; None while all is finite.
-        nonfinite_count: How many parameters were bad at the worst moment.
-        late_checks: What was measured and could not be looked at yet.
-        divisor: What the weighted losses were divided by; None where the loop weighs its losses
+        first_nonfinite: The first parameter whose gradient was not finite; None if there is none.
+        nonfinite_count: The largest number of such parameters in any one measurement.
+        late_checks: Measurements that are still on a device, and so not checked yet.
+        divisor: What the weighted losses were divided by; None if the loop weights its losses
             itself.
         correction: The factor that turns the gradients into the weighted mean.
     """
@@ -68,57 +74,52 @@ class Window:
     _tensors: list[Tensor] = field(default_factory=list)
     _dtype: torch.dtype | None = None
 
-    # -- what is in it -----------------------------------------------------------------------------
+    # -- contents ----------------------------------------------------------------------------------
 
     @property
     def micro_batches(self) -> int:
-        """Backwards whose gradients are in the window."""
+        """The number of micro-batches whose gradients are in the window."""
         return len(self.arrivals)
 
     @property
     def weight(self) -> FloatOrDeferred:
         """Sum of the weights of its micro-batches."""
-        if len(self.arrivals) == 1:  # no addition, which on a device would be a call
+        if len(self.arrivals) == 1:  # an addition would launch a kernel if the weight is a tensor
             return self.arrivals[0][1]
         return defer(sum(as_operand(weight) for _, weight in self.arrivals))
 
     @property
     def arrived(self) -> set[int]:
-        """Indices that received a gradient."""
+        """Indices of the parameters that received a gradient in any micro-batch."""
         return set().union(*(arrived for arrived, _ in self.arrivals))
 
     def gradients(self) -> tuple[list[int], list[Tensor]]:
-        """Lists the gradients that are there now, with the indices of their parameters.
+        """Returns the indices of the parameters that have a gradient now, and these gradients.
 
-        Returns:
-            Both, of the same length; of sharded gradients the parts that this rank holds.
+        Of sharded gradients these are the parts that this rank holds.
         """
         if len(self._tensors) != len(self.indices):
             self._tensors = [self.table.tensors[index] for index in self.indices]
             dtypes = {tensor.dtype for tensor in self._tensors}
             self._dtype = dtypes.pop() if len(dtypes) == 1 else None
-        # C loops over all parameters: a Python loop here would cost more than the norms.
+        # Loops in C over all parameters: a Python loop here would cost more than the norms.
         indices, gradients = self.indices, list(map(_grad, self._tensors))
         if any(map(is_, gradients, repeat(None))):
             pairs = [(i, g) for i, g in zip(indices, gradients, strict=True) if g is not None]
             indices, gradients = [i for i, _ in pairs], [g for _, g in pairs]
         return indices, gradients if self.shards is None else list(map(local_part, gradients))
 
-    # -- backwards come in -------------------------------------------------------------------------
+    # -- adding backwards --------------------------------------------------------------------------
 
     def add(self, backward: Backward, weight: FloatOrDeferred = 1.0) -> Measurement | None:
-        """Adds a backward that has ended: one batched pass over the gradients.
-
-        Args:
-            backward: What arrived in it.
-            weight: Weight of the micro-batch.
+        """Adds a backward that has ended, and measures the gradients in one batched pass.
 
         Returns:
-            The norms, in the units of the gradients; None where none of the window's parameters
-            received a gradient.
+            The norms, in the units of the gradients; None if none of the window's parameters
+            received a gradient that can be measured.
         """
         arrived = set(backward.arrived)
-        if not arrived:  # FSDP2 keeps the gradients to itself until the last micro-batch
+        if not arrived:  # FSDP2 keeps the gradients back until the last micro-batch
             self.arrivals.append((arrived, weight))
             return None
         if arrived.isdisjoint(self.indices):
@@ -130,7 +131,7 @@ class Window:
         if freed:
             freed = {i: norm for i, norm in freed.items() if i in self.indices}
         if not gradients and not freed:
-            return None  # an optimizer inside the backward has used and freed them
+            return None  # an optimizer has used and freed them inside the backward
         if backward.continues and self.arrivals:
             self.arrivals[-1][0].update(arrived)
         else:
@@ -139,7 +140,8 @@ class Window:
         if freed:
             self._before = with_freed(self._before, freed, self.norm_type)
         if self.shards is None:
-            # The parts of sharded gradients are made anew at each look, so they have no identity.
+            # local_part() makes a new tensor of a sharded gradient at each call, so a snapshot,
+            # which compares ids, would never match.
             self._snapshot = GradientSnapshot(gradients)
         total = self._before.total.if_known()
         if total is None or not math.isfinite(total):
@@ -147,48 +149,46 @@ class Window:
         return self._before
 
     def add_unfinished(self) -> None:
-        """Adds a backward that is still under way: an optimizer steps inside it."""
+        """Adds a backward that is still running, because an optimizer steps inside it."""
         self.arrivals.append((set(self.indices), 1.0))
 
     def discarded_before(self, backward: Backward) -> bool:
-        """Tells whether the window's gradients were thrown away before a backward.
-
-        Args:
-            backward: The backward, which has ended.
-        """
+        """Returns whether the window's gradients were reset before a backward that has ended."""
         before, snapshot = self._before, self._snapshot
         if before is None or snapshot is None or backward.create_graph or backward.continues:
             return False
         if backward.freed:
-            return True  # each backward uses its gradients up
+            return True  # the earlier gradients were used and freed inside their own backward
         if is_distributed():
-            return False  # a reduction over ranks writes into gradients, and replaces them, as well
+            # A reduction over ranks also writes into gradients and replaces them, so the snapshot
+            # cannot tell the two apart.
+            return False
         arrived = set(backward.arrived)
         now = (self.table.tensors[index].grad for index in before.indices)
         return snapshot.was_discarded(now, (index in arrived for index in before.indices))
 
     def reset(self) -> None:
-        """Empties the window: a step was taken, or the gradients were thrown away."""
+        """Empties the window, after a step or after the gradients were reset."""
         self.arrivals, self.noise_norms, self.late_checks = [], [], []
         self.first_nonfinite, self.nonfinite_count = None, 0
         self.divisor, self.correction = None, 1.0
         self._before = self._snapshot = None
 
     def remeasure_reduced(self) -> None:
-        """Measures the gradients that a reduction over the ranks has put in place of its own."""
+        """Measures the gradients again, after they were reduced over the ranks."""
         indices, gradients = self.gradients()
-        self.arrivals[-1][0].update(indices)  # none has arrived so far where FSDP2 kept them all
+        self.arrivals[-1][0].update(indices)  # FSDP2 may have kept all of them back until now
         self._before = measure(indices, gradients, self.norm_type)
         if self.shards is None:
             self._snapshot = GradientSnapshot(gradients)
         self._check(self._before, gradients, ())
 
     def accept_restored_gradients(self) -> None:
-        """Treats the gradients as those that were measured: they were put back by writing twice."""
+        """Takes a new snapshot, as gradients were changed and then written back unchanged."""
         if self._snapshot is not None:
             self._snapshot = GradientSnapshot(self.gradients()[1])
 
-    # -- a step looks at it ------------------------------------------------------------------------
+    # -- norms of a step ---------------------------------------------------------------------------
 
     def step_norms(
         self,
@@ -198,20 +198,20 @@ class Window:
     ) -> StepNorms:
         """Returns the norms of the gradients that a step is about to use.
 
-        They are measured once more only where something wrote into them since the backward: the
-        loop's own clip, or the scaler.
+        The gradients are measured again only if they have changed since the last backward, for
+        example by a clip of the training loop.
 
         Args:
             scale: The loss scale of the run.
-            left: The loss scale that the gradients still carry.
-            extra: Adds further numbers to the all-reduce between ranks, where there is one.
+            left: The loss scale by which the gradients are still multiplied; 1 after unscaling.
+            extra: Adds further numbers to the all-reduce over ranks, if there is one.
 
         Returns:
-            The norms before and after the loop's own clip.
+            The norms before and after the user's own clip.
         """
         loss_scale = left if scale.scaler is None else scale.value()
-        # Unscaling moves no version counter: what was measured at the end of the backward has the
-        # unit of the scaled loss, whatever the scaler has done to the gradients since.
+        # A scaler that unscales moves no version counter, so the snapshot still matches. The norms
+        # measured at the end of the backward are those of the scaled loss in any case.
         unit_before = left if self._before is None else loss_scale
         if self._before is not None and self._is_unchanged(self._before):
             before = after = self._before
@@ -225,25 +225,23 @@ class Window:
         )
 
     def measure_clipped(self, indices: Sequence[int], gradients: list[Tensor]) -> Measurement:
-        """Measures gradients that a clip has changed element by element.
+        """Measures gradients (of sharded ones this rank's parts) after a clip by elements or units.
 
-        Args:
-            indices: Their parameters.
-            gradients: The gradients; of sharded ones the parts of this rank.
+        The norms after such a clip do not follow from those before it.
         """
         after = measure(indices, gradients, self.norm_type)
         return after if self.shards is None else self._all_reduce(self.shards, after, after)[1]
 
     def unused_norms(self, loss_scale: FloatOrDeferred, together: bool) -> StepNorms | None:
-        """Returns the norms of a window that no step has used, gradients gone or not.
+        """Returns the norms of a window whose step was skipped, as measured at its last backward.
 
         Args:
             loss_scale: The loss scale at its last backward.
-            together: Whether all ranks are here at once, and can add up the norms of their parts;
-                else those of sharded gradients are of the part of this rank.
+            together: Whether all ranks call this at once, so that norms of sharded gradients can be
+                combined; if not, they are those of this rank's parts.
 
         Returns:
-            The same norms on both sides; None where the window is empty.
+            The same norms before and after the clip; None if the window is empty.
         """
         before = self._before
         if before is None:
@@ -255,7 +253,9 @@ class Window:
     def _is_unchanged(self, before: Measurement) -> bool:
         if self._snapshot is None:
             return False
-        if before.indices is self.indices:  # all had one, so that none needs a look by itself
+        if before.indices is self.indices:
+            # All had a gradient. One that is None by now makes the snapshot differ, so the search
+            # for None in gradients() can be saved.
             return self._snapshot.matches(list(map(_grad, self._tensors)))
         return self._snapshot.matches(self.gradients()[1])
 
@@ -270,7 +270,7 @@ class Window:
     def _check(
         self, measurement: Measurement, gradients: list[Tensor] | None, order: Sequence[int]
     ) -> None:
-        """Finds the first parameter that is not finite, now or when its norm has arrived."""
+        """Finds the first gradient that is not finite: now, or once the norms have arrived."""
         check = LateCheck(self.micro_batches, measurement, order)
         if not measurement.total.at_hand:
             self.late_checks.append(check)
@@ -288,7 +288,10 @@ class Window:
         extra: Callable[[PackedAllReduce], None] | None = None,
         gradients: bool = True,
     ) -> tuple[Measurement, Measurement]:
-        """Adds the norms of all ranks' parts up, together with the first bad parameter of any."""
+        """Combines the norms of all ranks' parts, and finds the first bad parameter of any rank.
+
+        ``gradients`` is False if the gradients may be gone or changed, so only norms are used.
+        """
         there = {i: self.table.tensors[i].grad for i in after.indices} if gradients else {}
         partial = {i: local_part(g) for i, g in there.items() if g is not None and is_partial(g)}
         local = ClipSides(before, after, self.first_nonfinite, self.nonfinite_count)
@@ -296,10 +299,10 @@ class Window:
         self.first_nonfinite, self.nonfinite_count = whole.first_nonfinite, whole.nonfinite_count
         return whole.before, whole.after
 
-    # -- other windows made of it ------------------------------------------------------------------
+    # -- windows derived from it -------------------------------------------------------------------
 
     def copy(self) -> Window:
-        """Returns a window that further backwards do not change."""
+        """Returns a copy that further backwards do not change."""
         return replace(
             self,
             arrivals=[(set(arrived), weight) for arrived, weight in self.arrivals],
@@ -308,19 +311,15 @@ class Window:
         )
 
     def latest(self) -> Window:
-        """Returns a window that holds the newest backward only, as a step of its own."""
+        """Returns a window of the newest micro-batch only, as a step of its own."""
         first = self.first_nonfinite and replace(self.first_nonfinite, micro_batch=1)
         return replace(self, arrivals=self.arrivals[-1:], first_nonfinite=first)
 
     def part(self, indices: Sequence[int]) -> Window:
-        """Returns the window of an optimizer that was found while this one was filling.
+        """Returns the window of an optimizer that was found while this window was filling.
 
-        Args:
-            indices: Parameters of the optimizer, ascending.
-
-        Returns:
-            A window with what has come so far. What was measured is in it where this window has
-            all of the parameters; else the step will measure.
+        It has the arrivals so far of the optimizer's parameters (``indices``, ascending). It has
+        their measurement only if this window contains all of them; otherwise the step will measure.
         """
         mine, first = set(indices), self.first_nonfinite
         part = Window(self.table, list(indices), self.norm_type, self.shards)
@@ -343,11 +342,7 @@ class Window:
         return part
 
     def leave(self, indices: Sequence[int]) -> None:
-        """Gives parameters away to another window.
-
-        Args:
-            indices: The parameters.
-        """
+        """Removes parameters that belong to another window from now on."""
         others = set(indices)
         self.indices = [index for index in self.indices if index not in others]
         self._tensors = []
@@ -369,6 +364,7 @@ def _zeroed(before: Measurement, after: Measurement) -> bool:
 
 Losses = list[tuple[FloatOrDeferred, FloatOrDeferred]]
 
+# Why a window says nothing about the noise; NoiseScale.reason shows one of these.
 ONE_MICRO_BATCH = (
     "a step has one micro-batch on one process, and there is nothing to compare it with: "
     "accumulate 2 or more"
@@ -384,13 +380,14 @@ NOT_SEEN = "the gradient of the first micro-batch was not measured by itself"
 
 
 class WindowWeights:
-    """Weighs the windows of one optimizer, and takes from them what they tell about the noise.
+    """Computes the weights of one optimizer's windows, and samples of the gradient noise.
 
     Attributes:
-        noise: Its gradient noise scale.
-        silent: Why the newest window said nothing about the noise; empty where it did.
-        sample: What it said; None where it said nothing.
-        weight: Weight of the newest window over all ranks; None where they were not asked.
+        noise: The estimator of the gradient noise scale.
+        silent: Why the newest window gave no sample; empty if it gave one.
+        sample: The sample of the newest window; None if it gave none.
+        weight: The weight of the newest window, over all ranks if these were summed; None if it
+            was not computed.
     """
 
     def __init__(
@@ -399,9 +396,10 @@ class WindowWeights:
         """Starts with no window.
 
         Args:
-            hooks: See what a micro-batch adds, and each rank's own gradients.
-            data_parallel: The ranks that average their gradients; None where there is one only.
-            by_noise: Whether the noise scale decides about windows, so that ranks must agree on it.
+            hooks: Measures what a micro-batch adds, and this rank's own gradients.
+            data_parallel: The ranks that average their gradients; None if there is only one.
+            by_noise: Whether the noise scale decides the length of windows, so that the ranks must
+                agree on it.
         """
         self.noise = NoiseScaleEstimator()
         self.silent = ""
@@ -415,12 +413,12 @@ class WindowWeights:
     def note(
         self, window: Window, weight: FloatOrDeferred, measurement: Measurement | None
     ) -> None:
-        """Notes what a backward that the window has just taken in tells about the noise.
+        """Notes the norm that the newest backward of a window added, for the noise scale.
 
         Args:
-            window: The window.
+            window: The window, which already contains the backward.
             weight: Weight of the micro-batch.
-            measurement: The gradients as they are now; None where they cannot be seen.
+            measurement: The norms of the accumulated gradients; None if they are not accessible.
         """
         count, hooks = len(window.arrivals), self._hooks
         if count == 1 and hooks.local is None and not hooks.added.watching:
@@ -432,7 +430,9 @@ class WindowWeights:
         self._reduced = 0 if first else self._reduced
         own, added = self.own_norm(window), None
         self._reduced += own is not None
-        if first or not again:  # a nested backward adds to a micro-batch in parts
+        # Nested backwards of one micro-batch each add a part of it. The norm of the whole does not
+        # follow from those, so it stays unknown, except in the first micro-batch.
+        if first or not again:
             added = hooks.added.total(window.indices)
         if added is None and first:
             added = own
@@ -445,32 +445,32 @@ class WindowWeights:
         ]
 
     def own_norm(self, window: Window) -> Tensor | None:
-        """Returns the norm of this rank's own gradients before the newest reduction, if any."""
+        """Returns this rank's own gradient norm before the newest reduction; None without one."""
         local = self._hooks.local
         return None if local is None else local.total(window.indices)
 
     def weigh(
         self, window: Window, losses: Losses, scale: FloatOrDeferred, units: int, full_units: int
     ) -> Losses:
-        """Adds a window up, before its step.
+        """Sums a window before its step, over the ranks too if gradwatch manages the loop.
 
-        Works out what the gradients lack to be the mean over all micro-batches of all ranks, and
-        what they tell about the noise.
+        Sets ``window.correction``, the factor that turns the gradients into the mean over all
+        micro-batches of all ranks, and :attr:`sample`.
 
         Args:
-            window: The window.
+            window: The window of the step.
             losses: Its losses and their weights on this rank.
             scale: The loss scale at its last backward.
-            units: What a managed loop counts the window as, in the unit of ``watch(accumulate=)``;
-                0 for as many as it has micro-batches.
-            full_units: The same for a full window.
+            units: The number of batches that a managed loop has counted in the window, in the unit
+                of ``watch(accumulate=)``; 0 to count its micro-batches.
+            full_units: The number of batches in a full window.
 
         Returns:
-            The losses: one, of all ranks where they were asked.
+            The losses and weights; only their mean if the sums were taken over the ranks.
         """
         self.sample = self.weight = ranks = None
         if window.divisor is not None or self._by_noise:
-            ranks = self._data_parallel  # but not in a loop that is only watched
+            ranks = self._data_parallel  # a loop that is only watched gets no collective of ours
         alone = len(window.noise_norms) < 2 and self._data_parallel is None
         if not window.noise_norms or (alone and window.divisor is None):
             self.silent = ONE_MICRO_BATCH
@@ -483,7 +483,7 @@ class WindowWeights:
         self.weight = sums.weight
         weight, count = _nonzero(as_operand(sums.weight)), 1 if ranks is None else ranks.ranks
         divisor = window.divisor
-        if divisor is None:  # the loop has made a mean of it itself
+        if divisor is None:  # the loop has divided its losses itself
             divisor = defer(weight / count)
         else:
             window.correction = defer(as_operand(divisor) * count / weight)
@@ -502,7 +502,7 @@ class WindowWeights:
         if added.ranks is None and len(window.noise_norms) < 2:
             return None, ONE_MICRO_BATCH
         sample = sample_of_all(added.sums, added.divisor, added.scale, units)
-        if sample is not None and added.units:  # a short last window is not as long as the next
+        if sample is not None and added.units:  # a short last window says nothing about the next
             sample = replace(sample, micro_batches=added.full_units)
         if sample is None and added.ranks is None:
             sample = sample_of_first(window.noise_norms, added.divisor, added.scale)
@@ -521,7 +521,7 @@ class WindowWeights:
 
 @dataclass(frozen=True, slots=True)
 class _Added:
-    """A window that has been added up, over which ranks, and what the sums are to be read with."""
+    """The sums of a window, the ranks that they were taken over, and how to interpret them."""
 
     sums: WindowSums
     ranks: DataParallel | None
@@ -536,7 +536,7 @@ def _mean_loss(sums: WindowSums) -> FloatOrDeferred:
 
 
 def _nonzero(weight: float | Tensor) -> float | Tensor:
-    """Returns a weight to divide by: 1 for a window of nothing, whose gradients are all zero."""
+    """Returns a weight to divide by: 1 instead of 0, as all gradients are zero then."""
     if isinstance(weight, Tensor):
         return torch.where(weight > 0, weight, 1.0)
     return weight if weight > 0 else 1.0
