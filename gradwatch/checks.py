@@ -1,7 +1,7 @@
-"""Checks of what a user gave to a policy: each names the argument, the bound and the value.
+"""Checks of arguments: each error names the argument, the bound and the value.
 
-``name`` is the argument as the user wrote it, ``advice`` is what to write instead. A value of the
-wrong kind is a ``TypeError``, one out of bounds a ``ValueError``.
+``name`` is the argument as the user wrote it, and ``advice`` says what to write instead. A value of
+the wrong type raises a ``TypeError``, a value out of bounds a ``ValueError``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 
 def check_count(name: str, value: object, least: int) -> None:
-    """Refuses what is not a whole number of steps."""
-    # bool is a subclass of int: without this test window=True would be a window of one step.
+    """Refuses a value that is not an integer number of steps, at least ``least``."""
+    # bool is a subclass of int: without this check window=True would be a window of one step.
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
             f"{name} must be a whole number of steps, got {_typed(value)}. Write {least} or more."
@@ -22,33 +22,33 @@ def check_count(name: str, value: object, least: int) -> None:
 
 
 def check_positive(name: str, value: object) -> None:
-    """Refuses what is not a positive number; infinity is one."""
+    """Refuses a value that is not a positive number; infinity is accepted."""
     number = _number(name, value)
-    # NaN compares false with everything, so `number <= 0` alone would let it pass.
+    # Every comparison with NaN is false, so `number <= 0` alone would accept it.
     if math.isnan(number) or number <= 0:
         raise ValueError(f"{name} must be greater than 0, got {value!r}.")
 
 
 def check_between(name: str, value: object, low: float, high: float, advice: str) -> None:
-    """Refuses what is not a number between two bounds, both of them excluded."""
+    """Refuses a value that is not a number strictly between two bounds."""
     if not low < _number(name, value, f" {advice}") < high:
         raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value!r}. {advice}")
 
 
 def check_at_least(name: str, value: float, least: float, reason: str) -> None:
-    """Refuses a number below a bound; the reason follows the value in the message."""
+    """Refuses a number below a bound; ``reason`` follows the value in the message."""
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}{reason}")
 
 
 def check_at_most(name: str, value: int, most: int, bound: str, reason: str) -> None:
-    """Refuses a number above a bound that another argument sets: ``bound`` is its name."""
+    """Refuses a number above ``most``, the value of another argument with the name ``bound``."""
     if value > most:
         raise ValueError(f"{name} must be at most the {bound} of {most}, got {value!r}{reason}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Refuses what is not one of a few words."""
+    """Refuses a value that is not one of a few words."""
     words = " or ".join(map(repr, choices))
     if not isinstance(value, str):
         raise TypeError(f"{name} must be {words}, got {_typed(value)}.")
@@ -57,7 +57,7 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_power_of_two(name: str, value: object) -> None:
-    """Refuses what is not a power of two, and names the nearest ones."""
+    """Refuses a value that is not a power of two, and names the nearest ones."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(
             f"{name} must be an integer, a power of two, got {_typed(value)}. "
@@ -72,8 +72,8 @@ def check_power_of_two(name: str, value: object) -> None:
 
 
 def check_names(name: str, value: object, advice: str) -> None:
-    """Refuses what is not a tuple or list of patterns of names."""
-    # A bare string is a sequence of strings too, and would exclude by single letters.
+    """Refuses a value that is not a tuple or list of name patterns."""
+    # A bare string is a sequence of strings too: each letter would be a pattern.
     if not isinstance(value, (tuple, list)) or not all(isinstance(one, str) for one in value):
         raise TypeError(
             f"{name} must be a tuple of patterns of names, got {_typed(value)}. {advice}"
@@ -81,11 +81,11 @@ def check_names(name: str, value: object, advice: str) -> None:
 
 
 def whole_number(name: str, value: object, least: int, advice: str) -> int:
-    """Returns an integer as Python's own; refuses anything else, and what is below the bound."""
+    """Converts an integer of any library to Python's int; refuses one below ``least``."""
     try:
         if isinstance(value, bool):
             raise TypeError
-        # Unlike int(), this takes integers of NumPy and torch, but cuts no fraction off a float.
+        # This accepts integers of NumPy and torch but, unlike int(), refuses floats.
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(

@@ -1,4 +1,4 @@
-"""The exceptions that gradwatch raises on purpose."""
+"""The exception classes of gradwatch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from gradwatch.pickles import stable_name
 
 @stable_name
 class NonFiniteGradientError(RuntimeError):
-    """A gradient held a NaN or an Inf and ``on_nonfinite="raise"`` was asked for.
+    """A gradient contained a NaN or an Inf, and ``on_nonfinite="raise"`` was set.
 
-    Raised before any weight changes.
+    It is raised before any weight changes.
 
     Attributes:
         step: The optimizer step that was not taken, counted from 1.
-        micro_batch: The micro-batch of the window in which it was first seen, counted from 1.
-        parameter: The first parameter in backward order that went bad.
-        nan_count: NaN elements in that parameter's gradient.
-        inf_count: Inf elements in that parameter's gradient.
+        micro_batch: The micro-batch of the step in which it was first seen, counted from 1.
+        parameter: The name of the first parameter, in backward order, with such a gradient.
+        nan_count: The number of NaN elements in that gradient.
+        inf_count: The number of Inf elements in that gradient.
     """
 
     def __init__(
@@ -39,4 +39,4 @@ class NonFiniteGradientError(RuntimeError):
 
 @stable_name
 class AccumulationError(RuntimeError):
-    """A step or a backward came against the number of micro-batches that was asked for."""
+    """A step or a backward does not fit the number of micro-batches set by ``accumulate=``."""

@@ -1,4 +1,4 @@
-"""Keeps the errors of gradwatch, and the time that it takes, apart from the training."""
+"""Separates gradwatch from the training: catches its errors, and measures the time it takes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Overhead(NamedTuple):
     """The time that gradwatch took.
 
     Attributes:
-        seconds: Time in gradwatch's own code and the tensor operations that it started; the marks
-            that parameters leave in a backward are counted with a calibrated time each.
-        share: The same as a share of the wall time since the watcher was attached.
+        seconds: Host time in gradwatch's own code and in the tensor operations that it started. The
+            hooks that note the arrival of each gradient are included with a calibrated time each.
+        share: The same, as a share of the wall time since the watcher was attached; 0 to 1.
     """
 
     seconds: float
@@ -33,11 +33,11 @@ class Overhead(NamedTuple):
 
 
 class Stopwatch:
-    """Adds up the time of gradwatch's entries into the training.
+    """Adds up the time that gradwatch's code takes inside the training.
 
     Attributes:
-        busy: Seconds of all entries so far.
-        arrivals: Marks that parameters have left so far.
+        busy: Seconds inside :class:`Shield` blocks so far.
+        arrivals: The number of calls of arrival hooks so far.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Stopwatch:
         self._stopped: float | None = None
 
     def start(self) -> None:
-        """Sets the beginning of the wall time to now."""
+        """Starts the wall time, again if it has been started before."""
         self._started = time.perf_counter()
 
     def elapsed(self) -> float:
@@ -58,18 +58,20 @@ class Stopwatch:
         return end - self._started
 
     def stop(self) -> None:
-        """Ends the measurement; safe to call again."""
+        """Stops the wall time; safe to call again."""
         if self._stopped is None:
             self._stopped = time.perf_counter()
 
     def read(self) -> Overhead:
-        """Returns what was measured so far."""
+        """Returns the overhead so far."""
+        # Arrival hooks are C functions without a Python frame (hooks/backward.py). Timing each
+        # call would cost far more than the call, so they are counted at a calibrated time.
         seconds = self.busy + self.arrivals * self._mark_s
         return Overhead(seconds, seconds / max(self.elapsed(), 1e-9))
 
 
 def _mark_seconds() -> float:
-    """Times one arrival mark, called from Python; the engine's own call costs a little more."""
+    """Measures the time of one arrival hook; called by the autograd engine it takes a bit more."""
     marks: dict[int, object] = {}
     mark: Callable[[object], None] = partial(setitem, marks, 0)
     start = time.perf_counter()
@@ -87,35 +89,38 @@ STOPPED = (
 
 
 class Shield:
-    """Stands around gradwatch's code inside the training: ``with shield: ...``.
+    """Wraps gradwatch's code inside the training: ``with shield: ...``.
 
-    Inside, no graph is recorded, and the time counts as gradwatch's own. No error gets out where
-    gradwatch only watches; what follows the block is reached then, too. Where it acts (clips,
-    skips, accumulates) an error must stop the run: going on without the clip would silently be
-    another training.
+    Inside the block no autograd graph is recorded, and the time counts as gradwatch's own. If
+    gradwatch only watches, an error is turned into a warning, watching stops, and the code after
+    the block runs. If it acts (clips, skips, accumulates), the error stops the run: to go on
+    without the clip would silently be a different training.
     """
 
     __slots__ = ("_acts", "_entered", "_on_failure", "_recording", "_stopwatch")
 
     def __init__(self, acts: bool, on_failure: Callable[[], None], stopwatch: Stopwatch) -> None:
-        """Starts whole.
+        """Starts outside of any block.
 
         Args:
-            acts: Whether gradwatch changes the training.
-            on_failure: Called once when it must stop watching.
-            stopwatch: Measures what gradwatch takes.
+            acts: Whether gradwatch changes the training, so that errors must not be suppressed.
+            on_failure: Stops watching; called when an error is suppressed.
+            stopwatch: Receives the time spent in the blocks.
         """
         self._acts = acts
         self._on_failure = on_failure
         self._stopwatch = stopwatch
         self._entered = 0.0
-        self._recording: list[bool] = []  # whether a graph was recorded before, block by block
+        self._recording: list[bool] = []  # the grad mode before each of the nested blocks
 
     def __enter__(self) -> None:
+        # Blocks may nest. Only the outermost is timed, so that no time counts twice.
         if not self._recording:
             self._entered = time.perf_counter()
         self._recording.append(torch.is_grad_enabled())
-        torch._C._set_grad_enabled(False)  # torch.no_grad() costs ten calls
+        # What torch.no_grad() does, without the ten Python calls that it takes: this code runs
+        # several times in every step.
+        torch._C._set_grad_enabled(False)
 
     def __exit__(
         self,
@@ -129,10 +134,13 @@ class Shield:
         return error is not None and self._holds_back(error)
 
     def _holds_back(self, error: BaseException) -> bool:
+        # The first two are not failures of gradwatch, but tell the user about the training. A
+        # KeyboardInterrupt, which is not an Exception, must always get through.
         meant = isinstance(error, (NonFiniteGradientError, AccumulationError))
         if meant or self._acts or not isinstance(error, Exception):
             return False
         self._on_failure()
+        # NotImplementedError is how gradwatch refuses a set-up that it does not support.
         unsupported = isinstance(error, NotImplementedError)
         text = UNSUPPORTED if unsupported else STOPPED
         warn_safely(text.format(error=error if unsupported else _named(error)))

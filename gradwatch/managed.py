@@ -1,4 +1,4 @@
-"""A loop that leaves backward and step to gradwatch, and batches that are split to fit in."""
+"""Managed loops, which leave backward and step to gradwatch, and batches split to fit in memory."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ from gradwatch.step.run import Run
 
 TWICE = (
     "watcher.backward() was called again before the loop over watcher.micro_batches() had gone on "
-    "to its next part, so it is not clear which part the loss is of, and what it weighs. Add the "
-    "losses of a part up, and call watcher.backward() once for each."
+    "to its next part, so it is not clear which part the loss belongs to, and what its weight is. "
+    "Add the losses of a part up, and call watcher.backward() once for each."
 )
 LEFT_OUT = (
     "watcher.backward() was called after the loop over watcher.micro_batches() had handed out "
-    "parts without a backward, so it is not clear which part the loss is of, and what it weighs. "
-    "Call watcher.backward() inside the loop, before the next part is taken: make no list of the "
-    "parts, do not read ahead, and give a part that shall not count watcher.backward(loss, "
-    "weight=0)."
+    "parts without a backward, so it is not clear which part the loss belongs to, and what its "
+    "weight is. Call watcher.backward() inside the loop, before the next part is taken: make no "
+    "list of the parts, do not read ahead, and call watcher.backward(loss, weight=0) for a part "
+    "that must not count."
 )
 NOT_ALONE = (
     "The loop over watcher.micro_batches() went on after another one had begun inside it, or after "
-    "watcher.step(last=True) had ended its window, so that its parts no longer count as one batch. "
+    "watcher.step(last=True) had ended its window, so its parts no longer count as one batch. "
     "End one loop before the next begins, and call watcher.step() after it."
 )
 
 
 @dataclass(slots=True)
 class Split:
-    """A batch that is run in parts; together they count as one.
+    """A batch that is run in parts, which together count as one batch of the window.
 
     Attributes:
-        parts: How many there are.
-        examples: Examples in all of them.
-        current: Examples in the one under way.
+        parts: The number of parts.
+        examples: The number of examples in all parts together.
+        current: The number of examples in the current part.
         taken: Parts that were handed out since the newest backward.
         done: Parts whose backward is over.
     """
@@ -70,7 +70,7 @@ class WindowProgress:
 
     Attributes:
         units: Batches so far.
-        split: The batch that is being split; None where none is.
+        split: The batch that is currently run in parts; None if there is none.
     """
 
     def __init__(self) -> None:
@@ -80,22 +80,22 @@ class WindowProgress:
         self._left_out: Split | None = None  # a loop that ended before the last backward
 
     def restart(self) -> None:
-        """Counts from the start: nothing is in the window."""
+        """Counts from zero again, as the window is empty."""
         self.units = 0
 
     def end(self) -> None:
-        """Ends the window: its step was taken."""
+        """Ends the window, after its step."""
         self.units, self.split, self._left_out = 0, None, None
 
     def forgive(self) -> None:
-        """Forgets parts that were handed out without a backward: the loop has gone on."""
+        """Ignores parts that were handed out without a backward, as the loop has moved on."""
         self._left_out = None
 
     def count(self, restarted: bool) -> None:
         """Counts a backward.
 
         Args:
-            restarted: Whether the loop has thrown away what was in the window before it.
+            restarted: Whether the loop has reset the gradients of the window before it.
         """
         if restarted:
             self.units = 0
@@ -109,23 +109,19 @@ class WindowProgress:
             self.split = None
 
     def is_last(self, wanted: int) -> bool:
-        """Tells whether the next backward ends the window.
-
-        Args:
-            wanted: Batches that make a window.
-        """
+        """Returns whether the next backward ends a window of ``wanted`` batches."""
         split = self.split
         finishes = split is None or split.done + 1 == split.parts
         return finishes and self.units + 1 >= wanted
 
     def check_turn(self, weighs: bool) -> None:
-        """Refuses a loss of which it is not clear to what part of a batch it belongs.
+        """Refuses a loss if it is not clear to which part of a batch it belongs.
 
         Args:
-            weighs: Whether the loop gives its weight.
+            weighs: Whether the loop has given the weight of the loss.
 
         Raises:
-            AccumulationError: If it is not.
+            AccumulationError: If it is not clear.
         """
         split = self.split
         if split is not None and split.taken == 0:
@@ -135,13 +131,13 @@ class WindowProgress:
             raise AccumulationError(LEFT_OUT)
 
     def parts(self, parts: Sequence[tuple[Any, int]]) -> Iterator[Any]:
-        """Hands out the parts of a batch.
+        """Yields the parts of a batch.
 
         Args:
-            parts: Each with its number of examples.
+            parts: Each part with its number of examples.
 
         Raises:
-            AccumulationError: If another loop has begun, or the window has ended, in between.
+            AccumulationError: If another loop has begun in the meantime, or the window has ended.
         """
         split = self.split = Split(len(parts), sum(count for _, count in parts))
         try:
@@ -159,7 +155,7 @@ class WindowProgress:
                 self.units += split.done > 0
 
     def mark(self) -> Callable[[], None]:
-        """Returns a function that puts the progress back as it is now, outside of a split batch."""
+        """Returns a function that restores the present progress; call it outside a split batch."""
         units, left_out = self.units, self._left_out
 
         def put_back() -> None:
@@ -175,23 +171,23 @@ WEIGHT = (
 
 
 def checked_weight(weight: float | Tensor) -> FloatOrDeferred:
-    """Checks the weight that somebody gave.
+    """Checks a weight that the user gave.
 
     Args:
         weight: A number, or a tensor of one number on any device.
 
     Raises:
         TypeError: If it is something else.
-        ValueError: If it is negative or not finite; on a device nobody looks.
+        ValueError: If it is negative or not finite; not checked on a device.
     """
     if isinstance(weight, Tensor):
         if weight.numel() != 1 or weight.is_complex() or weight.dtype == torch.bool:
             raise TypeError(WEIGHT.format(weight=weight))
-        if not is_at_hand(weight):  # to look at it would wait for the device
-            # A quotient of integers would be of the default dtype, which is float32.
+        if not is_at_hand(weight):  # checking the value would wait for the device
+            # Converted, because dividing integers would give the default dtype, float32.
             return defer_copy(weight.reshape(()).to(exact_dtype(weight.device)))
         weight = weight.item()
-    if isinstance(weight, bool) or not isinstance(weight, Real):  # of NumPy as well
+    if isinstance(weight, bool) or not isinstance(weight, Real):  # NumPy's numbers are Real, too
         raise TypeError(WEIGHT.format(weight=weight))
     try:
         number = float(weight)
@@ -219,17 +215,20 @@ WINDOW_FULL = (
 
 
 class ManagedLoop:
-    """Accumulates, unscales, measures, clips, steps and zeroes, in that order.
+    """Accumulates, unscales, measures, clips, steps and zeroes the gradients, in that order.
 
-    Each loss is multiplied with its weight and divided by what the window is expected to weigh
-    before its backward; what that is off by is multiplied in together with the clip.
+    Before its backward, each loss is multiplied by its weight and divided by the expected weight of
+    the window. If the window turns out to have another weight, the step corrects the gradients,
+    together with the clip.
 
     Attributes:
-        weight: Weight of the backward under way.
-        newest_weight: Weight of the newest one.
-        active: Whether a backward of this loop is under way.
-        manages: Whether the newest backward was this loop's: else the loop's windows are its own.
-        holds_all: Has no micro-batch communicate, not even the last: the step makes up for it.
+        weight: Weight of the running backward.
+        newest_weight: Weight of the newest backward.
+        active: Whether a backward of this class is running.
+        manages: Whether the newest backward was one of this class; if not, the user's own loop
+            decides about windows.
+        holds_all: Whether no micro-batch communicates, not even the last one; the step then reduces
+            the gradients.
     """
 
     def __init__(
@@ -237,10 +236,8 @@ class ManagedLoop:
     ) -> None:
         """Starts with an empty window.
 
-        Args:
-            run: What all parts of a watcher share.
-            sync: Keeps micro-batches from communicating; None where they do not.
-            optimizers: Steps of each optimizer; grows where they are found later.
+        ``sync`` is None if micro-batches do not communicate. ``optimizers`` may grow later, when
+        further optimizers are found.
         """
         self.weight: FloatOrDeferred = 1.0
         self.newest_weight: FloatOrDeferred = 1.0
@@ -250,13 +247,13 @@ class ManagedLoop:
         self._optimizers = optimizers
         self._progress = WindowProgress()
         self._divisor: FloatOrDeferred = 1.0
-        # What one batch weighs, the same on all ranks; None while they were not asked.
+        # The weight of one batch, the same on all ranks; None until the ranks have agreed on it.
         self._agreed: FloatOrDeferred | None = None
         self._communicated = True
         self.holds_all = False
         self.manages = run.accumulation.checked
 
-    # -- what the loop calls ---------------------------------------------------------------------
+    # -- called by the training loop -------------------------------------------------------------
 
     def backward(self, loss: Tensor, weight: float | Tensor | None) -> None:
         """Runs the backward of one micro-batch; see :meth:`gradwatch.watcher.Watcher.backward`."""
@@ -303,31 +300,33 @@ class ManagedLoop:
             self._run.hooks.watch_added()
         return self._progress.parts(parts)
 
-    # -- what happens around it ------------------------------------------------------------------
+    # -- called by other parts of the watcher ----------------------------------------------------
 
     def before_forward(self) -> None:
         """Decides whether the micro-batch that begins communicates its gradients."""
         if self._sync is None:
             return
-        self._sync.restore()  # left over where a forward had no backward
+        self._sync.restore()  # in case the last forward had no backward
         wanted = self._run.accumulation.micro_batches
         if self.holds_all or (self.manages and not self._progress.is_last(wanted)):
             self._sync.hold_back()
 
     def after_other_backward(self) -> None:
-        """Leaves the rest to a loop that calls ``loss.backward()`` itself.
+        """Leaves communication and windows to a loop that calls ``loss.backward()`` itself.
 
-        The micro-batch may have been held back; that of a later one makes up for it.
+        If its micro-batch was held back, a later one reduces the gradients of both.
         """
         self.manages = False
         if self._sync is not None:
             self._sync.restore()
 
     def agree(self, weight: FloatOrDeferred) -> FloatOrDeferred:
-        """Has the ranks divide by one number, once and for all; the mean of what each would.
+        """Returns the weight of one batch that all ranks divide by.
+
+        It is the mean over the ranks at the first call, and stays the same from then on.
 
         Args:
-            weight: What one batch weighs on this rank.
+            weight: The weight of one batch on this rank.
         """
         ranks = self._run.data_parallel
         if self._agreed is None and ranks is not None:
@@ -337,7 +336,7 @@ class ManagedLoop:
         return weight if self._agreed is None else self._agreed
 
     def mark(self) -> Callable[[], None]:
-        """Returns a function that puts the progress in the window back as it is now."""
+        """Returns a function that restores the present progress in the window."""
         progress, divisor, communicated = self._progress.mark(), self._divisor, self._communicated
 
         def put_back() -> None:
@@ -347,14 +346,14 @@ class ManagedLoop:
         return put_back
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run needs to divide by the same."""
+        """Returns the number that the ranks divide by, so that a resumed run uses the same."""
         return {"agreed": None if self._agreed is None else float(as_operand(self._agreed))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores the state that :meth:`state_dict` returned."""
         self._agreed = state["agreed"]
 
-    # -- parts -----------------------------------------------------------------------------------
+    # -- steps of these methods ------------------------------------------------------------------
 
     def _run_backward(self, loss: Tensor) -> None:
         scaler = self._run.options.scaler
@@ -369,13 +368,17 @@ class ManagedLoop:
                 self._sync.restore()
 
     def _note(self, was: Sequence[tuple[list[Any], int]], loss: Tensor, weighs: bool) -> None:
-        """Notes of what a backward was a part, and which windows it went into."""
+        """Counts a backward, and notes loss and weight in the windows that it was added to.
+
+        ``was`` holds the arrivals of each optimizer's window before the backward, and their number.
+        """
         before, now = max(count for _, count in was), self._filled("backward")
         if now == before == 0:
             raise RuntimeError(NOTHING_ARRIVED)
         windows = list(zip(self._optimizers, was, strict=True))
         again = [one.window.arrivals is not arrivals for one, (arrivals, _) in windows]
-        if now > before or any(again):  # else another optimizer's window caught up
+        # Otherwise it was a further loss of the same batch, for another optimizer: not counted.
+        if now > before or any(again):
             self._progress.count(restarted=now <= before)
         for restarted, (one, (_, count)) in zip(again, windows, strict=True):
             if restarted or one.window.micro_batches > count:
@@ -383,10 +386,10 @@ class ManagedLoop:
             one.units = self._progress.units
 
     def _communicate(self) -> None:
-        """Makes up for a last backward that did not know that it was the last."""
+        """Reduces the gradients if the last backward did not, not knowing that it was the last."""
         if self._sync is None:
             return
-        # Of several models, one may have communicated after another one was held back.
+        # With several models, one may have communicated although another one was held back.
         several = len(self._sync.modules) > 1 and not self._is_full
         if self._communicated and not several:
             return
@@ -406,23 +409,23 @@ class ManagedLoop:
                 scaler.step(optimizer)
         finally:
             steps.ends_window = False
-        if steps.step == before:  # the scaler has not called the optimizer
+        if steps.step == before:  # the scaler found an overflow and did not call the optimizer
             with torch.no_grad():
                 steps.abandon_window()
         return steps.applied
 
     def _given(self, weight: float | Tensor | None) -> FloatOrDeferred | None:
-        """Returns the weight that the user gave, or that the split knows; None for neither."""
+        """Returns the weight given by the user, or by the split batch; None if neither is."""
         if weight is not None:
             return checked_weight(weight)
         split = self._progress.split
         return None if split is None else float(split.current)
 
     def _expected(self, given: FloatOrDeferred | None) -> FloatOrDeferred:
-        """Returns what the window that begins is expected to weigh, the same on every rank.
+        """Returns the expected weight of the window that begins, the same on every rank.
 
-        Any number would do, as the step corrects it. This one makes gradients of the size of the
-        mean, and, where all windows weigh the same, a correction of exactly 1, which costs nothing.
+        Any number would do, as the step corrects it. With this one the gradients have the size of
+        the mean, and if all windows have the same weight, the correction is exactly 1 and free.
         """
         wanted = self._run.accumulation.micro_batches
         if given is None:
@@ -449,7 +452,7 @@ class ManagedLoop:
 
     def _check_room(self, call: str) -> None:
         wanted, units = self._run.accumulation.micro_batches, self._progress.units
-        # With a loss for each optimizer, the window of one is full before that of another.
+        # With one loss per optimizer, the window of one optimizer is full before that of another.
         full = all(one.window.micro_batches >= units for one in self._optimizers)
         if wanted > 1 and units >= wanted and full:
             text = WINDOW_FULL.format(call=call, next=units + 1, wanted=wanted)
@@ -469,11 +472,11 @@ Closure = Callable[[Any], "Tensor | tuple[Tensor, float | Tensor]"]
 CALL = "watcher.run_batch"
 NO_LOSS = (
     "The closure of watcher.run_batch() must return the mean loss of the micro-batch that it is "
-    "given, a tensor of one element, or the pair of it and a weight, got {result}."
+    "given, a tensor of one element, or a pair of this loss and a weight, got {result}."
 )
 ELSEWHERE = (
-    "Another rank ran out of memory with a micro-batch of one example, so that the batch cannot be "
-    "run. Use a smaller model, shorter examples or activation checkpointing."
+    "Another rank ran out of memory with a micro-batch of one example, so the batch cannot be run. "
+    "Use a smaller model, shorter examples or activation checkpointing."
 )
 
 
@@ -481,7 +484,7 @@ class BatchRunner:
     """Halves the micro-batch when memory runs out, and runs the same batch again.
 
     Attributes:
-        size: The most examples that a micro-batch may have; None while memory has sufficed.
+        size: The most examples that a micro-batch may have; None if memory has never run out.
     """
 
     def __init__(
@@ -491,14 +494,7 @@ class BatchRunner:
         model: nn.Module | Mapping[str, Tensor],
         optimizers: Sequence[OptimizerSteps],
     ) -> None:
-        """Starts with whole batches.
-
-        Args:
-            run: The run.
-            managed: Runs the backwards.
-            model: Its buffers are put back where a batch is run again.
-            optimizers: As for :class:`ManagedLoop`.
-        """
+        """Starts with whole batches; for ``optimizers`` see :class:`ManagedLoop`."""
         self.size: int | None = None
         self._run = run
         self._managed = managed
@@ -522,7 +518,7 @@ class BatchRunner:
             start.go_back()
             if too_large == 1:
                 raise _last_error(error, size)
-            del start, error, loss  # they would be there beside the next attempt
+            del start, error, loss  # or their memory would be in use during the next attempt
             self._halve(too_large, self._optimizers[0].step + 1)
 
     # -- one attempt -----------------------------------------------------------------------------
@@ -539,7 +535,7 @@ class BatchRunner:
             return self._run_parts(closure, batch, size), None
         except BaseException as error:
             if isinstance(error, Exception) and is_out_of_memory(error):
-                if size > 1:  # else it will be raised, with its story
+                if size > 1:  # at 1 there is no next attempt: the error is raised, with its frames
                     forget(error)
                 return torch.zeros(()), error
             start.go_back()
@@ -557,19 +553,20 @@ class BatchRunner:
         return loss_sum / (weight_sum + (weight_sum == 0))
 
     def _run_part(self, closure: Closure, part: Any) -> tuple[Tensor, float | Tensor]:
-        """Runs a micro-batch; the graph of its loss ends here, before the next one has begun."""
+        """Runs a micro-batch; its graph is freed on return, before the next micro-batch begins."""
         loss, weight = _loss_and_weight(closure(part))
         self._managed.backward(loss, weight)
         wide = torch.promote_types(loss.dtype, torch.float32)
         return loss.detach().reshape(()).to(wide), as_operand(self._managed.newest_weight)
 
-    # -- what the ranks do together --------------------------------------------------------------
+    # -- cooperation of the ranks ----------------------------------------------------------------
 
     @property
     def _may_run_again(self) -> bool:
-        """Whether a rank can run a batch again: not while the others wait for it in the middle.
+        """Whether a rank can run a batch again without the other ranks waiting inside theirs.
 
-        FSDP2 gathers parameters in each forward, SyncBatchNorm statistics, and a static graph
+        This is not so if the ranks communicate during a batch: FSDP2 gathers parameters in each
+        forward, SyncBatchNorm gathers statistics, and DistributedDataParallel with a static graph
         reduces gradients in its first backward.
         """
         ranks = self._run.data_parallel
@@ -579,17 +576,17 @@ class BatchRunner:
         return not synced and all(map(can_hold, ranks.wrappers))
 
     def _communicate_ahead(self, length: int) -> None:
-        """Leaves nothing to communicate until each rank has run its batch, or failed to."""
+        """Communicates in advance what a batch needs, so that ranks run it independently."""
         ranks = self._run.data_parallel
         if ranks is not None:
             self._managed.agree(float(length))
             broadcast_buffers(ranks.wrappers)
 
     def _smallest_of_ranks(self, failed: int | None) -> int | None:
-        """Returns the smallest micro-batch that failed on any rank; None where the batch has run.
+        """Returns the smallest micro-batch size that failed on any rank; None if none failed.
 
         Args:
-            failed: The one that failed on this rank.
+            failed: The size that failed on this rank; None if the batch was run.
         """
         ranks = self._run.data_parallel
         if ranks is None:
@@ -611,7 +608,7 @@ class BatchRunner:
 
 
 class _Start:
-    """Where a batch begins, to go back to: gradients, buffers, random numbers, the window."""
+    """The state before a batch, to go back to: gradients, buffers, random numbers, the window."""
 
     def __init__(
         self,
@@ -632,12 +629,12 @@ class _Start:
             put_back()
         for one in self._optimizers:
             one.window.accept_restored_gradients()
-        self._added.begin()  # it holds gradients of a backward that failed
+        self._added.begin()  # drops gradients of the backward that failed
         self._added.active = any(one.window.micro_batches for one in self._optimizers)
 
 
 def _last_error(error: Exception | None, size: int) -> Exception:
-    """Returns what to raise where some rank cannot run even one example."""
+    """Returns the error to raise if a rank cannot run even one example."""
     if error is not None and size == 1:
         return error
     elsewhere = RuntimeError(ELSEWHERE)

@@ -1,4 +1,4 @@
-"""Running out of memory: knowing the error, freeing the memory, taking the batch back."""
+"""Running out of memory: recognizing the error, freeing memory, undoing a failed batch."""
 
 from __future__ import annotations
 
@@ -13,51 +13,50 @@ from torch import Tensor, nn
 
 from gradwatch.measure.parameters import local_part
 
-# Those of torch that are no torch.OutOfMemoryError; each is a part of the message.
+# Parts of the messages of errors that are not a torch.OutOfMemoryError.
 MESSAGES = (
-    # c10's allocator on the CPU: of Linux and macOS, then of Windows (c10/core/impl/alloc_cpu.cpp).
+    # c10's CPU allocator on Linux and macOS, then on Windows (c10/core/impl/alloc_cpu.cpp).
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
-    # A C++ container that found no memory: torch makes a RuntimeError of any std::exception.
+    # A C++ container: torch turns any std::exception into a RuntimeError.
     "std::bad_alloc",
-    # CUDA, HIP and XPU before torch.OutOfMemoryError, and allocators of other makers.
+    # CUDA, HIP and XPU before torch.OutOfMemoryError existed, and allocators of other vendors.
     "out of memory. Tried to allocate",
     # Metal (aten/src/ATen/mps/MPSAllocator.mm), still a RuntimeError.
     "MPS backend out of memory",
-    # The driver, past torch's allocator: a torch.AcceleratorError of a newer torch.
+    # The driver itself, not torch's allocator: in newer versions a torch.AcceleratorError.
     "CUDA error: out of memory",
     "CUDA driver error: out of memory",
     "HIP error: out of memory",
     "UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY",
-    # The allocator has no memory left and, on some machines, fails to find out how much there was
+    # The allocator has no memory left and, on some machines, then fails to query how much there is
     # (pytorch issue 112377).
     "NVML_SUCCESS == r INTERNAL ASSERT FAILED",
-    # A kernel that Triton loads, as torch.compile makes them; on HIP it writes "Messsage: ...".
+    # Loading a Triton kernel (torch.compile); on HIP the text contains "Messsage: ..." [sic].
     "Triton Error [CUDA]: out of memory",
     "sage: out of memory",
-    # Workspaces and handles of cuDNN, cuBLAS, cuSPARSE, cuSOLVER and their HIP namesakes; cuFFT.
+    # Workspaces and handles of cuDNN, cuBLAS, cuSPARSE, cuSOLVER and their HIP versions; cuFFT.
     "_STATUS_ALLOC_FAILED",
     "CUFFT_ALLOC_FAILED",
-    # cuDNN 8 tries one engine after the other and swallows why each of them failed; with no
-    # memory left all do (pytorch issue 108645). Where it is another reason, less does not help.
+    # cuDNN 8 tries one engine after another and hides why each of them failed; without memory all
+    # of them fail (pytorch issue 108645). If the reason was another one, a smaller batch fails too.
     "unable to find an engine to execute this computation",
 )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tells whether an error, or what it was raised ``from``, says that memory ran out.
+    """Returns whether an error, or one that it was raised ``from``, says that memory ran out.
 
-    Returns:
-        True if running less at a time may help.
+    If so, a smaller micro-batch may help.
     """
     return any(_says_out_of_memory(one) for one in _chain(error, contexts=False))
 
 
 def forget(error: BaseException) -> None:
-    """Lets go of the activations that an error holds: those in the frames of its traceback.
+    """Frees the activations that an error keeps alive through the frames of its traceback.
 
-    Call it before running again, in a place where no variable holds a result of the failed run;
-    the error, and what it came from, has no traceback afterwards.
+    Call it before running again, where no variable holds a result of the failed run. Afterwards the
+    error, and the errors that led to it, have no traceback.
     """
     for one in _chain(error, contexts=True):
         # A frame may outlive the traceback, in a generator or a debugger: clear both.
@@ -66,10 +65,10 @@ def forget(error: BaseException) -> None:
 
 
 def release_memory(devices: Iterable[torch.device]) -> None:
-    """Frees what nothing refers to: reference cycles, and the caches of the devices' allocators.
+    """Collects reference cycles, and empties the caches of the devices' memory allocators.
 
     Args:
-        devices: Those in use. A kind that is not among them is not touched, let alone initialised.
+        devices: The devices in use. Other kinds of device are not touched, so not initialized.
     """
     gc.collect()  # a traceback and its frames hold each other
     for kind in {device.type for device in devices}:
@@ -79,11 +78,11 @@ def release_memory(devices: Iterable[torch.device]) -> None:
 
 
 class Rollback:
-    """What running a batch changes, taken before, so that running it again is the first time.
+    """A copy of everything that running a batch changes, so that it can be undone.
 
-    That is: gradients, buffers (running statistics), and the generators of torch. Parameters and
-    optimizer state do not change before the step; the generators of Python and numpy do not belong
-    to torch.
+    These are gradients, buffers (such as running statistics) and torch's random number generators.
+    Parameters and optimizer state do not change before the step. The generators of Python and NumPy
+    are not torch's, and are not included.
     """
 
     def __init__(
@@ -92,17 +91,18 @@ class Rollback:
         modules: Iterable[nn.Module],
         devices: Iterable[torch.device],
     ) -> None:
-        """Copies it; nearly free where no parameter has a gradient.
+        """Makes the copy; nearly free if no parameter has a gradient.
 
         Args:
-            parameters: The leaf tensors that a backward leaves gradients in.
-            modules: Those whose buffers may change: ``model.modules()``, or those in training.
-            devices: Those whose generators may be used, besides the CPU's.
+            parameters: The leaf tensors that receive gradients.
+            modules: The modules whose buffers may change: ``model.modules()``, or those in
+                training mode.
+            devices: Devices whose random number generators may be used, in addition to the CPU's.
         """
-        # Gradients go to the CPU: the device is short of memory. Buffers are small and stay on
-        # their device, as copying each of them to the CPU would wait for it each time.
-        # ``_buffers`` is private, but named_buffers() leaves out those that are None so far, and
-        # says of none where to put it back (torch 2.4 to 2.13).
+        # Gradients are copied to the CPU, because the device is short of memory. Buffers are small
+        # and are copied on their device: each copy to the CPU would wait for it. ``_buffers`` is
+        # private, but named_buffers() omits buffers that are None so far, and does not say which
+        # module to restore a buffer in (torch 2.4 to 2.13).
         with torch.no_grad():
             self._gradients = [(p, p.grad, _on_cpu(p.grad)) for p in parameters]
             self._buffers = [
@@ -113,7 +113,7 @@ class Rollback:
         self._generators = list(_generators(devices))
 
     def restore(self) -> None:
-        """Puts it back, in place: whoever holds a gradient or a buffer sees the old values."""
+        """Restores the copy in place, so that references to gradients and buffers stay valid."""
         with torch.no_grad():
             for parameter, gradient, values in self._gradients:
                 _fill(gradient, values)
@@ -121,7 +121,7 @@ class Rollback:
                     parameter.grad = gradient
             for module, name, buffer, values in self._buffers:
                 _fill(buffer, values)
-                module._buffers[name] = buffer  # a module may have put another tensor there
+                module._buffers[name] = buffer  # the module may have replaced the tensor
         for set_state, state in self._generators:
             set_state(state)
 
@@ -133,7 +133,7 @@ def _says_out_of_memory(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException, contexts: bool) -> Iterator[BaseException]:
-    seen: set[int] = set()  # ids, as errors may be raised from each other in a circle
+    seen: set[int] = set()  # ids of errors: causes and contexts may form a cycle
     waiting: list[BaseException | None] = [error]
     while waiting:
         one = waiting.pop()

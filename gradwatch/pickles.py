@@ -1,8 +1,8 @@
 """Names under which pickles find our classes, so that moving a class never breaks a checkpoint.
 
-What users may pickle says that it belongs to ``gradwatch`` itself (:func:`stable_name`), and
-``gradwatch`` finds it wherever it lives. Pickles made while classes still gave away their modules
-load through aliases of those modules.
+A pickle stores the module of each class. Classes that users may pickle claim to be defined in
+``gradwatch`` itself (:func:`stable_name`), and ``gradwatch`` looks them up wherever they are now.
+Pickles of version 0.1 name the real modules of that time, and load through aliases of these.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ INNER = {
     "gradwatch.step.skip_rule": "TooManySkipsError",
     "gradwatch.testing": "late_readings",
 }
-"""Modules, and what of them is not public but in the pickle of something that is."""
+"""Modules, and the names in them that are not public but occur in pickles of public objects."""
 
 MOVED = {
     "gradwatch.commands.shared.command_error": "CommandError",
@@ -83,11 +83,11 @@ MOVED = {
     "gradwatch.record.step": "StepRecord",
     "gradwatch.watching": "watch",
 }
-"""Modules of gradwatch 0.1, and what of them pickles may name: ``NAME`` or ``OLD=NEW``."""
+"""Modules of gradwatch 0.1, and the names in them that pickles may use: ``NAME`` or ``OLD=NEW``."""
 
 
 def find_inner(name: str) -> Any:
-    """Returns a thing that is not public but pickled by this name; None for any other name."""
+    """Returns the object of :data:`INNER` with this name; None if there is none."""
     for module, names in INNER.items():
         if name in names.split():
             return getattr(import_module(module), name)
@@ -95,37 +95,38 @@ def find_inner(name: str) -> Any:
 
 
 def stable_name(thing: T) -> T:
-    """Makes a class or function one of ``gradwatch`` itself, by which name it is then pickled."""
+    """Decorates a class or function so that it is pickled as one of the module ``gradwatch``."""
     kind: Any = thing
     if isinstance(kind, type) and "__annotations__" in vars(kind):
-        # Unlike a function, a class would have them looked up in the module that it names.
+        # Resolved now: string annotations of a class are looked up in the module that it names,
+        # those of a function in the module that defines it.
         kind.__annotations__ = inspect.get_annotations(kind, eval_str=True)
     kind.__module__ = "gradwatch"
     return thing
 
 
 def add_aliases(moved: Mapping[str, str], home: str) -> None:
-    """Lets pickles find what was moved.
+    """Makes old module names importable, so that old pickles load.
 
-    The modules are put where the import system looks first, and are not bound in their packages:
-    a name such as ``gradwatch.explain`` stays free.
+    The modules are entered into ``sys.modules``, but not set as attributes of their packages, so a
+    name such as ``gradwatch.explain`` stays free.
 
     Args:
-        moved: As :data:`MOVED`.
-        home: The module that has the things now.
+        moved: Old modules and names, in the form of :data:`MOVED`.
+        home: The name of the module that has the objects now.
     """
     for module, names in moved.items():
         pairs = [name.partition("=") for name in names.split()]
         sys.modules.setdefault(
             module, _Moved(module, home, {old: new or old for old, _, new in pairs})
         )
-        # A module is imported after its package, as far as there is none under that name today.
+        # A module is imported after its packages. Make those that no longer exist.
         while (module := module.rpartition(".")[0]) != home and module not in sys.modules:
             sys.modules[module] = _Moved(module, home, {})
 
 
 class _Moved(ModuleType):
-    """Stands for a module that is no more; imports nothing before it is asked for a name."""
+    """Stands in for a module that no longer exists; imports nothing until a name is looked up."""
 
     def __init__(self, name: str, home: str, names: Mapping[str, str]) -> None:
         super().__init__(name, "Only pickles of gradwatch 0.1 need this module.")

@@ -1,4 +1,4 @@
-"""Test doubles for users too: a sink that keeps all, a model with known gradients, late numbers."""
+"""Test doubles, also for users: a capturing sink, a model with known gradients, late numbers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from gradwatch.record.records import Event, RecordBatch, StepRecord
 
 __all__ = ["CapturingSink", "LinearModel", "late_readings"]
 
-late_readings.__module__ = __name__  # it lives below, where numbers are read
+late_readings.__module__ = __name__  # defined in measure/, which must not import this module
 
 
 class CapturingSink:
-    """A sink that keeps what it is given.
+    """A sink that keeps everything it receives.
 
     Attributes:
-        batches: The batches as they came.
-        closed: Whether it was closed.
+        batches: The batches in the order in which they were delivered.
+        closed: Whether :meth:`close` was called.
 
     Example:
         >>> import gradwatch
@@ -50,24 +50,25 @@ class CapturingSink:
         self.batches.append(batch)
 
     def close(self) -> None:
-        """Remembers that it was closed."""
+        """Notes that the sink was closed."""
         self.closed = True
 
 
 class LinearModel(nn.Module):
-    """A model whose loss is the dot product of its weight with fixed numbers: its gradient.
+    """A model whose gradient is known: its loss is the dot product of its weight with it.
 
     Attributes:
-        weight: Parameter ``[n]`` of zeros, float32.
+        weight: Parameter ``[n]``, float32, initialized to zeros.
+        slope: Buffer ``[n]``, float32: the gradient.
     """
 
     slope: Tensor
 
     def __init__(self, gradient: list[float]) -> None:
-        """Chooses the gradient.
+        """Sets the gradient.
 
         Args:
-            gradient: What every backward adds to ``weight.grad``.
+            gradient: The n numbers that every backward adds to ``weight.grad``.
         """
         super().__init__()
         self.register_buffer("slope", torch.tensor(gradient))

@@ -488,15 +488,15 @@ class AccumulationPlan:
 
 TOO_EARLY = (
     "{optimizer}.step() was called after {found} of the {wanted} micro-batches that "
-    "watch(accumulate={wanted}) asks for: the update would use a part of the window only. "
-    "Call watcher.step() after every micro-batch, it steps the optimizer when the window is full "
-    "(watcher.step(last=True) for a short last one), or pass the number that your loop "
+    "watch(accumulate={wanted}) asks for: the update would use only a part of the window. "
+    "Call watcher.step() after every micro-batch: it steps the optimizer when the window is full "
+    "(watcher.step(last=True) for a short last one). Or pass the number that your loop "
     "accumulates, watch(accumulate={found})."
 )
 TOO_LATE = (
     "{found} micro-batches came before {optimizer}.step(), but watch(accumulate={wanted}) asks for "
     "{wanted}: the gradient would have a weight of {found}/{wanted}. Call watcher.step() after "
-    "every micro-batch, it steps the optimizer when the window is full, or pass the number that "
+    "every micro-batch: it steps the optimizer when the window is full. Or pass the number that "
     "your loop accumulates, watch(accumulate={found})."
 )
 
@@ -514,8 +514,8 @@ def check_window(optimizer: str, found: int, wanted: int) -> None:
 
 
 ALONE = (
-    "watch(accumulate={policy!r}) may come down to one micro-batch per step, which has no noise "
-    "scale on one process, so that it would never leave it again. Write min=2."
+    "watch(accumulate={policy!r}) may come down to one micro-batch per step. On one process this "
+    "has no noise scale, so the number would never rise again. Write min=2."
 )
 
 

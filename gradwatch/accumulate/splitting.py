@@ -32,7 +32,7 @@ NO_EXAMPLES = (
 EMPTY = "{name}() got a batch of no examples: {path} has length 0. Leave empty batches out."
 NOT_CUT = (
     "{name}() got a {kind} at {path}, which cannot be cut along dimension 0. Pass a padded tensor "
-    "and its lengths, and make this one of them in the loop."
+    "and its lengths, and build the {kind} from them in the loop."
 )
 UNKNOWN = (
     "{name}() got a {kind} at {path}, and cannot tell whether it holds examples. Pass its tensors "

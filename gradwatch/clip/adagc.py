@@ -48,7 +48,7 @@ class AdaGC:
 
     Attributes:
         lambda_rel: λ_rel, the largest ratio of a parameter's norm to its average; at least 1.
-        beta: β, the weight of the old average at each step, between 0 and 1.
+        beta: The weight of the old average at each step, between 0 and 1.
         lambda_abs: λ_abs, the limit of the total norm in the warm-up; positive, or ``math.inf``.
         warmup: The length of the warm-up in steps, at least 0.
         norm_type: The p of the norms, positive.

@@ -41,7 +41,7 @@ class ZClip(HistoryClip):
     statistic.
 
     Attributes:
-        alpha: α, the weight of the old statistics at each step, between 0 and 1.
+        alpha: The weight of the old statistics at each step, between 0 and 1.
         z_thresh: z_t, positive.
         warmup_steps: How many norms the mean and the deviation start from, at least 1.
         max_norm: A further, fixed limit of the norm, also during the warm-up; None for none. The

@@ -28,21 +28,21 @@ from gradwatch.measure.parameters import is_sharded, local_part
 
 FSDP1 = (
     "watch(model=) got a model with FullyShardedDataParallel in it (FSDP1), whose flattened "
-    "parameters show each rank another part of the gradients: norms would be wrong, and each rank "
-    "would clip by its own. Shard the model with torch.distributed.fsdp.fully_shard() instead, or "
+    "parameters show each rank a different part of the gradients: norms would be wrong, and each "
+    "rank would clip by its own. Shard it with torch.distributed.fsdp.fully_shard() instead, or "
     "with ShardingStrategy.NO_SHARD or DistributedDataParallel if it fits on one device."
 )
 DIFFERENT_RANKS = (
     "The model's gradients are averaged over different ranks: some over {first}, others over "
-    "{second}, and neither contains the other. What the micro-batches of all ranks weigh together "
-    "has no one answer then. Use one process group, or one mesh, for all wrappers of the model."
+    "{second}, and neither contains the other. So the total weight of the micro-batches of all "
+    "ranks is not defined. Use one process group, or one mesh, for all wrappers of the model."
 )
 CANNOT_DEFER = (
     "A window ended early, after a backward that did not communicate, and its gradients cannot be "
     "reduced afterwards: {why}. Say beforehand where a window ends: iterate over "
     "watcher.micro_batches(...), or give the exact size of every window."
 )
-NO_SUCH_API = "torch {version} does it in another way than gradwatch knows ({error})"
+NO_SUCH_API = "torch {version} does this in a way that gradwatch does not know ({error})"
 STILL_KEPT = "torch {version} still keeps some of them"
 SPARSE_HOOK = "a communication hook is registered, and some of them are sparse"
 
@@ -277,9 +277,7 @@ class GradientSync:
     def before_forwards(self, model: object, hook: Callable[[nn.Module, Any], None]) -> None:
         """Registers a forward pre-hook on the modules whose forward begins a micro-batch.
 
-        Args:
-            model: The watched model.
-            hook: Called before each forward, with the module and its positional arguments.
+        ``model`` is the watched model. If it is compiled, the hook is registered on it instead.
         """
         modules = self.modules
         # On the inner module of a torch.compile() wrapper, the hook would be compiled as well.

@@ -410,7 +410,7 @@ REFUSED = (
     "{asked} cannot be had with an optimizer that steps inside the backward{where}: the norm of "
     "all gradients is known when the backward has ended, and by then the step has been taken and "
     "the gradients are gone. Step the optimizer after the backward, or leave {argument} out; "
-    "clip=ClipByValue(...) works inside a backward, and watching does."
+    "clip=ClipByValue(...) works inside a backward, and so does watching."
 )
 
 

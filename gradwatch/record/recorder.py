@@ -1,4 +1,4 @@
-"""Keeps the newest steps in memory, and hands them to the sinks in batches."""
+"""Keeps the newest steps in memory, and delivers steps and events to the sinks in batches."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ class Entry:
     """One step before it enters the buffer.
 
     Attributes:
-        record: The step.
-        columns: Columns of the layout that the values below belong to.
-        norms: float array ``[len(columns)]``: pre-clip norms in true units.
-        clipped_columns: Columns of ``clipped_norms``.
-        clipped_norms: Post-clip norms; None where they are ``record.clip_coef * norms``.
-        statistics: Further statistics by name, over all columns of the layout.
-        events: What happened in the step.
+        record: The numbers of the step.
+        columns: Columns of the layout that have a gradient, for ``norms``.
+        norms: float array ``[len(columns)]``: norms before the clip, in true units.
+        clipped_columns: Columns of the layout for ``clipped_norms``.
+        clipped_norms: float array ``[len(clipped_columns)]``: norms after the clip; None if they
+            are ``record.clip_coef * norms``.
+        statistics: Further statistics by name, each over all columns of the layout.
+        events: The events of the step.
     """
 
     record: StepRecord
@@ -51,15 +52,10 @@ class Entry:
 
 
 class RingBuffer:
-    """Keeps the newest entries; an older one makes room for each that comes after it is full."""
+    """Keeps the newest entries; when it is full, each new one replaces the oldest."""
 
     def __init__(self, layout: Layout, capacity: int) -> None:
-        """Reserves the memory.
-
-        Args:
-            layout: The parameters that the columns stand for.
-            capacity: How many steps are kept, at least 1.
-        """
+        """Reserves memory for ``capacity`` steps, at least 1."""
         self.layout = layout
         self.capacity = capacity
         self._records: list[StepRecord | None] = [None] * capacity
@@ -73,7 +69,7 @@ class RingBuffer:
         return min(self._added, self.capacity)
 
     def append(self, entry: Entry) -> None:
-        """Keeps one step, in the place of the oldest one where the buffer is full."""
+        """Adds one step, in place of the oldest one if the buffer is full."""
         slot = self._added % self.capacity
         self._added += 1
         self._records[slot] = entry.record
@@ -81,7 +77,8 @@ class RingBuffer:
         _fill(self._norms[slot], entry.columns, entry.norms)
         self._explicit[slot] = entry.clipped_norms is not None
         if entry.clipped_norms is not None:
-            if self._clipped is None:  # most runs have no clip but gradwatch's, and need no second
+            # Made when it is first needed: most runs have no clip, or gradwatch's with one factor.
+            if self._clipped is None:
                 self._clipped = np.full_like(self._norms, NO_GRADIENT)
             _fill(self._clipped[slot], entry.clipped_columns, entry.clipped_norms)
         for name in entry.statistics:
@@ -91,14 +88,11 @@ class RingBuffer:
             plane[slot] = entry.statistics.get(name, np.nan)
 
     def batch(self, newest: int | None = None, events: tuple[Event, ...] = ()) -> RecordBatch:
-        """Copies the newest steps out.
+        """Returns a copy of the newest steps, oldest first.
 
         Args:
-            newest: How many; all that are kept if None.
-            events: The events to hand on with them.
-
-        Returns:
-            The steps, oldest first, in arrays of their own.
+            newest: The number of steps; None for all that are kept.
+            events: The events to put into the batch.
         """
         count = len(self) if newest is None else min(newest, len(self))
         slots = np.arange(self._added - count, self._added) % self.capacity
@@ -122,10 +116,10 @@ class RingBuffer:
         return rows
 
     def _widen_for(self, entry: Entry) -> None:
-        """Goes over to float64 where a norm comes that a float32 cannot hold exactly."""
+        """Converts the arrays to float64 when the first norms in float64 come."""
         if entry.norms.dtype != np.float64 or self._norms.dtype == np.float64:
             return
-        with np.errstate(invalid="ignore"):  # rows that nothing was written to yet
+        with np.errstate(invalid="ignore"):  # unused rows are uninitialized memory
             self._norms = self._norms.astype(np.float64)
         if self._clipped is not None:
             self._clipped = self._clipped.astype(np.float64)
@@ -150,15 +144,13 @@ FAILED = (
 
 
 class SinkHub:
-    """Counts the steps that the sinks have not seen, and delivers them when it is time."""
+    """Counts the steps that the sinks have not received, and decides when to deliver them.
+
+    A sink that raises is dropped with a warning; the training and the other sinks go on.
+    """
 
     def __init__(self, sinks: Sequence[Sink], capacity: int) -> None:
-        """Starts with nothing to deliver.
-
-        Args:
-            sinks: Who receives the records.
-            capacity: How many steps may wait at most.
-        """
+        """Starts with nothing to deliver; at most ``capacity`` steps may wait."""
         self._sinks = list(sinks)
         self._limit = min(FLUSH_STEPS, capacity)
         self._waiting = 0
@@ -171,11 +163,11 @@ class SinkHub:
         """Counts one more step.
 
         Args:
-            urgent: Whether it should be seen soon: something non-finite happened.
+            urgent: Whether the step should be seen soon, because a number was not finite.
 
         Returns:
-            Whether it is time to deliver: 64 steps wait, or 5 seconds have passed, or one second
-            where it is urgent.
+            Whether it is time to deliver: 64 steps are waiting, or the last delivery was more than
+            5 seconds ago, or one second if urgent.
         """
         if not self._sinks:
             return False
@@ -183,22 +175,18 @@ class SinkHub:
         return self.due(0, URGENT_SECONDS if urgent else FLUSH_SECONDS)
 
     def due(self, more: int, seconds: float = FLUSH_SECONDS) -> bool:
-        """Tells whether it is time to deliver.
+        """Returns whether it is time to deliver.
 
         Args:
-            more: How many steps are to be counted, as soon as they are written down.
-            seconds: How long the sinks may have got nothing.
+            more: Steps that have not been counted yet, as their records have not been made.
+            seconds: The longest time since the last delivery.
         """
         if self._waiting + more >= self._limit:
             return True
         return bool(self._sinks) and time.perf_counter() - self._delivered_at > seconds
 
     def deliver(self, take: Callable[[int], RecordBatch]) -> None:
-        """Hands the waiting steps to every sink.
-
-        Args:
-            take: Makes the batch of the newest so many steps.
-        """
+        """Delivers the waiting steps to every sink; ``take`` makes a batch of the newest steps."""
         if not self._sinks:
             return
         batch = take(self._waiting)
@@ -232,33 +220,29 @@ class FinishedStep(Protocol):
     """A step that is over, and whose numbers may still be on their way from a device."""
 
     can_wait: bool
-    """Whether it may be written down later, together with other steps."""
+    """Whether its record may be made later, together with those of other steps."""
 
     def ready(self) -> bool:
-        """Tells, without waiting, whether its numbers have arrived."""
+        """Returns whether its numbers have arrived; never waits."""
 
     def entry(self) -> Entry:
-        """Writes the step down; waits for its numbers where they have not arrived."""
+        """Returns the step with its record; waits for numbers that have not arrived."""
 
 
 class Recorder:
     """The memory of a watcher: ring buffer, events, sinks.
 
-    Where no optimizer has stepped yet, nobody knows whether a backward is a step of its own. Such
-    entries are held: they are read like all others, but reach the sinks only when it is settled
-    (:meth:`commit`), or are taken back when an optimizer steps after all (:meth:`retract`).
+    Before an optimizer has stepped, it is not known whether a backward is a step of its own. Such
+    backwards are held. They can be read like steps, but they reach the sinks only once they are
+    known to be steps (:meth:`commit`), and are dropped if an optimizer steps after all
+    (:meth:`retract`).
 
     Attributes:
-        skipped: Steps that were not applied.
+        skipped: The number of steps that were not applied.
     """
 
     def __init__(self, buffer: RingBuffer, hub: SinkHub) -> None:
-        """Starts empty.
-
-        Args:
-            buffer: Keeps the newest steps.
-            hub: Hands them to the sinks.
-        """
+        """Starts empty."""
         self._buffer = buffer
         self._hub = hub
         self._first_events: list[Event] = []
@@ -272,38 +256,41 @@ class Recorder:
 
     @property
     def last(self) -> StepRecord | None:
-        """The newest step, waited for where its numbers are on their way; None before the first."""
+        """The newest step; waits for its numbers. None before the first step."""
         self.receive(wait=True)
         return self._held[-1].entry().record if self._held else self._last
 
     @property
     def newest(self) -> StepRecord | None:
-        """The newest step whose numbers have arrived; waits for nothing."""
+        """The newest step whose numbers have arrived; never waits."""
         self.receive()
         return self._last
 
     def expect(self, step: FinishedStep) -> None:
-        """Keeps a finished step, as soon as its numbers have arrived and it is time."""
+        """Queues a finished step; its record is made once its numbers have arrived.
+
+        Steps that can wait are recorded in groups, when it is time to deliver.
+        """
         self._expected.append(step)
-        # Python that has not run for the length of a step costs several times what it costs in a
-        # loop: the caches have forgotten it. So steps are written down many at a time.
+        # Code that last ran one training step ago is no longer in the CPU caches, and costs several
+        # times what it costs in a loop. So the records of many steps are made together.
         if not step.can_wait or self._hub.due(len(self._expected)):
             self.receive()
 
     def receive(self, wait: bool = False) -> None:
-        """Keeps the expected steps that have arrived, in order.
+        """Records the expected steps that have arrived, in order.
 
         Args:
-            wait: Waits for those that have not.
+            wait: Whether to wait for those that have not arrived.
         """
         if not self._expected:
             return
-        with self._receiving:  # the history may be read by another thread than the training
+        with self._receiving:  # a thread other than the training may read the history
             while self._expected and (wait or self._expected[0].ready()):
                 self.add(self._expected.popleft().entry())
 
     def add(self, entry: Entry) -> None:
-        """Keeps a finished step, and delivers when it is time."""
+        """Records a finished step, and delivers if it is time."""
         self._buffer.append(entry)
         self._last = entry.record
         self.skipped += entry.record.outcome != "applied"
@@ -312,7 +299,7 @@ class Recorder:
             self.flush()
 
     def note(self, events: tuple[Event, ...]) -> None:
-        """Keeps events, of a step or of none: the first ones for good, of the rest the newest."""
+        """Keeps events, of a step or of none: the first 1,000 and the newest 9,000 of the rest."""
         room = FIRST_EVENTS - len(self._first_events)
         self._first_events.extend(events[:room])
         self._events.extend(events[room:])
@@ -320,29 +307,22 @@ class Recorder:
             self._undelivered.extend(events)
 
     def hold(self, step: FinishedStep) -> int:
-        """Keeps a backward of which nobody knows yet whether it is a step.
-
-        Args:
-            step: The backward as a step of its own.
-
-        Returns:
-            How many are held now.
-        """
+        """Holds a backward that may be a step of its own; returns how many are held now."""
         self._held.append(step)
         return len(self._held)
 
     def commit(self) -> None:
-        """Turns the held backwards into steps."""
+        """Records the held backwards as steps."""
         held, self._held = self._held, []
         for step in held:
             self.expect(step)
 
     def retract(self) -> None:
-        """Forgets the held backwards: they belong to the window of an optimizer."""
+        """Drops the held backwards, as they belong to the window of an optimizer."""
         self._held = []
 
     def flush(self) -> None:
-        """Delivers what the sinks have not seen."""
+        """Delivers all steps and events that the sinks have not received; waits for numbers."""
         with self._receiving:
             self.receive(wait=True)
             events, self._undelivered = tuple(self._undelivered), []
@@ -354,13 +334,13 @@ class Recorder:
         self._hub.close()
 
     def events(self) -> tuple[Event, ...]:
-        """Returns the events that are kept, those of held backwards included, oldest first."""
+        """Returns all kept events, oldest first, including those of held backwards."""
         self.receive(wait=True)
         held = (event for step in self._held for event in step.entry().events)
         return (*self._first_events, *self._events, *held)
 
     def batch(self) -> RecordBatch:
-        """Copies out all that is kept, the held backwards included."""
+        """Returns a copy of all kept steps and events, including held backwards."""
         with self._receiving:
             events = self.events()
             old = self._buffer.batch()

@@ -1,4 +1,8 @@
-"""The clip of a step: asks the policy, and has done what it decides."""
+"""The clip of a step: asks the policy, and carries out its decision.
+
+The correction of the window (:attr:`StepNorms.correction`) is multiplied in together with a clip of
+the total norm, so that both cost one pass over the gradients.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +24,19 @@ from gradwatch.step.window import Window
 
 UNITS_OF_SHARDS = (
     "AdaptiveGradientClip looks at whole output units, but {name} is sharded over ranks, each of "
-    'which holds a part only. Use a policy of norms there, such as clip="auto".'
+    'which holds only a part. Use a policy that needs only norms there, such as clip="auto".'
 )
 
 
 class Scopes:
-    """The norms of parameter groups, or of single parameters, for a policy that wants these."""
+    """Norms and factors per parameter group, or per parameter, for a policy with such a scope."""
 
     def __init__(self, groups: Sequence[Sequence[int]]) -> None:
-        """Reads which parameter is in which group of the optimizer.
+        """Notes which parameter is in which group.
 
         Args:
-            groups: Indices of the parameters in the parameter table, by group.
+            groups: For each group of the optimizer the indices of its parameters in the parameter
+                table.
         """
         self._indices = sorted({index for group in groups for index in group})
         place = {index: position for position, index in enumerate(self._indices)}
@@ -43,12 +48,12 @@ class Scopes:
         self._tensors: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
     def norms(self, step: StepNorms, scope: str, norm_type: float) -> Tensor:
-        """Returns what a policy is given: tensor ``[n]``, one norm per group or parameter.
+        """Returns the norms for a policy: tensor ``[n]``, one per group or parameter.
 
         Args:
             step: The norms before gradwatch's clip.
             scope: ``"group"`` or ``"parameter"``.
-            norm_type: The p of the norms.
+            norm_type: The p of the norms, positive or ``math.inf``.
         """
         norms, there = step.true_norms(), list(step.after.indices)
         if there != self._indices:
@@ -63,12 +68,12 @@ class Scopes:
         return groups.index_add_(0, members, norms.pow(norm_type)).pow(1 / norm_type)
 
     def for_gradients(self, there: Sequence[int], scope: str, coefficients: Tensor) -> Tensor:
-        """Returns the factor of each gradient that is there.
+        """Returns the factor of each existing gradient.
 
         Args:
-            there: Indices of the gradients, ascending.
+            there: Indices of the parameters that have a gradient, ascending.
             scope: ``"group"`` or ``"parameter"``.
-            coefficients: Tensor ``[n]``, one per group or parameter.
+            coefficients: Tensor ``[n]``, one factor per group or parameter.
 
         Returns:
             Tensor ``[len(there)]``.
@@ -85,7 +90,7 @@ class Scopes:
         return self._tensor([place[index] for index in there], device)
 
     def _tensor(self, numbers: Sequence[int], device: torch.device) -> Tensor:
-        """Makes a tensor of whole numbers, once: the copy to a device waits for it."""
+        """Makes an int64 tensor, cached because each copy to a device waits for the device."""
         key = (device, tuple(numbers))
         if key not in self._tensors:
             self._tensors[key] = torch.tensor(list(numbers), dtype=torch.int64, device=device)
@@ -102,13 +107,15 @@ class Clipping:
         table: ParameterTable,
         fused: FusedStep | None,
     ) -> None:
-        """Reads the groups of the optimizer.
+        """Reads the parameter groups of the optimizer.
 
         Args:
-            policy: The rule; None for none: then gradients are only made the mean of the window.
-            optimizer: The optimizer.
-            table: Names and values of the parameters.
-            fused: The optimizer, where it may scale by itself; None where it is not asked to.
+            policy: The clipping rule. With None, gradients are only multiplied by the correction of
+                the window.
+            optimizer: The optimizer, for its parameter groups.
+            table: All watched parameters.
+            fused: Lets the optimizer scale the gradients in its kernel, if it can; None to never
+                use this.
         """
         self.policy = policy
         self._optimizer = optimizer
@@ -118,22 +125,16 @@ class Clipping:
         self.refresh()
 
     def refresh(self) -> None:
-        """Reads the parameter groups again: one was added."""
+        """Reads the parameter groups again, after one was added."""
         groups = self._optimizer.param_groups
         members = [] if self._scope == "global" else [g["params"] for g in groups]
         self._scopes = Scopes(list(map(self._table.indices_of, members)))
 
     def clip_(self, window: Window, norms: StepNorms, left: FloatOrDeferred) -> StepNorms:
-        """Clips the gradients that a step is about to use.
+        """Clips the gradients of a window; returns the norms before and after all clips.
 
-        Args:
-            window: Holds them.
-            norms: Those before it; the policy is not asked where the norm is known not to be
-                finite.
-            left: The loss scale that the gradients still carry.
-
-        Returns:
-            The norms before and after every clip.
+        Nothing is done if the total norm is known not to be finite. ``left`` is the loss scale by
+        which the gradients are still multiplied.
         """
         total = norms.after.total.if_known()
         if total is not None and not math.isfinite(total):
@@ -145,7 +146,7 @@ class Clipping:
         norms = self._carry_out_(decision, gradients, norms, left)
         if decision.clip_value is None and decision.units is None:
             return norms
-        # The correction has been multiplied in by now.
+        # The gradients that were measured include the correction by now, so it is taken out.
         unit = defer(as_operand(left) * as_operand(norms.correction))
         return norms._replace(after=window.measure_clipped(indices, gradients), unit_after=unit)
 
@@ -166,14 +167,16 @@ class Clipping:
         norms: StepNorms,
         left: FloatOrDeferred,
     ) -> StepNorms:
-        """Clips the gradients of a step, in place or in the optimizer's own kernel."""
+        """Carries out a decision, in place or in the optimizer's own kernel."""
         coefficient = decision.coefficient
         if coefficient is not None and not norms.after.total.at_hand:
-            # Nobody has looked yet whether the norm is finite; if it is not, leave the gradients.
+            # The norm is still on the device, and may not be finite. If so, the factor must be 1.
             finite = torch.isfinite(norms.after.total.tensor)
             coefficient = torch.where(finite, coefficient, 1.0)
         if coefficient is not None and self._scope != "global":
             if norms.correction != 1.0:
+                # Kept apart from the factors below, by which the norms are multiplied as well:
+                # StepNorms applies the correction to the norms by itself.
                 scale_(gradients, as_operand(norms.correction))
             factors = self._scopes.for_gradients(norms.after.indices, self._scope, coefficient)
             scale_each_(gradients, factors)
@@ -190,12 +193,13 @@ class Clipping:
         self, gradients: list[Tensor], norms: StepNorms, coefficient: Tensor | None
     ) -> StepNorms:
         factor = 1.0 if coefficient is None else defer(coefficient)
-        whole: float | Tensor | None = None  # what is left to multiply the gradients with
+        whole: float | Tensor | None = None  # the factor for the gradients; None to save the pass
         if norms.correction != 1.0:
             whole = as_operand(factor) * as_operand(norms.correction)
         elif coefficient is not None and factor != 1.0:
             whole = coefficient
         if whole is not None:
+            # A factor of 0 has no reciprocal, which the fused kernel needs.
             if self._fused is not None and factor != 0.0 and self._scales(gradients):
                 self._fused.scale(whole, gradients[0].device)
             else:
@@ -203,9 +207,9 @@ class Clipping:
         return norms._replace(coefficient=factor)
 
     def _scales(self, gradients: list[Tensor]) -> bool:
-        """Tells whether the optimizer can be left to scale the gradients.
+        """Returns whether the scaling can be left to the optimizer's kernel.
 
-        It takes a float32 factor: not near enough for gradients in double precision.
+        The kernel takes a float32 factor, which is not exact enough for float64 gradients.
         """
         if self._fused is None or not self._fused.can_scale:
             return False
@@ -229,7 +233,7 @@ _dtype = attrgetter("dtype")
 
 
 def _changes(decision: ClipDecision, norms: StepNorms) -> bool:
-    """Tells whether any gradient must be written to: for the clip, or to make up the mean."""
+    """Returns whether gradients must be changed: for the clip, or for the mean of the window."""
     return (
         decision.coefficient is not None
         or decision.clip_value is not None
@@ -239,7 +243,7 @@ def _changes(decision: ClipDecision, norms: StepNorms) -> bool:
 
 
 def _with_factors(step: StepNorms, factors: Tensor, policy: ClipPolicy | None) -> StepNorms:
-    """Works the norms after the clip out of those before it, where each has its own factor."""
+    """Computes the norms after a clip from those before it and each gradient's own factor."""
     after = step.after
     norms = after.norms.tensor * factors
     total = total_norm(norms, 2.0 if policy is None else policy.norm_type)

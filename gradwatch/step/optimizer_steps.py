@@ -38,33 +38,29 @@ from gradwatch.step.window import Losses, Window, WindowWeights
 
 
 class MeasureCurvature(Protocol):
-    """Measures the curvature of a loss after a step, if it is due."""
+    """Measures the curvature of a loss after a step, if a measurement is due."""
 
     busy: bool
-    """Whether it has the loss computed right now, which is no part of the training."""
+    """Whether it is computing the loss right now; its backwards are not part of the training."""
 
     def __call__(self, step: int, outcome: str) -> tuple[float, float]:
-        """Returns largest eigenvalue and trace of the Hessian; NaN where it is not due."""
+        """Returns the largest eigenvalue and the trace of the Hessian; NaN if none is due."""
 
 
 class Steps:
-    """Steps over some parameters: adds backwards to a window, and makes a record of each step.
+    """The steps of a set of parameters: adds backwards to a window, and records each step.
 
     Attributes:
         label: Name of the optimizer in the records.
-        window: What has come since the last step.
-        weights: What its windows weigh, and its gradient noise scale.
-        step: Steps so far.
+        window: The backwards since the last step.
+        weights: The weights of its windows, and its gradient noise scale.
+        step: The number of steps so far.
     """
 
     def __init__(self, label: str, window: Window, run: Run, scale: LossScale) -> None:
-        """Starts with a window.
+        """Starts with a window, which may already contain backwards.
 
-        Args:
-            label: Name of the optimizer in the records.
-            window: What has come so far.
-            run: What all parts of a watcher share.
-            scale: The loss scale that its gradients carry.
+        ``scale`` is the loss scale by which the gradients are multiplied.
         """
         self.label = label
         self.window = window
@@ -84,22 +80,14 @@ class Steps:
         self._told_missing: set[int] = set()
 
     def add(self, backward: Backward, weight: FloatOrDeferred) -> bool:
-        """Adds a backward that has ended.
-
-        Args:
-            backward: What arrived in it.
-            weight: Weight of the micro-batch.
-
-        Returns:
-            Whether any of the parameters received a gradient.
-        """
-        # A scaler that is found later is in use for gradients that were measured before.
+        """Adds a backward that has ended; returns whether it gave any gradient to measure."""
+        # Not self._scale: a scaler that is found later was already in use for these gradients.
         found = self._run.scale
         self._generation = None if found.scaler is None else found.generation()
         window = self.window
         arrivals, count = window.arrivals, len(window.arrivals)
         measurement = window.add(backward, weight)
-        if window.arrivals is not arrivals:  # the gradients were thrown away, and so the losses
+        if window.arrivals is not arrivals:  # the gradients were reset, so drop the losses too
             self._losses = []
         if measurement is not None or len(window.arrivals) > count:
             self.weights.note(window, weight, measurement)
@@ -120,19 +108,16 @@ class Steps:
         step: int,
         estimates: bool = False,
     ) -> PendingStep:
-        """Collects what is known of a step.
+        """Collects everything that is known of a step.
 
-        Args:
-            norms: Norms before and after the clip.
-            step: Its number.
-            estimates: Whether the noise scale learns from it.
+        ``estimates`` says whether the step is added to the noise scale estimate.
         """
         window, weights, statistics = self.window, self.weights, NO_SAMPLE
         if self._sampler is not None and self._sampler.due(step):
             parameters = self._parameters()
             statistics = self._sampler.after_step(window.indices, parameters, norms.unit_before)
         own = None if self._run.hooks.local is None else weights.own_norm(window)
-        # All have arrived in the first micro-batch of nearly every window.
+        # In nearly every window the first micro-batch reaches all parameters.
         complete = not window.arrivals or len(window.arrivals[0][0]) >= len(window.indices)
         return PendingStep(
             step=step,
@@ -158,7 +143,7 @@ class Steps:
         )
 
     def _newly_missing(self) -> list[int]:
-        """Lists the parameters that received no gradient, each told once in a run."""
+        """Lists the parameters that received no gradient; each is reported once in a run."""
         arrived, tensors = self.window.arrived, self._run.table.tensors
         missing = [
             index
@@ -176,14 +161,15 @@ class Steps:
 
 
 class OptimizerSteps(Steps):
-    """Listens to the steps of one optimizer; see :class:`~gradwatch.hooks.optimizer.StepListener`.
+    """The steps of one optimizer; a :class:`~gradwatch.hooks.optimizer.StepListener`.
 
     Attributes:
         optimizer: The optimizer.
-        skip_rule: Decides which steps are left out.
-        stepping: Whether a step is under way.
-        units: What a managed loop counts the window as; None where the loop is the user's own.
-        ends_window: Set by a managed loop that steps a window however long it is.
+        skip_rule: Decides which steps are skipped.
+        stepping: Whether a step is running.
+        units: The number of batches that a managed loop has counted in the window; None if the loop
+            is the user's own.
+        ends_window: Set by a managed loop to step a window of any length.
     """
 
     def __init__(
@@ -196,16 +182,10 @@ class OptimizerSteps(Steps):
         curvature: MeasureCurvature | None,
         on_finished: Callable[[OptimizerSteps], None],
     ) -> None:
-        """Finds out what the optimizer can do by itself, where that may be needed.
+        """Starts with a window, which may already contain backwards.
 
-        Args:
-            label: Name of the optimizer in the records.
-            optimizer: The optimizer.
-            window: What has come so far.
-            run: What all parts of a watcher share.
-            clip: The clipping policy of this optimizer, with a memory of its own.
-            curvature: Measures the curvature after a step; None for no such.
-            on_finished: Called after every step that is over.
+        The policy ``clip`` must not be shared with another optimizer, because it has a memory.
+        ``on_finished`` is called at the end of every step.
         """
         super().__init__(label, window, run, run.scale)
         options = run.options
@@ -217,6 +197,7 @@ class OptimizerSteps(Steps):
         self.ends_window = False
         self._curvature = curvature
         self._on_finished = on_finished
+        # FusedStep tries the optimizer out, so it is made only if it may be used.
         may_act = clip is not None or self.skip_rule.may_refuse
         self._fused = FusedStep(optimizer) if may_act else None
         self._clipping = Clipping(clip, optimizer, run.table, self._fused)
@@ -243,21 +224,21 @@ class OptimizerSteps(Steps):
         """Notes what a managed loop knows of the micro-batch that has just been added.
 
         Args:
-            loss: Tensor ``[]``, not yet divided or scaled.
+            loss: Tensor ``[]``, before it was weighted, divided and scaled.
             weight: Weight of the micro-batch.
-            divisor: What the weighted loss was divided by; None where it was not weighed.
+            divisor: What the weighted loss was divided by; None if the loss was used as it is.
         """
         self._losses.append((_loss(loss), weight))
         self.window.divisor = divisor
 
     def drop_discarded_window(self) -> None:
-        """Begins a new window where no gradient is left; FSDP2 may just keep them out of sight."""
+        """Empties the window if no gradient is left; not with shards, which FSDP2 may keep back."""
         if self.window.arrivals and self._run.shards is None and not self.window.gradients()[0]:
             self.window.reset()
             self._losses = []
 
     def mark(self) -> Callable[[], None]:
-        """Returns a function that puts the window back as it is now."""
+        """Returns a function that restores the window to its present state."""
         window, losses = self.window.copy(), list(self._losses)
 
         def put_back() -> None:
@@ -266,10 +247,10 @@ class OptimizerSteps(Steps):
         return put_back
 
     def _refresh(self) -> list[int]:
-        """Watches the parameters of groups that were added to the optimizer since.
+        """Watches the parameters of groups that were added to the optimizer in the meantime.
 
         Returns:
-            Those of them that have a gradient already.
+            Those of them that already have a gradient.
         """
         held = 0
         for group in self.optimizer.param_groups:
@@ -284,11 +265,11 @@ class OptimizerSteps(Steps):
     # -- a step ------------------------------------------------------------------------------------
 
     def begin(self, optimizer: Optimizer, has_closure: bool) -> None:
-        """A step begins."""
+        """Prepares a step: undoes what a failed one left, and scales the learning rate."""
         self._refresh()
         self.stepping = True
         if self._rates or self._fused is not None:
-            self._withdraw()  # what is left over where the step before raised
+            self._withdraw()  # left over if the last step raised
         self._norms = None
         self._outcome = APPLIED
         factor = self._run.accumulation.lr_factor
@@ -299,7 +280,7 @@ class OptimizerSteps(Steps):
             self._losses = []
 
     def gradients_ready(self, optimizer: Optimizer, loss: object) -> bool:
-        """Measures, decides and clips; raises where that was asked for."""
+        """Measures the gradients, decides about the step, and clips; see :class:`StepListener`."""
         try:
             return self._settle(optimizer, loss)
         except BaseException:
@@ -342,9 +323,9 @@ class OptimizerSteps(Steps):
         return True
 
     def finish(self, optimizer: Optimizer) -> None:
-        """Records the step that is over."""
+        """Records a step that is over."""
         norms = self._norms
-        if norms is None:  # the optimizer never called the closure that it was given
+        if norms is None:  # the optimizer never called its closure
             norms = self.window.step_norms(self._scale, carried_by(optimizer)[0])
         self.step += 1
         self.stepping = False
@@ -356,7 +337,7 @@ class OptimizerSteps(Steps):
         pending = self._pending(norms, self.step, estimates=True)
         if self._curvature is not None:
             pending.curvature = self._curvature(self.step, self._outcome.outcome)
-        if late:  # only the device knows: the rule hears of it when the number has arrived
+        if late:  # only the device knows the outcome: the rule is told once it has arrived
             pending.on_outcome = self.skip_rule.note
         self._run.recorder.expect(pending)
         self.window.reset()
@@ -366,14 +347,14 @@ class OptimizerSteps(Steps):
         self._on_finished(self)
 
     def end(self) -> None:
-        """Ends the window that is open when the run ends."""
+        """Closes the open window at the end of the run."""
         self._withdraw()  # the last step may have raised
         if self.left_out_by_scaler:
             self.abandon_window(together=False)
 
     @property
     def applied(self) -> bool:
-        """Whether the last step was applied; waits where only the device knows."""
+        """Whether the last step was applied; waits if only the device knows."""
         return self._outcome.final() == "applied"
 
     def _check_window(self) -> None:
@@ -389,7 +370,7 @@ class OptimizerSteps(Steps):
             self.window.add_unfinished()
 
     def _decide(self, norms: StepNorms, found_inf: FloatOrDeferred) -> StepOutcome:
-        """Decides whether the step is taken; tells an optimizer that can leave it out by itself."""
+        """Decides whether the step is taken; a fused optimizer may be told to skip it by a flag."""
         late = not norms.after.total.at_hand
         by_flag = late and self._fused is not None and self._fused.can_skip
         try:
@@ -405,7 +386,7 @@ class OptimizerSteps(Steps):
         return outcome
 
     def _story(self, norms: StepNorms) -> tuple[StepRecord, list[Event]]:
-        """Returns a step that will not be taken, and hands the sinks what is known of it."""
+        """Returns record and non-finite events of a step that will raise; flushes the sinks."""
         entry = self._pending(norms, self.step + 1).entry()
         events = [event for event in entry.events if event.nonfinite]
         self._run.recorder.note(tuple(events))
@@ -413,33 +394,35 @@ class OptimizerSteps(Steps):
         return entry.record, events
 
     def _left_out_cleanly(self) -> bool:
-        """Whether gradwatch sees to it that a step which a scaler leaves out leaves no trace.
+        """Whether gradwatch hides the gradients of a step that a scaler makes the optimizer skip.
 
-        Torch's fused SGD makes its momentum buffers in its first step, and leaves them
-        uninitialised where the scaler has that one left out.
+        torch's fused SGD allocates its momentum buffers in its first step, and leaves them
+        uninitialized if a scaler makes it skip that step.
         """
         return self._outcome.outcome == "skipped_scaler" and self._options.on_nonfinite == "skip"
 
     def _withdraw(self) -> None:
-        """Undoes what the optimizer was told for one step; safe to call again."""
+        """Undoes the changes to the optimizer that were for one step only; safe to call again."""
         if self._rates:
             restore_learning_rates(self._rates)
             self._rates = []
         if self._fused is not None and self._fused.saved:
             self._fused.restore()
 
-    # -- steps that a scaler leaves out ------------------------------------------------------------
+    # -- steps that a scaler skips -----------------------------------------------------------------
+
+    # A GradScaler that has found an overflow does not call optimizer.step() (unless the optimizer
+    # is fused), so no step hook runs. The skip shows only in the scaler's next update().
 
     @property
     def left_out_by_scaler(self) -> bool:
-        """Whether a scaler has lowered its scale since the last backward: its step was left out."""
+        """Whether a scaler skipped the step: it has lowered its scale since the last backward."""
         return self._scale.lowered_since(self._scale_at_backward)
 
     def abandon_window(self, together: bool = True) -> None:
-        """Records the step of a window that a scaler left out without calling the optimizer.
+        """Records the step of a window that a scaler skipped without calling the optimizer.
 
-        Args:
-            together: Whether all ranks come here at once.
+        ``together`` says whether all ranks call this at once, so that they may communicate.
         """
         norms = self.window.unused_norms(self._scale_at_backward, together)
         if norms is not None and (self._run.shards is not None or not norms.before.finite):
@@ -448,21 +431,24 @@ class OptimizerSteps(Steps):
             self.finish(self.optimizer)
 
     def _may_be_left_out(self, backward: Backward) -> bool:
-        """Whether something has happened that a scaler's skip brings with it."""
+        """Whether the scaler may have skipped a step: it has updated, or gradients were reset.
+
+        This check never waits; :attr:`left_out_by_scaler`, which decides, waits on an accelerator.
+        """
         if not self.window.arrivals:
             return False
         return self._scaler_has_updated() or self.window.discarded_before(backward)
 
-    # -- what a resumed run needs ------------------------------------------------------------------
+    # -- state for a checkpoint --------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run needs to decide the same."""
+        """Returns what a resumed run needs to make the same decisions."""
         policy = self._clipping.policy
         clip = {} if policy is None else policy.state_dict()
         return {"clip": clip, "judge": self.skip_rule.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores the state that :meth:`state_dict` returned."""
         self.skip_rule.load_state_dict(state["judge"])
         if self._clipping.policy is not None:
             self._clipping.policy.load_state_dict(state["clip"])

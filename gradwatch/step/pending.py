@@ -1,4 +1,8 @@
-"""A step that is over and whose numbers are in flight, until it becomes a record."""
+"""A step that is over, while its numbers are still being copied from a device.
+
+All numbers of a step are copied to the host at once, asynchronously. The record is made when they
+have arrived.
+"""
 
 from __future__ import annotations
 
@@ -28,35 +32,35 @@ NO_CURVATURE = (math.nan, math.nan)
 
 @dataclass(slots=True, eq=False)
 class PendingStep:
-    """One step on its way into the records: there at once, or when a transfer has arrived.
+    """A finished step that becomes a record, at once or when its numbers have arrived.
 
     Attributes:
-        step: Its number.
+        step: The number of the step, counted from 1.
         optimizer: Label of its optimizer.
         time_s: Seconds since the watcher was attached.
-        global_step: The x-axis of loggers.
-        micro_batches: Backwards in its window.
+        global_step: The step number that loggers use as their x-axis.
+        micro_batches: Micro-batches in its window.
         weight: Sum of their weights.
         norms: Norms before and after the clip.
-        outcome: What became of it.
-        first_nonfinite: The first parameter that went bad.
-        nonfinite_count: How many parameters were bad at the worst moment.
-        late_checks: What was measured and not looked at yet.
+        outcome: Whether it was applied, or why it was skipped.
+        first_nonfinite: The first parameter whose gradient was not finite; None if there is none.
+        nonfinite_count: The largest number of such parameters in any one measurement.
+        late_checks: Measurements whose finiteness has not been checked yet.
         losses: Losses and weights of the micro-batches.
         lr: Learning rate of the first parameter group.
-        missing: Parameters that received no gradient, for the first time.
+        missing: Indices of the parameters that received no gradient, unless reported before.
         local: The norm of this rank's own gradients before the reduction, in the unit of the
-            measurement before the clip; None where there is none.
-        noise: What the micro-batches tell about the noise; None where it is nothing.
+            measurement before the clip; None if there is none.
+        noise: What the micro-batches tell about the noise; None if nothing.
         statistics: Further statistics.
-        curvature: Largest eigenvalue and trace of the Hessian after the step; NaN where not taken.
-        table: The names of the parameters.
-        exploding_norm: A norm above it is an event; None for no limit.
-        estimator: Learns what the micro-batches say about the noise; None for no such.
-        on_outcome: Called with what became of the step where only the device knew; None where that
-            is known already.
-        can_wait: Whether it may be written down later, together with other steps: its numbers are
-            on the host, and they are all finite.
+        curvature: Largest eigenvalue and trace of the Hessian after the step; NaN if not measured.
+        table: The watched parameters, for their names in events.
+        exploding_norm: A norm above this limit is an event; None for no limit.
+        estimator: The noise scale estimator that ``noise`` is added to; None for none.
+        on_outcome: Called with the outcome once it has arrived, if only the device knew it; else
+            None.
+        can_wait: Whether the record may be made later, together with those of other steps: all
+            numbers are on the host and finite.
     """
 
     step: int
@@ -86,17 +90,17 @@ class PendingStep:
     _entry: Entry | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        """Sends for the numbers that are on a device, all in one copy; nobody waits for them."""
+        """Starts one asynchronous copy of all numbers that are still on a device."""
         awaited = self._awaited()
         self._transfer = Transfer(awaited) if awaited else None
         self.can_wait = not (awaited or self.nonfinite_count or self.norms.before.overflowed)
 
     def ready(self) -> bool:
-        """Tells, without waiting, whether the step can be written down."""
+        """Returns whether all numbers have arrived; never waits."""
         return self._transfer is None or self._transfer.arrived()
 
     def entry(self) -> Entry:
-        """Returns the step as it is written down; waits for numbers that have not arrived."""
+        """Returns the step with its record and events; waits for numbers that have not arrived."""
         if self._entry is None:
             if self._transfer is not None:
                 self._transfer.wait()
@@ -109,7 +113,7 @@ class PendingStep:
         before, after, *units = self.norms
         numbers = [*units, self.lr, self.weight, *chain(*self.losses), *self.outcome[1:]]
         more = self.local or self.noise or self.statistics.parts or self.late_checks
-        # On the CPU nothing is on its way: most steps end here.
+        # On the CPU nothing has to be copied, and most steps return here.
         if before.total.at_hand and not more and Deferred not in map(type, numbers):
             return []
         measured = [before, after, *(check.measurement for check in self.late_checks)]
@@ -138,7 +142,7 @@ class PendingStep:
         return Entry(record, before.indices, rows, after.indices, clipped, statistics, events)
 
     def _check_late(self) -> tuple[FirstNonFinite | None, int]:
-        """Looks at what could not be looked at in time."""
+        """Checks the measurements that were still on a device before; all have arrived now."""
         if not self.late_checks:
             return self.first_nonfinite, self.nonfinite_count
         checks = [*self.late_checks, LateCheck(self.micro_batches, self.norms.before, ())]

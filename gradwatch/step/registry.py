@@ -31,22 +31,19 @@ from gradwatch.step.window import Window
 
 
 class BackwardSteps(Steps):
-    """What happens to parameters before it is known which optimizer steps them.
+    """The backwards of parameters of which it is not known yet which optimizer steps them.
 
-    Where no optimizer ever steps, each backward is a step. That is known as soon as the weights
-    move without one, or at the end of the run; until then the backwards are held.
+    If no optimizer ever steps, each backward counts as a step. This is known as soon as the weights
+    change without an optimizer step, or at the end of the run. Until then the backwards are held.
     """
 
     def __init__(self, run: Run, window: Window) -> None:
-        """Starts with all watched parameters.
-
-        Args:
-            run: What all parts of a watcher share.
-            window: Empty, over those parameters.
-        """
-        # Where no optimizer steps, nobody can tell whether a scaler that was found is in use.
+        """Starts with an empty window over all watched parameters."""
+        # Only a scaler that the user named: without an optimizer step nothing shows whether one
+        # that was found is in use.
         super().__init__("none", window, run, LossScale(run.options.scaler))
-        # A scaler overflows on purpose while it looks for its scale, and skips those steps.
+        # Not with a scaler: it provokes overflows while it searches for its scale, and skips those
+        # steps.
         self._raises = run.options.on_nonfinite == "raise" and run.options.scaler is None
         self._are_steps = False
         self._versions = -1
@@ -54,10 +51,7 @@ class BackwardSteps(Steps):
     def add_alone(self, backward: Backward, weight: FloatOrDeferred, alone: bool) -> None:
         """Adds a backward that has ended.
 
-        Args:
-            backward: What arrived in it.
-            weight: Weight of the micro-batch.
-            alone: Whether no optimizer has been found at all.
+        ``alone`` says that no optimizer has been found at all, so the backward may be a step.
         """
         if self._are_steps or self._scaler_has_updated():
             self.window.reset()
@@ -73,11 +67,7 @@ class BackwardSteps(Steps):
             raise nonfinite_error(pending.entry().record, pending.entry().events)
 
     def release(self, indices: Sequence[int]) -> None:
-        """Leaves parameters to an optimizer that is about to step them.
-
-        Args:
-            indices: Its parameters.
-        """
+        """Leaves parameters to an optimizer that has been found and is about to step them."""
         if not self._are_steps:
             self._run.recorder.retract()
             self.step = 0
@@ -99,14 +89,14 @@ class BackwardSteps(Steps):
     def _find_out_what_steps_are(self) -> None:
         versions = sum(tensor._version for tensor in self._run.table.tensors)
         if not self._are_steps and 0 <= self._versions < versions:
-            self.commit()  # something without an optimizer has moved the weights
+            self.commit()  # the weights were changed in place, but not by an optimizer
         self._versions = versions
 
 
 NO_STEP = "no optimizer has stepped yet"
 NEVER_ACTED = (
-    "watch({asked}) did nothing: no torch optimizer stepped the watched parameters, as where one "
-    "steps copies of them (master weights). Name the optimizer, watch(model, optimizer), to be "
+    "watch({asked}) did nothing: no torch optimizer stepped the watched parameters, as happens if "
+    "one steps copies of them (master weights). Name the optimizer, watch(model, optimizer), to be "
     "told what does not fit."
 )
 
@@ -118,20 +108,15 @@ NEVER_TAKEN = (
 
 
 class OptimizerRegistry:
-    """Follows every optimizer that steps the watched parameters, and what none of them steps.
+    """Follows every optimizer of the watched parameters, and the backwards without an optimizer.
 
     Attributes:
-        followed: One for each optimizer, in the order in which they came.
+        followed: The steps of each optimizer, in the order in which the optimizers were named or
+            found.
     """
 
     def __init__(self, run: Run, shield: Shield, curvature: MeasureCurvature | None = None) -> None:
-        """Follows nothing yet.
-
-        Args:
-            run: What all parts of a watcher share.
-            shield: Stands between the training and the errors of gradwatch.
-            curvature: Takes the curvature after steps of the first optimizer.
-        """
+        """Follows no optimizer yet; ``curvature`` is measured after steps of the first one."""
         self.followed: list[OptimizerSteps] = []
         self._run = run
         self._options = run.options
@@ -148,13 +133,15 @@ class OptimizerRegistry:
         self._norm_type = 2.0 if clip is None else clip.norm_type
 
     def attach(self, optimizers: Sequence[Optimizer]) -> None:
-        """Hangs hooks on the optimizers, and on the parameters that they step.
+        """Registers the hooks on the optimizers, and on the parameters that they step.
 
         Args:
-            optimizers: Those that were named; without any they are found at their first step.
+            optimizers: The optimizers that the user named. If there are none, all watched
+                parameters are hooked, and optimizers are found at their first step.
 
         Raises:
-            ValueError: If something was asked for that such optimizers cannot have.
+            ValueError: If an optimizer steps inside the backward, and an option was set that needs
+                all gradients.
         """
         table = self._run.table
         name = first_stepped_in_backward(table.names, table.tensors)
@@ -183,12 +170,7 @@ class OptimizerRegistry:
         self._run.hooks.detach()
 
     def add(self, backward: Backward, weight: FloatOrDeferred) -> None:
-        """Adds a backward that has ended.
-
-        Args:
-            backward: What arrived in it.
-            weight: Weight of the micro-batch.
-        """
+        """Adds a backward that has ended to the window of every optimizer that it concerns."""
         run = self._run
         if not run.scale.looked:
             run.scale.look()
@@ -203,13 +185,13 @@ class OptimizerRegistry:
             self._watch_what_is_added()
 
     def _watch_what_is_added(self) -> None:
-        """Measures what the next backward adds, where something is there to add to."""
+        """Measures what the next backward adds, if there is already something to add to."""
         added = self._run.hooks.added
         added.begin()
         added.active = any(one.window.micro_batches for one in self.followed)
 
     def noise_scale(self) -> NoiseScale:
-        """Returns the noise scale of the first optimizer; with the reason where there is none."""
+        """Returns the noise scale of the first optimizer; ``reason`` says why there is none."""
         if not self.followed:
             return replace(NoiseScaleEstimator().read(), reason=NO_STEP)
         weights = self.followed[0].weights
@@ -218,12 +200,12 @@ class OptimizerRegistry:
         return replace(noise, reason=silent) if silent else noise
 
     def commit_backwards(self) -> None:
-        """Decides that each backward was a step, where no optimizer has been found."""
+        """Decides that each backward was a step, if no optimizer has been found."""
         if self._unowned is not None and not self.followed:
             self._unowned.commit()
 
     def end(self) -> None:
-        """Ends the windows that are open when the run ends."""
+        """Closes the open windows at the end of the run; warns if an option had no effect."""
         for one in self.followed:
             with self._shield:
                 one.end()
@@ -235,7 +217,7 @@ class OptimizerRegistry:
             warn_safely(NEVER_TAKEN.format(asked=", ".join(self._options.of_steps)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run needs: steps and decisions per optimizer."""
+        """Returns what a resumed run needs: for each optimizer steps, policies and noise scale."""
         steps = {**self._steps, **{one.label: one.step for one in self.followed}}
         if self._unowned is not None and self._unowned.step:
             steps["none"] = self._unowned.step
@@ -257,7 +239,7 @@ class OptimizerRegistry:
         return {"micro_batches": windows[0].micro_batches, "weight": weight}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave, also for optimizers that are still to come."""
+        """Restores the state that :meth:`state_dict` returned, also for optimizers found later."""
         self._steps = dict(state["steps"])
         self._controls = dict(state["control"])
         self._noise = dict(state["noise"])
@@ -280,7 +262,7 @@ class OptimizerRegistry:
         indices = self._indices(optimizer)
         stepping = [index for one in self.followed if one.stepping for index in one.window.indices]
         if not set(indices).isdisjoint(stepping):
-            return  # an optimizer that another one calls, as SAM does: one step, not two
+            return  # its step runs inside that of another optimizer, as in SAM: one step, not two
         windows = [self._unowned.window, *(one.window for one in self.followed)]
         parts = [window.part(indices) for window in windows]
         self._unowned.release(indices)
@@ -315,7 +297,7 @@ class OptimizerRegistry:
             steps.load_state_dict(self._controls[steps.label])
 
     def _own_clip(self) -> ClipPolicy | None:
-        """Returns a clipping policy for one more optimizer, with a memory of its own."""
+        """Returns a clipping policy for one more optimizer; each has a memory of its own."""
         clip = self._options.clip
         if clip is not None and self.followed:
             clip = copy.deepcopy(clip)

@@ -1,4 +1,4 @@
-"""Run: what all parts of a watcher share."""
+"""Run: the state that all parts of a watcher share."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from gradwatch.record.records import Event, Layout
 
 
 class Run:
-    """A run being watched.
+    """The run that is being watched.
 
     Attributes:
-        table: The watched tensors.
-        options: What the user asked for.
-        hooks: What hangs on the model.
-        data_parallel: The ranks that average their gradients; None where there is one only.
-        global_step: Gives the x-axis of loggers for a step.
-        shards: Knows which tensors this rank holds a part of; None where all are whole.
+        table: The watched parameters.
+        options: The options of ``watch()``.
+        hooks: The hooks on the model.
+        data_parallel: The ranks that average their gradients; None if there is only one.
+        global_step: Maps a step to the step number that loggers use as their x-axis.
+        shards: The sharded parameters; None if no parameter is sharded.
         scale: The loss scale.
-        stopwatch: Measures what gradwatch itself takes.
-        recorder: Keeps what has happened.
+        stopwatch: Measures the time that gradwatch itself takes.
+        recorder: Keeps records and events.
         accumulation: How many micro-batches make a step.
     """
 
@@ -56,7 +56,7 @@ class Run:
         )
         shapes = tuple(tuple(tensor.shape) for tensor in table.tensors)
         layout = Layout(table.names, table.modules, shapes, aliases=table.aliases)
-        sinks = options.sinks if rank() == 0 else ()  # the ranks would write the same numbers
+        sinks = options.sinks if rank() == 0 else ()  # all ranks would write the same numbers
         hub = SinkHub(sinks, options.buffer_size)
         self.recorder = Recorder(RingBuffer(layout, options.buffer_size), hub)
 

@@ -1,4 +1,8 @@
-"""SkipRule: whether a step is taken, from its norm alone."""
+"""SkipRule: decides from the norm alone whether a step is taken or skipped.
+
+On an accelerator the decision may be made on the device: the optimizer is given a flag there, and
+the host learns only later what became of the step. Nothing waits.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +22,13 @@ OURS: tuple[Outcome, ...] = ("skipped_nonfinite", "skipped_policy")
 
 
 class StepOutcome(NamedTuple):
-    """What becomes of a step.
+    """Whether a step is applied, or why it is skipped.
 
     Attributes:
-        outcome: What is known now; ``"applied"`` where only the device knows better.
-        found_inf: Above 0 where a scaler makes a fused optimizer leave the step out.
-        nonfinite: Above 0 where the norm is not finite and the device is told to leave it out.
-        spike: Above 0 where it is an outlier and the device is told to leave it out.
+        outcome: What the host knows; ``"applied"`` while only the device knows more.
+        found_inf: Above 0 if a scaler makes a fused optimizer skip the step.
+        nonfinite: Above 0 if the norm is not finite, and the device is told to skip the step.
+        spike: Above 0 if the norm is an outlier, and the device is told to skip the step.
     """
 
     outcome: Outcome = "applied"
@@ -34,22 +38,22 @@ class StepOutcome(NamedTuple):
 
     @property
     def refused(self) -> bool:
-        """Whether it is known already that gradwatch leaves the step out."""
+        """Whether the host knows already that gradwatch skips the step."""
         return self.outcome in OURS
 
     @property
     def refusal(self) -> Tensor | None:
-        """Tensor ``[]``, float32, above 0 where the device is to leave it out; None for no such."""
+        """Tensor ``[]``, float32: above 0 to make the device skip the step; None if not needed."""
         flags = [one.tensor for one in (self.nonfinite, self.spike) if isinstance(one, Deferred)]
         return torch.stack(flags).amax() if flags else None
 
     @property
     def late(self) -> bool:
-        """Whether something must be read before :meth:`final` can be."""
+        """Whether a number must be read before :meth:`final` can answer."""
         return Deferred in map(type, self)
 
     def final(self) -> Outcome:
-        """Returns what became of the step; waits where only the device knows."""
+        """Returns what became of the step; waits if only the device knows."""
         if resolve(self.found_inf) > 0:
             return "skipped_scaler"
         if resolve(self.nonfinite) > 0:
@@ -62,24 +66,24 @@ APPLIED = StepOutcome()
 
 @stable_name
 class TooManySkipsError(Exception):
-    """More steps in a row would be left out than is allowed; caught and told in full above."""
+    """More steps in a row would be skipped than allowed; the caller raises the error for users."""
 
 
 class SkipRule:
-    """Decides which steps of one optimizer are left out.
+    """Decides which steps of one optimizer are skipped.
 
     Attributes:
-        takes_all: Whether every step is taken, unless a scaler leaves it out.
-        in_a_row: Steps left out since the last one that was taken.
+        takes_all: Whether every step is taken, unless a scaler skips it.
+        in_a_row: Steps skipped since the last one that was taken.
     """
 
     def __init__(self, on_nonfinite: str, spikes: SpikeRule | None, most_in_a_row: int) -> None:
         """Starts with no step.
 
         Args:
-            on_nonfinite: As for ``watch``.
-            spikes: The rule for outliers; None to take them.
-            most_in_a_row: How many steps in a row may be left out.
+            on_nonfinite: ``"record"``, ``"skip"`` or ``"raise"``, as for ``watch()``.
+            spikes: The rule that detects outliers; None to take their steps.
+            most_in_a_row: How many steps in a row may be skipped.
         """
         self._on_nonfinite = on_nonfinite
         self._spikes = spikes
@@ -91,7 +95,7 @@ class SkipRule:
 
     @property
     def may_refuse(self) -> bool:
-        """Whether it may ever leave a step out."""
+        """Whether it may ever skip a step."""
         return self._on_nonfinite == "skip" or self._spikes is not None
 
     def decide(self, norms: StepNorms, found_inf: FloatOrDeferred, by_flag: bool) -> StepOutcome:
@@ -99,12 +103,12 @@ class SkipRule:
 
         Args:
             norms: The norms before gradwatch's own clip.
-            found_inf: What the scaler has found, above 0 for an overflow.
-            by_flag: Whether the norm is not at hand and the optimizer can be told on the device to
-                leave the step out, so that nobody needs to wait for it.
+            found_inf: Above 0 if the scaler has found an overflow.
+            by_flag: Whether to decide on the device: the norm is still there, and the optimizer can
+                be told by a flag to skip the step, so that nothing waits.
 
         Raises:
-            TooManySkipsError: If this step would be one too many in a row to leave out.
+            TooManySkipsError: If this step would be one skip too many in a row.
         """
         if by_flag and self._on_nonfinite != "raise":
             return self._decide_on_device(norms, found_inf)
@@ -121,7 +125,7 @@ class SkipRule:
         return StepOutcome(outcome)
 
     def note(self, outcome: Outcome) -> None:
-        """Counts what became of a step; what a scaler left out counts neither way."""
+        """Counts skips in a row; a step that a scaler skipped changes nothing."""
         if outcome == "applied":
             self.in_a_row = 0
         elif outcome in OURS:
@@ -129,18 +133,18 @@ class SkipRule:
             self._last_skip = outcome
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed run needs to decide the same."""
+        """Returns what a resumed run needs to make the same decisions."""
         spikes = {} if self._spikes is None else self._spikes.state_dict()
         return {"in_a_row": self.in_a_row, "spikes": spikes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` gave."""
+        """Restores the state that :meth:`state_dict` returned."""
         self.in_a_row = int(state["in_a_row"])
         if self._spikes is not None and state["spikes"]:
             self._spikes.load_state_dict(state["spikes"])
 
     def _outcome(self, norms: StepNorms) -> Outcome:
-        # A norm that only overflowed is of finite gradients: the clip can still work with it.
+        # If the norm only overflowed, the gradients are finite, and the clip can still use them.
         if not (norms.after.finite or norms.after.overflowed):
             return "applied" if self._on_nonfinite == "record" else "skipped_nonfinite"
         if self._spikes is not None and bool(self._spikes.is_spike(norms.true_norm())):
@@ -148,7 +152,7 @@ class SkipRule:
         return "applied"
 
     def _accept_new_level(self) -> None:
-        """Forgets the usual norm: so many outliers in a row are a rise that lasts, no spike."""
+        """Forgets earlier norms: so many outliers in a row are a lasting rise, not a spike."""
         if self._spikes is not None:
             self._spikes.load_state_dict(self._fresh_spikes)
         self.in_a_row = 0
@@ -156,7 +160,7 @@ class SkipRule:
     def _decide_on_device(self, norms: StepNorms, found_inf: FloatOrDeferred) -> StepOutcome:
         if self.in_a_row >= self._most_in_a_row and self._last_skip == "skipped_policy":
             self._accept_new_level()
-        # Outcomes arrive a step late, so that one more than allowed may have been left out by now.
+        # Outcomes arrive one step late, so one more step than allowed may have been skipped by now.
         elif self.in_a_row > self._most_in_a_row:
             raise TooManySkipsError
         norm = norms.true_norm()

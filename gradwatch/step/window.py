@@ -369,10 +369,10 @@ ONE_MICRO_BATCH = (
     "a step has one micro-batch on one process, and there is nothing to compare it with: "
     "accumulate 2 or more"
 )
-NOT_L2 = "the clip works with another norm than L2, so that is the one measured"
+NOT_L2 = "the clip uses a norm other than L2, and only that one is measured"
 SHARDED = "sharded parameters do not show what a micro-batch adds to their gradients"
 REDUCED_EACH = (
-    "every micro-batch was reduced over the ranks by itself, so that no gradient was of one rank: "
+    "every micro-batch was reduced over the ranks by itself, so no gradient was that of one rank: "
     "use watcher.backward(), or no_sync() for all but the last"
 )
 NOT_ONE_RANK = "this rank's own gradients were not seen before they were averaged over the ranks"
@@ -415,10 +415,8 @@ class WindowWeights:
     ) -> None:
         """Notes the norm that the newest backward of a window added, for the noise scale.
 
-        Args:
-            window: The window, which already contains the backward.
-            weight: Weight of the micro-batch.
-            measurement: The norms of the accumulated gradients; None if they are not accessible.
+        The window already contains the backward. ``measurement`` is that of the accumulated
+        gradients, or None if these are not accessible.
         """
         count, hooks = len(window.arrivals), self._hooks
         if count == 1 and hooks.local is None and not hooks.added.watching:
