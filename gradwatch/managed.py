@@ -529,7 +529,7 @@ class BatchRunner:
     def _attempt(
         self, start: _Start, closure: Closure, batch: Any, size: int
     ) -> tuple[Tensor, Exception | None]:
-        """Runs a batch once; returns its loss, and the error where memory ran out."""
+        """Runs a batch once; returns its loss, and the error if memory ran out."""
         self._managed.holds_all = True
         try:
             return self._run_parts(closure, batch, size), None

@@ -51,7 +51,7 @@ SPARSE_HOOK = "a communication hook is registered, and some of them are sparse"
 
 
 def is_distributed() -> bool:
-    """Tells whether a process group is set up."""
+    """Returns whether a process group is set up."""
     return dist.is_available() and dist.is_initialized()
 
 

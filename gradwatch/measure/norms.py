@@ -256,7 +256,7 @@ class StepNorms(NamedTuple):
 
     @property
     def untouched(self) -> bool:
-        """Whether nobody but gradwatch changed the gradients after the last backward."""
+        """Whether nothing but gradwatch has changed the gradients since the last backward."""
         return self.after is self.before
 
 
