@@ -1,4 +1,4 @@
-"""watch() and Watcher: a run being watched, from attaching the hooks to closing the sinks."""
+"""watch() and Watcher, from attaching the hooks to closing the sinks."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ NEVER_ENTERED = (
 
 @stable_name
 class Watcher:
-    """A run being watched: made by :func:`watch`, attached by its ``with`` block.
+    """Watches one run: made by :func:`watch`, attached by its ``with`` block.
 
     Attributes:
-        global_step: Gives the x-axis of loggers for a step that ends; a framework's adapter sets
-            it to the framework's own count. None for the optimizer's steps.
+        global_step: Called at the end of a step; returns its position on the x-axis of loggers. An
+            adapter sets it to return the framework's own count. None counts optimizer steps.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Watcher:
     # -- life ----------------------------------------------------------------------------------
 
     def attach(self) -> Watcher:
-        """Hangs the hooks on parameters and optimizers; ``with`` does it.
+        """Registers the hooks on parameters and optimizers; entering ``with`` calls it.
 
         Returns:
             The watcher.
@@ -104,23 +104,24 @@ class Watcher:
         return self
 
     def leave_windows(self, accumulates: bool) -> None:
-        """Leaves it to a framework when to communicate and when to step; before attaching.
+        """Lets a framework decide when to communicate and when to step.
 
-        For its adapter: every step is taken with the micro-batches that it has, no flag of the
-        model is touched, and :attr:`accumulate` is a wish that the adapter passes on.
+        To be called by an adapter, before :meth:`attach`. Every step then counts with the
+        micro-batches it has, no flag of the model is touched, and :attr:`accumulate` is only what
+        the policy asks for: the adapter passes it on to the framework.
 
         Args:
-            accumulates: Whether the framework accumulates, also where ``watch(accumulate=)`` does
-                not: then what each micro-batch adds is measured, for the noise scale.
+            accumulates: Whether the framework accumulates micro-batches. If so, the contribution of
+                each one is measured for the noise scale.
         """
         self._run.accumulation.checked = False
         self._run.accumulation.by_framework = accumulates
         self._managed.after_other_backward()
 
     def close(self) -> None:
-        """Removes every hook, delivers what the sinks have not seen and closes them.
+        """Removes every hook, delivers outstanding records to the sinks and closes these.
 
-        The history stays readable. Safe to call again; leaving the ``with`` block does it.
+        The history stays readable. Leaving the ``with`` block calls it; a second call does nothing.
         """
         if self._state == "closed":
             return
@@ -153,9 +154,9 @@ class Watcher:
 
         Args:
             loss: Tensor ``[]``; neither divided by the number of micro-batches nor scaled.
-            weight: Weight of the micro-batch, not negative: a number, or a tensor ``[]`` on any
-                device. All the same if left out; inside :meth:`micro_batches` the number of
-                examples.
+            weight: Weight of the micro-batch, at least 0: a number, or a tensor ``[]`` on any
+                device. If left out, all micro-batches weigh the same; inside :meth:`micro_batches`
+                each weighs its number of examples.
 
         Raises:
             RuntimeError: If no optimizer was named.
@@ -169,11 +170,12 @@ class Watcher:
         """Steps when the window is full: unscales, measures, clips, steps and zeroes.
 
         Args:
-            last: Steps a window that is not full too, its gradient the mean over what is there.
+            last: Whether to step even if the window is not full. The gradient is then the mean over
+                the micro-batches that it has.
 
         Returns:
-            True when the optimizer stepped; False when the window is not full yet, or the step
-            was skipped.
+            True if the optimizer stepped; False if the window is not full yet, or the step was
+            skipped.
 
         Raises:
             NonFiniteGradientError: If asked for by ``on_nonfinite="raise"``.
@@ -181,16 +183,16 @@ class Watcher:
         return self._managed.step(last)
 
     def micro_batches(self, batch: Any, size: int) -> Iterator[Any]:
-        """Splits a batch into micro-batches that count as one: for what does not fit into memory.
+        """Splits a batch that does not fit into memory into micro-batches of one step.
 
-        The parts differ by one example at most. Inside the loop, :meth:`backward` weighs each by
-        its examples, so that the gradient is that of the batch at once; where a loss is a mean over
-        tokens, give it their number.
+        Their sizes differ by one example at most. Inside the loop, :meth:`backward` weighs each by
+        its number of examples, so that the gradient is that of the whole batch. If a loss is a mean
+        over tokens, pass their number as its weight.
 
         Args:
             batch: A tensor, or tuples, lists and mappings of tensors, with the examples in
                 dimension 0.
-            size: The most examples of a micro-batch.
+            size: The most examples that a micro-batch may have.
 
         Returns:
             An iterator over the micro-batches, in the structure of the batch.
@@ -217,14 +219,15 @@ class Watcher:
     def run_batch(self, closure: Closure, batch: Any) -> Tensor:
         """Runs forward and backward of a batch, in micro-batches that fit into memory.
 
-        When memory runs out, what the batch has changed so far is put back (gradients, buffers,
-        random numbers), the micro-batch is halved and the same batch is run again: the step has the
-        gradient that it would have had, and the size that fits is kept from then on. Over ranks all
-        do so if one must; with FSDP2 the error is raised as it came. Call :meth:`step` after it.
+        When memory runs out, everything that the batch has changed so far is restored (gradients,
+        buffers, random number generators), the micro-batch size is halved and the same batch is run
+        again. The step has the gradient that it would have had, and the size that fits is kept from
+        then on. If one rank must do so, all ranks do; under FSDP2 the error is raised instead. Call
+        :meth:`step` after it.
 
         Args:
             closure: Called with a micro-batch in the structure of the batch. Returns its mean loss,
-                or the pair of that and a weight, the number of its tokens say.
+                or a pair of that loss and a weight, such as its number of tokens.
             batch: As for :meth:`micro_batches`.
 
         Returns:
@@ -266,10 +269,10 @@ class Watcher:
 
     @property
     def noise_scale(self) -> NoiseScale:
-        """The gradient noise scale, and how many micro-batches it suggests.
+        """The gradient noise scale of the first optimizer, and the micro-batches it suggests.
 
-        That of the first optimizer's parameters; waits for numbers that are on their way. Where
-        there is none, its ``reason`` says why.
+        Waits for numbers that are still on the device. If there is no noise scale, ``reason`` says
+        why.
         """
         self._run.recorder.receive(wait=True)
         return self._registry.noise_scale()
@@ -280,13 +283,14 @@ class Watcher:
         return replace(report, remarks=(NEVER_ENTERED,)) if self._state == "new" else report
 
     def postfix(self) -> dict[str, str]:
-        """Returns what a progress bar has room for: ``bar.set_postfix(watcher.postfix())``.
+        """Returns short texts for a progress bar: ``bar.set_postfix(watcher.postfix())``.
 
-        It waits for nothing: on an accelerator it may be a step or two behind.
+        Never waits for the device: on an accelerator the texts may be a step or two old.
 
         Returns:
-            ``grad_norm`` and, where there is something to say, ``clip_coef``, ``skipped`` (steps
-            so far) and ``nonfinite`` (parameters), as short texts; empty before the first step.
+            ``grad_norm``, then ``clip_coef`` if the step was clipped, ``nonfinite`` (number of
+            parameters) and ``skipped`` (steps so far) if they are above 0. Empty before the first
+            step.
 
         Example:
             >>> x = torch.tensor(2.0, requires_grad=True)
@@ -312,11 +316,11 @@ class Watcher:
 
     @property
     def overhead(self) -> Overhead:
-        """What gradwatch took so far: seconds, and their share of the wall time."""
+        """The time that gradwatch has taken so far: seconds, and their share of the wall time."""
         return self._run.stopwatch.read()
 
     def flush(self) -> None:
-        """Delivers what the sinks have not seen yet, rather than with the next batch."""
+        """Delivers outstanding records to the sinks now, rather than with the next batch."""
         self._registry.commit_backwards()
         self._run.recorder.flush()
 
@@ -324,9 +328,9 @@ class Watcher:
         """Returns what a resumed run needs to go on, as plain numbers, strings and lists.
 
         Returns:
-            Steps per optimizer, the memory of the policies, the noise scale, and how far the window
-            under way has come; neither the history nor gradients. What the sinks have not seen is
-            delivered to them, so that a run folder is never behind the checkpoint.
+            Steps per optimizer, the state of the policies, the noise scale, and the progress of the
+            current window; neither the history nor gradients. Outstanding records are delivered to
+            the sinks, so that a run folder is never behind the checkpoint.
         """
         self.flush()
         return {
@@ -338,17 +342,17 @@ class Watcher:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where the run that gave the state stopped; before or after attaching.
+        """Continues from a state; may be called before or after attaching.
 
-        A state that was taken in the middle of a window has its progress, but not the gradients:
-        the window begins anew, and an event and a warning say what was lost.
+        A state that was saved in the middle of a window holds its progress, but not its gradients:
+        the window starts again, and an event and a warning say what was lost.
 
         Args:
             state: What :meth:`state_dict` returned.
 
         Raises:
             TypeError: If the state is no mapping.
-            ValueError: If the state is of another version.
+            ValueError: If another version of gradwatch saved it.
         """
         if not isinstance(state, Mapping):
             raise TypeError(
@@ -375,7 +379,7 @@ class Watcher:
 
     # -- what the hooks call -----------------------------------------------------------------------
 
-    # A loss that gradwatch itself has computed, for the curvature, is no part of the training.
+    # The backwards that gradwatch itself runs, for the curvature, are no part of the training.
 
     def _on_arrived(self) -> None:
         local = self._hooks.local
@@ -481,7 +485,7 @@ def build_watcher(
     optimizer: Optimizer | Sequence[Optimizer] | None,
     options: Options,
 ) -> Watcher:
-    """Does what :func:`watch` does, for an adapter that has checked its options before.
+    """Does what :func:`watch` does, for an adapter, which has checked its options before.
 
     Raises:
         TypeError: If the model or an optimizer is of a wrong type.

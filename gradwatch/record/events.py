@@ -61,18 +61,14 @@ NO_STORY = "The gradient norm of step {step} is {norm:.4g}."
 
 
 def nonfinite_event(record: StepRecord, first: FirstNonFinite, table: ParameterTable) -> Event:
-    """Names the parameter that went bad first.
-
-    Args:
-        record: The step in which it happened.
-        first: Where it was seen.
-        table: The names.
+    """Makes the event that names the parameter that went bad first.
 
     Returns:
-        An event of kind ``nan``, or ``inf`` where the parameter had no NaN.
+        An event of kind ``nan``, or ``inf`` if the parameter had no NaN.
     """
     name, counts = table.names[first.index], NOT_COUNTED
-    # A gradient whose norm arrived late has been freed or overwritten by then: only the norm tells.
+    # A norm may arrive from the device after its gradient was freed or overwritten. Then the
+    # elements cannot be counted any more, and only the norm tells.
     nan, inf, value = -1, -1, first.norm
     if first.counts is not None:
         nan, inf = first.counts
@@ -99,13 +95,7 @@ def nonfinite_event(record: StepRecord, first: FirstNonFinite, table: ParameterT
 
 
 def overflow_event(record: StepRecord, measurement: Measurement, table: ParameterTable) -> Event:
-    """Tells that finite gradients have a norm beyond float32.
-
-    Args:
-        record: The step.
-        measurement: Its pre-clip numbers.
-        table: The names.
-    """
+    """Makes the event of finite gradients whose norm is beyond float32."""
     name, module = _largest(measurement, table)
     message = OVERFLOW.format(step=record.step, value=record.grad_norm, parameter=name)
     return _event(record, "overflow", record.grad_norm, message, (name, module))
@@ -114,21 +104,14 @@ def overflow_event(record: StepRecord, measurement: Measurement, table: Paramete
 def exploding_event(
     record: StepRecord, measurement: Measurement, table: ParameterTable, limit: float
 ) -> Event:
-    """Tells that the norm is above the limit that the user set.
-
-    Args:
-        record: The step.
-        measurement: Its pre-clip numbers.
-        table: The names.
-        limit: The limit.
-    """
+    """Makes the event of a norm above ``limit``, which is ``watch(exploding_norm=)``."""
     norm, (name, module) = record.grad_norm, _largest(measurement, table)
     message = EXPLODING.format(step=record.step, value=norm, limit=limit, parameter=name)
     return _event(record, "exploding", norm, message, (name, module))
 
 
 def skipped_event(record: StepRecord) -> Event:
-    """Tells that the step was not applied."""
+    """Makes the event of a step that was not applied."""
     message = SKIPPED.format(step=record.step, outcome=record.outcome)
     return _event(record, "skipped", record.grad_norm, message)
 
@@ -136,7 +119,7 @@ def skipped_event(record: StepRecord) -> Event:
 def no_gradient_events(
     record: StepRecord, missing: Sequence[int], table: ParameterTable
 ) -> list[Event]:
-    """Tells which parameters received no gradient, by their indices in the table."""
+    """Makes an event for each parameter without a gradient, given by its index in the table."""
     events = []
     for index in missing:
         name, module = table.names[index], table.modules[index]
@@ -146,13 +129,13 @@ def no_gradient_events(
 
 
 def changed_event(step: int, old: int, new: int, noise: NoiseScale | None) -> Event:
-    """Tells that windows have another number of micro-batches from now on.
+    """Makes the event of a change in the number of micro-batches per step.
 
     Args:
-        step: The first step that has it.
-        old: The number so far.
-        new: The number from now on.
-        noise: What decided; None where it was a schedule.
+        step: The first step with the new number.
+        old: Micro-batches before it.
+        new: Micro-batches from this step on.
+        noise: The noise scale that decided; None for a schedule.
     """
     why = ""
     if noise is not None and math.isfinite(noise.b_simple):
@@ -163,11 +146,11 @@ def changed_event(step: int, old: int, new: int, noise: NoiseScale | None) -> Ev
 
 
 def dropped_event(step: int, count: int, weight: float) -> Event:
-    """Tells that a run was resumed in the middle of a window.
+    """Makes the event of a run that was resumed in the middle of a window.
 
     Args:
         step: The step that the window was for.
-        count: Micro-batches that had come.
+        count: Micro-batches whose gradients are lost.
         weight: Sum of their weights.
     """
     text = DROPPED.format(step=step, count=count, weight=weight)
@@ -175,36 +158,31 @@ def dropped_event(step: int, count: int, weight: float) -> Event:
 
 
 def out_of_memory_event(step: int, old: int, new: int) -> Event:
-    """Tells that micro-batches are smaller from now on.
+    """Makes the event of a batch that did not fit into memory.
 
     Args:
         step: The step under way.
-        old: The examples that did not fit.
-        new: The largest number from now on.
+        old: Examples of the micro-batch that did not fit.
+        new: The most examples that a micro-batch has from now on.
     """
     text = OUT_OF_MEMORY.format(step=step, old=old, new=new)
     return _event(StepRecord(step), "out_of_memory", float(new), text)
 
 
 def nonfinite_error(record: StepRecord, events: Sequence[Event]) -> NonFiniteGradientError:
-    """Makes the error that ``on_nonfinite="raise"`` raises.
-
-    Args:
-        record: The step that is not taken.
-        events: What was found in it.
-    """
+    """Makes the error that ``on_nonfinite="raise"`` raises, from what was found in the step."""
     return _error(RAISED.format(story=_story(record, events)), record, events)
 
 
 def too_many_skips_error(
     record: StepRecord, events: Sequence[Event], steps: int
 ) -> NonFiniteGradientError:
-    """Makes the error that ends a run in which one step after the other was left out.
+    """Makes the error that ends a run in which too many steps in a row were skipped.
 
     Args:
-        record: The step that would have been the next one.
+        record: The step that would be skipped next.
         events: What was found in it.
-        steps: How many in a row were left out before it.
+        steps: Number of steps skipped in a row before it.
     """
     text = TOO_MANY_SKIPS.format(steps=steps, record=record, story=_story(record, events))
     return _error(text, record, events)
