@@ -1,10 +1,10 @@
-"""The "Gradients" tab: how soon it shows a large run in Chromium, and what TensorBoard takes.
+"""Measures how soon the "Gradients" tab shows a large run, and the memory of TensorBoard.
 
     python -m benchmarks.dashboard --parameters 3000 --steps 10000
 
-Makes up a run, starts TensorBoard on it and looks at the tab with a headless Chromium: the time
-from opening the tab to its first picture, with TensorBoard fresh and after it has read the run, and
-from letting go of the mouse to the zoomed picture. Needs `gradwatch[dev]` and a Chromium.
+Generates a run, starts TensorBoard on it and opens the tab in a headless Chromium. It measures the
+time from opening the tab to the first picture, with TensorBoard just started and after it has read
+the run, and from releasing the mouse to the zoomed picture. Needs `gradwatch[dev]` and a Chromium.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DRAWN = "performance.getEntriesByName('gradwatch: drawn').at(-1).startTime"
 
 
 def write_run(folder: Path, steps: int, parameters: int) -> None:
-    """Writes a made-up run with a few NaN, each parameter's norms on a level of their own."""
+    """Writes a synthetic run with a few NaN; each parameter's norms have their own level."""
     writer = TensorBoardWriter(folder)
     levels = np.random.default_rng(1).normal(-3, 1, parameters)
     for batch in batches(steps, parameters, levels=levels, max_norm=5.0, nan_every=50):
@@ -47,7 +47,7 @@ def write_run(folder: Path, steps: int, parameters: int) -> None:
 
 @contextmanager
 def tensorboard(logdir: Path, load_fast: str) -> Iterator[tuple[str, int]]:
-    """Starts TensorBoard on loopback; gives its address and its process."""
+    """Starts TensorBoard on the loopback interface; yields its address and its pid."""
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir)]
     command += ["--host", "127.0.0.1", "--port", "0", "--load_fast", load_fast]
     with tempfile.TemporaryFile("w+", encoding="utf-8") as log:
@@ -80,12 +80,12 @@ def open_tab(page: Page, address: str) -> Frame:
 
 
 def ready(frame: Frame) -> None:
-    """Waits until everything is there and drawn."""
+    """Waits until everything has been loaded and drawn."""
     frame.wait_for_selector(".app[data-state=ready]", timeout=DRAW_MS)
 
 
 def zoom_ms(page: Page, frame: Frame) -> float:
-    """Drags over a tenth of the picture; milliseconds from letting go to the fine picture."""
+    """Zooms by dragging over a tenth of the picture; returns milliseconds until it is redrawn."""
     frame.evaluate(
         "addEventListener('pointerup', (e) => { window.released = e.timeStamp }, {once: true})"
     )
@@ -100,7 +100,7 @@ def zoom_ms(page: Page, frame: Frame) -> float:
 
 
 def measure(address: str, pid: int) -> Iterator[tuple[str, str]]:
-    """Looks at the tab."""
+    """Measures the tab; yields the name of each measurement and its text."""
     chromium = next(
         filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
     )
@@ -124,14 +124,14 @@ def measure(address: str, pid: int) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    """Prints a table."""
+    """Measures, and prints a table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.dashboard", description=__doc__.splitlines()[0]
     )
     parser.add_argument("--parameters", type=int, default=3000)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--load-fast", choices=("auto", "true", "false"), default="auto")
-    parser.add_argument("--logdir", type=Path, help="of an earlier run of this script")
+    parser.add_argument("--logdir", type=Path, help="log folder of an earlier run of this script")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         logdir = arguments.logdir or Path(temporary)
@@ -140,7 +140,7 @@ def main() -> None:
         size = sum(path.stat().st_size for path in logdir.rglob("*") if path.is_file())
         print(f"{arguments.parameters} parameters, {arguments.steps} steps, {size / 1e6:.0f} MB")
         with tensorboard(logdir, arguments.load_fast) as (address, pid):
-            # TensorBoard shows a tab only once it has seen data of it.
+            # TensorBoard shows a tab only after it has seen data for it.
             time.sleep(10)
             for what, value in measure(address, pid):
                 print(f"{what:60} {value:>10}")

@@ -1,4 +1,4 @@
-"""The memory of processes, as Linux tells it; 0 on other systems."""
+"""The memory of processes, as Linux reports it; 0 on other systems."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 def resident_bytes(pid: int | None = None) -> int:
-    """Returns the memory in RAM of a process and of those below it.
+    """Returns the resident memory of a process and its descendants, in bytes.
 
     Args:
-        pid: The process; this one if left out.
+        pid: None for this process.
     """
     pids, pages = [os.getpid() if pid is None else pid], 0
-    for one in pids:  # grows as children are found
-        with suppress(OSError):  # it has ended meanwhile
+    for one in pids:  # the list grows as children are found
+        with suppress(OSError):  # the process may have ended meanwhile
             pages += int(Path(f"/proc/{one}/statm").read_text(encoding="utf-8").split()[1])
             for task in Path(f"/proc/{one}/task").iterdir():
                 pids += map(int, (task / "children").read_text().split())
@@ -23,8 +23,8 @@ def resident_bytes(pid: int | None = None) -> int:
 
 
 def peak_resident_bytes() -> int:
-    """Returns the most memory that this process ever had in RAM."""
-    # Not ru_maxrss: that of a child begins with the parent's.
+    """Returns the peak resident memory of this process, in bytes."""
+    # Not ru_maxrss: a child process inherits the value of its parent.
     status = Path("/proc/self/status")
     return (
         int(status.read_text(encoding="utf-8").split("VmHWM:")[1].split()[0]) * 1024

@@ -1,4 +1,4 @@
-"""What the pages of results share: tables, the machine, and lines of progress meanwhile."""
+"""Shared by the pages of results: tables, a description of the machine, progress messages."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ STARTED = time.perf_counter()
 
 
 def say(text: str) -> None:
-    """Prints a line at once, with the time since the start."""
+    """Prints a line with the time since the start, without buffering."""
     minutes, seconds = divmod(int(time.perf_counter() - STARTED), 60)
     print(f"[{minutes:2d}:{seconds:02d}] {text}", flush=True)
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Writes a table in Markdown."""
+    """Formats a table in Markdown."""
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def machine_rows(device: str, threads: int, clock: str) -> list[tuple[str, str]]:
-    """Describes where and how the numbers were taken.
+    """Describes where and how the numbers were measured.
 
     Args:
         device: ``"cpu"`` or ``"cuda"``.
-        threads: Threads of PyTorch.
-        clock: What the steps were timed with.
+        threads: Number of threads of PyTorch.
+        clock: Name of the clock that timed the steps.
     """
     rows = [
         ("begun", f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC"),
@@ -65,7 +65,7 @@ def machine_rows(device: str, threads: int, clock: str) -> list[tuple[str, str]]
 
 
 def command() -> str:
-    """Returns the command line as it is typed in the repository."""
+    """Returns the command line of this process, as typed in the repository."""
     folder = Path(sys.argv[0]).parent  # `python -m` puts the path of __main__.py there
     arguments = ["-m", f"{folder.parent.name}.{folder.name}", *sys.argv[1:]]
     return "`python " + " ".join(map(shlex.quote, arguments)) + "`"
@@ -93,7 +93,7 @@ def _memory() -> str:
 def _load() -> str:
     if not hasattr(os, "getloadavg"):
         return "unknown"
-    return f"{os.getloadavg()[0]:.1f} processes wanted to run, over the last minute"
+    return f"{os.getloadavg()[0]:.1f} runnable processes, averaged over the last minute"
 
 
 def _package(name: str) -> str | None:

@@ -1,8 +1,9 @@
-"""Run folder: what a long run takes on the disk and in the training, and how fast it is read.
+"""Measures the run folder of a long run: disk space, time to write, and time to read.
 
     python -m benchmarks.run_folder --steps 1000000 --parameters 300
 
-The steps are made up: norms that wander, as float32, clipped now and then. Prints one table.
+The run is synthetic: float32 norms that follow a random walk and are clipped now and then. Prints
+one table.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from gradwatch.record.folder.writer import RunFolder
 
 
 def write(folder: Path, steps: int, parameters: int) -> dict[str, str]:
-    """Writes a run, and measures each delivery."""
+    """Writes a synthetic run, and times each batch."""
     sink, took = RunFolder(folder), []
     for batch in batches(steps, parameters):
         before = time.perf_counter()
@@ -73,13 +74,13 @@ QUERIES: dict[str, Callable[[Load, int], object]] = {
 
 
 def read(folder: Path, query: str, steps: int) -> None:
-    """Runs one query, in a process of its own, for its time and its memory."""
+    """Runs one query, and prints its time and peak memory; call it in a process of its own."""
     import pandas as pd
     import pyarrow.parquet  # noqa: F401
 
     from gradwatch.history import load
 
-    pd.Series(["a"])  # the first one loads more of pandas and pyarrow
+    pd.Series(["a"])  # the first Series of strings loads more of pandas and pyarrow
     before = time.perf_counter()
     result = QUERIES[query](partial(load, folder), steps)
     took = time.perf_counter() - before
@@ -88,11 +89,11 @@ def read(folder: Path, query: str, steps: int) -> None:
 
 
 def main() -> None:
-    """Writes, reads, prints."""
+    """Writes and reads a run, and prints the measurements."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run_folder", description=__doc__)
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--parameters", type=int, default=300)
-    parser.add_argument("--folder", type=Path, help="kept; a temporary one if left out")
+    parser.add_argument("--folder", type=Path, help="where to keep the run; default: not kept")
     parser.add_argument("--read", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.read:

@@ -10,25 +10,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Spread:
-    """The median of some numbers and the quartiles around it; NaN where there are none."""
+    """The median of some numbers and the quartiles around it; NaN if there are no numbers."""
 
     middle: float
     low: float
     high: float
 
     def times(self, factor: float) -> Spread:
-        """Returns the spread of the numbers times a factor that is not negative."""
+        """Returns the spread of the numbers multiplied by a factor, which must not be negative."""
         return Spread(self.middle * factor, self.low * factor, self.high * factor)
 
 
 def spread(numbers: Sequence[float]) -> Spread:
-    """Returns median and quartiles, the smallest and largest number included.
+    """Returns the median and the quartiles of some numbers (method "inclusive").
 
     Args:
-        numbers: Any numbers; a NaN makes all three NaN.
-
-    Returns:
-        Their spread.
+        numbers: May be empty; a single NaN makes all three results NaN.
     """
     if not numbers or any(map(math.isnan, numbers)):
         return Spread(math.nan, math.nan, math.nan)
@@ -42,24 +39,24 @@ def ratios(mine: Sequence[float], base: Sequence[float]) -> list[float]:
     """Divides round by round.
 
     Args:
-        mine: What a variant added in each round.
-        base: What ``clip_grad_norm_`` added in the same rounds.
+        mine: Seconds that a variant added in each round.
+        base: Seconds that ``clip_grad_norm_`` added in the same rounds.
 
     Returns:
-        A ratio for each round; NaN in a round where the base was lost in the noise, at 0 or less.
+        A ratio for each round; NaN if the base was lost in the noise (0 or less).
     """
     return [a / b if b > 0 else math.nan for a, b in zip(mine, base, strict=True)]
 
 
 def ratio(mine: Sequence[float], base: Sequence[float]) -> Spread:
-    """Divides the medians over all rounds; the quartiles are those of the rounds' own ratios.
+    """Divides the medians over all rounds; the quartiles are those of the ratios per round.
 
     Args:
-        mine: What a variant added in each round.
-        base: What ``clip_grad_norm_`` added in the same rounds.
+        mine: Seconds that a variant added in each round.
+        base: Seconds that ``clip_grad_norm_`` added in the same rounds.
 
     Returns:
-        The spread; its median is NaN where the base itself was lost in the noise.
+        The spread; its median is NaN if the median of the base was lost in the noise.
     """
     bottom = spread(base).middle
     each = spread([value for value in ratios(mine, base) if not math.isnan(value)])
@@ -68,11 +65,11 @@ def ratio(mine: Sequence[float], base: Sequence[float]) -> Spread:
 
 
 def spread_text(value: Spread, form: str) -> str:
-    """Writes a median, and the quartiles in brackets.
+    """Formats a median, with the quartiles in brackets.
 
     Args:
-        value: The numbers; NaN is written as a dash.
-        form: How to format each.
+        value: The spread; NaN becomes a dash.
+        form: Format specification for each number, such as ``".3f"``.
     """
     if math.isnan(value.middle):
         return "-"

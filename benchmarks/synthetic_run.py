@@ -1,4 +1,4 @@
-"""A made-up run of any length, in the batches that gradwatch hands to its sinks."""
+"""A synthetic run of any length, in the batches that gradwatch passes to its sinks."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def batches(
     max_norm: float = 20.0,
     nan_every: int | None = None,
 ) -> Iterator[RecordBatch]:
-    """Makes up a run: float32 norms that wander, clipped now and then.
+    """Generates a run: float32 norms that follow a random walk and are clipped now and then.
 
     Args:
-        steps: How many.
-        parameters: How many.
+        steps: Number of steps.
+        parameters: Number of parameters.
         levels: Logarithms of the norms at the start, one for all or one for each parameter.
-        max_norm: What the total norm is clipped to.
-        nan_every: In one of so many batches, half of the parameters have a NaN; None for never.
+        max_norm: Limit of the clip on the total norm.
+        nan_every: In one of this many batches, half of the parameters have a NaN; None for never.
     """
     names = tuple(f"encoder.layers.{i // 12}.block_{i % 12}.weight" for i in range(parameters))
     layout = Layout(names, tuple(name.rpartition(".")[0] for name in names))

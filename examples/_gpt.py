@@ -1,6 +1,6 @@
-"""What the examples train: a small character GPT, on text that is on every machine with Python.
+"""The model of the examples: a small character GPT, and a text that every Python comes with.
 
-The text is the source code of Python's own standard library.
+The text is the source code of Python's standard library.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps ``[batch, time, width]`` to the same shape; a position sees none after it."""
+        """Maps ``[batch, time, width]`` to the same shape; attention is causal."""
         x = x + self._attend(self.attention_norm(x))
         return x + self.feed(self.feed_norm(x))
 
@@ -67,7 +67,7 @@ def read_library() -> tuple[Tensor, Tensor]:
     """Reads the modules of the standard library; every tenth is held out.
 
     Returns:
-        Character codes to train on and to validate with, each ``[length]``, int64.
+        Character codes to train on and to validate on, each int64 ``[length]``.
     """
     modules = sorted(Path(os.__file__).parent.glob("*.py"))
     held_out = modules[::10]
@@ -82,17 +82,17 @@ def _encode(files: Iterable[Path]) -> Tensor:
 def batch_loss(
     model: nn.Module, text: Tensor, *, size: int = BATCH, padding_only: bool = False
 ) -> Tensor:
-    """Draws pieces of the text at random and lets the model guess each next character.
+    """Draws random pieces of the text, and returns the loss of predicting each next character.
 
     Args:
-        model: The model.
+        model: Maps character codes ``[size, time]`` to logits.
         text: Character codes ``[length]``.
-        size: Pieces in the batch.
-        padding_only: Whether no character of the batch counts, as where all of it is padding. The
-            mean is 0 / 0 then, and every gradient a NaN: an everyday way to lose a model.
+        size: Number of pieces in the batch.
+        padding_only: Whether to give every character the weight 0, as if the batch were all
+            padding. The mean is then 0 / 0 and every gradient NaN: a common way to lose a model.
 
     Returns:
-        The loss in nats per character that counts, ``[]``.
+        The loss ``[]`` in nats per character with a weight.
     """
     device = text.device
     starts = torch.randint(len(text) - CONTEXT, (size, 1), device=device)

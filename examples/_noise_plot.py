@@ -1,4 +1,4 @@
-"""The picture of noise_scale.py: the noise scale and the batch that follows it, and the loss."""
+"""The plot of noise_scale.py: the noise scale, the batch that follows it, and the loss."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MISSING = (
-    "There will be no picture: it needs matplotlib, which is not installed. "
+    "There will be no plot: it needs matplotlib, which is not installed. "
     "Run: pip install 'gradwatch[plot]'"
 )
-# Okabe and Ito's colours, which can be told apart with any kind of sight.
+# Okabe and Ito's colors, distinguishable with every kind of color vision.
 NOISE, BATCH, SMALL, LARGE = "#0072B2", "#D55E00", "#009E73", "#1f2933"
 CHOSEN = "batch that auto chose"
-FIRST = 20  # windows that a noise scale needs to be valid
+FIRST = 20  # number of windows before a noise scale is valid
 STYLE = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
@@ -38,13 +38,13 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Run:
-    """What became of one training.
+    """The result of one training.
 
     Attributes:
-        name: How its batch was chosen.
-        steps: ``watcher.history.steps()`` of all its steps; weights are sequences.
+        name: How its batch size was chosen.
+        steps: ``watcher.history.steps()`` of the whole run; ``weight`` counts sequences.
         held_out: Loss on held-out text at the end, in nats per character.
-        cpu_seconds: What the training took, on however busy a machine.
+        cpu_seconds: CPU time of the training, which hardly depends on how busy the machine is.
     """
 
     name: str
@@ -54,12 +54,12 @@ class Run:
 
     @property
     def number(self) -> int:
-        """Optimizer steps."""
+        """Number of optimizer steps."""
         return len(self.steps)
 
     @property
     def sequences(self) -> int:
-        """What it was trained on in all."""
+        """Number of sequences that it was trained on."""
         return int(self.steps["weight"].sum())
 
 
@@ -69,11 +69,11 @@ def can_draw() -> bool:
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Draws the first run, and beside it the losses of the others.
+    """Draws the first run in detail, and the losses of all runs.
 
     Args:
-        runs: The one whose batch followed the noise scale, then those it is compared with.
-        path: The file; its ending is the format.
+        runs: First the run whose batch followed the noise scale, then those to compare it with.
+        path: The file to write; its suffix sets the format.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -94,7 +94,7 @@ def _noise(axes: Axes, run: Run) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     steps = run.steps
-    # A few windows do not tell, nor does what is less than its own error.
+    # Leave out the first few windows, and values below their own error: they say nothing.
     known = steps[(steps["noise_scale_stderr"] < steps["noise_scale"]) & (steps.index >= FIRST)]
     scale, error = known["noise_scale"], known["noise_scale_stderr"]
     label = "noise scale \N{PLUS-MINUS SIGN} one standard error"

@@ -1,4 +1,4 @@
-"""What the examples that run on several ranks share."""
+"""Shared by the examples that run on several ranks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from _summary import command
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the description with its line breaks."""
+    """Shows default values, and keeps the line breaks of the description."""
 
 
 def make_parser(script: str, description: str | None) -> argparse.ArgumentParser:
-    """Makes a command line with what all scripts can be told.
+    """Makes a command line parser with the options that all scripts share.
 
     Args:
-        script: Path of the script.
-        description: What it does.
+        script: Path of the script, whose name is used for the default log folder.
+        description: Shown at the top of the help.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
     parser.add_argument("--steps", type=int, default=60, help="optimizer steps")
@@ -39,7 +39,7 @@ def make_parser(script: str, description: str | None) -> argparse.ArgumentParser
         "--poison-step",
         type=int,
         metavar="N",
-        help="make the batches of one rank padding and nothing else at step N",
+        help="at step N, fill the batches of one rank with nothing but padding",
     )
     parser.add_argument("--poison-rank", type=int, default=1, metavar="R", help="which rank")
     logdir = Path("runs", Path(script).stem)
@@ -49,12 +49,7 @@ def make_parser(script: str, description: str | None) -> argparse.ArgumentParser
 
 
 def parse_arguments(parser: argparse.ArgumentParser, script: str) -> argparse.Namespace:
-    """Reads the command line, and makes sure that there are ranks.
-
-    Args:
-        parser: What :func:`make_parser` returned.
-        script: Path of the script.
-    """
+    """Reads the command line, and exits with a hint unless torchrun started the script."""
     args = parser.parse_args()
     ranks = int(os.environ.get("WORLD_SIZE", "0"))
     if not ranks:
@@ -67,17 +62,17 @@ def parse_arguments(parser: argparse.ArgumentParser, script: str) -> argparse.Na
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
-    """Joins the other ranks, and leaves them at the end, whatever happens.
+    """Joins the process group, and leaves it at the end, also after an error.
 
     Yields:
-        The device of this rank: a GPU where each rank has one to itself, else the CPU.
+        The device of this rank: a GPU if each rank has one to itself, otherwise the CPU.
     """
     place, places = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cpu")
     if torch.cuda.device_count() >= places:
         device = torch.device("cuda", place)
         torch.cuda.set_device(device)
-    # The model is small: threads would wait for each other on a busy machine.
+    # The model is small: several threads would only wait for each other.
     torch.set_num_threads(1)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
@@ -87,11 +82,13 @@ def process_group() -> Iterator[torch.device]:
 
 
 def print_by_rank(title: str, row: dict[str, str]) -> None:
-    """Prints one line per rank, from rank 0: lines that ranks print by themselves come mixed up.
+    """Prints a table with one line per rank; every rank must call this.
+
+    Only rank 0 prints: lines that the ranks print themselves would be mixed up.
 
     Args:
-        title: What stands above the table.
-        row: What this rank has to say, by column; every rank must call this.
+        title: Printed above the table.
+        row: The values of this rank, by column.
     """
     rows: list[dict[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(rows, row)

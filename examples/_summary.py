@@ -1,4 +1,4 @@
-"""The table that all examples end with."""
+"""The summary that all examples print at the end."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import gradwatch
 
 
 def print_summary(watcher: gradwatch.Watcher, logdir: Path) -> None:
-    """Prints what a run left behind, and what to open next.
+    """Prints a summary of a run, and what to open next.
 
     Args:
         watcher: The watcher of the run, closed or not.
-        logdir: The folder that TensorBoard is to be given.
+        logdir: The folder to open in TensorBoard.
     """
     rows = {
         **_norm_rows(watcher.history.steps()),
@@ -53,10 +53,10 @@ def _count_kinds(events: pd.DataFrame) -> str:
 
 
 def command(name: str) -> str:
-    """Names a command as it can be typed here: the environment may not be activated.
+    """Returns a command as it can be typed here, even if the environment is not activated.
 
     Args:
-        name: The command, which comes with a package of this environment.
+        name: A command that comes with a package of this environment.
     """
     if shutil.which(name):
         return name

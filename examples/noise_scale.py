@@ -1,9 +1,9 @@
-"""Lets the batch of a small character GPT follow the gradient noise scale, and shows how.
+"""Trains a small character GPT whose batch size follows the gradient noise scale.
 
-The text is on every machine that has Python: the source code of its own standard library. Each step
-adds up micro-batches; how noisy they are tells how many of them are worth it, and
-accumulate=AccumulateByNoiseScale(...) acts on that. The table says what was measured and done, the
-picture shows it. --compare trains again with batches that stay as they are, on as many sequences.
+The text is on every machine that has Python: the source code of its standard library. Each step
+accumulates micro-batches. Their noise tells how many of them are worth it, and
+accumulate=AccumulateByNoiseScale(...) adjusts the number. The script prints a table of what was
+measured and chosen, and draws it. --compare trains again with fixed batches on as many sequences.
 """
 
 from __future__ import annotations
@@ -22,31 +22,23 @@ from _noise_plot import MISSING, Run, can_draw, draw
 from _summary import print_summary
 from gradwatch_tensorboard import TensorBoardWriter
 
-WIDTH, LAYERS = 64, 2  # small, so that a minute is enough to see the noise grow
+WIDTH, LAYERS = 64, 2  # small, so that a minute is enough to see the noise scale grow
 ROWS = 16
 LR_POWERS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 EXPLANATION = """
-Sizes are in sequences of {context} characters; a micro-batch is {size} of them. The noise scale is
-the batch whose gradient is as much noise as signal. Well below it, twice the batch needs nearly
-half the steps; well above it, hardly fewer.
+Sizes are in sequences of {context} characters; a micro-batch has {size} of them. The noise scale is
+the batch size at which the gradient is as much noise as signal. Well below it, twice the batch
+needs nearly half the steps; well above it, hardly fewer.
 """
 COST = """
-On one device all of them are the same work. Where micro-batches run on several devices at once it
-is the number of steps that takes the time, and that is what a larger batch saves.
+On a single device all of these runs are the same amount of work. If micro-batches run on several
+devices at once, the time depends on the number of steps, which a larger batch reduces.
 """
 
 
 def train(args: argparse.Namespace, accumulate: gradwatch.AccumulateByNoiseScale) -> Run:
-    """Trains a model whose batch follows the noise scale, and prints how.
-
-    Args:
-        args: What the command line says.
-        accumulate: Decides about the micro-batches.
-
-    Returns:
-        The run.
-    """
+    """Trains a model whose batch follows the noise scale, and prints a table of its progress."""
     print(EXPLANATION.format(context=CONTEXT, size=args.micro_batch))
     print("  step  sequences   loss     noise scale   batch       lr")
     sinks = [TensorBoardWriter(args.logdir / time.strftime("%Y%m%d-%H%M%S"))]
@@ -65,15 +57,12 @@ def train(args: argparse.Namespace, accumulate: gradwatch.AccumulateByNoiseScale
 
 
 def train_fixed(args: argparse.Namespace, micro_batches: int, sequences: int) -> Run:
-    """Trains a model with the same batch, and learning rate, in every step.
+    """Trains a model with the same batch size and learning rate in every step.
 
     Args:
-        args: What the command line says; the learning rate is the one that auto has at this batch.
-        micro_batches: Of each step.
-        sequences: What to train on in all.
-
-    Returns:
-        The run.
+        args: The command line. The learning rate is the one that the other run has at this batch.
+        micro_batches: Number of micro-batches in each step.
+        sequences: Number of sequences to train on in all.
     """
     batch = micro_batches * args.micro_batch
     number = max(1, round(sequences / batch))
@@ -93,7 +82,7 @@ def make(
     number: int,
     sinks: Sequence[gradwatch.Sink],
 ) -> tuple[nn.Module, gradwatch.Watcher]:
-    """Makes a model, the same each time, and the watcher of its run."""
+    """Makes a model, always with the same initial weights, and the watcher of its run."""
     torch.manual_seed(args.seed)
     model = GPT(WIDTH, LAYERS)
     watcher = gradwatch.watch(
@@ -111,9 +100,9 @@ def make(
 def each_step(
     model: nn.Module, watcher: gradwatch.Watcher, args: argparse.Namespace, number: int
 ) -> Iterator[int]:
-    """Trains for some optimizer steps, and stops after each.
+    """Trains for ``number`` optimizer steps, and yields after each.
 
-    This is all that a loop has to do: give every backward its weight, and call step after each.
+    This is all that a loop has to do: pass a weight to every backward, and call step after it.
     """
     text, _ = read_library()
     with watcher:
@@ -128,14 +117,14 @@ def each_step(
 
 
 def held_out(model: nn.Module, args: argparse.Namespace) -> float:
-    """Measures the loss on text that no run has seen, the same pieces for every run."""
+    """Measures the loss on text that no run has seen, on the same pieces for every run."""
     _, text = read_library()
     torch.manual_seed(args.seed)
     return validate(model, text, batches=60)
 
 
 def print_row(watcher: gradwatch.Watcher, every: int) -> None:
-    """Prints what the run has come to, and the loss of the last so many steps."""
+    """Prints a row of the table; its loss is the mean over the last ``every`` steps."""
     noise, steps = watcher.noise_scale, watcher.history.steps()
     last, sequences, loss = steps.iloc[-1], steps["weight"].sum(), steps["loss"].tail(every).mean()
     scale = f"{noise.b_simple:.0f} \N{PLUS-MINUS SIGN} {noise.stderr:.0f}" if noise.valid else "?"
@@ -147,8 +136,8 @@ def print_row(watcher: gradwatch.Watcher, every: int) -> None:
 
 
 def print_comparison(runs: list[Run]) -> None:
-    """Prints what the runs have reached, and in how many steps."""
-    print(f"\nThe same {runs[0].sequences:,} sequences, in batches of different size:\n")
+    """Prints the final loss of each run, and how many steps it took."""
+    print(f"\nThe same {runs[0].sequences:,} sequences, in batches of different sizes:\n")
     print("  batch          steps   held-out loss   CPU seconds")
     for run in runs:
         print(
@@ -183,12 +172,12 @@ def parse_arguments() -> tuple[argparse.Namespace, gradwatch.AccumulateByNoiseSc
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="train with fixed batches too, on as many sequences: three times as long",
+        help="also train with fixed batches on as many sequences: takes three times as long",
     )
     parser.add_argument(
         "--logdir", type=Path, default=Path("runs/noise_scale"), help="folder for TensorBoard"
     )
-    parser.add_argument("--out", type=Path, help="picture to draw, beside the logdir if left out")
+    parser.add_argument("--out", type=Path, help="plot to write; by default next to the logdir")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches")
     args = parser.parse_args()
     if args.micro_batch < 1 or args.steps < 1:
@@ -203,9 +192,9 @@ def parse_arguments() -> tuple[argparse.Namespace, gradwatch.AccumulateByNoiseSc
 
 
 def main() -> None:
-    """Trains, prints and draws."""
+    """Trains, and prints and draws the results."""
     args, policy = parse_arguments()
-    # The model is small: threads would wait for each other on a busy machine.
+    # The model is small: several threads would only wait for each other.
     torch.set_num_threads(1)
     if not can_draw():
         print(MISSING)
@@ -216,7 +205,7 @@ def main() -> None:
         print_comparison(runs)
     if can_draw():
         draw(runs, args.out)
-        print(f"The picture of it: {args.out}")
+        print(f"Plot: {args.out}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Trains a small character GPT under gradwatch in a plain loop.
 
-The text is on every machine that has Python: the source code of its own standard library. The
-learning rate is high, so that clipping has work to do. --poison-step N breaks one batch the way it
-happens in practice, to show it being caught.
+The text is on every machine that has Python: the source code of its standard library. The learning
+rate is high, so that clipping has something to do. --poison-step N breaks one batch in the way that
+it happens in practice, to show how gradwatch catches it.
 """
 
 from __future__ import annotations
@@ -23,15 +23,10 @@ from gradwatch_tensorboard import TensorBoardWriter
 
 
 def train(model: nn.Module, text: Tensor, args: argparse.Namespace) -> gradwatch.Watcher:
-    """Trains the model.
-
-    Args:
-        model: The model, which changes.
-        text: Character codes to train on.
-        args: What the command line says.
+    """Trains the model in place on a text of character codes.
 
     Returns:
-        The watcher of the run, closed, its history still there.
+        The watcher of the run; it is closed, but its history can still be read.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     with (
@@ -79,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
         "--poison-step",
         type=int,
         metavar="N",
-        help="make the batch of step N padding and nothing else",
+        help="fill the batch of step N with nothing but padding",
     )
     parser.add_argument(
         "--logdir", type=Path, default=Path("runs/plain_loop"), help="folder for TensorBoard"
@@ -89,10 +84,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Trains, and prints what was seen."""
+    """Trains, and prints a summary."""
     args = parse_arguments()
     torch.manual_seed(args.seed)
-    # The model is small: threads would wait for each other on a busy machine.
+    # The model is small: several threads would only wait for each other.
     torch.set_num_threads(1)
     training, held_out = read_library()
     model = GPT()

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/train_ddp.py
 
-Each rank draws batches of its own. With --poison-step N one rank goes bad at step N: after the
-reduction every rank has its NaN, so that all leave out the same step. The norm before the reduction
-tells which rank it was.
+Each rank draws its own batches. With --poison-step N one rank produces NaN at step N. After the
+all-reduce every rank has that NaN, so all of them skip the same step. The norm before the
+all-reduce tells which rank it was.
 """
 
 from __future__ import annotations
@@ -31,15 +31,10 @@ MICRO_BATCHES = 2
 def train(
     model: DistributedDataParallel, text: Tensor, args: argparse.Namespace
 ) -> gradwatch.Watcher:
-    """Trains the model.
-
-    Args:
-        model: The model, which changes.
-        text: Character codes to train on.
-        args: What the command line says.
+    """Trains the model in place on a text of character codes.
 
     Returns:
-        The watcher of this rank's run, closed, its history still there.
+        The watcher of this rank; it is closed, but its history can still be read.
     """
     rank = dist.get_rank()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
@@ -59,7 +54,7 @@ def train(
         for step in progress:
             sick = step == args.poison_step and rank == args.poison_rank
             for micro_batch in range(1, MICRO_BATCHES + 1):
-                # The gradients add up here; only the last backward sends them to the other ranks.
+                # Gradients accumulate on this rank; only the last backward reduces them.
                 with nullcontext() if micro_batch == MICRO_BATCHES else model.no_sync():
                     loss = batch_loss(model, text, padding_only=sick)
                     (loss / MICRO_BATCHES).backward()
@@ -78,9 +73,7 @@ def train(
 def print_step_by_rank(watcher: gradwatch.Watcher, step: int) -> None:
     """Prints one step as each rank saw it.
 
-    Args:
-        watcher: The watcher of this rank.
-        step: The step; with ``--on-nonfinite raise`` it may be one that was never taken.
+    With ``--on-nonfinite raise`` the step may never have been taken.
     """
     steps = watcher.history.steps()
     events = [event for event in watcher.events if event.step == step]
@@ -98,7 +91,7 @@ def print_step_by_rank(watcher: gradwatch.Watcher, step: int) -> None:
 
 
 def main() -> None:
-    """Trains, and prints what was seen."""
+    """Trains, and prints a summary."""
     parser = make_parser(__file__, __doc__)
     args = parse_arguments(parser, __file__)
     with process_group() as device:

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/train_fsdp2.py
 
-FSDP2 (fully_shard) leaves each rank a part of every gradient. gradwatch measures the parts, adds
-them up over the ranks and clips by the norm of the whole: every rank sees the same numbers, and
-with --poison-step N the ranks leave out the same step. Every rank must be watched.
+With FSDP2 (fully_shard) each rank holds a part of every gradient. gradwatch measures the parts,
+adds them up over the ranks and clips by the norm of the whole gradient. All ranks see the same
+numbers, and with --poison-step N they all skip the same step. Every rank must be watched.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ MICRO_BATCHES = 2
 
 
 def shard(model: GPT, mesh: dist.DeviceMesh, bf16: bool) -> GPT:
-    """Shards a model block by block, and then what is left.
+    """Shards a model block by block, and then the rest of it.
 
     Args:
-        model: The model, the same on every rank.
-        mesh: The ranks.
+        model: Must be the same on every rank.
+        mesh: The ranks to shard over.
         bf16: Whether to compute in bfloat16; weights and gradients stay float32.
 
     Returns:
-        The model, whose parameters are DTensors by now.
+        The same model; its parameters are DTensors now.
     """
     inner, outer = MixedPrecisionPolicy(), MixedPrecisionPolicy()
     if bf16:
@@ -50,21 +50,16 @@ def shard(model: GPT, mesh: dist.DeviceMesh, bf16: bool) -> GPT:
 def held_out_loss(model: FSDPModule, text: Tensor) -> float:
     """Measures the loss on held-out text, in nats per character; every rank must call this."""
     loss = validate(model, text)
-    # A forward leaves the outermost weights whole until a backward comes, and none does.
+    # A forward leaves the outermost weights unsharded until the next backward, and there is none.
     model.reshard()
     return loss
 
 
 def train(model: FSDPModule, text: Tensor, args: argparse.Namespace) -> gradwatch.Watcher:
-    """Trains the model.
-
-    Args:
-        model: The sharded model, which changes.
-        text: Character codes to train on.
-        args: What the command line says.
+    """Trains the model in place on a text of character codes.
 
     Returns:
-        The watcher of this rank's run, closed, its history still there.
+        The watcher of this rank; it is closed, but its history can still be read.
     """
     rank = dist.get_rank()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
@@ -84,7 +79,7 @@ def train(model: FSDPModule, text: Tensor, args: argparse.Namespace) -> gradwatc
         for step in progress:
             sick = step == args.poison_step and rank == args.poison_rank
             for micro_batch in range(1, MICRO_BATCHES + 1):
-                # The gradients add up here; only the last backward sends them to the other ranks.
+                # Gradients accumulate on this rank; only the last backward reduces them.
                 model.set_requires_gradient_sync(micro_batch == MICRO_BATCHES)
                 loss = batch_loss(model, text, padding_only=sick)
                 (loss / MICRO_BATCHES).backward()
@@ -101,12 +96,7 @@ def train(model: FSDPModule, text: Tensor, args: argparse.Namespace) -> gradwatc
 
 
 def print_shares(model: FSDPModule, watcher: gradwatch.Watcher) -> None:
-    """Prints what each rank holds, and that all of them saw the same norms.
-
-    Args:
-        model: The sharded model.
-        watcher: The watcher of this rank.
-    """
+    """Prints how much of the model each rank holds, and the norms that it saw: all the same."""
     steps = watcher.history.steps()
     if steps.empty:
         return
@@ -125,7 +115,7 @@ def print_shares(model: FSDPModule, watcher: gradwatch.Watcher) -> None:
 
 
 def main() -> None:
-    """Trains, and prints what was seen."""
+    """Trains, and prints a summary."""
     parser = make_parser(__file__, __doc__)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     args = parse_arguments(parser, __file__)

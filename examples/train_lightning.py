@@ -1,6 +1,6 @@
-"""Trains a convolutional net under gradwatch with Lightning.
+"""Trains a convolutional network with Lightning, under gradwatch.
 
-The pictures come with scikit-learn: 1,797 real handwritten digits of 8 by 8 pixels.
+The images come with scikit-learn: 1,797 real handwritten digits of 8 by 8 pixels.
 """
 
 from __future__ import annotations
@@ -25,14 +25,10 @@ BATCH = 32
 
 
 class DigitNet(LightningModule):
-    """A small convolutional net that reads digits."""
+    """A small convolutional network that classifies digits."""
 
     def __init__(self, lr: float) -> None:
-        """Builds the net.
-
-        Args:
-            lr: Learning rate.
-        """
+        """Builds the network."""
         super().__init__()
         self.lr = lr
         self.layers = nn.Sequential(
@@ -55,13 +51,13 @@ class DigitNet(LightningModule):
         return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        """Logs the share of digits that were read right."""
+        """Logs the share of digits that were classified correctly."""
         pictures, digits = batch
         right = self.layers(pictures).argmax(dim=1) == digits
         self.log("accuracy/validation", right.float().mean(), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Returns the optimizer."""
+        """Returns SGD with momentum."""
         return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
@@ -69,8 +65,8 @@ def digit_loaders() -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Te
     """Loads the digits.
 
     Returns:
-        Batches of pictures ``[batch, 1, 8, 8]`` from 0 to 1 and of digits ``[batch]``: four fifths
-        to train on, one fifth to validate with.
+        Batches of images ``[batch, 1, 8, 8]`` from 0 to 1 and of digits ``[batch]``: four fifths
+        to train on, one fifth to validate on.
     """
     data = load_digits()
     pictures = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
@@ -85,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=8, help="passes over the pictures")
+    parser.add_argument("--epochs", type=int, default=8, help="passes over the images")
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate")
     parser.add_argument("--clip", type=float, default=1.0, help="largest total norm; 0: no clip")
     parser.add_argument(
@@ -102,15 +98,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def quiet_lightning() -> None:
-    """Silences what Lightning says about this machine and this PyTorch; its errors stay."""
+    """Silences Lightning's remarks about this machine and this PyTorch; errors still show."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    # Reading 1,797 small pictures from memory is no work for another process.
+    # 1,797 small images in memory do not need a worker process.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
 
 
 def main() -> None:
-    """Trains, and prints what was seen."""
+    """Trains, and prints a summary."""
     args = parse_arguments()
     quiet_lightning()
     seed_everything(args.seed, verbose=False)

@@ -1,4 +1,4 @@
-"""What a run left behind, live or loaded, as pandas frames."""
+"""The history of a run, live or loaded from a folder, as pandas data frames."""
 
 from __future__ import annotations
 
@@ -32,23 +32,24 @@ if TYPE_CHECKING:
     from gradwatch.report.thresholds import Thresholds
 
 Names = str | re.Pattern[str] | Iterable[str]
-"""Parameters: one by its name, several, or those in whose name a compiled pattern is found."""
+"""Parameters: one name, several names, or a compiled pattern that is searched for in the names."""
 
 
 @stable_name
 class History:
-    """The steps of a run and its events; reading it never changes the run.
+    """The steps and events of a run; reading never changes the run.
 
-    Of a live run it holds the newest ``buffer_size`` steps, of a folder all of them. Each call
-    reads anew, so that what has come since is there, and from a folder reads only the files,
+    For a live run it holds the newest ``buffer_size`` steps, for a folder all steps. Each call
+    reads again, so it also returns what was added since. From a folder it reads only the files,
     columns and steps that it needs.
     """
 
     def __init__(self, source: Callable[[], RecordBatch] | Source) -> None:
-        """Reads from a source.
+        """Makes a history; users get one from ``watcher.history`` or :func:`load`.
 
         Args:
-            source: Gives what is there when it is called, or can be read in parts.
+            source: A function that returns all steps and events so far, or a source that can be
+                read in parts.
         """
         self._source: Source = LiveSource(source) if callable(source) else source
 
@@ -81,16 +82,16 @@ class History:
         """Returns one row per optimizer step.
 
         Args:
-            columns: The columns to read; all if left out.
-            start: The first step.
-            stop: One after the last step.
+            columns: The columns to read; None for all.
+            start: The first step to return; None for the beginning.
+            stop: The step after the last one; None for the end.
 
         Returns:
             Index ``step`` (from 1 per optimizer); as columns the fields of
-            :class:`~gradwatch.StepRecord`, but for ``global_step``.
+            :class:`~gradwatch.StepRecord`, except ``global_step``.
 
         Raises:
-            TypeError: If a bound is no integer, or the columns are no sequence of names.
+            TypeError: If a bound is not an integer, or ``columns`` is not a sequence of names.
             ValueError: If a column is unknown.
         """
         chosen = chosen_columns(columns, STEP_COLUMNS, "steps(columns=)")
@@ -105,21 +106,22 @@ class History:
         start: int | None = None,
         stop: int | None = None,
     ) -> pd.DataFrame:
-        """Returns one row per step and parameter that had a gradient in it.
+        """Returns one row per step and parameter, for parameters that had a gradient.
 
         Args:
-            names: Parameters to read: a name, several, or a compiled pattern
-                (``re.compile("bias$")``) that is searched for in them; all if left out.
-            columns: The columns to read besides ``step`` and ``parameter``; all if left out.
-            start: The first step.
-            stop: One after the last step.
+            names: Parameters to read: one name, several, or a compiled pattern
+                (``re.compile("bias$")``) that is searched for in the names; None for all.
+            columns: The columns to read besides ``step`` and ``parameter``; None for all.
+            start: The first step to return; None for the beginning.
+            stop: The step after the last one; None for the end.
 
         Returns:
             Columns ``step, parameter, grad_norm`` (before the clip), ``grad_norm_clipped`` (after
-            it) and one per further statistic that ``watch(statistics=)`` asked for.
+            it) and one for each statistic that ``watch(statistics=)`` asked for.
 
         Raises:
-            TypeError: If a bound is no integer, or names or columns are no sequences of names.
+            TypeError: If a bound is not an integer, or ``names`` or ``columns`` is not a sequence
+                of names.
             ValueError: If a name or a column is unknown.
         """
         known = (*NORM_COLUMNS, *self._source.statistics())
@@ -132,16 +134,16 @@ class History:
         """Returns one row per event, oldest first.
 
         Returns:
-            As columns the fields of :class:`~gradwatch.Event`, but for ``global_step``.
+            As columns the fields of :class:`~gradwatch.Event`, except ``global_step``.
         """
         return events_frame(self._source.events())
 
     def clip_rate(self, window: int = 1_000) -> float:
-        """Returns the share of the newest applied steps that a clip has changed.
+        """Returns the share of the newest applied steps in which a clip changed the gradient.
 
         Args:
-            window: How many steps count at most; no more than ``watch(buffer_size=)`` are kept
-                of a live run.
+            window: How many of the newest steps to count. A live run keeps at most
+                ``watch(buffer_size=)`` of them.
 
         Returns:
             A number from 0 to 1; NaN before the first step.
@@ -151,20 +153,20 @@ class History:
         return clip_rate(self._source, window)
 
     def advice(self) -> list[str]:
-        """Returns a line for each optimizer whose clip acts on most steps, or on none."""
+        """Returns one line for each optimizer whose clip acts on most steps, or on none."""
         from gradwatch.report.rules.clipping import clip_advice
 
         return clip_advice(self._source)
 
     def report(self, thresholds: Thresholds | None = None, **changes: float) -> Report:
-        """Says what the run shows: findings with evidence, why they matter and what to try.
+        """Reports what the run shows: findings with evidence, why they matter and what to try.
 
         Args:
-            thresholds: The limits of the rules; the published ones if left out.
+            thresholds: The limits of the rules; None for the defaults.
             **changes: Limits to change, by name: ``report(spike=20)``.
 
         Returns:
-            The findings, the weightiest first: print it, show it in a notebook, or take
+            The findings, most serious first. Print it, show it in a notebook, or call
             ``.to_dict()``.
         """
         from gradwatch.report.report import make_report
@@ -172,32 +174,32 @@ class History:
         return make_report(self._source, thresholds, **changes)
 
     def flow(self, start: int | None = None, stop: int | None = None) -> pd.DataFrame:
-        """Makes the table that shows where gradients vanish, explode or stop.
+        """Returns a table that shows where gradients vanish, explode or stop.
 
-        Where the run holds more than some million numbers, steps are sampled evenly over it;
-        ``steps`` says in how many of those there was a gradient.
+        If the run holds more than a few million numbers, the table is made from steps sampled
+        evenly over the run.
 
         Args:
-            start: The first step.
-            stop: One after the last step.
+            start: The first step to use; None for the beginning.
+            stop: The step after the last one; None for the end.
 
         Returns:
             Index ``parameter`` in model order; columns
 
-            - ``module`` that owns it, ``elements`` (0 where the shape is not known)
-            - ``steps``: with a gradient, of the steps that were looked at
-            - ``grad_norm``: median norm before the clip of the finite ones; ``rms_grad``: that over
-              the root of ``elements``
-            - ``weight_norm``, ``relative_grad``: median norm of the weights, and of gradient norm
-              over weight norm; NaN where that statistic was not taken
-            - ``zeros``: median share of elements that are exactly 0; NaN where it was not taken
-            - ``zero_steps``, ``nonfinite_steps``: steps in which the whole gradient was exactly 0,
-              and in which it held a NaN or an Inf
-            - ``no_gradient``: share of the steps that were looked at without a gradient; where
-              there are several optimizers, of the steps of the one that fits best
+            - ``module``: the module that owns it; ``elements``: 0 if the shape is not known
+            - ``steps``: number of sampled steps in which it had a gradient
+            - ``grad_norm``: median of the finite norms before the clip; ``rms_grad``: that divided
+              by the square root of ``elements``
+            - ``weight_norm``: median norm of the weights; ``relative_grad``: median of gradient
+              norm divided by weight norm; NaN if the statistic was not measured
+            - ``zeros``: median share of elements that are exactly 0; NaN if not measured
+            - ``zero_steps``, ``nonfinite_steps``: number of steps in which the whole gradient was
+              exactly 0, and in which it held a NaN or an Inf
+            - ``no_gradient``: share of the sampled steps without a gradient; with several
+              optimizers, of the steps of the optimizer that fits best
 
         Raises:
-            TypeError: If a bound is no integer.
+            TypeError: If a bound is not an integer.
         """
         from gradwatch.report.flow import flow
 
@@ -206,23 +208,23 @@ class History:
     def plot_norms(
         self, ax: Axes | None = None, *, start: int | None = None, stop: int | None = None
     ) -> Axes:
-        """Draws the total gradient norm by step, before and after the clip, and events above it.
+        """Draws the total gradient norm by step, before and after the clip, with events above.
 
         Steps with a NaN or an Inf are marked at the upper edge, norms of exactly 0 at the lower
-        one. Of a long run the smallest and the largest norm of each pixel column are drawn, so that
-        every spike is there, and the running median.
+        edge. For a long run, the smallest and largest norm in each pixel column are drawn, so that
+        no spike is lost, and the running median.
 
         Args:
-            ax: Where to draw; a new figure if left out.
-            start: The first step.
-            stop: One after the last step.
+            ax: Where to draw; None for a new figure.
+            start: The first step to draw; None for the beginning.
+            stop: The step after the last one; None for the end.
 
         Returns:
             The axes; ``child_axes`` holds the lanes of the events, if there were any.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
-            TypeError: If ``ax`` is not an Axes, or a bound is no integer.
+            TypeError: If ``ax`` is not an Axes, or a bound is not an integer.
         """
         need_matplotlib("plot_norms()")
         from gradwatch.plots.norms import draw_norms
@@ -232,23 +234,23 @@ class History:
     def plot_flow(
         self, ax: Axes | None = None, *, start: int | None = None, stop: int | None = None
     ) -> Axes:
-        """Draws the gradient norm of each parameter, in model order from above to below.
+        """Draws the gradient norm of each parameter, in model order from top to bottom.
 
-        A dot is the median over the steps, a bar reaches from the 5th to the 95th percentile. Where
-        there are more parameters than fit, they are rolled up by module (the norm of all gradients
-        in it). Runs of many million numbers are sampled evenly.
+        A dot is the median over the steps; a bar spans the 5th to the 95th percentile. If there are
+        more parameters than fit, they are grouped by module, with the norm of all gradients in it.
+        Steps of runs with many millions of numbers are sampled evenly.
 
         Args:
-            ax: Where to draw; a new figure, as high as the names need, if left out.
-            start: The first step.
-            stop: One after the last step.
+            ax: Where to draw; None for a new figure, as tall as the names need.
+            start: The first step to draw; None for the beginning.
+            stop: The step after the last one; None for the end.
 
         Returns:
-            The axes.
+            The axes that were drawn on.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
-            TypeError: If ``ax`` is not an Axes, or a bound is no integer.
+            TypeError: If ``ax`` is not an Axes, or a bound is not an integer.
         """
         need_matplotlib("plot_flow()")
         from gradwatch.plots.flow import draw_flow
@@ -263,26 +265,26 @@ class History:
         start: int | None = None,
         stop: int | None = None,
     ) -> Axes:
-        """Draws the gradient norm of every parameter at every step as one picture.
+        """Draws the gradient norm of every parameter at every step as a heatmap.
 
-        Each cell is the largest norm of its steps, on a logarithmic scale. Cells with a NaN or an
-        Inf, and such that are exactly 0, have colours of their own and are never narrower than 3
-        pixels. Where there are more parameters than fit, they are rolled up by module (the norm of
-        all gradients in it). Every number of the run is read: some 2 million per second from a
-        folder; ``start`` and ``stop`` shorten that.
+        Each cell shows the largest norm of its steps, on a logarithmic scale. Cells with a NaN or
+        an Inf, and cells of exactly 0, have colors of their own and are at least 3 pixels wide. If
+        there are more parameters than fit, they are grouped by module, with the norm of all
+        gradients in it. Every number of the run is read, about 2 million per second from a folder;
+        pass ``start`` and ``stop`` to read less.
 
         Args:
-            ax: Where to draw; a new figure, as high as the names need, if left out.
-            relative: Whether the colour is the norm over the parameter's own typical (median) norm.
-            start: The first step.
-            stop: One after the last step.
+            ax: Where to draw; None for a new figure, as tall as the names need.
+            relative: Whether the color shows the norm divided by the parameter's own median norm.
+            start: The first step to draw; None for the beginning.
+            stop: The step after the last one; None for the end.
 
         Returns:
-            The axes; ``child_axes`` holds the strip of the total norm and the scale of the colours.
+            The axes; ``child_axes`` holds the strip with the total norm, and the color bar.
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
-            TypeError: If ``ax`` is not an Axes, or a bound is no integer.
+            TypeError: If ``ax`` is not an Axes, or a bound is not an integer.
         """
         need_matplotlib("plot_heatmap()")
         from gradwatch.plots.heatmap import draw_heatmap
@@ -295,9 +297,9 @@ class History:
         """Draws how often and how hard the clip acts, and where its threshold lies among the norms.
 
         Args:
-            ax: Where to draw; a new figure if left out.
-            start: The first step.
-            stop: One after the last step.
+            ax: Where to draw; None for a new figure.
+            start: The first step to draw; None for the beginning.
+            stop: The step after the last one; None for the end.
 
         Returns:
             The axes, of which only the title is used; ``child_axes`` holds the two panels: clip
@@ -305,7 +307,7 @@ class History:
 
         Raises:
             ModuleNotFoundError: If matplotlib is not installed.
-            TypeError: If ``ax`` is not an Axes, or a bound is no integer.
+            TypeError: If ``ax`` is not an Axes, or a bound is not an integer.
         """
         need_matplotlib("plot_clipping()")
         from gradwatch.plots.clipping import draw_clipping
@@ -315,33 +317,33 @@ class History:
 
 @stable_name
 def load(path: str | os.PathLike[str]) -> History:
-    """Opens the folder of a run, also while the run still writes to it.
+    """Opens a run folder, also while the run still writes to it.
 
-    Nothing in the folder is executed: a stranger's run is safe to open.
+    Nothing in the folder is executed, so it is safe to open a run from an unknown source.
 
     Args:
         path: The folder that ``watch(run_dir=)`` or :class:`~gradwatch.RunFolder` was given.
 
     Returns:
-        The history of the run; a resumed one is one run.
+        The history of the run. A run that was resumed reads as one run.
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If it is no run folder, is written in a newer format, or parts are missing.
+        ValueError: If it is not a run folder, is in a newer format, or parts are missing.
         ModuleNotFoundError: If pyarrow is not installed.
     """
     return History(FolderSource(path))
 
 
-# A run may have 100,000 names, and to compare with each takes seconds.
+# A run may have 100,000 names, and comparing with each of them takes seconds.
 MOST_COMPARED = 5_000
 
 NOT_COLUMNS = '{what} must be a sequence of names, got {value!r}. Write ["{example}"].'
-UNKNOWN_COLUMN = "{what} must be of {known}, got {name!r}."
+UNKNOWN_COLUMN = "{what} must be names among {known}, got {name!r}."
 NOT_A_STEP = "{what} must be a step number or None, got {value!r}."
 NOT_NAMES = "parameters(names=) must be names or a compiled pattern, got {value!r}."
 UNKNOWN_PARAMETER = (
-    "parameters(names=) got {name!r}, which is no parameter of this run.{hint} "
+    "parameters(names=) got {name!r}, which is not a parameter of this run.{hint} "
     "history.names lists them; re.compile(...) finds names by a pattern."
 )
 
@@ -349,10 +351,10 @@ UNKNOWN_PARAMETER = (
 def chosen_columns(
     columns: Iterable[str] | None, known: Sequence[str], what: str
 ) -> tuple[str, ...]:
-    """Checks the columns that are asked for, None for all; ``what`` is what the user wrote."""
+    """Checks the wanted columns, None for all; ``what`` names the argument in messages."""
     if columns is None:
         return tuple(known)
-    # A string is iterable too: ["lr"] is meant, where "lr" would be the columns "l" and "r".
+    # A string is iterable too: "lr" would ask for the columns "l" and "r", where ["lr"] is meant.
     if isinstance(columns, str) or not isinstance(columns, Iterable):
         example = columns if columns in known else known[0]
         raise TypeError(NOT_COLUMNS.format(what=what, value=columns, example=example))
@@ -364,7 +366,7 @@ def chosen_columns(
 
 
 def chosen_span(start: object, stop: object, what: str) -> Span:
-    """Checks the steps that are asked for; ``what`` is the method that the user called."""
+    """Checks the wanted range of steps; ``what`` is the method name in messages."""
     return Span(_bound(start, f"{what}(start=)"), _bound(stop, f"{what}(stop=)"))
 
 
@@ -377,7 +379,7 @@ def _bound(value: object, what: str) -> int | None:
 
 
 def chosen_parameters(names: Names, known: Sequence[str]) -> list[int]:
-    """Finds the indices of parameters, rising: rows come in the order of the model."""
+    """Returns the indices of parameters in ascending order: rows come in model order."""
     if isinstance(names, re.Pattern):
         return [index for index, name in enumerate(known) if names.search(name)]
     if not isinstance(names, Iterable):

@@ -1,1 +1,1 @@
-"""What gradwatch and other tools add to a training step: ``python -m benchmarks.overhead``."""
+"""Measures what gradwatch and others add to a training step: ``python -m benchmarks.overhead``."""

@@ -1,9 +1,9 @@
 """Measures what gradwatch and others add to a training step, side by side, and writes RESULTS.md.
 
-    python -m benchmarks.overhead              # the page of results, 25 minutes
-    python -m benchmarks.overhead --quick      # a minute or two: shows that all runs, no more
+    python -m benchmarks.overhead              # the full page of results, 25 minutes
+    python -m benchmarks.overhead --quick      # a minute or two; only shows that everything runs
 
-What others do is measured where it is installed: `pip install 'gradwatch[bench]'`. Run it on a
+Other tools are measured if they are installed: `pip install 'gradwatch[bench]'`. Run it on a
 machine that does nothing else.
 """
 
@@ -45,16 +45,19 @@ from benchmarks.page import machine_rows, say
 OUT = Path(__file__).parents[1] / "RESULTS.md"
 STEPS = {1: 4, 8: 1}  # timed steps of a turn, by micro-batches
 FLUSHES = {False: 64, True: 3}  # by quick
-QUICK_NOTE = "**This was a quick run, which shows that all runs and proves nothing.**"
-CUDA_NOTE = "Counts for 10 and 10,000 tensors, memory, import and the share outside: on the CPU."
+QUICK_NOTE = "**This was a quick run, which only shows that everything runs.**"
+CUDA_NOTE = (
+    "Measured on the CPU: counts for 10 and 10,000 tensors, memory, import, and the share outside "
+    "PyTorch's operators."
+)
 SINKS: tuple[tuple[str, ...], ...] = ((), ("tensorboard",), ("folder",), ("tensorboard", "folder"))
 
 
 class Plan:
-    """Shares the time out over the settings, by their weights.
+    """Divides the time among the settings by their weights.
 
-    On a machine too slow for that every setting still has one turn in every round, until half as
-    much time again has passed; the page names what was left out then.
+    On a machine that is too slow, every setting still gets one turn in every round, until one and a
+    half times the planned time has passed. The page names the settings that were left out.
     """
 
     def __init__(self, settings: Sequence[Setting], seconds: float) -> None:
@@ -64,16 +67,16 @@ class Plan:
 
     @property
     def left_s(self) -> float:
-        """Seconds until it should all be over."""
+        """Seconds left of the planned time."""
         return max(0.0, self._end - time.perf_counter())
 
     @property
     def over(self) -> bool:
-        """Whether no further setting may begin."""
+        """Whether it is too late to begin another setting."""
         return time.perf_counter() > self._end + self._seconds / 2
 
     def share(self, setting: Setting) -> float:
-        """Returns the seconds of the next setting: its weight's part of what is left."""
+        """Returns the seconds for a setting: its share of the time left, by weight."""
         weights = [_weight(s) for s in self._settings[self._settings.index(setting) :]]
         return self.left_s * weights[0] / sum(weights)
 
@@ -84,7 +87,7 @@ def _weight(setting: Setting) -> float:
 
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:
-    """Returns the settings that were asked for, those with a target first."""
+    """Returns the requested settings, those with a target first."""
     fused = {"unfused": [False], "fused": [True], "both": [False, True]}[args.optimizer]
     choices = itertools.product(args.accumulate, fused, args.workload)
     return [Setting(workload, kind, number) for number, kind, workload in choices]
@@ -102,7 +105,7 @@ def measure(setting: Setting, args: argparse.Namespace, plan: Plan, report: Repo
         timing = InterleavedTiming(base, variants, timer, steps)
         timing.rehearse()
         gc.collect()
-        gc.freeze()  # what the packages hold is not walked through in the middle of a turn
+        gc.freeze()  # keeps the collector from scanning imported packages during a turn
         spare = share - (time.perf_counter() - began)
         number = timing.fitting(spare / args.rounds)
         labels = [variant.label() for variant in variants]
@@ -125,7 +128,7 @@ def measure(setting: Setting, args: argparse.Namespace, plan: Plan, report: Repo
 def all_variants(
     training: Training, failed: dict[str, str]
 ) -> Iterator[tuple[Variant, list[Variant]]]:
-    """Opens all that is compared: the bare loop, and the others."""
+    """Yields the bare loop and all variants that are compared with it."""
     with peer_variants(training, failed) as peers:
         others = [*clip_variants(training), *peers, *floor_variants(training)]
         yield bare(training), [*others, *gradwatch_variants(training)]
@@ -139,18 +142,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     choose = parser.add_argument
-    choose("--workload", nargs="+", choices=[*WORKLOADS], help="these only; all if left out")
-    choose("--optimizer", choices=["unfused", "fused", "both"], help="AdamW; both if left out")
-    choose("--accumulate", nargs="+", type=int, help="micro-batches per step; 1 8 if left out")
-    choose("--rounds", type=int, help="5 if left out")
-    choose("--minutes", type=float, help="how long to measure; 25 if left out")
+    choose("--workload", nargs="+", choices=[*WORKLOADS], help="default: all")
+    choose("--optimizer", choices=["unfused", "fused", "both"], help="kind of AdamW; default: both")
+    choose("--accumulate", nargs="+", type=int, help="micro-batches per step; default: 1 8")
+    choose("--rounds", type=int, help="default: 5")
+    choose("--minutes", type=float, help="how long to measure; default: 25")
     choose("--quick", action="store_true", help="unfused, one micro-batch, 3 rounds, 2 minutes")
     choose("--threads", type=int, default=torch.get_num_threads(), help="threads of PyTorch")
     choose(
         "--clock", choices=["wall", "cpu"], default="wall", help="cpu is steadier on a busy machine"
     )
     choose("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: timed on the GPU")
-    choose("--out", type=Path, default=OUT, help="the page; benchmarks/RESULTS.md if left out")
+    choose("--out", type=Path, default=OUT, help="the page; default: benchmarks/RESULTS.md")
     args = parser.parse_args(argv)
     usual: Mapping[str, object] = {
         "workload": [*WORKLOADS],
@@ -193,13 +196,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Report(args.out, machine, absent, settings, notes)
     say(f"{len(settings)} settings, about {args.minutes:g} minutes, into {args.out.name}")
     for package, reason in absent.items():
-        say(f"{package} is missing and will be named as such: {reason}")
+        say(f"{package} is missing, and the page will say so: {reason}")
     plan = Plan(settings, args.minutes * 60)
     report.fixed = measure_fixed_costs(say, quick=args.quick)
     report.write()
     for setting in settings:
         if plan.over:
-            say("the time is over: this machine is too slow for all of it, or too busy")
+            say("out of time: this machine is too slow or too busy to measure all settings")
             break
         measure(setting, args, plan, report)
     say(f"done: {args.out.name}")

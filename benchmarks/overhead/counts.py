@@ -1,4 +1,4 @@
-"""What a step makes PyTorch do, which is the same on a busy machine and on a quiet one."""
+"""Counts of what PyTorch does in a step: the same on a busy machine and on a quiet one."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel")
 
 @dataclass(frozen=True)
 class Counts:
-    """What one step makes PyTorch do.
+    """What PyTorch does in one step.
 
     Attributes:
-        calls: ATen calls that Python or autograd make, none that these make in turn; 0 on a GPU.
-        numbers: How often the host asks for a number of a tensor.
+        calls: ATen calls from Python and autograd, without the calls inside them; 0 on a GPU.
+        numbers: How often the host reads a number from a tensor.
         waits: How often the host waits for the GPU; 0 on a CPU.
-        kernels: How many kernels are launched on the GPU; 0 on a CPU.
+        kernels: Number of kernels launched on the GPU; 0 on a CPU.
     """
 
     calls: int = 0
@@ -46,28 +46,23 @@ class Counts:
 
 
 class CountCalls(TorchDispatchMode):
-    """Counts every ATen call that is made under it."""
+    """Counts every ATen call, by name, while the mode is active."""
 
     def __init__(self) -> None:
-        """Starts at nothing."""
+        """Starts with no calls."""
         super().__init__()
         self.calls: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Counts, and calls."""
+        """Counts the call, and makes it."""
         self.calls[str(function)] += 1
         return function(*args, **(kwargs or {}))
 
 
 def count_variant(variant: Variant, device: str) -> Counts:
-    """Counts the second step of a variant.
-
-    Args:
-        variant: The variant.
-        device: ``"cpu"`` or ``"cuda"``.
-    """
+    """Counts what the second step of a variant does on a device, ``"cpu"`` or ``"cuda"``."""
     with variant.prepare() as loop:
         loop.step()
         return count_cuda(loop.step) if device == "cuda" else count_cpu(loop.step)
@@ -82,7 +77,7 @@ def count_cpu(step: Step) -> Counts:
 
 
 def count_cuda(step: Step) -> Counts:
-    """Counts kernels and waits of a step with PyTorch's profiler."""
+    """Counts the kernels and waits of a step with PyTorch's profiler."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profiler:
@@ -94,8 +89,8 @@ def tally(names: Iterable[str]) -> Counts:
     """Counts waits and kernels in the events of a profile.
 
     Args:
-        names: What the events are called. The profiler itself waits for the device once, at its
-            end; that is part of the bare loop too and so of no difference.
+        names: Names of the events. The profiler itself waits for the device once, at its end; that
+            wait is also in the counts of the bare loop, so it does not change a difference.
     """
     counts = Counter(names)
     return Counts(
@@ -106,17 +101,12 @@ def tally(names: Iterable[str]) -> Counts:
 
 
 def calls_added(parameters: int, **options: Any) -> int:
-    """Counts the ATen calls that a watcher adds to a step, and to its record, made later.
-
-    Args:
-        parameters: How many tensors.
-        options: Those of ``watch``.
-    """
+    """Counts the ATen calls that a watcher adds to a step, including those for its record."""
     return _small_step(parameters, options, True).calls - _small_step(parameters, None).calls
 
 
 def numbers_added(**options: Any) -> int:
-    """Counts how often a watcher asks for a number on an accelerator's path, run on the CPU."""
+    """Counts how often a watcher reads a number, with an accelerator's code path on the CPU."""
     with late_readings(polls=3):
         return _small_step(10, options).numbers - _small_step(10, None).numbers
 

@@ -1,4 +1,4 @@
-"""What is measured once, whatever the model: counts, memory, the import, time in operators."""
+"""Costs that do not depend on the model: counts, memory, import time, time in operators."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ IMPORT = (
 
 @dataclass(frozen=True)
 class FixedCosts:
-    """These numbers; None where one was not measured.
+    """The measured costs; None if one was not measured.
 
     Attributes:
-        calls: By what the watcher does, the ATen calls that it adds for 10 and 10,000 tensors.
-        numbers: By the same, how often it asks for a number on an accelerator's path.
-        memory: Bytes that the process grew by from step 10,000 on, and up to which step.
+        calls: By option of ``watch``, the ATen calls that it adds for 10 and for 10,000 tensors.
+        numbers: By option, how often a number is read from a tensor on an accelerator's path.
+        memory: Growth of the process in bytes since step 10,000, and the last step.
         import_s: Seconds of ``import gradwatch`` after ``import torch``.
-        operators: The time of ``watch()`` on 10,000 small tensors.
+        operators: Time of ``watch()`` on 10,000 small tensors.
     """
 
     calls: dict[str, tuple[int, int]] | None = None
@@ -51,12 +51,7 @@ WATCHERS = {
 
 
 def measure_fixed_costs(say: Callable[[str], None], *, quick: bool) -> FixedCosts:
-    """Measures all of them.
-
-    Args:
-        say: Prints a line of progress.
-        quick: Whether to measure fewer steps.
-    """
+    """Measures all fixed costs, with fewer steps and repetitions if ``quick``."""
     say("counting ATen calls")
     calls = {
         name: (calls_added(10, **options), calls_added(MANY, **options))
@@ -74,7 +69,7 @@ def measure_fixed_costs(say: Callable[[str], None], *, quick: bool) -> FixedCost
 
 
 def import_seconds(times: int) -> float:
-    """Times the import of gradwatch in processes of their own, the first one for nothing."""
+    """Returns the median import time of gradwatch in new processes, after one to warm up."""
     command = [sys.executable, "-c", IMPORT]
     run = partial(subprocess.run, command, check=True, capture_output=True, text=True)
     run()
@@ -82,11 +77,9 @@ def import_seconds(times: int) -> float:
 
 
 def memory_growth(first: int, last: int) -> int:
-    """Watches a tiny training, and tells how many bytes the process grew by.
+    """Watches a tiny training, and returns by how many bytes the process grew between two steps.
 
-    Args:
-        first: From which step on; the ring buffer of 1,024 steps is full by then.
-        last: Up to which one.
+    At the first of them, the ring buffer of 1,024 steps must be full.
     """
     x = torch.ones(2, requires_grad=True)
     optimizer = torch.optim.SGD([x], lr=0.0)

@@ -1,10 +1,10 @@
-"""How much of watch()'s time is spent outside of PyTorch's operators.
+"""Measures how much of watch()'s time is spent outside PyTorch's operators.
 
-The time of ``watch()`` is what it adds to a step of the bare loop, in turn with it. The operators
-are those that it adds to a step: they are recorded, with their arguments, and called again one
-after the other from Python, as ``torch.stack`` and the like, with nothing between them. What is
-left is outside: Python, the marks that parameters leave as their gradients arrive, and the engine's
-calls of these.
+The time of ``watch()`` is what it adds to a step of the bare loop, measured in turn with it. The
+operators that it adds to a step are recorded with their arguments, and then called again from
+Python one after another (as ``torch.stack`` and so on) with nothing in between. The rest of the
+time is outside: Python code, the parameter hooks that mark arriving gradients, and the engine's
+calls of these hooks.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class OperatorTime:
     """The time of ``watch()`` per step.
 
     Attributes:
-        added_s: What it adds to a step.
-        operators_s: What its operators take when they are called alone.
-        outside: The share of the first that is not the second.
+        added_s: Seconds that it adds to a step.
+        operators_s: Seconds of its operators when called alone.
+        outside: Share of the added time that is not spent in operators.
     """
 
     added_s: Spread
@@ -47,12 +47,12 @@ class OperatorTime:
 
 
 def operator_time(tensors: int, rounds: int, turns: int) -> OperatorTime:
-    """Measures on many small tensors how much of ``watch()`` is in its operators.
+    """Measures, on many small tensors, how much of ``watch()``'s time its operators take.
 
     Args:
-        tensors: How many tensors of 16 elements.
-        rounds: Rounds to take the median of.
-        turns: Turns in a round.
+        tensors: Number of tensors, of 16 elements each.
+        rounds: Number of rounds to take the median of.
+        turns: Number of turns in a round.
     """
     training = narrow_training(tensors)
     watching = Variant("watch()", partial(watched, training))
@@ -68,7 +68,7 @@ def operator_time(tensors: int, rounds: int, turns: int) -> OperatorTime:
 
 
 class _CaptureCalls(CountCalls):
-    """Keeps every ATen call that is made under it, with its arguments."""
+    """Records every ATen call with its arguments while the mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class _CaptureCalls(CountCalls):
 
 
 def added_calls(training: Training) -> list[Call]:
-    """Returns the calls of a watched step that the bare one does not make."""
+    """Returns the calls of a watched step that the bare step does not make."""
     own = Counter(str(function) for function, _, _ in _captured(bare(training)))
     more = []
     for call in _captured(Variant("watch()", partial(watched, training))):
@@ -93,7 +93,7 @@ def added_calls(training: Training) -> list[Call]:
 
 
 def _as_users_call(function: Any) -> Callable[..., Any]:
-    """Finds ``torch.stack`` for ``aten.stack``: on long lists the latter takes a third more."""
+    """Returns ``torch.stack`` for ``aten.stack``, which is a third slower on long lists."""
     found: Callable[..., Any] = getattr(torch, function.overloadpacket.__name__, function)
     return found
 

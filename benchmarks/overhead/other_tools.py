@@ -1,4 +1,4 @@
-"""What others do to see gradients: a loop of norms, Lightning, ignite, Weights & Biases."""
+"""Other ways to monitor gradients: a loop of norms, Lightning, ignite, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ PEERS = {
     "ignite's GradsScalarHandler": "ignite",
     "wandb.watch, offline": "wandb",
 }
-"""The package that each one is imported from."""
+"""The package that each tool is imported from."""
 
 DISTRIBUTIONS = {"lightning": "lightning", "ignite": "pytorch-ignite", "wandb": "wandb"}
-"""What to install for it."""
+"""The distribution to install for each package."""
 
 SETTLE_S = 0.1
-"""What Weights & Biases' other process has for itself before the next one's turn."""
+"""Pause for the background process of Weights & Biases before the next variant's turn."""
 
 
 def missing() -> dict[str, str]:
-    """Returns the packages that cannot be imported, and why."""
+    """Returns the packages that cannot be imported, each with the reason."""
     reasons = {name: _why_missing(name) for name in dict.fromkeys(PEERS.values())}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
@@ -48,14 +48,14 @@ def _why_missing(package: str) -> str | None:
 
 @contextmanager
 def peer_variants(training: Training, failed: dict[str, str]) -> Iterator[list[Variant]]:
-    """Opens what the peers write to, for as long as one setting takes.
+    """Starts the other tools for the duration of one setting.
 
     Args:
-        training: What they look at.
-        failed: Gets those that are installed and cannot be started, and why.
+        training: The training that they monitor.
+        failed: Receives the tools that are installed but cannot be started, with the reason.
 
     Yields:
-        The loop of norms, and each peer that is installed.
+        The loop of norms, and each tool that is installed.
     """
     makers: dict[str, Callable[[Training, str, ExitStack], Callable[[], Any]]] = {
         "Lightning's grad_norm": _lightning,
@@ -131,7 +131,7 @@ def _wandb(training: Training, folder: str, stack: ExitStack) -> Any:
 
     def step() -> None:
         training.step()
-        run.log({"step": 1.0})  # the histograms are part of the row that this ends
+        run.log({"step": 1.0})  # completes the row that the histograms are part of
 
     @contextmanager
     def prepare() -> Iterator[Loop]:
@@ -147,7 +147,7 @@ def _wandb(training: Training, folder: str, stack: ExitStack) -> Any:
 
 @contextmanager
 def _flushed(step: Step, writer: Any) -> Iterator[Loop]:
-    """Yields a loop, and waits for the thread behind a SummaryWriter before the next one's turn."""
+    """Yields a loop, and waits for the SummaryWriter's thread before the next variant's turn."""
     yield Loop(step)
     writer.flush()
 

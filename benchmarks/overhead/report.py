@@ -1,4 +1,4 @@
-"""RESULTS.md, written anew after every setting, so that a run that is cut off leaves it."""
+"""RESULTS.md, rewritten after every setting, so that an interrupted run leaves a page."""
 
 from __future__ import annotations
 
@@ -16,49 +16,48 @@ from benchmarks.spread import spread, spread_text
 
 HEAD = """# What gradwatch costs: results
 
-`python -m benchmarks.overhead` wrote this page; do not edit it. Run that again to have the numbers
-of your machine: `make bench`.
+`python -m benchmarks.overhead` wrote this page; do not edit it. Run `make bench` to get the numbers
+of your machine.
 """
 
 HOW = f"""## How to read it
 
-All ways to train take turns of a few steps on one model within one process. With a process or a
-model each, they would differ by where their memory lies and by what else the machine did meanwhile,
-and that is as much as what is measured. The bare loop has its turn after every second other one;
-what a way adds in a turn is the median of its steps less that of the bare loop's turns on both
-sides. A round is the median of these differences; a table shows the median over the rounds, and
-their quartiles in brackets. The order is shuffled.
+All variants train the same model in the same process, and take turns of a few steps. With a process
+or a model for each, they would differ by where their memory lies and by what else the machine does
+meanwhile, which is as much as what is measured here. The bare loop has a turn after every two
+others. What a variant adds in a turn is the median of its steps, minus that of the bare loop's
+turns before and after. A round gives the median of these differences. The tables show the median
+over the rounds, with the quartiles in brackets. The order of the variants is shuffled.
 
-- *÷ clip* is what a way adds over what `{CLIP}` adds in the same round; one that does not clip is
-  held against a clip that changes nothing. A dash: the clip itself was lost in the noise. The
-  quartiles are those of the rounds in which it was not.
-- Writing records down, and handing them to TensorBoard and the run folder (every 64 steps or 5
-  seconds), is timed by itself, the work of the background thread included, and shared out over
-  those steps.
-- *{FLOOR}* is a sketch without records and without a look for NaN, to tell what is gradwatch's own
-  from what the clip and the norms cost anybody on this machine.
-- The background threads of the peers are waited for between the turns and not counted, in favour
-  of the peers; so is the process behind `wandb`.
-- *within* is the time of a step inside of a way's own calls, on some steps in a row: steadier than
-  the difference of two steps, but without what the step around it loses or gains, and without
-  deliveries.
-- *ATen calls* are those that a step makes beyond the bare loop, counted, not timed.
+- *÷ clip* is what a variant adds, divided by what `{CLIP}` adds in the same round. A variant that
+  does not clip is compared with a clip that changes nothing. A dash means that the clip itself was
+  lost in the noise; the quartiles are those of the rounds in which it was not.
+- Making records and passing them to TensorBoard and the run folder (every 64 steps or 5 seconds) is
+  timed separately, including the work of the background thread, and divided among those steps.
+- *{FLOOR}* is a sketch without records and without a check for NaN. It separates gradwatch's own
+  cost from what the norms and the clip cost any tool on this machine.
+- Between turns, the benchmark waits for the background threads of the other tools and for the
+  process of `wandb`. That time is not counted, in their favor.
+- *within* is the time per step inside a variant's own calls, over some steps in a row. It is
+  steadier than the difference of two steps, but does not include effects on the rest of the step,
+  or passing records on.
+- *ATen calls* are the calls that a step makes beyond those of the bare loop; counted, not timed.
 """
 
 
 @dataclass
 class Report:
-    """All that RESULTS.md says.
+    """The content of RESULTS.md.
 
     Attributes:
-        path: Where it is written.
-        machine: What and its value, of the machine.
-        failed: Peers that are installed and could not be started, and why.
-        absent: Packages that could not be imported, and why.
-        planned: The settings that are to be measured.
-        notes: What a reader must know about this run.
+        path: The file to write.
+        machine: Properties of the machine, as names and values.
+        failed: Tools that are installed but could not be started, with the reason.
+        absent: Packages that could not be imported, with the reason.
+        planned: The settings to be measured.
+        notes: Remarks about this run.
         fixed: What is measured once.
-        results: The settings that are measured.
+        results: The settings measured so far.
     """
 
     path: Path
@@ -75,12 +74,12 @@ class Report:
         self.path.write_text(self.text(), encoding="utf-8")
 
     def text(self) -> str:
-        """Returns the page."""
+        """Returns the page as Markdown."""
         open_settings = [s.title for s in self.planned[len(self.results) :]]
         parts = [HEAD, table(["", ""], self.machine), *self.notes, *self._peers()]
         if open_settings:
             parts.append("**This run was not finished.** Not measured: " + "; ".join(open_settings))
-        parts += ["## What was to be reached", targets_table(target_rows(self.results, self.fixed))]
+        parts += ["## Targets", targets_table(target_rows(self.results, self.fixed))]
         for result in self.results:
             parts += [f"## {result.setting.title}", setting_table(result)]
         return "\n\n".join(part.strip("\n") for part in [*parts, HOW]) + "\n"
@@ -96,23 +95,23 @@ class Report:
             f"- {name}: not measured, it could not be started ({reason})."
             for name, reason in self.failed.items()
         ]
-        return ["Peers that are missing here:\n\n" + "\n".join(lines)] if lines else []
+        return ["Tools that are missing here:\n\n" + "\n".join(lines)] if lines else []
 
 
 def targets_table(rows: Sequence[Row]) -> str:
-    """Makes the table of what was to be reached."""
+    """Formats the table of targets."""
     return table(
-        ["what", "to reach", "measured", ""],
+        ["what", "target", "measured", ""],
         [(row.what, row.limit, row.measured, f"**{row.verdict}**") for row in rows],
     )
 
 
 def setting_table(result: Result) -> str:
-    """Makes the table of a setting, and the line above it."""
+    """Formats the table of a setting, and the line above it."""
     rounds, turns = len(result.rounds), result.turns
     head = (
-        f"{BARE}: {result.bare_s * 1e3:.2f} ms a step. {rounds} rounds; a way that a target hangs "
-        f"on has {turns} turn(s) in each, others one, of {result.steps} steps."
+        f"{BARE}: {result.bare_s * 1e3:.2f} ms per step. {rounds} rounds; variants with a target "
+        f"have {turns} turn(s) in each round, others one; a turn has {result.steps} step(s)."
     )
     cuda = any(counts.kernels for counts in result.counts.values())
     exact = ["kernels", "host waits"] if cuda else ["ATen calls"]

@@ -1,4 +1,4 @@
-"""What the rounds of a setting come to, and which targets are reached."""
+"""The result of each setting, and which targets are reached."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ MOST_CALLS, MOST_GROWTH, MOST_IMPORT_S, MOST_OUTSIDE = 12, 4 << 20, 0.1, 0.5
 
 @dataclass
 class Result:
-    """One setting, measured.
+    """The measurements of one setting.
 
     Attributes:
-        setting: Which one.
-        variants: All that was compared with the bare loop; labels only.
-        flush_s: By sinks, the seconds of writing 64 steps down and handing them over.
+        setting: The setting that was measured.
+        variants: All variants that were compared with the bare loop; without their models.
+        flush_s: By sinks, the seconds to make 64 records and pass them on.
         turns: Turns of a precise variant in a round.
         steps: Timed steps in a turn.
-        rounds: What each round has measured.
-        own_time: By variant, the seconds of a step within its own calls, where it can tell.
-        counts: By variant, what one step makes PyTorch do; the bare loop is ``BARE, ""``.
+        rounds: The measurements of each round.
+        own_time: By variant, the seconds per step in its own calls, if it measures them.
+        counts: By variant, what PyTorch does in one step; the bare loop is ``BARE, ""``.
     """
 
     setting: Setting
@@ -64,7 +64,7 @@ class Result:
 
     @property
     def bare_s(self) -> float:
-        """Seconds of a step of the bare loop."""
+        """Median seconds per step of the bare loop."""
         return statistics.median(seconds for each in self.rounds for seconds in each.bare)
 
     def variant(self, name: str, regime: str = "") -> Variant | None:
@@ -72,21 +72,21 @@ class Result:
         return next((each for each in self.variants if each.key == (name, regime)), None)
 
     def added(self, variant: Variant) -> list[float]:
-        """Returns the seconds that a variant adds to a step, by round, flushes included."""
+        """Returns the seconds that a variant adds to a step, by round, including flushes."""
         shared = steps_per_flush(self.bare_s)
         flush_s = 0.0 if variant.sinks is None else self.flush_s.get(variant.sinks, 0.0) / shared
         return [each.added[variant.key] + flush_s for each in self.rounds]
 
     def ratios(self, variant: Variant) -> list[float]:
-        """Returns what a variant adds over what ``clip_grad_norm_`` adds, by round.
+        """Returns what a variant adds divided by what ``clip_grad_norm_`` adds, by round.
 
-        One that does not clip is held against a clip that changes nothing.
+        A variant that does not clip is compared with a clip that changes nothing.
         """
         clip = self.variant(CLIP, variant.regime or NOTHING_CLIPPED)
         return [] if clip is None else ratios(self.added(variant), self.added(clip))
 
     def ratio(self, variant: Variant) -> Spread:
-        """Returns the same over all rounds."""
+        """Returns the same ratio over all rounds."""
         clip = self.variant(CLIP, variant.regime or NOTHING_CLIPPED)
         return spread([]) if clip is None else ratio(self.added(variant), self.added(clip))
 
@@ -95,7 +95,7 @@ class Result:
         return spread(self.added(variant)).times(1 / self.bare_s)
 
     def count(self, variant: Variant) -> Counts | None:
-        """Returns what a variant makes PyTorch do beyond the bare loop; None if nobody counted."""
+        """Returns a variant's counts beyond those of the bare loop; None if not counted."""
         if variant.key not in self.counts:
             return None
         return self.counts[variant.key] - self.counts[BARE, ""]
@@ -106,9 +106,9 @@ class Row:
     """A row of the table of targets, all text.
 
     Attributes:
-        what: The number.
-        limit: What it is to be.
-        measured: What it is.
+        what: What is measured.
+        limit: The target.
+        measured: The measured value.
         verdict: ``reached``, ``not reached`` or ``not measured``.
     """
 
@@ -119,17 +119,12 @@ class Row:
 
 
 def verdict(value: float, limit: float) -> str:
-    """Says whether a number is small enough; it is not if it is NaN."""
+    """Says whether a number is within its limit; NaN is not."""
     return "reached" if value <= limit else "not reached"
 
 
 def target_rows(results: Sequence[Result], fixed: FixedCosts) -> list[Row]:
-    """Makes the whole table.
-
-    Args:
-        results: The settings that are measured so far.
-        fixed: What is measured once.
-    """
+    """Makes all rows of the table of targets, from the settings measured so far."""
     by_setting = {result.setting: result for result in results}
     rows = [*_ratio_rows(by_setting), *_share_rows(by_setting), *_below_rows(by_setting)]
     return [*rows, *_count_rows(fixed), *_gpu_rows(results), *_other_rows(fixed)]
@@ -143,7 +138,7 @@ def _ratio_rows(results: Mapping[Setting, Result]) -> Iterator[Row]:
 
 
 def _below_rows(results: Mapping[Setting, Result]) -> Iterator[Row]:
-    """The worst of a workload's settings: every optimizer, every number of micro-batches."""
+    """Yields the worst setting of each workload, over optimizers and numbers of micro-batches."""
     for workload in WORKLOADS:
         row = Row(
             f"`{BOTH}` adds less than `clip_grad_norm_` alone: {_title(workload)}, worst setting",
@@ -156,7 +151,7 @@ def _below_rows(results: Mapping[Setting, Result]) -> Iterator[Row]:
 
 
 def _badness(result: Result, key: Key) -> float:
-    """Orders ratios; one that the noise has swallowed is told rather than hidden."""
+    """Orders ratios; a ratio lost in the noise counts as the worst, so that it is shown."""
     variant = result.variant(*key)
     value = math.nan if variant is None else result.ratio(variant).middle
     return math.inf if math.isnan(value) else value
@@ -205,7 +200,7 @@ def _count_rows(fixed: FixedCosts) -> Iterator[Row]:
 
 
 def _gpu_rows(results: Sequence[Result]) -> Iterator[Row]:
-    """Waits that were counted on a GPU; nothing where there was none."""
+    """Yields the waits that were counted on a GPU, if one was used."""
     on_gpu = [result for result in results if any(c.kernels for c in result.counts.values())]
     keys = [(WATCH, ""), *((name, regime) for name in (WATCH_CLIP, BOTH) for regime in MAX_NORMS)]
     pairs = [(result, result.variant(*key)) for result in on_gpu for key in keys]

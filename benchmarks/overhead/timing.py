@@ -1,4 +1,4 @@
-"""How time is measured: variants in turn, a variant's own calls, and the flush to the sinks."""
+"""Time measurement: variants in turn, the time in a variant's own calls, and flushes to sinks."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from benchmarks.spread import Spread, spread
 from gradwatch.record import recorder
 
 BETWEEN = 2
-"""The bare loop has its turn after so many others: A B C A D B A ..."""
+"""The bare loop A has a turn after this many other variants: A B C A D B A ..."""
 
 MOST_TURNS = 60
 
 OWN_TIME_STEPS = 24
-REAL_FLUSH_SECONDS = recorder.FLUSH_SECONDS  # as users have it; benchmarks stretch it
+REAL_FLUSH_SECONDS = recorder.FLUSH_SECONDS  # the real value; the benchmark sets it to infinity
 
-Timer = Callable[[Step, int], list[float]]  # seconds of each of so many steps
+Timer = Callable[[Step, int], list[float]]  # runs a step n times; returns the seconds of each
 
 
 def host_timer(clock: Callable[[], float]) -> Timer:
-    """Makes a timer of a clock of the host."""
+    """Makes a timer from a host clock."""
 
     def times(step: Step, number: int) -> list[float]:
         seconds = []
@@ -53,7 +53,7 @@ def host_timer(clock: Callable[[], float]) -> Timer:
 
 
 def cuda_timer(step: Step, number: int) -> list[float]:
-    """Times steps by events on the GPU, which is waited for only at the end of them all."""
+    """Times steps with CUDA events; waits for the GPU only after the last step."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(number + 1)]
     torch.cuda.synchronize()
     for event in events[:-1]:
@@ -73,11 +73,11 @@ TIMERS: dict[str, Timer] = {
 
 @dataclass
 class Round:
-    """What one round has measured.
+    """The measurements of one round.
 
     Attributes:
-        bare: Seconds of a step of the bare loop, the median of each of its turns.
-        added: By variant, the median over its turns of the seconds that it adds to a step.
+        bare: For each turn of the bare loop, the median seconds per step.
+        added: By variant, the seconds that it adds to a step, the median over its turns.
     """
 
     bare: list[float] = field(default_factory=list)
@@ -85,43 +85,44 @@ class Round:
 
 
 def paired(mine: float, before: float, after: float) -> float:
-    """Returns what a turn took more than the turns of the bare loop on both sides of it."""
+    """Returns the difference between a turn and the bare loop's turns before and after it."""
     return mine - (before + after) / 2
 
 
 class InterleavedTiming:
     """Times variants in turn, a few steps each, with turns of the bare loop between them.
 
-    A machine that becomes slower meanwhile then is no cost of a variant.
+    If the machine becomes slower meanwhile, that does not count as a cost of a variant.
     """
 
     def __init__(
         self, bare: Variant, variants: Sequence[Variant], timer: Timer, steps: int
     ) -> None:
-        """Notes what to time; nothing runs yet.
+        """Stores what to time; runs nothing yet.
 
         Args:
             bare: The bare loop.
-            variants: All others.
-            timer: What times the steps.
-            steps: Timed steps in a turn. One more, before them, pays for the change.
+            variants: All other variants.
+            timer: Times the steps.
+            steps: Number of timed steps per turn. One more step before them is not timed, because
+                it pays for the change of variant.
         """
         self._bare, self._variants, self._timer, self._steps = bare, variants, timer, steps
         self._cost: dict[Key, float] = {}
         self._shuffle = random.Random(0).shuffle
 
     def rehearse(self) -> None:
-        """Lets every variant have a turn that counts for nothing but for the plan."""
+        """Gives every variant one turn that is used only to plan the time."""
         for variant in (self._bare, self._bare, *self._variants):
             start = time.perf_counter()
             self._turn(variant)
             self._cost[variant.key] = time.perf_counter() - start
 
     def round_seconds(self, turns: int) -> float:
-        """Returns what a round will take.
+        """Returns the expected duration of a round in seconds.
 
         Args:
-            turns: How many turns each of the precise variants has; the others have one.
+            turns: Number of turns of each precise variant; the others have one.
         """
         passes = [
             self._variants,
@@ -134,7 +135,7 @@ class InterleavedTiming:
         )
 
     def fitting(self, seconds: float) -> int:
-        """Returns how many turns fit into a round of so many seconds, at least 1."""
+        """Returns how many turns fit into a round of this duration, at least 1."""
         each = self.round_seconds(2) - self.round_seconds(1)
         spare = seconds - self.round_seconds(1)
         return max(1, min(MOST_TURNS, 1 + int(spare / each))) if each > 0 else 1
@@ -143,12 +144,12 @@ class InterleavedTiming:
         """Measures one round.
 
         Args:
-            turns: How many turns each of the precise variants has; the others have one.
+            turns: Number of turns of each precise variant; the others have one.
         """
         result, differences = Round(), dict[Key, list[float]]()
         for number in range(turns):
             variants = [variant for variant in self._variants if variant.precise or number == 0]
-            self._shuffle(variants)  # nobody always follows the same neighbour
+            self._shuffle(variants)  # no variant should always follow the same one
             for key, seconds in self._pass(variants, result.bare):
                 differences.setdefault(key, []).append(seconds)
         result.added = {key: statistics.median(each) for key, each in differences.items()}
@@ -174,17 +175,17 @@ class InterleavedTiming:
 
 
 def own_time(variant: Variant, steps: int = OWN_TIME_STEPS) -> Spread:
-    """Measures the seconds of a step that a variant spends within its own calls.
+    """Measures the seconds per step that a variant spends in its own calls.
 
-    No noise of the step around them blurs these. They are not all that the variant costs: what it
-    throws out of the caches, the step misses elsewhere.
+    The noise of the rest of the step does not affect this number. But it is not the whole cost of a
+    variant: what it evicts from the caches slows down the rest of the step.
 
     Args:
-        variant: The variant.
-        steps: How many to measure.
+        variant: Prepared here.
+        steps: Number of steps to measure.
 
     Returns:
-        Median and quartiles over some steps; of nothing where the variant cannot tell.
+        Median and quartiles over the steps; NaN if the variant does not measure its own time.
     """
     each = []
     with variant.prepare() as loop:
@@ -193,25 +194,24 @@ def own_time(variant: Variant, steps: int = OWN_TIME_STEPS) -> Spread:
         for number in range(steps + 2):
             before = loop.own_seconds()
             loop.step()
-            if number >= 2:  # the first ones make what is kept
+            if number >= 2:  # the first two allocate what later ones reuse
                 each.append(loop.own_seconds() - before)
     return spread(each)
 
 
 @cache  # the settings of one workload have the same parameters
 def flush_seconds(names: tuple[str, ...], sinks: tuple[str, ...], flushes: int) -> float:
-    """Measures what handing the records to the sinks adds to the step that it falls into.
+    """Measures how much passing the records to the sinks adds to the step in which it happens.
 
-    A flush knows a parameter by its name and its norms only, so the parameters are of one
-    element each here.
+    A flush only sees names and norms, so here each parameter has a single element.
 
     Args:
         names: Names of the parameters.
-        sinks: Which sinks get it; none where the records just enter the buffer.
-        flushes: How many to take the mean of: now and then one merges what earlier ones wrote.
+        sinks: The sinks that receive the records; empty if they only enter the buffer.
+        flushes: Number of flushes to take the mean of; some of them merge what earlier ones wrote.
 
     Returns:
-        Seconds for a batch of 64 steps, the background thread's work included.
+        Seconds for a batch of 64 steps, including the work of the background thread.
     """
     model = {name: torch.zeros(1, requires_grad=True) for name in names}
     tensors = list(model.values())
@@ -221,7 +221,7 @@ def flush_seconds(names: tuple[str, ...], sinks: tuple[str, ...], flushes: int) 
     with tempfile.TemporaryDirectory() as folder:
         options = sink_options(sinks, folder)
         with no_flush_by_clock(), gradwatch.watch(model, optimizer, clip=limit, **options):
-            # The first one opens the files, once in a run.
+            # The first flush opens the files; it is left out of the mean.
             for step in range(1, (flushes + 1) * recorder.FLUSH_STEPS + 1):
                 optimizer.zero_grad()
                 (torch.cat(tensors) * torch.randn(len(tensors))).sum().backward()
@@ -235,7 +235,7 @@ def flush_seconds(names: tuple[str, ...], sinks: tuple[str, ...], flushes: int) 
 
 @contextmanager
 def no_flush_by_clock() -> Iterator[None]:
-    """Keeps the clock from starting a flush inside of a turn: they are timed by themselves."""
+    """Prevents flushes by the clock during a turn, because flushes are timed separately."""
     before, recorder.FLUSH_SECONDS = recorder.FLUSH_SECONDS, math.inf
     try:
         yield
@@ -244,9 +244,5 @@ def no_flush_by_clock() -> Iterator[None]:
 
 
 def steps_per_flush(step_s: float) -> float:
-    """Returns how many steps share a flush: 64, or those of 5 seconds.
-
-    Args:
-        step_s: Seconds of a step.
-    """
+    """Returns how many steps share a flush: 64, or as many as fit into 5 seconds."""
     return min(float(recorder.FLUSH_STEPS), max(1.0, REAL_FLUSH_SECONDS / step_s))

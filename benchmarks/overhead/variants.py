@@ -1,6 +1,6 @@
 """The training loops that are compared: bare, with PyTorch's clip, and with gradwatch.
 
-Between them is a floor: what any tool must do that measures and clips as gradwatch does.
+There is also a floor: the least that any tool must do to measure and clip as gradwatch does.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ Key = tuple[str, str]  # name and regime of a variant
 
 @dataclass(frozen=True)
 class Loop:
-    """A training loop that is ready to go.
+    """A training loop that is ready to run.
 
     Attributes:
-        step: Runs one step of it.
-        own_seconds: Returns the seconds that the variant has spent within its own calls so far;
-            None where it cannot tell.
+        step: Runs one step of the loop.
+        own_seconds: Returns the seconds that the variant has spent in its own calls so far; None
+            if it does not measure them.
     """
 
     step: Step
@@ -62,11 +62,12 @@ class Variant:
     """One way to train a model.
 
     Attributes:
-        name: What the table calls it.
-        prepare: Prepares the training, yields its loop, and leaves the training as it was.
-        regime: Under which of ``MAX_NORMS`` it clips; empty where it does not clip.
-        sinks: Which sinks get its records: ``tensorboard``, ``folder``; None where it has none.
-        precise: Whether a target hangs on it, so that it has more turns than the others.
+        name: Name in the tables.
+        prepare: Prepares the training, yields its loop, and restores the training.
+        regime: Key of ``MAX_NORMS`` for the limit of its clip; empty if it does not clip.
+        sinks: The sinks that receive its records: ``tensorboard``, ``folder``; None if it makes no
+            records.
+        precise: Whether it has a target, and so more turns than the others.
     """
 
     name: str
@@ -81,27 +82,23 @@ class Variant:
         return self.name, self.regime
 
     def label(self) -> Variant:
-        """Returns the variant without the model that it trains, which would live on with it."""
+        """Returns the variant without the model that it trains, so that the model can be freed."""
         return replace(self, prepare=partial(unprepared, lambda: None))
 
 
 class DrainedTensorBoard:
-    """A TensorBoardWriter whose background thread is waited for.
+    """A TensorBoardWriter that waits for its background thread.
 
-    Else its work would fall into the steps of another variant.
+    Otherwise the thread would work during the steps of another variant.
     """
 
     def __init__(self, folder: str) -> None:
-        """Opens the writer.
-
-        Args:
-            folder: Where to write.
-        """
+        """Opens a writer in a folder."""
         self._writer = SummaryWriter(folder)
         self._sink = TensorBoardWriter(self._writer)
 
     def write(self, batch: gradwatch.RecordBatch) -> None:
-        """Writes, and waits until the file has it."""
+        """Writes a batch, and waits until it is in the file."""
         self._sink.write(batch)
         self._writer.flush()
 
@@ -112,12 +109,7 @@ class DrainedTensorBoard:
 
 
 def sink_options(sinks: tuple[str, ...], folder: str) -> dict[str, Any]:
-    """Makes the options of ``watch`` for some sinks.
-
-    Args:
-        sinks: ``tensorboard``, ``folder``.
-        folder: Where they may write.
-    """
+    """Makes the options of ``watch`` for ``tensorboard`` and ``folder`` sinks in a folder."""
     options: dict[str, Any] = {}
     if "tensorboard" in sinks:
         options["sinks"] = [DrainedTensorBoard(str(Path(folder) / "tensorboard"))]
@@ -143,7 +135,7 @@ def watched(training: Training, sinks: tuple[str, ...] = (), **options: Any) -> 
 
 @contextmanager
 def managed(training: Training, max_norm: float) -> Iterator[Loop]:
-    """Yields gradwatch's own loop."""
+    """Yields gradwatch's managed loop."""
     model, optimizer, number = training.model, training.optimizer, training.accumulate
     with gradwatch.watch(model, optimizer, clip=max_norm, accumulate=number) as watcher:
 
@@ -174,7 +166,7 @@ _grad = attrgetter("grad")
 
 
 class _Marks(dict[int, Tensor]):
-    """The parameters that have arrived; the first one in a backward asks to be told of its end."""
+    """Parameters whose gradient has arrived; the first one queues a callback at the end."""
 
     measure: Any
 
@@ -186,12 +178,12 @@ class _Marks(dict[int, Tensor]):
 
 @contextmanager
 def floor(training: Training, max_norm: float) -> Iterator[Loop]:
-    """Yields the bare loop with a sketch of a tool attached that does the least.
+    """Yields the bare loop with a minimal tool attached.
 
-    Bare marks, one batched norm at the end of the backward, the clip before the step from that
-    norm, and nothing else: no records, no look for NaN, no notice of what the loop does to the
-    gradients. What gradwatch adds beyond it is gradwatch's own; what the sketch adds itself no
-    rewrite can take away.
+    It marks arriving gradients, takes one batched norm at the end of the backward, and clips by
+    that norm before the step. Nothing else: no records, no check for NaN, no check of what the loop
+    does to the gradients. What gradwatch adds beyond this floor is its own cost; no rewrite could
+    get below the floor.
     """
     parameters, total = training.parameters, torch.zeros(())
     marks = _Marks()
@@ -220,12 +212,12 @@ def floor(training: Training, max_norm: float) -> Iterator[Loop]:
 
 
 def bare(training: Training) -> Variant:
-    """Returns the loop that all others are held against."""
+    """Returns the loop that all others are compared with."""
     return Variant(BARE, partial(unprepared, training.step))
 
 
 def clip_variants(training: Training) -> list[Variant]:
-    """Returns PyTorch's clip, where it does nothing and where it clips every step."""
+    """Returns PyTorch's clip, with nothing to clip and clipping every step."""
     return [
         Variant(CLIP, partial(clipped, training, limit), regime)
         for regime, limit in MAX_NORMS.items()
@@ -233,7 +225,7 @@ def clip_variants(training: Training) -> list[Variant]:
 
 
 def floor_variants(training: Training) -> list[Variant]:
-    """Returns the floor, where it has nothing to clip and where it clips every step."""
+    """Returns the floor, with nothing to clip and clipping every step."""
     return [
         Variant(FLOOR, partial(floor, training, limit), regime)
         for regime, limit in MAX_NORMS.items()
@@ -241,7 +233,7 @@ def floor_variants(training: Training) -> list[Variant]:
 
 
 def gradwatch_variants(training: Training) -> list[Variant]:
-    """Returns gradwatch alone, with clip, with sinks, and with all that it can take."""
+    """Returns gradwatch alone, with a clip, with sinks, with all statistics, and managed."""
     kinds = [
         (WATCH_CLIP, NOTHING_CLIPPED, ()),
         (WATCH_CLIP, EVERY_STEP_CLIPPED, ()),

@@ -1,4 +1,4 @@
-"""The models that are trained, small enough for two cores and each slow in another place."""
+"""The models that are trained: small enough for two cores, and with different bottlenecks."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Workload:
     """A model to train.
 
     Attributes:
-        title: What the tables call it.
+        title: Name in the tables.
         build: Makes the model on a device, and a function that returns its loss on a fixed batch.
-        weight: Its share of the time, beside the other workloads.
+        weight: Its share of the benchmark's time, relative to the other workloads.
     """
 
     title: str
@@ -57,7 +57,7 @@ def build_mlp(device: str) -> tuple[nn.Module, LossOf]:
     def loss_of() -> Tensor:
         x = inputs
         for layer in layers:
-            # The sum keeps the gradient from vanishing over so many layers.
+            # Residual connections keep the gradient from vanishing over so many layers.
             x = x + torch.tanh(layer(x))
         return F.mse_loss(x, targets)
 
@@ -65,7 +65,7 @@ def build_mlp(device: str) -> tuple[nn.Module, LossOf]:
 
 
 class _Block(nn.Module):
-    """Two convolutions with batch normalisation around which the input goes."""
+    """Two convolutions with batch normalization, and a residual connection around them."""
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class _Block(nn.Module):
         self.short = short if stride > 1 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Adds what the convolutions find."""
+        """Adds the output of the convolutions to the input."""
         found = self.norms[1](self.second(F.relu(self.norms[0](self.first(x)))))
         return F.relu(found + self.short(x))
 
@@ -126,7 +126,7 @@ class Setting:
 
     Attributes:
         workload: A key of ``WORKLOADS``.
-        fused: Whether AdamW is the fused one.
+        fused: Whether AdamW uses its fused kernel.
         accumulate: Micro-batches per step.
     """
 
@@ -136,7 +136,7 @@ class Setting:
 
     @property
     def title(self) -> str:
-        """What the table is called."""
+        """Title of the table."""
         batches = f"{self.accumulate} micro-batches" if self.accumulate > 1 else "one micro-batch"
         kind = "fused" if self.fused else "unfused"
         return f"{WORKLOADS[self.workload].title}; AdamW {kind}; {batches} a step"
@@ -145,29 +145,22 @@ class Setting:
 class Training:
     """One model and its optimizer, which all variants train in turn.
 
-    A copy for each would not do: where a copy lies in memory changes the time of its steps by as
+    Not a copy for each variant: where a copy lies in memory changes the time of its steps by as
     much as what is measured here.
     """
 
     def __init__(
         self, model: nn.Module, loss_of: LossOf, *, fused: bool = False, accumulate: int = 1
     ) -> None:
-        """Makes the optimizer.
-
-        Args:
-            model: What to train.
-            loss_of: Returns the loss.
-            fused: Whether AdamW is the fused one.
-            accumulate: Micro-batches per step.
-        """
+        """Makes the optimizer, AdamW, fused or not."""
         self.model, self.loss_of, self.accumulate = model, loss_of, accumulate
         self.parameters = list(model.parameters())
-        # Too little to get anywhere: the gradients of the last step are like those of the first.
+        # A learning rate so small that the gradients stay the same from the first step to the last.
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-7, fused=fused)
 
     @classmethod
     def of(cls, setting: Setting, device: str) -> Training:
-        """Builds the training of a setting, always the same one."""
+        """Builds the training of a setting, always with the same weights and data."""
         torch.manual_seed(0)
         model, loss_of = WORKLOADS[setting.workload].build(device)
         return cls(model, loss_of, fused=setting.fused, accumulate=setting.accumulate)
@@ -176,7 +169,7 @@ class Training:
         """Runs one step of the bare loop.
 
         Args:
-            between: What to call between the last backward and the optimizer.
+            between: Called between the last backward and the optimizer step.
         """
         for _ in range(self.accumulate):
             (self.loss_of() / self.accumulate).backward()
@@ -187,7 +180,7 @@ class Training:
 
 
 def narrow_training(tensors: int) -> Training:
-    """Makes a training of many tensors of 16 elements, with a loss that costs little."""
+    """Makes a training of many tensors of 16 elements each, with a cheap loss."""
     torch.manual_seed(0)
     model = nn.ParameterList([torch.randn(NARROW_ELEMENTS) for _ in range(tensors)])
     parameters = list(model)

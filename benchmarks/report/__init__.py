@@ -1,1 +1,1 @@
-"""How often the report is wrong: ``python -m benchmarks.report``."""
+"""Measures how often the report is wrong: ``python -m benchmarks.report``."""

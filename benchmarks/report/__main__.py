@@ -1,8 +1,8 @@
-"""How often the report is wrong: false alarms on healthy trainings, hits on sick ones.
+"""Measures how often the report is wrong: false alarms on healthy trainings, hits on sick ones.
 
     OMP_NUM_THREADS=1 python -m benchmarks.report --seeds 100 101 102
 
-Thresholds were tuned on seeds 0 to 2; ``docs/report.md`` reports others.
+Thresholds were tuned on seeds 0 to 2; ``docs/report.md`` shows results on other seeds.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from gradwatch.report import Report
 
 
 def main() -> None:
-    """Trains, and prints the tables."""
+    """Runs the trainings, and prints the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[100])
     parser.add_argument("--only", default="", help="runs with this in their name")
     parser.add_argument("--show", action="store_true", help="print each report")
-    parser.add_argument("--bare", action="store_true", help="watch without further statistics")
+    parser.add_argument("--bare", action="store_true", help="watch without extra statistics")
     parser.add_argument("--more", action="store_true", help="only the second set of healthy runs")
     options = parser.parse_args()
     if options.bare:

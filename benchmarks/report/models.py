@@ -1,4 +1,4 @@
-"""The data and the models of the small trainings."""
+"""Data and models of the small trainings."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Batch = tuple[Tensor, Tensor]
 
 
 def vectors(batch: int = 32) -> Callable[[], Batch]:
-    """Makes batches of noisy points around eight centres, in 32 dimensions."""
-    centres = torch.randn(CLASSES, 32)
+    """Makes batches of noisy points around eight centers, in 32 dimensions."""
+    centers = torch.randn(CLASSES, 32)
 
     def draw() -> Batch:
         labels = torch.randint(0, CLASSES, (batch,))
-        return centres[labels] + torch.randn(batch, 32), labels
+        return centers[labels] + torch.randn(batch, 32), labels
 
     return draw
 
 
 def images(batch: int = 16) -> Callable[[], Batch]:
-    """Makes batches of noisy pictures, 3 x 12 x 12."""
+    """Makes batches of noisy images, 3 x 12 x 12."""
     patterns = torch.randn(CLASSES, 3, 12, 12)
 
     def draw() -> Batch:
@@ -38,7 +38,7 @@ def images(batch: int = 16) -> Callable[[], Batch]:
 
 
 def sentences(batch: int = 16) -> Callable[[], Batch]:
-    """Makes batches of sentences of a Markov chain, and what comes next in them."""
+    """Makes batches of sentences of a Markov chain; the target is each next word."""
     chain = (3 * torch.randn(WORDS, WORDS)).softmax(-1)
 
     def draw() -> Batch:
@@ -60,7 +60,7 @@ def mlp(depth: int = 3, width: int = 64, act: type[nn.Module] = nn.ReLU, drop: f
 
 
 def cnn() -> nn.Module:
-    """Builds a convolutional network with batch normalisation."""
+    """Builds a convolutional network with batch normalization."""
     return nn.Sequential(
         *(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
@@ -77,7 +77,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Adds what two convolutions find."""
+        """Adds the output of two convolutions to the input."""
         found: Tensor = self.norm2(self.second(F.relu(self.norm1(self.first(x)))))
         return F.relu(x + found)
 
@@ -89,7 +89,7 @@ def resnet() -> nn.Module:
 
 
 class Lstm(nn.Module):
-    """Guesses each next word with a recurrent network."""
+    """Predicts each next word with a recurrent network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Lstm(nn.Module):
 
 
 class Gpt(nn.Module):
-    """Guesses each next word with four blocks of causal attention."""
+    """Predicts each next word with four blocks of causal attention."""
 
     def __init__(self) -> None:
         super().__init__()

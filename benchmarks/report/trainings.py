@@ -48,7 +48,7 @@ def train(
     scaler: torch.amp.GradScaler | None = None,
     **options: Any,
 ) -> History:
-    """Trains in a plain loop under gradwatch, and returns what is left of it."""
+    """Trains in a plain loop under gradwatch, and returns the history."""
     optimizer = make([p for p in model.parameters() if p.requires_grad])
     rate = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -83,7 +83,7 @@ def train_managed(
     steps: int = STEPS,
     **options: Any,
 ) -> History:
-    """Trains with gradwatch's own loop, which sees the losses and the noise scale."""
+    """Trains in gradwatch's managed loop, which records losses and noise scale."""
     optimizer = make(model.parameters())
     with gradwatch.watch(
         model, optimizer, accumulate=micro_batches, **STATISTICS, **options
@@ -96,7 +96,7 @@ def train_managed(
 
 
 def gan() -> History:
-    """Trains a generator and a discriminator in turns."""
+    """Trains a generator and a discriminator alternately."""
     generator = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32))
     discriminator = nn.Sequential(nn.Linear(32, 32), nn.LeakyReLU(0.2), nn.Linear(32, 1))
     both = nn.ModuleDict({"generator": generator, "discriminator": discriminator})
@@ -117,7 +117,7 @@ def gan() -> History:
 
 
 def transfer() -> History:
-    """Trains the head of a frozen network, and its last block."""
+    """Trains the head and the last block of an otherwise frozen network."""
     model = resnet()
     for p in [*model[0].parameters(), *(p for b in model[1:5] for p in b.parameters())]:
         p.requires_grad_(False)
@@ -125,7 +125,7 @@ def transfer() -> History:
 
 
 def rate(kind: Callable[..., Any], lr: float, **settings: Any) -> Callable[..., Any]:
-    """Makes an optimizer of a kind with a learning rate."""
+    """Returns a function that makes an optimizer of a class with a learning rate."""
     return lambda parameters: kind(parameters, lr=lr, **settings)
 
 
@@ -204,7 +204,7 @@ HEALTHY: dict[str, Callable[[], History]] = {
 
 
 def _again(draw: Callable[[], Batch], count: int = 4) -> Callable[[], Batch]:
-    """Draws the same few batches again and again, to be learnt by heart."""
+    """Draws the same few batches again and again, for the model to memorize."""
     batches = cycle([draw() for _ in range(count)])
     return lambda: next(batches)
 
@@ -230,14 +230,14 @@ def _layer_norm() -> nn.Module:
 
 
 class Experts(nn.Module):
-    """Sends each example to one of eight networks."""
+    """A mixture of eight experts that sends each example to one of them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.gate, self.experts = nn.Linear(32, 8), nn.ModuleList(mlp() for _ in range(8))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Weighs the answer of the chosen one by its share."""
+        """Weights the output of the chosen expert by its probability."""
         share, chosen = self.gate(x).softmax(-1).max(-1)
         out = x.new_zeros(len(x), CLASSES)
         for index in chosen.unique().tolist():
@@ -269,7 +269,7 @@ MORE_HEALTHY: dict[str, Callable[[], History]] = {
     "head that begins at zero, Adam": lambda: train(_zero_head(), vectors(), rate(Adam, 1e-3)),
     "head that begins at zero, SGD": lambda: train(_zero_head(), vectors(), rate(Sgd, 0.1)),
     "mixture of eight experts": lambda: train(Experts(), vectors(), rate(Adam, 1e-3)),
-    "ReLU, 20 layers, He initialisation": lambda: train(
+    "ReLU, 20 layers, He initialization": lambda: train(
         _deep_kaiming(), vectors(), rate(Adam, 3e-4)
     ),
     "ReLU, 8 layers": lambda: train(mlp(8), vectors(), rate(Adam, 1e-3)),
@@ -301,18 +301,18 @@ MORE_HEALTHY: dict[str, Callable[[], History]] = {
     "CNN, RMSprop": lambda: train(cnn(), images(), rate(torch.optim.RMSprop, 1e-3)),
     "loss summed over the batch": lambda: train(mlp(), vectors(), rate(Sgd, 1e-3), loss_of=_summed),
 }
-"""The second set, made after the rules were."""
+"""The second set, chosen after the rules were written."""
 
 
 class Detached(nn.Module):
-    """Has a branch that the loss sees and the gradient does not."""
+    """A network with a branch that the loss depends on but no gradient reaches."""
 
     def __init__(self) -> None:
         super().__init__()
         self.trunk, self.branch, self.head = mlp(), mlp(), nn.Linear(2 * CLASSES, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Reads both, one of them detached."""
+        """Uses both branches, one of them detached."""
         out: Tensor = self.head(torch.cat([self.trunk(x), self.branch(x).detach()], 1))
         return out
 
@@ -322,22 +322,22 @@ class WrongReLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Is right."""
+        """Computes the ReLU, correctly."""
         ctx.save_for_backward(x)
         return x.clamp(min=0)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Is wrong."""
+        """Returns the gradient with the wrong sign."""
         (x,) = ctx.saved_tensors
         return -gradient * (x > 0)
 
 
 class Wrong(nn.Module):
-    """The activation of it."""
+    """An activation module with the wrong gradient."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Applies it."""
+        """Applies :class:`WrongReLU`."""
         out: Tensor = WrongReLU.apply(x)
         return out
 
@@ -372,7 +372,7 @@ def half_weights() -> History:
 
 
 def collapse() -> History:
-    """Trains under a scaler with a NaN in each batch."""
+    """Trains with a ``GradScaler`` and a NaN in every batch."""
     return train(
         mlp(),
         vectors(),

@@ -1,1 +1,1 @@
-"""How the cost of gradwatch grows: ``python -m benchmarks.scaling``."""
+"""Measures how the cost of gradwatch grows: ``python -m benchmarks.scaling``."""

@@ -1,10 +1,10 @@
 """Measures how the cost of gradwatch grows with parameters, steps, ranks and statistics.
 
-    python -m benchmarks.scaling              # some 6 minutes
-    python -m benchmarks.scaling --quick      # a minute or two: shows that all runs, no more
+    python -m benchmarks.scaling              # about 6 minutes
+    python -m benchmarks.scaling --quick      # a minute or two; only shows that everything runs
 
 Writes benchmarks/SCALING.md, and benchmarks/scaling.png if matplotlib is installed (`pip install
-'gradwatch[plot]'`). What it says about a thousand ranks is in docs/cost.md.
+'gradwatch[plot]'`). docs/cost.md says what that means for a thousand ranks.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from benchmarks.scaling.report import (
 from benchmarks.scaling.steps import all_steps
 
 OUT = Path(__file__).parents[1] / "SCALING.md"
-PARAMETERS = 30  # of the made-up run
+PARAMETERS = 30  # of the synthetic run
 HEAD = """# How the cost of gradwatch grows
 
 `python -m benchmarks.scaling` wrote this page; do not edit it. Medians, quartiles in brackets."""
-QUICK_NOTE = "**This was a quick run, which shows that all runs and proves nothing.**"
+QUICK_NOTE = "**This was a quick run, which only shows that everything runs.**"
 TEXTS = {
     "parameters": "Memory is what Python and NumPy hold for the watcher: mostly the buffer of "
     "1,024 steps, 4 bytes for each parameter and step.",
-    "steps": f"The made-up run has {PARAMETERS} parameters; its time is that in the thread of the "
-    "training, without the training. The real loop has one tiny tensor; its time is the whole "
-    "step. Memory is that of a process of its own, over that after the first steps.",
-    "ranks": "`watch(clip=)` where every step is clipped, 60 tensors, processes on one machine. "
-    "With more ranks than cores they wait for each other, bare or watched.",
-    "statistics": "300 tensors of 16 elements, taken in every step; with `every=10` a tenth of "
-    "the steps pays what goes beyond `norm`, which is always taken.",
+    "steps": f"The synthetic run has {PARAMETERS} parameters; its time is that spent in the "
+    "training's thread, without the training itself. The real loop has one tiny tensor; its time "
+    "is the whole step. Memory is the growth of a separate process since its first steps.",
+    "ranks": "`watch(clip=)` with every step clipped, 60 tensors, processes on one machine. "
+    "With more ranks than cores they wait for each other, watched or not.",
+    "statistics": "300 tensors of 16 elements, measured in every step. With `every=10`, only a "
+    "tenth of the steps pays for what goes beyond `norm`, which is always measured.",
 }
 
 
@@ -58,13 +58,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     choose = parser.add_argument
     choose("--quick", action="store_true", help="fewer of everything")
-    choose("--parameters", nargs="+", type=int, help="10 100 1000 10000 if left out")
-    choose("--steps", type=int, help="made-up ones; 1000000 if left out")
-    choose("--watched-steps", type=int, help="real ones; 100000 if left out")
-    choose("--ranks", nargs="+", type=int, help="1 2 4 if left out")
-    choose("--rounds", type=int, help="5 if left out")
+    choose("--parameters", nargs="+", type=int, help="default: 10 100 1000 10000")
+    choose("--steps", type=int, help="synthetic steps; default: 1000000")
+    choose("--watched-steps", type=int, help="real steps; default: 100000")
+    choose("--ranks", nargs="+", type=int, help="default: 1 2 4")
+    choose("--rounds", type=int, help="default: 5")
     choose("--threads", type=int, default=torch.get_num_threads(), help="threads of PyTorch")
-    choose("--out", type=Path, default=OUT, help="the page; the picture is put beside it")
+    choose("--out", type=Path, default=OUT, help="the page; the plot is written next to it")
     args = parser.parse_args(argv)
     usual: dict[str, object] = {
         "parameters": [10, 100, 1_000] if args.quick else [10, 100, 1_000, 10_000],
@@ -84,21 +84,21 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Page:
-    """The page, written anew after every part, so that a run that is cut off leaves it."""
+    """The page of results, rewritten after every part, so that an interrupted run leaves it."""
 
     def __init__(self, path: Path, parts: Sequence[str]) -> None:
-        """Writes what stands above the parts."""
+        """Writes the beginning of the page."""
         self._path, self._parts = path, list(parts)
         self.add()
 
     def add(self, *parts: str) -> None:
-        """Adds some text, and writes."""
+        """Adds paragraphs, and writes the page."""
         self._parts += parts
         self._path.write_text("\n\n".join(self._parts) + "\n", encoding="utf-8")
 
 
 def measure_ranks(args: argparse.Namespace) -> list[Ranks]:
-    """Measures all numbers of ranks, data parallel and sharded."""
+    """Measures all numbers of ranks, with DDP and with FSDP2."""
     found = []
     for kind in KINDS:
         for ranks in args.ranks:
@@ -108,7 +108,7 @@ def measure_ranks(args: argparse.Namespace) -> list[Ranks]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures everything, and writes after each part."""
+    """Measures everything, and writes the page after each part."""
     args = parse_arguments(argv)
     torch.set_num_threads(args.threads)
     machine = table(["", ""], machine_rows("cpu", args.threads, "wall"))

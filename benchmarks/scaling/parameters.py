@@ -1,4 +1,4 @@
-"""What watching costs as parameters become more, and as statistics are added."""
+"""Measures the cost of watching by number of parameters, and of each statistic."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """A number of parameters.
+    """The cost for one number of parameters.
 
     Attributes:
-        tensors: How many.
+        tensors: Number of parameters.
         bare_s: Seconds of a bare step.
-        added_s: By what the watcher does, the seconds that it adds to a step.
-        memory: Bytes that the watcher holds, the buffer of 1,024 steps included.
+        added_s: By option of ``watch``, the seconds that it adds to a step.
+        memory: Bytes that the watcher holds, including the buffer of 1,024 steps.
     """
 
     tensors: int
@@ -47,13 +47,7 @@ class Size:
 
 
 def sizes(counts: Sequence[int], rounds: int, say: Callable[[str], None]) -> list[Size]:
-    """Measures several numbers of parameters, of 16 elements each.
-
-    Args:
-        counts: How many tensors.
-        rounds: Rounds to take the median of.
-        say: Prints a line of progress.
-    """
+    """Measures the cost for several numbers of parameters, of 16 elements each."""
     found = []
     for tensors in counts:
         say(f"{tensors:,} tensors")
@@ -65,12 +59,9 @@ def sizes(counts: Sequence[int], rounds: int, say: Callable[[str], None]) -> lis
 def statistics_added(tensors: int, rounds: int) -> dict[str, Spread]:
     """Measures what each statistic adds to a step, alone and all together.
 
-    Args:
-        tensors: How many tensors.
-        rounds: Rounds to take the median of.
-
     Returns:
-        By statistic, what ``watch(statistics=)`` adds to a bare step; ``norm`` is always taken.
+        By statistic, seconds that ``watch(statistics=)`` adds to a bare step; ``norm`` is always
+        measured.
     """
     options: dict[str, dict[str, Any]] = {
         name: {"statistics": ("norm", name)} for name in STATISTICS
@@ -82,11 +73,8 @@ def statistics_added(tensors: int, rounds: int) -> dict[str, Spread]:
 def held_bytes(tensors: int) -> int:
     """Counts the bytes that Python and NumPy hold for a watcher after some steps.
 
-    The buffer is reserved as a whole, so that a few steps are enough; what PyTorch holds for its
-    tensors is not among them.
-
-    Args:
-        tensors: How many tensors.
+    The buffer is allocated as a whole, so a few steps are enough. Memory of PyTorch's tensors is
+    not counted.
     """
     training = narrow_training(tensors)
     training.step()

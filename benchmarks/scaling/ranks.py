@@ -1,4 +1,4 @@
-"""What watching costs as ranks become more: real processes with gloo, on one machine."""
+"""Measures the cost of watching by number of ranks: real processes with gloo, on one machine."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ LIMIT = MAX_NORMS[EVERY_STEP_CLIPPED]
 
 @dataclass(frozen=True)
 class Ranks:
-    """One number of ranks, seen by the first of them.
+    """The cost for one number of ranks, measured on rank 0.
 
     Attributes:
         kind: ``"DDP"`` or ``"FSDP2"``.
-        ranks: How many.
+        ranks: Number of ranks.
         bare_s: Seconds of a bare step.
-        added_s: What ``watch(clip=)`` adds to it, where every step is clipped.
-        collectives: Collectives that it adds to a step.
-        payload: Bytes that these carry.
+        added_s: Seconds that ``watch(clip=)`` adds to a step if every step is clipped.
+        collectives: Number of collectives that it adds to a step.
+        payload: Bytes that these collectives carry.
     """
 
     kind: str
@@ -48,13 +48,7 @@ class Ranks:
 
 
 def run_ranks(kind: str, ranks: int, rounds: int) -> Ranks:
-    """Trains in so many processes.
-
-    Args:
-        kind: ``"DDP"`` or ``"FSDP2"``.
-        ranks: How many.
-        rounds: Rounds to take the median of.
-    """
+    """Trains one of the ``KINDS`` in several processes, and returns what rank 0 measured."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_rank, (kind, ranks, rounds, folder), nprocs=ranks)
         told = json.loads((Path(folder) / "told.json").read_text(encoding="utf-8"))
@@ -102,7 +96,7 @@ def _sharded() -> nn.Module:
 
 
 class _CountCollectives(CountCalls):
-    """Counts collectives, and the bytes of the tensors that they are given."""
+    """Counts collectives, and the bytes of their tensors."""
 
     def __init__(self) -> None:
         super().__init__()

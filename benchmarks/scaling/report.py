@@ -1,4 +1,4 @@
-"""The tables and the picture of SCALING.md."""
+"""The tables and the plot of SCALING.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.spread import Spread, spread_text
 
 
 def size_table(found: Sequence[Size]) -> str:
-    """Makes the table of numbers of parameters."""
+    """Formats the table of costs by number of parameters."""
     titles = ["tensors", "bare step, ms", *(f"{name}, adds ms" for name in OPTIONS)]
     rows = [
         [
@@ -30,7 +30,7 @@ def size_table(found: Sequence[Size]) -> str:
 
 
 def step_table(found: Mapping[str, Sequence[Reached]]) -> str:
-    """Makes the table of numbers of steps."""
+    """Formats the table of costs by number of steps."""
     rows = [
         [
             name,
@@ -47,7 +47,7 @@ def step_table(found: Mapping[str, Sequence[Reached]]) -> str:
 
 
 def rank_table(found: Sequence[Ranks]) -> str:
-    """Makes the table of numbers of ranks."""
+    """Formats the table of costs by number of ranks."""
     rows = [
         [
             each.kind,
@@ -64,16 +64,16 @@ def rank_table(found: Sequence[Ranks]) -> str:
 
 
 def statistic_table(found: Mapping[str, Spread]) -> str:
-    """Makes the table of statistics."""
+    """Formats the table of costs by statistic."""
     return table(["statistics", "adds, ms"], [[name, _ms(added)] for name, added in found.items()])
 
 
 def operator_text(time: OperatorTime, tensors: int) -> str:
-    """Says how much of the time is spent outside of PyTorch's operators."""
+    """Says how much of the time is spent outside PyTorch's operators."""
     return (
         f"`watch()` on {tensors:,} tensors of 16 elements adds {_ms(time.added_s)} ms to a "
-        f"step. Its operators, called alone, take {_ms(time.operators_s)} ms; outside of "
-        f"them is {spread_text(time.outside, '.0%')} of the time."
+        f"step. Its operators, called alone, take {_ms(time.operators_s)} ms; "
+        f"{spread_text(time.outside, '.0%')} of the time is spent outside them."
     )
 
 
@@ -88,15 +88,7 @@ def draw(
     ranks: Sequence[Ranks],
     statistics: Mapping[str, Spread],
 ) -> None:
-    """Draws all of it in one picture.
-
-    Args:
-        path: Where, with its ending.
-        found: Numbers of parameters.
-        steps: Numbers of steps.
-        ranks: Numbers of ranks.
-        statistics: Statistics.
-    """
+    """Draws all measurements in one figure of four panels; the suffix of the file is its format."""
     import matplotlib as mpl
 
     mpl.use("agg")

@@ -1,4 +1,4 @@
-"""What keeping costs as steps become more: made-up steps, for the disk; real ones, for memory."""
+"""Measures the cost of keeping many steps: synthetic ones for the sinks, real ones for memory."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SINKS: Sequence[str] = ("run folder", "TensorBoard")
 
 @dataclass(frozen=True)
 class Reached:
-    """How things stand after so many steps.
+    """The state after a number of steps.
 
     Attributes:
-        steps: How many.
-        step_s: Seconds per step since the row before.
-        memory: Bytes of the process in RAM, over those after its first steps.
+        steps: Number of steps so far.
+        step_s: Seconds per step since the previous entry.
+        memory: Growth of the resident memory in bytes, since after the first steps.
         disk: Bytes in the folder.
     """
 
@@ -38,19 +38,13 @@ class Reached:
 
 
 def marks(last: int, first: int = 1_000) -> list[int]:
-    """Returns the steps to look at: 1,000, 10,000 and so on, and the last one."""
+    """Returns the steps to measure at: 1,000, 10,000 and so on, and the last one."""
     powers = [first * 10**i for i in range(9)]
     return [mark for mark in powers if mark < last] + [last]
 
 
 def kept(sink: str, last: int, parameters: int) -> list[Reached]:
-    """Writes a made-up run and looks at it now and then.
-
-    Args:
-        sink: ``"run folder"`` or ``"TensorBoard"``.
-        last: Its last step.
-        parameters: How many parameters it has.
-    """
+    """Writes a synthetic run to one of the ``SINKS``, and measures at some steps up to ``last``."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "run"
         writer = RunFolder(folder) if sink == "run folder" else TensorBoardWriter(folder)
@@ -61,7 +55,7 @@ def kept(sink: str, last: int, parameters: int) -> list[Reached]:
             writer.write(batch)
             took += time.perf_counter() - before
             done = min(last, (number + 1) * BATCH_STEPS)
-            start = start or resident_bytes()  # the first batch opens the files, once in a run
+            start = start or resident_bytes()  # after the first batch, which opens the files
             if done >= open_marks[0]:
                 grown = resident_bytes() - start
                 found.append(Reached(done, took / (done - since), grown, _size(folder)))
@@ -73,11 +67,7 @@ def kept(sink: str, last: int, parameters: int) -> list[Reached]:
 
 
 def watched_steps(last: int) -> list[Reached]:
-    """Watches a tiny training, for the time of a step and the memory of the process.
-
-    Args:
-        last: Its last step.
-    """
+    """Watches a tiny training, and measures time and memory at some steps up to ``last``."""
     x = torch.ones(2, requires_grad=True)
     optimizer = torch.optim.SGD([x], lr=0.0)
     found, start, since = list[Reached](), 0, 0
@@ -97,7 +87,7 @@ def watched_steps(last: int) -> list[Reached]:
 
 
 def _apart(measure: Callable[..., list[Reached]], *arguments: object) -> list[Reached]:
-    """Measures in a process of its own, whose memory nothing else has grown and freed before."""
+    """Measures in a new process, whose memory nothing else has grown and freed before."""
     context = torch.multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(measure, *arguments).result()
@@ -110,17 +100,10 @@ def _size(folder: Path) -> int:
 def all_steps(
     last: int, watched_last: int, parameters: int, say: Callable[[str], None]
 ) -> dict[str, list[Reached]]:
-    """Measures the sinks and the watcher.
-
-    Args:
-        last: Last made-up step.
-        watched_last: Last real step.
-        parameters: Parameters of the made-up run.
-        say: Prints a line of progress.
-    """
+    """Measures the sinks up to step ``last``, and the watcher up to step ``watched_last``."""
     found = {}
     for sink in SINKS:
-        say(f"{last:,} made-up steps of {parameters} parameters into: {sink}")
+        say(f"{last:,} synthetic steps of {parameters} parameters into: {sink}")
         found[sink] = _apart(kept, sink, last, parameters)
     say(f"{watched_last:,} real steps")
     found["watch(clip=), a real loop"] = _apart(watched_steps, watched_last)

@@ -1,1 +1,1 @@
-"""What gradient spikes do to a training under each policy: ``python -m benchmarks.spikes``."""
+"""Measures what gradient spikes do under each policy: ``python -m benchmarks.spikes``."""

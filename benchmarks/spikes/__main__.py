@@ -1,14 +1,14 @@
-"""Trains a small language model under every clipping policy, and hurts it.
+"""Trains a small language model under every clipping policy, with gradient spikes.
 
     python -m benchmarks.spikes --plot spikes.png      # some 10 minutes on a quiet machine
-    python -m benchmarks.spikes --quick                # shows that all runs, no more
+    python -m benchmarks.spikes --quick                # only shows that everything runs
 
 A character LSTM of 66,432 parameters learns the text of Python's standard library. Its gradients
-are spoilt in one way at a time, inside the backward, so that each policy meets what it would meet
-in a real run: all go through ``gradwatch.watch``. Runs of one seed see the same batches and the
-same noise. Printed are the final held-out loss, what the spikes cost of it, the steps to recover,
-and how often a policy clips where nothing is wrong; then the same rules on plain sequences of
-norms, and whether ``clip="auto"`` reaches what was asked of it.
+are corrupted in one way at a time, inside the backward, so that each policy faces what it would
+face in a real run; all runs go through ``gradwatch.watch``. Runs with the same seed see the same
+batches and the same noise. The script prints the final held-out loss, how much the spikes add to
+it, the steps to recover, and how often a policy clips when nothing is wrong. Then it tries the same
+policies on plain sequences of norms, and checks the targets for ``clip="auto"``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from benchmarks.spikes.training import (
 
 
 def tasks_of(args: argparse.Namespace) -> list[Task]:
-    """Lists the runs, one seed after the other."""
+    """Returns the runs to do, one seed after another."""
     tasks = []
     for seed in range(args.seeds):
         for optimizer in args.optimizer:
@@ -59,12 +59,12 @@ def tasks_of(args: argparse.Namespace) -> list[Task]:
 
 
 def run_all(tasks: Sequence[Task], jobs: int, results: Path | None) -> Runs:
-    """Runs what is not in the file of results yet, and adds it there.
+    """Does the runs that are not in the file of results yet, and appends them to it.
 
     Args:
-        tasks: What to run.
-        jobs: Processes.
-        results: A file with a line of JSON per run; None for none.
+        tasks: All runs that are wanted.
+        jobs: Number of processes.
+        results: A file with one line of JSON per run; None to keep no file.
 
     Returns:
         All runs, in the order of the tasks.
@@ -96,7 +96,7 @@ def _trained(tasks: Sequence[Task], jobs: int) -> Iterator[Run]:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the description as it is."""
+    """Shows default values, and keeps the line breaks of the description."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -105,14 +105,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         prog="python -m benchmarks.spikes", description=__doc__, formatter_class=_Help
     )
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=300, help="of each run; at least 100")
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    parser.add_argument("--steps", type=int, default=300, help="steps per run; at least 100")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, with one thread each")
     parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
-    parser.add_argument("--results", type=Path, help="keep the runs here, and go on from there")
-    parser.add_argument("--plot", type=Path, help="draw the picture into this file")
+    parser.add_argument("--results", type=Path, help="file to keep runs in, and to continue from")
+    parser.add_argument("--plot", type=Path, help="write the plot to this file")
     parser.add_argument("--quick", action="store_true", help="one seed, 100 steps, a few policies")
-    parser.add_argument("--no-norms", action="store_true", help="leave out the norms alone")
+    parser.add_argument("--no-norms", action="store_true", help="leave out the plain norms")
     args = parser.parse_args(arguments)
     if args.quick:
         args.seeds, args.steps = 1, 100

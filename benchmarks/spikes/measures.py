@@ -1,4 +1,4 @@
-"""What is read off a run: steps to recover, false clips and the like."""
+"""What is measured from a run: steps to recover, false clips and so on."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Sequence
 
 from benchmarks.spikes.training import Run, Task
 
-CLOSE = 0.03  # a share of the loss: two runs that differ in nothing but chance are as close
+CLOSE = 0.03  # relative to the loss: two runs that differ only by chance are this close
 
 
 def steps_to_recover(
     curve: Sequence[tuple[int, float]], clean: Sequence[tuple[int, float]], last: int
 ) -> float:
-    """Counts the steps from the last spiked one until the loss is back where it would have been.
+    """Counts the steps from the last spike until the loss is back where it would have been.
 
     Args:
         curve: Steps and held-out losses.
-        clean: The same of the run without spikes.
-        last: The last spiked step.
+        clean: The same for the run without spikes.
+        last: The last step with a spike.
 
     Returns:
-        The steps until it is, for good, at most ``CLOSE`` above that of the clean run at the same
-        step: 0 where it never was further, ``inf`` where it is at the end.
+        The steps until the loss stays at most ``CLOSE`` above that of the clean run at the same
+        step: 0 if it never was further above, ``inf`` if it still is at the end.
     """
     would = dict(clean)
     steps = [step for step, _ in curve if step >= last]
@@ -37,14 +37,14 @@ def steps_to_stop(acted: Sequence[bool], first: int, span: int = 25) -> float:
     """Counts the steps from a lasting rise until a policy acts no more often than before it.
 
     Args:
-        acted: Of each step, whether the policy clipped or skipped.
-        first: The index of the first risen step.
-        span: How many steps a share is taken over.
+        acted: For each step, whether the policy clipped or skipped.
+        first: Index of the first step after the rise.
+        span: Number of steps over which a share is taken.
 
     Returns:
-        The least k so that of the ``span`` steps from the k-th on, a share is acted on that
-        is at most a tenth above that of the 2 * span steps before the rise; ``inf`` if none, and
-        NaN where it acted on more than half of those, so that there is nothing to stop.
+        The smallest k such that the policy acts on ``span`` steps from the k-th on at most a tenth
+        more often than on the 2 * span steps before the rise; ``inf`` if there is none. NaN if it
+        acted on more than half of the steps before, so that there is nothing to stop.
     """
     usual = statistics.fmean(acted[first - 2 * span : first])
     if usual > 0.5:
@@ -56,7 +56,7 @@ def steps_to_stop(acted: Sequence[bool], first: int, span: int = 25) -> float:
 
 
 def false_clips(task: Task, run: Run) -> list[bool]:
-    """Tells of each applied step outside of the spikes whether it was clipped."""
+    """Returns, for each applied step without a spike, whether it was clipped."""
     return [
         clipped
         for step, (clipped, applied) in enumerate(zip(run.clipped, run.applied, strict=True), 1)
@@ -65,7 +65,7 @@ def false_clips(task: Task, run: Run) -> list[bool]:
 
 
 def most_skips_in_a_row(run: Run) -> int:
-    """Returns the length of the longest row of steps that were left out."""
+    """Returns the largest number of steps in a row that were skipped."""
     longest = current = 0
     for applied in run.applied:
         current = 0 if applied else current + 1

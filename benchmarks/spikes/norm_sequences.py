@@ -1,4 +1,4 @@
-"""The policies on plain sequences of norms, where the truth is known: steady, or risen for good."""
+"""Policies on plain sequences of norms where the truth is known: steady, or risen for good."""
 
 from __future__ import annotations
 
@@ -28,15 +28,9 @@ USUAL = 0.15
 
 
 def lognormal(seed: int, length: int, spread: float = USUAL) -> list[float]:
-    """Draws steady norms.
+    """Draws steady norms from a lognormal distribution with a mean of about 1.
 
-    Args:
-        seed: The seed.
-        length: How many.
-        spread: Their standard deviation over their mean.
-
-    Returns:
-        Norms with a mean of about 1.
+    Their standard deviation divided by their mean is ``spread``.
     """
     chance = torch.Generator().manual_seed(seed)
     logs = torch.randn(length, generator=chance, dtype=torch.float64)
@@ -44,7 +38,7 @@ def lognormal(seed: int, length: int, spread: float = USUAL) -> list[float]:
 
 
 def factors(make: Make, norms: Sequence[float]) -> list[float]:
-    """Returns what a new policy multiplies each norm with."""
+    """Returns the factor by which a new policy multiplies each norm."""
     policy = make()
     decisions = [policy.decide(torch.tensor(norm)) for norm in norms]
     return [1.0 if d.coefficient is None else float(d.coefficient) for d in decisions]
@@ -52,7 +46,7 @@ def factors(make: Make, norms: Sequence[float]) -> list[float]:
 
 @cache
 def false_clip_rate(make: Make, spread: float) -> float:
-    """Returns the share of steady norms that are clipped, the largest of the seeds."""
+    """Returns the share of steady norms that are clipped, for the worst seed."""
     return max(
         sum(f < 1 for f in factors(make, lognormal(seed, STEADY, spread))) / STEADY
         for seed in range(SEEDS)
@@ -61,7 +55,7 @@ def false_clip_rate(make: Make, spread: float) -> float:
 
 @cache
 def stop_after_rise(make: Make, rise: float) -> float:
-    """Returns the steps until risen norms are clipped no more, the most of the seeds."""
+    """Returns the steps until risen norms are no longer clipped, for the worst seed."""
     return max(_stop(make, rise, seed) for seed in range(SEEDS))
 
 
@@ -72,12 +66,12 @@ def _stop(make: Make, rise: float, seed: int) -> float:
 
 
 def spike_passes_as(make: Make) -> float:
-    """Returns what is left of a norm of ten times the mean, after 500 steady ones."""
+    """Returns what is left of a norm of ten times the mean after 500 steady ones, at worst."""
     return max(10 * factors(make, [*lognormal(s, 500), 10.0])[-1] for s in range(SEEDS))
 
 
 def bumpy(seed: int) -> list[float]:
-    """Draws norms of which one in twenty is a spike, so that there is something to decide."""
+    """Draws norms of which one in twenty is a spike, so that a policy has something to decide."""
     chance = torch.Generator().manual_seed(seed)
     spikes = (torch.rand(STEADY, generator=chance) < 0.05).tolist()
     return [
@@ -97,7 +91,7 @@ def changed_by_scale(make: Make, scale: float) -> int:
 
 
 def changed_by_nan(make: Make) -> int:
-    """Counts the factors that change, in the least, when a NaN comes in somewhere before."""
+    """Counts the factors that change at all if a NaN is inserted somewhere."""
     changed = 0
     for seed in range(SEEDS):
         norms, place = bumpy(seed), 200 * seed + 5

@@ -1,4 +1,4 @@
-"""The picture: losses after spikes, and what each spike costs."""
+"""The plot: losses after spikes, and the cost of each kind of spike."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ NAMES = {
 }
 MARK_COLORS = dict(zip(MARKS, ("#1a66d6", "#d64545", "#e8a33d", "#1f2933", "#2ba98f"), strict=True))
 UNHURT: dict[str, Any] = {"color": INK, "linewidth": 1.2, "linestyle": (0, (2, 2))}
-DASHES = {  # where they lie on each other, all are seen
+DASHES = {  # offset dashes, so that curves on top of each other are all visible
     policy: (5 * number, (5, 10))
     for number, policy in enumerate(("no clip", "ZClip, published", "ZClip, winsorized"))
 }
-MOST = 10.0  # the end of the axis: eleven times the loss of the clean run
+MOST = 10.0  # end of the axis: eleven times the loss of the clean run
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -62,12 +62,7 @@ STYLE = {
 
 
 def draw(runs: Runs, path: Path) -> None:
-    """Draws what became of the runs.
-
-    Args:
-        runs: All runs.
-        path: The file, its ending the format.
-    """
+    """Draws the results of the runs to a file; its suffix sets the format."""
     optimizers = list(dict.fromkeys(task.optimizer for task in runs))
     name = optimizers[0]
     with mpl.rc_context(STYLE):

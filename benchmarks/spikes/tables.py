@@ -23,7 +23,7 @@ TARGETS = ("target", "measured", "")
 
 
 def show(runs: Runs) -> None:
-    """Prints all that was measured."""
+    """Prints the tables of all runs."""
     first = next(iter(runs))
     print(f"\n{len(runs)} runs of {first.steps} steps. Spikes, from step {first.middle + 1} on:")
     for name, what in SPIKES.items():
@@ -34,9 +34,7 @@ def show(runs: Runs) -> None:
         print(f"\n## {optimizer}\n\nHeld-out loss without spikes, and what spikes add to it\n")
         rows = [[p, _clean(mine, p), *(_excess(mine, p, s) for s in SPIKES)] for p in policies]
         print(table(["policy", CLEAN, *SPIKES], rows))
-        print(
-            "\nSteps to recover (median; never in some seeds), and clips where nothing is wrong\n"
-        )
+        print("\nSteps to recover (median; never in some seeds), and clips when nothing is wrong\n")
         names = ["burst", "early", "mislabelled"]
         rows = [
             [p, *(_recovery(mine, p, s) for s in names), _false(mine, p), _stop(mine, p)]
@@ -48,7 +46,7 @@ def show(runs: Runs) -> None:
 
 
 def show_norms() -> None:
-    """Prints what the policies do on norms alone."""
+    """Prints what the policies do on sequences of norms, without training."""
     print("\n## Norms alone: lognormal, five seeds, the worst of them\n")
     _show_norms()
     print('\n## What was asked of clip="auto", on norms alone\n')
@@ -56,7 +54,7 @@ def show_norms() -> None:
 
 
 def pairs(runs: Runs, policy: str, scenario: str) -> list[tuple[Task, Run, Run]]:
-    """Lists the runs of a policy in a scenario, each with the clean run of the same seed."""
+    """Returns the runs of a policy in a scenario, each with the clean run of the same seed."""
     chosen = [task for task in runs if (task.policy, task.scenario) == (policy, scenario)]
     clean = {
         (t.optimizer, t.seed): r
@@ -67,7 +65,7 @@ def pairs(runs: Runs, policy: str, scenario: str) -> list[tuple[Task, Run, Run]]
 
 
 def excesses(runs: Runs, policy: str, scenario: str) -> list[float]:
-    """Returns of each run by which share its final loss is above that of the clean one."""
+    """Returns the share by which each run's final loss is above that of its clean run."""
     return [run.final / clean.final - 1 for _, run, clean in pairs(runs, policy, scenario)]
 
 

@@ -1,4 +1,4 @@
-"""One run: a small language model, its clipping policy, and what spoils its gradients."""
+"""One run: a small language model, its clipping policy, and what corrupts its gradients."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ import gradwatch
 VOCABULARY = 128  # ASCII
 CONTEXT = 32
 BATCH = 16
-EVERY = 5  # steps between two looks at the held-out text
-GUESSING = math.log(VOCABULARY)  # the loss of who knows nothing
+EVERY = 5  # steps between two evaluations on the held-out text
+GUESSING = math.log(VOCABULARY)  # the loss of guessing at random
 EARLY = 10  # the step of the spike inside the warm-up
 BURST = 20  # steps
 
-Make = Callable[[], object]  # what watch(clip=) takes; anew for each run, for policies remember
+Make = Callable[[], object]  # makes what watch(clip=) takes; new for each run: policies have state
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A clipping policy, as gradwatch is asked for it.
+    """A clipping policy, as the arguments of ``watch``.
 
     Attributes:
-        clip: Makes what ``watch(clip=)`` takes.
-        skip_spikes: As for ``watch``.
-        watched: Whether gradwatch is there at all.
+        clip: Makes the argument ``clip``.
+        skip_spikes: The argument ``skip_spikes``.
+        watched: Whether the run uses gradwatch at all.
     """
 
     clip: Make
@@ -78,7 +78,7 @@ RESCALED = {"loss x 100": 100.0, "loss x 1e-6": 1e-6}  # and the rate divided by
 
 @dataclass(frozen=True)
 class Task:
-    """One run: its policy, what happens, with which optimizer, seed and length."""
+    """One run: its policy, scenario, optimizer, seed and number of steps."""
 
     policy: str
     scenario: str
@@ -93,7 +93,7 @@ class Task:
 
     @property
     def spiked(self) -> range:
-        """The steps that are spoilt; for a rise, those from which on all are higher."""
+        """The steps with a spike; for a rise, all steps after it."""
         first = self.middle + 1
         lengths = {"burst": BURST, "mislabelled": 5, "rise": self.steps - self.middle}
         if self.scenario == "early":
@@ -105,15 +105,15 @@ class Task:
 
 @dataclass
 class Run:
-    """What a run left behind; lists have one entry for each step that was tried.
+    """The result of a run; ``norms``, ``clipped`` and ``applied`` have one entry per step.
 
     Attributes:
         norms: Norms before the clip.
         clipped: Whether a clip changed the gradients.
-        applied: Whether the step was taken.
-        curve: Held-out loss after each ``EVERY``-th step.
-        final: The held-out loss after the last step, on more of the text.
-        story: Why it ended early, if it did.
+        applied: Whether the step was applied.
+        curve: Step and held-out loss, every ``EVERY`` steps.
+        final: Held-out loss after the last step, on more of the text.
+        story: Why the run ended early, if it did.
     """
 
     norms: list[float] = field(default_factory=list)
@@ -125,16 +125,16 @@ class Run:
 
     @property
     def lost(self) -> bool:
-        """Whether the model is worse than one that knows nothing."""
+        """Whether the model is worse than guessing at random."""
         return not self.final < GUESSING
 
     def acted(self) -> list[bool]:
-        """Tells of each step whether it was clipped or left out."""
+        """Returns, for each step, whether it was clipped or skipped."""
         return [c or not a for c, a in zip(self.clipped, self.applied, strict=True)]
 
 
 class CharLSTM(nn.Module):
-    """Guesses each next character."""
+    """Predicts each next character with an LSTM."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ def read_library() -> tuple[Tensor, Tensor]:
     """Reads the modules of the standard library; every tenth is held out.
 
     Returns:
-        Character codes to train on and to validate with, each ``[length]``, int64.
+        Character codes to train on and to validate on, each int64 ``[length]``.
     """
     modules = sorted(Path(os.__file__).parent.glob("*.py"))
     parts = [[m for i, m in enumerate(modules) if bool(i % 10) is kept] for kept in (True, False)]
@@ -166,7 +166,7 @@ def read_library() -> tuple[Tensor, Tensor]:
 
 
 def draw(text: Tensor, pieces: int, generator: torch.Generator) -> Tensor:
-    """Draws pieces of a text, ``[pieces, CONTEXT + 1]``."""
+    """Draws random pieces of a text, ``[pieces, CONTEXT + 1]``."""
     starts = torch.randint(len(text) - CONTEXT, (pieces, 1), generator=generator)
     return text[starts + torch.arange(CONTEXT + 1)]
 
@@ -177,18 +177,19 @@ def loss_on(model: nn.Module, pieces: Tensor) -> Tensor:
     return loss
 
 
-def spoilt_loss(task: Task, step: int, model: nn.Module, batch: Tensor, usual: float) -> Tensor:
-    """Returns the loss of a batch with what the scenario does to it.
+def corrupted_loss(task: Task, step: int, model: nn.Module, batch: Tensor, usual: float) -> Tensor:
+    """Returns the loss of a batch, with what the scenario does to it at this step.
 
     Args:
-        task: The run.
-        step: Its step, from 1.
-        model: The model.
-        batch: Pieces of text.
-        usual: The usual norm of its gradients.
+        task: Says which scenario, and at which steps.
+        step: Number of the step, from 1.
+        model: Maps characters to logits.
+        batch: Pieces of text, ``[pieces, CONTEXT + 1]``.
+        usual: The usual norm of the gradients.
 
     Returns:
-        The loss ``[]``. Noise comes in as the sum of parameters times noise, whose gradient is it.
+        The loss ``[]``. To add noise to the gradient, the sum of parameters times noise is added
+        to the loss: the gradient of that sum is the noise.
     """
     scale = RESCALED.get(task.scenario, 1.0)
     if step not in task.spiked:
@@ -208,7 +209,7 @@ def spoilt_loss(task: Task, step: int, model: nn.Module, batch: Tensor, usual: f
 
 
 def rate_factor(task: Task, step: int) -> float:
-    """Returns the learning rate of a step over the full one: it falls in the last fifth."""
+    """Returns the factor of the learning rate at a step; it falls in the last fifth of the run."""
     factor = min(1.0, 5 * (task.steps - step + 1) / task.steps)
     if task.optimizer == "SGD" and task.scenario == "rise" and step in task.spiked:
         factor /= 3.0
@@ -216,14 +217,7 @@ def rate_factor(task: Task, step: int) -> float:
 
 
 def train(task: Task) -> Run:
-    """Trains once.
-
-    Args:
-        task: What to do.
-
-    Returns:
-        What came of it.
-    """
+    """Trains once, as the task says."""
     torch.manual_seed(task.seed)
     policy, run, model = POLICIES[task.policy], Run(), CharLSTM()
     text, held_out = read_library()
@@ -248,7 +242,7 @@ def train(task: Task) -> Run:
                 continue
             optimizer.param_groups[0]["lr"] = full_rate * rate_factor(task, step)
             usual = statistics.median(run.norms[-20:]) if run.norms else 0.0
-            spoilt_loss(task, step, model, batch, usual).backward()
+            corrupted_loss(task, step, model, batch, usual).backward()
             try:
                 _step(run, model, optimizer, watcher)
             except gradwatch.NonFiniteGradientError as error:

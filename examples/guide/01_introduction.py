@@ -1,7 +1,7 @@
-"""Section 1: the graph that a forward leaves behind, and the chain rule that a backward follows.
+"""Section 1: the graph that a forward records, and the chain rule that a backward follows.
 
 One weight, one input, loss = (tanh(w x) - t)^2. The derivative by the chain rule is written out
-below; autograd finds the same number by walking the graph, and gradwatch sees it arrive.
+below. Autograd gets the same number by walking the graph, and gradwatch records its norm.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def path(node: Any) -> list[str]:
 
 
 def by_hand() -> float:
-    """Multiplies the derivatives of the square, of tanh, and of w x."""
+    """Returns the derivative by the chain rule: of the square, times tanh, times w x."""
     tanh = math.tanh(W * X)
     return 2 * (tanh - T) * (1 - tanh**2) * X
 
 
 def main() -> dict[str, float]:
-    """Runs it, and returns what was seen."""
+    """Runs the section, and returns the measured numbers."""
     w = torch.tensor(W, requires_grad=True)
     with gradwatch.watch({"w": w}) as watcher:
         loss = (torch.tanh(w * X) - T) ** 2

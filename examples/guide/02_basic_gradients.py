@@ -15,12 +15,12 @@ def norms(function: Callable[..., Tensor], weights: Tensor | None = None, **at: 
     """Runs one backward under gradwatch.
 
     Args:
-        function: What to differentiate.
-        weights: What each output counts, where there are several.
-        **at: The tensors to differentiate by.
+        function: The function to differentiate.
+        weights: The weight of each output, if there are several.
+        **at: The tensors to differentiate with respect to.
 
     Returns:
-        The gradient norm of each tensor by name, and that of all as ``total``.
+        The gradient norm of each tensor by name, and the norm of all of them as ``total``.
     """
     leaves = {name: tensor.requires_grad_() for name, tensor in at.items()}
     with gradwatch.watch(leaves) as watcher:
@@ -30,12 +30,12 @@ def norms(function: Callable[..., Tensor], weights: Tensor | None = None, **at: 
 
 
 def main() -> dict[str, float]:
-    """Runs it, and returns what was seen."""
+    """Runs the section, and returns the measured numbers."""
     # One number: d(x^3 - 2x)/dx = 3x^2 - 2.
     scalar = norms(lambda x: x**3 - 2 * x, x=torch.tensor(3.0))
-    # Two: d(x^2 y + y) = (2xy, x^2 + 1); the norm of both together is that of the vector of norms.
+    # Two: d(x^2 y + y) = (2xy, x^2 + 1); the total norm is the norm of the two norms.
     two = norms(lambda x, y: x**2 * y + y, x=torch.tensor(2.0), y=torch.tensor(3.0))
-    # Several outputs have no gradient until each is given a weight: 2 x v.
+    # With several outputs, backward() needs a weight for each of them: 2 x v.
     x, v = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 0.0, -1.0])
     vector = norms(lambda x: x**2, weights=v, x=x)
     # A determinant: the cofactors, [[d, -c], [-b, a]] for a matrix [[a, b], [c, d]].

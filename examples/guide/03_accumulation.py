@@ -1,4 +1,4 @@
-"""Section 3: gradients add up, by mistake, on purpose, and with the weight that they deserve."""
+"""Section 3: how gradients accumulate: by mistake, on purpose, and with the right weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ X = torch.arange(1.0, 7.0)  # six examples; the target of each is its x
 
 
 def forgotten_zero_grad() -> list[float]:
-    """Steps three times without clearing, where each backward adds (3, 4)."""
+    """Takes three steps without zero_grad(); each backward adds (3, 4)."""
     model = LinearModel([3.0, 4.0])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with gradwatch.watch(model, optimizer) as watcher:
@@ -24,7 +24,7 @@ def forgotten_zero_grad() -> list[float]:
 
 
 def two_losses() -> gradwatch.StepRecord:
-    """Adds the gradients of x^2 and x^3 up for one step."""
+    """Adds up the gradients of x^2 and x^3 for one step."""
     x = torch.tensor(2.0, requires_grad=True)
     optimizer = torch.optim.SGD([x], lr=0.1)
     with gradwatch.watch({"x": x}, optimizer) as watcher:
@@ -36,7 +36,7 @@ def two_losses() -> gradwatch.StepRecord:
 
 
 def in_parts(weighted: bool) -> float:
-    """Takes the mean squared error of w x in micro-batches of 4 and of 2 examples, at w = 0."""
+    """Takes one step on the mean squared error of w x, in micro-batches of 4 and 2 examples."""
     w = torch.zeros((), requires_grad=True)
     optimizer = torch.optim.SGD([w], lr=0.01)
     with gradwatch.watch({"w": w}, optimizer, accumulate=2) as watcher:
@@ -52,7 +52,7 @@ def squared_error(w: Tensor, x: Tensor) -> Tensor:
 
 
 def main() -> dict[str, float]:
-    """Runs it, and returns what was seen."""
+    """Runs the section, and returns the measured numbers."""
     first, second, third = forgotten_zero_grad()
     both = two_losses()
     return compare(

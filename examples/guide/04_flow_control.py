@@ -10,7 +10,7 @@ from _table import compare
 
 
 def detached_half() -> float:
-    """Differentiates x^2 + x^2, the second one cut off, at 3."""
+    """Differentiates x^2 + x^2 at 3, with the second term detached."""
     x = torch.tensor(3.0, requires_grad=True)
     with gradwatch.watch({"x": x}) as watcher:
         (x**2 + x.detach() ** 2).backward()
@@ -18,14 +18,14 @@ def detached_half() -> float:
 
 
 def switched(train: bool) -> Tensor:
-    """Records a graph or none, and leaves the tensor's own flag alone."""
+    """Computes with or without a graph; requires_grad of the tensor stays True."""
     x = torch.tensor(3.0, requires_grad=True)
     with torch.set_grad_enabled(train):
         return x**2 + 3 * x + 1
 
 
 def four_branches() -> gradwatch.Watcher:
-    """Takes a step with a branch that learns, one cut off, one times zero, and one frozen."""
+    """Takes a step with four branches: one learns, one is detached, one is times 0, one frozen."""
     names = ("learns", "cut_off", "times_zero", "frozen")
     w = {name: torch.ones((), requires_grad=True) for name in names}
     w["frozen"].requires_grad_(False)
@@ -39,7 +39,7 @@ def four_branches() -> gradwatch.Watcher:
 
 
 def main() -> dict[str, float]:
-    """Runs it, and returns what was seen."""
+    """Runs the section, and returns the measured numbers."""
     history = four_branches().history
     print(*history.events()["message"], sep="\n")
     parameters = history.parameters().set_index("parameter")

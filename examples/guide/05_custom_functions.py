@@ -1,4 +1,4 @@
-"""Section 5: a gradient of your own, and how a wrong one is found, inside a model too."""
+"""Section 5: a custom gradient, and how to find a wrong one, also inside a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Cube(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Keeps x, which the backward needs."""
+        """Saves x for the backward."""
         ctx.save_for_backward(x)
         return x**3
 
@@ -29,17 +29,17 @@ class Cube(Function):
 
 
 class WrongCube(Cube):
-    """The same value with the derivative of another power."""
+    """The same forward with a wrong derivative."""
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Forgets a third of it."""
+        """Multiplies by 2 x^2 instead of 3 x^2."""
         (x,) = ctx.saved_tensors
         return 2 * x**2 * gradient
 
 
 class Cubed(nn.Module):
-    """A layer around the wrong one."""
+    """A layer that uses the wrong function."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Cubes each element."""
@@ -55,7 +55,7 @@ def norm(function: type[Function]) -> float:
 
 
 def main() -> dict[str, float]:
-    """Runs it, and returns what was seen."""
+    """Runs the section, and returns the measured numbers."""
     torch.manual_seed(0)
     right = gradwatch.check_gradients(Cube.apply, torch.tensor(2.0))
     wrong = gradwatch.check_gradients(WrongCube.apply, torch.tensor(2.0)).failures[0]

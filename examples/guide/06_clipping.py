@@ -1,4 +1,4 @@
-"""Section 6: a clip seen from both sides, one's own or gradwatch's, by norm and by value."""
+"""Section 6: norms before and after a clip, by the loop or by gradwatch, by norm and by value."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from gradwatch.testing import LinearModel
 
 
 def own_clip(parameters: Iterable[Tensor], limit: float) -> None:
-    """Scales all gradients so that their common norm is at most the limit."""
+    """Scales all gradients so that their total norm is at most the limit."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
     for gradient in gradients:
-        # Not gradient.data: what is written past autograd is seen by nobody.
+        # Not gradient.data: gradwatch cannot notice writes that bypass the version counter.
         gradient.mul_((limit / (norm + 1e-6)).clamp(max=1))
 
 
@@ -26,7 +26,7 @@ def step(
     by_loop: Callable[[Iterable[Tensor]], object] | None = None,
     by_gradwatch: float | gradwatch.ClipPolicy | None = None,
 ) -> gradwatch.StepRecord:
-    """Takes one step with a known gradient, clipped by the loop, by gradwatch or not at all."""
+    """Takes one step with a known gradient: clipped by the loop, by gradwatch, or not at all."""
     model = LinearModel(gradient)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with gradwatch.watch(model, optimizer, clip=by_gradwatch) as watcher:
@@ -39,7 +39,7 @@ def step(
 
 
 def main() -> dict[str, float]:
-    """Runs it, and returns what was seen."""
+    """Runs the section, and returns the measured numbers."""
     utils = torch.nn.utils
     steep = [3.0, 4.0]
     torchs = step(steep, by_loop=lambda p: utils.clip_grad_norm_(p, 1.0))

@@ -1,4 +1,4 @@
-"""Section 7: what a backward needs kept, what checkpointing saves of it, and what it does not."""
+"""Section 7: the memory that a backward needs, and how much of it checkpointing saves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KIB = BATCH * WIDTH * 4 / 1024  # one activation in float32
 
 
 class Kept:
-    """Counts the memory of the tensors that a forward keeps for the backward, weights apart."""
+    """Counts the memory that a forward saves for the backward, without the weights."""
 
     def __init__(self, model: nn.Module) -> None:
         self._weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -22,11 +22,11 @@ class Kept:
 
     @property
     def kib(self) -> float:
-        """Of all so far, those that share memory counted once."""
+        """Memory saved so far, in KiB; tensors that share memory count once."""
         return sum(self._storages.values()) / 1024
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """Takes note of a tensor that autograd keeps."""
+        """Counts a tensor that autograd saves."""
         storage = tensor.untyped_storage()
         if tensor.numel() > 1 and storage.data_ptr() not in self._weights:
             self._storages[storage.data_ptr()] = storage.nbytes()
@@ -34,10 +34,10 @@ class Kept:
 
 
 def run(per_segment: int) -> tuple[float, gradwatch.StepRecord, list[bool]]:
-    """Takes one step, in checkpointed segments of so many layers; 0 for none.
+    """Takes one step, in checkpointed segments of ``per_segment`` layers; 0 for no checkpoints.
 
     Returns:
-        KiB kept, the step, and whether each gradient is there after ``zero_grad()``.
+        KiB saved, the step, and whether each ``.grad`` is still set after ``zero_grad()``.
     """
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(LAYERS)]
@@ -57,7 +57,7 @@ def run(per_segment: int) -> tuple[float, gradwatch.StepRecord, list[bool]]:
 
 
 def main() -> dict[str, float]:
-    """Runs it, and returns what was seen."""
+    """Runs the section, and returns the measured numbers."""
     plain, step, gradients = run(per_segment=0)
     pairs, same, _ = run(per_segment=2)
     singles, _, _ = run(per_segment=1)

@@ -1,4 +1,4 @@
-"""Section 8: Jacobian, Hessian, their products with vectors, and a loss that holds a gradient.
+"""Section 8: Jacobian, Hessian, their products with vectors, and a loss that uses a gradient.
 
 All at (x, y) = (1, 2), of f = x^2 y + y^3 and of F = (x^2 y, x + y^3):
 
@@ -22,12 +22,12 @@ AT = torch.tensor([1.0, 2.0])
 
 
 def f(p: Tensor) -> Tensor:
-    """Returns a number."""
+    """Returns x^2 y + y^3."""
     return p[0] ** 2 * p[1] + p[1] ** 3
 
 
 def vector_jacobian(v: Tensor) -> float:
-    """Takes |v J|: a backward of F from v on, which makes no Jacobian."""
+    """Returns |v J|, by a backward of F with the weights v, which does not form the Jacobian."""
     p = AT.clone().requires_grad_()
     with gradwatch.watch({"p": p}) as watcher:
         torch.stack([p[0] ** 2 * p[1], p[0] + p[1] ** 3]).backward(v)
@@ -44,7 +44,7 @@ def penalized() -> gradwatch.StepRecord:
 
 
 def growth(lr: float, steps: int = 30) -> float:
-    """Descends the bowl p H p / 2, and returns by what the gradient's norm grows in a step."""
+    """Runs gradient descent on p H p / 2, and returns the growth of the gradient norm per step."""
     bowl, p = jacrev(grad(f))(AT), torch.ones(2, requires_grad=True)
     optimizer = torch.optim.SGD([p], lr=lr)
     with gradwatch.watch({"p": p}, optimizer) as watcher:
@@ -57,7 +57,7 @@ def growth(lr: float, steps: int = 30) -> float:
 
 
 def main() -> dict[str, float]:
-    """Runs it, and returns what was seen."""
+    """Runs the section, and returns the measured numbers."""
     print("Hessian of f:", jacrev(grad(f))(AT).tolist())
     _, hessian_times = vjp(grad(f), AT)  # a Hessian is symmetric: u H is H u
     (product,) = hessian_times(torch.tensor([1.0, -1.0]))

@@ -1,4 +1,4 @@
-"""Section 9: a gradient against differences, one that vanishes with depth, a NaN, an explosion."""
+"""Section 9: finite differences, a gradient that vanishes with depth, a NaN, an explosion."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ DEPTH = 10
 
 
 def differences(eps: float) -> float:
-    """Takes the slope of x^2 at 3 from two values in float32."""
+    """Computes the slope of x^2 at 3 by finite differences in float32."""
     x = torch.tensor(3.0)
     return (((x + eps) ** 2 - (x - eps) ** 2) / (2 * eps)).item()
 
 
 def fixed_point() -> float:
-    """Finds the s with sigmoid(s) = s: layers with weight 1 hand it on as it is."""
+    """Finds the s with sigmoid(s) = s, which sigmoid layers with weight 1 do not change."""
     s = torch.tensor(0.5, dtype=torch.float64)
     for _ in range(100):
         s = s.sigmoid()
@@ -44,7 +44,7 @@ def deep() -> gradwatch.History:
 def train(
     loss: Callable[[Tensor, float], Tensor], batches: Sequence[float], lr: float, **options: Any
 ) -> gradwatch.Watcher:
-    """Trains one weight, from 1 on."""
+    """Trains one weight, which starts at 1."""
     w = torch.ones((), requires_grad=True)
     optimizer = torch.optim.SGD([w], lr=lr)
     with gradwatch.watch({"w": w}, optimizer, **options) as watcher:
@@ -56,13 +56,13 @@ def train(
 
 
 def main() -> dict[str, float]:
-    """Runs it, and returns what was seen."""
+    """Runs the section, and returns the measured numbers."""
     flow = deep().flow()
     columns = ["grad_norm", "weight_norm", "relative_grad"]
     print(flow[columns].iloc[::3].to_string(float_format="{:.3g}".format))
     # The derivative of the root of w x at x = 0 is infinity times 0.
     nan = train(lambda w, x: (w * x).sqrt(), (4, 9, 0, 1), lr=0.0, on_nonfinite="skip")
-    # Each step on 2 w^2 at a rate of 1 multiplies w by 1 - 4.
+    # Each step on 2 w^2 with a learning rate of 1 multiplies w by 1 - 4.
     large = train(lambda w, x: 2 * w**2, range(4), lr=1.0, exploding_norm=100.0)
     print(*(event.message for event in (*nan.events, *large.events)), sep="\n")
     print(*(f"{finding.kind}: {finding.title}" for finding in large.report()), sep="\n")

@@ -1,7 +1,8 @@
-"""Section 10: a loop that accumulates, clips, survives a bad batch and keeps what it saw.
+"""Section 10: a loop that accumulates, clips, survives a bad batch and records the run.
 
-One weight w from 0 towards 4 by the loss (w - 4)^2 / 2, whose gradient is w - 4, at a rate of 0.5.
-Clipped to 1, each good step moves w by 0.5; the third batch is NaN and must not move it.
+One weight w goes from 0 toward 4 by the loss (w - 4)^2 / 2, whose gradient is w - 4, with a
+learning rate of 0.5. Clipped to 1, each good step moves w by 0.5. The third batch is NaN and must
+not move it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ BATCHES = (4.0, 4.0, float("nan"), 4.0)
 
 
 def train(run_dir: Path) -> tuple[Tensor, gradwatch.Watcher]:
-    """Trains in a loop that leaves the order of things to gradwatch."""
+    """Trains in a managed loop, where gradwatch accumulates, clips, steps and zeroes."""
     w = torch.zeros((), requires_grad=True)
     optimizer = torch.optim.SGD([w], lr=0.5)
     with gradwatch.watch(
@@ -33,7 +34,7 @@ def train(run_dir: Path) -> tuple[Tensor, gradwatch.Watcher]:
 
 
 def overwritten() -> bool:
-    """Writes into the result of exp, which its backward needs; torch refuses to go on."""
+    """Modifies the result of exp in place, which its backward needs; torch raises an error."""
     x = torch.ones(2, requires_grad=True)
     y = x.exp()
     y.add_(1)
@@ -45,7 +46,7 @@ def overwritten() -> bool:
 
 
 def main() -> dict[str, float]:
-    """Runs it, and returns what was seen."""
+    """Runs the section, and returns the measured numbers."""
     with tempfile.TemporaryDirectory() as folder:
         w, watcher = train(Path(folder) / "run")
         loaded = gradwatch.load(Path(folder) / "run")

@@ -1,4 +1,4 @@
-"""The table that the scripts of the guide end with: what was derived by hand, what was seen."""
+"""The table at the end of each script: numbers derived by hand, and the measured ones."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ def compare(rows: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """Prints numbers side by side.
 
     Args:
-        rows: For each name the number derived by hand, and the one that was seen.
+        rows: By name, the number derived by hand and the measured one.
 
     Returns:
-        Those that were seen.
+        The measured numbers.
     """
     width = max(map(len, rows))
     print(f"{'':<{width}}  {'by hand':>10}  {'seen':>10}")

@@ -1,1 +1,1 @@
-"""The command line: ``gradwatch COMMAND``, one file for each command."""
+"""The command line: ``gradwatch COMMAND``, with one file per command."""

@@ -1,4 +1,4 @@
-"""What several commands share: arguments, exit codes, errors, a run to read, a file to write."""
+"""Shared by the commands: arguments, exit codes, errors, opening a run and writing a file."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ FINDINGS = 1
 PROBLEM = 2
 """Wrong usage, a run that cannot be read, or a file that cannot be written."""
 INTERRUPTED = 130
-"""Ctrl-C, but for ``tail``, which ends so: 0."""
+"""Ctrl-C, except in ``tail``, whose normal end it is (exit code 0)."""
 TERMINATED = 143
 
 RUN = "folder of the run, as given to watch(run_dir=)"
 
 Commands = Any
-"""What ``ArgumentParser.add_subparsers()`` returns; argparse keeps the class to itself."""
+"""What ``ArgumentParser.add_subparsers()`` returns; the class is private in argparse."""
 
 
 def add_command(
@@ -46,15 +46,15 @@ def add_command(
     description: str,
     examples: str,
 ) -> argparse.ArgumentParser:
-    """Adds a command.
+    """Adds a command, and returns its parser.
 
     Args:
-        commands: The commands of the parser.
-        name: What the user types.
-        run: Runs it, with what the user typed and where to write; returns the exit code.
+        commands: Where the command is added.
+        name: What the user types after ``gradwatch``.
+        run: Runs the command with the parsed arguments and the output; returns the exit code.
         summary: A few words for the list of commands.
-        description: Some sentences for its own help.
-        examples: Lines to be copied.
+        description: A few sentences for the help of the command.
+        examples: Command lines to copy, one per line.
     """
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -62,7 +62,7 @@ def add_command(
         description=description,
         epilog="examples:\n" + "".join(f"  {line}\n" for line in examples.splitlines()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        # An abbreviation in a script would break with the next option that begins like it.
+        # A new option could make an abbreviation in somebody's script ambiguous.
         allow_abbrev=False,
     )
     parser.set_defaults(run_command=run)
@@ -70,22 +70,22 @@ def add_command(
 
 
 def at_least_one(text: str) -> int:
-    """Reads a number of things, for ``add_argument(type=)``."""
-    # int() alone takes "1_000", " 7 " and the digits of other scripts.
+    """Parses an integer of at least 1, for ``add_argument(type=)``."""
+    # int() alone would also accept "1_000", " 7 " and digits of other scripts.
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def open_run(path: str) -> History:
-    """Opens the run in a folder, as the user typed it.
+    """Opens a run folder.
 
     Raises:
-        CommandError: If it is not there, or no run folder.
-        OSError: If it may not be read.
+        CommandError: If the folder does not exist or is not a run folder.
+        OSError: If there is no permission to read it.
         ModuleNotFoundError: If pyarrow is not installed.
     """
-    # Here, for pandas and pyarrow take a second to load, and --help needs neither.
+    # Imported here: pandas and pyarrow take a second to load, and --help needs neither.
     from gradwatch.history import load
     from gradwatch.record.folder.files import UnreadableError
 
@@ -98,32 +98,33 @@ def open_run(path: str) -> History:
 
 
 def run_name(path: str) -> str:
-    """Returns how the run is called in what is shown."""
+    """Returns the name of a run for output: its path without a trailing slash."""
     return path.rstrip(os.sep) or path
 
 
 @contextmanager
 def written_whole(target: str, run: str) -> Iterator[Path]:
-    """Gives a file to write to, and puts it in place when that has succeeded.
+    """Yields a temporary path to write to, and renames it to the target after success.
 
     Args:
-        target: The file that the user names; it is replaced.
-        run: The run folder.
+        target: The file that the user named; an existing one is replaced.
+        run: Path of the run folder, whose own files are never overwritten.
 
     Yields:
-        A file beside the target, with the same suffix.
+        A path in the same folder, with the same suffix.
 
     Raises:
-        CommandError: If the target is a folder, is in no folder, or belongs to the run.
+        CommandError: If the target is a folder, its folder does not exist, or it is a file of the
+            run.
     """
     path = Path(target)
     _check_target(path, Path(run))
-    # Nothing can be put in the place of /dev/null, /dev/stdout or a named pipe.
+    # /dev/null, /dev/stdout and named pipes cannot be replaced: write to them directly.
     if path.exists() and not path.is_file():
         yield path
         return
-    # In the same folder, for a rename across file systems is a copy; and with the suffix, by which
-    # the writers choose the format. A name of 255 bytes has no room for a prefix.
+    # In the same folder, because a rename across file systems would be a copy, and with the same
+    # suffix, by which writers choose the format. A name of 255 bytes has no room for a prefix.
     beside = path.with_name(f".{os.getpid()}-{path.name[-100:]}")
     try:
         yield beside
@@ -137,16 +138,18 @@ def _check_target(path: Path, run: Path) -> None:
     if not path.name or path.is_dir():
         raise CommandError(f"-o must be a file, got the folder {str(path)!r}.")
     if not path.parent.is_dir():
-        raise CommandError(f"-o is in a folder that does not exist: {str(path.parent)!r}. Make it.")
+        raise CommandError(
+            f"-o is in a folder that does not exist: {str(path.parent)!r}. Create it first."
+        )
     whole, folder = path.resolve(), run.resolve()
     if whole == folder / NAME or any(folder / name in whole.parents for name in TABLES):
-        raise CommandError(f"-o {str(path)!r} is a file of the run itself. Name another one.")
+        raise CommandError(f"-o {str(path)!r} is a file of the run itself. Name another file.")
 
 
 def tell_written(
     arguments: argparse.Namespace, out: Output, content: Mapping[str, Any], what: str
 ) -> None:
-    """Says which file was written, and what is in it: as JSON if asked for, or in words."""
+    """Says which file was written and what is in it, in words or, with ``--json``, as JSON."""
     if arguments.json:
         out.line(as_json({"run": run_name(arguments.run), **content}, indent=2))
     else:

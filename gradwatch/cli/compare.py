@@ -1,4 +1,4 @@
-"""``gradwatch compare``: two runs beside each other, what differs most first."""
+"""``gradwatch compare``: two runs side by side, the largest differences first."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
     from gradwatch.history import History
 
 
-_NAME = 44  # columns of a name, in which a parameter of a deep model still differs from the next
+_NAME = 44  # width of a name: enough to tell the parameters of a deep model apart
 _VALUE = 200
-_SHORT = 40  # two values that are no longer together share a line
+_SHORT = 40  # two values that together are no longer than this share a line
 
 _LARGEST = ("largest at step", "A there", "B there")
 
 _DESCRIPTION = """\
-Puts two runs beside each other: their settings, the steps that both have, and the
-parameters that both have. What differs most comes first.
+Shows two runs side by side: their settings, and the steps and parameters that both have.
+The largest differences come first.
 
-Steps are compared number by number, so two runs that began alike show where they part."""
+Steps are compared number by number, so two runs that began alike show where they diverge."""
 
 _EXAMPLES = """\
 gradwatch compare runs/a runs/b
@@ -52,11 +52,11 @@ gradwatch compare runs/a runs/b --json | jq .steps.first_step"""
 
 
 def add_to(commands: Commands) -> None:
-    """Adds the command to those of the parser."""
+    """Adds the command to the parser."""
     summary = "two runs, and what differs most"
     parser = add_command(commands, "compare", run, summary, _DESCRIPTION, _EXAMPLES)
     parser.add_argument("a", metavar="A", help=RUN)
-    parser.add_argument("b", metavar="B", help="the one to compare it with")
+    parser.add_argument("b", metavar="B", help="folder of the run to compare it with")
     shown = "parameters and settings to show (default: %(default)s); --json has all"
     parser.add_argument("--top", type=at_least_one, default=10, metavar="N", help=shown)
     what = "print everything that was compared as JSON"
@@ -90,7 +90,7 @@ def _summary(found: Compared) -> str:
         return "The runs have no step in common."
     both = f"{counted(steps.common, 'step')} in both"
     if steps.first_step is None:
-        return f"{both}, and the same numbers in each of them."
+        return f"{both}, with the same numbers in each of them."
     columns = ", ".join(steps.first_columns)
     return f"{both}; they differ from step {steps.first_step:,} on, first in {columns}."
 
@@ -134,7 +134,7 @@ def _parameters(found: Compared, top: int) -> Iterator[str]:
         [shortened(printable(one.parameter), _NAME), *_middle(one), *_largest(one)]
         for one in differing[:top]
     ]
-    sampled = ", of some ranges of steps" if found.parameters.sampled else ""
+    sampled = ", from some ranges of steps" if found.parameters.sampled else ""
     yield from _section(f"By parameter (typical gradient norm{sampled})", header, rows)
     yield from _more(len(differing) - len(rows), "parameter")
     for side, names in (("A", found.parameters.only_a), ("B", found.parameters.only_b)):
@@ -163,7 +163,7 @@ def _largest(one: ColumnDifference | ParameterDifference) -> list[str]:
 
 
 def _total(name: str, value: Any) -> str:
-    # A count stays an int to the end, and a float is a measurement, with four digits.
+    # A count is an int and shown in full; a float is a measurement and shown with four digits.
     if name == "clipped":
         return percent(value)
     return or_dash(value) if isinstance(value, float) else f"{value:,}"
@@ -181,25 +181,25 @@ def _named(names: Sequence[str], most: int = 3) -> str:
 Floats = NDArray[np.floating[Any]]
 
 _COMPARED = [name for name in STEP_COLUMNS if STEP_DTYPES[name] is np.float64 and name != "time_s"]
-"""Left out where one of the runs has no such number at all."""
+"""Columns to compare; one is left out if one of the runs has no number in it at all."""
 
 ROWS = 1 << 18
-"""Rows of the table of parameters that are read of a run at once, about."""
+"""Approximate number of rows of the table of parameters to read from a run at once."""
 _SPANS = 16
-"""Where a run has more, that many ranges of steps are read, from its first to its last step."""
+"""If a run has more, this many ranges of steps are read, from its first to its last step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Compared:
-    """Two runs beside each other.
+    """The comparison of two runs.
 
     Attributes:
-        a: How A is called.
-        b: How B is called.
-        settings: By path the settings that differ, with the values of both.
-        totals: By name a number of each; NaN where one run has none.
-        steps: By step.
-        parameters: By parameter.
+        a: Name of run A.
+        b: Name of run B.
+        settings: The settings that differ: by path, the values in A and B.
+        totals: By name, a number of A and of B; NaN if a run has none.
+        steps: How the steps differ that both runs have.
+        parameters: How the parameters differ that both runs have.
     """
 
     a: str
@@ -221,7 +221,7 @@ def compare(a: str, b: str) -> Compared:
         a=run_name(a),
         b=run_name(b),
         settings=_differing_settings(a, b),
-        # A kind of event that one run does not have is 0 there.
+        # If one run has no event of a kind, its count is 0.
         totals=_pairs(_totals(left), _totals(right), 0),
         steps=_compare_steps(left, right),
         parameters=_compare_parameters(left, right),
@@ -233,13 +233,13 @@ def _pairs(a: Mapping[str, Any], b: Mapping[str, Any], missing: Any) -> dict[str
 
 
 def _differing_settings(a: str, b: str) -> dict[str, tuple[Any, Any]]:
-    """Compares optimizers, options of ``watch()`` and versions, those of the newest session.
+    """Compares optimizers, options of ``watch()`` and versions of the newest sessions.
 
     Returns:
-        By the path of a setting, ``optimizers.0.lr``, its two values; None where one has none.
+        By the path of a setting, such as ``optimizers.0.lr``, its two values; None if missing.
     """
     pairs = _pairs(_settings(a), _settings(b), None)
-    # As text, for NaN is no difference, and 1 and True are one.
+    # Compare as text: then two NaN are equal, and 1 and True are not.
     return {name: pair for name, pair in pairs.items() if as_json(pair[0]) != as_json(pair[1])}
 
 
@@ -261,11 +261,11 @@ def _flat(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _totals(history: History) -> dict[str, float]:
-    """Returns numbers of a run by name; ``clipped`` is a share of the applied steps."""
+    """Returns totals of a run by name; ``clipped`` is a share of the applied steps."""
     steps = history.steps(("time_s", "clipped", "outcome", "nonfinite_parameters"))
     applied = steps["outcome"] == "applied"
     kinds = history.events()["kind"].value_counts()
-    # The median, which a pause or a resumed run does not change.
+    # The median, because a pause or a resumed run hardly changes it.
     between = np.diff(steps["time_s"].to_numpy())
     return {
         "steps": len(steps),
@@ -280,13 +280,13 @@ def _totals(history: History) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class StepsCompared:
-    """Two runs by step.
+    """How two runs differ, by step.
 
     Attributes:
-        common: Steps that both have, of all optimizers.
-        first_step: First of them at which a column differs; None where all are the same.
-        first_columns: The columns that differ there.
-        columns: One entry per column, those that differ most first.
+        common: Number of steps that both runs have, over all optimizers.
+        first_step: First common step at which a column differs; None if all are equal.
+        first_columns: The columns that differ at that step.
+        columns: One entry per column, largest differences first.
     """
 
     common: int
@@ -300,14 +300,14 @@ class ColumnDifference:
     """How a column of ``History.steps()`` differs over the steps that both runs have.
 
     Attributes:
-        column: Its name.
-        a: Median in A, of the finite numbers.
-        b: Median in B.
-        ratio: ``b / a``; NaN where that says nothing.
-        first_step: First step at which it differs; None where it is the same in all.
-        largest_step: Step at which the two are furthest apart, in proportion; None likewise.
-        largest_a: The number in A there.
-        largest_b: The number in B there.
+        column: Name of the column.
+        a: Median of the finite numbers in A.
+        b: Median of the finite numbers in B.
+        ratio: ``b / a``; NaN if one is not finite or ``a`` is 0.
+        first_step: First step at which the column differs; None if it is equal at all steps.
+        largest_step: Step with the largest relative difference; None if there is none.
+        largest_a: The number in A at that step.
+        largest_b: The number in B at that step.
     """
 
     column: str
@@ -323,8 +323,8 @@ class ColumnDifference:
 def _compare_steps(a: History, b: History) -> StepsCompared:
     """Compares the steps that both runs have.
 
-    Steps belong together where their numbers are equal; of several optimizers the first of A goes
-    with the first of B, whatever they are called.
+    Steps with the same number are compared. If there are several optimizers, the first of A is
+    compared with the first of B, and so on, whatever their labels.
     """
     left, right = _by_optimizer_and_step(a), _by_optimizer_and_step(b)
     common = left.index.intersection(right.index, sort=False)
@@ -333,7 +333,7 @@ def _compare_steps(a: History, b: History) -> StepsCompared:
     names = [n for n in _COMPARED if left[n].notna().any() and right[n].notna().any()]
     found = [_column(name, steps, left[name].to_numpy(), right[name].to_numpy()) for name in names]
     first = min((one.first_step for one in found if one.first_step is not None), default=None)
-    # Where no column differs, first is None, and so is the first step of each.
+    # If no column differs, first is None like each first_step: hence the extra check.
     earliest = [one.column for one in found if first is not None and one.first_step == first]
     return StepsCompared(len(steps), first, tuple(earliest), tuple(_worst_first(found)))
 
@@ -343,7 +343,7 @@ def _by_optimizer_and_step(history: History) -> pd.DataFrame:
     frame = history.steps(("optimizer", *_COMPARED)).reset_index()
     order = {label: index for index, label in enumerate(frame["optimizer"].unique())}
     frame["optimizer"] = frame["optimizer"].map(order)
-    # A loop that went back to an earlier step has it twice; pandas aligns unique keys alone.
+    # A loop that went back to an earlier step has it twice; pandas can only align unique keys.
     keyed: pd.DataFrame = frame.drop_duplicates(keys, keep="last").set_index(keys)
     return keyed
 
@@ -367,13 +367,13 @@ def _median(values: Floats) -> float:
 
 @dataclass(frozen=True, slots=True)
 class ParametersCompared:
-    """Two runs by parameter.
+    """How two runs differ, by parameter.
 
     Attributes:
         sampled: Whether only some ranges of steps were read.
-        only_a: Parameters that B does not have.
-        only_b: Parameters that A does not have.
-        parameters: The others that had a gradient in both, those that differ most first.
+        only_a: Parameters that only A has.
+        only_b: Parameters that only B has.
+        parameters: Parameters that had a gradient in both, largest differences first.
     """
 
     sampled: bool
@@ -387,15 +387,14 @@ class ParameterDifference:
     """How the gradient norm of a parameter differs over the steps that both runs have.
 
     Attributes:
-        parameter: Its name.
-        steps: Steps in which both have a gradient of it.
-        a: Typical norm in A: geometric mean of those that are finite and not 0.
+        parameter: Name of the parameter.
+        steps: Number of steps in which both runs have a gradient for it.
+        a: Typical norm in A: the geometric mean of the norms that are finite and not 0.
         b: The same in B.
-        ratio: ``b / a``; NaN where one has none.
-        largest_step: Step at which the two are furthest apart, in proportion; None where all are
-            equal.
-        largest_a: The norm in A there.
-        largest_b: The norm in B there.
+        ratio: ``b / a``; NaN if one is missing.
+        largest_step: Step with the largest relative difference; None if all norms are equal.
+        largest_a: The norm in A at that step.
+        largest_b: The norm in B at that step.
     """
 
     parameter: str
@@ -409,7 +408,7 @@ class ParameterDifference:
 
 
 def _compare_parameters(a: History, b: History) -> ParametersCompared:
-    """Compares the parameters that both runs have, in the steps that both have."""
+    """Compares the parameters that both runs have, at the steps that both have."""
     of_a, of_b = dict.fromkeys(a.names), dict.fromkeys(b.names)
     sums = {name: _NormSums(name) for name in of_a if name in of_b}
     starts, length, sampled = _spans(a, b)
@@ -425,10 +424,10 @@ def _compare_parameters(a: History, b: History) -> ParametersCompared:
 
 
 def _spans(a: History, b: History) -> tuple[list[int], int, bool]:
-    """Chooses ranges of steps so that no more is read than fits.
+    """Chooses ranges of steps that fit into memory and do not take too long to read.
 
     Returns:
-        Where they start, their length, and whether steps are left out between them.
+        The first steps of the ranges, their length, and whether they leave out steps in between.
     """
     steps = np.intersect1d(a.steps(()).index.to_numpy(), b.steps(()).index.to_numpy())
     if not len(steps):
@@ -457,7 +456,7 @@ def _add_span(sums: dict[str, _NormSums], a: History, b: History, start: int, st
 
 
 class _NormSums:
-    """What is known of a parameter after some ranges of steps."""
+    """Sums up the norms of one parameter over ranges of steps."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -466,10 +465,10 @@ class _NormSums:
         self._worst = (0.0, 0, math.nan, math.nan)
 
     def add(self, steps: np.ndarray, a: Floats, b: Floats) -> None:
-        """Adds some steps."""
+        """Adds the norms of A and B at some steps."""
         self.steps += len(steps)
         for side, norms in enumerate((a, b)):
-            # By logarithms: one spike in a run would be most of an arithmetic mean.
+            # Logarithms, for a geometric mean: one spike would dominate an arithmetic mean.
             usable = norms[np.isfinite(norms) & (norms > 0)].astype(np.float64)
             self._logs[side] += float(np.log(usable).sum())
             self._counts[side] += len(usable)
@@ -479,7 +478,7 @@ class _NormSums:
             self._worst = (far[at], int(steps[at]), float(a[at]), float(b[at]))
 
     def result(self) -> ParameterDifference:
-        """Returns what was found."""
+        """Returns the difference over all steps added so far."""
         far, step, *norms = self._worst
         sums = zip(self._logs, self._counts, strict=True)
         a, b = (float(np.exp(logs / count)) if count else math.nan for logs, count in sums)
@@ -488,22 +487,22 @@ class _NormSums:
 
 
 def _distance(a: Floats, b: Floats) -> Floats:
-    """Measures how far numbers are apart, on a scale that has no unit.
+    """Returns the relative difference of numbers.
 
     Returns:
-        ``|b - a| / (|a| + |b|)`` in float64: 0 where they are equal, both NaN included, 1 where
-        their signs differ or one is 0, and infinity where only one is finite, or the kinds of
-        non-finite differ.
+        ``|b - a| / (|a| + |b|)`` in float64: 0 if they are equal or both NaN, 1 if their signs
+        differ or one is 0, and infinity if only one is finite or both are non-finite in different
+        ways.
 
     Example:
         >>> _distance(np.array([1.0, 1.0, np.nan]), np.array([1.0, 3.0, 1.0])).tolist()
         [0.0, 0.5, inf]
     """
-    # The run folder has float32, in which a distance would be rounded to 1e-7.
+    # The run folder holds float32, in which the difference would be rounded to 1e-7.
     a, b = a.astype(np.float64), b.astype(np.float64)
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(all="ignore"):
-        # Halved first: the sum of two large numbers is not to overflow.
+        # Halve first, so that the sum of two large numbers does not overflow.
         far = np.abs(b / 2 - a / 2) / (np.abs(a) / 2 + np.abs(b) / 2)
     far = np.where(np.isfinite(a) & np.isfinite(b), far, np.inf)
     result: Floats = np.where(same, 0.0, far)
@@ -511,7 +510,7 @@ def _distance(a: Floats, b: Floats) -> Floats:
 
 
 def _ratio(a: float, b: float) -> float:
-    """Returns ``b / a``; NaN where that says nothing."""
+    """Returns ``b / a``; NaN if one is not finite or ``a`` is 0."""
     return b / a if math.isfinite(a) and math.isfinite(b) and a != 0 else math.nan
 
 
@@ -519,7 +518,7 @@ _Difference = TypeVar("_Difference", ParameterDifference, ColumnDifference)
 
 
 def _worst_first(found: Sequence[_Difference]) -> list[_Difference]:
-    """Sorts by how far the typical numbers are apart, and then those of the worst step."""
+    """Sorts by the relative difference of the typical numbers, then of those at the worst step."""
 
     def apart(one: _Difference) -> tuple[float, float]:
         a, b = np.array([one.a, one.largest_a]), np.array([one.b, one.largest_b])

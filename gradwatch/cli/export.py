@@ -1,4 +1,4 @@
-"""``gradwatch export``: a table of a run as one file for other tools."""
+"""``gradwatch export``: writes a table of a run as one file for other tools."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ _FORMATS = ("csv", "parquet", "json")
 _STDOUT = "-"
 
 ROWS = 1 << 20
-"""Rows of the table of parameters in one piece, about."""
+"""Approximate number of rows of the table of parameters to read at once."""
 SLICE = 1 << 16
-"""Rows of the other tables in one piece, which are in memory already."""
+"""Rows of the other tables to write at once; these tables are in memory already."""
 JSON_ROWS = 1 << 14
-"""Rows that are Python objects at once; they take many times the room of a frame."""
+"""Rows to convert to Python objects at once; objects take far more memory than a data frame."""
 
 _DESCRIPTION = """\
 Writes one table of a run as one file.
 
 tables:
   steps       one row per optimizer step
-  parameters  one row per step and parameter that had a gradient in it
-  events      NaN, Inf, spikes, skipped steps and the like
+  parameters  one row per step and parameter, where there was a gradient
+  events      NaN, Inf, skipped steps and so on
 
-Without -o, CSV and JSON go to standard output. pandas, DuckDB and Polars also read the
-Parquet files in the run folder as they are."""
+Without -o, CSV and JSON go to standard output. pandas, DuckDB and Polars can also read
+the Parquet files in the run folder directly."""
 
 _EXAMPLES = """\
 gradwatch export runs/a -o steps.csv
@@ -54,11 +54,11 @@ gradwatch export runs/a --table events --format json | jq '.[] | select(.kind ==
 
 
 def add_to(commands: Commands) -> None:
-    """Adds the command to those of the parser."""
+    """Adds the command to the parser."""
     summary = "a table of a run as CSV, Parquet or JSON"
     parser = add_command(commands, "export", run, summary, _DESCRIPTION, _EXAMPLES)
     parser.add_argument("run", metavar="RUN", help=RUN)
-    form, file = "default: what the suffix of FILE says, or else csv", "file to write; - for stdout"
+    form, file = "default: by the suffix of FILE, or csv", "file to write; - for stdout"
     parser.add_argument("--format", choices=_FORMATS, help=form)
     parser.add_argument("-o", "--output", metavar="FILE", default=_STDOUT, help=file)
     parser.add_argument("--table", choices=_TABLES, default=_TABLES[0], help="default: %(default)s")
@@ -90,28 +90,28 @@ def _format(arguments: argparse.Namespace) -> str:
         raise CommandError("--format parquet needs a file. Add -o FILE.")
     if arguments.output == _STDOUT and arguments.json:
         raise CommandError(
-            "--json tells of a file. Add -o FILE, or use --format json for the rows."
+            "--json describes the file written. Add -o FILE, or use --format json for the rows."
         )
     return form or "csv"
 
 
 def pieces(history: History, table: str) -> Iterator[pd.DataFrame]:
-    """Reads a table; there is always a first piece, which tells the columns.
+    """Reads a table in pieces; there is always at least one, so that the columns are known.
 
     Yields:
-        Frames with the same columns; steps have ``step`` as a column.
+        Data frames with the same columns; for steps, ``step`` is a column.
     """
     if table == "parameters":
         yield from _parameters(history)
         return
     frame = history.steps().reset_index() if table == "steps" else history.events()
-    # In slices although it is there: its text would take several times its room.
+    # In slices, although it is in memory: its text would take several times as much.
     for first in range(0, max(1, len(frame)), SLICE):
         yield frame.iloc[first : first + SLICE]
 
 
 def _parameters(history: History) -> Iterator[pd.DataFrame]:
-    """Reads ranges of steps, up to the one that is the last now: the run may grow meanwhile."""
+    """Reads ranges of steps, up to the step that is the last now: the run may still grow."""
     steps = history.steps(()).index
     if not len(steps):
         yield history.parameters()
@@ -123,13 +123,13 @@ def _parameters(history: History) -> Iterator[pd.DataFrame]:
 
 
 def _csv_text(pieces: Iterable[pd.DataFrame]) -> Iterator[str]:
-    """Gives the names of the columns first; every digit of each number, an empty cell for NaN."""
+    """Yields CSV with a header; numbers have all their digits, and NaN is an empty cell."""
     for index, piece in enumerate(pieces):
         yield str(piece.to_csv(None, index=False, header=index == 0, lineterminator="\n"))
 
 
 def _json_text(pieces: Iterable[pd.DataFrame]) -> Iterator[str]:
-    """Gives an array with one object per row; NaN is null, and infinities are strings."""
+    """Yields a JSON array with one object per row; NaN is null, and infinities are strings."""
     yield "["
     between = "\n"
     for piece in pieces:
@@ -146,7 +146,7 @@ _TEXT = {"csv": _csv_text, "json": _json_text}
 
 def _print(history: History, table: str, form: str, out: Output) -> None:
     for text in _TEXT[form](pieces(history, table)):
-        # Names in the run could move the cursor of a terminal; a file gets them as they are.
+        # Names may hold control characters: escape them for a terminal, but not in a file.
         out.write(printable_lines(text) if out.is_terminal else text)
         if out.closed:
             return
@@ -164,7 +164,7 @@ def _write(pieces: Iterable[pd.DataFrame], form: str, path: Path) -> int:
             rows += len(piece)
             yield piece
 
-    # newline="" leaves the line breaks as they are, on Windows too.
+    # newline="" keeps line breaks unchanged, also on Windows.
     with path.open("w", encoding="utf-8", newline="") as file:
         file.writelines(_TEXT[form](counting()))
     return rows
@@ -178,10 +178,10 @@ def _write_parquet(pieces: Iterable[pd.DataFrame], path: Path) -> int:
     writer, schema = None, None
     try:
         for piece in pieces:
-            # The first piece decides the types: a later column without a value has another.
+            # The first piece sets the types: a column without values in a later one would differ.
             table = pa.Table.from_pandas(piece, schema=schema, preserve_index=False)
             if writer is None:
-                # pandas' metadata is that of the first piece, with its number of rows.
+                # The metadata of pandas would describe the first piece only, with its row count.
                 schema = table.schema.remove_metadata()
                 writer = pq.ParquetWriter(str(path), schema)
             writer.write_table(table.cast(schema))

@@ -1,4 +1,4 @@
-"""What is new in a run since the last look, read from its end, in memory that does not grow."""
+"""Follows a run: reads what is new since the last look, in memory that does not grow."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from gradwatch.record.records import Event, StepRecord
 from gradwatch.record.schema import columns_of
 
 KEPT = 1024
-"""Steps that are kept, for the curve and the clip rate."""
+"""Number of newest steps kept, for the curve and the clip rate."""
 
 KEPT_EVENTS = 64
-"""Events that are kept; of all others only their number by kind."""
+"""Number of newest events kept; older ones are only counted, by kind."""
 
 HEADINGS = {name: one.tail for name, one in columns_of(StepRecord).items() if one.tail}
-"""The columns that declare a heading of their own in tail, and these headings."""
+"""By name, the heading in ``tail`` of each column that declares one."""
 
 
 def declared_texts(record: StepRecord) -> dict[str, str]:
-    """Writes the numbers of the :data:`HEADINGS`, by heading; empty where one is NaN."""
+    """Formats the numbers of the :data:`HEADINGS`, by heading; empty for NaN."""
     values = {heading: getattr(record, name) for name, heading in HEADINGS.items()}
     return {heading: "" if isnan(one) else number(one) for heading, one in values.items()}
 
 
 class New(NamedTuple):
-    """What has come since the last look.
+    """What is new since the last look.
 
     Attributes:
-        rows: Steps, oldest first.
-        left_out: How many more steps have come, before these.
-        events: Events, oldest first.
-        resumed: Whether another process has gone on with the run.
+        rows: The newest steps, oldest first.
+        left_out: Number of further new steps, before these.
+        events: The newest events, oldest first.
+        resumed: Whether another process has continued the run.
     """
 
     rows: tuple[StepRecord, ...]
@@ -51,21 +51,21 @@ class New(NamedTuple):
 
 
 class Follower:
-    """Looks into a run folder again and again; what it holds does not grow.
+    """Reads a run folder again and again, and keeps a bounded number of steps and events.
 
     Attributes:
         rows: The newest steps, oldest first.
         events: The newest events, oldest first.
-        event_counts: By kind, of all events so far.
-        changed_at: When something new was last seen, on ``time.monotonic()``.
+        event_counts: Number of events so far, by kind.
+        changed_at: When something new was last seen, in seconds of ``time.monotonic()``.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Opens a run folder; what there is of it is new at the first look.
+        """Opens a run folder; at the first look everything in it is new.
 
         Raises:
             FileNotFoundError: If there is no such folder.
-            ValueError: If it is no run folder.
+            ValueError: If it is not a run folder.
         """
         self._source = FolderSource(folder)
         self._end = ReadPosition()
@@ -76,11 +76,11 @@ class Follower:
         self.changed_at = time.monotonic()
 
     def look(self) -> New:
-        """Reads what has come.
+        """Reads what is new.
 
         Raises:
             FileNotFoundError: If the folder is gone.
-            ValueError: If it is no run folder any more, or a file is damaged.
+            ValueError: If it is no longer a run folder, or a file is damaged.
         """
         new = self._source.steadily(self._look)
         if new:
@@ -88,7 +88,7 @@ class Follower:
         return new
 
     def _look(self) -> New:
-        # One listing for steps and events: what a resumed run makes void is void for both.
+        # One listing for steps and events, so that the same steps are void for both.
         listing = self._source.listing()
         table = self._source.newest_steps(listing, self._end, tuple(STEP_DTYPES), KEPT)
         rows = tuple(StepRecord(*values) for values in python_rows(table))
@@ -106,10 +106,10 @@ class Follower:
         return New(rows, max(0, left_out), tuple(come), resumed)
 
     def _forget(self, void_from: Mapping[str, int]) -> None:
-        """Forgets the steps that a new session takes anew, and reads all events again."""
+        """Forgets steps that a new session made void, and all events, to read them again."""
         kept = [row for row in self.rows if row.step < void_from.get(row.optimizer, row.step + 1)]
         self.rows = deque(kept, maxlen=KEPT)
         self.events.clear()
-        # Events that are void were counted too, and are not kept one by one.
+        # The counts include void events, which cannot be told apart any more: count again.
         self.event_counts.clear()
         self._offsets.clear()

@@ -18,10 +18,10 @@ from gradwatch.cli.terminal import Output, one_line
 from gradwatch.record.folder.files import UnreadableError
 
 TRACEBACK = "GRADWATCH_TRACEBACK"
-"""Set to 1, this variable of the environment shows where an error came from."""
+"""Environment variable; if set to 1, an error is shown with its traceback."""
 
 DESCRIPTION = """\
-Reads the runs that gradwatch.watch(run_dir=) has written, also while they are written.
+Reads runs that gradwatch.watch(run_dir=) has written, or is still writing.
 
 RUN is the folder of a run. Nothing in it is ever executed or changed."""
 
@@ -38,14 +38,14 @@ exit codes:
   1  the report has findings that --fail-on names
   2  wrong usage, or a run that cannot be read
 
-'gradwatch COMMAND --help' says more. GRADWATCH_TRACEBACK=1 shows where an error came from."""
+For details: gradwatch COMMAND --help. GRADWATCH_TRACEBACK=1 shows where an error came from."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
+    """A parser that reports errors on one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Ends the program, saying what is wrong with the arguments."""
+        """Says what is wrong with the arguments, and ends the program."""
         hint = f"Try '{self.prog} --help'."
         self.exit(PROBLEM, f"{self.prog}: {one_line(message).rstrip('.')}. {hint}\n")
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code.
 
     Args:
-        arguments: What the user typed behind ``gradwatch``; that of this process if left out.
+        arguments: What the user typed after ``gradwatch``; None for ``sys.argv``.
     """
     out = Output(sys.stdout)
     typed = sys.argv[1:] if arguments is None else arguments
@@ -84,7 +84,7 @@ def _run(chosen: argparse.Namespace, out: Output) -> int:
 
 
 def _reason(error: Exception) -> str:
-    # str() of an OSError begins with "[Errno 13]", which helps nobody.
+    # str() of an OSError begins with "[Errno 13]", which does not help the user.
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
     if isinstance(error, CommandError | UnreadableError | OSError | ModuleNotFoundError):
@@ -93,7 +93,7 @@ def _reason(error: Exception) -> str:
 
 
 def _say(text: str) -> None:
-    # Python has None for a stream that was closed before it started: 2>&- in a shell.
+    # sys.stderr is None if the stream was closed before Python started: 2>&- in a shell.
     if sys.stderr is not None:
         with suppress(OSError):
             sys.stderr.write(text)
@@ -101,7 +101,7 @@ def _say(text: str) -> None:
 
 
 def _finish(out: Output) -> None:
-    """Sends what there is; a disk that is full has been told of, or is not worth it."""
+    """Flushes the output; a disk error has been reported already, or does not matter here."""
     try:
         out.flush()
     except OSError:
@@ -110,17 +110,17 @@ def _finish(out: Output) -> None:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """Lets a command put the terminal in order when it is terminated."""
-    # Python ends at SIGTERM without a finally. SystemExit runs them, and rich's Live shows the
-    # cursor again.
+    """Lets a command restore the terminal on SIGTERM."""
+    # By default SIGTERM ends Python without running any finally. SystemExit runs them, and with
+    # them rich's Live shows the cursor again.
 
     def end(*_: object) -> NoReturn:
         sys.exit(TERMINATED)
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # no place to handle a signal
+        yield  # only the main thread can handle signals
         return
-    # Given back at the end, for main() may be called by a program with a handler of its own.
+    # Restored at the end, because a program with its own handler may call main().
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield

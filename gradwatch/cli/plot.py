@@ -1,4 +1,4 @@
-"""``gradwatch plot``: a picture of a run."""
+"""``gradwatch plot``: draws a picture of a run."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ KINDS = ("norms", "flow", "heatmap", "clipping")
 _MISSING = "plot needs matplotlib, which is not installed. Run: pip install 'gradwatch[plot]'"
 
 _DESCRIPTION = """\
-Draws a run into a picture; the suffix of FILE says which format: .png, .svg, .pdf, ...
+Draws a picture of a run; the suffix of FILE sets the format: .png, .svg, .pdf, ...
 
 kinds:
-  norms     gradient norm by step, with the clip's threshold and the events
-  flow      gradients layer by layer
-  heatmap   every layer by step
-  clipping  how often the clip acts, and how hard"""
+  norms     gradient norm by step, with the clip threshold and the events
+  flow      gradient norm by layer
+  heatmap   gradient norm by layer and step
+  clipping  how often and how hard the clip acts"""
 
 _EXAMPLES = """\
 gradwatch plot runs/a -o norms.png
@@ -42,7 +42,7 @@ gradwatch plot runs/a -o layers.svg --kind heatmap --start 1000 --stop 2000"""
 
 
 def add_to(commands: Commands) -> None:
-    """Adds the command to those of the parser."""
+    """Adds the command to the parser."""
     parser = add_command(commands, "plot", run, "a picture of a run", _DESCRIPTION, _EXAMPLES)
     parser.add_argument("run", metavar="RUN", help=RUN)
     file = "picture to write, such as norms.png"
@@ -85,8 +85,8 @@ def _no_steps(history: History, arguments: argparse.Namespace) -> str:
 
 
 def _suffix(target: str) -> str:
-    """Checks the format before anything is read."""
-    # Before any figure is drawn, so it takes one to be asked what its canvas can write.
+    """Returns the picture format; checked before anything is read."""
+    # Only the canvas of a figure knows the formats that it can write, so make one to ask.
     known = sorted(_pyplot().gcf().canvas.get_supported_filetypes())
     _pyplot().close()
     suffix = Path(target).suffix.lower().removeprefix(".")
@@ -99,11 +99,11 @@ def _suffix(target: str) -> str:
 
 
 def _pyplot() -> Any:
-    """Loads matplotlib with the backend that needs no screen."""
+    """Imports matplotlib.pyplot with a backend that needs no screen."""
     try:
         import matplotlib
     except ModuleNotFoundError as error:
         raise CommandError(_MISSING) from error
-    # Before pyplot is loaded, which would otherwise look for a screen.
+    # Before pyplot is imported, which would otherwise look for a screen.
     matplotlib.use("agg")
     return importlib.import_module("matplotlib.pyplot")

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 _ANY = "any"
 
 _DESCRIPTION = """\
-Reads a run and prints its findings, the heaviest first: what was seen, why it matters,
+Reads a run and prints its findings, most serious first: what was seen, why it matters,
 and what to try.
 
-With --fail-on the exit code is 1 if one of the named findings is there, so that a script
+With --fail-on the exit code is 1 if there is one of the named findings, so that a script
 or a CI job can stop on it."""
 
 _EXAMPLES = """\
@@ -40,18 +40,18 @@ gradwatch report runs/a --fail-on critical --json | jq '.findings[].kind'"""
 
 
 def add_to(commands: Commands) -> None:
-    """Adds the command to those of the parser."""
+    """Adds the command to the parser."""
     summary = "what went wrong in a run"
     parser = add_command(commands, "report", run, summary, _DESCRIPTION, _EXAMPLES)
     parser.add_argument("run", metavar="RUN", help=RUN)
     kinds = "exit with 1 on findings of these kinds or severities, separated by commas; "
-    kinds += "'any' for each of them"
+    kinds += "'any' for all of them"
     parser.add_argument("--fail-on", metavar="KINDS", action="append", default=[], help=kinds)
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
-    """Prints the findings; returns the exit code, by which a CI job can stop."""
+    """Prints the findings; returns the exit code."""
     wanted = _wanted(arguments.fail_on)
     report = open_run(arguments.run).report()
     failing = _failing(report.findings, wanted)
@@ -64,8 +64,8 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
 
 
 def _wanted(given: Sequence[str]) -> set[str]:
-    """Checks the names: a misspelt one would let every run pass."""
-    # Here, for the rules of the report are not needed for --help.
+    """Checks the names: a misspelled one would let every run pass."""
+    # Imported here, because --help does not need the rules of the report.
     from gradwatch.report import KINDS
     from gradwatch.report.finding import SEVERITIES
 
@@ -79,7 +79,7 @@ def _wanted(given: Sequence[str]) -> set[str]:
 
 
 def _failing(findings: Sequence[Finding], wanted: set[str]) -> list[str]:
-    """Returns the kinds that the user does not want and that are there, the heaviest first."""
+    """Returns the kinds of the findings that ``--fail-on`` names, most serious first."""
     found = (one.kind for one in findings if wanted.intersection((one.kind, one.severity, _ANY)))
     return list(dict.fromkeys(found))
 
@@ -90,7 +90,7 @@ def _print(report: Report, failing: Sequence[str], out: Output) -> None:
 
         Console(file=out.stream).print(report)
     else:
-        # Names come from the run, and could move the cursor; rich escapes them by itself.
+        # Names come from the run and could hold control characters; rich escapes them itself.
         out.line(printable_lines(str(report)).rstrip("\n"))
     if failing:
         out.line()

@@ -1,4 +1,4 @@
-"""The screen of ``gradwatch tail``: curve, clip, newest steps and events; it needs rich."""
+"""The screen of ``gradwatch tail``: curve, clip rate, newest steps and events; needs rich."""
 
 from __future__ import annotations
 
@@ -28,29 +28,28 @@ from gradwatch.record.records import StepRecord
 from gradwatch.report.finding import counted, printable
 
 _EVENTS = 5
-_OTHER_LINES = 11  # of the screen, besides the table of steps and the events
+_OTHER_LINES = 11  # lines of the screen besides the table of steps and the events
 _STALE_S = 30.0
 _CURVES = 3  # optimizers that get a curve each
 
 _LEFT_OUT = ("lr", "after clip", "loss", "clip")
-"""Columns that a narrow terminal does without, in this order: a number that is cut is none."""
+"""Columns that are left out on a narrow terminal, in this order; numbers are never cut."""
 
 
 class Screen:
-    """Shows a follower on a terminal until it is left.
+    """Shows a run on a terminal for the length of a ``with`` block.
 
     Args:
-        out: A terminal.
-        run: How the run is called.
-        most: Steps to show, as far as they fit.
+        out: Must be a terminal.
+        most: Maximum number of steps to show; fewer if they do not fit.
     """
 
     def __init__(self, out: Output, run: str, most: int) -> None:
-        # Names come from the run: a "[red]" or ":smile:" in one is text.
+        # Names come from the run: "[red]" or ":smile:" in one must stay text.
         self._console = Console(file=out.stream, markup=False, highlight=False, emoji=False)
         self._levels = BLOCKS if out.can_show(BLOCKS) else ASCII
         self._run, self._most = printable(run), most
-        # Drawn once for each look: the thread that rich would start draws the same several times.
+        # Draw once per look: rich's refresh thread would draw the same several times.
         self._live = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
 
     def __enter__(self) -> Screen:
@@ -61,11 +60,11 @@ class Screen:
         self._live.stop()
 
     def waiting(self) -> None:
-        """Says that the run has not begun."""
+        """Shows that the run has not begun."""
         self._live.update(Text(f"Waiting for {self._run} to begin ... (Ctrl-C ends)"), refresh=True)
 
     def show(self, follower: Follower, new: New) -> None:
-        """Draws the newest state; what has come is part of it."""
+        """Draws the newest state of the follower; ``new`` is already part of it."""
         self._live.update(Group(*self._parts(follower)), refresh=True)
 
     def _parts(self, follower: Follower) -> Iterator[RenderableType]:
@@ -84,13 +83,13 @@ class Screen:
     def _head(self, rows: Sequence[StepRecord], idle_s: float) -> Text:
         step = f"  step {rows[-1].step:,}" if rows else ""
         since = f"  nothing new for {_ago(idle_s)}" if idle_s >= _STALE_S else ""
-        # The console would wrap a long path, and the step with it, into a second line.
+        # Shorten a long path: the console would wrap it, and the step, onto a second line.
         room = max(8, self._console.width - len(step) - len(since))
         head = Text(shortened(self._run, room), style="bold")
         return head.append(step, style="bold green").append(since, style="yellow")
 
     def _curves(self, rows: Sequence[StepRecord]) -> Iterator[Text]:
-        # Norms of two optimizers in one curve would be a zigzag; many curves would be the screen.
+        # The norms of two optimizers in one curve would zigzag; many curves would fill the screen.
         labels = _labels(rows)
         if len(labels) == 1 or len(labels) > _CURVES:
             yield self._curve("norm", rows)
@@ -112,7 +111,7 @@ class Screen:
         shown = rows[-self._room(len(labels)) :]
         cells = _columns(shown, len(labels) > 1)
         for name in _LEFT_OUT:
-            if _width(cells) > self._console.width:  # asked again: the first may be enough
+            if _width(cells) > self._console.width:  # checked again after each column
                 cells.pop(name, None)
         table = Table(box=None, pad_edge=False, header_style="dim")
         for name in cells:
@@ -156,7 +155,7 @@ def _labels(rows: Sequence[StepRecord]) -> list[str]:
 
 
 def _columns(rows: Sequence[StepRecord], several: bool) -> dict[str, list[str]]:
-    """Writes the table column by column, without those that say nothing."""
+    """Formats the table by columns, without empty ones."""
     declared = list(map(declared_texts, rows))
     columns = {
         "optimizer": [printable(row.optimizer) if several else "" for row in rows],
@@ -171,8 +170,8 @@ def _columns(rows: Sequence[StepRecord], several: bool) -> dict[str, list[str]]:
 
 
 def _width(columns: Mapping[str, Sequence[str]]) -> int:
-    # rich does not tell the width of a table before it has cut it to fit. It pads each cell by a
-    # space on both sides, but for the outer edges.
+    # rich does not give the width of a table before it has cut it to fit. It pads each cell with
+    # one space on both sides, except at the outer edges.
     cells = (max(map(width, (name, *texts))) for name, texts in columns.items())
     return sum(cells) + 2 * (len(columns) - 1)
 
@@ -184,7 +183,7 @@ def _style(row: StepRecord) -> str:
 
 
 def _ago(seconds: float) -> str:
-    """Writes a time in its largest unit.
+    """Formats a duration in its largest unit.
 
     Example:
         >>> _ago(3.2), _ago(150), _ago(7200)

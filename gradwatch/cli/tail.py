@@ -1,4 +1,4 @@
-"""``gradwatch tail``: watches a run while it trains, a line per step and event or on a screen."""
+"""``gradwatch tail``: shows a run while it trains, on a screen or as a line per step and event."""
 
 from __future__ import annotations
 
@@ -34,14 +34,17 @@ if TYPE_CHECKING:
 _SHORTEST_S, _LONGEST_S = 0.1, 3600.0
 
 _ADD_WAIT = " Add --wait to wait for it to begin."
-_NO_RICH = "gradwatch tail: plain lines, as rich is not installed: pip install 'gradwatch[runs]'\n"
+_NO_RICH = (
+    "gradwatch tail: showing plain lines, because rich is not installed. "
+    "Run: pip install 'gradwatch[runs]'\n"
+)
 
 _DESCRIPTION = """\
-Shows the newest steps of a run, the curve of the gradient norm, how often the clip acts,
-and the events, and follows the run while it is written (a watcher writes every 64 steps,
-or 5 seconds). Ctrl-C ends it, with exit code 0.
+Shows the newest steps of a run, the curve of the gradient norm, how often the clip acts
+and the events, and follows the run while it trains (a watcher writes every 64 steps or
+5 seconds). Ctrl-C ends it, with exit code 0.
 
-Into a file or a pipe it writes a line per step and event instead of a screen."""
+To a file or a pipe it writes a line per step and event instead of a screen."""
 
 _EXAMPLES = """\
 gradwatch tail runs/a
@@ -50,14 +53,14 @@ gradwatch tail runs/a --json | jq 'select(.type == "event")'"""
 
 
 def add_to(commands: Commands) -> None:
-    """Adds the command to those of the parser."""
+    """Adds the command to the parser."""
     summary = "watch a run while it trains"
     parser = add_command(commands, "tail", run, summary, _DESCRIPTION, _EXAMPLES)
     parser.add_argument("run", metavar="RUN", help=RUN)
     steps = "steps to show at first (default: %(default)s, at most 1024)"
     parser.add_argument("-n", "--steps", type=at_least_one, default=10, metavar="N", help=steps)
-    parser.add_argument("--once", action="store_true", help="show what is there, and end")
-    parser.add_argument("--wait", action="store_true", help="wait for a run that is not there yet")
+    parser.add_argument("--once", action="store_true", help="show the current state, and end")
+    parser.add_argument("--wait", action="store_true", help="wait for a run that has not begun yet")
     looks = "seconds between two looks (default: %(default)g)"
     parser.add_argument("--interval", type=_seconds, default=1.0, metavar="S", help=looks)
     what = "print one line per step and event as JSON"
@@ -80,7 +83,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     try:
         with _view(arguments, out) as view:
             _follow(arguments, out, view)
-    except KeyboardInterrupt:  # Ctrl-C is how it ends, unless it would have ended by itself
+    except KeyboardInterrupt:  # the normal way to end, except with --once
         if arguments.once:
             raise
     except FileNotFoundError as error:
@@ -96,7 +99,7 @@ def _view(arguments: argparse.Namespace, out: Output) -> Lines | Screen:
     name = run_name(arguments.run)
     if lines:
         return Lines(out, name, arguments.steps, json=arguments.json)
-    # Here, for rich need not be installed; the other commands never load it.
+    # Imported here, because rich need not be installed.
     from gradwatch.cli.screen import Screen
 
     return Screen(out, name, arguments.steps)
@@ -108,7 +111,7 @@ def _follow(arguments: argparse.Namespace, out: Output, view: Lines | Screen) ->
         time.sleep(arguments.interval)
 
     follower = _begin(arguments.run, arguments.wait, arguments.once, pause)
-    # A pipe that nobody reads any more ends it too: no signal comes for that.
+    # Also stop when nobody reads the pipe any more: Python gets no signal for that.
     while not out.closed:
         view.show(follower, follower.look())
         if arguments.once:
@@ -117,16 +120,16 @@ def _follow(arguments: argparse.Namespace, out: Output, view: Lines | Screen) ->
 
 
 def _begin(run: str, wait: bool, once: bool, pause: Callable[[], object]) -> Follower:
-    """Opens a run for following; one whose folder is there and empty begins within seconds.
+    """Opens a run to follow; waits if its folder exists but is empty, for it is about to begin.
 
     Args:
-        run: The run folder.
-        wait: Whether to wait for one that is not there.
-        once: Whether to wait for none.
-        pause: Waits a little, and says so.
+        run: Path of the run folder.
+        wait: Whether to wait if the folder does not exist.
+        once: True never to wait.
+        pause: Shows that it is waiting, and sleeps for the interval.
 
     Raises:
-        CommandError: If it is not there, or no run.
+        CommandError: If the folder does not exist or is not a run folder.
     """
     folder = Path(run)
     while not once and _may_begin(folder, wait):
@@ -140,23 +143,21 @@ def _begin(run: str, wait: bool, once: bool, pause: Callable[[], object]) -> Fol
 
 
 def _may_begin(folder: Path, wait: bool) -> bool:
-    """Tells of a folder that is not there, empty, or being made at this moment."""
+    """Tells whether a run may still begin: no folder (if ``wait``), or no visible file in it."""
     if not folder.exists():
         return wait
     if not folder.is_dir() or (folder / NAME).exists():
         return False
-    # A watcher writes files under a hidden name before they are put in place.
+    # A watcher writes files under hidden names before it renames them.
     return all(path.name.startswith(".") for path in folder.iterdir())
 
 
 class Lines:
-    """Writes what has come, a line per step and event.
+    """Writes a line per new step and event.
 
     Args:
-        out: Where to write.
-        run: How the run is called.
-        most: Steps to write of those that are there at the first look.
-        json: Whether to write JSON.
+        most: Maximum number of existing steps to write at the first look.
+        json: Whether the lines are JSON.
     """
 
     def __init__(self, out: Output, run: str, most: int, *, json: bool) -> None:
@@ -177,12 +178,12 @@ class Lines:
         self._told = True
 
     def show(self, follower: Follower, new: New) -> None:
-        """Writes what has come."""
+        """Writes the new steps and events."""
         for line in self._lines(follower, new):
             self._out.line(line)
-        # A pipe would keep the lines until it has some thousand bytes of them.
+        # Without a flush, lines to a pipe would wait in a buffer of some thousand bytes.
         self._out.flush()
-        # Only the first look is cut short: what comes later is news.
+        # Only the first look is limited: later steps are all new.
         if follower.rows:
             self._most = KEPT
 
@@ -204,7 +205,7 @@ def _json_lines(new: New, most: int) -> Iterator[str]:
 
 
 def _text_lines(new: New, most: int, several: bool) -> Iterator[str]:
-    """Gives lines, an event behind the step that it belongs to, or else at the end."""
+    """Yields a line per step, each followed by its events; other events come last."""
     if new.resumed:
         yield "The run was resumed."
     rows = new.rows[-most:]
@@ -213,7 +214,7 @@ def _text_lines(new: New, most: int, several: bool) -> Iterator[str]:
         yield f"... {counted(left_out, 'step')} not shown"
     waiting = list(new.events[-most:])
     if rows:
-        # Those of steps that are not shown have no step to stand behind.
+        # Events of steps that are not shown come first.
         yield from _event_lines((one for one in waiting if one.step < rows[0].step), several)
         waiting = [one for one in waiting if one.step >= rows[0].step]
     for row in rows:
@@ -232,7 +233,7 @@ def _event_lines(events: Iterable[Event], several: bool) -> Iterator[str]:
 
 def _step_line(row: StepRecord, several: bool) -> str:
     label = f"{printable(row.optimizer)} " if several else ""
-    # Numbers have a width of their own, so that the lines of a log stand under each other.
+    # Pad the numbers to a fixed width, so that the lines align.
     parts = [f"{label}step {row.step:>8,}", f"norm {number(row.grad_norm):>9}"]
     parts += [f"{name} {text:>9}" for name, text in declared_texts(row).items() if text]
     parts += [f"clipped {times(row.clip_coef)}"] if row.clipped else []

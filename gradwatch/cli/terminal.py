@@ -1,4 +1,4 @@
-"""Text for terminals, pipes and files: numbers, tables, curves, JSON, and nothing unprintable."""
+"""Text for terminals, pipes and files: numbers, tables, curves and JSON, all printable."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ from gradwatch.report.finding import printable
 
 
 def number(value: float) -> str:
-    """Writes a measured number with four digits.
-
-    Args:
-        value: Any number.
+    """Formats a measured number with four digits.
 
     Example:
         >>> number(0.123456), number(1234567.0), number(float("nan"))
@@ -30,19 +27,12 @@ def number(value: float) -> str:
 
 
 def or_dash(value: float) -> str:
-    """Writes a number, and a dash where there is none.
-
-    Args:
-        value: A number; NaN where it is not known.
-    """
+    """Formats a number with four digits; a dash for NaN."""
     return "-" if math.isnan(value) else number(value)
 
 
 def times(ratio: float) -> str:
-    """Writes a ratio.
-
-    Args:
-        ratio: What one number is, divided by the other.
+    """Formats a ratio with a leading "x".
 
     Example:
         >>> times(0.5), times(1234.0)
@@ -52,11 +42,7 @@ def times(ratio: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Writes a share from 0 to 1; a dash where it is NaN.
-
-    Args:
-        share: The share.
-    """
+    """Formats a share from 0 to 1 as a percentage; a dash for NaN."""
     return "-" if math.isnan(share) else f"{100 * share:.3g} %"
 
 
@@ -64,33 +50,27 @@ _ELLIPSIS = "..."
 
 
 def printable_lines(text: str) -> str:
-    """Escapes like :func:`~gradwatch.report.finding.printable`, and keeps the line breaks.
-
-    Args:
-        text: Text of several lines.
-    """
+    """Escapes like :func:`~gradwatch.report.finding.printable`, but keeps line breaks."""
     return "\n".join(map(printable, text.split("\n")))
 
 
 def one_line(text: str) -> str:
-    """Puts text on one line, runs of spaces and breaks as one space, and escapes the rest."""
+    """Joins text into one line, each run of whitespace as one space, and escapes the rest."""
     return printable(" ".join(text.split()))
 
 
 def width(text: str) -> int:
-    """Returns how many columns of a terminal a printable text takes."""
+    """Returns how many terminal columns a printable text takes."""
     if text.isascii():
         return len(text)
-    # Accents that combine take no column; those that are wide, of East Asian scripts, take two.
+    # Combining accents take no column, wide East Asian characters take two.
     return sum(0 if combining(one) else 1 + (east_asian_width(one) in "WF") for one in text)
 
 
 def shortened(text: str, columns: int) -> str:
-    """Cuts the middle out of a text that is too wide: the ends of a parameter's name say most.
+    """Cuts the middle out of a printable text that is wider than ``columns``, which is at least 8.
 
-    Args:
-        text: Printable text.
-        columns: How wide it may be, at least 8.
+    The middle, because the beginning and the end of a parameter's name say most.
     """
     if width(text) <= columns:
         return text
@@ -109,13 +89,13 @@ def _prefix(text: str, columns: int) -> str:
 
 
 def event_line(step: int, kind: str, message: str, optimizer: str = "") -> str:
-    """Writes an event, with its optimizer where a run has several."""
+    """Formats an event; pass ``optimizer`` if the run has several."""
     label = f"{printable(optimizer)} " if optimizer else ""
     return f"{label}step {step:,}  {printable(kind)}: {printable(message)}"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Aligns cells: the first column to the left, the others to the right.
+    """Formats a table: the first column left-aligned, the others right-aligned.
 
     Returns:
         One line per row, the header first.
@@ -135,26 +115,26 @@ def _line(row: Sequence[str], widths: Sequence[int]) -> str:
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII = "_.,-~=+#"
 _BAD = "!"
-"""Stands where a number is NaN or infinite."""
+"""Shown for a number that is NaN or infinite."""
 
 
 def sparkline(values: Sequence[float], columns: int, levels: str = BLOCKS) -> str:
-    """Draws positive numbers; where several share a column, the largest counts.
+    """Draws positive numbers on a logarithmic scale; each column shows its largest number.
 
     Args:
-        values: The numbers, oldest first.
-        columns: How wide the curve may be.
+        values: Oldest first.
+        columns: Maximum width of the curve.
         levels: Characters from low to high.
 
     Returns:
-        At most so many characters: ``!`` where a number is not finite, a space where all are 0.
+        At most ``columns`` characters: ``!`` if a number is not finite, a space if all are 0.
 
     Example:
         >>> sparkline([1.0, 10.0, 100.0, float("nan")], 10)
         '▁▅█!'
     """
     cells = [_largest(cell) for cell in _split(values, columns)]
-    # On a scale of logarithms, for gradient norms span several powers of ten.
+    # A logarithmic scale, because gradient norms span several powers of ten.
     logs = [math.log(value) for value in cells if 0 < value < math.inf]
     if not logs:
         return "".join(_BAD if not math.isfinite(value) else " " for value in cells)
@@ -169,7 +149,7 @@ def _split(values: Sequence[float], columns: int) -> list[Sequence[float]]:
 
 
 def _largest(values: Sequence[float]) -> float:
-    # max() keeps a NaN or not by the order; as the largest of all it is always seen.
+    # Count NaN as the largest: what plain max() does with it depends on the order.
     return max(values, key=lambda value: value if math.isfinite(value) else math.inf)
 
 
@@ -183,11 +163,11 @@ def _drawn(value: float, low: float, high: float, levels: str) -> str:
 
 
 def as_json(value: Any, indent: int | None = None) -> str:
-    """Writes a value as strict JSON in ASCII.
+    """Formats a value as strict JSON in ASCII.
 
     Args:
-        value: Mappings, sequences, strings and numbers, those of numpy too; what JSON has no form
-            for becomes its text.
+        value: Mappings, sequences, strings and numbers, also those of NumPy; other objects become
+            ``str(value)``.
         indent: As for :func:`json.dumps`.
 
     Returns:
@@ -207,34 +187,34 @@ def _nonfinite(value: float) -> str | None:
 
 
 class Output:
-    """Writes lines; what is written after the reader has gone is dropped without a word.
+    """Writes lines; after the reader of a pipe is gone, output is dropped silently.
 
-    So ``gradwatch ... | head`` is silent, and the exit code stays what the command found.
+    So ``gradwatch ... | head`` prints no error, and the exit code is that of the command.
 
     Attributes:
-        closed: Whether nobody reads any more.
+        closed: Whether the reader is gone, or the stream was closed from the beginning.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        """Writes to a stream; None where it was closed from the beginning, as Python has it."""
+        """Writes to a stream; None if it was closed before Python started."""
         self.closed = stream is None
         self._stream = stream
-        # What its encoding has no bytes for, of a name say, is an escape and no UnicodeEncodeError.
+        # Escape characters of names that the encoding lacks, instead of a UnicodeEncodeError.
         with suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
     @property
     def stream(self) -> TextIO:
-        """The stream itself."""
+        """The underlying stream."""
         return self._stream if self._stream is not None else sys.stderr
 
     @property
     def is_terminal(self) -> bool:
-        """Whether a person reads it, on a terminal that can move its cursor."""
+        """Whether the output goes to a terminal that can move its cursor."""
         return not self.closed and self.stream.isatty() and os.environ.get("TERM") != "dumb"
 
     def can_show(self, text: str) -> bool:
-        """Tells whether the encoding has bytes for a text."""
+        """Tells whether the stream's encoding can represent a text."""
         try:
             text.encode(getattr(self._stream, "encoding", None) or "ascii")
         except (UnicodeError, LookupError):
@@ -242,11 +222,11 @@ class Output:
         return True
 
     def line(self, text: str = "") -> None:
-        """Writes a line, given without its break."""
+        """Writes a text and a line break."""
         self.write(text + "\n")
 
     def write(self, text: str) -> None:
-        """Writes text as it is."""
+        """Writes a text without adding a line break."""
         if not self.closed:
             try:
                 self.stream.write(text)
@@ -254,7 +234,7 @@ class Output:
                 self.close()
 
     def flush(self) -> None:
-        """Sends what has been written."""
+        """Flushes the stream."""
         if not self.closed:
             try:
                 self.stream.flush()
@@ -262,9 +242,10 @@ class Output:
                 self.close()
 
     def close(self) -> None:
-        """Writes nothing more, and keeps Python from complaining about the pipe as it exits."""
+        """Stops writing, and keeps Python from reporting the broken pipe when it exits."""
         self.closed = True
-        # Python flushes its streams as it exits, and would say so on stderr and exit with 120.
+        # At exit Python flushes its streams; on a broken pipe it prints an error and exits with
+        # 120. Redirect the descriptor to /dev/null instead.
         with suppress(OSError, ValueError, AttributeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())

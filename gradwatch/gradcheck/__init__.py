@@ -1,1 +1,1 @@
-"""check_gradients(): analytic gradients beside numeric ones, and where they differ."""
+"""check_gradients(): compares analytic with numeric gradients, and says where they differ."""

@@ -1,4 +1,4 @@
-"""check_gradients: whether the gradients that a function gives are those that it has."""
+"""check_gradients: checks whether a function's backward returns its true gradients."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from gradwatch.pickles import stable_name
 
 __all__ = ["GradientCheck", "GradientMismatch", "WrongGradientError", "check_gradients"]
 
-_SMALL = 4096  # numbers in all tensors; torch's gradcheck takes time in proportion to them
-_CANDIDATES = 4  # outputs that are differentiated alone to name one: a backward each
+_SMALL = 4096  # elements of all tensors; torch's gradcheck takes time in proportion to them
+_CANDIDATES = 4  # outputs that are differentiated one by one to name the worst: a backward each
 
 _BROKEN = (RuntimeError, TypeError, AttributeError, NotImplementedError)
 _BAD_SAMPLES = (
     "check_gradients(samples=) must be a whole number of at least 0, got {samples!r}. "
-    "Write 8, or more to look at more elements of each tensor."
+    "Write 8, or more to compare more elements of each tensor."
 )
 
 
@@ -44,53 +44,54 @@ def check_gradients(
     forward_ad: bool = False,
     seed: int = 0,
 ) -> GradientCheck:
-    r"""Compares the gradients of a function or module with numeric ones, in float64.
+    r"""Compares the gradients of a function or module with numeric gradients, in float64.
 
-    Every parameter and input is moved along a random line, and some of its numbers by themselves.
-    What differs is looked at with other steps and at places nearby, so that a kink such as that of
-    ReLU at 0 is told from a wrong gradient. If a gradient is wrong, the modules inside are checked
-    by themselves, with the inputs that they really got, to name the innermost one at fault and
-    its custom ``autograd.Function``.
+    Every parameter and input is varied along a random line, and some of its elements one by one. If
+    the gradients differ, the comparison is repeated with other steps and at nearby points, to tell
+    a kink (ReLU at 0) from a wrong gradient. If a gradient is wrong, each module inside is checked
+    by itself, with the inputs that it really got, to name the innermost module at fault and its
+    custom ``autograd.Function``.
 
-    A module is copied to float64, without its hooks, and in the mode that it is in; it, its
-    ``.grad`` fields and buffers, the inputs and the states of random numbers (torch, NumPy,
-    Python) stay as they are. Every evaluation sees the random numbers that the next forward would
-    see, and the buffers that the module has now, so dropout and batch normalization are functions
-    like others.
+    A module is copied to float64, without its hooks and in its current mode (training or not). The
+    module itself, its ``.grad`` fields and buffers, the inputs and the random states of torch,
+    NumPy and Python stay unchanged. Every evaluation uses the random numbers that the next forward
+    would use, and the current buffers, so dropout and batch normalization can be checked as well.
 
-    What leaves a part of itself out of the graph on purpose is told as wrong, which it is: a
-    straight-through estimator, say, or ``spectral_norm`` in training mode.
+    A function that leaves part of its computation out of the graph on purpose, such as a
+    straight-through estimator or ``spectral_norm`` in training mode, is reported as wrong, because
+    its gradient is not that of its output.
 
-    It costs two evaluations of the function for each sample of each tensor and some six for each
-    tensor, and some dozens for each that differs.
+    The cost is two evaluations of the function per sample of each tensor, about six more per
+    tensor, and a few dozen for each tensor that differs.
 
     Args:
         function: A function of tensors (``Square.apply``, a lambda), an ``nn.Module``, or a method
-            of one. Whatever it returns, in tuples, dicts or dataclasses, counts if it is floating
-            or complex.
-        inputs: A tensor, a tuple of arguments or a dict of keyword arguments, with tensors inside
-            in any dtype. Floating ones are checked, or, if some require a gradient, those alone.
-        samples: How many numbers of a tensor to compare one by one, 0 or more; a tensor with no
-            more than that is compared in full.
-        eps: The step, per unit of a tensor's root mean square (at least 0.01), between 0 and 0.01.
-        rtol: The difference that is let pass as a share of the larger one, between 0 and 1.
-        atol: The difference that is let pass besides, and besides 16 units of rounding of the
-            outputs, between 0 and 1.
-        forward_ad: Whether forward-mode derivatives of the inputs are compared too.
-        seed: Where the random lines and numbers start.
+            of one. Every floating or complex tensor that it returns is checked, also inside tuples,
+            dicts and dataclasses.
+        inputs: A tensor, a tuple of arguments or a dict of keyword arguments, with tensors of any
+            dtype. Floating tensors are varied; if some require a gradient, only those.
+        samples: How many elements of each tensor to compare one by one, 0 or more. A tensor with at
+            most this many elements is compared in full.
+        eps: Step of the differences, between 0 and 0.01, as a multiple of the tensor's root mean
+            square (or of 0.01 if that is larger).
+        rtol: Allowed difference as a share of the larger derivative, between 0 and 1.
+        atol: Allowed absolute difference, between 0 and 1, in addition to ``rtol`` and to 16 units
+            of rounding of the outputs.
+        forward_ad: Whether to compare forward-mode derivatives of the inputs too.
+        seed: Seed of the random lines and of the choice of elements.
 
     Returns:
-        What was found: ``.ok``, ``.failures``, ``print(check)``, ``check.raise_if_wrong()``.
+        The result: see ``.ok`` and ``.failures``, ``print(check)``, ``check.raise_if_wrong()``.
 
     Raises:
-        TypeError: If nothing can be varied, the function cannot compute in float64 or returns no
+        TypeError: If there is nothing to vary, the function cannot compute in float64 or returns no
             floating tensor, or the module cannot be copied.
         ValueError: If an argument is out of bounds, the function is not deterministic, or none of
             its outputs is finite.
 
     References:
         torch.autograd.gradcheck, whose fast mode compares along random lines too, and whose tests
-        of undefined gradients and of repeated backwards are run here where the tensors are small.
+        of undefined gradients and of repeated backwards are run here if the tensors are small.
         Baydin, Pearlmutter, Radul, Siskind: Automatic Differentiation in Machine Learning: a
         Survey. JMLR 18, 2018, arXiv 1502.05767, on numeric derivatives.
 
@@ -108,7 +109,7 @@ def check_gradients(
         (3.0, 6.0)
     """
     _check_options(samples, eps, rtol, atol)
-    # A caller's no_grad or inference_mode, in a validation loop say, would leave no graph.
+    # The caller may be under no_grad or inference_mode, which would leave no graph.
     with torch.inference_mode(False), torch.enable_grad():
         return _check(function, inputs, Tolerance(eps, rtol, atol), samples, seed, forward_ad)
 
@@ -133,7 +134,7 @@ def _check(
     subject, name = evaluate_first(function, inputs), _name(function)
     try:
         slopes = Slopes(subject, tolerance, seed)
-        # On the CPU, whatever the device, so that the same seed checks the same elements.
+        # On the CPU, so that the same seed checks the same elements on every device.
         generator = torch.Generator().manual_seed(seed)
         results = [_check_leaf(slopes, n, samples, generator) for n in range(len(subject.leaves))]
         wrong = [n for n, result in enumerate(results) if result.failure is not None]
@@ -174,12 +175,12 @@ def _name(function: Callable[..., Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class LeafResult:
-    """What is known of one tensor.
+    """The result for one tensor.
 
     Attributes:
         failure: Where its gradient is wrong; None if it is not.
-        kink: Where it has none; None if no such point was met.
-        traceable: Whether it moved the output by more than rounding.
+        kink: Where the function has no derivative; None if no such point was met.
+        traceable: Whether the tensor changes the output by more than rounding.
     """
 
     failure: GradientMismatch | None = None
@@ -192,9 +193,9 @@ def _check_leaf(
 ) -> LeafResult:
     """Checks one tensor.
 
-    A random line moves all its numbers at once and shows almost any error for two evaluations; a
-    few of its numbers are then compared one by one. Where the line shows an error that none of
-    these has, it is cut in half again and again to find one that has.
+    A random line varies all elements at once and reveals almost any error with two evaluations. A
+    few elements are then compared one by one. If the line shows an error but none of these elements
+    does, the line is halved again and again to find one that does.
     """
     nonfinite = _first_nonfinite(slopes, number)
     if nonfinite is not None:
@@ -223,26 +224,26 @@ def _elements(slopes: Slopes, number: int, samples: int, generator: torch.Genera
         positions = set(range(size))
     else:
         positions = set(torch.randint(0, size, (samples,), generator=generator).tolist())
-        # Of thousands few are drawn: an error that makes its gradient stand out is not missed.
+        # Only a few of thousands are drawn: add the largest one, which an error may stand out in.
         if gradient is not None and samples:
             positions.add(int(gradient.abs().argmax()))
     return [Line.element(number, position, flat) for position in sorted(positions)]
 
 
 def _suspects(slopes: Slopes, lines: list[Line]) -> list[Line]:
-    """Keeps the lines that differ at the usual step, the worst first."""
+    """Returns the lines that differ at the usual step, worst first."""
     errors = []
     for index, line in enumerate(lines):
         analytic, numeric = slopes.analytic(line), slopes.numeric(line)
         error = abs(analytic - numeric)
         if not error <= slopes.allowed(line, analytic, numeric):  # NaN too
-            # NaN has no order, and would leave the sort in any: it goes last.
+            # NaN cannot be sorted: it counts as the smallest error.
             errors.append((-error if math.isfinite(error) else 0.0, index))
     return [lines[index] for _, index in sorted(errors)]
 
 
 def _bisect(slopes: Slopes, line: Line) -> Line:
-    """Follows the half with the larger error down to one number, which is then moved alone."""
+    """Follows the half with the larger error down to a single element."""
     while line.values.numel() > 1:
         middle = (line.start + line.stop) // 2
         halves = [line.part(line.start, middle), line.part(middle, line.stop)]
@@ -266,7 +267,7 @@ def _kind(slopes: Slopes, line: Line, found: Comparison) -> str:
     gradient = slopes.gradients[line.leaf]
     if not math.isfinite(found.analytic):
         return "not finite"
-    # Zeros too: a Function's backward is given zeros for an output that was detached behind it.
+    # Zeros too: if an output was detached later, autograd passes zeros to its Function's backward.
     if gradient is None or not bool(gradient.any()):
         return "detached"
     return "flat" if found.numeric == 0 else "wrong"
@@ -281,11 +282,11 @@ def _mismatch(slopes: Slopes, line: Line, found: Comparison, kind: str) -> Gradi
 
 
 def _worst_entry(slopes: Slopes, line: Line) -> tuple[float, float, str] | None:
-    """Looks at the outputs that one number moves most, and picks that with the largest error.
+    """Among the outputs that one element changes most, finds the one with the largest error.
 
     Returns:
-        The analytic and the numeric derivative of one output, and which it is; None if the
-        function has one number as its output, complex ones, or none that differs by itself.
+        The analytic and the numeric derivative of one output, and its label. None if the function
+        returns a single number or complex numbers, or if no output differs by itself.
     """
     outputs = slopes.weights
     if sum(w.numel() for w in outputs) == 1 or any(w.is_complex() for w in outputs):
@@ -295,7 +296,7 @@ def _worst_entry(slopes: Slopes, line: Line) -> tuple[float, float, str] | None:
     candidates = sorted(
         (-size, output, position) for output, top in enumerate(largest) for size, position in top
     )[:_CANDIDATES]
-    # One by one: a weighting of all outputs, as in Slopes, would not tell which one is wrong.
+    # One by one: the weighted sum of all outputs, as in Slopes, cannot say which one is wrong.
     found = [_entry(slopes, line, changes, output, at) for _, output, at in candidates]
     analytic, numeric, label = max(found, key=lambda entry: abs(entry[0] - entry[1]))
     if abs(analytic - numeric) <= slopes.allowed(line, analytic, numeric):
@@ -304,7 +305,7 @@ def _worst_entry(slopes: Slopes, line: Line) -> tuple[float, float, str] | None:
 
 
 def _largest(changed: Tensor) -> list[tuple[float, int]]:
-    # topk would put a NaN, of an output that is no number nearby, above all others.
+    # topk would put NaN first, which a neighboring point outside the domain gives.
     sizes, positions = (
         changed.reshape(-1).abs().nan_to_num(0.0).topk(min(_CANDIDATES, changed.numel()))
     )
@@ -327,11 +328,11 @@ def _entry(
 def _blame(
     results: list[LeafResult], subject: Repeatable, culprits: list[Culprit]
 ) -> list[GradientMismatch]:
-    """Names for each failure the first culprit that was called with its module or after it."""
+    """Assigns to each failure the first culprit that was called with its module or after it."""
     called = {call.name: order for order, call in enumerate(first_calls(subject))}
     blamed = []
     for failure in (result.failure for result in results if result.failure is not None):
-        # Inputs, and parameters of the whole itself, are there before the first call.
+        # Inputs, and parameters of the root module, are used from before the first call.
         since = called.get(failure.name.rpartition(".")[0], -1)
         culprit = next((c for c in culprits if c.order >= since), culprits[-1])
         functions = ", ".join(culprit.functions)
@@ -342,13 +343,13 @@ def _blame(
 def _check_contract(
     slopes: Slopes, results: list[LeafResult], forward_ad: bool
 ) -> list[GradientMismatch]:
-    """Runs those tests of gradcheck that the comparison does not make, if asked in forward mode."""
+    """Runs the tests of torch's gradcheck that the comparison lacks, and those of forward mode."""
     subject, message = slopes.function, ""
     kinks = any(result.kink is not None for result in results)
     size = sum(leaf.flat.numel() for leaf in subject.leaves)
     if not kinks and not slopes.sparse and size <= _SMALL:
-        # Undefined gradients, repeated backwards. Not the numbers: they were compared already,
-        # and better, for gradcheck knows no kinks. No tolerance but a huge one leaves them out.
+        # Undefined gradients and repeated backwards. The values were compared already, and better,
+        # because gradcheck does not know kinks; a huge atol is the only way to leave them out.
         message = _gradcheck(subject, subject.leaves, atol=1e300, nondet_tol=1e-10)
     if forward_ad and not message:
         message = _gradcheck(
@@ -367,10 +368,10 @@ def _check_contract(
 
 
 def _gradcheck(function: Repeatable, leaves: Sequence[Leaf], **options: Any) -> str:
-    """Runs ``torch.autograd.gradcheck``; returns what is wrong, empty if nothing is."""
+    """Runs ``torch.autograd.gradcheck``; returns what is wrong, or an empty text."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of what it then raises
+            warnings.simplefilter("ignore")  # it warns before it raises the same
             torch.autograd.gradcheck(
                 lambda *values: _finite_outputs(function, values),
                 tuple(leaf.tensor for leaf in leaves),
@@ -378,17 +379,17 @@ def _gradcheck(function: Repeatable, leaves: Sequence[Leaf], **options: Any) -> 
                 **options,
             )
     except GradcheckError as error:
-        # What follows explains the fast mode's random projections, which the user never made.
+        # The rest explains random projections of the fast mode, which the user did not ask for.
         text = " ".join(str(error).split()).partition(" The above quantities")[0]
         return f"torch.autograd.gradcheck says: {text[:400]}"
     except _BROKEN as error:
         said = f"{type(error).__name__}: {error}"[:400]
-        return f"fails where torch.autograd.gradcheck leaves out the gradient of an output: {said}"
+        return f"fails when torch.autograd.gradcheck leaves out the gradient of an output: {said}"
     return ""
 
 
 def _finite_outputs(function: Repeatable, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    # An Inf, as masks make them, has no differences.
+    # Differences of Inf are NaN, and masks put Inf into outputs.
     found = [tensor for _, tensor in function.outputs(values)]
     return tuple(torch.where(torch.isfinite(tensor.detach()), tensor, 0.0) for tensor in found)
 

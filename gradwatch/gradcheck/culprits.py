@@ -1,4 +1,4 @@
-"""The modules and custom Functions whose gradients are wrong."""
+"""Finds the modules and custom autograd Functions whose gradients are wrong."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from gradwatch.gradcheck.slopes import Line, Slopes, Tolerance, compare, is_wron
 
 @dataclass(frozen=True, slots=True)
 class Culprit:
-    """A module, or a function, whose own gradients are wrong.
+    """A module or function whose own gradients are wrong.
 
     Attributes:
-        module: Its name; empty for the whole.
-        kind: Its class.
-        functions: The custom autograd Functions in it, on the way to what is wrong.
-        order: When it was first called; the whole comes last.
+        module: Name of the module; empty for the whole function.
+        kind: Name of its class.
+        functions: The custom autograd Functions in it, on the path to the wrong gradients.
+        order: Its place in the order of first calls; the whole function comes last.
     """
 
     module: str
@@ -32,7 +32,7 @@ class Culprit:
     order: int
 
     def __str__(self) -> str:
-        """Says where to look."""
+        """Says where to look, as "name (class): the autograd Function ..."."""
         made = f"the autograd Function {' or '.join(self.functions)}" if self.functions else ""
         if not self.module:
             return f"{made} in {self.kind}" if made else f"{self.kind} itself"
@@ -42,25 +42,25 @@ class Culprit:
 def find_culprits(
     function: Repeatable, wrong: list[int], tolerance: Tolerance, kind: str, seed: int
 ) -> tuple[list[Culprit], int]:
-    """Checks the modules inside by themselves, those before others that they are made of.
+    """Checks each module inside by itself, children before their parents.
 
-    Modules of torch itself are taken to be right. Where no part fails, the whole is to blame.
+    Modules of torch itself are taken to be right. If no part fails, the whole function is to blame.
 
     Args:
         function: The function whose gradients are wrong.
-        wrong: Which of its leaves.
+        wrong: Indices of the leaves with a wrong gradient.
         tolerance: What counts as equal.
-        kind: The class of the whole.
-        seed: Where the random numbers start.
+        kind: Class name of the whole function, for the message.
+        seed: Seed of the random numbers.
 
     Returns:
-        The culprits in the order of their calls, and how many evaluations it took.
+        The culprits in the order of their calls, and the number of evaluations.
     """
     found: list[Culprit] = []
     evaluations = 0
     calls = first_calls(function)
-    # A module is called before its children, so backwards the children come first, and a parent
-    # that holds a culprit need not be checked: it would fail only because of that one.
+    # A module is called before its children, so in reverse order the children come first. A parent
+    # that holds a culprit need not be checked: it would fail because of that culprit.
     for order, call in reversed(list(enumerate(calls))):
         of_torch = type(call.module).__module__.startswith("torch.nn.")
         if of_torch or any(c.module.startswith(f"{call.name}.") for c in found):
@@ -79,13 +79,13 @@ def find_culprits(
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """What a module was first called with.
+    """The first call of a module.
 
     Attributes:
-        name: Its name.
-        module: The module.
-        inputs: Its positional arguments; tensors are copies that know if they had a graph.
-        keywords: Its keyword arguments.
+        name: Name of the module, as in ``named_modules()``.
+        module: The module that was called.
+        inputs: Positional arguments; tensors are copies that keep ``requires_grad``.
+        keywords: Keyword arguments, copied in the same way.
     """
 
     name: str
@@ -95,7 +95,7 @@ class Call:
 
 
 def first_calls(function: Repeatable) -> list[Call]:
-    """Computes a function once; returns the first call of each module inside, in order."""
+    """Evaluates the function once; returns the first call of each module inside, in order."""
     calls: dict[str, Call] = {}
     handles = []
     root = function.module
@@ -113,7 +113,7 @@ def first_calls(function: Repeatable) -> list[Call]:
 
 def _record(calls: dict[str, Call], name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
     if name not in calls:
-        # Copied at once: an operation in place, further on, would write to the arguments.
+        # Copy now: a later in-place operation could overwrite the arguments.
         inputs, keywords = map_tensors((args, kwargs), _detached_copy, "")
         calls[name] = Call(name, module, inputs, keywords)
 
@@ -128,7 +128,7 @@ def _call(module: nn.Module, inputs: Any, keywords: Any) -> Any:
 
 
 def _fault(part: Repeatable, tolerance: Tolerance, seed: int) -> tuple[str, ...] | None:
-    """Finds the custom functions at fault in a part; None if the part is right."""
+    """Returns the custom functions at fault in a part; None if its gradients are right."""
     if not part.leaves or not part.outputs():
         return None
     slopes, generator = Slopes(part, tolerance, seed), torch.Generator().manual_seed(seed)
@@ -145,7 +145,7 @@ def _wrong_leaves(slopes: Slopes, generator: torch.Generator) -> Iterator[int]:
 
 
 def functions_between(function: Repeatable, leaves: Iterable[int]) -> tuple[str, ...]:
-    """Lists the users' autograd Functions on the way from the outputs to some leaves, each once."""
+    """Lists the user's autograd Functions on the paths from the outputs to the given leaves."""
     outputs = [tensor for _, tensor in function.outputs()]
     nodes = _breadth_first([output.grad_fn for output in outputs if output.grad_fn is not None])
     names: dict[str, None] = {}
@@ -158,7 +158,7 @@ def functions_between(function: Repeatable, leaves: Iterable[int]) -> tuple[str,
 def _breadth_first(starts: Sequence[Any]) -> list[Any]:
     nodes = list(dict.fromkeys(starts))
     seen = set(nodes)
-    for node in nodes:  # grows on the way
+    for node in nodes:  # the list grows during the loop
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
@@ -171,7 +171,7 @@ def _leading_to(leaf: Tensor, nodes: Sequence[Any]) -> set[Any]:
     for node in nodes:
         for following, _ in node.next_functions:
             before.setdefault(following, []).append(node)
-    # Only the AccumulateGrad node of a leaf has a variable: it is where the graph ends.
+    # Only AccumulateGrad, the node at which the graph ends in a leaf, has a variable.
     waiting = [node for node in nodes if getattr(node, "variable", None) is leaf]
     leading = set(waiting)
     while waiting:
@@ -183,7 +183,7 @@ def _leading_to(leaf: Tensor, nodes: Sequence[Any]) -> set[Any]:
 
 def _custom_names(nodes: Iterable[Any]) -> Iterator[str]:
     for node in nodes:
-        # torch makes a class of nodes for each Function, and keeps the Function in _forward_cls.
+        # torch makes a node class for each Function, and keeps the Function in _forward_cls.
         cls: Any = getattr(type(node), "_forward_cls", None)
         if isinstance(node, BackwardCFunction) and cls.__module__.split(".")[0] != "torch":
             yield cls.__name__

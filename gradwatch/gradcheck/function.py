@@ -1,4 +1,4 @@
-"""What is checked: a function of named tensors in float64 that can be repeated exactly."""
+"""The function that is checked: named tensors in float64, and exactly repeatable evaluations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gradwatch.hessian.of_model import RandomState, unwrapped
 from gradwatch.measure.parameters import ParameterTable
 
 _WIDE = (torch.float64, torch.complex128)
-_EQUAL = 1e-12  # sums on a device come in another order each time, and differ by that much
+_EQUAL = 1e-12  # relative; a GPU may sum in another order each time, and differ by that much
 _OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 _NO_COPY = (
@@ -34,28 +34,28 @@ _NO_DOUBLE_COPY = (
     "check_gradients(model.cpu(), inputs) with the inputs on the CPU."
 )
 _SHARDED = (
-    "check_gradients was given a DTensor, of which this rank holds a part. Call it with an "
+    "check_gradients was given a DTensor, of which this rank holds only a part. Call it with an "
     "unsharded copy of the model."
 )
 _NO_DOUBLES = (
     "check_gradients computes in float64, which this function does not: {reason}. It works in the "
-    "precision of its inputs. Pass a module itself rather than a lambda around it, so that its "
-    "weights are converted, and make constants with the dtype of an input (torch.ones_like(x), "
+    "precision of its inputs. Pass the module itself instead of a lambda around it, so that its "
+    "weights are converted, and create constants with the dtype of an input (torch.ones_like(x), "
     "x.new_tensor(...))."
 )
 _NARROWS = (
-    "check_gradients computes in float64, and this function goes on in a coarser precision: "
-    "{where}. Differences of 1e-6 drown in its rounding. Leave out the cast, or write it as "
+    "check_gradients computes in float64, and this function continues in a lower precision: "
+    "{where}. Differences of 1e-6 are lost in its rounding. Leave out the cast, or write it as "
     ".to(x.dtype)."
 )
 _NO_OUTPUT = (
-    "check_gradients was given a function that returns nothing of the kind, and no floating or "
-    "complex tensor to differentiate. Return the loss or the outputs, alone or in a tuple, list, "
-    "dict or dataclass."
+    "check_gradients was given a function that returns no floating or complex tensor, so there is "
+    "nothing to differentiate. Return the loss or the outputs, alone or in a tuple, list, dict or "
+    "dataclass."
 )
 _NO_INPUT = (
     "check_gradients was given no tensor to vary: no floating input, and no parameter that "
-    "requires a gradient. Pass floating inputs, or a module itself rather than a lambda around it."
+    "requires a gradient. Pass floating inputs, or the module itself instead of a lambda around it."
 )
 _RANDOM = (
     "check_gradients was given a function that is not deterministic: {path} differs by {most:.3g} "
@@ -74,11 +74,11 @@ _NOT_CALLABLE = (
 
 
 def evaluate_first(function: Callable[..., Any], inputs: Any) -> Repeatable:
-    """Copies a function with its inputs to float64, and makes sure that it can be differentiated.
+    """Copies a function and its inputs to float64, and checks that it can be differentiated.
 
     Raises:
         TypeError: If it does not compute in float64, or has no input or output to differentiate.
-        ValueError: If it is not deterministic, or not finite.
+        ValueError: If it is not deterministic, or has no finite output.
     """
     if not callable(function):
         raise TypeError(_NOT_CALLABLE.format(kind=type(function).__name__))
@@ -86,7 +86,7 @@ def evaluate_first(function: Callable[..., Any], inputs: Any) -> Repeatable:
     try:
         if not subject.leaves:
             raise TypeError(_NO_INPUT)
-        # Once in float64 before anything is compared: what fails here fails for a reason to tell.
+        # Evaluate before comparing anything, so that a failure can be explained to the user.
         _check_outputs(subject, _evaluate(subject, function, inputs))
     finally:
         subject.close()
@@ -94,7 +94,7 @@ def evaluate_first(function: Callable[..., Any], inputs: Any) -> Repeatable:
 
 
 def _repeatable_copy(function: Callable[..., Any], inputs: Any, *, widen: bool) -> Repeatable:
-    """Makes a function repeatable, with a copy of the module that it is, or is a method of."""
+    """Makes a function repeatable, copying the module if it is one or a method of one."""
     module: nn.Module | None = None
     if isinstance(function, nn.Module):
         function = module = float64_copy(function, widen=widen)
@@ -124,7 +124,7 @@ def _works_as_it_is(function: Callable[..., Any], inputs: Any) -> bool:
     subject = _repeatable_copy(function, inputs, widen=False)
     try:
         subject.outputs()
-    except Exception:  # then precision is not what is wrong
+    except Exception:  # it fails in its own precision too, so precision is not the cause
         return False
     return True
 
@@ -142,7 +142,7 @@ def _check_outputs(subject: Repeatable, outputs: Sequence[tuple[str, Tensor]]) -
 
 
 def _largest_difference(one: Tensor, other: Tensor) -> float:
-    """Computes the largest difference; 0 where it is no more than a device's order of sums."""
+    """Returns the largest difference; 0 if the order of summation on a device can explain it."""
     if one.shape != other.shape:
         return float("inf")
     if not one.numel():  # max() refuses an empty tensor
@@ -161,18 +161,18 @@ def repeatable(
     only_marked: bool,
     widen: bool = True,
 ) -> Repeatable:
-    """Makes a function repeatable, its inputs copied in float64.
+    """Makes a function repeatable, with its inputs copied to float64.
 
     Args:
-        function: What is called.
-        module: The module whose parameters take part; None for none.
+        function: Called with the copied inputs.
+        module: Its parameters that require a gradient are varied too; None for no module.
         inputs: A tensor, a tuple of arguments or a mapping of keyword arguments.
-        only_marked: Whether inputs that do not require a gradient are constants. Otherwise they
-            are only if another one requires it, and all are varied if none does.
+        only_marked: Whether only inputs that require a gradient are varied. If False, all floating
+            inputs are varied when none of them requires a gradient.
         widen: False to keep the precision.
 
     Returns:
-        The function with its inputs first and then the parameters that require a gradient.
+        The function; its leaves are the inputs, and then the parameters.
     """
     given = [tensor for _, tensor in tensors_in(inputs, "") if is_continuous(tensor)]
     chosen = only_marked or any(tensor.requires_grad for tensor in given)
@@ -204,9 +204,9 @@ class Leaf:
     """A tensor that is varied.
 
     Attributes:
-        name: What the user knows it by.
+        name: The parameter's name, or the path of the input, such as ``inputs[0]``.
         tensor: The leaf, float64 or complex128, contiguous.
-        flat: Its memory as float64 ``[n]``, two numbers for a complex one; no graph.
+        flat: A view of its memory as float64 ``[n]``, two numbers per complex element; no graph.
     """
 
     name: str
@@ -215,25 +215,25 @@ class Leaf:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> Leaf:
-        """Makes one of a leaf tensor, which it then shares its memory with."""
-        # detach() shares the memory, and autograd refuses no write through it as it does to a leaf.
+        """Wraps a leaf tensor; ``flat`` shares its memory."""
+        # Autograd refuses in-place writes to a leaf, but not through detach(), which shares memory.
         values = tensor.detach()
         real = torch.view_as_real(values) if values.is_complex() else values
         return cls(name, tensor, real.view(-1))
 
     def index(self, position: int) -> tuple[int, ...]:
-        """Turns a position in ``flat`` into an index, which ends in 1 for an imaginary part."""
+        """Converts a position in ``flat`` to an index; for complex tensors it ends in 0 or 1."""
         shape = (*self.tensor.shape, 2) if self.tensor.is_complex() else tuple(self.tensor.shape)
         return tuple(int(i) for i in np.unravel_index(position, shape)) if shape else ()
 
 
 class Repeatable:
-    """A function of leaves, with random numbers and buffers as they were, each time.
+    """A function whose every evaluation starts from the same random numbers and buffers.
 
     Attributes:
         leaves: The tensors that can be varied, by writing to their ``flat``.
-        evaluations: How often the function was computed.
-        module: The module whose buffers take part; None without one.
+        evaluations: How often the function has been evaluated.
+        module: The module whose buffers are restored each time; None without one.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class Repeatable:
         leaves: Sequence[Leaf],
         module: nn.Module | None,
     ) -> None:
-        """Saves the state of random numbers and buffers; ``leaves`` are arguments and others."""
+        """Saves the random states and the buffers."""
         self.leaves = leaves
         self.evaluations = 0
         self.module = module
@@ -259,18 +259,18 @@ class Repeatable:
         ]
 
     def outputs(self, values: Sequence[Tensor] = ()) -> list[tuple[str, Tensor]]:
-        """Computes the function once, with a graph.
+        """Evaluates the function once, with a graph.
 
         Args:
-            values: What to take for the first leaves among the arguments, instead of themselves.
+            values: Used in place of the first leaves, one each.
 
         Returns:
-            The paths and values of its floating and complex outputs, dense.
+            Paths and values of the floating and complex outputs, as dense tensors.
         """
         self.evaluations += 1
         self._random.put_back()
         for part, name, saved in self._buffers:
-            # A fresh tensor: the graph of the call before may have saved the one that it had.
+            # A new tensor: the graph of the call before may have saved the old one.
             part._buffers[name] = saved.clone()
         with torch.inference_mode(False), torch.enable_grad():
             args, kwargs = self._fresh_arguments(values)
@@ -283,40 +283,37 @@ class Repeatable:
 
     @property
     def argument_leaves(self) -> Sequence[Leaf]:
-        """The leaves that are among the arguments: the first ones."""
+        """The leaves that come from the arguments, not from the module: the first ones."""
         given = {id(tensor) for _, tensor in tensors_in(self._arguments, "")}
         return [leaf for leaf in self.leaves if id(leaf.tensor) in given]
 
     def close(self) -> None:
-        """Puts the random numbers back for the user."""
+        """Restores the user's random states."""
         self._random.put_back()
 
     def _fresh_arguments(self, values: Sequence[Tensor]) -> Any:
-        """Copies the arguments, so that a function may write to them, as it may in a model."""
+        """Copies the arguments, because the function may modify them in place."""
         given = {id(leaf.tensor): value for leaf, value in zip(self.leaves, values, strict=False)}
         return map_tensors(self._arguments, lambda _, t: given.get(id(t), t).clone(), "")
 
 
 def float64_copy(module: nn.Module, *, widen: bool = True) -> nn.Module:
-    """Copies a module with its parameters, buffers and tensor attributes in double precision.
+    """Copies a module with its parameters, buffers and tensor attributes in float64.
 
-    The copy has no ``.grad``, no hooks of tensors, and of the modules' hooks only those that torch
-    hung there itself and that belong to what the module computes: ``weight_norm``, say. Tied
-    weights stay tied. Data-parallel wrappers and that of ``torch.compile`` are left off.
+    The copy has no ``.grad`` and no tensor hooks. Of the module hooks it keeps only those of torch
+    itself that belong to the computation, such as ``weight_norm``. Tied weights stay tied. Wrappers
+    of data parallelism and ``torch.compile`` are removed.
 
     Args:
-        module: The module, which stays as it is.
-        widen: False for a copy in the precision that it has.
-
-    Returns:
-        The copy.
+        module: Stays unchanged.
+        widen: False for a copy in the module's own precision.
 
     Raises:
         TypeError: If it cannot be copied, is sharded, or is on a device without float64.
     """
     module = unwrapped(module)
-    # What deepcopy finds in its memo it takes for copied. So the module is never copied in its own
-    # precision first, and one entry for a tensor keeps all its uses tied.
+    # deepcopy takes whatever is in its memo as already copied. Filling the memo avoids a first copy
+    # in the old precision, and one entry per tensor keeps tied weights tied.
     memo: dict[int, Any] = {}
     for part in module.modules():
         _replace_hooks(part, memo)
@@ -330,7 +327,7 @@ def float64_copy(module: nn.Module, *, widen: bool = True) -> nn.Module:
 
 def _replace_hooks(module: nn.Module, memo: dict[int, Any]) -> None:
     for name, hooks in vars(module).items():
-        # The dicts beside the hooks say which of them take keywords, and go the same way.
+        # The other dicts say which hooks take keywords or are always called: filter them as well.
         suffixes = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
         if name.endswith(suffixes) and isinstance(hooks, dict):
             kept = OrderedDict((k, h) for k, h in hooks.items() if _is_of_torch(h))
@@ -343,8 +340,8 @@ def _is_of_torch(hook: Any) -> bool:
 
 
 def _replace_tensors(module: nn.Module, memo: dict[int, Any], widen: bool) -> None:
-    # vars() too: weight_norm and many users keep tensors as plain attributes, which .double()
-    # would leave in float32.
+    # vars() too: weight_norm and many users keep tensors as plain attributes, which .double() does
+    # not convert.
     for owner in (module._parameters, module._buffers, vars(module)):
         for tensor in owner.values():
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
@@ -355,14 +352,14 @@ def _replace_tensors(module: nn.Module, memo: dict[int, Any], widen: bool) -> No
 
 
 def widened(tensor: Tensor, *, widen: bool = True) -> Tensor:
-    """Copies a tensor: real numbers as float64, complex ones as complex128, others as they are.
+    """Copies a tensor: floating to float64, complex to complex128, other dtypes unchanged.
 
     Args:
-        tensor: Any tensor.
+        tensor: Of any dtype and layout.
         widen: False to keep its dtype.
 
     Returns:
-        A dense, contiguous copy without a graph; integers, booleans and strings of bits too.
+        A copy without a graph; floating and complex ones are dense and contiguous.
 
     Raises:
         TypeError: If it is sharded, or on a device without float64.
@@ -378,22 +375,22 @@ def widened(tensor: Tensor, *, widen: bool = True) -> Tensor:
         raise TypeError(_NO_DOUBLE_COPY.format(device=source.device))
     wide = torch.complex128 if source.is_complex() else torch.float64
     kept = source.to(wide if widen else source.dtype)
-    # Contiguous, or Leaf could not view it as flat. Expanded tensors get memory of their own.
+    # Contiguous, because Leaf needs a flat view; this also gives expanded tensors their own memory.
     return kept.clone(memory_format=torch.contiguous_format).as_subclass(Tensor)
 
 
 class Narrowing(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the first operation that makes coarser numbers of a float64 tensor with a gradient.
+    """Finds the first operation that casts a float64 tensor with a gradient to lower precision.
 
-    What comes of it has steps of 1e-7 of its size, and no difference over 1e-6 means anything.
-    Masks, noise and detached copies in float32 do no harm.
+    The result would be rounded to 1e-7 of its size, and differences with a step of 1e-6 would mean
+    nothing. Masks, noise and detached copies in float32 do no harm.
 
     Attributes:
-        found: Where, in words; empty if nowhere.
+        found: The operation and where it was called, in words; empty if there was none.
     """
 
     def __init__(self) -> None:
-        """Has found nothing."""
+        """Makes a mode that has found nothing yet."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.found = ""
 
@@ -404,7 +401,7 @@ class Narrowing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Runs an operation and looks at what came out."""
+        """Runs an operation, and compares the dtypes of its inputs and outputs."""
         result = func(*args, **(kwargs or {}))
         if not self.found:
             fine = any(t.requires_grad and t.dtype in _WIDE for _, t in tensors_in(args, ""))
@@ -422,30 +419,30 @@ def _users_line() -> str:
 
 
 def map_tensors(value: Any, change: Callable[[str, Tensor], Any], path: str) -> Any:
-    """Rebuilds a structure with other tensors; what it does not know stays as it is.
+    """Rebuilds a structure with each tensor replaced; other values stay unchanged.
 
     Args:
-        value: A tensor, or tuples, lists, dicts and dataclasses with tensors in them.
-        change: Given where a tensor is and the tensor, returns what comes in its place.
-        path: What the structure is called.
+        value: A tensor, or nested tuples, lists, dicts and dataclasses with tensors in them.
+        change: Called with the path of a tensor and the tensor; returns the replacement.
+        path: Name of the structure, the beginning of all paths.
 
     Returns:
-        A structure of the same kind.
+        A structure of the same types.
 
     Example:
         >>> import torch
         >>> map_tensors({"a": [torch.ones(1), 5]}, lambda path, tensor: path, "x")
         {'a': ["x['a'][0]", 5]}
     """
-    # Not torch.utils._pytree: dataclasses, and subclasses of dict and list, are leaves there
-    # unless their class was registered, so a model's output record would hold no tensor.
+    # Not torch.utils._pytree: it treats dataclasses and subclasses of dict and list as leaves
+    # unless their class is registered, and would miss the tensors in a model's output.
     if isinstance(value, Tensor):
         return change(path, value)
     if isinstance(value, Mapping):
         items = {k: map_tensors(v, change, f"{path}[{k!r}]") for k, v in value.items()}
         if type(value) is dict or not isinstance(value, MutableMapping):
             return items
-        # A copy keeps what the class knows besides, which its constructor may ask for.
+        # copy.copy keeps other attributes of the class, which its constructor might require.
         fresh: Any = copy.copy(value)
         fresh.update(items)
         return fresh
@@ -456,7 +453,7 @@ def map_tensors(value: Any, change: Callable[[str, Tensor], Any], path: str) -> 
         fresh = copy.copy(value)
         for field in dataclasses.fields(value):
             item = map_tensors(getattr(value, field.name), change, f"{path}.{field.name}")
-            object.__setattr__(fresh, field.name, item)  # frozen ones too
+            object.__setattr__(fresh, field.name, item)  # works for frozen dataclasses too
         return fresh
     return value
 
@@ -469,5 +466,5 @@ def tensors_in(value: Any, path: str) -> list[tuple[str, Tensor]]:
 
 
 def is_continuous(tensor: Tensor) -> bool:
-    """Tells whether a tensor holds real or complex numbers, which alone have derivatives."""
+    """Tells whether a tensor is floating or complex: only those have derivatives."""
     return tensor.is_floating_point() or tensor.is_complex()

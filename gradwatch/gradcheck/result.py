@@ -1,4 +1,4 @@
-"""GradientCheck: what comparing analytic with numeric gradients has found, and how it reads."""
+"""GradientCheck: the result of comparing analytic with numeric gradients, and its text."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from gradwatch.pickles import stable_name
 
 _REASONS = {
     "detached": "no gradient arrives, but the output depends on it (detach, no_grad, .data?)",
-    "flat": "there is a gradient, but the output does not move (rounding, straight-through?)",
+    "flat": "there is a gradient, but the output does not change (rounding, straight-through?)",
     "not finite": "the gradient is not finite, but the function is",
 }
-_SHOWN = 20  # entries of each list: a model with thousands of parameters may be wrong in all
+_SHOWN = 20  # entries shown of each list: thousands of parameters may have a wrong gradient
 
 
 @stable_name
 class WrongGradientError(RuntimeError):
-    """A gradient is not that of its function.
+    """A function's backward returns a wrong gradient.
 
     Attributes:
-        check: What was found.
+        check: The full result, with all failures.
     """
 
     def __init__(self, check: GradientCheck) -> None:
@@ -31,24 +31,24 @@ class WrongGradientError(RuntimeError):
 @stable_name
 @dataclass(frozen=True, slots=True)
 class GradientMismatch:
-    """A tensor whose analytic gradient is not the numeric one, at the element that is worst.
+    """A tensor whose analytic and numeric gradients differ, with its worst element.
 
     Attributes:
-        name: The parameter, or the input: ``inputs[0]``, say.
+        name: Name of the parameter, or of the input, such as ``inputs[0]``.
         kind: ``"wrong"``; ``"detached"``: no gradient, or zeros; ``"flat"``: a gradient although
             the output is constant there; ``"not finite"``: NaN or Inf; ``"not differentiable"``:
-            a kink or a jump, or a number that rounding hides; ``"contract"``: against the rules of
-            ``torch.autograd.gradcheck`` for a backward, as ``message`` says.
-        index: The element; ends in 0 for the real and 1 for the imaginary part of a complex one.
-            None where only a direction through all of them shows it.
-        analytic: Its derivative by the graph.
-        numeric: Its derivative by differences, both those of ``output``.
-        relative_error: Their distance as a share of the larger magnitude, 0 to 2.
-        output: The number that was differentiated; empty for a random weighting of all.
-        module: The innermost module whose own check fails; empty for the function itself, or for
-            the module as a whole.
-        function: The custom ``autograd.Function`` on the way there, or several, the last one that
-            ran first; empty without.
+            a kink or a jump, or a derivative hidden by rounding; ``"contract"``: the backward
+            breaks a rule of ``torch.autograd.gradcheck``, given in ``message``.
+        index: Index of the element. For a complex tensor it has one more entry: 0 for the real, 1
+            for the imaginary part. None if only a direction through all elements shows the error.
+        analytic: Derivative of ``output`` by the graph.
+        numeric: Derivative of ``output`` by finite differences.
+        relative_error: Their difference divided by the larger magnitude, 0 to 2.
+        output: The output that was differentiated; empty for a random weighting of all outputs.
+        module: The innermost module whose own check fails; empty for the function or module as a
+            whole.
+        function: The custom ``autograd.Function`` on the path, or several, separated by commas and
+            starting from the outputs; empty if there is none.
         message: What gradcheck said; empty for the other kinds.
     """
 
@@ -64,13 +64,13 @@ class GradientMismatch:
 
     @property
     def relative_error(self) -> float:
-        """The distance of the two as a share of the larger magnitude; NaN if one is not finite."""
+        """The difference divided by the larger magnitude; NaN if one is not finite."""
         larger = max(abs(self.analytic), abs(self.numeric))
         return abs(self.analytic - self.numeric) / larger if larger else math.nan
 
     def __str__(self) -> str:
-        """Says where and how much."""
-        # gradcheck's message has its own numbers; those here are NaN.
+        """Says which element differs, and by how much."""
+        # gradcheck's message has numbers of its own; the fields here are NaN.
         if self.message:
             return self.message
         parts = [
@@ -88,19 +88,19 @@ class GradientMismatch:
 @stable_name
 @dataclass(frozen=True, slots=True)
 class GradientCheck:
-    """What a check has found.
+    """The result of :func:`gradwatch.check_gradients`; true if no gradient is wrong.
 
     Attributes:
-        subject: The class or name of what was checked.
-        failures: The tensors with a wrong gradient, one entry each.
-        not_differentiable: Tensors with a place where the function has no derivative, or none
-            that differences can find. No fault of the function.
-        untraceable: Names of tensors that move the output by no more than rounding, in analytic
-            and numeric gradient: unused, behind dead units, or vanished. Nothing is known of them.
+        subject: Class or name of what was checked.
+        failures: One entry for each tensor with a wrong gradient.
+        not_differentiable: Tensors at which the function has no derivative, or none that finite
+            differences can find. This is not an error.
+        untraceable: Names of tensors that change the output by no more than rounding, by both
+            gradients: unused, behind dead units, or vanished. Their gradients could not be checked.
         checked: Names of all tensors that were varied.
-        culprits: Where the fault is, in words: the innermost modules whose own check fails and
-            the custom functions in them, or these alone.
-        evaluations: How often the function was computed, and those of parts of it.
+        culprits: Where the error is, in words: the innermost modules whose own check fails, with
+            the custom functions in them, or only such functions.
+        evaluations: How often the function, or a part of it, was evaluated.
     """
 
     subject: str
@@ -117,16 +117,16 @@ class GradientCheck:
         return not self.failures
 
     def raise_if_wrong(self) -> None:
-        """Raises a :class:`WrongGradientError` if a gradient is wrong, for tests."""
+        """Raises a :class:`WrongGradientError` if a gradient is wrong; meant for tests."""
         if self.failures:
             raise WrongGradientError(self)
 
     def __bool__(self) -> bool:
-        """Tells whether it is ok."""
+        """The same as ``ok``."""
         return self.ok
 
     def __str__(self) -> str:
-        """Says what is wrong and where, the place to look at first."""
+        """Says what is wrong; the lines with the place to look at come first."""
         effort = f"({self.evaluations} evaluations in float64)"
         tensors = f"{len(self.checked)} tensor" + "s" * (len(self.checked) != 1)
         verdict = "right for" if self.ok else f"WRONG for {len(self.failures)} of"
@@ -136,11 +136,11 @@ class GradientCheck:
         if len(self.failures) > _SHOWN:
             lines.append(f"  and {len(self.failures) - _SHOWN} more")
         if self.not_differentiable:
-            lines.append("  Not differentiable here, which is no fault:")
+            lines.append("  Not differentiable here, which is not an error:")
             lines += [f"    {mismatch}" for mismatch in self.not_differentiable[:_SHOWN]]
         if self.untraceable:
             names = ", ".join(self.untraceable[:_SHOWN])
             more = len(self.untraceable) - _SHOWN
             names += f" and {more} more" if more > 0 else ""
-            lines.append(f"  Without influence above rounding, so not checked: {names}")
+            lines.append(f"  No effect on the output above rounding, so not checked: {names}")
         return "\n".join(lines)

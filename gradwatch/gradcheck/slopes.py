@@ -1,4 +1,4 @@
-"""Derivatives along a line, by the graph and by differences, and how to compare them."""
+"""Derivatives along a line, by the graph and by finite differences, and their comparison."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from gradwatch.gradcheck.function import Leaf, Repeatable
 
 _LEAST_SCALE = 1e-2
 _ROUNDING = 16 * torch.finfo(torch.float64).eps
-_JITTER = 1e-4  # a hundred usual steps: away from a kink, and near enough to meet no other one
-_STEPS = (1.0, 1 / 16, 16.0, 1 / 256, 256.0)  # the usual one, then what helps most often
-_BY_SIZE = (3, 1, 0, 2, 4)  # the steps by size, as indices
+_JITTER = 1e-4  # a hundred usual steps: far enough from a kink, too near to meet another one
+_STEPS = (1.0, 1 / 16, 16.0, 1 / 256, 256.0)  # the usual step, then those that help most often
+_BY_SIZE = (3, 1, 0, 2, 4)  # indices that sort _STEPS by size
 
 
 @dataclass(frozen=True, eq=False)
 class Line:
-    """A direction in a stretch of one leaf.
+    """A direction in which consecutive elements of one leaf are varied.
 
     Attributes:
-        leaf: The leaf, by its place among all.
+        leaf: Index of the leaf.
         start: The first position in ``flat``.
-        values: float64 ``[n]``: how far each number from there moves per unit of the step.
+        values: float64 ``[n]``: how far each element from there moves per unit of the step.
     """
 
     leaf: int
@@ -40,17 +40,17 @@ class Line:
         return self.start + self.values.numel()
 
     def part(self, start: int, stop: int) -> Line:
-        """Cuts out a stretch, by positions in ``flat``."""
+        """Returns the part of the line between two positions in ``flat``."""
         return Line(self.leaf, start, self.values[start - self.start : stop - self.start])
 
     @classmethod
     def element(cls, leaf: int, position: int, like: Tensor) -> Line:
-        """Makes the line of one number alone, on the device of ``like``."""
+        """Makes the line that varies one element alone, on the device of ``like``."""
         return cls(leaf, position, torch.ones(1, dtype=torch.float64, device=like.device))
 
     @classmethod
     def random(cls, leaf: int, like: Tensor, generator: torch.Generator) -> Line:
-        """Makes a line that moves every number by ±0.5 to 1.5, for ``like`` in ``[n]``."""
+        """Makes a line that moves every element of ``like`` ``[n]`` by ±0.5 to 1.5."""
         values = torch.rand(like.shape, generator=generator, dtype=torch.float64) + 0.5
         values *= torch.randint(0, 2, like.shape, generator=generator) * 2 - 1
         return cls(leaf, 0, values.to(like.device))
@@ -61,9 +61,9 @@ class Tolerance:
     """What counts as equal.
 
     Attributes:
-        eps: The step, per unit of the root mean square of what is varied.
-        rtol: The share of the larger number that is let pass.
-        atol: What is let pass besides.
+        eps: Step of the differences, as a multiple of the leaf's root mean square.
+        rtol: Allowed difference as a share of the larger derivative.
+        atol: Allowed absolute difference, in addition to ``rtol``.
     """
 
     eps: float
@@ -74,18 +74,20 @@ class Tolerance:
 class Slopes:
     r"""The derivatives of :math:`L = \sum_j w_j y_j` for the outputs :math:`y` of a function.
 
-    The weights are random signs times 0.5 to 1.5, so that no error in one output hides behind
-    another; a single number is taken as it is. Numeric derivatives are central differences,
+    The weights are random signs times 0.5 to 1.5, so that errors in two outputs do not cancel; a
+    single number has the weight 1. Numeric derivatives are central differences,
     :math:`(y(t + h) - y(t - h)) / 2h` with an error of :math:`O(h^2)`, summed after the
-    subtraction. A complex step would have no rounding at all, but torch's piecewise functions
-    (ReLU, max, abs) take no complex numbers.
+    subtraction. A complex step would have no rounding error at all, but torch's piecewise functions
+    (ReLU, max, abs) do not take complex numbers.
 
     Attributes:
-        function: What is differentiated.
-        paths: Where the outputs are in what the function returns: ``output['loss']``, say.
-        weights: The w by output, in the shape and dtype of it.
+        function: The function that is differentiated.
+        tolerance: The step, and what counts as equal.
+        paths: Path of each output in what the function returns, such as ``output['loss']``.
+        weights: The w of each output, with its shape and dtype.
         sparse: Whether a gradient came as a sparse tensor.
-        gradients: For each leaf the gradient of L, float64 ``[n]``; None where the graph has none.
+        gradients: For each leaf the gradient of L, float64 ``[n]``; None if no graph leads to it.
+        scales: For each leaf the unit of its step.
 
     References:
         Baydin, Pearlmutter, Radul, Siskind: Automatic Differentiation in Machine Learning: a
@@ -94,7 +96,7 @@ class Slopes:
     """
 
     def __init__(self, function: Repeatable, tolerance: Tolerance, seed: int) -> None:
-        """Computes the gradient of a function, which must have outputs."""
+        """Evaluates the function, which must have outputs, and computes its gradient."""
         self.function = function
         self.tolerance = tolerance
         self.sparse = False
@@ -109,14 +111,14 @@ class Slopes:
     def differentiate(
         self, weights: Sequence[Tensor], outputs: Sequence[tuple[str, Tensor]] | None = None
     ) -> list[Tensor | None]:
-        """Computes the gradient of weighted outputs by the graph.
+        """Computes the gradient of the weighted sum of the outputs by the graph.
 
         Args:
-            weights: For each output.
-            outputs: The outputs; None to compute them, as a graph serves once.
+            weights: One tensor per output, with its shape.
+            outputs: Outputs whose graph is unused; None to evaluate the function again.
 
         Returns:
-            For each leaf float64 ``[n]``, or None where no graph leads to it.
+            For each leaf float64 ``[n]``, or None if no graph leads to it.
         """
         outputs = self.function.outputs() if outputs is None else outputs
         # torch.autograd.grad refuses an output without a graph, even among others.
@@ -142,19 +144,19 @@ class Slopes:
         """Computes the derivatives of all outputs along a line by central differences.
 
         Args:
-            line: The line.
-            factor: The step, in units of the usual one.
+            line: Which elements move, and how far per unit of the step.
+            factor: Multiplies the usual step.
 
         Returns:
-            A tensor for each output; NaN where the function refuses the values.
+            A tensor for each output; all NaN if the function raises an error at these values.
         """
         step = factor * self.tolerance.eps * self.scales[line.leaf]
         try:
             above, below = self._moved(line, step), self._moved(line, -step)
             pairs = zip(above, below, self.weights, strict=True)
-            # A weight of 0 marks an output of Inf, and Inf - Inf is NaN.
+            # A weight of 0 marks an output that is not finite, where Inf - Inf would give NaN.
             return [torch.where(w != 0, (a - b) / (2 * step), 0.0) for a, b, w in pairs]
-        except (RuntimeError, ValueError):  # outside of what the function is defined for
+        except (RuntimeError, ValueError):  # outside the domain of the function
             return [torch.full_like(w, math.nan) for w in self.weights]
 
     def numeric(self, line: Line, factor: float = 1.0) -> float:
@@ -164,28 +166,28 @@ class Slopes:
 
     @contextmanager
     def nearby(self, sign: float) -> Iterator[Slopes]:
-        """Moves all leaves a little, by random amounts, and gives the slopes there.
+        """Moves all leaves a little by random amounts, and yields the slopes there.
 
         Args:
-            sign: 1 or -1, for two places on opposite sides.
+            sign: 1 or -1, for two points on opposite sides.
         """
         generator = torch.Generator().manual_seed(0)
         saved = [leaf.flat.clone() for leaf in self.function.leaves]
         try:
             for leaf, scale in zip(self.function.leaves, self.scales, strict=True):
-                # Each number by another amount, or a tie of two would stay a tie.
+                # Each element by another amount: otherwise a tie of two would stay a tie.
                 moves = Line.random(0, leaf.flat, generator).values
                 leaf.flat.add_(moves, alpha=sign * _JITTER * scale)
-            # The gradient there is another one, so it takes Slopes of its own.
+            # The gradient differs at that point, so it needs Slopes of its own.
             yield Slopes(self.function, self.tolerance, 0)
         finally:
-            # Copied back, for the moves taken off again would leave their rounding.
+            # Copy the values back: subtracting the moves would leave rounding errors.
             for leaf, values in zip(self.function.leaves, saved, strict=True):
                 leaf.flat.copy_(values)
 
     def allowed(self, line: Line, analytic: float, numeric: float) -> float:
-        """Computes how far apart two equal derivatives may be."""
-        # The outputs are rounded in proportion to their size; dividing by the step blows that up.
+        """Returns the difference up to which two derivatives count as equal."""
+        # Outputs are rounded in proportion to their size; dividing by the step amplifies that.
         rounding = self._rounding / (self.tolerance.eps * self.scales[line.leaf])
         relative = self.tolerance.rtol * max(abs(analytic), abs(numeric))
         return relative + self.tolerance.atol + rounding
@@ -201,8 +203,8 @@ class Slopes:
 
 
 def _scale(leaf: Leaf) -> float:
-    """Computes the unit of a step: the root mean square of a leaf, or 0.01 if that is less."""
-    # Weights that start at zero would have a step of zero.
+    """Returns the unit of a leaf's step: its root mean square, but at least 0.01."""
+    # Without the minimum, weights that start at zero would have a step of zero.
     rms = float(torch.linalg.vector_norm(leaf.flat)) / math.sqrt(leaf.flat.numel() or 1)
     return max(_LEAST_SCALE, rms)
 
@@ -214,12 +216,12 @@ def _weights(output: Tensor, generator: torch.Generator, alone: bool) -> Tensor:
     if alone and numbers.numel() == 1:
         numbers = torch.ones_like(numbers)
     weights = torch.view_as_complex(numbers) if output.is_complex() else numbers
-    # An output of -Inf, as masks make them, has no differences.
+    # An output of -Inf, as masks make them, has no derivative: its weight is 0.
     return torch.where(torch.isfinite(output.detach()), weights.to(output), 0.0)
 
 
 def _size(weights: Sequence[Tensor], outputs: Sequence[tuple[str, Tensor]]) -> float:
-    # The root of the sum of squares: rounding errors are independent, and add up so.
+    # The root of the sum of squares: independent rounding errors add up like that.
     products = [
         torch.where(w != 0, w * y.detach(), 0.0) for w, (_, y) in zip(weights, outputs, strict=True)
     ]
@@ -228,13 +230,13 @@ def _size(weights: Sequence[Tensor], outputs: Sequence[tuple[str, Tensor]]) -> f
 
 def _flat(gradient: Tensor) -> Tensor:
     dense = gradient.detach() if gradient.layout is torch.strided else gradient.to_dense()
-    # view_as_real refuses a lazy conjugate, which conj() of a complex backward leaves.
+    # view_as_real refuses the lazy conjugate that conj() in a complex backward leaves.
     real = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
     return real.reshape(-1).to(torch.float64)
 
 
 def _inner(weights: Tensor, changes: Tensor) -> Tensor:
-    # As torch has it: the gradient of a real number by a complex one is conjugated.
+    # torch's convention: the gradient of a real number by a complex one is conjugated.
     product = weights.conj() * changes
     return product.real.sum() if product.is_complex() else product.sum()
 
@@ -244,12 +246,12 @@ class Comparison:
     """One derivative, computed in two ways.
 
     Attributes:
-        analytic: By the graph.
-        numeric: By central differences.
-        agrees: Whether they are the same within the tolerance.
-        stable: Whether the numeric one is the same for several steps. If not, what differs may be
-            a jump or rounding.
-        traceable: Whether either is above the rounding of the other.
+        analytic: The derivative by the graph.
+        numeric: The derivative by central differences.
+        agrees: Whether the two are equal within the tolerance.
+        stable: Whether several steps give the same numeric derivative. If not, the difference may
+            come from a jump or from rounding.
+        traceable: Whether one of the two is larger than the allowed difference.
     """
 
     analytic: float
@@ -260,9 +262,9 @@ class Comparison:
 
 
 def compare(slopes: Slopes, line: Line) -> Comparison:
-    """Compares the derivatives along a line, with other steps where they differ.
+    """Compares the derivatives along a line; if they differ, tries other steps.
 
-    A smaller step leaves a kink nearby outside, a larger one is above the rounding of large
+    A smaller step may avoid a kink nearby; a larger one may rise above the rounding of large
     outputs.
     """
     analytic = slopes.analytic(line)
@@ -278,7 +280,7 @@ def compare(slopes: Slopes, line: Line) -> Comparison:
 
 
 def _disagreement(analytic: float, numeric: list[float]) -> Comparison:
-    # Neighbouring steps that agree best are those between kinks, above, and rounding, below.
+    # Take the neighboring steps that agree best: larger ones may meet kinks, smaller ones rounding.
     pairs = [(abs(a - b), b) for a, b in pairwise(numeric) if math.isfinite(a - b)]
     if not pairs:
         return Comparison(analytic, math.nan, False, stable=False)
@@ -288,11 +290,11 @@ def _disagreement(analytic: float, numeric: list[float]) -> Comparison:
 
 
 def is_wrong(slopes: Slopes, line: Line, found: Comparison) -> bool:
-    """Tells a wrong gradient from a place where there is none.
+    """Tells a wrong gradient from a point at which the function has none.
 
-    A kink is a matter of one point, and a wrong gradient is wrong next to it as well. What differs
-    is therefore compared again on both sides of it, all leaves moved by random amounts. A gradient
-    of NaN where the function is finite is wrong in any case: a training would meet it.
+    A kink is a single point, but a wrong gradient is also wrong next to it. So the derivatives are
+    compared again at two points nearby, with all leaves moved by random amounts in opposite
+    directions. A NaN gradient of a finite function is always wrong: training would meet it.
     """
     if not math.isfinite(found.analytic):
         return math.isfinite(slopes.numeric(line))
@@ -300,7 +302,7 @@ def is_wrong(slopes: Slopes, line: Line, found: Comparison) -> bool:
         try:
             with slopes.nearby(sign) as moved:
                 again = compare(moved, line)
-        except (RuntimeError, ValueError):  # outside of what the function is defined for
+        except (RuntimeError, ValueError):  # outside the domain of the function
             continue
         if not again.agrees and again.stable:
             return True

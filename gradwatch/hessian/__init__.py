@@ -1,1 +1,1 @@
-"""curvature(): eigenvalues and trace of the Hessian, from products with vectors."""
+"""curvature(): eigenvalues and trace of the Hessian, from Hessian-vector products."""

@@ -1,4 +1,4 @@
-"""curvature(): how sharply a loss bends, from products of its Hessian with vectors."""
+"""curvature(): how sharply a loss curves, from products of its Hessian with vectors."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ __all__ = ["Curvature", "curvature"]
 @stable_name
 @dataclass(frozen=True, slots=True)
 class Curvature:
-    """How a loss bends around the weights that a model has.
+    """The curvature of a loss at the current weights of a model.
 
     Attributes:
-        loss: The loss there.
-        largest_eigenvalue: The largest eigenvalue of the Hessian, in units of the loss per squared
-            unit of a weight: the curvature in the steepest valley wall.
-        smallest_eigenvalue: The smallest one; clearly negative at a saddle or a ridge.
-        trace: The sum of all eigenvalues; NaN if ``probes=0``.
-        trace_stderr: Its standard error; 0 where it is exact.
-        iterations: Products spent on the eigenvalues.
-        probes: Products spent on the trace.
+        loss: Value of the loss.
+        largest_eigenvalue: Largest eigenvalue of the Hessian, in units of the loss per squared unit
+            of a weight: the curvature in the direction that curves upward most.
+        smallest_eigenvalue: Smallest eigenvalue; clearly negative at a saddle or a ridge.
+        trace: Sum of all eigenvalues; NaN if ``probes=0``.
+        trace_stderr: Standard error of the trace; 0 if it is exact.
+        iterations: Hessian-vector products computed for the eigenvalues.
+        probes: Hessian-vector products computed for the trace.
         converged: Whether both eigenvalues are within the tolerance.
-        parameters: How many numbers the Hessian has rows.
-        unused: The names of parameters that the loss does not depend on; their rows are zero.
+        parameters: Number of parameter elements, which is the number of rows of the Hessian.
+        unused: Names of parameters that the loss does not depend on; their rows are zero.
     """
 
     loss: float
@@ -54,16 +54,16 @@ class Curvature:
 
     @property
     def learning_rate_limit(self) -> float:
-        """Where plain gradient descent begins to oscillate: 2 / largest eigenvalue.
+        """Learning rate above which plain gradient descent oscillates: 2 / largest eigenvalue.
 
-        Inf where no direction bends upwards. Momentum β raises it to (2 + 2β) / largest; adaptive
-        optimizers have another one. Cohen et al., ICLR 2021, arXiv 2103.00065.
+        Inf if no direction curves upward. Momentum β raises it to (2 + 2β) / largest eigenvalue;
+        adaptive optimizers have another limit. Cohen et al., ICLR 2021, arXiv 2103.00065.
         """
         top = self.largest_eigenvalue
         return 2 / top if top > 0 else math.inf
 
     def __str__(self) -> str:
-        """Says it in two or three lines."""
+        """Formats the result in two or three lines."""
         eigenvalues = f"{self.smallest_eigenvalue:.4g} to {self.largest_eigenvalue:.4g}"
         effort = f"{self.iterations} products" + ("" if self.converged else ", not converged")
         head = f"Curvature over {self.parameters:,} parameters at loss {self.loss:.4g}: "
@@ -94,29 +94,30 @@ def curvature(
     probes: int = 32,
     seed: int = 0,
 ) -> Curvature:
-    """Computes both ends of the spectrum of the Hessian of a loss, and its trace.
+    """Computes the largest and the smallest eigenvalue of the Hessian of a loss, and its trace.
 
-    The Hessian is that of all parameters that require a gradient, together. It is never formed:
-    each product with a vector costs about two backwards, and memory for a few vectors of the size
-    of the model and for the graph of one backward. Nothing changes: neither ``.grad`` fields nor
-    buffers, hooks, training flags or the state of random numbers. In training mode dropout and
-    batch statistics belong to the loss; write ``model.eval()`` for the loss without them.
+    The Hessian is taken with respect to all parameters that require a gradient, together. It is
+    never formed: each Hessian-vector product costs about two backward passes, and memory for a few
+    vectors of the size of the model and for the graph of one backward pass. Nothing is changed:
+    ``.grad`` fields, buffers, hooks, training flags and random states stay as they are. In training
+    mode, dropout and batch statistics are part of the loss; call ``model.eval()`` before to leave
+    them out.
 
     Args:
         model: The module, or a mapping from names to leaf tensors. Tied weights count once.
-        loss: A function without arguments or of the model, which returns the loss; or the loss, a
-            tensor with one element whose graph is still there. A function is called once, under
-            the kernels of attention and RNNs that can be differentiated twice, with random
-            numbers from ``seed``. With DDP it is given the module inside, which it must call.
-        iterations: The most products to spend on the eigenvalues, at least 1; 10 to 50 are usual.
-        tolerance: The error of the eigenvalues at which to stop, as a share of the larger
-            magnitude, between 0 and 1. Float32 can do 1e-5.
-        probes: Products to spend on the trace; 0 leaves it out. A model with no more parameters
-            than that gets an exact trace.
-        seed: Where the random vectors start; the same seed gives the same numbers.
+        loss: A function that returns the loss, without arguments or of the model; or the loss
+            itself, a tensor with one element whose graph has not been freed. A function is called
+            once, with attention and RNN kernels that can be differentiated twice and with random
+            numbers from ``seed``. With DDP it receives the inner module, and must call that.
+        iterations: Maximum number of products for the eigenvalues, at least 1; 10 to 50 are usual.
+        tolerance: Stop when the error of the eigenvalues is below this share of the larger
+            magnitude, between 0 and 1. Float32 can reach 1e-5.
+        probes: Number of products for the trace; 0 for no trace. If the parameters have no more
+            elements than that, the trace is exact.
+        seed: Seed of the random vectors; the same seed gives the same numbers.
 
     Returns:
-        The numbers.
+        Eigenvalues and trace, and how well they are known.
 
     Raises:
         TypeError: If parameters are in half precision or sharded, or the loss is none of these.
@@ -128,7 +129,7 @@ def curvature(
         Pearlmutter 1994 for the products, Lanczos 1950 for the eigenvalues, Hutchinson 1990 for
         the trace; see the functions used.
         Yao, Gholami, Keutzer, Mahoney: PyHessian: Neural Networks Through the Lens of the Hessian.
-        IEEE Big Data 2020, arXiv 1912.07145: the same numbers, the eigenvalue by power iteration.
+        IEEE Big Data 2020, arXiv 1912.07145: the same numbers, with power iteration.
 
     Example:
         >>> x = torch.tensor([1.0, 2.0], requires_grad=True)
@@ -141,7 +142,7 @@ def curvature(
     check_count("curvature(probes=)", probes, 0)
     check_loss(loss)
     with hessian_of(model, loss, seed) as (product, value, names):
-        # Drawn on the CPU and then moved, so that a seed gives the same numbers on every device.
+        # Draw on the CPU and then move, so that a seed gives the same numbers on every device.
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(product.like.shape, generator=generator).to(product.like)
         ends = extreme_eigenvalues(product, start, iterations, tolerance)

@@ -1,4 +1,4 @@
-"""The curvature along a training: measured at every so many steps, and harming none."""
+"""CurvatureEvery: measures the curvature every N steps without changing the training."""
 
 from __future__ import annotations
 
@@ -24,58 +24,59 @@ _NOT_A_FUNCTION = (
     "with a batch x, y that stays the same."
 )
 _STOPPED = (
-    "gradwatch takes no curvature from step {step} on: {error} The training and all other records "
-    "go on. gradwatch.curvature(model, loss) tries the same at once."
+    "gradwatch measures no curvature from step {step} on: {error} The training and all other "
+    "records go on. To see the error at once, call gradwatch.curvature(model, loss)."
 )
 _NO_NUMBER = (
-    "gradwatch has no curvature at step {step}, nor says so again at later ones: {error} The "
-    "training and all other records go on."
+    "gradwatch has no curvature at step {step} (later steps without one are not reported): {error} "
+    "The training and all other records go on."
 )
 _IN_BACKWARD = (
-    "the optimizer steps inside the backward, where weights of before and after a step are mixed. "
-    "Call gradwatch.curvature(model, loss) between two steps."
+    "the optimizer steps inside the backward, where weights from before and after a step are "
+    "mixed. Call gradwatch.curvature(model, loss) between two steps."
 )
 
-_MIXED_IN = 0.1  # length of the random vector added to the last eigenvector, whose length is 1
+_MIXED_IN = 0.1  # length of the random vector that is added to the last eigenvector (length 1)
 
 
 @stable_name
 @dataclass(frozen=True, slots=True)
 class CurvatureEvery:
-    r"""Measures the curvature of the loss along a training, for ``watch(curvature=)``.
+    r"""Measures the curvature of the loss during training, for ``watch(curvature=)``.
 
-    After step 1, and then after every so many steps of the first optimizer, the largest eigenvalue
-    of the Hessian and its trace go into the columns ``hessian_eigenvalue`` and ``hessian_trace`` of
-    that step, for the weights that the step has left. The Hessian is that of all parameters of the
-    model that require a gradient, whichever optimizer steps them. :func:`gradwatch.curvature` is
-    the same for one moment, and has the smallest eigenvalue and standard errors besides.
+    After step 1, and then every ``every`` steps of the first optimizer, the largest eigenvalue of
+    the Hessian and its trace are written to the columns ``hessian_eigenvalue`` and
+    ``hessian_trace`` of that step. They belong to the weights after the step. The Hessian is taken
+    with respect to all parameters of the model that require a gradient, whichever optimizer steps
+    them. :func:`gradwatch.curvature` measures the same once, and also returns the smallest
+    eigenvalue and standard errors.
 
-    It costs a forward and a backward that records its graph, and about two backwards for each
-    product of the Hessian with a vector: at most ``iterations`` for the eigenvalue, far fewer as
-    soon as there is a search from the time before to go on from, and ``probes`` for the trace.
-    :attr:`gradwatch.Watcher.overhead` counts it. Between the steps at which it is taken two vectors
-    of the size of the model are kept, the eigenvector and the runner-up; at them a dozen, and the
-    graph of the batch, next to the gradients of the step. On a device it waits for the numbers.
+    Cost: one forward and one backward that records its graph, and about two backward passes per
+    Hessian-vector product. There are at most ``iterations`` products for the eigenvalue, far fewer
+    once a previous search can be continued, and ``probes`` for the trace.
+    :attr:`gradwatch.Watcher.overhead` includes it. Between measurements two vectors of the size of
+    the model are kept, the eigenvector and the runner-up; during one about a dozen, and the graph
+    of the batch, in addition to the gradients of the step. On a GPU it waits for the numbers.
 
-    The training is not changed: ``.grad`` fields, buffers, training flags, and the random numbers
-    of torch, Python and NumPy stay as they are, and no hook that waits for a gradient is called. A
-    function that fails, or a loss that cannot be differentiated twice, is warned of once, and the
-    columns stay NaN from there on; a loss or Hessian that is not finite is a NaN for that step.
+    The training is not changed: ``.grad`` fields, buffers, training flags and the random states of
+    torch, Python and NumPy stay as they are, and no hook that waits for a gradient is called. If
+    the function fails, or the loss cannot be differentiated twice, there is one warning and the
+    columns stay NaN from then on. If the loss or the Hessian is not finite, that step has NaN.
 
     Args:
-        every: Steps from one time to the next, at least 1.
-        loss: Returns the loss: a mean over a batch, neither scaled by a ``GradScaler`` nor divided
-            for accumulation. Called without arguments, or with the model if it takes one, free of
-            its data-parallel wrapper and uncompiled. Give it one batch that stays the same, or the
-            numbers follow the batches. Random numbers, dropout's say, are the same each time, from
-            ``seed``. Whether layers are in training mode is as the loop has left it. It must not
-            call ``backward``.
-        iterations: The most products to spend on the eigenvalue, at least 1.
-        tolerance: The error of the eigenvalue at which to stop, as a share of the largest magnitude
-            seen, between 0 and 1.
-        probes: Products to spend on the trace, with the same random signs each time, so that a
-            trend is not theirs; 0 leaves it out.
-        seed: Where the random numbers start.
+        every: Number of steps between measurements, at least 1.
+        loss: Function that returns the loss: the mean over a batch, neither scaled by a
+            ``GradScaler`` nor divided for accumulation. It is called without arguments, or with the
+            model if it takes one (without data-parallel and ``torch.compile`` wrappers). Use the
+            same batch each time; otherwise the numbers follow the batches. Random numbers, such as
+            those of dropout, are the same each time, from ``seed``. Layers stay in the mode
+            (training or not) that the loop has set. It must not call ``backward``.
+        iterations: Maximum number of products for the eigenvalue, at least 1.
+        tolerance: Stop when the error of the eigenvalue is below this share of the largest
+            magnitude seen, between 0 and 1.
+        probes: Number of products for the trace; 0 for no trace. The random signs are the same each
+            time, so that a trend does not come from them.
+        seed: Seed of the random numbers.
 
     Raises:
         TypeError: If an argument is of a wrong type.
@@ -87,7 +88,7 @@ class CurvatureEvery:
         smoothing splines. Communications in Statistics 19(2), 1990.
         Cohen, Kaur, Li, Kolter, Talwalkar: Gradient Descent on Neural Networks Typically Occurs at
         the Edge of Stability. ICLR 2021, arXiv 2103.00065: without momentum the eigenvalue rises to
-        about 2 / learning rate, and stays there.
+        about 2 / learning rate and stays there.
 
     Example:
         >>> import torch, gradwatch
@@ -111,7 +112,7 @@ class CurvatureEvery:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks what was given."""
+        """Checks the arguments."""
         check_count("CurvatureEvery(every=)", self.every, 1)
         given: object = self.loss
         if not callable(given) or arguments(given) not in (0, 1):
@@ -124,11 +125,11 @@ class CurvatureEvery:
 
 @stable_name
 class CurvatureSample(NamedTuple):
-    """What is kept of the curvature at a step.
+    """The curvature recorded for a step; NaN where it was not measured.
 
     Attributes:
-        largest_eigenvalue: Of the Hessian.
-        trace: Its trace.
+        largest_eigenvalue: Largest eigenvalue of the Hessian.
+        trace: Trace of the Hessian.
     """
 
     largest_eigenvalue: float = math.nan
@@ -141,15 +142,15 @@ NOT_TAKEN = CurvatureSample()
 def sampler_of(
     asked: CurvatureEvery | None, model: nn.Module | Mapping[str, Tensor]
 ) -> CurvatureSampler | None:
-    """Returns what measures the curvature, and None where nobody asks for it.
+    """Returns the sampler for ``watch(curvature=)``; None for None.
 
     Raises:
         TypeError: If parameters are in half precision or sharded.
-        ValueError: If nothing is trainable.
+        ValueError: If no parameter requires a gradient.
     """
     if asked is None:
         return None
-    # Refused here, before the training: later all that is left is a warning.
+    # Raise now, before training begins: during training it could only be a warning.
     trainable(model)
     return CurvatureSampler(asked, model)
 
@@ -158,8 +159,8 @@ class CurvatureSampler:
     """Measures the curvature when it is due.
 
     Attributes:
-        busy: Whether the loss of the user is being computed; what happens then is no part of the
-            training.
+        busy: Whether the user's loss is being computed; forwards and backwards are then not part
+            of the training.
     """
 
     def __init__(self, asked: CurvatureEvery, model: nn.Module | Mapping[str, Tensor]) -> None:
@@ -175,18 +176,18 @@ class CurvatureSampler:
         """Measures the curvature after a step, if it is due.
 
         Args:
-            step: The step, counted from 1.
-            outcome: What became of it. One that a scaler has left out may show only in the next
-                backward, in which nothing can be measured: the next step makes up for it.
+            step: Number of the step, from 1.
+            outcome: Outcome of the step. A skip by a scaler may become known only in the next
+                backward, in which nothing can be measured: then the next step is measured instead.
 
         Returns:
-            The numbers; NaN where none were measured. Nothing is raised.
+            NaN if nothing was measured. Never raises.
         """
         self._due |= (step - 1) % self._asked.every == 0
         if self._stopped or not self._due or outcome == "skipped_scaler":
             return NOT_TAKEN
         self._due = False
-        # An optimizer that steps in hooks of the parameters is called by the autograd engine.
+        # An optimizer in parameter hooks steps inside the autograd engine.
         if inside_backward():
             self._stop(step, _IN_BACKWARD)
             return NOT_TAKEN
@@ -197,7 +198,7 @@ class CurvatureSampler:
         try:
             return self._measure(step)
         except NotFiniteError as error:
-            # The vectors of the search before may hold what overflowed.
+            # The vectors of the previous search may have overflowed: start over next time.
             self._last = None
             if not self._warned:
                 self._warned = True
@@ -221,29 +222,29 @@ class CurvatureSampler:
         return CurvatureSample(top.value, trace.value)
 
     def _start(self, like: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
-        """Returns where the last search ended, a little of all else mixed in, and its runner-up."""
+        """Returns the last eigenvector plus a little noise, and the runner-up of that search."""
         generator = torch.Generator().manual_seed(self._asked.seed + step)
         fresh = torch.randn(like.shape, generator=generator).to(like)
         last = self._last
-        # A model may have been moved, or thawed, since.
+        # The model may have been moved or unfrozen since then.
         if last is None or not _fits(last.vector, like):
             return fresh, None
         share = _MIXED_IN / float(torch.linalg.vector_norm(fresh))
         return last.vector.add(fresh, alpha=share), last.runner_up
 
     def _stop(self, step: int, why: str) -> None:
-        self._stopped, self._last = True, None  # two vectors of the size of the model
+        self._stopped, self._last = True, None  # frees two vectors of the size of the model
         warn_safely(_STOPPED.format(step=step, error=why))
 
 
 @contextmanager
 def _without_autocast() -> Iterator[None]:
-    """Leaves the autocast that the loop may be in; the loss can enter one of its own."""
+    """Disables autocast for the block, in case the loop uses it; the loss may enter its own."""
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     with ExitStack() as stack:
         for kind in kinds:
-            # Without the cache, which would keep the half-precision weights of this moment for
-            # the loop.
+            # Without the cache: it would keep half-precision copies of the current weights, and the
+            # loop would go on using them.
             stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
         yield
 

@@ -1,4 +1,4 @@
-"""The Hessian of a loss by the parameters of a model, while a training is left as it is."""
+"""The Hessian of a loss with respect to a model's parameters, without disturbing the training."""
 
 from __future__ import annotations
 
@@ -22,55 +22,55 @@ Loss: TypeAlias = Tensor | Callable[[], Tensor] | Callable[[Any], Tensor]
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 _NOT_A_LOSS = (
-    "curvature(loss=) was given {given}, and needs the loss or a way to compute it. Write "
+    "curvature(loss=) was given {given}, but needs the loss or a way to compute it. Write "
     "curvature(model, lambda: criterion(model(x), y)), or pass the tensor itself."
 )
 _NOT_SCALAR = (
-    "The loss has the shape {shape}, and a Hessian belongs to one number. Write loss.mean() or "
-    "loss.sum()."
+    "The loss has the shape {shape}, but a Hessian is defined for a single number. Write "
+    "loss.mean() or loss.sum()."
 )
 _NOT_FINITE = (
     "The loss is {loss}, so it has no Hessian. Find out what made it so first: gradwatch.watch "
     "names the first bad gradient."
 )
 _HAS_BACKWARD = (
-    "The function that computes the loss ran a backward itself, or set a .grad. Its gradients were "
-    "thrown away. Return the loss, and leave out loss.backward()."
+    "The function that computes the loss ran a backward itself, or set a .grad. These gradients "
+    "were discarded. Return the loss, and leave out loss.backward()."
 )
 _NO_GRAPH = (
-    "curvature cannot differentiate this loss: {reason} Its graph was freed by a backward(), most "
-    "likely. Write curvature(model, lambda: ...) so that the loss is computed afresh, call it "
+    "curvature cannot differentiate this loss: {reason} Most likely its graph was freed by a "
+    "backward(). Write curvature(model, lambda: ...) so that the loss is computed again, call it "
     "before loss.backward(), or write loss.backward(retain_graph=True)."
 )
 _ONCE_ONLY = (
     "curvature cannot differentiate this loss a second time: {reason} A fused kernel, a compiled "
-    "model or a custom autograd.Function on the way has no second derivative. Of a compiled model "
-    "call the original, as in curvature(model, lambda model: ...). For attention compute the loss "
-    "under torch.nn.attention.sdpa_kernel(SDPBackend.MATH), for an RNN on a GPU under "
-    "torch.backends.cudnn.flags(enabled=False) (curvature does both by itself where the loss is "
+    "model or a custom autograd.Function in it has no second derivative. For a compiled model call "
+    "the original, as in curvature(model, lambda model: ...). For attention compute the loss under "
+    "torch.nn.attention.sdpa_kernel(SDPBackend.MATH), for an RNN on a GPU under "
+    "torch.backends.cudnn.flags(enabled=False) (curvature does both by itself if the loss is "
     "given as a function that it calls); write a Function's backward in differentiable operations."
 )
 _TOO_COARSE = (
     "curvature was given {name} in {dtype}, whose rounding is larger than the differences that "
-    "curvature is about. Write copy.deepcopy(model).float() and a loss of that model."
+    "curvature measures. Write copy.deepcopy(model).float() and a loss of that model."
 )
 _SHARDED = (
-    "curvature was given {name} as a DTensor, of which this rank holds a part. Call it with an "
-    "unsharded model: load a full state dict into a plain copy."
+    "curvature was given {name} as a DTensor, of which this rank holds only a part. Call it with "
+    "an unsharded model: load a full state dict into a plain copy."
 )
 _NONE_TRAINABLE = (
     "curvature was given a model without floating parameters that require a gradient, so there is "
-    "nothing to differentiate by. Write parameter.requires_grad_(True) for those that count."
+    "nothing to differentiate by. Write parameter.requires_grad_(True) for those to include."
 )
 
 
 class HessianOfModel(NamedTuple):
-    """What the products of a Hessian come from.
+    """The Hessian of a loss, as a map from vectors to products.
 
     Attributes:
-        product: Maps a vector ``[n]`` to its product; holds the graph of the loss.
-        loss: The loss.
-        names: The parameters, in the order of their rows.
+        product: Maps a vector ``[n]`` to Hessian times vector; holds the graph of the loss.
+        loss: Value of the loss.
+        names: Names of the parameters, in the order of their rows.
     """
 
     product: HessianProduct
@@ -82,30 +82,30 @@ class HessianOfModel(NamedTuple):
 def hessian_of(
     model: nn.Module | Mapping[str, Tensor], loss: Loss, seed: int
 ) -> Iterator[HessianOfModel]:
-    """Computes a loss, and puts back what that changes when the block ends, errors included.
+    """Computes a loss, and restores what that changes when the block ends, also after an error.
 
-    That is ``.grad`` fields, buffers, the states of random numbers and whether gradients are
-    communicated; hooks that would see the gradients hang on no parameter in the block.
+    Restored are ``.grad`` fields, buffers, random states and the flags for gradient communication.
+    Tensor hooks of the parameters are removed for the duration of the block.
 
     Args:
         model: The module, or a mapping from names to leaf tensors.
-        loss: The loss, or how to compute it.
-        seed: Where the random numbers of the loss start.
+        loss: The loss, or a function that returns it.
+        seed: Seed of the random numbers that the loss draws.
 
     Raises:
-        TypeError: If parameters are in half precision or sharded, or the loss is none.
+        TypeError: If parameters are in half precision or sharded, or ``loss`` is not a loss.
         ValueError: If nothing is trainable, or the loss is not one finite number.
         RuntimeError: If the loss cannot be differentiated.
     """
     names, tensors = trainable(model)
-    # All of it lasts as long as the products: each of them is a backward, and calls hooks again.
+    # Keep all of it up for the whole block: each product is a backward and would call hooks again.
     with ExitStack() as stack:
         stack.enter_context(without_tensor_hooks(tensors))
         stack.enter_context(undisturbed_gradients(tensors))
         if isinstance(model, nn.Module):
             stack.enter_context(undisturbed_buffers(model))
         stack.enter_context(undisturbed_communication())
-        # inference_mode(False) does not turn gradients on again for a caller under no_grad.
+        # Both are needed: inference_mode(False) alone does not undo a caller's no_grad.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         with undisturbed_random(seed, tensors):
@@ -114,16 +114,16 @@ def hessian_of(
 
 
 def trainable(model: nn.Module | Mapping[str, Tensor]) -> tuple[list[str], list[Tensor]]:
-    """Returns names and tensors of the parameters that require a gradient.
+    """Returns the names and tensors of the parameters that require a gradient.
 
     Raises:
-        TypeError: If one is in half precision, or sharded.
-        ValueError: If there is none.
+        TypeError: If a parameter is in half precision, or sharded.
+        ValueError: If no parameter requires a gradient.
     """
     table = ParameterTable.of(model)
     pairs = [(n, t) for n, t in zip(table.names, table.tensors, strict=True) if t.requires_grad]
     for name, tensor in pairs:
-        if hasattr(tensor, "to_local"):  # a DTensor, without the import that not every build has
+        if hasattr(tensor, "to_local"):  # a DTensor; not every build of torch can import the class
             raise TypeError(_SHARDED.format(name=name))
         if tensor.dtype not in (torch.float32, torch.float64):
             raise TypeError(_TOO_COARSE.format(name=name, dtype=tensor.dtype))
@@ -133,18 +133,18 @@ def trainable(model: nn.Module | Mapping[str, Tensor]) -> tuple[list[str], list[
 
 
 def check_loss(loss: object) -> None:
-    """Raises a TypeError for what is neither a tensor nor a function of no argument or one."""
+    """Raises a TypeError unless ``loss`` is a tensor or a function of at most one argument."""
     if not isinstance(loss, Tensor) and not (callable(loss) and arguments(loss) in (0, 1)):
         raise TypeError(_NOT_A_LOSS.format(given=f"an object of type {type(loss).__name__}"))
 
 
 def evaluate_loss(model: nn.Module | Mapping[str, Tensor], loss: Loss) -> Tensor:
-    """Computes the loss, by operations that can be differentiated twice where there is a choice.
+    """Computes the loss, if possible with kernels that can be differentiated twice.
 
     Raises:
-        TypeError: If the function returns no tensor.
-        ValueError: If the loss is not one number.
-        NotFiniteError: If it is not finite.
+        TypeError: If the function does not return a tensor.
+        ValueError: If the loss is not a single number.
+        NotFiniteError: If the loss is not finite.
     """
     value = loss if isinstance(loss, Tensor) else _call(model, loss)
     if not isinstance(value, Tensor):
@@ -160,7 +160,7 @@ def evaluate_loss(model: nn.Module | Mapping[str, Tensor], loss: Loss) -> Tensor
 def _call(model: nn.Module | Mapping[str, Tensor], loss: Callable[..., Any]) -> Any:
     model = unwrapped(model)
     with ExitStack() as stack:
-        # The fused kernels of attention and of cuDNN's RNNs have a first derivative only.
+        # The fused kernels of attention and of cuDNN's RNNs have only a first derivative.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if isinstance(model, nn.Module) and any(isinstance(m, nn.RNNBase) for m in model.modules()):
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -168,16 +168,16 @@ def _call(model: nn.Module | Mapping[str, Tensor], loss: Callable[..., Any]) -> 
 
 
 def unwrapped(model: Any) -> Any:
-    """Returns the module inside of what reduces gradients, and of what torch.compile made of it."""
-    # In any order and more than once: a compiled DDP of a compiled module is a usual thing.
+    """Returns the module inside data-parallel wrappers and wrappers of torch.compile."""
+    # In any order and more than once: a compiled DDP of a compiled module is common.
     while isinstance(model, _WRAPPERS) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, _WRAPPERS) else model._orig_mod
     return model
 
 
 def arguments(function: Callable[..., Any]) -> int:
-    """Counts the arguments that must be given; modules that are losses take those of forward."""
-    # A module's own signature is (*args, **kwargs), which says nothing.
+    """Counts the required arguments of a function, or of ``forward`` if it is a module."""
+    # The signature of a module itself is (*args, **kwargs), which says nothing.
     call = function.forward if isinstance(function, nn.Module) else function
     try:
         parameters = inspect.signature(call).parameters.values()
@@ -192,13 +192,13 @@ def arguments(function: Callable[..., Any]) -> int:
 class HessianProduct:
     r"""The map :math:`v \mapsto Hv` for the Hessian :math:`H` of a loss.
 
-    :math:`Hv` is the gradient of :math:`g^\top v` for the gradient :math:`g`: exact, for the price
-    of about two backwards and without any entry of :math:`H`. ``torch.autograd.grad`` adds nothing
-    to a ``.grad``, and no hook that waits for one is called.
+    :math:`Hv` is the gradient of :math:`g^\top v` for the gradient :math:`g`. It is exact, costs
+    about two backward passes, and needs no entry of :math:`H`. ``torch.autograd.grad`` writes to no
+    ``.grad``, so hooks that run after the accumulation of a gradient are not called.
 
     Attributes:
-        like: Vector ``[n]`` of zeros: the length, dtype and device of what goes in and comes out.
-            Of several dtypes it is the widest.
+        like: Vector ``[n]`` of zeros with the length, dtype and device of all vectors and products.
+            If the parameters have several dtypes, it has the widest.
         used: For each parameter, whether the loss depends on it.
 
     References:
@@ -211,29 +211,29 @@ class HessianProduct:
     """
 
     def __init__(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
-        """Computes the gradient of a loss with one element, with a graph of its own.
+        """Computes the gradient of a loss with one element, with a graph to differentiate again.
 
         Raises:
-            RuntimeError: If the graph of the loss is gone, or ends where a second derivative is
-                refused.
+            RuntimeError: If the graph of the loss has been freed, or an operation in it has no
+                second derivative.
         """
         self._parameters = parameters
         gradients = self._differentiate(loss)
         self.used = tuple(gradient is not None for gradient in gradients)
-        # Where the loss is linear the gradient is constant, and has no graph.
+        # If the loss is linear in a parameter, the gradient is constant and has no graph.
         kept = [(i, g) for i, g in enumerate(gradients) if g is not None and g.requires_grad]
         _refuse_once_differentiable([gradient for _, gradient in kept])
         self._gradients = kept
-        # On one device, for a model may be spread over several; cat takes the widest dtype.
+        # A model may be spread over several devices: use one. cat() promotes to the widest dtype.
         device = parameters[0].device
         zeros = [torch.zeros_like(p.detach()).reshape(-1).to(device) for p in parameters]
         self.like = torch.cat(zeros)
 
     def __call__(self, vector: Tensor) -> Tensor:
-        """Computes the product with a vector ``[n]``; zeros where the loss does not depend on it.
+        """Computes the product with a vector ``[n]``; rows of unused parameters are zero.
 
         Raises:
-            RuntimeError: If an operation on the way cannot be differentiated twice.
+            RuntimeError: If an operation of the loss cannot be differentiated twice.
         """
         if not self._gradients:
             return torch.zeros_like(vector)
@@ -264,9 +264,9 @@ class HessianProduct:
 
 
 def _refuse_once_differentiable(gradients: Sequence[Tensor]) -> None:
-    """Raises a RuntimeError for a node of ``once_differentiable``."""
-    # It would not fail by itself: the node leads to no leaf, so autograd never runs it, and the
-    # part of the Hessian that goes through it would be silently zero.
+    """Raises a RuntimeError if a backward in the graph is marked ``@once_differentiable``."""
+    # It would not fail by itself: its node leads to no leaf, so autograd never runs it, and the
+    # part of the Hessian that depends on it would silently be zero.
     seen: set[Any] = {None}
     waiting: list[Any] = [gradient.grad_fn for gradient in gradients]
     while waiting:
@@ -275,7 +275,7 @@ def _refuse_once_differentiable(gradients: Sequence[Tensor]) -> None:
             continue
         seen.add(node)
         if node.name() == "torch::autograd::Error":
-            reason = "a backward on the way is marked @once_differentiable."
+            reason = "a backward in its graph is marked @once_differentiable."
             raise RuntimeError(_ONCE_ONLY.format(reason=reason))
         waiting.extend(following for following, _ in node.next_functions)
 
@@ -286,10 +286,10 @@ def _sentence(error: Exception) -> str:
 
 
 class RandomState:
-    """The state of every source of random numbers that a function may use, to start from again."""
+    """Saved states of all random number generators that a function may use."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        """Saves the states of torch, Python and NumPy; of devices those that ``tensors`` are on."""
+        """Saves the states of torch, Python and NumPy, and of the CUDA devices of ``tensors``."""
         self.devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
         self._cuda = [(device, torch.cuda.get_rng_state(device)) for device in self.devices]
         self._torch = torch.get_rng_state()
@@ -297,7 +297,7 @@ class RandomState:
         self._numpy = np.random.get_state()
 
     def put_back(self) -> None:
-        """Makes the next random numbers those that came after the state was saved."""
+        """Restores the saved states."""
         torch.set_rng_state(self._torch)
         for device, state in self._cuda:
             torch.cuda.set_rng_state(state, device)
@@ -307,10 +307,10 @@ class RandomState:
 
 @contextmanager
 def undisturbed_random(seed: int, tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Runs with torch's random numbers started at a seed, and puts back a :class:`RandomState`."""
+    """Seeds torch's generators for the block, and restores all random states afterwards."""
     state = RandomState(tensors)
     try:
-        # Not torch.manual_seed, which seeds every device and begins CUDA where nobody uses it.
+        # Not torch.manual_seed: it seeds every device, and would initialize CUDA needlessly.
         torch.default_generator.manual_seed(seed)
         for device in state.devices:
             torch.cuda.default_generators[device].manual_seed(seed)
@@ -321,7 +321,7 @@ def undisturbed_random(seed: int, tensors: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def undisturbed_buffers(model: nn.Module) -> Iterator[None]:
-    """Puts the buffers back as they were, running statistics say, where they have changed."""
+    """Restores buffers that changed in the block, such as running statistics."""
     saved = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
@@ -332,24 +332,25 @@ def undisturbed_buffers(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, name, buffer, values in saved:
-            # .data leaves the version counter as it is: a graph that saved the buffer has, once
-            # more, what it saved, and would refuse to run if the counter said otherwise.
+            # Write through .data, which leaves the version counter alone: a graph that saved the
+            # buffer gets its values back, but would refuse to run if the counter had changed.
             if not torch.equal(buffer, values):
                 buffer.data.copy_(values)
-            if module._buffers.get(name) is not buffer:  # replaced, as x = x + 1 does
+            if module._buffers.get(name) is not buffer:  # replaced, as by x = x + 1
                 module._buffers[name] = buffer
 
 
 @contextmanager
 def without_tensor_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Removes the hooks that see a gradient on its way, and hangs them back as they were.
+    """Removes the tensor hooks of the parameters for the block, and restores them afterwards.
 
-    ``torch.autograd.grad`` calls these, unlike those that wait for ``.grad``: a hook that scales a
-    gradient would scale the Hessian, one that keeps a norm would keep that of another backward.
+    ``torch.autograd.grad`` calls tensor hooks (unlike hooks that run after accumulation into
+    ``.grad``). A hook that scales a gradient would scale the Hessian, and one that records a norm
+    would record it for a backward that is not the training's.
     """
     hooked: list[tuple[Any, Any]] = [(t, t._backward_hooks) for t in tensors if t._backward_hooks]
     try:
-        # Not handle.remove(): the handles are the user's, and the order of the hooks counts.
+        # Not handle.remove(): the handles belong to the user, and the order of hooks matters.
         for tensor, _ in hooked:
             tensor._backward_hooks = None
         yield
@@ -360,12 +361,12 @@ def without_tensor_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def undisturbed_gradients(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Keeps the gradients out of reach, and puts the same ones back.
+    """Sets each ``.grad`` to None for the block, and restores the same tensors afterwards.
 
     Raises:
-        RuntimeError: If there are others at the end.
+        RuntimeError: If a ``.grad`` was set in the block.
     """
-    # The same tensors, for a data-parallel wrapper holds them as views of its buckets.
+    # Restore the same tensor objects: DDP holds them as views into its buckets.
     saved = [tensor.grad for tensor in tensors]
     for tensor in tensors:
         tensor.grad = None
@@ -380,15 +381,15 @@ def undisturbed_gradients(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def undisturbed_communication() -> Iterator[None]:
-    """Has no wrapper of the process talk to other ranks, nor expect a backward to follow.
+    """Turns off the communication of all data-parallel wrappers in this process for the block.
 
-    ``DistributedDataParallel`` waits for the backward of every forward that it means to reduce, and
-    ``torch.autograd.grad`` is none that it would notice: its next forward would refuse to run. A
-    loss may call others than that of the model, the critic of a generator say.
+    ``DistributedDataParallel`` expects a backward after every forward whose gradients it will
+    reduce, and does not notice ``torch.autograd.grad``: its next forward would refuse to run. All
+    wrappers, because a loss may call other models too, such as the critic of a generator.
     """
     flags = ("require_backward_grad_sync", "require_forward_param_sync")
     there = all_wrappers() if is_distributed() else []
-    # A wrapper whose constructor failed may be among them, without its flags.
+    # A wrapper whose constructor failed may lack the flags.
     saved = [
         (one, flag, getattr(one, flag)) for one in there for flag in flags if hasattr(one, flag)
     ]

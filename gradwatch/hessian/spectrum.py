@@ -1,4 +1,4 @@
-"""Eigenvalues and trace of a symmetric matrix that is only known by its products."""
+"""Eigenvalues and trace of a symmetric matrix, from matrix-vector products alone."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from gradwatch.pickles import stable_name
 
 _NOT_FINITE = (
     "The product of the Hessian with a vector holds NaN or Inf, so it has no eigenvalues. The loss "
-    "or its second derivative overflows, or is undefined there (a square root or a norm of zeros, "
-    "say). Look at the loss first; torch.autograd.set_detect_anomaly(True) names the operation."
+    "or its second derivative overflows, or is undefined there (for example a square root or norm "
+    "of zeros). Check the loss first; torch.autograd.set_detect_anomaly(True) names the operation."
 )
 _NOT_SYMMETRIC = (
-    "The products of the Hessian do not belong to a symmetric matrix: an entry is {one:.6g} from "
-    "one side and {other:.6g} from the other. A custom autograd.Function whose backward is not "
-    "made of differentiable operations (detach, .data, NumPy) is the usual cause. Write its "
-    "backward with operations on ctx.saved_tensors alone; torch.autograd.gradgradcheck tells."
+    "The products of the Hessian do not belong to a symmetric matrix: an entry is {one:.6g} on one "
+    "side of the diagonal and {other:.6g} on the other. The usual cause is a custom "
+    "autograd.Function whose backward is not made of differentiable operations (detach, .data, "
+    "NumPy). Write its backward with operations on ctx.saved_tensors alone, and check it with "
+    "torch.autograd.gradgradcheck."
 )
 
-_ROUNDING = 100  # units in the last place of 1; a vector that is shorter is nothing else
+_ROUNDING = 100  # in units of eps; a vector (of what had length 1) below this is only rounding
 
 _Mapped: TypeAlias = tuple[Tensor, Tensor]
 """A vector ``[n]`` and its product with the matrix."""
@@ -34,17 +35,17 @@ _Mapped: TypeAlias = tuple[Tensor, Tensor]
 
 @stable_name
 class NotFiniteError(ValueError):
-    """A loss or its Hessian is not finite at these weights; at others it may be."""
+    """A loss or its Hessian is not finite at the current weights; at others it may be."""
 
 
 @dataclass(frozen=True, slots=True)
 class TraceEstimate:
-    """A trace and how well it is known.
+    """An estimated trace.
 
     Attributes:
         value: The trace; NaN without products.
-        stderr: Its standard error; 0 where it is exact, NaN where one product says nothing of it.
-        probes: Products that were computed.
+        stderr: Standard error of the trace; 0 if it is exact, NaN for a single product.
+        probes: Number of products that were computed.
     """
 
     value: float
@@ -57,22 +58,23 @@ def estimate_trace(
 ) -> TraceEstimate:
     r"""Estimates a trace as the mean of :math:`z^\top A z` over vectors of random signs.
 
-    The expectation of each term is the trace, and of all independent distributions that of signs
-    has the least variance: :math:`2 \sum_{i \ne j} A_{ij}^2`, zero for a diagonal matrix. The
-    standard error comes from the spread of the terms. A matrix with no more columns than there
-    would be vectors is taken column by column: the trace is exact then.
+    The expectation of each term is the trace. Among vectors of independent entries, random signs
+    have the least variance: :math:`2 \sum_{i \ne j} A_{ij}^2`, zero for a diagonal matrix. The
+    standard error comes from the spread of the terms. If the matrix has no more columns than
+    ``probes``, its diagonal is computed column by column, and the trace is exact.
 
     Args:
-        product: Maps a vector ``[n]`` to the product of the matrix with it, ``[n]``.
-        like: A vector ``[n]`` with the dtype and on the device that ``product`` wants.
-        probes: How many vectors, 0 or more.
-        generator: Where the signs come from; on the CPU, so that devices agree.
+        product: Maps a vector ``[n]`` to matrix times vector, ``[n]``.
+        like: A vector ``[n]`` with the dtype and device that ``product`` takes.
+        probes: Number of random vectors, 0 or more.
+        generator: Draws the signs; on the CPU, so that all devices get the same.
 
     References:
         Hutchinson: A stochastic estimator of the trace of the influence matrix for Laplacian
         smoothing splines. Communications in Statistics 19(2), 1990.
         Meyer, Musco, Musco, Woodruff: Hutch++: Optimal Stochastic Trace Estimation. SOSA 2021,
-        arXiv 2010.09649: fewer products for steep spectra, for as many vectors in memory.
+        arXiv 2010.09649: needs fewer products if the spectrum is steep, but keeps as many vectors
+        in memory.
 
     Example:
         >>> matrix = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
@@ -88,7 +90,7 @@ def estimate_trace(
         signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
         vector = signs.to(like.device, like.dtype) * 2 - 1
         terms[index] = torch.dot(vector, product(vector))
-    # std() of one term is NaN by itself, but torch warns of it.
+    # std() of a single term would be NaN too, but with a warning of torch.
     stderr = math.nan if probes == 1 else float(terms.std()) / math.sqrt(probes)
     return TraceEstimate(float(terms.mean()), stderr, probes)
 
@@ -108,9 +110,9 @@ class Extremes:
 
     Attributes:
         smallest: The smallest eigenvalue, negative if the matrix is not positive semidefinite.
-        largest: The largest one.
-        iterations: Products that were computed.
-        converged: Whether both are known as well as was asked for.
+        largest: The largest eigenvalue.
+        iterations: Number of products that were computed.
+        converged: Whether both are within the tolerance.
     """
 
     smallest: float
@@ -124,21 +126,22 @@ def extreme_eigenvalues(
 ) -> Extremes:
     r"""Computes the smallest and the largest eigenvalue by Lanczos iteration.
 
-    After :math:`k` products the matrix is known in the space that they span, where it is
-    tridiagonal. The ends of its spectrum there approach those of the whole, both at once and
-    whatever their sign, after about the square root of the number of products that power iteration
-    takes, which finds the one of largest magnitude only and stalls where two are alike. For an
-    eigenvector :math:`s` of the small matrix the error is at most :math:`\beta_k |s_k|`.
+    After :math:`k` products the matrix is known on the subspace that they span, where it is
+    tridiagonal. The extreme eigenvalues of that small matrix approach those of the whole, both ends
+    at once and of either sign. That takes about the square root of the number of products that
+    power iteration needs, which also finds only the eigenvalue of largest magnitude and stalls if
+    two have about the same. For an eigenvector :math:`s` of the small matrix the error is at most
+    :math:`\beta_k |s_k|`.
 
-    Only three vectors are kept. Without the others rounding makes them lose their orthogonality,
-    but only once an eigenvalue has been found, and all it does is to find that one again.
+    Only three vectors are kept. Without the earlier ones, rounding destroys orthogonality, but only
+    after an eigenvalue has converged, and the only effect is that this eigenvalue is found again.
 
     Args:
-        product: Maps a vector ``[n]`` to the product of the matrix with it, ``[n]``.
-        start: Vector ``[n]`` to start from, not zero. Random ones have a part of every
+        product: Maps a vector ``[n]`` to matrix times vector, ``[n]``.
+        start: Vector ``[n]`` to start from, not zero. A random one has a component along every
             eigenvector.
-        iterations: The most products to compute, at least 1.
-        tolerance: Stop when both bounds are below this share of the largest magnitude.
+        iterations: Maximum number of products, at least 1.
+        tolerance: Stop when both error bounds are below this share of the largest magnitude.
 
     Raises:
         NotFiniteError: If a product is not finite.
@@ -159,14 +162,14 @@ def extreme_eigenvalues(
     if not start.numel():
         return Extremes(0.0, 0.0, 0, True)
     diagonal: list[float] = []
-    beside: list[float] = []  # the diagonal, in a symmetric matrix the same above and below
+    beside: list[float] = []  # the entries next to the diagonal, equal above and below
     before, vector = torch.zeros_like(start), start / torch.linalg.vector_norm(start)
     found = Extremes(math.nan, math.nan, 0, False)
     while len(diagonal) < iterations and not found.converged:
         image = product(vector)
         if beside:
-            # Lanczos takes this entry from symmetry. Computed, it costs a dot product and shows a
-            # matrix that has none, whose eigenvalues would look like any others.
+            # Lanczos gets this entry from symmetry. Computing it costs a dot product, and reveals a
+            # matrix that is not symmetric, whose eigenvalues would otherwise look plausible.
             across = _finite(torch.dot(before, image))
             seen = max(-found.smallest, found.largest)
             _check_symmetry(beside[-1], across, seen, start.dtype)
@@ -187,28 +190,28 @@ def _ends(
     values, vectors = np.linalg.eigh(matrix)
     scale = max(abs(values[0]), abs(values[-1]))
     error = beta * max(abs(vectors[-1, 0]), abs(vectors[-1, -1]))
-    # A remainder of rounding size: the products span all that the start had a part of.
+    # If only rounding remains, the products span all eigenvectors that the start contains.
     done = beta <= 4 * eps * scale or error <= tolerance * scale
     return Extremes(float(values[0]), float(values[-1]), len(diagonal), bool(done))
 
 
 def _check_symmetry(one: float, other: float, scale: float, dtype: torch.dtype) -> None:
-    """Refuses two entries across the diagonal that differ by more than rounding.
+    """Raises a RuntimeError if two mirrored entries differ by more than rounding.
 
     Args:
-        one: An entry.
-        other: The one across the diagonal.
-        scale: The largest magnitude of an eigenvalue that has been seen.
-        dtype: What the products were computed in.
+        one: An entry above the diagonal, not negative.
+        other: The same entry below the diagonal.
+        scale: The largest magnitude of an eigenvalue seen so far.
+        dtype: The dtype of the products.
     """
-    # Not eps itself: the dot products are as long as the model, and their terms cancel.
+    # Far more than eps: the dot products are as long as the model, and their terms cancel.
     allowed = 30 * math.sqrt(torch.finfo(dtype).eps) * max(scale, one)
     if abs(one - other) > allowed and one > allowed:
         raise RuntimeError(_NOT_SYMMETRIC.format(one=one, other=other))
 
 
 def _finite(number: Tensor) -> float:
-    """Returns the number of a tensor ``[]``; raises a NotFiniteError if it is NaN or Inf."""
+    """Returns a 0-dimensional tensor as a float; raises a NotFiniteError for NaN and Inf."""
     value = float(number)
     if not math.isfinite(value):
         raise NotFiniteError(_NOT_FINITE)
@@ -217,15 +220,15 @@ def _finite(number: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Eigenpair:
-    """The largest eigenvalue.
+    """The largest eigenvalue with its eigenvector.
 
     Attributes:
-        value: The eigenvalue; short of its true value by no more than is said of ``tolerance``.
-        vector: Its vector ``[n]``, of length 1.
-        runner_up: What comes next to it in all that was looked at, of length 1; None where nothing
-            else was.
-        iterations: Products that were computed.
-        converged: Whether it is known as well as was asked for.
+        value: The eigenvalue; when converged, too small by at most the ``tolerance`` asked for.
+        vector: Its eigenvector ``[n]``, of length 1.
+        runner_up: The next best vector ``[n]`` in the searched space, of length 1; None if the
+            space has only one dimension.
+        iterations: Number of products that were computed.
+        converged: Whether the residual is within the tolerance.
     """
 
     value: float
@@ -244,22 +247,22 @@ def largest_eigenpair(
 ) -> Eigenpair:
     r"""Computes the largest eigenvalue, and the vectors that the next search can start from.
 
-    Power iteration that looks around: from the vector :math:`x`, the residual
-    :math:`r = Hx - \theta x`, the direction of the step before and a runner-up, it takes the
-    combination whose quotient :math:`x^\top H x` is largest. Each of these steps costs one product,
-    as in power iteration, and gains about what one of Lanczos does; it ends at the largest
-    eigenvalue rather than at that of largest magnitude, keeps eight vectors, and starts from
-    anywhere. Within :math:`|r|` of :math:`\theta` there is an eigenvalue.
+    An improved power iteration. In each step it takes the best combination of four vectors: the
+    current vector :math:`x`, the residual :math:`r = Hx - \theta x`, the direction of the previous
+    step and a runner-up. Best means that the quotient :math:`x^\top H x` is largest. A step costs
+    one product, as in power iteration, and gains about as much as a step of Lanczos. The iteration
+    ends at the largest eigenvalue instead of the one of largest magnitude, keeps eight vectors, and
+    can start from any vector. There is an eigenvalue within :math:`|r|` of :math:`\theta`.
 
-    A search that starts at an eigenvector would stay there, though another may have become the
-    largest. It is the runner-up that notices, being the next best of each search.
+    A search that starts at an eigenvector would stay there, although another eigenvalue may have
+    become the largest. The runner-up, the next best vector of the previous search, reveals that.
 
     Args:
-        product: Maps a vector ``[n]`` to the product of the matrix with it, ``[n]``.
+        product: Maps a vector ``[n]`` to matrix times vector, ``[n]``.
         start: Vector ``[n]``, not zero: a random one, or one that is close already.
-        iterations: The most products to compute, at least 1.
+        iterations: Maximum number of products, at least 1.
         tolerance: Stop when the residual is below this share of the largest magnitude seen.
-        runner_up: That of a search before; costs one product.
+        runner_up: The one of a previous search; costs one product.
 
     Raises:
         NotFiniteError: If a product is not finite.
@@ -267,8 +270,8 @@ def largest_eigenpair(
 
     References:
         Knyazev: Toward the Optimal Preconditioned Eigensolver: Locally Optimal Block Preconditioned
-        Conjugate Gradient Method. SIAM Journal on Scientific Computing 23(2), 2001; here with one
-        vector that is improved and no preconditioner.
+        Conjugate Gradient Method. SIAM Journal on Scientific Computing 23(2), 2001; here for a
+        single vector and without a preconditioner.
 
     Example:
         >>> matrix = torch.diag(torch.tensor([-9.0, 2.0, 5.0]))
@@ -278,7 +281,7 @@ def largest_eigenpair(
     """
     eps = torch.finfo(start.dtype).eps
     vector = start / torch.linalg.vector_norm(start)
-    # Products are linear: those of combinations come from those of their parts, at no cost.
+    # Keep each vector with its product: products of combinations follow by linearity, for free.
     known = [(vector, product(vector))]
     value = _finite(torch.dot(*known[0]))
     scale, done = abs(value), 1
@@ -290,7 +293,7 @@ def largest_eigenpair(
             error = _finite(torch.linalg.vector_norm(residual))
             close = error <= max(tolerance, 4 * eps) * scale
             fresh = None if close else _orthonormal(residual / error, [v for v, _ in known])
-            if fresh is None:  # close, or the vectors span all that the start had a part of
+            if fresh is None:  # close, or the vectors span all eigenvectors that the start contains
                 return _eigenpair(value, known, done, True)
         if done >= iterations:
             return _eigenpair(value, known, done, False)
@@ -305,17 +308,18 @@ def _eigenpair(value: float, known: Sequence[_Mapped], done: int, converged: boo
 
 
 def _best(basis: Sequence[_Mapped], scale: float) -> tuple[list[_Mapped], float, float]:
-    """Returns the best two combinations and the direction that led to the best, and more.
+    """Finds the best combinations of a basis.
 
     Args:
-        basis: Two to four orthonormal vectors: that to improve, the runner-up, the direction of the
-            step before, and a fresh one, which is last.
-        scale: The largest magnitude seen.
+        basis: Two to four orthonormal vectors: the one to improve, the runner-up, the direction of
+            the previous step, and last a fresh one.
+        scale: The largest magnitude seen so far.
 
     Returns:
-        The vectors, the quotient of the first, and the new scale.
+        The best vector, the runner-up and the direction of this step (if there is one), the
+        quotient of the best vector, and the new scale.
     """
-    # One stack for up to 16 numbers, so that a device is waited for once.
+    # Stack up to 16 numbers, so that there is only one wait for the device.
     dots = torch.stack([torch.dot(v, image) for v, _ in basis for _, image in basis])
     small = np.array([_finite(dot) for dot in dots.double().cpu()])
     small = small.reshape(len(basis), len(basis))
@@ -323,7 +327,7 @@ def _best(basis: Sequence[_Mapped], scale: float) -> tuple[list[_Mapped], float,
     _check_symmetry(abs(small[-1, 0]), small[0, -1] * np.sign(small[-1, 0]), scale, dots.dtype)
     values, vectors = np.linalg.eigh((small + small.T) / 2)
     known = [_combined(vectors[:, -1], basis), _combined(vectors[:, -2], basis)]
-    # Two vectors have no more than two combinations: no direction is left over.
+    # With two vectors, the best two combinations use up the space: no direction is left.
     if len(basis) > 2:
         step, image = _combined(vectors[2:, -1], basis[2:])
         for other, moved in known:
@@ -348,8 +352,8 @@ def _sum(weights: NDArray[np.float64], vectors: Sequence[Tensor]) -> Tensor:
 
 
 def _orthonormal(vector: Tensor, others: Sequence[Tensor]) -> Tensor | None:
-    """Returns a vector of length 1 without its parts along others; None where nothing is left."""
-    for _ in range(2):  # once leaves rounding of the size of what was taken out
+    """Removes the components along others and normalizes; None if only rounding is left."""
+    for _ in range(2):  # a single pass leaves rounding errors of the size of what was removed
         for other in others:
             vector = vector - torch.dot(other, vector) * other
     length = float(torch.linalg.vector_norm(vector))

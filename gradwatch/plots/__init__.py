@@ -1,4 +1,4 @@
-"""Plots of a run with matplotlib, which the first of them loads: this module itself does not."""
+"""Plots of a run with matplotlib. Importing this module does not import matplotlib."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ MISSING = "{what} needs matplotlib, which is not installed. Run: pip install 'gr
 
 
 def need_matplotlib(what: str) -> None:
-    """Refuses a plot where matplotlib is missing.
+    """Checks that matplotlib is installed.
 
     Args:
-        what: What the user called, ``"plot_norms()"``.
+        what: The call that needs it, for the message: ``"plot_norms()"``.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    # Looked for, not imported: a failure inside of matplotlib keeps its own message.
+    # Looked for, not imported: an error inside matplotlib must keep its own message.
     if find_spec("matplotlib") is None:
         raise ModuleNotFoundError(MISSING.format(what=what), name="matplotlib")

@@ -1,4 +1,4 @@
-"""The axes of a plot: colours, scales, legends and the names of rows."""
+"""The axes of a plot: colors, scales, legends and the names of rows."""
 
 from __future__ import annotations
 
@@ -14,37 +14,38 @@ from matplotlib.transforms import ScaledTranslation
 
 from gradwatch.record.records import EVENT_KINDS
 
-# Okabe and Ito 2008: told apart with every kind of sight.
+# Okabe and Ito 2008: distinguishable with every kind of color vision.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 SKY, PURPLE, GREY = "#56B4E9", "#CC79A7", "#8a94a3"
 
 NORM_MAP = "viridis"
-"""Colours of norms, dark to bright."""
+"""Color map of norms, dark to bright."""
 
 RELATIVE_MAP = "BrBG_r"
-"""Colours of norms over the typical one: green below it, brown above."""
+"""Color map of norms relative to the typical one: green below it, brown above it."""
 
-# The pink that is furthest from both maps, black and white for all four kinds of sight; the usual
-# magenta #ff00aa cannot be told from the middle of viridis by those who do not see green.
+# The pink furthest from both maps, black and white, for normal sight and the three kinds of color
+# blindness. The usual magenta #ff00aa looks like the middle of viridis to people who do not see
+# green.
 NONFINITE = "#FF33FF"
 ZERO = "#000000"
 NO_GRADIENT_GREY = "#c3cad4"
 
 OPTIMIZERS = (BLUE, GREEN, PURPLE, SKY)
-"""By optimizer the colour of its norm before the clip."""
+"""Color of the norm before the clip, by optimizer."""
 
 BEFORE, AFTER, THRESHOLD = BLUE, ORANGE, VERMILLION
 
 LANES = {
-    # The steps themselves say that they were not applied, those that a scaler left out as well.
+    # Skipped steps are taken from the steps, which include those that a scaler skipped.
     "not applied" if kind == "skipped" else kind: one.color
     for kind, one in EVENT_KINDS.items()
 }
-"""By kind of event, and for steps that were not applied, the colour of its lane."""
+"""Color of the lane, by kind of event, and for steps that were not applied."""
 
 
 PLAIN: dict[str, Any] = {"parse_math": False, "usetex": False}
-"""How names are written: a parameter's name is never mathematics."""
+"""Text options for names: a ``$`` or ``_`` in a parameter's name is not mathematics."""
 
 SMALL = 8.0
 EMPTY = "no steps yet"
@@ -54,7 +55,7 @@ DARK = 1.5
 """Sum of red, green and blue below which a background is dark."""
 
 FEW_DECADES = (1.6, 0.4)
-"""Decades on an axis up to which some, and all, numbers between two powers of ten are labelled."""
+"""Up to this many decades on an axis, some (or all) numbers between powers of ten are labeled."""
 
 PADDING_INCHES = 0.1
 
@@ -63,24 +64,24 @@ LARGEST_POINTS, SMALLEST_POINTS = 8.0, 5.5
 POINTS_PER_INCH = 72
 
 NO_AXES = (
-    "ax must be a matplotlib Axes, got {kind}. Of a figure take figure.add_subplot(), of an array "
-    "of axes one of them."
+    "ax must be a matplotlib Axes, got {kind}. For a figure pass figure.add_subplot(), for an "
+    "array of axes one of them."
 )
 
 
 def canvas(ax: Axes | None, width: float, height: float) -> Axes:
-    """Returns the axes of the user, or those of a new figure.
+    """Returns the user's axes, or the axes of a new figure.
 
     Args:
-        ax: The axes of the user.
-        width: Of a new figure, in inches.
-        height: Of a new figure, in inches.
+        ax: What the user passed; None for a new figure.
+        width: Width of a new figure, in inches.
+        height: Height of a new figure, in inches.
 
     Raises:
-        TypeError: If ``ax`` is something else.
+        TypeError: If ``ax`` is not an Axes.
     """
     if ax is None:
-        # Names of parameters are long: only this layout asks the labels how much room they need.
+        # Only the constrained layout measures the labels, and names of parameters are long.
         layout = ConstrainedLayoutEngine(w_pad=PADDING_INCHES, h_pad=PADDING_INCHES)
         return plt.figure(figsize=(width, height), layout=layout).add_subplot()
     if not isinstance(ax, Axes):
@@ -89,7 +90,7 @@ def canvas(ax: Axes | None, width: float, height: float) -> Axes:
 
 
 def dress(ax: Axes, title: str = "", *, grid: bool = True) -> None:
-    """Removes lines that say nothing, and adds a title and a faint grid."""
+    """Removes the top and right lines, and adds a title and a faint grid."""
     ax.spines[["top", "right"]].set_visible(False)
     if title:
         ax.set_title(title, loc="left", fontsize="medium", fontweight="bold", **PLAIN)
@@ -99,16 +100,16 @@ def dress(ax: Axes, title: str = "", *, grid: bool = True) -> None:
 
 
 def inset(ax: Axes, bounds: tuple[float, float, float, float], **more: Any) -> Axes:
-    """Makes axes beside or in others, with the same colours.
+    """Makes axes inside or beside other axes, with the same colors.
 
     Args:
-        ax: The others.
-        bounds: Left, lower, width and height in shares of the others' own.
-        more: For ``Axes.inset_axes``.
+        ax: The parent axes.
+        bounds: Left, bottom, width and height, as shares of the parent's size.
+        more: Passed to ``Axes.inset_axes``.
     """
     child = ax.inset_axes(bounds, **more)
-    # inset_axes() goes by the settings of this moment, the others by those of their making: a
-    # figure that was made in a dark style stays dark.
+    # inset_axes() uses the current style; copy the colors from the parent, so that a figure made
+    # in a dark style stays dark.
     child.set_facecolor(ax.get_facecolor())
     ink = ink_of(ax)
     child.tick_params(which="both", color=ink, labelcolor=ink, labelsize=SMALL)
@@ -120,39 +121,39 @@ def inset(ax: Axes, bounds: tuple[float, float, float, float], **more: Any) -> A
 
 
 def ink_of(ax: Axes) -> Any:
-    """Returns the colour in which the axes are labelled."""
+    """Returns the color of the axis labels."""
     return ax.xaxis.label.get_color()
 
 
 def width_inches(ax: Axes) -> float:
-    """Returns how wide the axes are."""
+    """Returns the width of the axes in inches."""
     return float(ax.get_window_extent().width) / ax.figure.dpi
 
 
 def height_inches(ax: Axes) -> float:
-    """Returns how high the axes are."""
+    """Returns the height of the axes in inches."""
     return float(ax.get_window_extent().height) / ax.figure.dpi
 
 
 def tint(ax: Axes, share: float) -> float:
-    """Chooses how opaque an area is that has this opacity on white: black needs more."""
+    """Returns the opacity that on this background looks like ``share`` does on white."""
     return share if sum(to_rgb(ax.get_facecolor())) > DARK else min(1.0, 1.6 * share)
 
 
 class _Between(LogFormatter):
-    """Labels 2, 3 and 6 between two powers of ten, on an axis that shows hardly two of them."""
+    """Labels numbers between powers of ten, on an axis that shows hardly two powers."""
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        """Writes 0.2, where LogFormatter writes 2e-1."""
+        """Formats 0.2 as "0.2"; LogFormatter would give "2e-1"."""
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def log_norms(axis: Any, labels: int = 8, *, between: bool = True) -> None:
-    """Labels the powers of ten, as many as there is room for, and numbers between where few are.
+    """Labels powers of ten, and numbers between them if there are few.
 
     Args:
         axis: An axis with a logarithmic scale.
-        labels: How many powers of ten there may be.
+        labels: Maximum number of labeled powers of ten.
         between: Whether there is room for numbers between them.
     """
     axis.set_major_locator(LogLocator(numticks=labels))
@@ -161,8 +162,8 @@ def log_norms(axis: Any, labels: int = 8, *, between: bool = True) -> None:
 
 
 def step_axis(ax: Axes, first: int, last: int) -> None:
-    """Sets up the axis of the steps from the first to the last."""
-    # Half a step on both sides, as the picture of a heatmap has: a run of one step has a width.
+    """Sets up the x axis for the steps from the first to the last."""
+    # Half a step on both sides, as in the heatmap: even a run of one step has a width.
     ax.set_xlim(first - 0.5, last + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
     ax.xaxis.set_major_formatter(EngFormatter(sep="") if last >= 100_000 else "{x:,.0f}")
@@ -170,16 +171,17 @@ def step_axis(ax: Axes, first: int, last: int) -> None:
 
 
 def legend_below(ax: Axes, handles: Sequence[Any] | None = None, columns: int = 5) -> None:
-    """Puts the legend where no data are.
+    """Puts the legend below the axes, where no data are.
 
     Args:
-        ax: The axes.
-        handles: What it lists; all that has a label if left out.
-        columns: How many stand side by side at most.
+        ax: Axes with an x label.
+        handles: The legend entries; None for everything that has a label.
+        columns: Maximum number of entries side by side.
     """
     handles = ax.get_legend_handles_labels()[0] if handles is None else handles
     if handles:
-        # In inches below the axes: in shares of a low plot it would lie on the labels of the axis.
+        # An offset in inches: as a share of the height, in a low plot the legend would cover the
+        # axis labels.
         below = ScaledTranslation(0.0, -LEGEND_INCHES, ax.figure.dpi_scale_trans)
         ax.legend(
             handles=handles,
@@ -197,21 +199,21 @@ def legend_below(ax: Axes, handles: Sequence[Any] | None = None, columns: int = 
 
 
 def say(ax: Axes, text: str) -> Axes:
-    """Writes into axes why they have nothing to show."""
-    centre: dict[str, Any] = {"ha": "center", "va": "center", "transform": ax.transAxes}
-    ax.text(0.5, 0.5, text, color=GREY, fontsize="large", **centre)
+    """Writes a text into empty axes: why there is nothing to show."""
+    center: dict[str, Any] = {"ha": "center", "va": "center", "transform": ax.transAxes}
+    ax.text(0.5, 0.5, text, color=GREY, fontsize="large", **center)
     return ax
 
 
 def pixel_columns(ax: Axes) -> int:
-    """Returns how many columns of pixels the axes have, about."""
+    """Returns about how many pixels wide the axes are."""
     return max(LEAST_COLUMNS, int(ax.get_window_extent().width))
 
 
 def name_rows(ax: Axes, labels: Sequence[str]) -> None:
-    """Labels the rows, the first one above; where they are too thin every second one, and so on."""
+    """Labels the rows from top to bottom; if they are thin, only every second one, and so on."""
     points = POINTS_PER_INCH * height_inches(ax) / max(1, len(labels))
-    # Rounded up: 1.15 is the height of a line of text over its size.
+    # Rounded up. A line of text is 1.15 times as high as its font size.
     each = max(1, -int(-SMALLEST_POINTS * 1.15 // points))
     size = min(LARGEST_POINTS, max(SMALLEST_POINTS, points * each / 1.2))
     rows = range(0, len(labels), each)
@@ -221,8 +223,8 @@ def name_rows(ax: Axes, labels: Sequence[str]) -> None:
 
 
 def short(name: str) -> str:
-    r"""Shortens a name in its middle; letters that a font may lack are written as ``\xe9``."""
-    # matplotlib warns of each letter that its font lacks, and draws a box.
+    r"""Shortens a name in its middle; characters outside ASCII are written as ``\xe9``."""
+    # matplotlib warns about each character that its font lacks, and draws a box.
     text = name.replace("\N{HORIZONTAL ELLIPSIS}", "...")
     text = text.encode("ascii", "backslashreplace").decode()
     text = "".join(letter if letter.isprintable() else "?" for letter in text)

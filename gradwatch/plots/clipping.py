@@ -1,4 +1,4 @@
-"""How often and how hard the clip acts."""
+"""Plot of how often and how hard the clip acts."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ COLUMNS = ("grad_norm", "clip_coef", "clip_threshold", "clipped")
 WINDOWS, FEWEST_IN_WINDOW = 60, 10
 BINS = 60
 WIDE_STEPS, WIDE_SPREAD = 4.5, 2.0
-"""Inches from which on there is room for two columns of legend, and for numbers between powers."""
+"""Panel widths in inches with room for two legend columns, and for labels between powers of ten."""
 
 QUANTILES = (1.0, 50.0, 99.0)
 MEDIAN = 50.0
 ROOM = 0.14
-"""Share of the width that the name of a quantile takes."""
+"""Share of the width that the label of a quantile takes."""
 
 
 def draw_clipping(source: Source, ax: Axes | None, span: Span) -> Axes:
@@ -53,7 +53,7 @@ def draw_clipping(source: Source, ax: Axes | None, span: Span) -> Axes:
     gap = 0.75 / width_inches(ax)
     by_step = inset(ax, (0.0, 0.0, 0.62 - gap / 2, 1.0))
     spread = inset(ax, (0.62 + gap / 2, 0.0, 0.38 - gap / 2, 1.0))
-    # The panels are children of the user's axes, so that these stay one axes of a larger figure.
+    # Both panels are insets of the user's axes, which may be one of several in a figure.
     ax.set_axis_off()
     step_axis(by_step, *first_and_last(optimizers))
     colors = colors_of(optimizers)
@@ -63,7 +63,7 @@ def draw_clipping(source: Source, ax: Axes | None, span: Span) -> Axes:
         _draw_spread(spread, steps, name, color)
     for steps, color, label in thresholds(optimizers, colors):
         _draw_threshold(spread, positive(steps["clip_threshold"]), color, label)
-    if len(optimizers) == 1:  # of several the marks would lie on each other
+    if len(optimizers) == 1:  # the marks of several would overlap
         _mark_quantiles(spread, optimizers[0])
     _finish_steps(by_step)
     _finish_spread(spread)
@@ -86,18 +86,18 @@ def _draw_steps(ax: Axes, steps: OptimizerArrays, name: str, color: str) -> None
 
 
 def _clipped_shares(steps: OptimizerArrays) -> tuple[Array, Array]:
-    """Returns the share of applied steps that were clipped, window by window.
+    """Returns the share of applied steps that were clipped, per window of steps.
 
     Returns:
         The edges of the windows, int64 ``[windows + 1]``, and the shares, float64 ``[windows]``;
-        NaN where no step was applied.
+        NaN if no step of the window was applied.
     """
     step = steps.step
     windows = int(np.clip(len(step) // FEWEST_IN_WINDOW, 1, WINDOWS))
     window = column_of(step, windows)
     applied = np.bincount(window, steps.applied, windows)
     clipped = np.bincount(window, steps["clipped"] & steps.applied, windows)
-    # In integers, as column_of() counts: an edge in between would lie within a step.
+    # Integer arithmetic, as in column_of(): otherwise an edge could lie within a step.
     edges = step[0] + np.arange(windows + 1) * (step[-1] + 1 - step[0]) // windows
     shares = np.full(windows, np.nan)
     return edges, np.divide(clipped, applied, where=applied > 0, out=shares)
@@ -105,7 +105,7 @@ def _clipped_shares(steps: OptimizerArrays) -> tuple[Array, Array]:
 
 def _finish_steps(ax: Axes) -> None:
     dress(ax)
-    # From 0 to 1 always, so that pictures compare; what lies beyond is not cut off.
+    # Always show 0 to 1, so that plots can be compared, and more if the data go beyond.
     low, high = ax.get_ylim()
     ax.set_ylim(min(0.0, low), max(1.04, high))
     ax.set_ylabel("factor, share")
@@ -123,7 +123,7 @@ def _draw_spread(ax: Axes, steps: OptimizerArrays, name: str, color: str) -> Non
 def _norms_and_edges(steps: OptimizerArrays) -> tuple[Array, Array]:
     """Returns the positive norms, and bins of equal width on the logarithmic axis.
 
-    The bins reach from the least number to the largest, the threshold among them.
+    The bins cover all norms and thresholds.
     """
     norms, threshold = positive(steps["grad_norm"]), positive(steps["clip_threshold"])
     norms = norms[np.isfinite(norms)]
@@ -131,13 +131,13 @@ def _norms_and_edges(steps: OptimizerArrays) -> tuple[Array, Array]:
         return norms, norms
     ends = np.log10(np.concatenate([norms, threshold[np.isfinite(threshold)]]))
     low, high = float(ends.min()), float(ends.max())
-    # At least half a decade: a steady norm is a peak then, not a block as wide as the panel.
+    # At least half a decade, so that a steady norm is a peak, not a block as wide as the panel.
     missing = max(0.02, (0.5 - (high - low)) / 2)
     return norms, np.logspace(low - missing, high + missing, BINS + 1)
 
 
 def _mark_quantiles(ax: Axes, steps: OptimizerArrays) -> None:
-    """Marks the median, and the others where there is room beside it."""
+    """Marks the median, and the other quantiles if there is room beside it."""
     norms, edges = _norms_and_edges(steps)
     if not len(norms):
         return
@@ -162,7 +162,7 @@ def _draw_threshold(ax: Axes, threshold: Array, color: str, label: str) -> None:
     threshold = threshold[np.isfinite(threshold)]
     if not len(threshold):
         return
-    # The threshold of an adaptive policy moves: a band says over which norms.
+    # The threshold of an adaptive policy moves: a band shows its range.
     low, middle, high = np.percentile(threshold, [5, 50, 95])
     if high > low:
         ax.axvspan(low, high, color=color, alpha=tint(ax, 0.15), linewidth=0)
@@ -172,7 +172,7 @@ def _draw_threshold(ax: Axes, threshold: Array, color: str, label: str) -> None:
 
 def _finish_spread(ax: Axes) -> None:
     dress(ax)
-    # Only now: a logarithmic axis without a positive number warns.
+    # Not earlier: matplotlib warns about a logarithmic axis without a positive number.
     if ax.get_legend_handles_labels()[0]:
         ax.set_xscale("log")
         log_norms(ax.xaxis, 5, between=width_inches(ax) >= WIDE_SPREAD)

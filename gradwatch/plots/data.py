@@ -1,4 +1,4 @@
-"""What a picture has room for: points by column of pixels, and parameters gathered into rows."""
+"""Fits data to a picture: points by pixel column, and parameters grouped into rows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gradwatch.record.records import Layout
 
 
 def column_of(x: Array, columns: int) -> Array:
-    """Finds the column of pixels of each point.
+    """Returns the pixel column of each point.
 
     Args:
-        x: int array ``[points]``, rising.
-        columns: How many there are over the whole width.
+        x: int array ``[points]``, ascending.
+        columns: Number of pixel columns over the whole width.
 
     Returns:
-        int64 ``[points]``, rising.
+        int64 ``[points]``, ascending.
     """
     span = int(x[-1]) - int(x[0]) + 1
     columns_of: Array = (x - x[0]) * columns // span
@@ -28,7 +28,7 @@ def column_of(x: Array, columns: int) -> Array:
 
 
 def starts_of(columns: Array) -> Array:
-    """Finds where runs of equal numbers begin.
+    """Returns the indices at which runs of equal numbers begin.
 
     Args:
         columns: int array ``[points]``, not empty.
@@ -37,39 +37,39 @@ def starts_of(columns: Array) -> Array:
 
 
 def extremes(x: Array, y: Array, columns: int) -> Array:
-    """Chooses the lowest and the highest point of each column of pixels.
+    """Chooses the lowest and the highest point of each pixel column.
 
     Args:
-        x: int array ``[points]``, rising.
+        x: int array ``[points]``, ascending.
         y: float array ``[points]``; NaN where nothing is drawn.
-        columns: How many there are over the whole width.
+        columns: Number of pixel columns over the whole width.
 
     Returns:
-        int64: the points to draw, rising; all of a short curve, at most two per column of a long
-        one. A column of NaN keeps one of them, so that a gap stays a gap.
+        int64, ascending: the indices of the points to draw. All points of a short curve; at most
+        two per column of a long one. A column of NaN keeps one point, so that a gap stays a gap.
     """
-    # A line of many points per pixel takes seconds to draw, and shows only its extremes anyway.
+    # A line with many points per pixel takes seconds to draw, and shows only its extremes anyway.
     if len(x) <= 2 * columns:
         return np.arange(len(x))
     starts = starts_of(column_of(x, columns))
     sizes = np.diff(np.append(starts, len(x)))
     chosen = [
         _first(y == np.repeat(bound.reduceat(y, starts), sizes), starts, sizes)
-        # Not np.minimum, for which one NaN would hide the extremes of its whole column.
+        # Not np.minimum: a single NaN would hide the extremes of its whole column.
         for bound in (np.fmin, np.fmax)
     ]
     return np.unique(np.concatenate(chosen))
 
 
 def first_per_column(x: Array, columns: int) -> Array:
-    """Chooses one mark for each column of pixels that has any.
+    """Chooses one mark for each pixel column that has any.
 
     Args:
-        x: int array ``[marks]``, rising.
-        columns: How many there are over the whole width.
+        x: int array ``[marks]``, ascending.
+        columns: Number of pixel columns over the whole width.
 
     Returns:
-        Part of ``x``.
+        The chosen elements of ``x``.
     """
     if len(x) <= columns:
         return x
@@ -77,21 +77,21 @@ def first_per_column(x: Array, columns: int) -> Array:
 
 
 def _first(wanted: Array, starts: Array, sizes: Array) -> Array:
-    """Finds the first wanted point from each start on, or the start where there is none."""
+    """Returns the first wanted point of each run, or the start of the run if there is none."""
     points = np.flatnonzero(wanted)
     groups = np.repeat(np.arange(len(starts)), sizes)[points]
     first: Array = starts.copy()
-    # Written from the last to the first, so that the first one stays.
+    # Assign in reverse order: the first point of each group is written last, and stays.
     first[groups[::-1]] = points[::-1]
     return first
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """How parameters are gathered into rows.
+    """How parameters are grouped into rows.
 
     Attributes:
-        labels: Name of each row, from above to below.
+        labels: Name of each row, from top to bottom.
         row_of: int64 ``[parameters]``: the row of each parameter.
     """
 
@@ -107,36 +107,36 @@ class Rows:
         return len(self) < len(self.row_of)
 
     def norms(self, norms: Array, present: Array) -> Array:
-        """Returns the norm of all gradients of each row.
+        """Returns the norm of all gradients in each row.
 
         Args:
             norms: float64 ``[steps, parameters]``.
-            present: bool like it: whether there was a gradient.
+            present: bool ``[steps, parameters]``: whether there was a gradient.
 
         Returns:
-            float64 ``[steps, rows]``; NaN where there was no gradient, and not finite where one of
-            them was not.
+            float64 ``[steps, rows]``; NaN if there was no gradient, and not finite if one of the
+            gradients was not.
         """
         there = self.present(present)
-        # As it is where it can be: the root of a square loses the smallest norms to underflow.
+        # One parameter per row: copy, because squaring would underflow for the smallest norms.
         if not self.rolled_up:
             order = np.argsort(self.row_of)
             return np.where(there, norms[:, order], np.nan)
-        # 0 for an absent gradient, whose NaN would make NaN of its module.
+        # An absent gradient counts as 0: its NaN would turn the whole module into NaN.
         squares = np.square(norms, where=present, out=np.zeros_like(norms))
         with np.errstate(invalid="ignore", over="ignore"):
             total = np.sqrt(self._gathered(np.add, squares))
         return np.where(there, total, np.nan)
 
     def present(self, present: Array) -> Array:
-        """Tells in which rows there was a gradient: bool ``[steps, parameters]`` to rows."""
-        # Nearly always, and far faster than to gather.
+        """Tells which rows had a gradient: ``[steps, parameters]`` to ``[steps, rows]``."""
+        # True for nearly every run, and far faster than grouping.
         if present.all():
             return np.ones((len(present), len(self)), bool)
         return self._gathered(np.logical_or, present)
 
     def _gathered(self, how: np.ufunc, matrix: Array) -> Array:
-        # reduceat takes runs of neighbours, and a module's parameters need not be neighbours.
+        # reduceat needs runs of neighbors, and the parameters of a module need not be neighbors.
         order = np.argsort(self.row_of, kind="stable")
         starts = np.searchsorted(self.row_of[order], np.arange(len(self)))
         gathered: Array = how.reduceat(matrix[:, order], starts, axis=1)
@@ -144,15 +144,15 @@ class Rows:
 
 
 def rows_of(layout: Layout, most: int) -> Rows:
-    """Chooses the finest rows that fit.
+    """Chooses the finest grouping of parameters that fits.
 
     Args:
-        layout: The parameters.
-        most: How many rows there may be.
+        layout: Gives names, modules and model order.
+        most: Maximum number of rows.
 
     Returns:
-        Each parameter, else their modules, else modules higher up in the model, in model order; of
-        a model that is flat and wide neighbours are put together.
+        One row per parameter if they fit; otherwise one per module, or per module higher up in the
+        model, in model order. If even those are too many, neighbors are put together.
     """
     keys: Sequence[str] = layout.names
     for keys in _coarser(layout):
@@ -170,7 +170,7 @@ def _coarser(layout: Layout) -> Iterator[Sequence[str]]:
 
 
 def _rows(keys: Sequence[str]) -> Rows:
-    # A Counter keeps the order in which its keys came: that of the model.
+    # A Counter keeps the order of its keys, here model order.
     counts = Counter(keys)
     row = {key: number for number, key in enumerate(counts)}
     labels = [key if n == 1 else f"{key or 'model'} ({n})" for key, n in counts.items()]

@@ -1,4 +1,4 @@
-"""The gradient flow, layer by layer, as a plot; the table of it is in report/flow.py."""
+"""The gradient flow, parameter by parameter, as a plot; its table is made in report/flow.py."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def draw_flow(source: Source, ax: Axes | None, span: Span) -> Axes:
     """Draws the plot; see :meth:`gradwatch.History.plot_flow`."""
     layout = source.layout()
     ax = canvas(ax, 8.5, _height(len(layout.names)) + AROUND_INCHES)
-    dress(ax, "Gradient flow: norm by parameter, first layer above")
+    dress(ax, "Gradient flow: norm by parameter, first layer on top")
     ax.set_xlabel("gradient norm (L2): median of the steps, bar from 5 to 95 %")
     steps = array_of(source.steps(("step",), span)["step"])
     if not len(steps) or not layout.names:
@@ -60,22 +60,22 @@ def draw_flow(source: Source, ax: Axes | None, span: Span) -> Axes:
 
 
 def _height(names: int) -> float:
-    """Returns a comfortable height in inches; where that is too much the least that can be read."""
+    """Returns a comfortable height in inches, or the least readable one if that is too tall."""
     comfortable = min(ROW_INCHES * names, max(9.0, THINNEST_ROW_INCHES * 1.02 * names))
     return min(max(comfortable, LOWEST_INCHES), HIGHEST_INCHES)
 
 
 @dataclass(frozen=True, slots=True)
 class FlowBand:
-    """What is drawn of each row.
+    """The numbers that are drawn for each row.
 
     Attributes:
-        low: float64 ``[rows]``: 5th percentile of the positive norms; NaN where there is none.
-        median: float64 ``[rows]``: their median.
-        high: float64 ``[rows]``: their 95th percentile.
+        low: float64 ``[rows]``: 5th percentile of the positive norms; NaN if there is none.
+        median: float64 ``[rows]``: median of the positive norms.
+        high: float64 ``[rows]``: 95th percentile of the positive norms.
         zero: bool ``[rows]``: whether most norms are exactly 0.
-        bad: int64 ``[rows]``: steps in which it was NaN or Inf.
-        steps: int64 ``[rows]``: steps in which there was a gradient.
+        bad: int64 ``[rows]``: number of steps in which the norm was NaN or Inf.
+        steps: int64 ``[rows]``: number of steps in which there was a gradient.
     """
 
     low: Array
@@ -87,8 +87,8 @@ class FlowBand:
 
 
 def _flow_band(source: Source, rows: Rows, ranges: Sequence[Range]) -> FlowBand:
-    """Reads the norms and sums them up."""
-    # Rolled up block by block: of a large model only the rows are kept, not every parameter.
+    """Reads the norms and computes what is drawn for each row."""
+    # Group block by block, so that for a large model only rows are kept, not every parameter.
     parts = [
         (rows.norms(block["grad_norm"], block.present), rows.present(block.present))
         for block in read_blocks(source, ["grad_norm"], ranges)
@@ -101,9 +101,9 @@ def _flow_band(source: Source, rows: Rows, ranges: Sequence[Range]) -> FlowBand:
 
 
 def _draw_bands(ax: Axes, rows: Rows, band: FlowBand, shapes: Sequence[tuple[int, ...]]) -> None:
-    """Draws matrices and vectors as two curves: their norms are never alike."""
+    """Draws matrices and vectors as two curves, because their norms differ in scale."""
     matrix = np.zeros(len(rows), bool)
-    # Without shapes all are drawn alike; a module with a matrix counts as one.
+    # Without shapes all parameters count as matrices; so does a module that holds a matrix.
     ranks = np.array([len(shape) for shape in shapes] or [2] * len(rows.row_of))
     np.logical_or.at(matrix, rows.row_of, ranks >= 2)
     alone = matrix.all() or not matrix.any()
@@ -135,7 +135,7 @@ def _limit(ax: Axes, band: FlowBand) -> None:
 
 
 def _mark(ax: Axes, band: FlowBand) -> None:
-    """Marks at the edges what a logarithmic axis has no place for."""
+    """Marks at the edges what a logarithmic axis cannot show."""
     kinds = (
         (band.bad > 0, EDGE, ">", NONFINITE, "NaN or Inf in a step"),
         (band.zero, 1 - EDGE, "<", GREY, "exactly 0 in most steps"),
@@ -150,7 +150,7 @@ def _mark(ax: Axes, band: FlowBand) -> None:
                 marker,
                 color=color,
                 markersize=SMALLEST_POINTS,
-                # Shares of the width, rows of the height.
+                # x is a share of the width, y a row.
                 transform=ax.get_yaxis_transform(),
                 label=f"{label} ({len(rows):,})",
             )

@@ -1,4 +1,4 @@
-"""The gradient norm of every parameter at every step, as one picture."""
+"""The gradient norm of every parameter at every step, as a heatmap."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ AROUND_INCHES = 2.0
 LEAST_PIXELS = 3.0
 
 TAIL = 0.5
-"""Percent of the cells at each end that may lie outside of the scale: a spike must not take all
-colours from the rest. It has the last colour."""
+"""Percentage of cells at each end that may lie outside the color scale, so that a spike does not
+use up the colors of all other cells. Such cells get the last color."""
 
 LEAST_FACTOR, LARGEST_FACTOR = 10.0, 1_000.0
-"""Bounds of the scale of relative norms."""
+"""Bounds on the range of the color scale for relative norms."""
 
 
 def draw_heatmap(source: Source, ax: Axes | None, span: Span, relative: bool) -> Axes:
@@ -82,7 +82,7 @@ def draw_heatmap(source: Source, ax: Axes | None, span: Span, relative: bool) ->
     name_rows(ax, rows.labels)
     ax.spines[:].set_visible(False)
     _draw_strip(ax, optimizers)
-    # Only now is it known what room the names leave: a cell per column of pixels that is left.
+    # Lay out the names first: only then is the width known, and with it the number of cells.
     figure: Any = ax.figure
     figure.draw_without_rendering()
     name_rows(ax, rows.labels)
@@ -95,7 +95,7 @@ def draw_heatmap(source: Source, ax: Axes | None, span: Span, relative: bool) ->
 
 
 def _draw_strip(ax: Axes, optimizers: Sequence[OptimizerArrays]) -> None:
-    """Draws the total norm above the picture."""
+    """Draws the total norm in a strip above the heatmap."""
     inches = height_inches(ax)
     strip = inset(ax, (0.0, 1.0 + 0.06 / inches, 1.0, max(0.12, 0.7 / inches)), sharex=ax)
     dress(strip)
@@ -106,7 +106,7 @@ def _draw_strip(ax: Axes, optimizers: Sequence[OptimizerArrays]) -> None:
         draw_curve(strip, steps.step, norm, color, "total norm")
     for steps, color, label in thresholds(optimizers, colors):
         draw_threshold(strip, steps, color, label)
-    # A logarithmic axis without data has limits that its ticks warn of.
+    # Without data, the default limits of a logarithmic axis make its ticks warn.
     if not any(np.isfinite(norm).any() for norm in norms):
         strip.set_ylim(0.1, 10.0)
     log_norms(strip.yaxis, 3, between=False)
@@ -124,11 +124,11 @@ def _draw_cells(ax: Axes, cells: HeatCells, relative: bool) -> None:
         norm=scale,
         cmap=colors,
         aspect="auto",
-        # Anything else would blend a NaN with its neighbours, and blur the only bad step.
+        # Any other interpolation would blend a NaN with its neighbors and blur a single bad step.
         interpolation="nearest",
         extent=(left, right, len(values) - 0.5, -0.5),
     )
-    # An inset, for colorbar(ax=...) would take its room from axes that are the user's.
+    # An inset, because colorbar(ax=...) would shrink the user's axes.
     bar = inset(ax, (1.012, 0.0, 0.014, 1.0))
     ax.figure.colorbar(image, cax=bar, extend="both", extendfrac=0.012)
     unit = "norm / typical norm" if relative else "gradient norm (L2), largest of each cell's steps"
@@ -155,14 +155,15 @@ def _mark(ax: Axes, cells: HeatCells) -> None:
 
 
 def color_scale(values: Array, relative: bool) -> tuple[LogNorm, Colormap]:
-    """Chooses the scale.
+    """Chooses the color scale.
 
     Args:
-        values: float64: the cells; what is not above 0 counts for nothing.
-        relative: Whether they are relative to a typical one, 1.
+        values: float64: the cells; values that are not above 0 are ignored.
+        relative: Whether the values are relative to a typical norm; the scale is then centered
+            on 1.
 
     Returns:
-        The scale and its colours.
+        The scale and its color map.
     """
     some = values[np.isfinite(values) & (values > 0)]
     colors = colormaps[RELATIVE_MAP if relative else NORM_MAP].with_extremes(bad=NO_GRADIENT_GREY)
@@ -171,18 +172,18 @@ def color_scale(values: Array, relative: bool) -> tuple[LogNorm, Colormap]:
         factor = min(max(factor, LEAST_FACTOR), LARGEST_FACTOR)
         return LogNorm(1 / factor, factor), colors
     low, high = np.log10(np.percentile(some, [TAIL, 100 - TAIL])) if len(some) else (-1.0, 0.0)
-    # Less than a decade would show noise as if it were a contrast.
+    # At least a decade: a smaller range would show noise as contrast.
     missing = max(0.0, 1.0 - (high - low)) / 2
     return LogNorm(float(10 ** (low - missing)), float(10 ** (high + missing))), colors
 
 
 @dataclass(frozen=True, slots=True)
 class HeatCells:
-    """A matrix of cells.
+    """The cells of a heatmap.
 
     Attributes:
-        norms: float64 ``[rows, bins]``: the largest finite norm; NaN where there is none.
-        bad: int64 like it: how many norms were NaN or Inf.
+        norms: float64 ``[rows, bins]``: the largest finite norm; NaN if there is none.
+        bad: int64 ``[rows, bins]``: how many norms were NaN or Inf.
     """
 
     norms: Array
@@ -190,7 +191,7 @@ class HeatCells:
 
     @property
     def zero(self) -> Array:
-        """Bool ``[rows, bins]``: whether no norm was other than exactly 0."""
+        """Bool ``[rows, bins]``: whether all norms were exactly 0."""
         zero: Array = (self.norms == 0) & (self.bad == 0)
         return zero
 
@@ -209,9 +210,9 @@ class HeatCells:
 def _heat_cells(
     blocks: Iterable[ParameterSample], rows: Rows, first: int, last: int, bins: int
 ) -> HeatCells:
-    """Fills the cells with every step from the first to the last, ``bins`` of them in a row."""
-    # -1 stands for "none", as no norm is below 0: np.maximum would keep a NaN for good. Steps come
-    # first, so that a block is written to neighbours in memory.
+    """Fills the cells from every step from the first to the last; ``bins`` cells per row."""
+    # -1 stands for "no norm", because np.maximum would keep a NaN forever. The steps are the first
+    # axis, so that a block of steps is contiguous in memory.
     norms = np.full((bins, len(rows)), -1.0)
     bad = np.zeros((bins, len(rows)), np.int64)
     for block in blocks:
@@ -219,7 +220,7 @@ def _heat_cells(
         bin_of = (block.steps - first) * bins // (last - first + 1)
         starts = starts_of(bin_of)
         finite = np.isfinite(gathered)
-        # They nearly always are, and what follows costs as much as the rest.
+        # Norms are nearly always finite, and this branch costs as much as the rest.
         if not finite.all():
             there = rows.present(block.present)
             gathered = np.where(finite, gathered, -1.0)
@@ -231,10 +232,10 @@ def _heat_cells(
 
 
 class WideMarks(PolyCollection):
-    """Rectangles in data coordinates; how wide they must be is known when they are drawn only.
+    """Rectangles in data coordinates with a minimum size in pixels.
 
     Attributes:
-        runs: float64 ``[marks, 4]``: left, right, lower and upper edge in the data.
+        runs: float64 ``[marks, 4]``: left, right, lower and upper edge in data coordinates.
     """
 
     def __init__(self, runs: Array, **look: Any) -> None:
@@ -242,9 +243,9 @@ class WideMarks(PolyCollection):
         super().__init__(_corners(runs), linewidths=0, antialiaseds=False, **look)
 
     def draw(self, renderer: RendererBase) -> None:
-        """Draws them at least so many pixels wide and high, at the zoom and size of this moment."""
+        """Draws each rectangle at least ``LEAST_PIXELS`` wide and high, at the current zoom."""
         axes = self.axes
-        # Only now is it known how many steps a pixel is: a single bad one must not fall between.
+        # Only when drawing is it known how many steps a pixel covers; a single bad step must show.
         if axes is not None and self.get_visible():
             (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
             x = LEAST_PIXELS * abs(right - left) / max(axes.bbox.width, 1.0)
@@ -255,10 +256,10 @@ class WideMarks(PolyCollection):
 
 
 def runs_of(cells: Array, left: float, right: float) -> Array:
-    """Joins cells that lie side by side.
+    """Joins adjacent cells of a row into rectangles.
 
     Args:
-        cells: bool ``[rows, bins]``.
+        cells: bool ``[rows, bins]``: the cells to mark.
         left: Left edge of the first bin.
         right: Right edge of the last bin.
 
@@ -266,7 +267,7 @@ def runs_of(cells: Array, left: float, right: float) -> Array:
         float64 ``[marks, 4]`` for :class:`WideMarks`; row ``i`` lies between ``i - 0.5`` and
         ``i + 0.5``.
     """
-    # A rectangle per run, not per cell: a parameter that stays NaN has thousands side by side.
+    # One rectangle per run, not per cell: a parameter that stays NaN has thousands of cells.
     padded = np.pad(cells, ((0, 0), (1, 1))).astype(np.int8)
     change = np.diff(padded, axis=1)
     row, begin = np.nonzero(change == 1)

@@ -1,4 +1,4 @@
-"""The total gradient norm by step, with its threshold and the events above it."""
+"""Plot of the total gradient norm by step, with the clip threshold and the events above it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CURVES = ("grad_norm", "grad_norm_clipped", "clip_threshold")
 COLUMNS = (*CURVES, "clipped", "nonfinite_parameters")
 
 MEDIANS = 150
-"""Points of a running median over the whole width."""
+"""Number of points of the running median over the whole width."""
 
 EDGE = 0.975
 LANE_INCHES = 0.17
@@ -62,21 +62,21 @@ def draw_norms(source: Source, ax: Axes | None, span: Span) -> Axes:
     _limit(ax, optimizers)
     log_norms(ax.yaxis)
     draw_edges(ax, optimizers)
-    # Last, for they are as high as the axes are by then.
+    # Last, because the height of the lanes depends on the final height of the axes.
     _draw_lanes(ax, _lanes(source, optimizers))
     legend_below(ax)
     return ax
 
 
 def colors_of(optimizers: Sequence[OptimizerArrays]) -> list[str]:
-    """Chooses the colour of each optimizer's norms."""
+    """Chooses the color of each optimizer's norms."""
     if len(optimizers) == 1:
         return [BEFORE]
     return [OPTIMIZERS[number % len(OPTIMIZERS)] for number in range(len(optimizers))]
 
 
 def positive(norms: Array) -> Array:
-    """Keeps what a logarithmic axis can show; NaN elsewhere."""
+    """Keeps what a logarithmic axis can show, and replaces the rest by NaN."""
     return np.where(np.isfinite(norms) & (norms > 0), norms, np.nan)
 
 
@@ -88,7 +88,7 @@ def _draw_norms_of(ax: Axes, steps: OptimizerArrays, color: str, several: bool) 
     if clipped:
         look = (color, f"{name}after the clip", ":") if several else (AFTER, "after the clip", "-")
         norms = positive(steps["grad_norm_clipped"])
-        # Elsewhere it is the norm before the clip, and would hide it.
+        # At other steps it equals the norm before the clip, and would hide that curve.
         norms[~steps["clipped"]] = np.nan
         draw_curve(ax, steps.step, norms, *look)
 
@@ -99,16 +99,16 @@ def draw_curve(
     """Draws a curve; a long one as its extremes, faintly, and the running median.
 
     Args:
-        ax: The axes.
-        step: int64 ``[steps]``, rising.
+        ax: Its x axis must be set up for the steps already.
+        step: int64 ``[steps]``, ascending.
         norms: float64 ``[steps]``, NaN for a gap.
-        color: Of the line.
-        label: For the legend.
-        dashes: Its style.
+        color: Any color of matplotlib.
+        label: Text for the legend.
+        dashes: Line style of matplotlib.
     """
     shown = extremes(step, norms, pixel_columns(ax))
     look: dict[str, Any] = {"color": color, "linestyle": dashes, "solid_joinstyle": "bevel"}
-    # A curve of a single point has no line.
+    # Few points get markers: a curve of a single point has no line.
     look["marker"] = "." if np.count_nonzero(np.isfinite(norms)) <= MEDIANS else ""
     if len(shown) == len(step):
         ax.plot(step, norms, linewidth=1.1, label=label, **look)
@@ -120,7 +120,7 @@ def draw_curve(
 
 
 def _running_median(step: Array, values: Array) -> tuple[Array, Array]:
-    """Returns the middle step and the median of windows that part the steps; NaN is left out."""
+    """Returns the middle step and the median of each window of steps, ignoring NaN."""
     import pandas as pd
 
     window = column_of(step, MEDIANS)
@@ -131,19 +131,15 @@ def _running_median(step: Array, values: Array) -> tuple[Array, Array]:
 def thresholds(
     optimizers: Sequence[OptimizerArrays], colors: Sequence[str]
 ) -> Iterator[tuple[OptimizerArrays, str, str]]:
-    """Chooses what to draw of the clip's threshold: one line where all optimizers share it.
-
-    Args:
-        optimizers: The steps of each optimizer.
-        colors: The colour of each.
+    """Chooses the threshold lines to draw: only one if all optimizers share a constant threshold.
 
     Yields:
-        The steps whose threshold it is, its colour and its name.
+        The steps of an optimizer, and the color and label of its threshold.
     """
     limits = [positive(steps["clip_threshold"]) for steps in optimizers]
     distinct = np.unique(np.concatenate(limits))
     if len(optimizers) == 1 or np.isfinite(distinct).sum() <= 1:
-        # The same line of every optimizer would be drawn over and over; of the longest it suffices.
+        # Draw the shared threshold once, for the optimizer that has it at the most steps.
         longest = max(range(len(optimizers)), key=lambda n: np.isfinite(limits[n]).sum())
         yield optimizers[longest], THRESHOLD, "clip threshold"
         return
@@ -152,12 +148,12 @@ def thresholds(
 
 
 def draw_threshold(ax: Axes, steps: OptimizerArrays, color: str, label: str) -> None:
-    """Draws the threshold of the clip, if there was any."""
+    """Draws the clip threshold, if there was one."""
     threshold = positive(steps["clip_threshold"])
     if not np.isfinite(threshold).any():
         return
     look: dict[str, Any] = {"color": color, "linestyle": (0, (5, 2)), "linewidth": 1.3}
-    # A line through a single point is nothing to see.
+    # A line through a single point would be invisible.
     if len(steps) == 1:
         ax.axhline(float(threshold[0]), label=label, **look)
         return
@@ -166,7 +162,7 @@ def draw_threshold(ax: Axes, steps: OptimizerArrays, color: str, label: str) -> 
 
 
 def _limit(ax: Axes, optimizers: Sequence[OptimizerArrays]) -> None:
-    """Leaves room at both edges, and keeps a steady norm from filling the height with its noise."""
+    """Leaves room at both edges, and shows at least a decade, so that noise does not look large."""
     values = np.concatenate([positive(steps[name]) for steps in optimizers for name in CURVES])
     values = values[np.isfinite(values)]
     if not len(values):
@@ -197,7 +193,7 @@ def _mark(ax: Axes, steps: Array, height: float, marker: str, color: str, label:
         color=color,
         markersize=7,
         markeredgewidth=0,
-        # Steps along the axis, shares of the height: marks stay at the edge when it is zoomed.
+        # x is a step, y a share of the height: marks stay at the edge when the user zooms.
         transform=ax.get_xaxis_transform(),
         label=f"{label} ({counted(len(steps), 'step')})",
         zorder=5,
@@ -205,14 +201,14 @@ def _mark(ax: Axes, steps: Array, height: float, marker: str, color: str, label:
 
 
 def _lanes(source: Source, optimizers: Sequence[OptimizerArrays]) -> dict[str, Array]:
-    """Gathers the steps of each kind of event."""
+    """Collects the steps of each kind of event."""
     first, last = first_and_last(optimizers)
     events = events_frame(source.events())
     inside = events[(events["step"] >= first) & (events["step"] <= last)]
     lanes: dict[str, Array] = {
         str(kind): group["step"].to_numpy()
         for kind, group in inside.groupby("kind")
-        # The steps themselves say it, and know those that a scaler left out as well.
+        # Skipped steps are taken from the steps, which include those that a scaler skipped.
         if kind != "skipped"
     }
     left_out = np.concatenate([steps.step[~steps.applied] for steps in optimizers])
@@ -220,12 +216,12 @@ def _lanes(source: Source, optimizers: Sequence[OptimizerArrays]) -> dict[str, A
 
 
 def _draw_lanes(ax: Axes, lanes: dict[str, Array]) -> None:
-    """Draws by kind a lane of the steps above the plot, whose axis of the steps they share."""
+    """Draws a lane of marks for each kind of event above the plot, on the same x axis."""
     order = [*LANES, *lanes]
     kinds = sorted((kind for kind in lanes if len(lanes[kind])), key=order.index)
     if not kinds:
         return
-    # In inches: in shares of the height, lanes of a low plot would lie on each other.
+    # Lane height in inches: as a share of the height, the lanes of a low plot would overlap.
     height = LANE_INCHES * ax.figure.dpi / max(1.0, ax.get_window_extent().height)
     lane = inset(ax, (0.0, 1.02, 1.0, height * len(kinds)), sharex=ax)
     lane.set_facecolor("none")

@@ -1,4 +1,4 @@
-"""Finding: one thing that a report has found, with its evidence, and the words for it."""
+"""A finding of a report with its evidence, and helpers to put findings into words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gradwatch.pickles import stable_name
 
 Severity = Literal["critical", "warning", "note"]
 SEVERITIES: tuple[str, ...] = get_args(Severity)
-"""From the heaviest to the lightest."""
+"""From most to least serious."""
 
 MOST_STEPS = 10
 
@@ -21,10 +21,10 @@ class Evidence:
     """The evidence of a finding.
 
     Attributes:
-        steps: Steps at which it shows, at most :data:`MOST_STEPS`; the first one comes first.
-        parameters: Parameters that it is about, in the order in which they matter.
-        numbers: What was measured, and the threshold that it was held against.
-        optimizer: Label of the optimizer whose steps these are; empty where it is about all.
+        steps: Steps at which it shows, at most :data:`MOST_STEPS`.
+        parameters: Names of the parameters concerned, most important first.
+        numbers: What was measured, and the threshold that it was compared with.
+        optimizer: Label of the optimizer whose steps these are; empty if it concerns all.
     """
 
     steps: tuple[int, ...] = ()
@@ -36,14 +36,14 @@ class Evidence:
 @stable_name
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something in a run that deserves a person's attention.
+    """Something in a run that deserves attention.
 
     Attributes:
-        kind: A short name that scripts can use, one of :data:`~gradwatch.report.KINDS`.
+        kind: A short name for scripts, one of :data:`~gradwatch.report.KINDS`.
         severity: ``"critical"`` (the run is lost, or will be), ``"warning"`` (it learns less than
             it could) or ``"note"`` (worth knowing).
-        title: What is the matter, in one sentence with numbers.
-        seen: The evidence.
+        title: The problem in one sentence, with numbers.
+        seen: The evidence: steps, parameters and measured numbers.
         why: Why it matters.
         advice: What to try.
     """
@@ -57,18 +57,18 @@ class Finding:
 
 
 def first_steps(steps: Iterable[int]) -> tuple[int, ...]:
-    """Returns as many steps as evidence names."""
-    # int(): a NumPy integer is no JSON.
+    """Returns the first :data:`MOST_STEPS` steps."""
+    # int(): json.dumps does not take NumPy integers.
     return tuple(map(int, steps))[:MOST_STEPS]
 
 
 def counted(amount: int, one: str, many: str = "") -> str:
-    """Writes a number of things.
+    """Formats a count with its noun.
 
     Args:
-        amount: How many.
-        one: The word for one of them.
-        many: The word for several; ``one`` with an s if left out.
+        amount: How many there are.
+        one: The singular.
+        many: The plural; by default, the singular with an "s".
 
     Example:
         >>> counted(1, "step"), counted(12000, "step")
@@ -78,7 +78,7 @@ def counted(amount: int, one: str, many: str = "") -> str:
 
 
 def named(names: Sequence[str], most: int = 3) -> str:
-    """Lists at most so many names, and says how many more there are.
+    """Lists at most ``most`` names, and says how many more there are.
 
     Example:
         >>> named(["a", "b", "c", "d", "e"])
@@ -89,7 +89,7 @@ def named(names: Sequence[str], most: int = 3) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Escapes what would move the cursor, colour, reorder or break the line.
+    r"""Escapes characters that would move the cursor, or color, reorder or break the line.
 
     Returns:
         The text on one line; an escape character is shown as ``\x1b``, a line break as ``\n``.
@@ -100,5 +100,5 @@ def printable(text: str) -> str:
     """
     if text.isprintable():
         return text
-    # Not the whole text: "é" is printable, and unicode_escape would write it as \xe9.
+    # Character by character: unicode_escape would also turn "é", which is printable, into \xe9.
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,4 +1,4 @@
-"""The gradient flow as a table: a row per parameter, over a sample of the steps."""
+"""The gradient flow as a table: one row per parameter, from a sample of the steps."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STATISTICS = ("weight_norm", "zeros")
-"""Statistics that the table shows where ``watch(statistics=)`` took them."""
+"""Statistics that the table shows if ``watch(statistics=)`` asked for them."""
 
 MOST_NUMBERS, PIECES = 3_000_000, 12
-"""Numbers that are read at most, and the ranges of steps that they are taken from."""
+"""Maximum of numbers to read, and the number of step ranges that they are taken from."""
 
 
 def flow(source: Source, span: Span) -> pd.DataFrame:
@@ -29,7 +29,7 @@ def flow(source: Source, span: Span) -> pd.DataFrame:
     names = pd.Index([safe_text(name) for name in layout.names], name="parameter", dtype="str")
     elements = np.array([prod(shape) for shape in layout.shapes] or [0] * len(names), np.int64)
     sample = _sample(source, array_of(steps["step"]), len(names))
-    # Also of a table without rows the strings are strings: pandas would guess object or float.
+    # Give the dtype: for a table without rows pandas would guess object or float.
     columns = {
         "module": pd.array([safe_text(module) for module in layout.modules], dtype="str"),
         "elements": elements,
@@ -43,23 +43,23 @@ def flow(source: Source, span: Span) -> pd.DataFrame:
 
 
 def flow_ranges(first: int, last: int, parameters: int) -> list[Range]:
-    """Chooses the steps that a table or a plot of the flow looks at."""
+    """Chooses the ranges of steps that a table or a plot of the flow is made from."""
     return spread_steps(first, last, max(PIECES, MOST_NUMBERS // max(1, parameters)), PIECES)
 
 
 def quantiles(matrix: Array, shares: tuple[float, ...]) -> Array:
-    """Returns quantiles of the numbers of each column that are no NaN.
+    """Returns quantiles of each column, ignoring NaN.
 
     Args:
         matrix: float ``[steps, columns]``.
         shares: From 0 to 1.
 
     Returns:
-        float64 ``[shares, columns]``, NaN where there is none.
+        float64 ``[shares, columns]``; NaN if a column holds nothing else.
     """
     import pandas as pd
 
-    # pandas skips NaN in C; np.nanquantile goes through the columns one by one in Python.
+    # pandas skips NaN in C; np.nanquantile loops over the columns in Python.
     frame = pd.DataFrame(matrix)
     return np.stack([frame.quantile(share).to_numpy(float) for share in shares])
 
@@ -78,7 +78,7 @@ def _numbers(sample: ParameterSample, elements: Array) -> dict[str, Array]:
     sound = np.where(finite, norms, np.nan)
     weights = sample.columns.get("weight_norm", absent)
     grad_norm = _medians(sound)
-    # Weights of 0 and parameters of unknown size are divided by, and become NaN below.
+    # This divides by weight norms of 0 and by unknown sizes; the results become NaN below.
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = sound / weights
         rms = grad_norm / np.sqrt(elements)
@@ -95,16 +95,16 @@ def _numbers(sample: ParameterSample, elements: Array) -> dict[str, Array]:
 
 
 def _medians(matrix: Array) -> Array:
-    # Not run_data.medians(): weights that are Inf count here.
+    # Not run_data.medians(), which leaves out Inf: weight norms that are Inf count here.
     median: Array = quantiles(matrix, (0.5,))[0]
     return median
 
 
 def _no_gradient(present: Array, steps: Array, optimizers: Array) -> Array:
-    """Returns the share of steps without a gradient, of those of the parameter's optimizer.
+    """Returns, per parameter, the share of its optimizer's steps in which it had no gradient.
 
-    Which optimizer steps a parameter is not recorded: the one with the fewest steps that has as
-    many as the parameter has gradients.
+    The records do not say which optimizer steps a parameter. The best fit is the optimizer with the
+    fewest steps, among those with at least as many steps as the parameter has gradients.
     """
     seen = present.sum(axis=0)
     if not len(steps):

@@ -1,4 +1,4 @@
-"""A report: what the rules found in a run, as text, in colour, as HTML and as plain data."""
+"""A report: what the rules found in a run, as text, in color, as HTML and as plain data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 STYLES = {"critical": "bold red", "warning": "bold yellow", "note": "bold cyan"}
-COLOURS = {"critical": "#c62828", "warning": "#b26a00", "note": "#1565c0"}
+COLORS = {"critical": "#c62828", "warning": "#b26a00", "note": "#1565c0"}
 
 NO_THRESHOLDS = (
     "report(thresholds=) must be gradwatch.Thresholds, got {value!r} of type {kind}. "
@@ -32,20 +32,21 @@ NO_THRESHOLDS = (
 
 EMPTY = "There is no step in this run yet."
 FEW = (
-    "Few steps ({count}, where most rules need {few}): only NaN and Inf, missing gradients, "
-    "loss scales and norms that explode were looked at."
+    "Few steps ({count}; most rules need {few}), so only NaN and Inf, missing gradients, loss "
+    "scales, skipped steps, exploding norms and the lower end of float16 were checked."
 )
 NOT_FROM_START = (
-    "The first steps, up to {step}, are not there, so that norms were compared with those of later "
-    "ones: keep the run with watch(..., run_dir=...)."
+    "The first steps (up to step {step}) are missing, so norms were compared with those of later "
+    "steps. To keep every step: watch(..., run_dir=...)."
 )
 NOT_TAKEN = {
     "update_ratio": (
-        "How large updates are for their weights was not recorded: "
+        "The size of updates relative to the weights was not recorded. To record it: "
         'watch(..., statistics=("update_ratio",), every=10).'
     ),
     "zeros": (
-        'Dead units within a layer were not recorded: watch(..., statistics=("zeros",), every=10).'
+        "Dead units within a layer were not recorded. To record them: "
+        'watch(..., statistics=("zeros",), every=10).'
     ),
 }
 
@@ -53,16 +54,16 @@ NOT_TAKEN = {
 @stable_name
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The findings about a run, the heaviest first.
+    """The findings about a run, most serious first.
 
-    It is true if anything was found: ``if history.report(): ...``. ``str()`` gives the text,
-    ``rich.print()`` the same in colour, and a notebook shows it as HTML.
+    A report is true if it has findings: ``if history.report(): ...``. ``str()`` gives the text,
+    ``rich.print()`` prints it in color, and a notebook shows it as HTML.
 
     Attributes:
-        findings: What was found.
-        steps: How many steps the run has, of its longest optimizer.
-        parameters: How many parameters it has.
-        remarks: What could not be looked at, and why.
+        findings: Most serious first; within a severity, causes come before their effects.
+        steps: Number of steps of the optimizer with the most steps.
+        parameters: Number of parameters of the model.
+        remarks: What could not be checked, and why.
     """
 
     findings: tuple[Finding, ...]
@@ -83,18 +84,18 @@ class Report:
         return _as_text(self)
 
     def __rich__(self) -> Group:
-        return _in_colour(self)
+        return _in_color(self)
 
     def _repr_html_(self) -> str:
         return _as_html(self)
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of the findings, each once, the heaviest first."""
+        """The kinds of the findings, each once, most serious first."""
         return tuple(dict.fromkeys(finding.kind for finding in self.findings))
 
     def of_kind(self, kind: str) -> tuple[Finding, ...]:
-        """Selects findings.
+        """Returns the findings of one kind.
 
         Args:
             kind: One of :data:`~gradwatch.report.KINDS`.
@@ -102,7 +103,7 @@ class Report:
         return tuple(finding for finding in self.findings if finding.kind == kind)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns all of it as data that ``json.dumps`` takes; what is not finite is None."""
+        """Returns the report as data for ``json.dumps``; NaN and infinities become None."""
         return {
             "steps": self.steps,
             "parameters": self.parameters,
@@ -116,15 +117,15 @@ class Report:
 
 
 def make_report(source: Source, thresholds: Thresholds | None = None, **changes: Any) -> Report:
-    """Says what a run means; see :meth:`gradwatch.History.report`.
+    """Applies the rules to a run; see :meth:`gradwatch.History.report`.
 
     Args:
-        source: The run, live or loaded.
-        thresholds: What is too much, too little and too often; the published ones if left out.
-        **changes: Single thresholds by name, ``spike=20.0``.
+        source: A live run or a run folder.
+        thresholds: The limits of the rules; None for the defaults.
+        **changes: Limits to change, by name: ``spike=20.0``.
 
     Raises:
-        TypeError: If a threshold is unknown, or no number.
+        TypeError: If a threshold is unknown, or not a number.
         ValueError: If a threshold is out of bounds.
     """
     if thresholds is not None and not isinstance(thresholds, Thresholds):
@@ -141,19 +142,19 @@ def make_report(source: Source, thresholds: Thresholds | None = None, **changes:
 def _findings(run: RunData, limits: Thresholds) -> tuple[Finding, ...]:
     rules = RULES if len(run) >= limits.few_steps else ALWAYS
     findings = [finding for rule in rules for finding in rule(run, limits)]
-    # sorted() is stable: within a severity the order is that of the rules, causes first.
+    # sorted() is stable: within a severity the rules keep their order, causes first.
     return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
 def _remarks(run: RunData, limits: Thresholds) -> Iterator[str]:
-    """Lists what was not looked at."""
+    """Yields a sentence for everything that could not be checked."""
     if len(run) < limits.few_steps:
         yield FEW.format(count=len(run), few=limits.few_steps)
     first, _ = first_and_last(run.optimizers)
     if first > 1:
         yield NOT_FROM_START.format(step=first - 1)
     for name, remark in NOT_TAKEN.items():
-        # It may be there, and NaN throughout: taken every so many steps, and at no sampled one.
+        # The column may exist and be NaN throughout: with ``every=``, no sampled step may have it.
         if not np.isfinite(run.sample.columns.get(name, np.nan)).any():
             yield remark
 
@@ -166,7 +167,7 @@ def _headline(report: Report) -> str:
 
 
 def _rows(finding: Finding) -> list[tuple[str, str]]:
-    """Returns labels and texts of what there is to say of a finding below its title."""
+    """Returns ``(label, text)`` of the lines below the title of a finding."""
     pairs = [("seen", _evidence(finding.seen)), ("why", finding.why), ("try", finding.advice)]
     return [(label, printable(text)) for label, text in pairs]
 
@@ -177,7 +178,7 @@ def _evidence(seen: Evidence) -> str:
         word = "step " if len(seen.steps) == 1 else "steps "
         parts.insert(0, word + named([str(step) for step in seen.steps], 5))
     if seen.parameters:
-        # Each name by itself: what is shown of a name must not depend on the one before it.
+        # Escape each name by itself: how a name is shown must not depend on the one before it.
         parts.append(named([printable(name) for name in seen.parameters]))
     if seen.optimizer and seen.optimizer != "none":
         parts.append(printable(seen.optimizer))
@@ -185,7 +186,7 @@ def _evidence(seen: Evidence) -> str:
 
 
 def _as_text(report: Report) -> str:
-    """Writes a report as text of at most 100 columns, names apart."""
+    """Formats a report as text, at most 100 columns wide unless a name is longer."""
     parts = [_headline(report)]
     for number, finding in enumerate(report.findings, 1):
         head = f"{number}. [{finding.severity}] {finding.kind}: {printable(finding.title)}"
@@ -198,20 +199,20 @@ def _as_text(report: Report) -> str:
 
 
 def _wrapped(text: str, indent: str) -> str:
-    # A name is never broken, so that it can be searched for and copied.
+    # Never break a name: users search for it and copy it.
     return fill(
         text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
 
 
-def _in_colour(report: Report) -> Group:
-    """Makes what ``rich.print`` shows of a report."""
-    # Only who prints with rich has it: it comes with gradwatch[runs], and a report needs no extra.
+def _in_color(report: Report) -> Group:
+    """Formats a report for ``rich.print``."""
+    # Import here: rich comes with gradwatch[runs], and a report must work without any extra.
     from rich.console import Group
     from rich.padding import Padding
     from rich.text import Text
 
-    # Text, not str: brackets in a str are markup, and names of parameters are anybody's.
+    # Text, not str: rich reads brackets in a str as markup, and names may hold any characters.
     parts: list[Text | Padding] = [Text(_headline(report), style="bold")]
     for number, finding in enumerate(report.findings, 1):
         head = Text(f"{number}. ")
@@ -227,7 +228,7 @@ def _in_colour(report: Report) -> Group:
 
 
 def _as_html(report: Report) -> str:
-    """Writes a report as a piece of HTML that needs no style sheet and no script."""
+    """Formats a report as an HTML fragment that needs no style sheet and no script."""
     parts = [f"<p><b>{escape(_headline(report))}</b></p>"]
     parts += map(_finding_html, report.findings)
     if report.remarks:
@@ -237,15 +238,15 @@ def _as_html(report: Report) -> str:
 
 
 def _finding_html(finding: Finding) -> str:
-    colour = COLOURS[finding.severity]
-    badge = f'<b style="color:{colour}">{escape(finding.severity)} {escape(finding.kind)}</b>'
-    # Opacity, not grey: a notebook may be dark.
+    color = COLORS[finding.severity]
+    badge = f'<b style="color:{color}">{escape(finding.severity)} {escape(finding.kind)}</b>'
+    # Opacity instead of gray: a notebook may have a dark theme.
     entries = "".join(
         f'<tr><td style="text-align:left;vertical-align:top;opacity:0.7">{escape(label)}</td>'
         f'<td style="text-align:left">{escape(text)}</td></tr>'
         for label, text in _rows(finding)
     )
     return (
-        f'<div style="border-left:4px solid {colour};padding-left:0.8em;margin:0.8em 0">'
+        f'<div style="border-left:4px solid {color};padding-left:0.8em;margin:0.8em 0">'
         f"{badge} {escape(printable(finding.title))}<table>{entries}</table></div>"
     )

@@ -1,4 +1,4 @@
-"""What reports and plots read of a run: steps by optimizer, and numbers of the parameters."""
+"""Reads what reports and plots need of a run: steps by optimizer, and numbers per parameter."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class OptimizerArrays:
     """The steps of one optimizer, oldest first.
 
     Attributes:
-        optimizer: Its label.
+        optimizer: Label of the optimizer.
         step: int64 ``[steps]``.
-        columns: By name of a column of ``History.steps()`` an array ``[steps]``.
+        columns: Number columns of ``History.steps()`` by name, each an array ``[steps]``.
         applied: bool ``[steps]``.
-        by_scaler: bool ``[steps]``: whether a ``GradScaler`` left the step out.
+        by_scaler: bool ``[steps]``: whether a ``GradScaler`` skipped the step.
     """
 
     optimizer: str
@@ -62,22 +62,18 @@ def read_steps(
 ) -> list[OptimizerArrays]:
     """Reads the steps of each optimizer.
 
-    Args:
-        source: The run.
-        columns: Columns of numbers of ``History.steps()``.
-        span: Which steps; all if left out.
-
     Returns:
-        In the order in which the optimizers first stepped.
+        One entry per optimizer, in the order of their first steps; ``columns`` are number columns
+        of ``History.steps()``.
     """
     return by_optimizer(source.steps(("step", "optimizer", "outcome", *columns), span or Span()))
 
 
 def by_optimizer(table: Table) -> list[OptimizerArrays]:
-    """Parts steps by optimizer, in the order in which each first comes.
+    """Splits steps by optimizer, in the order in which the optimizers first appear.
 
     Args:
-        table: ``step``, ``optimizer``, ``outcome`` and columns of numbers.
+        table: ``step``, ``optimizer``, ``outcome`` and number columns.
     """
     optimizer = labels_in(table["optimizer"])
     codes, first = np.unique(optimizer.codes, return_index=True)
@@ -86,9 +82,9 @@ def by_optimizer(table: Table) -> list[OptimizerArrays]:
     )
     numbers = {n: array_of(table[n]) for n in table if n not in ("step", "optimizer", "outcome")}
     parts = []
-    # A folder codes labels in the order of its parts, which need not be that of the steps.
+    # Sort by first row: a folder numbers the labels in the order of its parts, not of the steps.
     for code in codes[np.argsort(first)]:
-        # A view where there is one optimizer: a million steps of 13 columns are 100 MB.
+        # With one optimizer a view avoids a copy: a million steps of 13 columns are 100 MB.
         mine = optimizer.codes == code if len(codes) > 1 else slice(None)
         parts.append(
             OptimizerArrays(
@@ -103,22 +99,22 @@ def by_optimizer(table: Table) -> list[OptimizerArrays]:
 
 
 def equals(column: Column, text: str) -> Array:
-    """Compares a column of strings with one; bool ``[rows]``."""
+    """Tells which rows of a string column equal a text: bool ``[rows]``."""
     labels = labels_in(column)
-    # By code: a million comparisons of strings take longer than reading them.
+    # Compare each label once: comparing a million strings takes longer than reading them.
     same: Array = np.array([value == text for value in labels.values], bool)[labels.codes]
     return same
 
 
 @dataclass(frozen=True, slots=True)
 class ParameterSample:
-    """Numbers per parameter of some steps.
+    """Numbers per parameter for some of the steps.
 
     Attributes:
-        steps: int64 ``[steps]``, rising.
+        steps: int64 ``[steps]``, ascending.
         present: bool ``[steps, parameters]``: whether there was a gradient.
-        columns: By column of ``History.parameters()`` float64 like ``present``; NaN where there was
-            no gradient, or the statistic was not taken.
+        columns: Columns of ``History.parameters()`` by name, each float64 ``[steps, parameters]``;
+            NaN if there was no gradient, or the statistic was not measured.
     """
 
     steps: Array
@@ -133,7 +129,7 @@ ROWS_AT_ONCE = 2_000_000
 """Rows of ``History.parameters()`` that are held in memory at once."""
 
 Range = tuple[int, int]
-"""First step and one after the last."""
+"""The first step, and the step after the last one."""
 
 
 def spread_steps(first: int, last: int, most: int, pieces: int) -> list[Range]:
@@ -141,12 +137,12 @@ def spread_steps(first: int, last: int, most: int, pieces: int) -> list[Range]:
 
     Args:
         first: The first step of the run.
-        last: The last one.
-        most: How many steps the ranges hold in all, at most.
-        pieces: How many ranges.
+        last: The last step of the run, included.
+        most: Maximum number of steps in all ranges together.
+        pieces: Number of ranges.
 
     Returns:
-        The ranges; a single one where it covers the run.
+        The ranges, or a single one if the whole run fits.
     """
     if last - first + 1 <= most:
         return [(first, last + 1)]
@@ -158,12 +154,12 @@ def spread_steps(first: int, last: int, most: int, pieces: int) -> list[Range]:
 def read_blocks(
     source: Source, columns: Sequence[str], ranges: Iterable[Range]
 ) -> Iterator[ParameterSample]:
-    """Reads every step of ranges, in blocks that fit into memory.
+    """Reads every step of the ranges, in blocks that fit into memory.
 
     Args:
-        source: The run.
+        source: A live run or a run folder.
         columns: Columns of ``History.parameters()``.
-        ranges: The steps. One without a record has a row in which no gradient is present.
+        ranges: Steps to read. A step without a record gets a row in which no gradient is present.
     """
     parameters = len(source.layout().names)
     length = max(1, ROWS_AT_ONCE // max(1, parameters))
@@ -175,7 +171,7 @@ def read_blocks(
 
 
 def _dense(table: Table, columns: Sequence[str], steps: Array, parameters: int) -> ParameterSample:
-    # Every source codes a parameter by its index in the layout, so that no name is looked up.
+    # In every source the code of a parameter is its index in the layout: no need to look up names.
     where = (array_of(table["step"]) - steps[0], labels_in(table["parameter"]).codes)
     present = np.zeros((len(steps), parameters), bool)
     present[where] = True
@@ -186,9 +182,9 @@ def _dense(table: Table, columns: Sequence[str], steps: Array, parameters: int) 
 
 
 def read_sample(source: Source, columns: Sequence[str], ranges: Iterable[Range]) -> ParameterSample:
-    """Reads every step of ranges as one sample; see :func:`read_blocks`."""
+    """Reads every step of the ranges as one sample; see :func:`read_blocks`."""
     blocks = list(read_blocks(source, columns, ranges))
-    # In front of the blocks, for without a range there is none to tell the shape.
+    # Concatenate to empty arrays: without ranges there is no block that would give the shape.
     none = np.empty((0, len(source.layout().names)))
     return ParameterSample(
         np.concatenate([np.empty(0, np.int64), *(block.steps for block in blocks)]),
@@ -211,24 +207,24 @@ STEP_NUMBERS = (
     "noise_scale",
     "noise_scale_stderr",
 )
-"""What the rules look at of the steps."""
+"""The step columns that rules use."""
 
 STATISTICS = ("zeros", "update_ratio")
-"""Statistics that a rule looks at, where they were taken."""
+"""The statistics that rules use, if they were measured."""
 
 MOST_NEWEST_STEPS = 4_096
-"""Steps at the end of a run in which a statistic is looked for that the sample has missed."""
+"""If the sample missed a statistic, at most this many of the newest steps are searched for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """What the rules of a report know of a run.
+    """What the rules of a report know about a run.
 
     Attributes:
-        optimizers: Its steps, by optimizer.
-        layout: Its parameters.
+        optimizers: The steps of the run, one entry per optimizer.
+        layout: Names, modules and shapes of the parameters.
         sample: Norms and :data:`STATISTICS` of the parameters in some steps. A statistic that was
-            found at the end of the run only has rows of its own.
+            found only at the end of the run has rows of its own.
         events: All events, as ``History.events()`` returns them.
     """
 
@@ -242,16 +238,16 @@ class RunData:
 
     @property
     def sizes(self) -> Array:
-        """Elements per parameter, at least 1; empty where the shapes are not known."""
+        """Number of elements of each parameter, at least 1; empty if the shapes are unknown."""
         return np.array([max(1, prod(shape)) for shape in self.layout.shapes], float)
 
     @property
     def matrices(self) -> Array:
-        """Whether each parameter has two dimensions or more: the weights of layers."""
+        """Tells which parameters have two dimensions or more: the weights of layers."""
         return np.array([len(shape) >= 2 for shape in self.layout.shapes], bool)
 
     def events_of(self, optimizer: str, kinds: Sequence[str]) -> pd.DataFrame:
-        """Selects the events of some kinds that came in steps of an optimizer."""
+        """Returns the events of the given kinds in the steps of an optimizer."""
         events = self.events
         wanted = events["kind"].isin(list(kinds)) & (events["optimizer"] == optimizer)
         chosen: pd.DataFrame = events[wanted]
@@ -259,14 +255,9 @@ class RunData:
 
 
 def read_run(source: Source, limits: Thresholds) -> RunData | None:
-    """Reads what the rules need.
+    """Reads what the rules need; None if the run has no step yet.
 
-    Args:
-        source: The run.
-        limits: How much of the parameters to read.
-
-    Returns:
-        The run; None where it has no step.
+    The ``sample_*`` limits say how many numbers per parameter are read.
     """
     optimizers = read_steps(source, STEP_NUMBERS)
     if not optimizers:
@@ -282,7 +273,7 @@ def first_and_last(optimizers: Sequence[OptimizerArrays]) -> Range:
 
 
 def _sample(source: Source, first: int, last: int, limits: Thresholds) -> ParameterSample:
-    """Reads some ranges of steps, so that a million steps take about as long as a thousand."""
+    """Reads only some ranges of steps: a million steps take about as long as a thousand."""
     parameters = max(1, len(source.layout().names))
     taken = source.statistics()
     wanted = [name for name in STATISTICS if name in taken]
@@ -293,7 +284,7 @@ def _sample(source: Source, first: int, last: int, limits: Thresholds) -> Parame
     missed = [name for name in wanted if not np.isfinite(sample[name]).any()]
     if not missed:
         return sample
-    # Statistics of every so many steps may lie between the ranges.
+    # A statistic measured only every so many steps may lie between the ranges.
     reach = max(2, min(MOST_NEWEST_STEPS, limits.sample_rows // parameters))
     newest = read_sample(source, missed, [(max(first, last + 1 - reach), last + 1)])
     return ParameterSample(sample.steps, sample.present, {**sample.columns, **newest.columns})
@@ -313,10 +304,10 @@ def medians(matrix: Array) -> Array:
         matrix: float ``[rows, columns]``.
 
     Returns:
-        float64 ``[columns]``, NaN where there is none.
+        float64 ``[columns]``; NaN if a column has no finite number.
     """
     sound = np.where(np.isfinite(matrix), matrix, np.nan)
-    # nanmedian warns of columns without a number.
+    # Leave out columns without a number: np.nanmedian warns about them.
     there = np.isfinite(sound).any(axis=0)
     result = np.full(matrix.shape[1], np.nan)
     if there.any():

@@ -1,4 +1,4 @@
-"""Thresholds: every number that a rule of the report decides by."""
+"""Thresholds: every number on which a rule of the report decides."""
 
 from __future__ import annotations
 
@@ -13,65 +13,70 @@ from gradwatch.pickles import stable_name
 class Thresholds:
     """What a report calls too much, too little or too often.
 
-    ``docs/report.md`` says how they were tuned, and how often they are wrong.
+    ``docs/report.md`` says how the thresholds were tuned, and how often the rules are wrong.
+    "Healthy" runs below are the ones that were trained for that.
 
     Attributes:
-        few_steps: Fewer steps than this are said to be too few; NaN and Inf are reported anyway.
-            Medians of ten steps at both ends of a run need twenty.
-        rise: Norms that grew by this factor before the first NaN make the learning rate its cause.
-            Two sound mini-batches seldom differ by ten.
-        exploding: Growth of the norm over that at the start. Sound runs were seen to grow ten
-            times, deep plain networks that begin with tiny gradients eighty; those that diverge
-            pass 1,000 within some steps.
-        start_leap: Growth of the norm within the first six steps. Sound runs were seen to grow
-            three times there, those with a hundred times the learning rate six and more.
-        loss_rise: Growth of the loss over that at the start. Twice what an untrained model
-            has is worse than guessing.
-        vanishing: Typical gradient element of the first quarter of the layers over that of the last
-            quarter. Sound networks stay above 1/100, also with ten layers; a sigmoid passes on a
-            quarter at most, so ten of them reach a millionth.
-        vanishing_layers: Weights that there must be for a trend over depth; with fewer,
-            one odd layer makes it.
-        vanishing_trend: Rank correlation of gradient and depth. It tells a geometric fall from a
-            single weak layer, such as an embedding of rare words.
-        spike: Norm over the usual one around it. ``clip="auto"`` calls eight times the median out,
-            whatever the spread; ten is beyond that.
-        spike_z: Deviations of the logarithm that it must be above as well: once the training data
-            are learnt, norms spread over factors of ten, and none of them is a spike.
-        zero_share: Share of the steps in which the gradient of a parameter is exactly 0. A layer
-            may wait for another one that begins at zero, for a step, but not half of the time.
+        few_steps: With fewer steps than this, only the rules that need few steps run; NaN and Inf
+            are always reported. Medians of ten steps at both ends of a run need twenty.
+        rise: If norms grew by this factor before the first NaN, the advice blames the learning
+            rate. The norms of two healthy mini-batches seldom differ by a factor of ten.
+        exploding: Norm divided by the norm at the start. Healthy runs grew up to ten times, deep
+            plain networks that begin with tiny gradients eighty times; runs that diverge pass
+            1,000 within a few steps.
+        start_leap: Growth of the norm within the first six steps. Healthy runs grew up to three
+            times there, runs with a hundred times the right learning rate six times and more.
+        loss_rise: Loss at the end divided by the loss at the start. Twice the loss of an untrained
+            model is worse than guessing.
+        vanishing: Typical gradient element in the first quarter of the layers divided by that in
+            the last quarter. Healthy networks stay above 1/100, also with ten layers; a sigmoid
+            passes on at most a quarter, so ten of them reach a millionth.
+        vanishing_layers: Number of weight matrices needed to speak of a trend over depth; with
+            fewer, a single odd layer would make one.
+        vanishing_trend: Rank correlation of gradient and depth. It separates a geometric fall from
+            a single weak layer, such as an embedding of rare words.
+        spike: Norm divided by the usual norm around it. ``clip="auto"`` treats eight times the
+            median as an outlier, whatever the spread; ten is beyond that.
+        spike_z: Number of deviations of the log norm that a spike must exceed as well. Once the
+            training data are learned, norms spread over factors of ten without being spikes.
+        zero_share: Share of steps in which the gradient of a parameter is exactly 0. A layer may
+            have no gradient for one step, behind another layer that starts at zero, but not in
+            half of the steps.
         dead_units: Share of the elements of a bias whose gradient is exactly 0. A ReLU unit is off
-            for half of the inputs, but not for a whole batch of them; sound runs were seen to
-            have up to six in ten units off in a batch.
-        skipped: Share of steps left out above which it is a warning: one in a hundred costs little.
-        scaler_skips: Steps that a ``GradScaler`` may leave out besides that share, while it
-            looks for its scale: from 65,536 down to 64 are ten.
+            for half of the inputs, but seldom for a whole batch; in healthy runs up to six units
+            in ten were off for a batch.
+        skipped: Share of skipped steps above which the finding is a warning: one in a hundred
+            costs little.
+        scaler_skips: Steps that a ``GradScaler`` may skip besides that share while it searches
+            for its scale: it takes ten from 65,536 down to 64.
         scaler_halvings: Halvings of the loss scale below its largest value. Ten more than that
-            search is a collapse.
-        clip_steps: Applied steps that clipping is judged on, the newest; as ``History.advice()``.
-        clip_often: Share of them clipped, above which the clip sets the size of most updates.
-        clip_far: A limit this many times above the largest norm can catch nothing that matters.
-        update_large: Size of a step over that of the weights, median. The rule of thumb is 1e-3
-            (Karpathy 2015); small sound networks reach 0.03, and at 0.1 ten steps rewrite them.
-        update_leap: The same of a single step. The first step of Adam was seen to reach 0.15 in
-            small sound networks; at 0.5, it replaces the initialisation.
-        update_small: The same from below: at 1e-6, a million steps move a weight by its own size
-            if all go the same way.
-        noise: Noise scale over batch, or batch over noise scale. At ten times, nine tenths of
-            the examples (or of the steps) bring nothing (McCandlish et al. 2018).
-        rank: Norm over all ranks over that of this rank, median. A mean is never larger than its
-            largest part, so at two another rank has at least twice this one's.
-        accumulating: Growth of the norm from step 1 over the first ``accumulating_steps``. Where
-            gradients of sound batches add up, it is about half of their number, or more.
-        accumulating_steps: Steps from the first one in which the norm grows on a line.
-        accumulating_fit: Share of the variance that a line explains there. Noise of sound batches
-            leaves it below 0.9, growth by a factor per step bends it.
-        half_share: Share of small norms that are whole numbers of float16's smallest step, with
-            no loss scale. One in five is by chance.
-        sample_blocks: Ranges of steps in which per-parameter numbers are read, from first to last.
-        sample_steps: Steps in each of them; fewer where a model has more than ``sample_rows``
-            allow.
-        sample_rows: Rows of per-parameter numbers to read at most, about.
+            search takes is a collapse.
+        clip_steps: Number of newest applied steps that clipping is judged on, as in
+            ``History.advice()``.
+        clip_often: Share of clipped steps above which the clip sets the size of most updates.
+        clip_far: A limit this many times the largest norm catches nothing that matters.
+        update_large: Median size of an update divided by the size of the weights. The rule of thumb
+            is 1e-3 (Karpathy 2015); small healthy networks reach 0.03, and at 0.1 ten steps
+            rewrite the weights.
+        update_leap: The same for a single step. The first step of Adam reached 0.15 in small
+            healthy networks; at 0.5, it replaces the initialization.
+        update_small: The same as a lower bound: at 1e-6, a million steps move a weight by its own
+            size if all go the same way.
+        noise: Noise scale divided by batch size, or batch size by noise scale. At ten, nine tenths
+            of the steps (or of the examples) are wasted (McCandlish et al. 2018).
+        rank: Median of the norm over all ranks divided by the norm of this rank. A mean is never
+            larger than its largest part, so at two another rank has at least twice this norm.
+        accumulating: Growth of the norm over the first ``accumulating_steps`` steps. If gradients
+            of ordinary batches add up, it is about half of the number of steps, or more.
+        accumulating_steps: Number of first steps in which the norm must grow along a straight line.
+        accumulating_fit: Share of the variance that a line explains there. The noise of ordinary
+            batches keeps it below 0.9; growth by a factor per step bends the line.
+        half_share: Share of small norms that fit on the grid of float16 (multiples of its smallest
+            positive value), without a loss scale. By chance one in five does.
+        sample_blocks: Number of step ranges, from the first to the last step, in which numbers per
+            parameter are read.
+        sample_steps: Number of steps in each range; fewer if ``sample_rows`` allows no more.
+        sample_rows: About how many rows to read at most; a row is one parameter at one step.
     """
 
     few_steps: int = 20
@@ -109,7 +114,7 @@ class Thresholds:
         """Checks every number.
 
         Raises:
-            TypeError: If one is no number.
+            TypeError: If one is not a number.
             ValueError: If one is not positive and finite, or a share is above 1.
         """
         for entry in fields(self):

@@ -87,7 +87,7 @@ def test_script_measures_and_writes(tiny, tmp_path, capsys):
         assert inside["a loop of .norm().item()"] == "-"
         assert calls[WATCH] == ("+4" if "one" in heading else "+8")
         assert all((name in names) != (f"- {name}: not measured" in text) for name in PEERS)
-    targets = tables["What was to be reached"]
+    targets = tables["Targets"]
     assert {row[3] for row in targets[2:]} <= {"**reached**", "**not reached**", "**not measured**"}
     assert any(row[0].startswith("ATen calls") and row[2] == "5 / 5" for row in targets)
     assert "not finished" not in text

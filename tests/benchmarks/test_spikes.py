@@ -46,7 +46,7 @@ def test_too_few_steps_are_refused(capsys):
 
 
 def test_noise_is_as_large_as_it_is_said_to_be():
-    """The gradient of a spoilt loss is the clean one plus noise of the given norm."""
+    """The gradient of a corrupted loss is the clean one plus noise of the given norm."""
     from benchmarks.spikes import training
 
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def test_noise_is_as_large_as_it_is_said_to_be():
     norms = {}
     for step in (task.middle, task.middle + 1):
         parameters = list(model.parameters())
-        loss = training.spoilt_loss(task, step, model, batch, usual=100.0)
+        loss = training.corrupted_loss(task, step, model, batch, usual=100.0)
         gradients = torch.autograd.grad(loss, parameters)
         norms[step] = torch.cat([g.flatten() for g in gradients]).norm().item()
     assert norms[task.middle] < 10
@@ -91,7 +91,7 @@ def test_steps_to_stop():
 
 
 def test_clips_in_spiked_and_in_skipped_steps_are_not_false():
-    """Only clips of steps that were taken and not spoilt count."""
+    """Only clips of steps that were taken and not corrupted count."""
     from benchmarks.spikes import measures
     from benchmarks.spikes.training import Run, Task
 

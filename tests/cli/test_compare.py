@@ -22,7 +22,7 @@ def compared(command):
 def test_a_run_with_itself(command, runs, compared):
     """A run does not differ from itself, NaN included."""
     ran = command("compare", "sick", "sick")
-    assert "120 steps in both, and the same numbers in each of them." in ran.out
+    assert "120 steps in both, with the same numbers in each of them." in ran.out
     assert "By step" not in ran.out
     assert "By parameter" not in ran.out
     assert compared("sick", "sick")["steps"]["first_step"] is None

@@ -105,7 +105,7 @@ class TestUnreadableRuns:
         (runs / "empty").mkdir()
         ran = command(*on("empty"))
         _assert_one_line(ran)
-        assert "'empty' is no run folder" in ran.err
+        assert "'empty' is not a run folder" in ran.err
 
     def test_a_folder_of_something_else(self, command, runs, on):
         """A meta.json that gradwatch has not written is told from one of its own."""

@@ -106,7 +106,7 @@ def test_noise_scale_draws_a_picture(tmp_path: Path) -> None:
     """The run leaves a PNG beside its logs, and says where."""
     output = run_example("noise_scale.py", *FEW["noise_scale.py"], "--logdir", tmp_path / "logs")
     picture = tmp_path / "logs.png"
-    assert f"The picture of it: {picture}\n" in output
+    assert f"Plot: {picture}\n" in output
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "(20 windows are needed, 6 were seen)" in output
 
@@ -116,7 +116,7 @@ def test_noise_scale_without_matplotlib_trains_all_the_same(tmp_path: Path) -> N
     options = (*FEW["noise_scale.py"], "--logdir", tmp_path / "logs")
     result = start_example("noise_scale.py", *options, launcher=("-c", WITHOUT_MATPLOTLIB))
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("There will be no picture")
+    assert result.stdout.startswith("There will be no plot")
     assert "pip install 'gradwatch[plot]'" in result.stdout
     assert row(result.stdout, "steps") == "6"
     assert not (tmp_path / "logs.png").exists()

@@ -39,7 +39,7 @@ def test_one_step(history):
     """Is too few to say much."""
     report = history(1).report()
     assert not report
-    assert "Few steps (1," in str(report)
+    assert "Few steps (1;" in str(report)
 
 
 def test_findings_are_ordered_by_weight(history):
@@ -179,7 +179,7 @@ def test_bad_thresholds_are_refused(history, changes, error, text):
 
 def test_missing_first_steps_are_remarked(history):
     """Norms at the start are those of later steps then."""
-    assert any("up to 500" in remark for remark in history(30, first=501).report().remarks)
+    assert any("up to step 500" in remark for remark in history(30, first=501).report().remarks)
 
 
 def test_history_without_parameters(history):

@@ -86,7 +86,7 @@ def test_gradient_that_comes_now_and_then_is_enough(kinds, history):
     assert kinds(norms=norms, events=[_missing("a.weight", 2)]) == ()
     norms = np.stack([early, np.ones(200)], 1)
     (finding,) = history(norms=norms, events=[_missing("a.weight", 51)]).report()
-    assert "later half" in finding.title
+    assert "second half" in finding.title
 
 
 @pytest.mark.parametrize(

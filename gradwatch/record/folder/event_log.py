@@ -1,4 +1,4 @@
-"""The events of one session, a line of JSON each: written, and read also while more come."""
+"""Writes and reads the events of one session, one line of JSON each, also while the run goes on."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gradwatch.record.folder.files import remove_quietly
 from gradwatch.record.records import Event
 
 SPELLED = "value_is"
-"""JSON has no NaN and no Inf: such a value is null, and spelled out in this further field."""
+"""JSON has no NaN and no Inf: such a value is null, and this extra field holds it as text."""
 
 _ROW = "row"
 _SUFFIX = ".jsonl"
 
 LONGEST_LINE = 1 << 24
-"""Bytes; of a longer line the pieces are no events, so that no file fills the memory."""
+"""Bytes. A longer line is read in pieces, which are not events: no file can fill the memory."""
 
 _TYPES = {"int": (int,), "float": (int, float), "str": (str,), "EventKind": (str,)}
 FIELD_TYPES = {field.name: _TYPES[str(field.type)] for field in fields(Event)}
@@ -30,8 +30,7 @@ class LoggedEvent(NamedTuple):
     """An event in the file of a session.
 
     Attributes:
-        event: The event.
-        row: It counts when this row of the session is there: the last step of its delivery.
+        row: The event counts once this row of the session, the last of its batch, is written.
     """
 
     event: Event
@@ -39,13 +38,13 @@ class LoggedEvent(NamedTuple):
 
 
 class EventLog:
-    """Appends to the file of a session that belongs to this process alone."""
+    """Appends events to the file of a session that belongs to this process alone."""
 
     def __init__(self, folder: Path, session: int) -> None:
-        """Claims the first session that nobody has.
+        """Claims the first free session number.
 
         Args:
-            folder: The folder of the events.
+            folder: The ``events`` folder of the run.
             session: The lowest number to claim.
         """
         while not _created(path := folder / f"{session:04d}{_SUFFIX}"):
@@ -53,11 +52,11 @@ class EventLog:
         self.session, self._path, self.length = session, path, 0
 
     def append(self, events: Sequence[Event], row: int) -> None:
-        """Writes events behind those that are there.
+        """Appends events to the file and syncs it to disk.
 
         Args:
-            events: Some more.
-            row: They count when this row of the session is there.
+            events: May be empty; then nothing is written.
+            row: The events count once this row of the session is written.
 
         Raises:
             OSError: If the disk is full, read-only or gone.
@@ -66,7 +65,7 @@ class EventLog:
             return
         content = lines_of(LoggedEvent(event, row) for event in events)
         with self._path.open("r+b") as file:
-            # What a failed attempt has left behind the length that counts is written over.
+            # A failed attempt may have left bytes after the valid length: overwrite them.
             file.truncate(self.length)
             file.seek(self.length)
             file.write(content)
@@ -75,13 +74,13 @@ class EventLog:
         self.length += len(content)
 
     def give_up(self) -> None:
-        """Removes the file of a session that could not begin."""
+        """Removes the file, for a session that could not start."""
         remove_quietly(self._path)
 
 
 def _created(path: Path) -> bool:
     try:
-        # Creating it is the claim: of two processes that try, the file system lets one.
+        # Creating the file claims the session: of two processes that try, only one succeeds.
         path.touch(exist_ok=False)
     except FileExistsError:
         return False
@@ -101,7 +100,7 @@ def _line(logged: LoggedEvent) -> bytes:
 
 
 def event_files(folder: Path) -> list[tuple[int, Path]]:
-    """Lists the sessions that have a file of events, in order, and the files.
+    """Lists ``(session, file)`` for each session that has a file of events, by session.
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -111,24 +110,24 @@ def event_files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def read_events(path: Path, offset: int = 0) -> Iterator[tuple[LoggedEvent, int]]:
-    """Yields the events of a session, each with the offset in the file that follows it.
+    """Yields the events of a session, each with the offset of the byte after it.
 
     Args:
-        path: The file.
-        offset: Where to begin: 0, or what came with an event.
+        path: The session's ``.jsonl`` file.
+        offset: Where to begin, in bytes: 0, or the offset that came with an event.
     """
     with path.open("rb") as file:
         file.seek(offset)
         while line := file.readline(LONGEST_LINE):
             offset += len(line)
-            # A line that is torn, because the process was killed in the middle or is still at it,
-            # is no event; who comes back for more begins behind the last one that was.
+            # A line may be incomplete: the process was killed while writing it, or is still
+            # writing. It yields no offset: the next read begins after the last complete event.
             if (logged := event_in(line)) is not None:
                 yield logged, offset
 
 
 def event_in(line: bytes) -> LoggedEvent | None:
-    """Reads a line of JSON; None of one that is torn, or holds something else."""
+    """Reads an event from a line of JSON; None if the line is incomplete or not an event."""
     try:
         content = json.loads(line)
         spelled = content.pop(SPELLED, None)
@@ -141,8 +140,8 @@ def event_in(line: bytes) -> LoggedEvent | None:
 
 
 def _is_sound(event: Event, row: object) -> bool:
-    """Tells whether each field is what it must be, so that who reads events need not ask."""
-    # type() and not isinstance(): True is an int too.
+    """Tells whether each field has the right type, so that readers need not check."""
+    # type() and not isinstance(): True would pass as an int.
     return type(row) is int and all(
         type(getattr(event, name)) in types for name, types in FIELD_TYPES.items()
     )

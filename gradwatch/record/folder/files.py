@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, what JSON can say, and the error for unreadable files."""
+"""Writing files atomically, plain data for JSON, and the error for folders that cannot be read."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from gradwatch.pickles import stable_name
 
 @stable_name
 class UnreadableError(ValueError):
-    """No run folder, half of one, one in a newer format, or a file in it that is damaged."""
+    """A folder is not a run folder, is incomplete or in a newer format, or a file is damaged."""
 
 
 SUFFIX = ".tmp"
 
 
 def write_whole(target: Path, content: Any, *, sync_name: bool = True) -> None:
-    """Writes a file under another name, and renames it when it is on the disk.
+    """Writes a file atomically: under a temporary name, renamed once the bytes are on disk.
 
     Args:
-        target: The file; one that is there is replaced.
-        content: Bytes, or what has the buffer of bytes.
-        sync_name: Whether the new name is on the disk too when this returns.
+        target: An existing file is replaced.
+        content: Bytes, or an object with the buffer protocol.
+        sync_name: Whether the new name must be on disk too when this returns.
 
     Raises:
         OSError: If the disk is full, read-only or gone; then nothing has changed.
     """
-    # The leading dot keeps it out of the folder listings of pandas, DuckDB and Polars.
+    # pandas, DuckDB and Polars skip names with a leading dot when they read a folder.
     temporary = target.with_name(f".{target.name}{SUFFIX}")
     try:
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
-            # Before the rename: after a power failure a file system may know the new name of a
-            # file whose bytes it never wrote.
+            # Before the rename: otherwise, after a power failure, a file system may know the new
+            # name of a file whose bytes it never wrote.
             os.fsync(file.fileno())
         temporary.replace(target)
     except BaseException:
@@ -51,8 +51,8 @@ def write_whole(target: Path, content: Any, *, sync_name: bool = True) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder survive a power failure, where the system can do that."""
-    if os.name == "nt":  # where a folder cannot be opened
+    """Syncs a folder, so that the names in it survive a power failure; a no-op on Windows."""
+    if os.name == "nt":  # a folder cannot be opened there
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -62,23 +62,23 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed process was about to rename."""
+    """Removes temporary files that a killed process never renamed."""
     for path in folder.glob(f".*{SUFFIX}"):
         remove_quietly(path)
 
 
 def remove_quietly(path: Path) -> None:
-    """Removes a file as far as the disk allows; whoever needs it gone must not rely on this."""
+    """Removes a file if the disk allows it; the file may still be there afterwards."""
     with suppress(OSError):
         path.unlink(missing_ok=True)
 
 
 def plain_data(value: Any, nonfinite: Callable[[float], Any] = str) -> Any:
-    """Turns a value into what strict JSON can say; what it has no form for becomes its text.
+    """Converts a value to what strict JSON can hold; other objects become ``str(value)``.
 
     Args:
-        value: Anything; mappings, sequences, sets and arrays are converted throughout.
-        nonfinite: Stands for NaN and infinities: JSON has no numbers for them.
+        value: Anything; mappings, sequences, sets and arrays are converted recursively.
+        nonfinite: Makes the replacement for NaN and infinities, which JSON does not have.
     """
     if isinstance(value, Mapping):
         return {str(key): plain_data(one, nonfinite) for key, one in value.items()}

@@ -14,35 +14,35 @@ from gradwatch.pickles import stable_name
 from gradwatch.record.folder.files import remove_quietly
 
 LOCK = ".lock"
-"""Name of the file that is locked; the leading dot keeps it out of other tools' listings."""
+"""Name of the file that is locked; other tools skip names with a leading dot."""
 
 TAKEN = (
     "{folder!r} is in use: another process{who} writes here; give each run its own folder, such as "
-    "{example!r}, or resume this one when that process has ended."
+    "{example!r}, or resume this one after that process has ended."
 )
 TRIES = 100
 
 
 @stable_name
 class WriterLock:
-    """The right to write into a run folder, from :meth:`acquire` to :meth:`release`.
+    """The right to write into a run folder, held from :meth:`acquire` to :meth:`release`.
 
-    It is an advisory lock of the system's, which goes with the process however that ends, SIGKILL
-    included, and which processes that it forks (the workers of a ``DataLoader``) do not keep alive.
-    Where there are no such locks, on Windows and on some network file systems, there is no guard.
+    It is an advisory lock of the operating system. The system frees it when the process ends, even
+    by SIGKILL, and forked processes (the workers of a ``DataLoader``) do not keep it alive. Windows
+    and some network file systems have no such locks; there, nothing stops a second writer.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Names the run folder; locks nothing yet."""
+        """Locks nothing yet."""
         self._folder = folder
         self._path: Path | None = None
 
     def acquire(self) -> None:
-        """Acquires the right; safe to call again.
+        """Acquires the lock; does nothing if this object holds it already.
 
         Raises:
             OSError: If the folder cannot be written to.
-            ValueError: If another process has it.
+            ValueError: If another process holds it.
         """
         if self._path is not None or sys.platform == "win32":
             return
@@ -55,7 +55,7 @@ class WriterLock:
         self._path = path
 
     def release(self) -> None:
-        """Gives the right back; safe to call again, and in a process that was forked since."""
+        """Releases the lock; safe to call twice, and in a process that was forked since."""
         path, self._path = self._path, None
         held = None if path is None else _held.get(path)
         if path is None or held is None or held.process != os.getpid():
@@ -66,7 +66,7 @@ class WriterLock:
             _unlock(path, held.file)
 
     def _locked(self, path: Path, *, inherited: bool) -> int | None:
-        """Locks the file; None where that cannot be done, or our parent has done it."""
+        """Locks the file; None if there are no locks here, or our parent process holds it."""
         for _ in range(TRIES):
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
@@ -74,7 +74,7 @@ class WriterLock:
             except BlockingIOError:
                 who = _who(file)
                 os.close(file)
-                if inherited:  # a launcher's fork trains where its parent was to
+                if inherited:  # a launcher opened the folder, and its forked child trains in it
                     return None
                 raise ValueError(self._taken(who)) from None
             if not locked:
@@ -84,7 +84,7 @@ class WriterLock:
             if _is_at(path, file):
                 _sign(file)
                 return file
-            os.close(file)  # its owner has removed it between our opening and our locking
+            os.close(file)  # its owner removed it between our open and our lock: try again
         return None
 
     def _taken(self, who: str) -> str:
@@ -94,12 +94,12 @@ class WriterLock:
 
 @dataclass(slots=True)
 class _Held:
-    """A lock that this process, or the one that it was forked from, has.
+    """A lock that this process holds, or the process that it was forked from.
 
     Attributes:
-        process: Whose it is.
-        file: The open file; None where the system or the disk has no locks.
-        owners: How many run folders of that process share it.
+        process: The pid of the holder.
+        file: The open file descriptor; None if the system or the disk has no locks.
+        owners: How many ``WriterLock`` objects of that process share it.
     """
 
     process: int
@@ -107,21 +107,22 @@ class _Held:
     owners: int
 
 
-# A process may open its folder again: resumed, fitted again, a cell run twice. They share one open
-# file, as closing any other that the process has of it would free the lock (POSIX).
+# A process may open its folder more than once: a resumed run, a second fit(), a notebook cell run
+# twice. They must share one open file: under POSIX, closing any descriptor of a file frees all
+# locks that the process holds on it.
 _held: dict[Path, _Held] = {}
 
 
 def _lock(file: int) -> bool:
-    """Locks a file; False where nothing can be locked.
+    """Locks a file; False if the file system has no locks.
 
     Raises:
         BlockingIOError: If another process has locked it.
     """
-    import fcntl  # there is none on Windows
+    import fcntl  # not available on Windows
 
     try:
-        # Not flock(), which a forked worker that outlives its killed parent would go on holding.
+        # Not flock(): a forked worker that outlives its killed parent would still hold the lock.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
@@ -131,9 +132,9 @@ def _lock(file: int) -> bool:
 
 
 def _unlock(path: Path, file: int | None) -> None:
-    """Removes the file while it is locked, so that nobody locks one that is about to go."""
+    """Removes the file while it is locked, so that nobody locks a file about to be removed."""
     if file is not None:
-        if _is_at(path, file):  # and not that of another process, in a folder that was made anew
+        if _is_at(path, file):  # not if the folder was recreated and another process locked it
             remove_quietly(path)
         with suppress(OSError):
             os.close(file)
@@ -147,14 +148,14 @@ def _is_at(path: Path, file: int) -> bool:
 
 
 def _sign(file: int) -> None:
-    """Writes who we are; on a full disk the lock stands without a name."""
+    """Writes our pid and host into the file; on a full disk the lock holds without them."""
     with suppress(OSError):
         os.ftruncate(file, 0)
         os.pwrite(file, f"{os.getpid()} {platform.node()}\n".encode(), 0)
 
 
 def _who(file: int) -> str:
-    """Reads who has the lock; nothing where that is not written."""
+    """Returns who holds the lock as " (pid ...)"; "" if the file does not say."""
     with suppress(OSError, ValueError):
         process, _, host = os.pread(file, 300, 0).decode().strip().partition(" ")
         if process.isdigit():

@@ -1,4 +1,4 @@
-"""What meta.json says of a run, and the checks that a folder is one."""
+"""Reads and writes meta.json, and checks that a folder is a run folder."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _FIELDS = tuple(field.name for field in fields(Layout))
 NO_FOLDER = (
     "There is no folder {path!r}. Pass the folder that watch(run_dir=) or RunFolder() was given."
 )
-A_FILE = "{path!r} is a file, and a run is a folder. Pass {parent!r} if the file is part of a run."
-NO_META = "{path!r} is no run folder, as it has no meta.json. {hint}"
+A_FILE = "{path!r} is a file, but a run is a folder. Pass {parent!r} if the file is part of a run."
+NO_META = "{path!r} is not a run folder: it has no meta.json. {hint}"
 NO_META_BUT_TABLES = (
     "{path!r} is half a run folder: it has {there}, but no meta.json, so the parameters are not "
     "known. Copy meta.json of that run too; pandas.read_parquet() reads {there} without it."
 )
 BARELY_BEGUN = (
-    "{path!r} holds no step yet: the run that made it was stopped, or has only just begun. Train "
-    "into it, or wait for its first steps, which are written after 5 seconds."
+    "{path!r} holds no step yet: the run that made it was stopped, or has only just begun. Use it "
+    "for a run, or wait for its first steps, which are written after 5 seconds."
 )
 BEGUN_ANEW = (
     "{path!r} holds no step yet: a run that began at step 1 again was stopped before its first "
     "steps were written. The run before it is in {earlier!r}."
 )
-FOREIGN = "{path!r} is no run folder, as its meta.json was not written by gradwatch ({why}). {hint}"
+FOREIGN = "{path!r} is not a run folder: its meta.json was not written by gradwatch ({why}). {hint}"
 NEWER = (
     "{path!r} is a run in format {theirs}, and this gradwatch reads formats up to {ours}. "
     "Upgrade: pip install --upgrade gradwatch."
@@ -50,10 +50,10 @@ PASS_ANOTHER = "Pass the folder that watch(run_dir=) or RunFolder() was given."
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """What is said of a run once.
+    """The content of meta.json.
 
     Attributes:
-        layout: The parameters; of all sessions, those of the newest one first.
+        layout: The parameters of all sessions, those of the newest session first.
         sessions: One mapping for each process that has written, oldest first.
     """
 
@@ -61,7 +61,7 @@ class Meta:
     sessions: tuple[Mapping[str, Any], ...] = ()
 
     def with_session(self, layout: Layout, session: Mapping[str, Any]) -> Meta:
-        """Returns it with one more session, its parameters and what to say of it."""
+        """Returns a copy with one more session, whose parameters come first in the layout."""
         return Meta(_joined(layout, self.layout), (*self.sessions, plain_data(session)))
 
     def write(self, folder: Path) -> None:
@@ -80,7 +80,7 @@ def read_meta(folder: Path) -> Meta:
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If it is no run folder, or one in a newer format.
+        ValueError: If it is not a run folder, or one in a newer format.
     """
     content = _content(folder)
     if content.get("format") != FORMAT or not isinstance(content.get("version"), int):
@@ -96,10 +96,10 @@ def read_meta(folder: Path) -> Meta:
 
 
 def check_whole(folder: Path) -> None:
-    """Checks that the tables are there.
+    """Checks that the folder of each table exists.
 
     Raises:
-        ValueError: If one is not.
+        ValueError: If one is missing.
     """
     missing = [f"{name}/" for name in TABLES if not (folder / name).is_dir()]
     if missing:
@@ -110,19 +110,19 @@ def check_whole(folder: Path) -> None:
 
 
 def newest_earlier(folder: Path) -> Path | None:
-    """Finds the run that was set aside last, when another began at step 1 in the same folder."""
+    """Finds the newest ``earlier-N``: a run set aside because another began here at step 1."""
     found = (path for path in folder.glob(f"{EARLIER}*") if number_of_earlier(path))
     return max(found, key=number_of_earlier, default=None)
 
 
 def number_of_earlier(path: Path | None) -> int:
-    """Returns the number in the name of a run that was set aside; 0 for any other path."""
+    """Returns the N of ``earlier-N``; 0 for any other path."""
     digits = path.name.removeprefix(EARLIER) if path is not None else ""
     return int(digits) if digits.isdecimal() else 0
 
 
 def has_begun(folder: Path) -> bool:
-    """Tells whether a folder, which need not be there, holds anything of a run."""
+    """Tells whether a folder holds any data of a run; False if it does not exist."""
     if (folder / NAME).exists():
         return True
     # A process that was killed before its first step leaves folders and an empty file of events.
@@ -139,7 +139,7 @@ def _content(folder: Path) -> Mapping[str, Any]:
         content = json.loads((folder / NAME).read_bytes())
     except FileNotFoundError:
         raise _no_meta(folder) from None
-    except (ValueError, RecursionError) as error:  # RecursionError: of brackets within brackets
+    except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
         raise _foreign(folder, str(error)) from error
     if not isinstance(content, dict):
         raise _foreign(folder, "it does not say so")
@@ -160,7 +160,7 @@ def _foreign(folder: Path, why: str) -> UnreadableError:
 
 
 def _hint(folder: Path) -> str:
-    # The folder above is the usual slip: of "runs" where "runs/a" is meant.
+    # A usual slip is to pass the parent folder: "runs" instead of "runs/a".
     inside = sorted(str(path.parent) for path in folder.glob(f"*/{NAME}"))[:3]
     return f"Did you mean {' or '.join(map(repr, inside))}?" if inside else PASS_ANOTHER
 
@@ -175,14 +175,14 @@ def _layout(content: Mapping[str, Sequence[Any]]) -> Layout:
 
 
 def _joined(new: Layout, old: Layout) -> Layout:
-    """Appends the parameters that only earlier sessions had."""
+    """Returns the new layout followed by the parameters that only the old one has."""
     known = set(new.names)
     gone = [index for index, name in enumerate(old.names) if name not in known]
     if not gone:
         return new
 
     def both(field: str) -> Any:
-        # A layout need not have shapes and aliases; with those of the other they must line up.
+        # A layout may lack shapes and aliases; pad them, so that the entries line up with names.
         ours, theirs = (
             getattr(layout, field) or ((),) * len(layout.names) for layout in (new, old)
         )

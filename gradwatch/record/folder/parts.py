@@ -1,4 +1,4 @@
-"""The parts of a table on the disk: named, added to, merged and cut."""
+"""The parts of a table on disk: their names, and how they are written, merged and cut."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _NAME = re.compile(r"(\d{4,})-(\d{10,})-(\d{10,})\.parquet")
 @stable_name
 @dataclass(frozen=True, slots=True, order=True)
 class Part:
-    """Consecutive rows of one session.
+    """Consecutive rows of one session, stored as one Parquet file.
 
     Attributes:
         session: Number of the session, from 1.
         first: First row, from 0.
-        last: Last row.
+        last: Last row, included.
     """
 
     session: int
@@ -33,12 +33,12 @@ class Part:
 
     @property
     def name(self) -> str:
-        """The name of its file."""
+        """The file name, such as ``0001-0000000000-0000000063.parquet``."""
         return f"{self.session:04d}-{self.first:010d}-{self.last:010d}.parquet"
 
     @classmethod
     def from_name(cls, name: str) -> Part | None:
-        """Reads a file name; None if it is not one of a part."""
+        """Parses a file name; None if it is not the name of a part."""
         match = _NAME.fullmatch(name)
         return cls(*map(int, match.groups())) if match else None
 
@@ -50,13 +50,14 @@ class Part:
 
 
 def list_parts(folder: Path) -> list[Part]:
-    """Lists the parts of a table as they were at one moment, those included that one covers.
+    """Lists the parts of a table as of one moment, also those that another part covers.
 
     Raises:
         FileNotFoundError: If there is no such folder.
     """
-    # A listing that is made while a merge runs may miss the merged part, which came after it had
-    # looked there, and the merged ones, which had gone before. Two equal ones in a row cannot.
+    # A listing made during a merge may miss rows: the merged part appeared behind the place where
+    # the listing was, and the small parts were removed ahead of it. Two equal listings in a row
+    # cannot both have missed them.
     before, now = None, _listing(folder)
     while now != before:
         before, now = now, _listing(folder)
@@ -64,9 +65,10 @@ def list_parts(folder: Path) -> list[Part]:
 
 
 def uncovered(parts: Iterable[Part]) -> list[Part]:
-    """Leaves out the parts whose rows another one covers, and puts the others in order."""
+    """Drops the parts whose rows another part covers, and sorts the others."""
     kept: list[Part] = []
-    # Of parts that begin together the longest comes first, so that one look back is enough.
+    # If several parts begin at the same row, the longest comes first: then it is enough to compare
+    # each part with the last one kept.
     for part in sorted(parts, key=lambda part: (part.session, part.first, -part.last)):
         if not (kept and kept[-1].covers(part)):
             kept.append(part)
@@ -80,22 +82,22 @@ def _listing(folder: Path) -> list[Part]:
 
 FAN = 32
 FULL = 1 << 20
-"""Values in a part that is never merged again: 3 MB, 0.2 s and some 100 MB to make it of others."""
+"""Values in a part that is never merged again: a 3 MB file; merging takes 0.2 s and some 100 MB."""
 
-# Each level is 32 times the one below: the files stay few, and however long the run, a value is
-# rewritten once per level at most.
+# Each level is 32 times the one below. That keeps the files few, and however long the run is, each
+# value is rewritten at most once per level.
 LEVELS = (FULL // FAN**3, FULL // FAN**2, FULL // FAN, FULL)
-"""A part is of a level by its size; what a level holds is merged when it makes one of the next."""
+"""Sizes in values. Newest parts below one of these sizes are merged once they add up to it."""
 
 
 def due(sizes: Sequence[int]) -> slice | None:
     """Chooses parts to merge while the run goes on.
 
     Args:
-        sizes: Values in each part of a session, oldest first.
+        sizes: Number of values in each part of a session, oldest first.
 
     Returns:
-        Consecutive parts up to the newest; None if there is nothing to do yet.
+        A slice of consecutive parts up to the newest; None if no merge is due.
     """
     for limit in LEVELS:
         tail = len(sizes)
@@ -110,10 +112,10 @@ def leftovers(sizes: Sequence[int]) -> list[slice]:
     """Chooses parts to merge at the end of a run.
 
     Args:
-        sizes: Values in each part of a session, oldest first.
+        sizes: Number of values in each part of a session, oldest first.
 
     Returns:
-        Groups of two or more consecutive parts that make about a full one each.
+        Slices of two or more consecutive parts; each group makes about one full part.
     """
     groups: list[slice] = []
     first, total = 0, 0
@@ -129,42 +131,51 @@ class PartTable(Protocol):
     """How the rows of a table are written and read."""
 
     def size(self, rows: int, columns: int) -> int:
-        """Returns how many values are worth counting in a table of so many rows and columns."""
+        """Returns how many values a table of that many rows and columns counts for in a merge."""
 
     def encode(self, table: Any, small: bool) -> Any:
-        """Writes a ``pyarrow.Table`` as a Parquet file into memory."""
+        """Encodes a ``pyarrow.Table`` as a Parquet file in memory."""
 
     def read(self, paths: Sequence[Path]) -> Any:
         """Reads whole files into one ``pyarrow.Table``."""
 
 
 class PartStore:
-    """The parts of one table that this process adds, and those that it finds."""
+    """The parts of one table: those that this process writes, and those already in the folder."""
 
     def __init__(self, folder: Path, table: PartTable) -> None:
-        """Names a folder that need not be there yet, and how its rows are written."""
+        """Touches nothing on disk yet.
+
+        Args:
+            folder: Need not exist yet; :meth:`open` makes it.
+            table: How the rows are encoded and read.
+        """
         self._table = table
         self._folder = folder
         self._sizes: dict[Part, int] = {}
 
     def open(self) -> None:
-        """Makes the folder, and clears away what a killed process left half done."""
+        """Makes the folder, and removes what a killed process left half done."""
         self._folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self._folder)
         there = list_parts(self._folder)
         self._remove(set(there) - set(uncovered(there)))
 
     def remove_beyond(self, last_row: Mapping[int, int]) -> None:
-        """Removes parts that nobody reads, by session those behind the last row that counts."""
-        # Their process was killed between writing the parameters and writing the steps.
+        """Removes parts whose steps were never written.
+
+        Args:
+            last_row: By session, the last row that is in ``steps/``.
+        """
+        # Their process was killed after it wrote the parameters and before it wrote the steps.
         self._remove([p for p in self.parts() if p.first > last_row.get(p.session, -1)])
 
     def parts(self) -> list[Part]:
-        """Lists the parts of all sessions."""
+        """Lists the parts of all sessions, without those that another part covers."""
         return uncovered(list_parts(self._folder))
 
     def write(self, part: Part, table: Any) -> None:
-        """Writes the rows of a part, a ``pyarrow.Table``; :meth:`sync` makes its name last."""
+        """Writes a ``pyarrow.Table`` as a part; call :meth:`sync` to make its name durable."""
         write_whole(self._path(part), self._table.encode(table, small=True), sync_name=False)
         self._sizes[part] = self._table.size(table.num_rows, table.num_columns)
 
@@ -173,12 +184,12 @@ class PartStore:
         sync_folder(self._folder)
 
     def withdraw(self, part: Part) -> None:
-        """Removes a part that was written, or nearly, and is not to be read."""
+        """Removes a part that must not be read, whether it was written completely or not."""
         self._sizes.pop(part, None)
         remove_quietly(self._path(part))
 
     def merge_due(self) -> None:
-        """Merges what this process has written, where there is much of it."""
+        """Merges parts that this process has written, if enough of them have accumulated."""
         parts = list(self._sizes)
         chosen = due(list(self._sizes.values()))
         if chosen is not None:
@@ -196,9 +207,10 @@ class PartStore:
         """Rewrites the parts of earlier sessions without the rows that are void.
 
         Args:
-            before: Sessions below this number are looked at.
-            from_step: No earlier step is void.
-            valid: Tells of a part and its ``pyarrow.Table`` which rows stay: bool array ``[rows]``.
+            before: Only sessions below this number are cut.
+            from_step: No step before this one is void, so parts that end earlier are not read.
+            valid: Maps a part and its ``pyarrow.Table`` to a bool array ``[rows]``: the rows that
+                stay.
         """
         import pyarrow as pa
 
@@ -216,10 +228,10 @@ class PartStore:
     def _merge(self, parts: Sequence[Part]) -> None:
         whole = Part(parts[0].session, parts[0].first, parts[-1].last)
         table = self._table.read([self._path(part) for part in parts])
-        # The merged part first, so that no row is missing at any moment.
+        # Write the merged part before removing the others: no row is missing at any moment.
         write_whole(self._path(whole), self._table.encode(table, small=False))
         self._remove(set(parts) - {whole})
-        # Only what this process has written is counted: the parts of others may be any size.
+        # Keep the sizes of this process's parts only: those of other sessions are of any size.
         kept = {part: size for part, size in self._sizes.items() if part not in parts}
         if len(kept) < len(self._sizes):
             kept[whole] = self._table.size(table.num_rows, table.num_columns)

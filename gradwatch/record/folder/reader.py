@@ -1,7 +1,7 @@
-"""Reads a run folder by columns and steps, also while it is written.
+"""Reads columns and step ranges from a run folder, also while the run writes to it.
 
-A question is answered in this order: list the parts, know which steps a resumed session has made
-void, open the row groups that can hold an answer, join what they hold.
+Each read does the same: list the parts, find the steps that a resumed session made void, read the
+row groups that can hold the wanted rows, and join the results.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ T = TypeVar("T")
 
 
 class ReadPosition(NamedTuple):
-    """Up to which step a run was read.
+    """How far a run has been read: the last step that was.
 
     Attributes:
         session: Number of the session, from 1; 0 before the first step.
-        row: Row in it, from 0.
+        row: Row in that session, from 0; -1 before the first step.
     """
 
     session: int = 0
@@ -67,11 +67,11 @@ class ReadPosition(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The steps of a run at one moment.
+    """The parts with the steps of a run, as of one moment.
 
     Attributes:
-        parts: Where they are, oldest first, each row once.
-        rule: Which of them are void.
+        parts: Oldest first; no two of them share a row.
+        rule: Says which of their steps are void.
     """
 
     parts: Sequence[Part]
@@ -85,7 +85,7 @@ class Listing:
         return ReadPosition(self.parts[-1].session, self.parts[-1].last)
 
     def rows_behind(self, position: ReadPosition) -> int:
-        """Counts the steps that come after a position, the void ones included."""
+        """Counts the steps after a position, void ones included."""
         known = {position.session: position.row}
         return sum(
             max(0, part.last - max(part.first - 1, known.get(part.session, -1)))
@@ -96,14 +96,14 @@ class Listing:
 
 @stable_name
 class FolderSource:
-    """A :class:`~gradwatch.record.columns.Source` that reads what the folder holds at each call."""
+    """A :class:`~gradwatch.record.columns.Source` that reads the folder anew at each call."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Opens a run folder.
 
         Raises:
             FileNotFoundError: If there is no such folder.
-            ValueError: If it is no run folder, is written in a newer format, or parts are missing.
+            ValueError: If it is not a run folder, is in a newer format, or parts are missing.
             ModuleNotFoundError: If pyarrow is not installed.
         """
         need_pyarrow("gradwatch.load()")
@@ -117,7 +117,7 @@ class FolderSource:
         self._parameters = ParameterReader(folder / PARAMETERS)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_folder": self._folder}  # the rest is only remembered of what is in it
+        return {"_folder": self._folder}  # the rest is a cache of what the folder holds
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._open(state["_folder"])
@@ -151,14 +151,15 @@ class FolderSource:
         return self.steadily(lambda: list(self.new_events(self.listing(), {})))
 
     def steadily(self, read: Callable[[], T]) -> T:
-        """Reads, and begins anew where a file went away before that was done.
+        """Calls ``read()``, and again if a file disappeared meanwhile.
 
         Raises:
             FileNotFoundError: If the folder is gone.
-            ValueError: If it is no run folder any more, or a file is damaged.
+            ValueError: If it is no longer a run folder, or a file is damaged.
         """
         for _ in range(TRIES):
-            # Merged into another file, most likely; else the checks below say what is missing.
+            # Most likely the file was merged into another; if not, the checks below say what is
+            # missing.
             with suppress(FileNotFoundError):
                 return read()
             read_meta(self._folder)
@@ -167,20 +168,20 @@ class FolderSource:
         return read()
 
     def listing(self) -> Listing:
-        """Lists the steps that are there now."""
+        """Lists the parts that exist now, with the rule that says which steps are void."""
         parts = uncovered(list_parts(self._folder / STEPS))
         return Listing(parts, self._starts.rule(parts))
 
     def newest_steps(
         self, listing: Listing, behind: ReadPosition, columns: Sequence[str], most: int
     ) -> Table:
-        """Reads the newest steps; of the parts only the last ones that hold so many.
+        """Reads the newest steps after a position; opens no more parts than it needs.
 
         Args:
-            listing: What is there.
-            behind: The newest step that is known already.
+            listing: The parts to read from.
+            behind: Only steps after this position are returned.
             columns: Fields of :class:`~gradwatch.record.records.StepRecord`.
-            most: How many steps to read at most.
+            most: Maximum number of steps; the newest are kept.
         """
         tables: list[Table] = []
         for part in reversed(listing.parts):
@@ -194,16 +195,17 @@ class FolderSource:
         return {name: _joined(name, [table[name] for table in tables])[-most:] for name in columns}
 
     def new_events(self, listing: Listing, offsets: dict[int, int]) -> Iterator[Event]:
-        """Yields the events that belong to the steps that are there.
+        """Yields the events whose steps are in the listing.
 
         Args:
-            listing: What is there; later events wait.
-            offsets: By session how far its file was read; brought up to date.
+            listing: Events of later steps are left for a later call.
+            offsets: By session, the offset in bytes up to which its file has been read; updated
+                in place.
         """
         last = {part.session: part.last for part in listing.parts}
         for session, path in event_files(self._folder / EVENTS):
             for logged, end in read_events(path, offsets.get(session, 0)):
-                # Rows rise along a file, so that all that follow wait too.
+                # Rows never decrease along a file, so all later events must wait too.
                 if logged.row > last.get(session, -1):
                     break
                 offsets[session] = end
@@ -218,7 +220,7 @@ class FolderSource:
     def _part(
         self, part: Part, columns: Sequence[str], rule: ResumeRule, span: Span
     ) -> dict[str, Column]:
-        """Reads what counts of one part; ``step`` and ``optimizer``, which tell, come with it."""
+        """Reads the valid steps of one part; always includes ``step`` and ``optimizer``."""
         path = self._folder / STEPS / part.name
         file = open_parquet(path, STEP_LABELS)
         stored = [name for name in ("step", "optimizer", *columns) if name != "session"]
@@ -233,24 +235,24 @@ class FolderSource:
 
 
 class ResumeRule:
-    """Which steps are void: where a later session has steps of an optimizer, those from there on.
+    """Decides which steps are void, per optimizer: all from a later session's first step on.
 
-    So a run that was resumed from a checkpoint is one run, in which the steps that a killed process
-    did after that checkpoint do not count.
+    A run that was resumed from a checkpoint thus reads as one run. The steps that a killed process
+    took after that checkpoint do not count.
     """
 
     def __init__(self, first: Mapping[int, Mapping[str, int]]) -> None:
-        """Knows where sessions begin.
+        """Makes the rule.
 
         Args:
-            first: By session and optimizer the lowest step; nothing where there is one session.
+            first: The lowest step by session and optimizer; empty if there is only one session.
         """
         self._first = first
         self._labels = {label for steps in first.values() for label in steps}
         self._void_from: dict[int, dict[str, int]] = {}
 
     def void_from(self, session: int) -> Mapping[str, int]:
-        """Returns by optimizer the step from which on a session's steps are void."""
+        """Returns, by optimizer, the first step that is void in a session."""
         if session not in self._void_from:
             void: dict[str, int] = {}
             for later, steps in self._first.items():
@@ -260,10 +262,10 @@ class ResumeRule:
         return self._void_from[session]
 
     def valid_steps(self, session: int, optimizers: Labels, steps: Array) -> Array:
-        """Tells which rows of a session count: bool array ``[rows]``.
+        """Tells which rows of a session are valid: bool array ``[rows]``.
 
         Args:
-            session: The session.
+            session: Number of the session, from 1.
             optimizers: Label of each row's optimizer.
             steps: int array ``[rows]``.
         """
@@ -274,10 +276,11 @@ class ResumeRule:
         return valid
 
     def keeps(self, session: int, event: Event) -> bool:
-        """Tells whether an event counts: its step does."""
+        """Tells whether an event counts, that is, whether its step is valid."""
         void = self.void_from(session)
-        # Events of accumulation and memory belong to no optimizer: they go with the steps of any.
-        # But where no optimizer steps the model, "none" is the label of its backwards.
+        # Events about accumulation and memory belong to no optimizer (label "none"): the first void
+        # step of any optimizer decides. But if no optimizer steps the model, "none" is also the
+        # label of its backward passes, which have steps of their own.
         if event.optimizer == "none" and "none" not in self._labels:
             return event.step < min(void.values(), default=event.step + 1)
         return event.step < void.get(event.optimizer, event.step + 1)
@@ -285,20 +288,24 @@ class ResumeRule:
 
 @stable_name
 class SessionStarts:
-    """Finds the first step of each session and optimizer; a part is read once."""
+    """Finds the first step of each session and optimizer; reads each part only once."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads from the folder with the parts of the steps."""
+        """Reads nothing yet.
+
+        Args:
+            folder: The ``steps`` folder of the run.
+        """
         self._folder = folder
         self._of_part: dict[Part, dict[str, int]] = {}
 
     def rule(self, parts: Sequence[Part]) -> ResumeRule:
-        """Makes the rule for the parts that there are."""
-        # Of a single session no step is void, and nothing need be read to know that.
+        """Makes the rule for these parts."""
+        # With a single session no step is void, so there is no need to read anything.
         if len({part.session for part in parts}) < 2:
             return ResumeRule({})
         of_part = {part: self._of_part.get(part) or self._read(part) for part in parts}
-        # Only parts that are there are remembered: who follows a run for days sees many go.
+        # Forget parts that are gone: a reader that follows a run for days sees many of them.
         self._of_part = of_part
         first: dict[int, dict[str, int]] = {}
         for part, steps in of_part.items():
@@ -336,11 +343,11 @@ def _unwritten(name: str, rows: int) -> Column:
 
 
 def _joined(name: str, columns: Sequence[Column]) -> Column:
-    """Puts a column of several parts end to end; where there is no part, it is empty."""
+    """Concatenates a column over several parts; without parts it is empty."""
     dtype = STEP_DTYPES.get(name, np.int64)  # int64: session and row
     if dtype is not None:
         return np.concatenate([np.empty(0, dtype), *map(array_of, columns)])
-    # Each part has a dictionary of its own.
+    # Each part has its own dictionary: map the codes of all to one.
     code: dict[str, int] = {}
     codes = [np.empty(0, np.int64)]
     for labels in map(labels_in, columns):
@@ -355,30 +362,34 @@ Dtypes = Mapping[str, type[np.generic]]
 
 @stable_name
 class ParameterReader:
-    """Reads numbers per parameter of the steps that it is given."""
+    """Reads norms and statistics per parameter for given steps."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads from the folder with the parts of the parameters."""
+        """Reads nothing yet.
+
+        Args:
+            folder: The ``parameters`` folder of the run.
+        """
         self._folder = folder
         self._dtypes_of_part: dict[Part, Dtypes] = {}
 
     def statistics(self) -> tuple[str, ...]:
-        """Returns the names of the further statistics, in the order in which they came."""
+        """Returns the names of the statistics besides the norms, in the order they were added."""
         return tuple(name for name in self._dtypes(self._parts()) if name not in NORM_COLUMNS)
 
     def read(
         self, layout: Layout, steps: Table, indices: Sequence[int] | None, columns: Sequence[str]
     ) -> Table:
-        """Reads numbers.
+        """Reads columns of the given steps and parameters.
 
         Args:
-            layout: The parameters.
+            layout: Gives the order of the parameters.
             steps: ``session``, ``row``, ``step`` and ``clip_coef`` of the steps to read, in order.
             indices: Parameters by their index in the layout; None for all.
-            columns: What to read of each.
+            columns: Norms or statistics.
 
         Returns:
-            ``step``, ``parameter`` and the columns, in the order of steps and layout.
+            ``step``, ``parameter`` and the columns, in the order of ``steps`` and then the layout.
         """
         parts = self._parts()
         numbers = dict.fromkeys((*columns, *(["grad_norm"] if CLIPPED in columns else [])))
@@ -398,7 +409,7 @@ class ParameterReader:
     def _part(
         self, part: Part, parameters: _Parameters, places: _StepPlaces, dtypes: Dtypes
     ) -> dict[str, Array]:
-        """Reads what is wanted of one part, columns of these dtypes."""
+        """Reads the wanted rows of one part, as columns of the given dtypes."""
         path = self._folder / part.name
         file = open_parquet(path, PARAMETER_LABELS)
         with reading(path):
@@ -411,21 +422,22 @@ class ParameterReader:
             table["follows"] = arrow[CLIPPED].is_null().to_numpy()
         found = take_rows(table, (place >= 0) & (index >= 0))
         arrays = {name: array_of(column) for name, column in found.items()}
-        # A part may lack a statistic that others have, or have narrow norms.
+        # A part may lack a statistic that other parts have, or hold its norms as float32.
         unknown = np.full(len(arrays["place"]), np.nan)
         piece: dict[str, Array] = {
             name: arrays.get(name, unknown).astype(dtype, copy=False)
             for name, dtype in dtypes.items()
         }
         if CLIPPED in table:
-            # Stored only where it does not follow from the norm before the clip. Of widened norms,
-            # as in the live history: one that was rounded to float32 first would differ.
+            # A norm after the clip is stored only if it differs from the product. The product is
+            # taken of the widened norms, as in the live history: rounding to float32 first would
+            # give another value.
             derived = clipped_by(piece["grad_norm"], places.clip_coef[piece["place"]])
             piece[CLIPPED] = np.where(arrays["follows"], derived, piece[CLIPPED])
         return piece
 
     def _dtypes(self, parts: Sequence[Part]) -> dict[str, type[np.generic]]:
-        """Finds the columns of numbers and their dtypes: the widest that a part has."""
+        """Returns the number columns with their dtypes: for each, the widest of any part."""
         dtypes: dict[str, type[np.generic]] = dict.fromkeys(NORM_COLUMNS, np.float32)
         of_parts = (column for part in parts for column in self._schema(part).items())
         return dtypes | {name: dtype for name, dtype in of_parts if dtype is np.float64}
@@ -445,7 +457,7 @@ class ParameterReader:
 
 
 class _Parameters:
-    """The parameters to read."""
+    """The parameters to read, found by name in a file."""
 
     def __init__(self, layout: Layout, indices: Sequence[int] | None) -> None:
         chosen = range(len(layout.names)) if indices is None else indices
@@ -453,20 +465,20 @@ class _Parameters:
         self._sorted = None if indices is None else sorted(self._index)
 
     def groups(self, file: Any) -> list[int]:
-        """Finds the row groups that can hold one of them."""
+        """Finds the row groups that can hold one of the parameters."""
         if self._sorted is None:
             return list(range(file.metadata.num_row_groups))
         return _groups_with_names(file, self._sorted)
 
     def find(self, parameters: Labels) -> Array:
-        """Finds the index of each row's parameter in the layout; -1 where it is not wanted."""
+        """Returns the layout index of each row's parameter, or -1 if it is not wanted."""
         known = np.array([self._index.get(name, -1) for name in parameters.values], np.int64)
         found: Array = known[parameters.codes]
         return found
 
 
 class _StepPlaces:
-    """Where the rows of each session stand among the steps that are read."""
+    """Maps the rows of each session to their places among the steps that are read."""
 
     def __init__(self, steps: Table) -> None:
         self.clip_coef = array_of(steps["clip_coef"])
@@ -475,7 +487,7 @@ class _StepPlaces:
         for session in np.unique(sessions).tolist():
             mine = np.flatnonzero(sessions == session)
             first = int(rows[mine].min())
-            # A table by row rather than a search: rows of a session are consecutive, nearly.
+            # A lookup table instead of a search: the rows of a session are nearly consecutive.
             places = np.full(int(rows[mine].max()) - first + 1, -1, np.int64)
             places[rows[mine] - first] = mine
             self._places[session] = first, places
@@ -486,20 +498,20 @@ class _StepPlaces:
         return bool((places[max(0, part.first - first) : max(0, part.last + 1 - first)] >= 0).any())
 
     def find(self, session: int, rows: Array) -> Array:
-        """Finds the place of each row; -1 where it is not wanted."""
+        """Returns the place of each row, or -1 if it is not wanted."""
         first, places = self._places[session]
         inside = (rows >= first) & (rows < first + len(places))
         return np.where(inside, places[np.where(inside, rows - first, 0)], -1)
 
 
 SPARSE = 4
-"""Slots per row up to which the matrix of places and indices is worth making."""
+"""Slots per row up to which a places-by-indices matrix is faster than sorting."""
 
 
 def _order(places: Array, indices: Array) -> Array:
-    """Finds the order by place and then by index."""
-    # Where most places have most indices each row is put into its slot of the matrix, which takes a
-    # third of the time of sorting.
+    """Returns the order that sorts rows by place and then by index."""
+    # If most places have most indices, put each row into its slot of a matrix: that takes a third
+    # of the time of sorting.
     width = int(indices.max(initial=0)) + 1
     slots = (int(places.max(initial=0)) + 1) * width
     if slots <= SPARSE * len(places):
@@ -527,13 +539,13 @@ def _groups_with_names(file: Any, names: Sequence[str]) -> list[int]:
 
     def bounds(group: int) -> tuple[str, str] | None:
         of = metadata.row_group(group).column(PARAMETER_INDEX).statistics
-        # A name of more than 4 kB has no bounds.
+        # Parquet stores no bounds for a name of more than 4 kB.
         return (of.min, of.max) if of is not None and of.has_min_max else None
 
     if not names or not groups or bounds(0) is None or bounds(groups[-1]) is None:
         return list(groups) if names else []
     found = []
-    # Searched and not scanned: reading the bounds of a group takes longer than comparing them.
+    # Bisect instead of scanning: reading the bounds of a group costs more than comparing them.
     first = bisect_left(groups, names[0], key=lambda group: (bounds(group) or ("", names[0]))[1])
     for group in groups[first:]:
         low, high = bounds(group) or (names[0], names[-1])
@@ -546,13 +558,13 @@ def _groups_with_names(file: Any, names: Sequence[str]) -> list[int]:
 
 
 def _read_groups(file: Any, groups: Sequence[int], names: Iterable[str]) -> Any:
-    """Reads row groups into a ``pyarrow.Table``; a column that the file lacks is left out."""
+    """Reads row groups into a ``pyarrow.Table``, without the columns that the file lacks."""
     there = [name for name in dict.fromkeys(names) if name in file.schema_arrow.names]
     return file.read_row_groups(list(groups), columns=there, use_threads=False)
 
 
 def _as_columns(table: Any) -> dict[str, Column]:
-    """Makes columns of a ``pyarrow.Table``; NaN where a number is null."""
+    """Converts a ``pyarrow.Table`` to columns; null numbers become NaN."""
     return {
         name: labels_of(column) if str(column.type).startswith("dictionary") else column.to_numpy()
         for name, column in zip(table.column_names, table.columns, strict=True)

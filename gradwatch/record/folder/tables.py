@@ -1,4 +1,4 @@
-"""The tables of steps and of parameters as Parquet, through pyarrow."""
+"""The tables of steps and of parameters as Parquet files, with pyarrow."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ from gradwatch.record.schema import columns_of
 
 STEP_LABELS = tuple(name for name, dtype in STEP_DTYPES.items() if dtype is None)
 PARAMETER_LABELS = ("optimizer", "parameter")
-"""The columns of strings of each table: stored, written and read as dictionaries."""
+"""The string columns of each table, stored and read as dictionaries."""
 
 KEYS = ("row", "step", "optimizer", "parameter", "grad_norm", "grad_norm_clipped")
 """The columns that every table of parameters has; the others are statistics."""
 
 STEP_INDEX = 1
-"""Place of the column ``step`` in both tables, where its bounds are found."""
+"""Index of the column ``step`` in both tables; Parquet keeps bounds by column index."""
 
 PARAMETER_INDEX = 3
-"""Place of the column ``parameter`` in its table."""
+"""Index of the column ``parameter`` in the table of parameters."""
 
-# As a dictionary and its runs they take next to nothing.
+# Columns that declare ``repeats``: dictionary and run-length encoding make them nearly free.
 _REPEATING = tuple(name for name, one in columns_of(StepRecord).items() if one.repeats)
 _STEP_ROW_GROUP = 1 << 16
-# One parameter's curve reads whole groups: small ones waste less, and cost more bounds to look at.
+# The curve of one parameter reads whole row groups: small ones waste less of that, but there are
+# more bounds to look at.
 _PARAMETER_ROW_GROUP = 1 << 14
 
 MISSING = "{user} needs pyarrow, which is not installed. Run: pip install 'gradwatch[runs]'"
-DAMAGED = "{path!r} is damaged: {why}. Copy it anew, or delete it to read what else there is."
+DAMAGED = "{path!r} is damaged: {why}. Copy it again, or delete it to read the rest of the run."
 
 
 def need_pyarrow(user: str) -> None:
-    """Checks that pyarrow is there.
+    """Checks that pyarrow is installed.
 
     Args:
-        user: What needs it, as the user wrote it.
+        user: The call that needs it, for the message: ``"gradwatch.load()"``.
 
     Raises:
         ModuleNotFoundError: If it is not installed.
@@ -49,21 +50,21 @@ def need_pyarrow(user: str) -> None:
     try:
         import pyarrow.parquet  # noqa: F401
     except ModuleNotFoundError as error:
-        # A broken pyarrow that misses a module of its own keeps its own message.
+        # If pyarrow itself is broken and lacks a module, keep the original message.
         if error.name not in ("pyarrow", "pyarrow.parquet"):
             raise
         raise ModuleNotFoundError(MISSING.format(user=user), name="pyarrow") from error
 
 
 class StepsTable:
-    """How steps are written, and read as a whole."""
+    """Writes and reads whole parts of the table of steps."""
 
     def to_arrow(self, records: Sequence[StepRecord], first_row: int) -> Any:
-        """Makes a ``pyarrow.Table`` of some steps.
+        """Makes a ``pyarrow.Table`` with one row per record.
 
         Args:
-            records: The steps.
-            first_row: Row of the first one in its session.
+            records: Consecutive steps of one session.
+            first_row: Row of the first of them in the session.
         """
         import pyarrow as pa
 
@@ -74,20 +75,20 @@ class StepsTable:
         return pa.table(columns)
 
     def size(self, rows: int, columns: int) -> int:
-        """Returns how many values are worth counting in a table of so many rows and columns."""
+        """Returns how many values a table of that many rows and columns counts for in a merge."""
         return max(1, rows * columns)
 
     def encode(self, table: Any, small: bool) -> Any:
-        """Writes rows as a Parquet file into memory, a ``pyarrow.Buffer``.
+        """Encodes rows as a Parquet file in memory, a ``pyarrow.Buffer``.
 
         Args:
-            table: The rows.
-            small: Whether the file is small and soon merged: then it is written fast.
+            table: A ``pyarrow.Table``.
+            small: Whether the file will soon be merged; then encoding is fast rather than compact.
         """
         return _encode(table.schema, [table], _REPEATING, small)
 
     def read(self, paths: Sequence[Path]) -> Any:
-        """Reads whole files, in the order of their rows, into one ``pyarrow.Table``."""
+        """Reads whole files, given in the order of their rows, into one ``pyarrow.Table``."""
         import pyarrow as pa
 
         tables = [_read_parquet(path, STEP_LABELS) for path in paths]
@@ -95,7 +96,7 @@ class StepsTable:
 
 
 class ParametersTable:
-    """How numbers per parameter are written, and read as a whole: sorted by name, then by row."""
+    """Writes and reads whole parts of the table of parameters, sorted by name and then by row."""
 
     def __init__(self) -> None:
         self._layout: Layout | None = None
@@ -104,11 +105,11 @@ class ParametersTable:
         self._ranks: Array = np.empty(0, np.int32)
 
     def to_arrow(self, batch: RecordBatch, first_row: int) -> Any:
-        """Makes a ``pyarrow.Table`` of some steps; ``parameter`` is a sorted dictionary.
+        """Makes a ``pyarrow.Table`` of the steps of a batch; ``parameter`` is a sorted dictionary.
 
         Args:
-            batch: The steps.
-            first_row: Row of the first one in its session.
+            batch: Consecutive steps of one session.
+            first_row: Row of the first of them in the session.
         """
         import pyarrow as pa
 
@@ -117,7 +118,7 @@ class ParametersTable:
         places, steps = np.nonzero(norms != NO_GRADIENT)
         where = (steps, self._order[places])
         statistics = {
-            # from_pandas: NaN, a statistic that was not taken, becomes null.
+            # from_pandas turns NaN (a statistic that was not measured) into null.
             name: pa.array(plane[where].astype(np.float64), from_pandas=True)
             for name, plane in batch.statistics.items()
         }
@@ -136,20 +137,20 @@ class ParametersTable:
         )
 
     def size(self, rows: int, columns: int) -> int:
-        """Returns how many values are worth counting in a table of so many rows and columns."""
-        # Of the keys only the norm takes room: the others are sorted, constant or null.
+        """Returns how many values a table of that many rows and columns counts for in a merge."""
+        # Of the key columns only the norm takes space: the others are sorted, constant or null.
         return max(1, rows * (columns - len(KEYS) + 1))
 
     def encode(self, table: Any, small: bool) -> Any:
-        """Writes sorted rows as a Parquet file into memory; see :meth:`StepsTable.encode`."""
+        """Encodes sorted rows as a Parquet file in memory; see :meth:`StepsTable.encode`."""
         return _encode(table.schema, _row_groups(table), PARAMETER_LABELS, small)
 
     def read(self, paths: Sequence[Path]) -> Any:
-        """Reads whole files, in the order of their rows, into one sorted ``pyarrow.Table``."""
+        """Reads whole files, given in order of their rows, into one sorted ``pyarrow.Table``."""
         import pyarrow as pa
 
         tables = [_read_parquet(path, PARAMETER_LABELS) for path in paths]
-        # Permissive: of two parts one may have wide norms, or a statistic that the other lacks.
+        # Permissive: a part may have float64 norms, or a statistic that another part lacks.
         table = pa.concat_tables(tables, promote_options="permissive")
         return _sorted(table.unify_dictionaries().combine_chunks())
 
@@ -166,14 +167,11 @@ class ParametersTable:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Says of a file that is damaged which one it is.
-
-    Args:
-        path: The file that is read in the block.
+    """Turns errors in the block, which reads one file, into one that names the damaged file.
 
     Raises:
-        FileNotFoundError: If it is gone.
-        ValueError: If it is no whole Parquet file, or has not the columns that it must have.
+        FileNotFoundError: If the file is gone.
+        ValueError: If it is not a complete Parquet file, or lacks a column that it must have.
     """
     import pyarrow as pa
 
@@ -191,7 +189,7 @@ def reading(path: Path) -> Iterator[None]:
 
 def _column_name(error: KeyError) -> str:
     name = error.args[0] if error.args else ""
-    # pyarrow's own errors have it as bytes.
+    # pyarrow's own KeyErrors hold the name as bytes.
     return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
 
 
@@ -199,12 +197,12 @@ def open_parquet(path: Path, strings: Sequence[str]) -> Any:
     """Opens a Parquet file as a ``pyarrow.parquet.ParquetFile``.
 
     Args:
-        path: The file.
-        strings: Columns of strings, to be read as dictionaries.
+        path: A ``.parquet`` file.
+        strings: String columns to be read as dictionaries.
 
     Raises:
-        FileNotFoundError: If it is gone.
-        ValueError: If it is no whole Parquet file.
+        FileNotFoundError: If the file is gone.
+        ValueError: If it is not a complete Parquet file.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -214,7 +212,7 @@ def open_parquet(path: Path, strings: Sequence[str]) -> Any:
 
 
 def labels_of(column: Any) -> Labels:
-    """Returns the labels of a ``pyarrow.ChunkedArray`` of dictionaries, one or one per chunk."""
+    """Returns the labels of a dictionary-encoded ``pyarrow.ChunkedArray``, of any chunks."""
     import pyarrow as pa
 
     chunks = [chunk for chunk in column.unify_dictionaries().chunks if len(chunk)]
@@ -227,7 +225,7 @@ def labels_of(column: Any) -> Labels:
 
 def _read_parquet(path: Path, strings: Sequence[str]) -> Any:
     with reading(path):
-        # On this thread: a training that writes its run keeps its cores.
+        # No extra threads: the training keeps its cores while the run is written.
         return open_parquet(path, strings).read(use_threads=False)
 
 
@@ -239,12 +237,12 @@ def _dictionary(labels: Labels) -> Any:
 
 
 def _encode(schema: Any, pieces: Iterable[Any], repeating: Sequence[str], small: bool) -> Any:
-    """Writes tables one behind the other; ``repeating`` are columns to store as dictionaries."""
+    """Writes tables one after another; the ``repeating`` columns are stored as dictionaries."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    # Fast for the parts that a training waits for and that are merged soon; measured, 64 steps of
-    # 300 parameters: 1.6 ms against 2.4 ms, and 4 % more bytes.
+    # The training waits for small parts, and they are merged soon: prefer speed. Measured for 64
+    # steps of 300 parameters: 1.6 ms instead of 2.4 ms, and 4 % more bytes.
     codec = {"compression": "lz4"} if small else {"compression": "zstd", "compression_level": 1}
     encodings = {field.name: _encoding(field.type) for field in schema}
     sink = pa.BufferOutputStream()
@@ -256,9 +254,9 @@ def _encode(schema: Any, pieces: Iterable[Any], repeating: Sequence[str], small:
         column_encoding={
             name: how for name, how in encodings.items() if how and name not in repeating
         },
-        # Arrow's copy of the schema is a kilobyte or two in each part, and nobody needs it.
+        # Arrow's copy of the schema would take a kilobyte or two in each part; nobody needs it.
         store_schema=False,
-        # A name of 10 kB is no reason to give up the dictionary.
+        # The default of 1 MiB would drop the dictionary if names are very long (10 kB).
         dictionary_pagesize_limit=1 << 26,
     ) as writer:
         for piece in pieces:
@@ -270,27 +268,27 @@ def _encoding(kind: Any) -> str | None:
     from pyarrow import types
 
     if types.is_integer(kind):
-        return "DELTA_BINARY_PACKED"  # rows and steps count up: nearly no bits
+        return "DELTA_BINARY_PACKED"  # rows and steps count up: differences take almost no bits
     if types.is_floating(kind):
-        return "BYTE_STREAM_SPLIT"  # exponents side by side compress; losslessly
+        return "BYTE_STREAM_SPLIT"  # lossless; exponents side by side compress well
     return None
 
 
 def _clipped_where_measured(batch: RecordBatch, where: tuple[Array, Array]) -> Any:
-    """Returns the norms after the clip, null where they follow from those before."""
+    """Returns the norms after the clip; null where they are the norm before times clip_coef."""
     import pyarrow as pa
 
     norms, clipped = batch.norms[where], batch.clipped_norms[where]
     coefficients = np.array([record.clip_coef for record in batch.steps], np.float64)
     derived = clipped_by(norms, coefficients[where[0]])
-    # -0.0 equals 0.0, and NaN does not equal itself: what is read back has the same bits.
+    # Compare so that the same values are read back: -0.0 equals 0.0, and NaN equals nothing.
     same = (clipped == derived) & (np.signbit(clipped) == np.signbit(derived))
     follows = same | (np.isnan(clipped) & np.isnan(derived))
     return pa.array(clipped.astype(norms.dtype, copy=False), mask=follows)
 
 
 def _sorted(table: Any) -> Any:
-    """Sorts rows by name, keeping their order within each."""
+    """Sorts rows by parameter name; a stable sort, so rows stay in order within a name."""
     import pyarrow as pa
 
     parameters = labels_of(table["parameter"])
@@ -299,7 +297,7 @@ def _sorted(table: Any) -> Any:
     rank = np.empty(len(names), np.int32)
     rank[order] = np.arange(len(names), dtype=np.int32)
     ranks = rank[codes]
-    # numpy sorts 16 bits by their digits, in linear time.
+    # numpy sorts 16-bit integers with a radix sort, in linear time.
     rows = np.argsort(ranks.astype(np.uint16) if len(names) < 1 << 16 else ranks, kind="stable")
     sorted_names = pa.array([names[index] for index in order], pa.string())
     parameter = pa.DictionaryArray.from_arrays(ranks[rows], sorted_names)
@@ -314,8 +312,8 @@ def _row_groups(table: Any) -> Iterator[Any]:
     others = table.drop_columns(["parameter"])
     for first in range(0, table.num_rows, _PARAMETER_ROW_GROUP):
         codes = parameters.codes[first : first + _PARAMETER_ROW_GROUP]
-        # Each group gets the names that are in it only: with all of them it would be larger than
-        # its numbers, where a model has 100,000.
+        # Each group gets only the names that occur in it: with 100,000 parameters, the full list
+        # would be larger than the numbers.
         names = pa.array(parameters.values[codes[0] : codes[-1] + 1], pa.string())
         parameter = pa.DictionaryArray.from_arrays(codes - codes[0], names)
         yield _with_parameter(others.slice(first, _PARAMETER_ROW_GROUP), parameter)

@@ -1,4 +1,4 @@
-"""The sink that keeps a run in a folder, one session of writing after another."""
+"""The sink that writes a run to a folder; each process that writes is one session."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from gradwatch.record.folder.tables import ParametersTable, StepsTable, labels_o
 from gradwatch.record.records import Layout, RecordBatch, StepRecord, warn_safely
 
 RETRY_S = 30.0
-"""After a failure of the disk so long no further attempt is made: the training waits for each."""
+"""Pause after a disk failure before the next attempt, because the training waits for each one."""
 
 HELD_VALUES = 1 << 21
 HELD_BATCHES = 64
-"""What is held in memory while the disk takes nothing; of more, the oldest is lost."""
+"""Limits on what is held in memory while the disk fails; beyond them the oldest batch is lost."""
 
 _NOT_A_PATH = (
     "RunFolder(path=) must be a folder (str or PathLike), got {value!r} of type {kind}. "
@@ -56,7 +56,7 @@ _FULL = (
 )
 _UNTIDY = (
     "gradwatch cannot merge the parts of the run folder {path!r}: {error}. The run is still "
-    "recorded, in more and smaller files."
+    "recorded, but in more and smaller files."
 )
 _EARLIER = (
     "gradwatch: the run folder {path!r} holds a run, and this one begins at step 1 again. The "
@@ -69,15 +69,17 @@ _EARLIER = (
 class RunFolder:
     """Writes steps and per-parameter statistics as Parquet, and events as JSON lines.
 
-    A process that is killed loses at most what the watcher had not delivered, 64 steps or 5
-    seconds; what is in the folder can be read at any moment, by :func:`gradwatch.load` and, table
-    by table, by ``pandas.read_parquet(path + "/steps")``, DuckDB and Polars. On a folder that holds
-    a run already it goes on with that run: steps from its own first one on replace older ones. A
-    run that begins at step 1 again is another one: the earlier is moved to ``earlier-1`` in there.
+    If the process is killed, only the steps that the watcher had not delivered yet are lost: at
+    most 64 steps or 5 seconds. The folder can be read at any moment, with :func:`gradwatch.load`
+    or, table by table, with ``pandas.read_parquet(path + "/steps")``, DuckDB and Polars.
 
-    A disk that is full, read-only or gone is one warning, and the training goes on. Two processes
-    never write into one folder, where the disk has locks: the second is refused before its first
-    step.
+    If the folder already holds a run, that run is continued: new steps replace older ones from the
+    first new step on. A run that begins at step 1 again is a new run: the earlier one is moved into
+    the subfolder ``earlier-1``.
+
+    If the disk is full, read-only or gone, there is one warning and the training goes on. Two
+    processes cannot write into one folder: the second is refused before its first step (on disks
+    that support locks).
 
     Example:
         >>> import tempfile, torch, gradwatch
@@ -100,14 +102,15 @@ class RunFolder:
         """Makes the folder; writes nothing yet.
 
         Args:
-            path: The folder; it may hold a run that this one resumes, and other files.
-            optimizers: What meta.json says of each optimizer; plain values, others become text.
-            options: What it says of the arguments of ``watch()``.
+            path: The run folder. It may hold other files, and a run that this one resumes.
+            optimizers: One mapping per optimizer, stored in meta.json; values that JSON cannot
+                hold are stored as text.
+            options: The arguments of ``watch()``, stored in meta.json in the same way.
 
         Raises:
-            TypeError: If the path is no path.
-            ValueError: If it is a file, holds a run in a newer format or half of one, or another
-                process writes there.
+            TypeError: If the path is neither a str nor a PathLike.
+            ValueError: If it is a file, holds a run that is incomplete or in a newer format, or
+                another process writes there.
             ModuleNotFoundError: If pyarrow is not installed.
         """
         need_pyarrow("RunFolder()")
@@ -126,8 +129,8 @@ class RunFolder:
         self._lock = WriterLock(self._path)
         weakref.finalize(self, self._lock.release)
         self._attempt(lambda: self._path.mkdir(parents=True, exist_ok=True))
-        self._retry_at = 0.0  # the first steps are tried all the same
-        with suppress(OSError):  # told of when there is something to write
+        self._retry_at = 0.0  # try again at the first steps, whether this worked or not
+        with suppress(OSError):  # reported once there is something to write
             self._lock.acquire()
 
     @property
@@ -136,14 +139,14 @@ class RunFolder:
         return self._path
 
     def write(self, batch: RecordBatch) -> None:
-        """Writes some steps, and those that a full disk has not taken before."""
+        """Writes a batch, after those that a failing disk has not taken yet."""
         self._held.append(batch)
         if time.monotonic() >= self._retry_at:
             self._attempt(self._write_held)
         self._drop_oldest()
 
     def close(self) -> None:
-        """Writes what is held, and merges small parts."""
+        """Writes what is still held in memory, and merges small parts."""
         self._attempt(self._write_held)
         if self._session is not None:
             self._tidy(self._session.close)
@@ -152,7 +155,7 @@ class RunFolder:
     def _write_held(self) -> None:
         while self._held:
             batch = self._held[0]
-            # At the first steps only: a process that never steps leaves the folder as it is.
+            # Not before the first steps: a process that never steps leaves the folder unchanged.
             if self._session is None:
                 self._path.mkdir(parents=True, exist_ok=True)
                 self._lock.acquire()
@@ -176,7 +179,7 @@ class RunFolder:
             self._warn(_FULL, error)
 
     def _tidy(self, act: Callable[[], object]) -> None:
-        """Merges and cuts; what has been written is safe whatever happens to that."""
+        """Merges or cuts parts; an error here never endangers what has been written."""
         if not self._tidies:
             return
         try:
@@ -199,30 +202,30 @@ class RunFolder:
 
 
 def begins_anew(steps: Sequence[StepRecord]) -> bool:
-    """Tells whether the first steps that a session writes are the first of a run."""
-    # A resumed run goes on after the last step of its checkpoint.
+    """Tells whether a session's first steps begin a new run: every optimizer is at step 1."""
+    # A resumed run would go on after the last step of its checkpoint.
     first = {record.optimizer: record.step for record in reversed(steps)}
     return bool(first) and all(step == 1 for step in first.values())
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Moves the run that a folder holds into a folder inside of it, which is a run folder too.
+    """Moves the run in a folder into a subfolder ``earlier-N``, itself a run folder.
 
     Returns:
-        Where the run is now; None where there was none with steps in it.
+        The subfolder; None if the folder held no run with steps.
 
     Raises:
         OSError: If the disk is full or read-only.
     """
-    # A temporary file, left over by a process that was killed, is no step.
+    # Only parts count: a temporary file left by a killed process holds no steps.
     if next((folder / STEPS).glob("*.parquet"), None) is None:
         return None
     target = newest_earlier(folder)
-    if target is None or (target / STEPS).exists():  # else a move that was stopped at its start
+    if target is None or (target / STEPS).exists():  # if not, finish a move stopped at its start
         target = folder / f"{EARLIER}{number_of_earlier(target) + 1}"
         target.mkdir()
-    # Copied, and the steps moved first: whatever stops it in between, no step is lost, and what has
-    # been moved is no longer read here.
+    # meta.json is copied, not moved, and the steps are moved first. If the process is killed in
+    # between, no step is lost, and what has been moved is no longer read here.
     shutil.copy2(folder / NAME, target / NAME)
     (folder / STEPS).rename(target / STEPS)
     finish_setting_aside(folder)
@@ -232,7 +235,7 @@ def set_aside(folder: Path) -> Path | None:
 def finish_setting_aside(folder: Path) -> None:
     """Moves the tables that are still here although their steps have been set aside.
 
-    A process may have been killed in between. A session would take them for its own.
+    That happens if a process was killed during the move. A new session would take them for its own.
 
     Raises:
         OSError: If the disk is full or read-only.
@@ -246,19 +249,19 @@ def finish_setting_aside(folder: Path) -> None:
 
 
 class Session:
-    """The files of one process in a run folder, from its first step on."""
+    """The files that one process writes into a run folder, from its first step on."""
 
     def __init__(self, folder: Path, layout: Layout, about: Mapping[str, Any]) -> None:
-        """Makes the folder, or goes on in it.
+        """Makes the folder, or continues the run that it holds.
 
         Args:
-            folder: The run folder.
-            layout: The parameters.
-            about: What meta.json says of the session.
+            folder: The run folder; need not exist yet.
+            layout: The parameters of this session.
+            about: What meta.json stores about the session.
 
         Raises:
             OSError: If the disk is full or read-only.
-            ValueError: If the folder is one of something else.
+            ValueError: If the folder is not a run folder.
         """
         self._folder = folder
         self._steps_table, self._parameters_table = StepsTable(), ParametersTable()
@@ -268,12 +271,12 @@ class Session:
         meta = read_meta(folder) if (folder / NAME).exists() else Meta(layout)
         (folder / EVENTS).mkdir(exist_ok=True)
         self._parameters.open()
-        self._steps.open()  # last: a folder without steps/ is one that has not begun (anew)
+        self._steps.open()  # last: a folder without steps/ counts as a run that has not begun
         written = {part.session: part.last for part in self._steps.parts()}
         self._parameters.remove_beyond(written)
         self._resumes = bool(written)
-        # A session without steps has no part, and one that found its number claimed has a higher
-        # one than meta.json counts.
+        # Take the larger of both: a session without steps has no part, and one that found its
+        # number claimed has a higher number than meta.json has sessions.
         newest = max([len(meta.sessions), *written])
         self._log = EventLog(folder / EVENTS, newest + 1)
         self.number = self._log.session
@@ -287,7 +290,7 @@ class Session:
         self._first: dict[str, int] = {}
 
     def write(self, batch: RecordBatch) -> None:
-        """Writes some steps and their events, all or nothing.
+        """Writes a batch of steps and their events, all or nothing.
 
         Raises:
             OSError: If the disk is full, read-only or gone.
@@ -298,9 +301,9 @@ class Session:
             self._log.append(batch.events, part.last)
             if batch.steps:
                 self._parameters.write(part, self._parameters_table.to_arrow(batch, self._rows))
-                # The steps come last: what has no row here does not exist yet.
+                # Steps last: readers ignore everything whose row is not in the table of steps.
                 self._steps.write(part, self._steps_table.to_arrow(batch.steps, self._rows))
-                # Both at the end: most file systems write the names of both at the first call.
+                # Sync both folders at the end: on most file systems the first call does both.
                 self._steps.sync()
                 self._parameters.sync()
         except OSError:
@@ -308,11 +311,11 @@ class Session:
             self._parameters.withdraw(part)
             raise
         finally:
-            # Also where it failed: another attempt never shares rows with what is left of this one.
+            # Also after a failure: the next attempt must not share rows with leftovers of this one.
             self._rows += len(batch.steps)
 
     def tidy(self, batch: RecordBatch) -> None:
-        """Merges parts where there are many, and cuts off what the newest steps have made void."""
+        """Merges small parts if there are many, and cuts the steps that the newest ones void."""
         if self._begins(batch) and self._resumes:
             self._cut()
         self._steps.merge_due()
@@ -339,7 +342,7 @@ class Session:
             return rule.valid_steps(part.session, optimizers, table["step"].to_numpy())
 
         lowest = min(rule.void_from(parts[0].session).values(), default=None)
-        if lowest is None:  # an earlier cut has left nothing of the earlier sessions
+        if lowest is None:  # an earlier cut left nothing of the earlier sessions
             return
         self._parameters.cut(self.number, lowest, valid)
         self._steps.cut(self.number, lowest, valid)
@@ -352,7 +355,7 @@ class Session:
 
 
 def _checked(path: object) -> Path:
-    # A PathLike may give bytes, of which no text in meta.json or in a message can be made.
+    # A PathLike may return bytes, which cannot go into meta.json or a message as text.
     name = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(name, str):
         raise TypeError(_NOT_A_PATH.format(value=path, kind=type(path).__name__))

@@ -1,6 +1,6 @@
-"""Rules: each turns what was read of a run into findings, or none.
+"""Rules: each one yields findings about a run, or none.
 
-A rule is a function of the run and of the thresholds; it never reads more than it is given.
+A rule is a function of the run and the thresholds; it reads nothing beyond its arguments.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ RULES: tuple[Rule, ...] = (
     clipping,
     noise,
 )
-"""In the order of weight within a severity: causes before what follows from them."""
+"""The order within a severity: causes come before their effects."""
 
 ALWAYS: tuple[Rule, ...] = (nonfinite, no_gradient, loss_scale, skipped, exploding, half)
-"""Those that need no minimum of steps."""
+"""The rules that need no minimum number of steps."""
 
 KINDS = (
     "accumulating",
@@ -76,4 +76,4 @@ KINDS = (
     "batch_small",
     "batch_large",
 )
-"""The kinds of findings, those of one rule together."""
+"""The kinds of findings; those of one rule stand together."""

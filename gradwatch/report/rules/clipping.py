@@ -1,4 +1,4 @@
-"""Clipping: a clip that acts on most steps, or on none, and the limit that would suit."""
+"""Clipping: a clip acts on most steps, or on none; suggests a limit that would suit."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ _FEWEST = 100
 _SAME_NORM = 0.01
 
 OFTEN_WHY = (
-    "The clip, not the gradient, sets the size of most updates: the learning rate and the limit "
-    "are one number then, and outliers are told from the rest no more."
+    "The clip, not the gradient, sets the size of most updates: limit and learning rate then act "
+    "as one number, and outliers are treated like all other steps."
 )
 NEVER_WHY = "A limit that far away protects from nothing: a step of twice the usual norm passes."
 ADVICE = (
     "A limit between {low:.3g} and {high:.3g} would clip 1 to 5 % of these steps; "
     'watch(..., clip="auto") finds one, and follows the norms.'
 )
-OF_ELEMENTS = "The limit is no global norm, so that no other one can be told from these norms."
+OF_ELEMENTS = "The limit is not one on the total norm, so these norms cannot suggest a better one."
 
 
 def clipping(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds a clip that is nearly always, or never, at work.
+    """Finds a clip that acts on most steps, or on none.
 
-    Policies without a limit for the whole gradient act on most steps by design, and are left out.
+    Policies without a limit for the whole gradient act on most steps by design; they do not count.
     """
     for steps in run.optimizers:
-        # A step that was left out was not clipped, whatever its norm.
+        # A skipped step was not clipped, whatever its norm.
         sound = steps.applied & np.isfinite(steps["grad_norm"])
         rows = np.flatnonzero(sound & np.isfinite(steps["clip_threshold"]))[-limits.clip_steps :]
         if len(rows) >= _FEWEST:
@@ -50,7 +50,7 @@ def _of_newest(steps: OptimizerArrays, rows: Array, limits: Thresholds) -> Itera
             f"{rate:.0%} of the last {len(rows):,} steps were clipped, at a limit of {limit:.3g}."
         )
         yield Finding("clip_always", "warning", title, seen, OFTEN_WHY, advice)
-    # Of norms that are all 0 every limit is far away, and that is not the matter with them.
+    # If all norms are 0, any limit is far away, but that is not the problem: hence the > 0.
     elif rate == 0 and limit > limits.clip_far * norms.max() > 0:
         title = (
             f"None of the last {len(rows):,} steps was clipped: the limit is {limit:.3g}, the "
@@ -72,12 +72,12 @@ def _limits_that_suit(
 
 
 def _is_norm(steps: OptimizerArrays, rows: Array) -> bool:
-    """Tells whether clipped norms end at the limit, as they do unless it is one for elements."""
+    """Tells whether clipped norms end at the limit: not so if the limit is one for elements."""
     clipped = rows[steps["clipped"][rows].astype(bool)]
     if not len(clipped):
         return True
     ends = steps["grad_norm_clipped"][clipped] / steps["clip_threshold"][clipped]
-    # The records do not name the policy. The median, for a clip may have changed in between.
+    # The records do not name the policy. The median, because the clip may have changed meanwhile.
     return bool(abs(np.median(ends) - 1) < _SAME_NORM)
 
 
@@ -88,28 +88,28 @@ OFTEN = 0.5
 CLIPPED_OFTEN = (
     "{optimizer}: {rate:.0%} of the last {steps:,} steps were clipped, so the clip sets the size "
     "of most updates. Its limit is {threshold:.3g}, and nine steps in ten have a norm below "
-    '{high:.3g}: raise the limit towards that, or write clip="auto".'
+    '{high:.3g}: raise the limit toward that, or write clip="auto".'
 )
 NEVER_CLIPPED = (
     "{optimizer}: none of the last {steps:,} steps was clipped: the largest norm was "
-    "{largest:.3g}, the limit is {threshold:.3g}. A clip that is to catch outliers only belongs a "
-    'little above the largest usual norm; clip="auto" finds that.'
+    "{largest:.3g}, the limit is {threshold:.3g}. To catch outliers only, set the limit a little "
+    'above the largest usual norm; clip="auto" finds that.'
 )
 
 
 def clip_rate(source: Source, window: int) -> float:
-    """Returns the share of the newest applied steps that a clip has changed; NaN without a step."""
+    """Returns the share of clipped steps among the newest applied ones; NaN if there is none."""
     table = source.steps(("outcome", "clipped"), Span())
     clipped = array_of(table["clipped"])[equals(table["outcome"], "applied")][-window:]
-    # The mean of no number is a warning.
+    # NumPy warns about the mean of an empty array.
     return float(clipped.mean()) if len(clipped) else math.nan
 
 
 def clip_advice(source: Source) -> list[str]:
-    """Returns a line per optimizer whose clip acts nearly always, or never."""
+    """Returns a line for each optimizer whose clip acts on most steps, or on none."""
     columns = ("step", "optimizer", "outcome", "grad_norm", "clip_threshold", "clipped")
     table = source.steps(columns, Span())
-    # Steps that were left out say nothing of the clip: their norms were bad, or their spikes cut.
+    # Skipped steps say nothing about the clip: their gradients were bad, or they were spikes.
     applied = equals(table["outcome"], "applied")
     steps_of = by_optimizer({name: column[applied] for name, column in table.items()})
     return [line for steps in steps_of if (line := _line(steps))]
@@ -125,7 +125,7 @@ def _line(steps: OptimizerArrays) -> str:
     facts = {"optimizer": steps.optimizer, "steps": len(norms), "threshold": threshold}
     if rate > OFTEN:
         return CLIPPED_OFTEN.format(**facts, rate=rate, high=quantiles(finite, n=10)[-1])
-    # An infinite limit is that of a policy which has not seen enough norms to set one.
+    # The limit is infinite while a policy has not seen enough norms to set one.
     if rate == 0 and math.isfinite(threshold):
         return NEVER_CLIPPED.format(**facts, largest=max(finite))
     return ""

@@ -15,13 +15,13 @@ _START = 10
 
 WHY = (
     "Updates follow the gradient: they throw the weights to where the loss is flat or not finite. "
-    "What was learnt is lost, with Adam as well."
+    "What the model has learned is lost, with Adam as well."
 )
 ADVICE = (
-    "Lower the learning rate ({lr}), by ten to begin with; warm it up over the first hundreds of "
-    'steps; clip with watch(..., clip="auto"). If it starts at step 1 with any rate, look at the '
-    "initial weights and at layers without normalisation, and let "
-    "gradwatch.check_gradients(function) check each autograd.Function of your own."
+    "Lower the learning rate ({lr}), at first by a factor of ten; warm it up over the first few "
+    'hundred steps; clip with watch(..., clip="auto"). If it starts at step 1 with any learning '
+    "rate, check the initial weights, layers without normalization, and each autograd.Function of "
+    "your own with gradwatch.check_gradients(function)."
 )
 OVER_LIMIT = (
     "The norm was above exploding_norm in {count}, from step {step} on; the largest was "
@@ -30,10 +30,10 @@ OVER_LIMIT = (
 
 
 def exploding(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds norms that have grown out of all proportion."""
+    """Finds norms far above those at the start, or above ``watch(exploding_norm=)``."""
     for steps in run.optimizers:
         start, peak, row = growth(steps)
-        # A start of 0 has no multiple; it is what zero_gradient finds.
+        # Growth from 0 has no factor; the rule zero_gradient reports such a start.
         if peak > limits.exploding * start > 0:
             yield _grown(steps, start, peak, row, limits)
         else:
@@ -43,17 +43,17 @@ def exploding(run: RunData, limits: Thresholds) -> Iterator[Finding]:
 def growth(steps: OptimizerArrays) -> tuple[float, float, int]:
     """Compares the norms of a run with those at its start.
 
-    Medians of five steps are compared, so that a spike is none; only the last norm before a NaN
-    counts alone, for there is nothing after it.
+    Compares medians of five steps, so that single spikes do not count. Only the last norm before a
+    NaN counts alone, because no finite norm follows it.
 
     Returns:
-        The usual norm at the start, the largest later on, and the row of the latter.
+        The usual norm at the start, the largest norm, and the row of the latter.
     """
     rows = np.flatnonzero(np.isfinite(steps["grad_norm"]))
     norms = steps["grad_norm"][rows].astype(float)
     if not len(norms):
         return 0.0, 0.0, 0
-    # The first norm alone, where it is lower: a run that diverges at once has no usual start.
+    # The first norm alone, if it is lower: a run that diverges at once has no usual start.
     start = float(min(norms[0], np.median(norms[:_START])))
     whole = len(norms) // _BLOCK * _BLOCK
     blocks = np.median(norms[:whole].reshape(-1, _BLOCK), axis=1)
@@ -80,7 +80,7 @@ def _grown(
 
 
 def _over_limit(run: RunData, steps: OptimizerArrays) -> Iterator[Finding]:
-    # Only watch(exploding_norm=) makes these events: the limit is the user's own.
+    # These events exist only with watch(exploding_norm=): the limit is the user's own.
     events = run.events_of(steps.optimizer, ("exploding",))
     if not len(events):
         return
@@ -98,4 +98,4 @@ def _over_limit(run: RunData, steps: OptimizerArrays) -> Iterator[Finding]:
 
 def _advice(steps: OptimizerArrays, row: int) -> str:
     lr = float(steps["lr"][row])
-    return ADVICE.format(lr=f"{lr:.3g}" if np.isfinite(lr) else "it was not recorded")
+    return ADVICE.format(lr=f"{lr:.3g}" if np.isfinite(lr) else "not recorded")

@@ -1,4 +1,4 @@
-"""Half precision: small gradients that are whole numbers of float16's smallest step."""
+"""Half precision: small gradients lie on the grid of float16, at its lower end."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from gradwatch.report.run_data import RunData
 from gradwatch.report.thresholds import Thresholds
 
 SMALLEST = 2.0**-24
-"""The smallest float16 above 0; each float16 is a whole number of times as large."""
+"""The smallest float16 above 0; every float16 is an integer multiple of it."""
 
-_MOST = 400.0  # in those steps: a float32 tells the squares of such norms to a tenth
+_MOST = 400.0  # in units of SMALLEST: up to here float32 gives squared norms to within a tenth
 _NEAR = 0.1
 _FEWEST = 20
 
 WHY = (
-    "An element below 6e-8 is 0 in float16, and one below 6e-5 has lost digits: small gradients "
+    "In float16 an element below 6e-8 becomes 0, and one below 6e-5 loses digits: small gradients "
     "vanish, however well the model is built. {zeros} of the sampled norms are exactly 0."
 )
 ADVICE = (
-    "Scale the loss: torch.amp.GradScaler with scaler.scale(loss).backward(), scaler.step and "
+    "Scale the loss with torch.amp.GradScaler: scaler.scale(loss).backward(), scaler.step and "
     "scaler.update. Or use bfloat16, which has the range of float32; keep the weights in float32."
 )
 
 
 def half(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds gradients that went through float16 without a loss scale and are small.
+    """Finds small gradients that went through float16 without a loss scale.
 
-    The records hold no dtype. But if each element is a whole number of steps of 2**-24, so is
-    the square of the norm in squares of them; of other norms one in five is near enough.
+    The records hold no dtype. But if each element is an integer multiple of 2**-24, the squared
+    norm is an integer multiple of 2**-48. Of other norms, one in five passes by chance.
     """
-    # Divided by its scale, a float16 gradient lies on a finer grid than this rule knows.
+    # With a loss scale, gradients are divided by it and lie on a finer grid than this rule knows.
     if any((steps["loss_scale"] != 1).any() for steps in run.optimizers):
         return
     small = whole_norms(run.sample["grad_norm"])
@@ -51,13 +51,13 @@ def half(run: RunData, limits: Thresholds) -> Iterator[Finding]:
 
 
 def whole_norms(norms: Array) -> Array:
-    """Tells which small norms can be those of float16 numbers.
+    """Tells which small norms can be norms of float16 numbers.
 
     Args:
         norms: float, any shape, exact to float32.
 
     Returns:
-        float64 like it: 1 where it can, 0 where it cannot, NaN where it is 0 or too large to tell.
+        float64 of the same shape: 1 for yes, 0 for no, NaN if the norm is 0 or too large to tell.
     """
     with np.errstate(invalid="ignore", over="ignore"):
         steps = norms.astype(float) / SMALLEST

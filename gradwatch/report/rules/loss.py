@@ -1,4 +1,4 @@
-"""Rising loss: where gradwatch saw the losses, whether they ended higher than they began."""
+"""Rising loss: the losses, if gradwatch saw them, ended higher than they began."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from gradwatch.report.thresholds import Thresholds
 
 _ENDS = 10
 
-WHY = "A model that is worse than an untrained one has not learnt: its steps overshoot."
+WHY = "A model that is worse than an untrained one has not learned: its steps overshoot."
 ADVICE = (
-    "Lower the learning rate ({lr:.3g}), by ten to begin with, and warm it up. If that does not "
-    "help, check the sign of the loss and custom gradients: gradwatch.check_gradients(function)."
+    "Lower the learning rate ({lr:.3g}), at first by a factor of ten, and warm it up. If that does "
+    "not help, check the sign of the loss, and custom gradients with "
+    "gradwatch.check_gradients(function)."
 )
 
 
 def rising_loss(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds losses that ended above their start; losses below zero are left alone."""
+    """Finds losses that ended far above their start; negative losses are not judged."""
     for steps in run.optimizers:
         rows = np.flatnonzero(np.isfinite(steps["loss"]))
         if len(rows) < limits.few_steps:
             continue
         losses = steps["loss"][rows]
         start, end = float(np.median(losses[:_ENDS])), float(np.median(losses[-_ENDS:]))
-        # A factor says something of positive numbers only; log-likelihoods may cross zero.
+        # A factor means something only for positive numbers; log-likelihoods may cross zero.
         if 0 < limits.loss_rise * min(start, losses[0]) < end:
             start = min(start, float(losses[0]))
             yield Finding(

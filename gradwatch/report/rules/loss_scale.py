@@ -1,4 +1,4 @@
-"""Loss scale: a GradScaler that finds no scale at which the gradients are finite."""
+"""Loss scale: a GradScaler finds no scale at which the gradients are finite."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
 
 WHY = (
-    "The scaler halves its scale at every step with a NaN or Inf, and leaves the step out. A scale "
-    "that keeps falling means that they do not come from the scale, and that nothing is learnt."
+    "The scaler halves its scale at every step with a NaN or Inf, and skips the step. If the scale "
+    "keeps falling, the scale is not what causes them, and the model learns nothing."
 )
 ADVICE = (
-    "Train some steps in float32 or bfloat16: if NaN or Inf come there as well, look for them with "
-    "this report. If not, keep the layers with the largest gradients{where} in float32, or lower "
-    "the learning rate."
+    "Train a few steps in float32 or bfloat16. If NaN or Inf appear there as well, find their "
+    "cause with this report. If not, keep the layers with the largest gradients{where} in float32, "
+    "or lower the learning rate."
 )
 
 
@@ -26,10 +26,10 @@ def loss_scale(run: RunData, limits: Thresholds) -> Iterator[Finding]:
     for steps in run.optimizers:
         scales = steps["loss_scale"]
         rows = np.flatnonzero(np.isfinite(scales) & (scales > 0))
-        # 1 from first to last is no scaler at all, or one that is switched off.
+        # A scale of 1 throughout means that there is no scaler, or a disabled one.
         if not len(rows) or (scales[rows] == 1).all():
             continue
-        # From the largest, not the first: a scaler doubles its scale for as long as it can.
+        # Compare with the largest, not the first: a scaler doubles its scale as long as it can.
         top, last = float(scales[rows].max()), float(scales[rows[-1]])
         halvings = float(np.log2(top / last))
         if halvings >= limits.scaler_halvings:
@@ -48,7 +48,7 @@ def _finding(
         "loss_scale",
         "critical",
         f"The loss scale collapsed from {numbers['largest']:,.6g} to "
-        f"{numbers['last']:.3g}; {len(skipped):,} of {len(steps):,} steps were left out.",
+        f"{numbers['last']:.3g}; {len(skipped):,} of {len(steps):,} steps were skipped.",
         Evidence(first_steps(skipped), names, numbers, steps.optimizer),
         WHY,
         ADVICE.format(where=f" (first seen in {names[0]})" if names else ""),

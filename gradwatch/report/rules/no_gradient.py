@@ -1,4 +1,4 @@
-"""No gradient: parameters that the optimizer steps and that no backward reaches."""
+"""No gradient: the optimizer has parameters that no backward pass reaches."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from gradwatch.report.run_data import RunData
 from gradwatch.report.thresholds import Thresholds
 
 WHY = (
-    "They are in the optimizer and require a gradient, but stay as they were initialised (weight "
-    "decay apart): a part of the model does not learn."
+    "They are in the optimizer and require a gradient, but keep their values (apart from weight "
+    "decay): a part of the model does not learn."
 )
 ADVICE = (
     "Look for detach(), no_grad(), .item() or .data between them and the loss, for a module that "
-    "forward() does not call, and for an output that the loss leaves out. If that is meant, call "
-    "requires_grad_(False) on them."
+    "forward() does not call, and for an output that the loss does not use. If this is intended, "
+    "call requires_grad_(False) on them."
 )
 
 
 def no_gradient(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds parameters that miss their gradient, now and in the later half of the run.
+    """Finds parameters without a gradient throughout the second half of the run.
 
-    Frozen parameters are none: they do not require a gradient. Nor are those that receive one now
-    and then, such as an expert that is seldom chosen.
+    Frozen parameters do not count: they do not require a gradient. Nor do parameters that receive
+    one now and then, such as an expert that is seldom chosen.
     """
     events = run.events[run.events["kind"] == "no_gradient"]
     if not len(events):
         return
     present = run.sample.present
-    # As events_frame() writes them.
+    # Escape the names as events_frame() does, to compare them with events.
     names = [safe_text(name) for name in run.layout.names]
     ever = {names[index] for index in np.flatnonzero(present.any(axis=0))}
     late = {names[index] for index in np.flatnonzero(present[len(present) // 2 :].any(axis=0))}
-    # The event comes at the first step without; only the numbers tell whether it stayed so.
+    # The event is logged at the first step without a gradient; only the sample tells whether one
+    # came later.
     lost = events[~events["parameter"].isin(list(late))].drop_duplicates("parameter")
     for never in (True, False):
         mine = lost[lost["parameter"].isin(list(ever)) != never]
@@ -48,7 +49,7 @@ def no_gradient(run: RunData, limits: Thresholds) -> Iterator[Finding]:
 def _finding(names: tuple[str, ...], step: int, never: bool) -> Finding:
     lost = "never received a gradient"
     if not never:
-        lost = "received no gradient in the later half of the run"
+        lost = "received no gradient in the second half of the run"
     title = f"{counted(len(names), 'parameter')} {lost}: {named(names)}."
     seen = Evidence((step,), names, {"parameters": float(len(names))})
     return Finding("no_gradient", "warning", title, seen, WHY, ADVICE)

@@ -1,4 +1,4 @@
-"""Noise scale: a batch that is far too small, or far too large, for the noise of its gradients."""
+"""Noise scale: the batch is far too small, or far too large, for the noise of its gradients."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from gradwatch.report.thresholds import Thresholds
 
 _ERRORS = 2.0
 
-TITLE = "The batch is {word}: {batch:.4g}, where the noise scale is {noise:.3g} ± {error:.2g}."
-SMALL_WHY = "Most of each gradient is noise: a larger batch takes about as many steps fewer."
-LARGE_WHY = "A smaller batch gives nearly the same gradient: most of the examples bring nothing."
+TITLE = "The batch is {word}: {batch:.4g}, with a noise scale of {noise:.3g} ± {error:.2g}."
+SMALL_WHY = "Most of each gradient is noise: a batch of twice the size needs about half the steps."
+LARGE_WHY = "A smaller batch gives nearly the same gradient: most of the examples add nothing."
 SMALL = 'Accumulate more micro-batches: watch(..., accumulate="auto") follows the noise scale.'
 LARGE = (
-    "Take a smaller batch and more steps, down to some times the noise scale. It rises while the "
-    "loss falls, so leave room."
+    "Use a smaller batch and more steps, but keep the batch at a few times the noise scale: it "
+    "rises while the loss falls."
 )
 
 
 def noise(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Compares the newest noise scale with the batch; both are in the unit of the weights."""
+    """Compares the newest noise scale with the batch size, both in units of ``weight``."""
     for steps in run.optimizers:
         rows = np.flatnonzero(np.isfinite(steps["noise_scale"]))
         if not len(rows):
             continue
-        # The newest only: it rises while the loss falls, and what counts is the batch to come.
+        # Only the newest: the noise scale rises while the loss falls, and the next batch matters.
         row = int(rows[-1])
         scale, batch = float(steps["noise_scale"][row]), float(steps["weight"][row])
         error = float(steps["noise_scale_stderr"][row])

@@ -1,4 +1,4 @@
-"""NaN and Inf: where they began, and what was before them."""
+"""NaN and Inf: where they began, and how the norms were before."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from gradwatch.report.thresholds import Thresholds
 if TYPE_CHECKING:
     import pandas as pd
 
-_RISE = 5  # steps before the first bad one in which the norms may rise
+_RISE = 5  # number of steps before the first bad one in which norms may rise
 
 WORDS = {"nan": "NaN", "inf": "Inf", "overflow": "overflow of the norm"}
 WHY = (
     "A NaN or Inf that reaches the weights stays there: every later step of the parameter is lost. "
     "{fate}"
 )
-LOST = "{count} of these steps were applied, so the weights are spoilt from step {step} on."
-SPARED = "None of these steps was applied: the weights were spared."
+LOST = "{count} of these steps reached the weights, which are spoiled from step {step} on."
+SPARED = "None of these steps was applied, so the weights are intact."
 RISING = (
-    "The norm rose from {low:.3g} to {high:.3g} before: the training diverged. Lower the learning "
-    'rate, by ten to begin with, warm it up, or clip: watch(..., clip="auto").'
+    "The norm rose from {low:.3g} to {high:.3g} before that: training diverged. Lower the learning "
+    'rate, at first by a factor of ten, warm it up, or clip: watch(..., clip="auto").'
 )
 SCALED = (
-    "The loss was multiplied by {scale:,.0f}: the scaled gradient is beyond float16. Let the "
-    "GradScaler leave such steps out (scaler.step, scaler.update), or start it with a lower scale."
+    "The loss was multiplied by {scale:,.0f}, so the scaled gradient overflowed float16. Let the "
+    "GradScaler skip such steps (scaler.step, scaler.update), or start it with a lower scale."
 )
 FROM_START = (
-    "It was there in the first step: look at the inputs, the initial weights and functions at "
-    "their edge, such as log(0), sqrt(0) or 0/0, in and after {module}."
+    "It was there in the first step: check the inputs, the initial weights, and functions at the "
+    "edge of their domain, such as log(0), sqrt(0) or 0/0, in and after {module}."
 )
 SUDDEN = (
-    "The norms before were ordinary: a single bad batch, or a function at its edge (log(0), "
-    "sqrt(0), 0/0) in or after {module}. Look at the batch of micro-batch {micro_batch} of step "
-    "{step}{else_skip}."
+    "The norms before that were ordinary, so look for a single bad batch, or a function at the "
+    "edge of its domain (log(0), sqrt(0), 0/0) in or after {module}. Check the data of micro-batch "
+    "{micro_batch} in step {step}{else_skip}."
 )
-SKIP = '; watch(..., on_nonfinite="skip") leaves such steps out'
+SKIP = '; watch(..., on_nonfinite="skip") skips such steps'
 
 
 def nonfinite(run: RunData, limits: Thresholds) -> Iterator[Finding]:
     """Finds gradients with a NaN or Inf, and norms beyond float32.
 
-    Steps that a ``GradScaler`` left out are its daily work, and left to the rule on loss scales.
+    Steps that a ``GradScaler`` skipped are normal; the rule on loss scales judges those.
     """
     for steps in run.optimizers:
         bad = steps.nonfinite & ~steps.by_scaler
@@ -64,7 +64,7 @@ def _finding(run: RunData, steps: OptimizerArrays, bad: Array, limits: Threshold
     numbers = {"steps": float(bad.sum()), "applied": float(len(lost))}
     if event is not None:
         numbers |= {key: float(event[key]) for key in ("micro_batch", "rank")}
-        # -1 where the gradient was gone before its elements could be counted.
+        # The counts are -1 if the gradient was gone before its elements could be counted.
         numbers |= {key: float(event[key]) for key in ("nan_count", "inf_count") if event[key] >= 0}
     fate = LOST.format(count=len(lost), step=int(lost[0])) if len(lost) else SPARED
     return Finding(
@@ -79,7 +79,7 @@ def _finding(run: RunData, steps: OptimizerArrays, bad: Array, limits: Threshold
 
 
 def _first_event(events: pd.DataFrame, step: int) -> pd.Series | None:
-    # Within a step the first one came first: what came after it may only be what it infected.
+    # Events of a step are in the order they happened; later ones may only be consequences.
     of_step = events[events["step"] == step]
     return of_step.iloc[0] if len(of_step) else None
 
@@ -99,19 +99,19 @@ def _advice(steps: OptimizerArrays, bad: Array, event: pd.Series | None, limits:
         "step": int(steps.step[row]),
         "else_skip": SKIP if (bad & steps.applied).any() else "",
     }
-    # In the order of what is known for certain: a scale, then the norms, then nothing but the step.
+    # The most certain cause first: a loss scale, then rising norms, then only the step itself.
     scale = float(steps["loss_scale"][row])
     if scale > 1:
         return SCALED.format(scale=scale)
     if not len(before):
         return FROM_START.format(**facts)
     usual = _usual_before(before)
-    # Of norms that were all 0 any norm is a rise.
+    # If all norms were 0, any norm is a rise: tiny avoids a division by 0.
     if before[-_RISE:].max() / max(usual, np.finfo(np.float64).tiny) >= limits.rise:
         return RISING.format(low=usual, high=before[-_RISE:].max())
     return SUDDEN.format(**facts)
 
 
 def _usual_before(norms: Array) -> float:
-    """Returns the norm from which a rise began: the first one, or the usual one if lower."""
+    """Returns the norm that a rise is measured from: the first one, or the median if lower."""
     return float(min(norms[0], np.median(norms[:-_RISE]) if len(norms) > 2 * _RISE else norms[0]))

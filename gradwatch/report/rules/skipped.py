@@ -9,23 +9,25 @@ from gradwatch.report.finding import Evidence, Finding, counted, first_steps
 from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
 
-WHY = "A step that is left out costs its batch, and moves schedules of the learning rate apart."
+WHY = (
+    "A skipped step wastes its batch, and a learning rate schedule that advances at every step "
+    "gets ahead of the optimizer."
+)
 ADVICE = (
-    "Look at the batches of these steps, and at what this report says of NaN and of spikes. Where "
-    "many in a row are left out, the cause is no single batch: lower the learning rate."
+    "Check the batches of these steps, and what this report says about NaN and spikes. If many "
+    "steps in a row are skipped, a single batch is not the cause: lower the learning rate."
 )
 SCALER = (
-    "The GradScaler has met gradients beyond float16 in these steps. Some at the start, and one "
-    "now and then, are its way to find the scale; so many mean that the model's gradients have no "
-    "place in float16: use bfloat16, or keep the layers with the largest gradients in float32."
+    "The GradScaler found gradients beyond float16 in these steps. It finds its scale by skipping "
+    "a few steps at the start and one now and then; this many mean that the model's gradients do "
+    "not fit into float16: use bfloat16, or keep the layers with the largest gradients in float32."
 )
 
 
 def skipped(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds steps that were left out by gradwatch, or more than usual by a scaler."""
+    """Finds steps that gradwatch skipped, and steps that a scaler skipped more than usual."""
     for steps in run.optimizers:
-        # A scaler leaves steps out by design, while it looks for its scale: those have room of
-        # their own before they count.
+        # A scaler skips steps by design while it searches for its scale: it has an allowance.
         by_us = ~steps.applied & ~steps.by_scaler
         if by_us.any():
             often = by_us.mean() > limits.skipped
@@ -40,8 +42,8 @@ def _finding(
 ) -> Finding:
     share = len(skipped) / len(steps)
     title = (
-        f"{counted(len(skipped), 'step')} of {len(steps):,} ({share:.1%}) were not applied, the "
-        f"first at step {skipped[0]}."
+        f"{counted(len(skipped), 'step')} of {len(steps):,} ({share:.1%}) "
+        f"{'was' if len(skipped) == 1 else 'were'} not applied, the first at step {skipped[0]}."
     )
     numbers = {"skipped": float(len(skipped)), "share": share, "limit": limits.skipped}
     seen = Evidence(first_steps(skipped), (), numbers, steps.optimizer)

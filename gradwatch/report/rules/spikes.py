@@ -16,21 +16,21 @@ _BLOCK = 32
 _MOST = 10
 
 WHY = (
-    "One step in a wrong direction can cost hundreds of good ones, and Adam's second moment "
-    "remembers it for a thousand. {clip}"
+    "One step in a wrong direction can undo hundreds of good ones, and Adam's second moment "
+    "remembers it for about a thousand. {clip}"
 )
-UNCLIPPED = "{count} of them were applied unclipped."
-CLIPPED = "All of them were clipped or left out."
+UNCLIPPED = "{count} of them reached the weights unclipped."
+CLIPPED = "All of them were clipped or skipped."
 ADVICE = (
-    'watch(..., clip="auto") brings such steps down to the usual norm, skip_spikes="auto" leaves '
-    "them out. Look at the batches of these steps: wrong labels, an empty or overlong example."
+    'watch(..., clip="auto") brings such steps down to the usual norm, and skip_spikes="auto" '
+    "skips them. Check the batches of these steps for wrong labels and empty or overlong examples."
 )
 
 
 def spikes(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds steps far above the usual norm around them."""
+    """Finds steps whose norm is far above the usual norm around them."""
     for steps in run.optimizers:
-        # In logarithms, in which norms of a sound run spread evenly; so that 0 must go.
+        # In logarithms, where the norms of a healthy run spread evenly; norms of 0 are left out.
         rows = np.flatnonzero(np.isfinite(steps["grad_norm"]))
         norms = steps["grad_norm"][rows].astype(float)
         rows, norms = rows[norms > 0], np.log(norms[norms > 0])
@@ -44,11 +44,12 @@ def spikes(run: RunData, limits: Thresholds) -> Iterator[Finding]:
 
 
 def surroundings(logs: Array) -> tuple[Array, Array]:
-    """Returns for each step what is usual around it.
+    """Returns what is usual around each step.
 
-    That is the largest of the medians of the step's block of 32, of the one before and of the one
-    after, so that the first steps of a rise or the last ones before a fall are no spikes; and
-    likewise of the deviations, 1.4826 times the median absolute one.
+    Steps are grouped in blocks of 32. The usual value is the largest of three medians: of the
+    step's own block, the block before and the block after. So the first steps of a rise and the
+    last ones before a fall are not spikes. The deviation, 1.4826 times the median absolute
+    deviation, is the largest of three in the same way.
 
     Args:
         logs: float64 ``[steps]``, at least 32: logarithms of norms.
@@ -56,12 +57,12 @@ def surroundings(logs: Array) -> tuple[Array, Array]:
     Returns:
         The usual logarithm and its deviation, float64 ``[steps]`` each.
     """
-    # By block: a running median would sort a window for each of a million steps.
+    # In blocks: a running median would sort a window for each of a million steps.
     whole = len(logs) // _BLOCK
     blocks = logs[: whole * _BLOCK].reshape(whole, _BLOCK)
     medians = np.median(blocks, axis=1)
     deviations = 1.4826 * np.median(np.abs(blocks - medians[:, None]), axis=1)
-    # What is left over at the end goes by the last whole block.
+    # The remaining steps at the end belong to the last whole block.
     block = np.minimum(np.arange(len(logs)) // _BLOCK, whole - 1)
     return _largest_around(medians)[block], _largest_around(deviations)[block]
 

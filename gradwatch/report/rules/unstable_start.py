@@ -1,4 +1,4 @@
-"""Unstable start: norms that leap up within the first steps, and may come down again."""
+"""Unstable start: norms jump up within the first steps, and may come down again."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from gradwatch.report.thresholds import Thresholds
 _FIRST = 6
 
 WHY = (
-    "The first steps threw the weights far from where they were initialised. Optimizers that "
-    "normalise, such as Adam, recover in their norms, and go on from a worse place."
+    "The first steps threw the weights far from their initial values. With an optimizer that "
+    "normalizes, such as Adam, the norms recover, but training goes on from a worse place."
 )
 ADVICE = (
-    "Lower the learning rate ({lr}), by ten to begin with, or warm it up over some hundred steps. "
-    'Take watch(..., statistics=("update_ratio",)) to see how far each step goes.'
+    "Lower the learning rate ({lr}), at first by a factor of ten, or warm it up over a few hundred "
+    'steps. Use watch(..., statistics=("update_ratio",)) to see how far each step goes.'
 )
 
 
 def unstable_start(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds norms that multiply within the first six steps."""
+    """Finds norms that grow several times over within the first six steps."""
     for steps in run.optimizers:
         norms = steps["grad_norm"][:_FIRST].astype(float)
         if steps.step[0] != 1 or len(norms) < _FIRST or not np.isfinite(norms).all():
             continue
-        # Gradients that begin at exactly 0, behind a zero-initialised layer, leap by design.
+        # Gradients that begin at exactly 0, behind a zero-initialized layer, jump by design.
         growth = float(norms.max() / norms[0]) if norms[0] > 0 else 0.0
         if growth > limits.start_leap:
             yield _finding(steps, growth, int(norms.argmax()), limits)

@@ -1,4 +1,4 @@
-"""Updates: steps that are too large or too small for the weights that they change."""
+"""Updates: steps are too large or too small for the weights that they change."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from gradwatch.report.finding import Evidence, Finding, named
 from gradwatch.report.run_data import RunData, medians
 from gradwatch.report.thresholds import Thresholds
 
-LARGE_WHY = "Weights that are rewritten within a few steps forget what they have learnt."
-SMALL_WHY = "At this pace the weights stay, in effect, as they were initialised."
+LARGE_WHY = "Weights that are rewritten within a few steps forget what they have learned."
+SMALL_WHY = "At this pace the weights effectively keep their initial values."
 LARGE = (
     "Lower the learning rate ({lr}) until a step changes weights by about 1e-3 of their size, and "
     "warm it up: the first steps of Adam are the largest."
 )
 SMALL = (
-    "Raise the learning rate ({lr}), step by step, towards a ratio of 1e-3; check that the loss "
-    "is not divided by a large number, and that no schedule has brought the rate to 0."
+    "Raise the learning rate ({lr}) gradually, toward a ratio of 1e-3; check that the loss is not "
+    "divided by a large number, and that no schedule has brought the learning rate to 0."
 )
 
 
 def updates(run: RunData, limits: Thresholds) -> Iterator[Finding]:
     """Finds updates out of proportion; needs ``watch(statistics=("update_ratio",))``.
 
-    Matrices only: a bias or a gain begins at 0, where every ratio is large. Too small is said only
-    where it was so from first to last: at the end of a schedule it is meant.
+    Only matrices are judged: a bias or a gain may begin at 0, where every ratio is large. Updates
+    count as too small only if they were so throughout the run: at the end of a learning rate
+    schedule they are small on purpose.
     """
     if "update_ratio" not in run.sample.columns or not run.layout.shapes:
         return
@@ -35,7 +36,7 @@ def updates(run: RunData, limits: Thresholds) -> Iterator[Finding]:
     if not len(ratios):
         return
     names = [n for n, is_matrix in zip(run.layout.names, run.matrices, strict=True) if is_matrix]
-    # By parameter, and by step: the median over the others each time, so that one odd one is none.
+    # Medians over steps and over parameters: a single odd one does not count.
     usual, over_time = medians(ratios), medians(ratios.T)
     leap, largest = float(over_time.max()), float(np.quantile(over_time, 0.9))
     if np.nanmedian(usual) > limits.update_large or leap > limits.update_leap:
@@ -50,8 +51,8 @@ def _large(
     run: RunData, ratio: float, leap: float, names: list[str], limits: Thresholds
 ) -> Finding:
     title = (
-        f"A step changes the weights by {ratio:.2g} of their size, the largest by {leap:.2g}; most "
-        f"in {named(names)}."
+        f"A typical step changes the weights by {ratio:.2g} of their size, the largest by "
+        f"{leap:.2g}; most of all {named(names)}."
     )
     numbers = {"update_ratio": ratio, "limit": limits.update_large}
     numbers |= {"largest": leap, "limit_of_one": limits.update_leap}
@@ -61,7 +62,7 @@ def _large(
 
 
 def _small(run: RunData, ratio: float, names: list[str], limits: Thresholds) -> Finding:
-    title = f"A step changes the weights by {ratio:.2g} of their size at most."
+    title = f"A step changes the weights by at most {ratio:.2g} of their size."
     seen = Evidence((), tuple(names), {"update_ratio": ratio, "limit": limits.update_small})
     return Finding("update_small", "warning", title, seen, SMALL_WHY, SMALL.format(lr=_rate(run)))
 

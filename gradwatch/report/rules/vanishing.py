@@ -1,4 +1,4 @@
-"""Vanishing: gradients that shrink from layer to layer towards the input."""
+"""Vanishing: gradients shrink from layer to layer toward the input."""
 
 from __future__ import annotations
 
@@ -11,38 +11,37 @@ from gradwatch.report.finding import Evidence, Finding
 from gradwatch.report.run_data import RunData, medians
 from gradwatch.report.thresholds import Thresholds
 
-_SMALLEST = 1e-45  # of float32; a gradient of zero is at most that
+_SMALLEST = 1e-45  # the smallest float32: stands for a gradient of zero in logarithms
 
 TITLE = (
-    "Gradients vanish with depth: an element of the first layers has {ratio:.1e} times the "
-    "gradient of one of the last, a factor of {factor_per_layer:.2g} per layer over {layers:.0f} "
-    "layers."
+    "Gradients vanish with depth: a gradient element of the first layers is {ratio:.1e} times one "
+    "of the last layers, a factor of {factor_per_layer:.2g} per layer over {layers:.0f} layers."
 )
 WHY = (
-    "The first layers hardly learn, so that the last ones work on random features; the factor per "
-    "layer is that of its activation and its weights."
+    "The first layers hardly learn, so the last ones work on random features. Each layer's "
+    "activation and weights multiply the gradient by the factor per layer."
 )
 ADVICE = (
-    "Replace sigmoid and tanh by ReLU or GELU, initialise for that (nn.init.kaiming_normal_), add "
-    "residual connections or normalisation. A larger learning rate does not help: it is the last "
-    "layers that limit it."
+    "Replace sigmoid and tanh with ReLU or GELU, initialize for that (nn.init.kaiming_normal_), "
+    "add residual connections or normalization. A larger learning rate does not help: the last "
+    "layers limit it."
 )
 
 
 def vanishing(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds a geometric fall of the gradient per element over the depth of the model."""
+    """Finds a geometric fall of the gradient per element from the last layers to the first."""
     if not run.layout.shapes:
         return
     with np.errstate(invalid="ignore"):
         typical = medians(run.sample["grad_norm"]) / np.sqrt(run.sizes)
-    # Per element, so that wide and narrow layers compare; matrices only, for biases and gains see
-    # other scales.
+    # Per element, so that wide and narrow layers compare; only matrices, because biases and gains
+    # have gradients of another scale.
     layers = np.flatnonzero(run.matrices & np.isfinite(typical))
     if len(layers) < limits.vanishing_layers or not typical[layers].any():
         return
     logs = np.log10(np.maximum(typical[layers], _SMALLEST))
     quarter = max(2, len(layers) // 4)
-    # Quarters, not ends: an embedding or a head alone is often unlike its neighbours.
+    # Quarters, not single layers: an embedding or a head is often unlike its neighbors.
     fall = float(np.median(logs[:quarter]) - np.median(logs[-quarter:]))
     trend = rank_correlation(logs)
     if fall < np.log10(limits.vanishing) and trend >= limits.vanishing_trend:
@@ -59,13 +58,14 @@ def vanishing(run: RunData, limits: Thresholds) -> Iterator[Finding]:
 
 
 def factor_per_layer(logs: Array) -> float:
-    """Fits a line to the layers whose gradient is above zero.
+    """Fits the factor by which a layer multiplies the gradient on its way back.
 
     Args:
-        logs: float64 ``[layers]``: base-10 logarithms of their gradients, first layer first.
+        logs: float64 ``[layers]``: base-10 logarithms of the gradients, first layer first.
+            Layers with a gradient of zero are left out of the fit.
 
     Returns:
-        What a layer multiplies the gradient with on its way back.
+        The factor per layer; 0 if fewer than two layers have a gradient above zero.
 
     Example:
         >>> round(factor_per_layer(np.array([-3.0, -2.0, -1.0, 0.0])), 6)
@@ -85,14 +85,14 @@ def rank_correlation(values: Array) -> float:
         values: float ``[n]``, without NaN.
 
     Returns:
-        From -1 to 1; 0 where all are equal.
+        From -1 to 1; 0 if all values are equal.
 
     Example:
         >>> round(rank_correlation(np.array([1.0, 5.0, 7.0])), 3)
         1.0
     """
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    # Equal values share their mean rank, as in scipy.stats.spearmanr, which is no dependency.
+    # Equal values share their mean rank, as in scipy.stats.spearmanr (SciPy is not a dependency).
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
     if len(counts) < 2:
         return 0.0

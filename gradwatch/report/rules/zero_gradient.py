@@ -1,4 +1,4 @@
-"""Zero gradients: parameters, or units of a layer, whose gradient is exactly zero."""
+"""Zero gradients: the gradient of a parameter, or of units of a layer, is exactly zero."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from gradwatch.report.run_data import RunData, medians
 from gradwatch.report.thresholds import Thresholds
 
 WHY = (
-    "What has a gradient of exactly zero does not learn. A ReLU that is off for every input passes "
-    "nothing back, so that it stays off: all layers before it stand still as well. So do gradients "
-    "that are too small for their dtype."
+    "A parameter whose gradient is exactly zero does not learn. A ReLU that is off for every input "
+    "passes nothing back, so it stays off, and no layer before it learns either. Gradients that "
+    "are too small for their dtype also become zero."
 )
 ADVICE = (
-    "The cause sits right after the last of them in the model ({last}). Lower the learning rate "
-    "or warm it up, for a step too long is what kills a ReLU; use LeakyReLU or GELU; check biases "
-    "that begin far below zero, masks and factors of zero, and clamp() at its edge."
+    "The cause is right after the last of them in the model ({last}). Lower the learning rate or "
+    "warm it up, because too large a step is what kills a ReLU; use LeakyReLU or GELU; check for "
+    "biases that start far below zero, masks and factors of zero, and clamp() at its bounds."
 )
 
 
@@ -27,7 +27,7 @@ def zero_gradient(run: RunData, limits: Thresholds) -> Iterator[Finding]:
     """Finds gradients of exactly zero in a large share of the steps."""
     zeros = (run.sample["grad_norm"] == 0) & run.sample.present
     seen = run.sample.present.sum(axis=0)
-    # Of the steps with a gradient: a layer that is seldom used has few.
+    # Count only steps with a gradient: a layer that is seldom used has few of them.
     share = zeros.sum(axis=0) / np.maximum(seen, 1)
     dead = np.flatnonzero(share >= limits.zero_share)
     if len(dead):
@@ -59,15 +59,15 @@ def _share(share: float) -> str:
 
 
 def _units(run: RunData, limits: Thresholds, whole: set[int]) -> Iterator[Finding]:
-    """Looks at biases, where it was recorded how many of their elements are zero.
+    """Checks biases, if the share of elements with a zero gradient was recorded.
 
-    An element of a bias has a gradient of zero only where its unit is off for the whole batch;
-    the rows of an embedding, for instance, have one whenever their word is not there.
+    Only biases: an element of a bias has a gradient of zero only if its unit is off for the whole
+    batch. The rows of an embedding, for instance, have one whenever their word does not occur.
     """
     if "zeros" not in run.sample.columns or not run.layout.shapes:
         return
     shares = medians(run.sample["zeros"])
-    # A parameter that is zero as a whole was named above.
+    # Leave out parameters whose whole gradient is zero: zero_gradient reported them.
     off = [
         index
         for index, shape in enumerate(run.layout.shapes)

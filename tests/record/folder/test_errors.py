@@ -48,7 +48,7 @@ def test_a_file(run):
 def test_a_foreign_folder(tmp_path):
     """An empty or foreign folder has no meta.json."""
     (tmp_path / "notes.txt").write_text("hello", encoding="utf-8")
-    _refused(tmp_path, "is no run folder, as it has no meta.json. Pass the folder")
+    _refused(tmp_path, "is not a run folder: it has no meta.json. Pass the folder")
 
 
 def test_the_folder_above(run):
@@ -171,13 +171,17 @@ def test_other_files_in_the_folder_do_not_matter(tmp_path):
 @pytest.mark.parametrize(
     ("query", "error", "text"),
     [
-        (lambda h: h.steps(["norm"]), ValueError, "columns.* must be of optimizer, .*, got 'norm'"),
+        (
+            lambda h: h.steps(["norm"]),
+            ValueError,
+            "columns.* must be names among optimizer, .*, got 'norm'",
+        ),
         (lambda h: h.steps("lr"), TypeError, r"sequence of names, got 'lr'\. Write \[\"lr\"\]\."),
         (lambda h: h.steps(5), TypeError, r"sequence of names, got 5\. Write \[\"optimizer\"\]\."),
         (lambda h: h.steps(start="1"), TypeError, r"steps\(start=\) must be a step number or None"),
         (lambda h: h.steps(stop=True), TypeError, "got True"),
         (lambda h: h.parameters(columns=["max"]), ValueError, "grad_norm_clipped, got 'max'"),
-        (lambda h: h.parameters("aa"), ValueError, "no parameter of this run. Did you mean 'a'"),
+        (lambda h: h.parameters("aa"), ValueError, "not a parameter of this run. Did you mean 'a'"),
         (lambda h: h.parameters(["a", "zzz"]), ValueError, "'zzz'.*history.names lists them"),
         (lambda h: h.parameters(5), TypeError, "names or a compiled pattern, got 5"),
     ],

@@ -33,7 +33,7 @@ FILE_EVENTS = {
     "os.scandir",
 }
 
-NOT_BEGUN = "holds no step yet|There is no folder|is no run folder, as it has no meta.json"
+NOT_BEGUN = "holds no step yet|There is no folder|is not a run folder: it has no meta.json"
 
 
 def forked(act):
