@@ -260,14 +260,14 @@ def _summed(x: Tensor, y: Tensor) -> Tensor:
 
 MORE_HEALTHY: dict[str, Callable[[], History]] = {
     "LSTM, SGD with momentum": lambda: train(Lstm(), sentences(), rate(Sgd, 1.0, **MOMENTUM)),
-    "MLP learns 4 batches by heart, 1,500 steps": lambda: train(
+    "MLP memorizes 4 batches, 1,500 steps": lambda: train(
         mlp(), _again(vectors()), rate(Adam, 1e-3), steps=1500
     ),
-    "CNN learns 4 batches by heart": lambda: train(
+    "CNN memorizes 4 batches": lambda: train(
         cnn(), _again(images()), rate(Sgd, 0.02, **MOMENTUM), steps=400
     ),
-    "head that begins at zero, Adam": lambda: train(_zero_head(), vectors(), rate(Adam, 1e-3)),
-    "head that begins at zero, SGD": lambda: train(_zero_head(), vectors(), rate(Sgd, 0.1)),
+    "head that starts at zero, Adam": lambda: train(_zero_head(), vectors(), rate(Adam, 1e-3)),
+    "head that starts at zero, SGD": lambda: train(_zero_head(), vectors(), rate(Sgd, 0.1)),
     "mixture of eight experts": lambda: train(Experts(), vectors(), rate(Adam, 1e-3)),
     "ReLU, 20 layers, He initialization": lambda: train(
         _deep_kaiming(), vectors(), rate(Adam, 3e-4)
