@@ -126,7 +126,7 @@ def test_no_setting_begins_when_the_time_is_over(tiny, tmp_path, capsys):
 
     page = tmp_path / "RESULTS.md"
     overhead.main(["--quick", "--minutes", "0.001", "--out", str(page)])
-    assert "the time is over" in capsys.readouterr().out
+    assert "out of time" in capsys.readouterr().out
     text = page.read_text(encoding="utf-8")
     assert f"Not measured: {TITLE}; AdamW unfused; one micro-batch a step; MLP, other" in text
     assert "**reached**" in text

@@ -104,7 +104,7 @@ def test_a_long_run_is_sampled(command, runs, compared, monkeypatch):
     assert (whole["sampled"], sampled["sampled"]) == (False, True)
     assert {one["steps"] for one in whole["parameters"]} == {100}
     assert {one["steps"] for one in sampled["parameters"]} == {32}
-    assert "of some ranges of steps" in command("compare", "good", "sick").out
+    assert "from some ranges of steps" in command("compare", "good", "sick").out
 
 
 def test_pieces_add_up(runs, compared, monkeypatch):
