@@ -6,8 +6,8 @@ import math
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from gradwatch.adapters import SCALARS
 from gradwatch.record.records import Sink
-from gradwatch.record.scalars import SCALARS
 from gradwatch_tensorboard import TensorBoardWriter
 from gradwatch_tensorboard.scalars import DERIVED_SCALARS
 
