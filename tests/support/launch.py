@@ -57,7 +57,8 @@ def on_ranks(
 ) -> list[Any]:
     """Call `job(**arguments)` on every rank of a fresh gloo group, and return the results by rank.
 
-    The job is a module-level function; arguments and results are what pickle can carry.
+    The job is a module-level function; arguments and results are what pickle can carry. The timeout
+    is for the job alone: it counts from where the last rank has joined the group.
 
     A rank that dies of a signal is given a second chance: torch's own reducer crashes in about one
     of a thousand such groups, watched or not. What is ours would crash again.
@@ -142,7 +143,8 @@ def _wait(
 
 
 def _has_started(process: Any, folder: Path, rank: int) -> bool:
-    return process.exitcode is not None or (folder / f"{rank}.stack").exists()
+    began = (folder / f"{rank}.began").exists()
+    return began or process.exitcode is not None or (folder / f"{rank}.error").exists()
 
 
 def _has_ended(process: Any, folder: Path, rank: int) -> bool:
