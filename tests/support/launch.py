@@ -7,6 +7,7 @@ of its file, so that `tests` need not be on the path.
 
 import contextlib
 import multiprocessing
+import multiprocessing.forkserver
 import multiprocessing.util
 import os
 import pickle
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import gradwatch
+from tests.support import processes
 
 TIMEOUT = 300.0  # a hang, and no measure of what a slow machine takes
 GRACE = 2.0  # for the other ranks, once one has failed
@@ -41,6 +43,8 @@ PRELOADED = [
     "torch.distributed.tensor.debug",
     "torch.distributed.tensor.parallel",
     "torch.nn.parallel",
+    "gradwatch.history",
+    "gradwatch.testing",
 ]
 
 
@@ -103,6 +107,8 @@ def _start(
     _make_room_for_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    with mock.patch.dict(os.environ, processes.environment()):  # its own sys.path it may not have
+        multiprocessing.forkserver.ensure_running()
     task = {
         "file": sys.modules[job.__module__].__file__,
         "function": job.__qualname__,
