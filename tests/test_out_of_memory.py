@@ -1,8 +1,6 @@
 """Running out of memory, and taking the batch back."""
 
 import gc
-import os
-import subprocess
 import sys
 import textwrap
 import weakref
@@ -12,6 +10,7 @@ import torch
 from torch import nn
 
 from gradwatch.out_of_memory import Rollback, forget, is_out_of_memory, release_memory
+from tests.support import processes
 from tests.support.calls import CountCalls
 from tests.support.launch import mesh_of_one
 from tests.support.memory import LIMIT_MEMORY
@@ -177,14 +176,7 @@ REAL = """
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the address space")
 def test_a_real_lack_of_memory_is_recovered_from():
     """The allocator's own error is recognised, and once it is forgotten a smaller run fits."""
-    done = subprocess.run(
-        [sys.executable, "-c", LIMIT_MEMORY + textwrap.dedent(REAL)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    done = processes.run(code=LIMIT_MEMORY + textwrap.dedent(REAL))
     assert done.stdout.splitlines() == [
         "16384 True True",
         "4096 True True",

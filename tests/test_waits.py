@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 import gradwatch
 from gradwatch.testing import late_readings
+from tests.support import zoo
 from tests.support.calls import CountCalls
 
 STEPS, POISONED = 6, 3
@@ -16,8 +16,7 @@ COLUMNS = ["grad_norm", "grad_norm_clipped", "clip_coef", "outcome", "loss_scale
 
 def _train(watch, *, scaled=False, fused=False, poisoned=None):
     """Trains six steps of two micro-batches; returns the waits, the watcher and the weights."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    model = zoo.small()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, fused=fused)
     scaler = torch.amp.GradScaler("cpu", 1024.0, growth_interval=2, enabled=scaled)
     watcher = watch(model, optimizer, scaler)

@@ -6,39 +6,32 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gradwatch
 from gradwatch.accumulate.splitting import split_batch
 from gradwatch.testing import late_readings
 from tests.support.calls import CountCalls
-from tests.support.noise import KnownCovariance, Oracle, draws, gradient_of
+from tests.support.noise import (
+    KnownCovariance,
+    Oracle,
+    draws,
+    examples,
+    gradient_of,
+    regression,
+    regression_loss,
+)
 from tests.support.state import identical, snapshot
 
 WINDOWS = 12
-
-
-def _model(dtype=torch.float64):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 1)).to(dtype)
-
-
-def _batch(window, index, size, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(100 * window + index)
-    return torch.randn(size, 6, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def _loss(model, x):
-    return (model(x) - x.sum(1, keepdim=True)).square().mean()
 
 
 def _expected(model, windows, sizes, weights):
     """What brute force says of the windows that were run on a model whose weights stay as they are."""
     oracle = Oracle()
     for window in range(windows):
-        batches = [_batch(window, index, size) for index, size in enumerate(sizes)]
-        gradients = [gradient_of(model, lambda m, x=x: _loss(m, x)) for x in batches]
+        batches = [examples(window, index, size) for index, size in enumerate(sizes)]
+        gradients = [gradient_of(model, lambda m, x=x: regression_loss(m, x)) for x in batches]
         oracle.add(list(zip(weights, gradients, strict=True)))
     return oracle
 
@@ -56,7 +49,7 @@ def _managed(model, sizes, weighed, **options):
     with gradwatch.watch(model, optimizer, accumulate=len(sizes), **options) as watcher:
         for window in range(WINDOWS):
             for index, size in enumerate(sizes):
-                loss = _loss(model, _batch(window, index, size))
+                loss = regression_loss(model, examples(window, index, size))
                 watcher.backward(loss, weight=size if weighed else None)
             assert watcher.step()
     assert scaler is None or watcher.last.loss_scale > 1
@@ -69,7 +62,7 @@ def _managed(model, sizes, weighed, **options):
 )
 def test_managed_windows_agree_with_brute_force(sizes, options):
     """Equal and unequal micro-batches, weighed by their examples: to the rounding of float64, clip or no clip."""
-    model = _model()
+    model = regression()
     noise = _managed(model, sizes, weighed=True, **options).noise_scale
     _agrees(noise, _expected(model, WINDOWS, sizes, sizes))
     assert noise.batch == sum(sizes)
@@ -77,7 +70,7 @@ def test_managed_windows_agree_with_brute_force(sizes, options):
 
 def test_without_weights_the_unit_is_a_micro_batch():
     """b_simple is then a number of micro-batches, and what is suggested is the nearest power of two."""
-    model = _model()
+    model = regression()
     noise = _managed(model, (4, 4, 4), weighed=False).noise_scale
     _agrees(noise, _expected(model, WINDOWS, (4, 4, 4), (1, 1, 1)))
     assert noise.micro_batches == pytest.approx(noise.b_simple)
@@ -86,7 +79,7 @@ def test_without_weights_the_unit_is_a_micro_batch():
 
 def test_a_scaler_changes_nothing():
     """Norms are those of the scaled loss; the noise scale is in true units."""
-    model = _model()
+    model = regression()
     scaler = torch.amp.GradScaler("cpu", 2.0**10, growth_interval=3)
     noise = _managed(model, (8, 8, 2), weighed=True, scaler=scaler).noise_scale
     _agrees(noise, _expected(model, WINDOWS, (8, 8, 2), (8, 8, 2)))
@@ -96,11 +89,11 @@ def test_a_scaler_changes_nothing():
 @pytest.mark.parametrize("closure", [False, True])
 def test_a_loop_of_the_users_own(accumulate, closure):
     """All micro-batches are seen where the loop is known to accumulate, else the first one and the sum."""
-    model, oracle = _model(), Oracle()
+    model, oracle = regression(), Oracle()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
     def backward(window, index):
-        loss = _loss(model, _batch(window, index, 4)) / 3
+        loss = regression_loss(model, examples(window, index, 4)) / 3
         loss.backward()
         return loss
 
@@ -118,8 +111,8 @@ def test_a_loop_of_the_users_own(accumulate, closure):
         oracle = _expected(model, WINDOWS, (4, 4, 4), (1, 1, 1))
     else:
         for window in range(WINDOWS):
-            batches = [_batch(window, index, 4) for index in range(3)]
-            grads = [gradient_of(model, lambda m, x=x: _loss(m, x)) for x in batches]
+            batches = [examples(window, index, 4) for index in range(3)]
+            grads = [gradient_of(model, lambda m, x=x: regression_loss(m, x)) for x in batches]
             small, large = (grads[0] ** 2).sum(), (sum(grads) ** 2).sum() / 9
             oracle.terms.append(((small - large) / (1 - 1 / 3), (3 * large - small) / 2))
     _agrees(watcher.noise_scale, oracle)
@@ -127,22 +120,24 @@ def test_a_loop_of_the_users_own(accumulate, closure):
 
 def test_split_batches_are_micro_batches_of_their_examples():
     """With micro_batches() the small batch is a part, and the unit of the suggestion the whole batch."""
-    model = _model()
+    model = regression()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     oracle = Oracle()
     with gradwatch.watch(model, optimizer) as watcher:
         for window in range(WINDOWS):
-            batch = _batch(window, 0, 11)
+            batch = examples(window, 0, 11)
             for part in watcher.micro_batches(batch, size=4):
-                watcher.backward(_loss(model, part))
+                watcher.backward(regression_loss(model, part))
             assert watcher.step()
     assert watcher.last.weight == 11
     assert watcher.noise_scale.updates == WINDOWS
     assert watcher.noise_scale.batch == 11
     for window in range(WINDOWS):
-        batch = _batch(window, 0, 11)
+        batch = examples(window, 0, 11)
         parts = [part for part, _ in split_batch(batch, size=4)]
-        oracle.add([(len(p), gradient_of(model, lambda m, p=p: _loss(m, p))) for p in parts])
+        oracle.add(
+            [(len(p), gradient_of(model, lambda m, p=p: regression_loss(m, p))) for p in parts]
+        )
     _agrees(watcher.noise_scale, oracle)
 
 
@@ -166,7 +161,7 @@ def test_the_estimate_comes_close_to_the_truth(noise_scale, micro_batches, least
 
 def test_the_columns_of_the_history():
     """noise_scale and noise_scale_stderr are those of the estimate after each step."""
-    model = _model()
+    model = regression()
     watcher = _managed(model, (4, 4), weighed=True)
     steps, noise = watcher.history.steps(), watcher.noise_scale
     assert steps["noise_scale"].iloc[-1] == pytest.approx(noise.b_simple, nan_ok=True)
@@ -177,14 +172,14 @@ def test_the_columns_of_the_history():
 @pytest.mark.parametrize("outcome", ["nan", "spike"])
 def test_a_step_that_is_left_out_says_nothing(outcome):
     """A NaN, and an outlier that was skipped, cost one update, and no number turns NaN."""
-    model = _model()
+    model = regression()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     options = {"on_nonfinite": "skip", "skip_spikes": 6.0}
     with gradwatch.watch(model, optimizer, accumulate=2, **options) as watcher:
         for window in range(60):
             for index in range(2):
                 factor = {"nan": math.nan, "spike": 1e3}[outcome] if window == 50 else 1.0
-                watcher.backward(_loss(model, _batch(window, index, 32)) * factor)
+                watcher.backward(regression_loss(model, examples(window, index, 32)) * factor)
             watcher.step()
     assert (watcher.history.steps()["outcome"] != "applied").sum() == 1
     assert watcher.noise_scale.updates == 59
@@ -193,14 +188,14 @@ def test_a_step_that_is_left_out_says_nothing(outcome):
 
 def test_a_recorded_nan_says_nothing_either():
     """With on_nonfinite="record" the step is taken, and its noise is left out all the same."""
-    model = _model()
+    model = regression()
     weights = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with gradwatch.watch(model, optimizer, accumulate=2) as watcher:
         for window in range(5):
             for index in range(2):
                 factor = math.nan if (window, index) == (2, 1) else 1.0
-                watcher.backward(_loss(model, _batch(window, index, 4)) * factor)
+                watcher.backward(regression_loss(model, examples(window, index, 4)) * factor)
             watcher.step()
             model.load_state_dict(weights)
     assert watcher.noise_scale.updates == 4
@@ -209,11 +204,11 @@ def test_a_recorded_nan_says_nothing_either():
 
 def test_a_short_last_window_does_not_change_what_a_batch_is():
     """It is one more window for the averages; the batch that is compared with stays the full one."""
-    model = _model()
+    model = regression()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with gradwatch.watch(model, optimizer, accumulate=4) as watcher:
         for index in range(6):
-            watcher.backward(_loss(model, _batch(0, index, 4)), weight=4)
+            watcher.backward(regression_loss(model, examples(0, index, 4)), weight=4)
             watcher.step(last=index == 5)
     assert watcher.history.steps()["micro_batches"].tolist() == [4, 2]
     assert (watcher.noise_scale.updates, watcher.noise_scale.batch) == (2, 16)
@@ -229,13 +224,13 @@ REASONS = [
 @pytest.mark.parametrize(("options", "micro_batches", "reason"), REASONS)
 def test_where_there_is_none_the_reason_is_told(options, micro_batches, reason):
     """One micro-batch per step, another norm, or too few windows: valid is False, and reason says why."""
-    model = _model()
+    model = regression()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with gradwatch.watch(model, optimizer, **options) as watcher:
         assert not watcher.noise_scale.valid
         for _ in range(2):
             for index in range(micro_batches):
-                watcher.backward(_loss(model, _batch(0, index, 4)))
+                watcher.backward(regression_loss(model, examples(0, index, 4)))
             watcher.step()
     assert not watcher.noise_scale.valid
     assert watcher.noise_scale.suggested_micro_batches is None
@@ -246,11 +241,11 @@ def test_a_micro_batch_costs_one_pass_more():
     """Watching takes one batched norm per micro-batch; the noise scale one more from the second on."""
     passes = {}
     for accumulate in (4, 1):
-        model = _model(torch.float32)
+        model = regression(torch.float32)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         with gradwatch.watch(model, optimizer, accumulate=accumulate), CountCalls() as counting:
             for index in range(4):
-                _loss(model, _batch(0, index, 4, torch.float32)).backward()
+                regression_loss(model, examples(0, index, 4, dtype=torch.float32)).backward()
             optimizer.step()
         passes[accumulate] = counting.by_name()["_foreach_norm"]
     assert passes == {1: 4, 4: 7}
@@ -261,13 +256,15 @@ def test_on_a_device_nothing_waits(weight):
     """Weights, correction, norms and estimate stay tensors until their copy has arrived; the numbers are the same."""
     noise = []
     for late in (True, False):
-        model = _model()
+        model = regression()
         with _run_late(late), CountCalls() as counting:
             optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
             watcher = gradwatch.watch(model, optimizer, accumulate=3, clip=0.1).attach()
             for window in range(4):
                 for index in range(3):
-                    watcher.backward(_loss(model, _batch(window, index, 4)), weight=weight)
+                    watcher.backward(
+                        regression_loss(model, examples(window, index, 4)), weight=weight
+                    )
                 watcher.step()
         if late:
             assert counting.waits == 0
@@ -285,14 +282,14 @@ def _run_late(late):
 
 def test_no_gradient_is_kept():
     """What is kept to be measured is gone when the backward is over, and after one that failed with the next."""
-    model = _model()
+    model = regression()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     seen = []
     for parameter in model.parameters():
         parameter.register_hook(lambda gradient: seen.append(weakref.ref(gradient)))
     with gradwatch.watch(model, optimizer, accumulate=2):
         for index in range(2):
-            _loss(model, _batch(0, index, 4)).backward()
+            regression_loss(model, examples(0, index, 4)).backward()
         assert len(seen) == 8
         kept = [reference() for reference in seen[4:]]
         assert all(gradient is None for gradient in kept)
@@ -309,20 +306,20 @@ def _checkpointed(reentrant):
 
 @pytest.mark.parametrize(
     "loss",
-    [_loss, _checkpointed(False), _checkpointed(True)],
+    [regression_loss, _checkpointed(False), _checkpointed(True)],
     ids=["plain", "checkpoint", "nested"],
 )
 def test_watching_an_accumulating_loop_changes_no_bit(loss):
     """Measuring what each micro-batch adds leaves the training bit-identical, nested backwards included."""
     trained = []
     for watched in (False, True):
-        model = _model(torch.float32)
+        model = regression(torch.float32)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         watcher = gradwatch.watch(model, optimizer, accumulate=3) if watched else None
         if watcher is not None:
             watcher.attach()
         for index in range(12):
-            (loss(model, _batch(0, index, 4, torch.float32)) / 3).backward()
+            (loss(model, examples(0, index, 4, dtype=torch.float32)) / 3).backward()
             if index % 3 == 2:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -335,7 +332,7 @@ def test_watching_an_accumulating_loop_changes_no_bit(loss):
 
 def test_the_state_goes_on_bit_for_bit():
     """A resumed run has the noise scale of one that was never stopped."""
-    model = _model()
+    model = regression()
     whole = _managed(copy.deepcopy(model), (4, 4), weighed=True).noise_scale
     state = None
     for half in (range(5), range(5, WINDOWS)):
@@ -346,7 +343,7 @@ def test_the_state_goes_on_bit_for_bit():
         with watcher:
             for window in half:
                 for index in range(2):
-                    watcher.backward(_loss(model, _batch(window, index, 4)), weight=4)
+                    watcher.backward(regression_loss(model, examples(window, index, 4)), weight=4)
                 watcher.step()
             state = watcher.state_dict()
     assert watcher.noise_scale == whole

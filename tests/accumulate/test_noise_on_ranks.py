@@ -5,28 +5,21 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
 from tests.support.launch import on_ranks
-from tests.support.noise import KnownCovariance, Oracle, draws, gradient_of
+from tests.support.noise import (
+    KnownCovariance,
+    Oracle,
+    draws,
+    examples,
+    gradient_of,
+    regression,
+    regression_loss,
+)
 
 WINDOWS = 8
-
-
-def _model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 1)).double()
-
-
-def _loss(model, x):
-    return (model(x) - x.sum(1, keepdim=True)).square().mean()
-
-
-def _batch(rank, window, index, size):
-    generator = torch.Generator().manual_seed(1000 * rank + 100 * window + index)
-    return torch.randn(size, 6, generator=generator, dtype=torch.float64)
 
 
 def _size(rank, window, index):
@@ -36,13 +29,13 @@ def _size(rank, window, index):
 
 def _run_managed(micro_batches, bucket_view):
     rank = dist.get_rank()
-    model = DistributedDataParallel(_model(), gradient_as_bucket_view=bucket_view)
+    model = DistributedDataParallel(regression(), gradient_as_bucket_view=bucket_view)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with gradwatch.watch(model, optimizer, accumulate=micro_batches) as watcher:
         for window in range(WINDOWS):
             for index in range(micro_batches):
                 size = _size(rank, window, index)
-                loss = _loss(model, _batch(rank, window, index, size))
+                loss = regression_loss(model, examples(window, index, size, rank))
                 watcher.backward(loss, weight=size)
                 watcher.step()
     return watcher.noise_scale, watcher.history.steps()["weight"].tolist()
@@ -55,15 +48,15 @@ def _run_managed(micro_batches, bucket_view):
 def test_a_managed_loop_uses_the_micro_batches_of_all_ranks(ranks, micro_batches, bucket_view):
     """Unequal ones too, with one micro-batch per rank or several: every rank has the number of brute force."""
     told = on_ranks(_run_managed, ranks, micro_batches=micro_batches, bucket_view=bucket_view)
-    model, oracle, weights = _model(), Oracle(), []
+    model, oracle, weights = regression(), Oracle(), []
     for window in range(WINDOWS):
         places = [(rank, index) for rank in range(ranks) for index in range(micro_batches)]
         sizes = [_size(rank, window, index) for rank, index in places]
         batches = [
-            _batch(rank, window, index, size)
+            examples(window, index, size, rank)
             for (rank, index), size in zip(places, sizes, strict=True)
         ]
-        gradients = [gradient_of(model, lambda m, x=x: _loss(m, x)) for x in batches]
+        gradients = [gradient_of(model, lambda m, x=x: regression_loss(m, x)) for x in batches]
         oracle.add(list(zip(sizes, gradients, strict=True)))
         weights.append(float(sum(sizes)))
     assert all(noise == told[0][0] for noise, _ in told)
@@ -75,13 +68,13 @@ def test_a_managed_loop_uses_the_micro_batches_of_all_ranks(ranks, micro_batches
 
 def _run_unmanaged(micro_batches, synchronised, bucket_view):
     rank = dist.get_rank()
-    model = DistributedDataParallel(_model(), gradient_as_bucket_view=bucket_view)
+    model = DistributedDataParallel(regression(), gradient_as_bucket_view=bucket_view)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with gradwatch.watch(model, optimizer) as watcher:
         for window in range(WINDOWS):
             for index in range(micro_batches):
                 model.require_backward_grad_sync = synchronised or index == micro_batches - 1
-                loss = _loss(model, _batch(rank, window, index, 4))
+                loss = regression_loss(model, examples(window, index, 4, rank))
                 (loss / micro_batches).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -89,8 +82,11 @@ def _run_unmanaged(micro_batches, synchronised, bucket_view):
 
 
 def _mean_of_rank(model, rank, window, micro_batches):
-    batches = [_batch(rank, window, index, 4) for index in range(micro_batches)]
-    return sum(gradient_of(model, lambda m, x=x: _loss(m, x)) for x in batches) / micro_batches
+    batches = [examples(window, index, 4, rank) for index in range(micro_batches)]
+    return (
+        sum(gradient_of(model, lambda m, x=x: regression_loss(m, x)) for x in batches)
+        / micro_batches
+    )
 
 
 @pytest.mark.parametrize(("micro_batches", "bucket_view"), [(1, False), (3, False), (2, True)])
@@ -99,7 +95,7 @@ def test_a_loop_that_is_only_watched_compares_its_own_rank(micro_batches, bucket
     told = on_ranks(
         _run_unmanaged, 2, micro_batches=micro_batches, synchronised=False, bucket_view=bucket_view
     )
-    model = _model()
+    model = regression()
     for rank, noise in enumerate(told):
         oracle = Oracle()
         for window in range(WINDOWS):
@@ -123,12 +119,12 @@ def test_where_every_micro_batch_is_reduced_by_itself_the_reason_is_told():
 def _run_sharded():
     from torch.distributed.fsdp import fully_shard
 
-    model = _model()
+    model = regression()
     fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with gradwatch.watch(model, optimizer, accumulate=2) as watcher:
         for index in range(4):
-            watcher.backward(_loss(model, _batch(dist.get_rank(), 0, index, 4)))
+            watcher.backward(regression_loss(model, examples(0, index, 4, dist.get_rank())))
             watcher.step()
     return watcher.noise_scale, watcher.history.steps()["noise_scale"].tolist()
 

@@ -6,14 +6,14 @@ import torch
 import gradwatch
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.records import Event, Layout, RecordBatch, StepRecord
+from tests.support import zoo
 
 HOSTILE = ("\x1b[31mred", "[bold]x[/bold]", "two\nlines", "\u202egnp", "宽" * 20, '=cmd|x, "y"')
 
 
 def train(path, steps=100, *, lr=0.05, clip=0.5, nan=None, names=None):
     """Trains a small model, or parameters of some names, and keeps the run."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    model = zoo.small()
     if names:
         model = {name: torch.ones(2, 2).requires_grad_() for name in names}
     parameters = list(model.values() if names else model.parameters())

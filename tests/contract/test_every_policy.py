@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 import gradwatch
 from gradwatch.testing import late_readings
+from tests.support import zoo
 from tests.support.float64 import norms, total
 
 STEPS = 40
@@ -31,11 +31,6 @@ POLICIES = {
 UNIT = ("AGC",)
 
 
-def _model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-
-
 def _optimizer(model, **options):
     groups = [{"params": list(layer.parameters())} for layer in (model[0], model[2])]
     return torch.optim.SGD(groups, lr=0.05, **options)
@@ -47,7 +42,7 @@ def _loss(model, step):
 
 
 def _train(policy, *, steps=range(STEPS), watcher_state=None, states=None, **options):
-    model = _model()
+    model = zoo.small()
     optimizer = _optimizer(model, **options)
     watcher = gradwatch.watch(model, optimizer, clip=POLICIES[policy]())
     if states is not None:
@@ -74,7 +69,7 @@ def test_the_record_is_what_was_done(policy, late):
     kind = float(getattr(POLICIES[policy](), "norm_type", 2.0))
     with late_readings() if late else contextlib.nullcontext():
         history, seen, _ = _train(policy)
-    names = [name for name, _ in _model().named_parameters()]
+    names = [name for name, _ in zoo.small().named_parameters()]
     rows = history.parameters().set_index(["step", "parameter"])
     for number, (before, after) in enumerate(seen, start=1):
         step = history.steps().loc[number]
@@ -142,7 +137,7 @@ def test_spikes_are_left_out(skip_spikes):
     """A finite outlier is skipped like a NaN: the weights are those of a run without its batch."""
 
     def train(steps, **options):
-        model = _model()
+        model = zoo.small()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         with gradwatch.watch(model, optimizer, **options) as watcher:
             for step in steps:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import gradwatch
+from tests.support.float64 import gradients, norms
 
 from .full_batch import (
     Batch,
@@ -247,7 +248,7 @@ def test_norms_per_parameter_are_those_of_the_whole_batch() -> None:
     expected = []
     for window in windows:
         loss_of(model, joined(window)).backward()
-        expected += [float(p.grad.norm()) for p in model.parameters()]
+        expected += norms(gradients(model)).values()
         optimizers[0].step()
         optimizers[0].zero_grad()
     found = watched(sgd, windows, accumulate=3).watcher.history.parameters()

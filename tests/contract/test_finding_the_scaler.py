@@ -4,16 +4,15 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 import gradwatch
+from tests.support import zoo
 
 STEPS = 5
 
 
 def _train(fused, passed, *, poisoned=None, scaled=True):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    model = zoo.small()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     options = {"scaler": scaler} if passed else {}

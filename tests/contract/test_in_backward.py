@@ -5,16 +5,11 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
 
 import gradwatch
+from tests.support import float64, zoo
 
 STEPS = 3
-
-
-def _model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
 def _by_torch(model):
@@ -61,11 +56,12 @@ def _train(model):
 
 def _expected():
     """The norm of every gradient, by a loop that steps after the backward."""
-    model, norms = _model(), {}
+    model, norms = zoo.small(), {}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(STEPS):
         _loss(model, step).backward()
-        norms.update({(step + 1, n): p.grad.norm().item() for n, p in model.named_parameters()})
+        seen = float64.gradient_norms(dict(model.named_parameters()))
+        norms.update({(step + 1, name): norm for name, norm in seen.items()})
         optimizer.step()
         optimizer.zero_grad()
     return norms
@@ -79,9 +75,9 @@ def _recorded(watcher):
 @pytest.mark.parametrize("install", WAYS)
 def test_gradients_are_measured_before_they_are_freed(install):
     """Every parameter of every step, and the training is the same as unwatched."""
-    model = _model()
+    model = zoo.small()
     install(model)
-    unwatched = copy.deepcopy(_model())
+    unwatched = copy.deepcopy(zoo.small())
     install(unwatched)
     with gradwatch.watch(model) as watcher:
         _train(model)
@@ -94,7 +90,7 @@ def test_gradients_are_measured_before_they_are_freed(install):
 @pytest.mark.parametrize("install", WAYS)
 def test_hooks_that_come_after_the_watcher(install):
     """Where the user's hooks are hung later, the first backward may be missed, no other."""
-    model = _model()
+    model = zoo.small()
     with gradwatch.watch(model) as watcher:
         install(model)
         _train(model)
@@ -116,21 +112,21 @@ def test_hooks_that_come_after_the_watcher(install):
 @pytest.mark.parametrize("install", [_by_torch, _by_optimizers])
 def test_what_needs_all_gradients_is_refused(install, options, said):
     """It cannot be had there; the error says so before any weight changes."""
-    model = _model()
+    model = zoo.small()
     install(model)
     watcher = gradwatch.watch(model, **options)
     with pytest.raises(ValueError, match="inside the backward") as error, watcher:
         _train(model)
     assert said in str(error.value)
-    for one, other in zip(model.parameters(), _model().parameters(), strict=True):
+    for one, other in zip(model.parameters(), zoo.small().parameters(), strict=True):
         assert torch.equal(one, other)
 
 
 def test_a_value_clip_works_inside_the_backward():
     """It limits each element by itself, whatever the others are."""
-    model = _model()
+    model = zoo.small()
     _by_optimizers(model)
     with gradwatch.watch(model, clip=gradwatch.ClipByValue(1e-3)):
         _loss(model, 0).backward()
-    for one, other in zip(model.parameters(), _model().parameters(), strict=True):
+    for one, other in zip(model.parameters(), zoo.small().parameters(), strict=True):
         assert (one - other).abs().max() <= 0.1 * 1e-3 * (1 + 1e-3)

@@ -1,7 +1,5 @@
 """Running a batch again: nothing of the attempt that failed is left, and a real lack of memory is survived."""
 
-import os
-import subprocess
 import sys
 import textwrap
 import weakref
@@ -12,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support import processes
 from tests.support.memory import LIMIT_MEMORY
 
 from .running_out import Fault, batch_of, new_watcher, plain_closure
@@ -131,14 +130,8 @@ REAL = """
 
 
 def _in_a_process(*arguments: str) -> list[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", LIMIT_MEMORY + textwrap.dedent(REAL), *arguments],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    environment = processes.environment(MALLOC_ARENA_MAX="1")
+    done = processes.run(*arguments, code=LIMIT_MEMORY + textwrap.dedent(REAL), env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

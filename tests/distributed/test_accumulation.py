@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
 from tests.support.calls import CountCalls
+from tests.support.float64 import gradient_norm, whole
 from tests.support.launch import on_ranks
 
 from .test_gradient_sync import fsdp2
@@ -74,19 +75,14 @@ def _at_once(bare, optimizer, sizes, ranks, clip=None, seldom=False, data=_rows)
             each = [_loss(model, part, r == ranks - 1) * part[1].sum() for part, r in parts]
             loss = sum(each) / total
         loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        seen["norms"].append(gradient_norm(model))
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
         seen["losses"].append(loss.item())
-        seen["norms"].append(norm.item())
         seen["weight"].append(sum(part[1].sum().item() for part, _ in parts))
     return {**seen, "weights": {name: p.detach() for name, p in model.named_parameters()}}
-
-
-def _whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _train(model, kind="sgd", sizes=SIZES, seldom=False, **options):
@@ -106,7 +102,7 @@ def _train(model, kind="sgd", sizes=SIZES, seldom=False, **options):
     steps = watcher.history.steps()
     named = {name.removeprefix("module."): p for name, p in model.named_parameters()}
     return {
-        "weights": {name: _whole(p.detach()).clone() for name, p in named.items()},
+        "weights": {name: whole(p).clone() for name, p in named.items()},
         "losses": list(steps["loss"]),
         "norms": list(steps["grad_norm"]),
         "weight": list(steps["weight"]),

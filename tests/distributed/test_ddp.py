@@ -1,24 +1,18 @@
 """DistributedDataParallel in real processes: reduced norms, one decision, one writer."""
 
-import copy
 import math
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradwatch
 from gradwatch.testing import CapturingSink
+from tests.support import float64, zoo
 from tests.support.launch import on_ranks
 
 RANKS, STEPS, POISONED = 2, 6, 3
-
-
-def _model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
 def _batch(rank, step, micro_batch):
@@ -34,7 +28,7 @@ def _loss(model, rank, step, micro_batch):
 
 def _train(bucket_view):
     rank = dist.get_rank()
-    model = DistributedDataParallel(_model(), gradient_as_bucket_view=bucket_view)
+    model = DistributedDataParallel(zoo.small(), gradient_as_bucket_view=bucket_view)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     sink = CapturingSink()
     with gradwatch.watch(model, optimizer, on_nonfinite="skip", sinks=[sink]) as watcher:
@@ -57,7 +51,7 @@ def _train(bucket_view):
 
 def _reference():
     """One process, float64: the mean over ranks of the sum over micro-batches; poison left out."""
-    model = copy.deepcopy(_model()).double()
+    model = float64.widen_module(zoo.small())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     norms = []
     for step in range(STEPS):
@@ -68,7 +62,7 @@ def _reference():
             for micro_batch in range(2):
                 x = _batch(rank, step, micro_batch).double()
                 (model(x).square().mean() / RANKS).backward()
-        norms.append(math.hypot(*(p.grad.norm().item() for p in model.parameters())))
+        norms.append(float64.gradient_norm(model))
         optimizer.step()
         optimizer.zero_grad()
     return norms

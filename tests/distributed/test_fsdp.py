@@ -11,6 +11,7 @@ from torch import nn
 
 import gradwatch
 from gradwatch.testing import CapturingSink, late_readings
+from tests.support import float64, zoo
 from tests.support.launch import on_ranks
 
 RANKS, STEPS, POISONED = 2, 4, 2
@@ -23,8 +24,7 @@ pytestmark = pytest.mark.skipif(
 def _sharded():
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    model = zoo.small()
     for layer in (model[0], model[2], model):
         fully_shard(layer)
     return model
@@ -116,9 +116,9 @@ def _watched_after_a_forward():
         _loss(model, 0)
     with gradwatch.watch(model, optimizer) as watcher:
         _loss(model, 1).backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+        norm = float64.gradient_norm(model)
         optimizer.step()
-    return watcher.last.grad_norm, norm.full_tensor().item()
+    return watcher.last.grad_norm, norm
 
 
 def test_a_forward_before_watching_does_no_harm():

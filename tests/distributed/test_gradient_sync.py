@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradwatch.hooks.data_parallel import DataParallel, GradientSync, _buckets, can_hold
 from tests.support.calls import CountCalls
+from tests.support.float64 import whole
 from tests.support.launch import on_ranks
 
 WANTED = 3
@@ -123,16 +124,11 @@ def _expected(bare, start, size):
     return {name: p.grad for name, p in bare.named_parameters()}
 
 
-def _whole(gradient):
-    gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-    return gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
-
-
 def _distance(found, expected):
     """The largest difference between gradients; infinite where one is there and one is not."""
     if found is None or expected is None:
         return 0.0 if found is expected else float("inf")
-    return (_whole(found) - _whole(expected)).abs().max().item()
+    return (whole(found) - whole(expected)).abs().max().item()
 
 
 def _train(model, bare, names=None):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.support import processes
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -49,16 +50,7 @@ def start_example(
     script: str, *options: object, launcher: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script with the same packages as this test."""
-    # The packages come from here without an install, from site-packages on the wheel in CI.
-    paths = [path for path in sys.path if path and Path(path).is_dir()]
-    return subprocess.run(
-        [sys.executable, *launcher, EXAMPLES / script, *map(str, options)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+    return processes.run(*launcher, EXAMPLES / script, *options)
 
 
 def run_example(script: str, *options: object) -> str:

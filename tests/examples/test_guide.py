@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support import processes
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "examples" / "guide"
@@ -172,17 +171,7 @@ def test_runs_as_a_reader_runs_it(script: str, tmp_path: Path) -> None:
     """A script runs from any folder, and leaves nothing behind in it."""
     if script == RUN_FOLDERS:
         pytest.importorskip("pyarrow")
-    # The packages come from here without an install, from site-packages on the wheel in CI.
-    paths = [path for path in sys.path if path and Path(path).is_dir()]
-    done = subprocess.run(
-        [sys.executable, GUIDE / script],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = processes.run(GUIDE / script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == PRINTED[script]
     assert not list(tmp_path.iterdir())

@@ -16,11 +16,7 @@ from gradwatch.hessian.of_model import HessianProduct
 from gradwatch.hessian.spectrum import estimate_trace, extreme_eigenvalues
 from gradwatch.testing import LinearModel
 
-
-def _symmetric(eigenvalues, seed=0):
-    random = np.random.default_rng(seed)
-    basis, _ = np.linalg.qr(random.normal(size=(len(eigenvalues), len(eigenvalues))))
-    return torch.tensor(basis @ np.diag(eigenvalues) @ basis.T)
+from .matrices import symmetric
 
 
 def _quadratic(matrix):
@@ -57,7 +53,7 @@ def _mlp(dtype=torch.float64):
 )
 def test_known_spectrum(eigenvalues, seed):
     """Of a quadratic form with known eigenvalues both ends are found, and the trace."""
-    model, loss = _quadratic(_symmetric(eigenvalues, seed))
+    model, loss = _quadratic(symmetric(eigenvalues, seed))
     found = curvature(model, loss, tolerance=1e-6, seed=seed)
     scale = max(map(abs, eigenvalues)) + 1e-12
     assert found.converged
@@ -69,7 +65,7 @@ def test_known_spectrum(eigenvalues, seed):
 
 def test_negative_curvature_dominates():
     """The eigenvalue of largest magnitude keeps its sign, and the top one is told apart from it."""
-    found = curvature(*_quadratic(_symmetric([-50.0, -1.0, 0.0, 2.0])))
+    found = curvature(*_quadratic(symmetric([-50.0, -1.0, 0.0, 2.0])))
     assert found.dominant_eigenvalue == pytest.approx(-50)
     assert found.largest_eigenvalue == pytest.approx(2)
     assert found.learning_rate_limit == pytest.approx(1)
@@ -77,7 +73,7 @@ def test_negative_curvature_dominates():
 
 def test_nothing_bends_upwards():
     """Without an upward direction no learning rate makes plain descent oscillate."""
-    assert curvature(*_quadratic(_symmetric([-3.0, -1.0]))).learning_rate_limit == math.inf
+    assert curvature(*_quadratic(symmetric([-3.0, -1.0]))).learning_rate_limit == math.inf
 
 
 def test_least_squares():
@@ -380,14 +376,14 @@ def test_nothing_trainable():
 
 def test_too_few_iterations():
     """Where the products run out, it says that it has not converged."""
-    found = curvature(*_quadratic(_symmetric(list(range(1, 60)))), iterations=3)
+    found = curvature(*_quadratic(symmetric(list(range(1, 60)))), iterations=3)
     assert (found.iterations, found.converged) == (3, False)
     assert "not converged" in str(found)
 
 
 def test_standard_error_covers_the_trace():
     """The trace lies within three standard errors of the estimate for nearly all seeds."""
-    matrix = _symmetric(np.random.default_rng(0).normal(size=80))
+    matrix = symmetric(np.random.default_rng(0).normal(size=80))
     exact = matrix.trace().item()
     inside, means = 0, []
     for seed in range(200):
@@ -444,7 +440,7 @@ def test_two_dtypes_in_one_model():
 
 def test_text():
     """The text has the numbers, their error and the learning rate that they allow."""
-    found = curvature(*_quadratic(_symmetric([1.0, 2.0, 8.0])))
+    found = curvature(*_quadratic(symmetric([1.0, 2.0, 8.0])))
     assert str(found) == (
         f"Curvature over 3 parameters at loss {found.loss:.4g}: eigenvalues from 1 to 8 "
         "(3 products), trace 11 (exact, 3 products).\n"

@@ -16,14 +16,10 @@ import gradwatch
 from gradwatch.hessian import every
 from gradwatch.hessian.spectrum import largest_eigenpair
 
+from .matrices import symmetric
+
 PAGE = Path(__file__).parents[2] / "docs" / "curvature.md"
 COLUMNS = ["hessian_eigenvalue", "hessian_trace"]
-
-
-def _symmetric(eigenvalues, seed=0):
-    random = np.random.default_rng(seed)
-    basis, _ = np.linalg.qr(random.normal(size=(len(eigenvalues), len(eigenvalues))))
-    return torch.tensor(basis @ np.diag(eigenvalues) @ basis.T)
 
 
 def _random(length, seed=1):
@@ -63,7 +59,7 @@ def searches(monkeypatch):
 )
 def test_the_largest_of_a_known_spectrum(eigenvalues, seed):
     """The largest eigenvalue is found with its vector, whatever the signs of all are."""
-    matrix = _symmetric(eigenvalues, seed)
+    matrix = symmetric(eigenvalues, seed)
     found = largest_eigenpair(matrix.mv, _random(len(eigenvalues), seed), 200, 1e-6)
     scale = max(map(abs, eigenvalues)) + 1e-12
     assert found.converged
@@ -84,7 +80,7 @@ def test_as_few_products_as_lanczos():
 
 def test_from_its_own_vector_one_product_is_enough():
     """A search that starts where another one ended ends there, with one product."""
-    matrix = _symmetric(list(range(1, 60)))
+    matrix = symmetric(list(range(1, 60)))
     first = largest_eigenpair(matrix.mv, _random(59), 100, 1e-3)
     again = largest_eigenpair(matrix.mv, first.vector, 100, 1e-3)
     assert (again.iterations, again.converged) == (1, True)
@@ -93,7 +89,7 @@ def test_from_its_own_vector_one_product_is_enough():
 
 def test_too_few_products():
     """Where the products run out, the value is one from below, and it says so."""
-    found = largest_eigenpair(_symmetric(list(range(1, 60))).mv, _random(59), 3, 1e-6)
+    found = largest_eigenpair(symmetric(list(range(1, 60))).mv, _random(59), 3, 1e-6)
     assert (found.iterations, found.converged) == (3, False)
     assert found.value < 59
 
@@ -107,7 +103,7 @@ def test_no_symmetric_matrix():
 
 def test_quadratic():
     """On a quadratic both numbers are the same after every step: those of its matrix."""
-    matrix, x = _symmetric([-1.0, 0.5, 3.0, 7.0]), _random(4).requires_grad_()
+    matrix, x = symmetric([-1.0, 0.5, 3.0, 7.0]), _random(4).requires_grad_()
     history, _ = _train(x, lambda: 0.5 * x @ matrix @ x, 6, tolerance=1e-9)
     steps = history.steps()
     assert steps["hessian_eigenvalue"].tolist() == pytest.approx([7.0] * 6, rel=1e-8)

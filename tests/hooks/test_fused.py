@@ -9,19 +9,15 @@ from torch import nn
 import gradwatch
 from gradwatch.hooks.optimizer import FusedStep
 from gradwatch.testing import late_readings
+from tests.support import zoo
 
 FUSED = [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad]
-
-
-def _model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
 @pytest.mark.parametrize("kind", FUSED)
 def test_the_fused_ones_listen(kind):
     """A trial finds that they scale and skip; the optimizer itself is not touched by it."""
-    optimizer = kind(_model().parameters(), lr=0.1, fused=True)
+    optimizer = kind(zoo.small().parameters(), lr=0.1, fused=True)
     state = copy.deepcopy(optimizer.state_dict())
     assert FusedStep(optimizer).can_scale
     assert str(optimizer.state_dict()) == str(state)
@@ -38,20 +34,20 @@ def test_the_fused_ones_listen(kind):
 )
 def test_others_are_not_taken_for_one(make):
     """They would pass over the attributes in silence, or fail."""
-    assert not FusedStep(make(_model().parameters())).can_scale
+    assert not FusedStep(make(zoo.small().parameters())).can_scale
 
 
 def test_a_state_can_make_it_an_unfused_one():
     """What load_state_dict brings is looked at in each step."""
-    optimizer = torch.optim.AdamW(_model().parameters(), fused=True)
+    optimizer = torch.optim.AdamW(zoo.small().parameters(), fused=True)
     fused = FusedStep(optimizer)
-    optimizer.load_state_dict(torch.optim.AdamW(_model().parameters()).state_dict())
+    optimizer.load_state_dict(torch.optim.AdamW(zoo.small().parameters()).state_dict())
     assert not fused.can_scale
 
 
 def test_a_momentum_buffer_must_be_there_before_a_skip():
     """Fused SGD leaves it uninitialised where its first step is skipped."""
-    model = _model()
+    model = zoo.small()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
     fused = FusedStep(optimizer)
     model(torch.ones(2, 4)).sum().backward()
@@ -66,7 +62,7 @@ def test_a_clip_makes_no_pass_and_leaves_no_trace(kind, scaled):
     """The weights are those of a clip in place, and no attribute stays on the optimizer."""
 
     def train(watched):
-        model = _model()
+        model = zoo.small()
         optimizer = kind(model.parameters(), lr=0.1, fused=True)
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=scaled)
         options = {"clip": 0.05, "scaler": scaler} if watched else {}
@@ -94,7 +90,7 @@ def test_a_clip_makes_no_pass_and_leaves_no_trace(kind, scaled):
 @pytest.mark.parametrize("late", [False, True])
 def test_an_attribute_of_the_users_own_stays(late):
     """A grad_scale that the loop has set is multiplied for the step, and is there afterwards."""
-    model = _model()
+    model = zoo.small()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
     own = torch.tensor(2.0)
     optimizer.grad_scale = own

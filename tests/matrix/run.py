@@ -70,7 +70,8 @@ def run_tests(python, workers):
     Returns:
         Its exit code and the last line that it printed.
     """
-    command = [python, "-m", "pytest", "-rs", "-n", workers, "-m", "not slow"]
+    command = [python, "-m", "pytest", "-rs", "-n", workers, "--dist", "worksteal"]
+    command += ["-m", "not slow"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     last = ""
     with subprocess.Popen(

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradwatch.measure.norms import gradient_norms, total_norm, wide_norms
+from tests.support import float64
 
 shapes = st.lists(st.lists(st.integers(0, 5), min_size=0, max_size=3), min_size=1, max_size=6)
 norm_types = st.sampled_from([1.0, 2.0, 3.5, math.inf])
@@ -21,12 +22,10 @@ def test_norms_equal_a_float64_reference(shapes, norm_type, seed, size):
     gradients = [torch.randn(shape, generator=generator) * size for shape in shapes]
     gradients = [g for g in gradients if g.numel()] or [torch.ones(1)]
     norms = gradient_norms(gradients, norm_type)
-    wide = torch.stack([torch.linalg.vector_norm(g.double(), norm_type) for g in gradients])
-    torch.testing.assert_close(norms.double(), wide, rtol=1e-5, atol=0)
-    total = torch.linalg.vector_norm(
-        torch.cat([g.flatten() for g in gradients]).double(), norm_type
-    )
-    torch.testing.assert_close(total_norm(norms, norm_type).double(), total, rtol=1e-5, atol=0)
+    expected = float64.norms({str(i): g for i, g in enumerate(gradients)}, norm_type)
+    assert norms.tolist() == pytest.approx(list(expected.values()), rel=1e-5, abs=0)
+    total = float64.total(expected, norm_type)
+    assert total_norm(norms, norm_type).item() == pytest.approx(total, rel=1e-5, abs=0)
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])

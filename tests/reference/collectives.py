@@ -17,8 +17,16 @@ from tests.neutrality.ranked import layout_of
 STEPS = 5
 
 
-def count(setting: Row, watched: bool, **options: Any) -> tuple[int, int]:
-    """Train on this rank; return the collectives of all its groups, and over how many meshes."""
+def count_each(setting: Row, ways: list[dict[str, Any] | None]) -> list[tuple[int, int]]:
+    """Train on this rank unwatched, where a way is None, or watched with these options.
+
+    Returns:
+        For each way the collectives of all groups of the rank, and over how many meshes.
+    """
+    return [_count(setting, way is not None, **(way or {})) for way in ways]
+
+
+def _count(setting: Row, watched: bool, **options: Any) -> tuple[int, int]:
     loop = Loop(
         setting, watched=watched, layout=layout_of(setting), rank=dist.get_rank(), **options
     )

@@ -2,18 +2,15 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import gradwatch
 from gradwatch.record.records import Event
 from gradwatch.report import KINDS, Evidence, Finding, Report, Thresholds
 from gradwatch.report.finding import SEVERITIES
+from tests.support import processes
 
 HOSTILE = "<script>alert('x')</script>&[bold red]\x1b[2J\u202e.weight"
 
@@ -105,12 +102,8 @@ def test_report_and_flow_need_no_extra():
         "history = History(lambda: RecordBatch(layout, [StepRecord(1)], one, one))\n"
         "print(len(history.report()), len(history.flow()))"
     )
-    root = Path(gradwatch.__file__).parent.parent
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    ran = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, check=True
-    )
-    assert ran.stdout.split() == [b"0", b"1"]
+    ran = processes.run(code=code)
+    assert (ran.stdout.split(), ran.stderr) == (["0", "1"], "")
 
 
 def test_data_is_json_without_nan(report):

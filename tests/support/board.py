@@ -6,11 +6,9 @@ board.base_url  # http://127.0.0.1:6006/ or, with a prefix, http://127.0.0.1:600
 """
 
 import json
-import os
 import re
 import struct
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -21,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from tests.support import processes
 from tests.support.memory import resident_bytes
 
 PLUGIN = "data/plugin/gradwatch/"
@@ -88,21 +87,15 @@ class Board:
     ):
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  # until stop()
         self._wait_for_data = wait
-        command = [sys.executable, *program, "--logdir", str(logdir), "--host", "127.0.0.1",
+        command = [*program, "--logdir", str(logdir), "--host", "127.0.0.1",
                    "--port", "0", "--load_fast", load_fast,
                    "--reload_interval", str(reload_interval), *arguments]  # fmt: skip
         if path_prefix:
             command += ["--path_prefix", path_prefix]
-        paths = [*map(str, pythonpath), os.environ.get("PYTHONPATH", "")]
-        environment = {
-            **os.environ,
-            "NO_PROXY": "*",
-            "no_proxy": "*",
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        }
+        environment = processes.environment(pythonpath, NO_PROXY="*", no_proxy="*")
         self._prefix = path_prefix
-        self.process = subprocess.Popen(
-            command, stdout=self._log, stderr=subprocess.STDOUT, env=environment
+        self.process = processes.start(
+            *command, stdout=self._log, stderr=subprocess.STDOUT, env=environment
         )
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
         self.base_url = ""

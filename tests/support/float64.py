@@ -6,13 +6,18 @@ import torch
 from torch import Tensor, nn
 
 
-def widen(tensor: Tensor) -> Tensor:
-    """Return a whole, dense copy in double precision of a tensor that may be split or sparse."""
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that may be split over ranks or sparse, whole and dense, in its own dtype."""
     tensor = tensor.detach()
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
-    if tensor.is_sparse:  # duplicates are added up in their own dtype, as the optimizer does
-        tensor = tensor.coalesce().to_dense()
+    # Duplicates are added up in their own dtype, as the optimizer does.
+    return tensor.coalesce().to_dense() if tensor.is_sparse else tensor
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Return a whole, dense copy in double precision of a tensor that may be split or sparse."""
+    tensor = whole(tensor)
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64, copy=True)
 
 

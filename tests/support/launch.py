@@ -7,6 +7,7 @@ of its file, so that `tests` need not be on the path.
 
 import contextlib
 import multiprocessing
+import multiprocessing.forkserver
 import multiprocessing.util
 import os
 import pickle
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import gradwatch
+from tests.support import processes
 
 TIMEOUT = 300.0  # a hang, and no measure of what a slow machine takes
 GRACE = 2.0  # for the other ranks, once one has failed
@@ -41,6 +43,8 @@ PRELOADED = [
     "torch.distributed.tensor.debug",
     "torch.distributed.tensor.parallel",
     "torch.nn.parallel",
+    "gradwatch.history",
+    "gradwatch.testing",
 ]
 
 
@@ -57,7 +61,8 @@ def on_ranks(
 ) -> list[Any]:
     """Call `job(**arguments)` on every rank of a fresh gloo group, and return the results by rank.
 
-    The job is a module-level function; arguments and results are what pickle can carry.
+    The job is a module-level function; arguments and results are what pickle can carry. The timeout
+    is for the job alone: it counts from where the last rank has joined the group.
 
     A rank that dies of a signal is given a second chance: torch's own reducer crashes in about one
     of a thousand such groups, watched or not. What is ours would crash again.
@@ -102,6 +107,8 @@ def _start(
     _make_room_for_sockets()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
+    with mock.patch.dict(os.environ, processes.environment()):  # its own sys.path it may not have
+        multiprocessing.forkserver.ensure_running()
     task = {
         "file": sys.modules[job.__module__].__file__,
         "function": job.__qualname__,
@@ -142,7 +149,8 @@ def _wait(
 
 
 def _has_started(process: Any, folder: Path, rank: int) -> bool:
-    return process.exitcode is not None or (folder / f"{rank}.stack").exists()
+    began = (folder / f"{rank}.began").exists()
+    return began or process.exitcode is not None or (folder / f"{rank}.error").exists()
 
 
 def _has_ended(process: Any, folder: Path, rank: int) -> bool:

@@ -47,6 +47,25 @@ def gradient_of(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> np.nda
     return torch.cat([g.reshape(-1).double() for g in gradients]).numpy()
 
 
+def regression(dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Return a small network that is taught to add up six numbers."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 1)).to(dtype)
+
+
+def examples(
+    window: int, index: int, size: int, rank: int = 0, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Return so many examples for it: those of a micro-batch of a window, on a rank."""
+    generator = torch.Generator().manual_seed(1000 * rank + 100 * window + index)
+    return torch.randn(size, 6, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def regression_loss(model: nn.Module, x: Tensor) -> Tensor:
+    """Return its mean square error."""
+    return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+
 class KnownCovariance(nn.Module):
     """A model whose gradient is the mean of its inputs: draws around a known gradient."""
 

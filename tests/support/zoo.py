@@ -168,6 +168,12 @@ def make_case(name: str, *, rank: int = 0, dropout: float = 0.0) -> Case:
     return Case({**MODELS, **IN_TWO_DTYPES}[name](dropout), partial(make_batch, name, rank), loss)
 
 
+def small(seed: int = 0) -> nn.Sequential:
+    """Return two layers between four inputs and one output, for tests about anything but the model."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+
 def mlp() -> Case:
     """Return the perceptron: layers 0, 2 and 4 have weights."""
     return make_case("mlp")

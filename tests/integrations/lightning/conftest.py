@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.support import zoo
 from tests.support.float64 import gradient_norms, total
 
 # What Lightning itself warns about in a short fit on a CPU. Everything else is an error.
@@ -38,10 +39,7 @@ class Net(LightningModule):
     def __init__(self, make_optimizer=None):
         super().__init__()
         with torch.random.fork_rng():
-            torch.manual_seed(1)
-            self.body = torch.nn.Sequential(
-                torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
-            )
+            self.body = zoo.small(seed=1)
         self.make_optimizer = make_optimizer or (lambda p: torch.optim.SGD(p, lr=0.05))
 
     def loss(self, batch):

@@ -2,15 +2,13 @@
 
 import re
 import shutil
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from gradwatch_tensorboard import TensorBoardWriter
+from tests.support import processes
 
 
 def test_path_makes_one_file(run, read, tmp_path):
@@ -166,10 +164,6 @@ def test_missing_tensorboard_says_what_to_install(tmp_path):
         "try:\n    import gradwatch_tensorboard\n"
         "except ModuleNotFoundError as exc:\n    print(exc.name, exc)\n"
     )
-    path = [str(Path(name)) for name in sys.path if name]
-    result = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:] = {path!r}\n{code}"],
-        capture_output=True, text=True, timeout=600, check=True,
-    )  # fmt: skip
+    result = processes.run(code=code)
     assert result.stdout.startswith("tensorboard gradwatch_tensorboard needs TensorBoard")
     assert "pip install 'gradwatch[tensorboard]'" in result.stdout

@@ -12,7 +12,7 @@ HOSTILE = '<img src=x onerror="alert(1)">.[a](javascript:b)'
 ACCUMULATED = {"micro_batches": 2, "weight": 8.0, "noise_scale": 40.0, "noise_scale_stderr": 4.0}
 
 
-def fill(folder, run, next_second):
+def fill(folder, run, age):
     """Two optimizers, a NaN at step 40, and the second half of the run by a second writer."""
     for steps in (range(1, 31), range(21, 61)):
         writer = TensorBoardWriter(folder)
@@ -25,14 +25,14 @@ def fill(folder, run, next_second):
                 writer.write(run.batch([run.record(step, **ACCUMULATED)]))
             writer.write(run.batch([run.record(step, optimizer="SGD-1", **ACCUMULATED)]))
         writer.close()
-        next_second()
+        age(folder)
 
 
 @pytest.fixture(scope="module", params=LOADERS)
-def server(request, tmp_path_factory, make_run, next_second):
+def server(request, tmp_path_factory, make_run, age):
     """A TensorBoard that has read the whole run."""
     logdir = tmp_path_factory.mktemp("server") / "runs"
-    fill(logdir / "a", make_run(), next_second)
+    fill(logdir / "a", make_run(), age)
     with Board(logdir, request.param, wait=False) as server:
         server.wait(lambda: server.ask("scalars/tags").get("a"))
         server.wait(lambda: points(server, "gradwatch/grad_norm")[-1][0] == 60)

@@ -234,10 +234,10 @@ def test_step_zero_is_written(run, read, tmp_path):
     assert read(tmp_path).steps("gradwatch/grad_norm") == [0, 1]
 
 
-def test_resumed_run_takes_over(run, read, tmp_path, next_second):
+def test_resumed_run_takes_over(run, read, tmp_path, age):
     """A second writer in the folder continues the series; steps after its first are its own."""
     write(tmp_path, run.batch(range(1, 51)))
-    next_second()
+    age(tmp_path)
     write(tmp_path, run.batch([run.record(step, grad_norm=99.0) for step in range(31, 61)]))
     reader = read(tmp_path)
     assert len(reader.files) == 2
@@ -249,12 +249,12 @@ def test_resumed_run_takes_over(run, read, tmp_path, next_second):
     assert norms[31] == 99.0
 
 
-def test_hides_nothing_of_others_in_the_folder(run, read, tmp_path, next_second):
+def test_hides_nothing_of_others_in_the_folder(run, read, tmp_path, age):
     """Beside a file of the user's own no restart is announced: it would hide their values."""
     with SummaryWriter(tmp_path) as summary_writer:
         for step in range(1, 11):
             summary_writer.add_scalar("loss", 1.0, step)
-    next_second()
+    age(tmp_path)
     write(tmp_path, run.batch(range(1, 11)))
     assert read(tmp_path).steps("loss") == list(range(1, 11))
     assert read(tmp_path).steps("gradwatch/grad_norm") == list(range(1, 11))

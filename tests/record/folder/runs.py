@@ -1,20 +1,17 @@
 """Made-up runs, what a folder must say of them, and processes that write them."""
 
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-import gradwatch
 from gradwatch.history import History, load
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.recorder import Entry, RingBuffer
 from gradwatch.record.records import Event, Layout, RecordBatch, StepRecord
-
-ROOT = Path(gradwatch.__file__).parent.parent
+from tests.support import processes
 
 
 def layout(*names):
@@ -87,19 +84,11 @@ def steps_of(path):
 
 def child(code, *arguments, **options):
     """Starts Python on some code that finds this module as `runs`."""
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env={
-            "PATH": "/usr/bin:/bin",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}",
-            "HOME": tempfile.gettempdir(),
-        },
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        **options,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    here = Path(__file__).parent
+    path = [here, here.parents[2]]  # for `runs`, and for the `tests` that it imports
+    environment = processes.environment(path, HOME=tempfile.gettempdir())
+    return processes.start(*arguments, code=code, env=environment, **pipes, **options)
 
 
 def assert_consistent(path, least=0):

@@ -36,6 +36,12 @@ FILE_EVENTS = {
 NOT_BEGUN = "holds no step yet|There is no folder|is not a run folder: it has no meta.json"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _imported(tmp_path_factory):
+    """Has all that torch and pyarrow import at their first use: else a child is killed in that."""
+    training.train(tmp_path_factory.mktemp("imported"), 2)
+
+
 def forked(act):
     """Runs something in a copy of this process; returns its id at once."""
     child = os.fork()
@@ -151,7 +157,8 @@ def _killed_at_random(tmp_path, kills, seed):
     count = 0
     while count < kills:
         child = forked(lambda: training.train(tmp_path, training.FOREVER))
-        time.sleep(random.uniform(0.02, 0.35))
+        _wait_for_steps(done, child, random.choice([0, *range(1, 120)]))
+        time.sleep(random.uniform(0, 0.003))  # anywhere in what comes next, be it a step or a file
         os.kill(child, signal.SIGKILL)
         assert killed(child)
         count += 1
@@ -168,6 +175,18 @@ def _killed_at_random(tmp_path, kills, seed):
         done.unlink(missing_ok=True)
     saved = tmp_path / "checkpoint.json"
     return json.loads(saved.read_text(encoding="utf-8"))["step"] if saved.exists() else 0
+
+
+def _wait_for_steps(progress, child, steps):
+    """Waits until a training has made so many further steps; for none not even until it begins."""
+    first = None
+    while steps:
+        told = progress.read_text(encoding="utf-8") if progress.exists() else ""
+        first = int(told) if told and first is None else first
+        if first is not None and int(told) >= first + steps - 1:
+            return
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+        time.sleep(0.002)
 
 
 def _assert_like_uninterrupted(tmp_path, steps):

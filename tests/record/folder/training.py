@@ -7,6 +7,7 @@ import torch
 
 import gradwatch
 from gradwatch.record.folder.writer import RunFolder
+from tests.support import zoo
 
 FOREVER = 10**9
 CHECKPOINT_EVERY = 90
@@ -20,7 +21,7 @@ def train(folder, steps):
         steps: The last step.
     """
     torch.set_num_threads(1)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    model = zoo.small()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     watcher = gradwatch.watch(
         model,

@@ -153,11 +153,11 @@ def test_single_nan_steps_are_never_lost(load, tmp_path):
     assert np.nanmax(stream.norms) == 1
 
 
-def test_a_resumed_run_in_its_own_folder(load, tmp_path, next_second):
+def test_a_resumed_run_in_its_own_folder(load, tmp_path, age):
     """Of the session that is replaced all steps before the resume are there, in a chunk cut too."""
     folder = tmp_path / "run"
     logs.write(folder, *batches(range(1, 151)), *[logs.batch([151], [[math.nan] * 4])])
-    next_second()
+    age(folder)
     logs.write(folder, *batches(range(101, 201)))
     old, new = logs.streams(load(folder))
     assert old.session < new.session
@@ -166,24 +166,24 @@ def test_a_resumed_run_in_its_own_folder(load, tmp_path, next_second):
     assert new.steps() == list(range(101, 201))
 
 
-def test_events_before_a_resume_stay(load, tmp_path, next_second):
+def test_events_before_a_resume_stay(load, tmp_path, age):
     """A batch with events before and after the step at which the run is resumed loses none of them."""
     folder = tmp_path / "run"
     (part,) = batches(range(1, 50))
     events = [logs.event(step) for step in (5, 20, 40)]
     logs.write(folder, logs.batch(range(1, 50), part.norms, events=events))
-    next_second()
+    age(folder)
     logs.write(folder, *batches(range(31, 60)))
     assert [entry["step"] for entry in logs.events(load(folder))][:2] == [5, 20]
 
 
-def test_a_resumed_run_in_a_shared_writer(load, tmp_path, next_second):
+def test_a_resumed_run_in_a_shared_writer(load, tmp_path, age):
     """Two SummaryWriters, one after the other in a folder: nothing is purged, both are read."""
     folder = tmp_path / "run"
     for steps in (range(1, 151), range(101, 201)):
         with SummaryWriter(folder) as summary_writer:
             logs.write(summary_writer, *batches(steps))
-        next_second()
+        age(folder)
     old, new = logs.streams(load(folder))
     assert old.steps() == list(range(1, 151))
     assert new.steps() == list(range(101, 201))

@@ -1,16 +1,12 @@
 """Real trainings: what is written, what is lost when one is killed, and disks that fail."""
 
 import math
-import os
 import resource
 import shutil
 import signal
 import subprocess
-import sys
-import textwrap
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +15,9 @@ import torch
 import gradwatch
 from gradwatch.testing import CapturingSink
 from gradwatch_tensorboard import TensorBoardWriter
+from tests.support import processes, zoo
 
 from . import logs
-
-ROOT = Path(__file__).parents[4]
 
 
 def train(model, steps, *, sinks=(), before=lambda step: None, optimizers=None, nan_at=()):
@@ -41,16 +36,10 @@ def train(model, steps, *, sinks=(), before=lambda step: None, optimizers=None, 
     return watcher.history
 
 
-def model_of(seed=0):
-    """A small model, always the same."""
-    torch.manual_seed(seed)
-    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-
-
 def test_the_matrix_is_what_the_history_holds(load, tmp_path):
     """Every norm of every step, to the bit."""
     folder = tmp_path / "run"
-    history = train(model_of(), 100, sinks=[TensorBoardWriter(folder)])
+    history = train(zoo.small(), 100, sinks=[TensorBoardWriter(folder)])
     (stream,) = logs.streams(load(folder))
     table = history.parameters().pivot_table(index="step", columns="parameter", values="grad_norm")
     np.testing.assert_array_equal(
@@ -65,7 +54,7 @@ def test_the_matrix_is_what_the_history_holds(load, tmp_path):
 def test_two_real_optimizers(load, tmp_path):
     """Each stream has the parameters of its own optimizer."""
     folder = tmp_path / "run"
-    model = model_of()
+    model = zoo.small()
     optimizers = [torch.optim.SGD(part.parameters(), lr=0.01) for part in (model[0], model[2])]
     train(model, 80, sinks=[TensorBoardWriter(folder)], optimizers=optimizers)
     first, second = logs.streams(load(folder))
@@ -92,7 +81,7 @@ def weights(model):
 @pytest.mark.parametrize("failure", ["deleted", "full"])
 def test_a_disk_that_fails_is_one_warning(tmp_path, full_disk, failure):
     """The training goes on to the same weights, bit for bit, and other sinks get every step."""
-    plain, watched = model_of(), model_of()
+    plain, watched = zoo.small(), zoo.small()
     train(plain, 300, nan_at=(150, 250))
     folder = tmp_path / "run"
     other = CapturingSink()
@@ -144,14 +133,7 @@ def last_step(folder):
 def test_a_killed_process_leaves_a_file_that_reads(load, tmp_path):
     """All steps up to some one are there, each once: the rest had not been delivered."""
     folder = tmp_path / "run"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "integrations")]),
-    }
-    with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT), str(folder)],
-        stdout=subprocess.PIPE, env=environment,
-    ) as process:  # fmt: skip
+    with processes.start(folder, code=SCRIPT, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"NaN\n"
         while last_step(folder) < 300:
             assert process.poll() is None
