@@ -13,11 +13,11 @@ from gradwatch.clip.fixed import ClipByNorm, ClipByValue
 from gradwatch.clip.policy import ClipDecision, ClipPolicy
 from gradwatch.clip.robust import RobustClip
 from gradwatch.clip.zclip import ZClip
-from gradwatch.errors import AccumulationError, NonFiniteGradientError
+from gradwatch.errors import AccumulationError, GradwatchWarning, NonFiniteGradientError
 from gradwatch.hessian.every import CurvatureEvery
 from gradwatch.history import History, load
 from gradwatch.record.folder.writer import RunFolder
-from gradwatch.record.records import Event, GradwatchWarning, Layout, RecordBatch, Sink, StepRecord
+from gradwatch.record.records import Event, Layout, RecordBatch, Sink, StepRecord
 from gradwatch.watcher import Watcher, watch
 
 if TYPE_CHECKING:

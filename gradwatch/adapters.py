@@ -12,17 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from gradwatch.accumulate.policies import accumulate_policy
+from gradwatch.errors import warn_safely
 from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.measure.statistics import STATISTICS, Statistic, register_statistic
 from gradwatch.options import Options, SharedOptions, described, shown
 from gradwatch.pickles import add_aliases
-from gradwatch.record.records import (
-    EVENT_KINDS,
-    NO_GRADIENT,
-    StepRecord,
-    accumulates,
-    warn_safely,
-)
+from gradwatch.record.records import EVENT_KINDS, NO_GRADIENT, StepRecord, accumulates
 from gradwatch.record.schema import REDUCTIONS, Column, Kind, Reduction, Scalar, columns_of
 from gradwatch.watcher import build_watcher, watch
 

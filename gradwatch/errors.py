@@ -1,6 +1,9 @@
-"""The exception classes of gradwatch."""
+"""The exceptions and the warning of gradwatch."""
 
 from __future__ import annotations
+
+import logging
+import warnings
 
 from gradwatch.pickles import stable_name
 
@@ -40,3 +43,19 @@ class NonFiniteGradientError(RuntimeError):
 @stable_name
 class AccumulationError(RuntimeError):
     """A step or a backward does not fit the number of micro-batches set by ``accumulate=``."""
+
+
+logger = logging.getLogger("gradwatch")
+
+
+@stable_name
+class GradwatchWarning(UserWarning):
+    """Something in gradwatch failed or was left out; the training itself is untouched."""
+
+
+def warn_safely(message: str) -> None:
+    """Warns, or logs where the user's filters turn warnings into errors: never raises."""
+    try:
+        warnings.warn(message, GradwatchWarning, stacklevel=3)
+    except Exception:
+        logger.warning(message)

@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from gradwatch.errors import AccumulationError, NonFiniteGradientError
+from gradwatch.errors import AccumulationError, NonFiniteGradientError, warn_safely
 from gradwatch.pickles import stable_name
-from gradwatch.record.records import warn_safely
 
 _CALIBRATION_CALLS = 2_000
 

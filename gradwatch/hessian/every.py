@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.checks import check_between, check_count
+from gradwatch.errors import warn_safely
 from gradwatch.hessian.of_model import arguments, hessian_of, trainable
 from gradwatch.hessian.spectrum import Eigenpair, NotFiniteError, estimate_trace, largest_eigenpair
 from gradwatch.hooks.backward import inside_backward
 from gradwatch.pickles import stable_name
-from gradwatch.record.records import warn_safely
 
 _NOT_A_FUNCTION = (
     "CurvatureEvery(loss=) must be a function without arguments, or of the model, that returns the "

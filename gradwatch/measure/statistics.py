@@ -4,42 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gradwatch.errors import warn_safely
 from gradwatch.measure.deferred import Array, Deferred, FloatOrDeferred, resolve
 from gradwatch.measure.norms import gradient_norms, gradient_values
 from gradwatch.measure.parameters import local_part
 from gradwatch.measure.sharded import PackedAllReduce, Shards
 
 Measure = Callable[[Tensor], Tensor]
-"""Of the elements of a gradient, a float tensor with at least one, makes a tensor ``[]``."""
+"""Given the elements of a gradient, a float tensor with at least one, returns a tensor ``[]``."""
 
 Totals = Mapping[str, Array]
-"""By the name of a measure a float64 array ``[parameters]``."""
+"""The combined value of each measure, by name: a float64 array ``[parameters]``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistic:
     """A statistic per parameter, for ``watch(statistics=)``.
 
-    Ranks may hold a part of a gradient each, so a statistic is made in two steps: measures, which
-    are taken of each part and put together over the parts, and a formula over what they come to.
-    Two statistics may share a measure of the same name: it is taken once.
+    With sharded parameters, several ranks hold a part of each gradient. A statistic is therefore
+    computed in two steps: *measures* of each part, whose values are combined over the parts, and a
+    *formula* over these totals. Statistics that share a measure, under the same name, share its
+    value.
 
     Attributes:
         meaning: A phrase in Markdown, without a full stop.
         unit: Unit of the values; empty for ratios.
-        formula: Makes the statistic of all parameters, a float array ``[parameters]``, of the
-            totals of the measures and of the loss scale that the gradients carried: divide by that
-            where the unit is the gradient's.
-        sums: Measures that are added up over the parts, by name.
-        maxima: Measures of whose values over the parts the largest counts, by name.
-        weights: Instead of measures of the gradient: which of ``"squared_weights"`` (squared L2
-            norm before the step) and ``"squared_update"`` (of the change that the step made) the
-            formula needs.
+        formula: Given the totals by name, float64 arrays ``[parameters]``, and the loss scale of
+            the gradients, returns the statistic, a float array ``[parameters]``. If its unit is
+            that of the gradient, divide by the loss scale.
+        sums: Measures whose values are added up over the parts, by name.
+        maxima: Measures of whose values the largest counts, by name.
+        weights: Instead of ``sums`` and ``maxima``, the totals that a statistic of the weights
+            needs: ``"squared_weights"``, the squared L2 norm before the step, or
+            ``"squared_update"``, that of the change that the step made.
     """
 
     meaning: str
@@ -178,6 +181,22 @@ def register_statistic(name: str, statistic: Statistic) -> None:
     STATISTICS[name] = statistic
 
 
+_BUILT_IN = frozenset(STATISTICS)
+_BUILT_IN_MEASURES = frozenset(row for one in STATISTICS.values() for row in one.measures)
+_failed: set[str] = set()
+
+_FAILED = (
+    "gradwatch: {what} of a registered statistic failed, {kind}: {error}. The statistic is NaN "
+    "there; everything else is recorded, and the training goes on."
+)
+
+
+def _warn_of(what: str, error: Exception) -> None:
+    if what not in _failed:  # once in a process: it fails at every sampled step
+        _failed.add(what)
+        warn_safely(_FAILED.format(what=what, kind=type(error).__name__, error=error))
+
+
 def gradient_rows(gradients: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
     """Takes the measures that statistics are made of.
 
@@ -193,7 +212,12 @@ def gradient_rows(gradients: Sequence[Tensor], names: Sequence[str]) -> dict[str
     """
     measures = {row: one for name in names for row, one in STATISTICS[name].measures.items()}
     values = [_elements(gradient) for gradient in gradients]
-    return {row: _row(measures[row], values) for row in sorted(measures)}
+    return {
+        row: (_row if row in _BUILT_IN_MEASURES else partial(_guarded_row, row))(
+            measures[row], values
+        )
+        for row in sorted(measures)
+    }
 
 
 def weight_row(parameters: Sequence[Tensor]) -> Tensor:
@@ -227,7 +251,32 @@ def statistics_of(names: Sequence[str], rows: Totals, unit: float) -> dict[str, 
     """
     there = [name for name in names if all(row in rows for row in STATISTICS[name].needs)]
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        return {name: STATISTICS[name].formula(rows, unit) for name in there}
+        return {
+            name: (_formula if name in _BUILT_IN else _guarded_formula)(name, rows, unit)
+            for name in there
+        }
+
+
+def _formula(name: str, rows: Totals, unit: float) -> Array:
+    return STATISTICS[name].formula(rows, unit)
+
+
+def _guarded_formula(name: str, rows: Totals, unit: float) -> Array:
+    size = len(next(iter(rows.values())))
+    try:
+        return np.broadcast_to(np.asarray(_formula(name, rows, unit), np.float64), (size,))
+    except Exception as error:
+        _warn_of(f"the formula of {name!r}", error)
+        return np.full(size, np.nan)
+
+
+def _guarded_row(name: str, measure: Measure, values: list[Tensor]) -> Tensor:
+    try:
+        return _row(lambda elements: torch.as_tensor(measure(elements)).reshape(()), values)
+    except Exception as error:
+        _warn_of(f"the measure {name!r}", error)
+        device = values[0].device if values else None
+        return torch.full((len(values),), torch.nan, dtype=torch.float64, device=device)
 
 
 def _row(measure: Measure, values: list[Tensor]) -> Tensor:

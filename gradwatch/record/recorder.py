@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gradwatch.errors import warn_safely
 from gradwatch.record.records import (
     NO_GRADIENT,
     Event,
@@ -21,7 +22,6 @@ from gradwatch.record.records import (
     Sink,
     StepRecord,
     clipped_by,
-    warn_safely,
 )
 
 Row = NDArray[np.floating[Any]]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -400,19 +398,3 @@ def clipped_by(
     with np.errstate(invalid="ignore", over="ignore"):
         scaled = (norms * coefficients).astype(norms.dtype)
     return np.where(norms == NO_GRADIENT, NO_GRADIENT, scaled).astype(norms.dtype, copy=False)
-
-
-logger = logging.getLogger("gradwatch")
-
-
-@stable_name
-class GradwatchWarning(UserWarning):
-    """Something in gradwatch failed or was left out; the training itself is untouched."""
-
-
-def warn_safely(message: str) -> None:
-    """Warns, or logs where the user's filters turn warnings into errors: never raises."""
-    try:
-        warnings.warn(message, GradwatchWarning, stacklevel=3)
-    except Exception:
-        logger.warning(message)

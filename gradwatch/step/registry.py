@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from gradwatch.accumulate.noise_scale import NoiseScale, NoiseScaleEstimator
 from gradwatch.clip.policy import ClipPolicy
+from gradwatch.errors import warn_safely
 from gradwatch.guard import Shield
 from gradwatch.hooks.backward import Backward
 from gradwatch.hooks.optimizer import (
@@ -23,7 +24,6 @@ from gradwatch.hooks.scaler import LossScale
 from gradwatch.measure.deferred import FloatOrDeferred, resolve
 from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.record.events import dropped_event, nonfinite_error
-from gradwatch.record.records import warn_safely
 from gradwatch.step.optimizer_steps import MeasureCurvature, OptimizerSteps, Steps
 from gradwatch.step.pending import PendingStep
 from gradwatch.step.run import Run

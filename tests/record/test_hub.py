@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from gradwatch import GradwatchWarning, RecordBatch, StepRecord
+from gradwatch.errors import warn_safely
 from gradwatch.record.recorder import FLUSH_STEPS, SinkHub
-from gradwatch.record.records import Layout, warn_safely
+from gradwatch.record.records import Layout
 from gradwatch.testing import CapturingSink
 
 

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from gradwatch.errors import warn_safely
 from gradwatch.pickles import stable_name
 from gradwatch.record.columns import Array
 from gradwatch.record.folder.event_log import EventLog, event_files, lines_of, read_events
@@ -36,7 +37,7 @@ from gradwatch.record.folder.meta import (
 from gradwatch.record.folder.parts import Part, PartStore
 from gradwatch.record.folder.reader import SessionStarts
 from gradwatch.record.folder.tables import ParametersTable, StepsTable, labels_of, need_pyarrow
-from gradwatch.record.records import Layout, RecordBatch, StepRecord, warn_safely
+from gradwatch.record.records import Layout, RecordBatch, StepRecord
 
 RETRY_S = 30.0
 """Pause after a disk failure before the next attempt, because the training waits for each one."""
