@@ -57,16 +57,18 @@ class LogFile:
             fill(item.tensor, value)
         self._write(event)
 
-    def add_layout(self, session, optimizer, parameters, stream=0, shapes=(), step=1):
+    def add_layout(self, session, optimizer, parameters, stream=0, shapes=(), step=1, columns=()):
         """Writes the layout of a stream."""
         modules = tuple(name.rpartition(".")[0] for name in parameters)
-        layout = StreamLayout(optimizer, tuple(parameters), modules, tuple(shapes))
+        layout = StreamLayout(optimizer, tuple(parameters), modules, tuple(shapes), tuple(columns))
         self.add(step, {Tag("layout", session, stream): layout.to_json()})
 
-    def add_windows(self, session, norms, steps, bad=None, stream=0, segment=0):
+    def add_windows(self, session, norms, steps, bad=None, stream=0, segment=0, further=None):
         """Writes a chunk: norms ``[W, P]``, steps a table or (first steps, last steps)."""
         norms = np.asarray(norms, "f4")
         table = table_of(*steps, norms) if isinstance(steps, tuple) else np.asarray(steps, "f8")
+        if further is not None:
+            table = np.hstack([table, np.asarray(further, "f8")])
         if bad is None:
             bad = (~np.isfinite(norms)).astype("u2")
         bad = np.asarray(bad, "u2")

@@ -181,3 +181,17 @@ def test_is_fast(windows, width):
         bin_norms(pieces, 3000, spans)
 
     assert cpu_s(bins) < 10 * cpu_s(norms.copy)  # 1.5 times as long
+
+
+def test_further_columns_are_binned_as_the_layout_says():
+    """The largest, the smallest or the last number; a NaN among them is passed over."""
+    table = np.zeros((4, len(COLUMNS) + 3))
+    table[:, -3:] = np.array([[1, 5, 2], [np.nan, 4, np.nan], [3, np.nan, 8], [2, 6, np.nan]])
+    steps = np.arange(1, 5)
+    further = (("high", "largest"), ("low", "smallest"), ("last", "newest"))
+    strips = bin_table(table, spans_of(steps, steps, 1, 4, 2), further)
+    assert strips["high"].tolist() == [1, 3]
+    assert strips["low"].tolist() == [4, 6]
+    np.testing.assert_array_equal(strips["last"], [np.nan, np.nan])
+    strips = bin_table(table, spans_of(steps, steps, 1, 4, 4), further)
+    np.testing.assert_array_equal(strips["last"], [2, np.nan, 8, np.nan])

@@ -116,7 +116,7 @@ DAMAGES = {
     "layout with many shapes": chunk_with(layout(shapes=[[1]] * 9)),
     "layout with numbers as names": chunk_with(layout(parameters=[1, 2])),
     "layout without parameters": chunk_with(layout(parameters=[], modules=[], shapes=[])),
-    "version newer": chunk_with(content=b'{"version": 2}'),
+    "version newer": chunk_with(content=b'{"version": 3}'),
     "version missing": chunk_with(content=b"{}"),
     "version broken": chunk_with(content=b"\xff"),
     "version deep": chunk_with(content=DEEP.encode()),

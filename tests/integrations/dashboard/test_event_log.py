@@ -3,11 +3,12 @@
 import json
 
 import numpy as np
+import pytest
 
 from gradwatch_dashboard.answers import event_page
 from gradwatch_dashboard.sessions import join_events
 from gradwatch_dashboard.tensors import read_events
-from gradwatch_dashboard.wire import Tag
+from gradwatch_dashboard.wire import LOOKS, OTHER_LOOK, Tag
 
 from .logs import event
 from .test_segments import Datum
@@ -58,3 +59,45 @@ def test_pages():
     entries = read_events("run", TAG, [chunk(1, *(event(step) for step in range(1, 10)))], {})
     found = json.loads(event_page(next(iter(entries.values())), 3, 7, 2))
     assert (found["total"], [one["step"] for one in found["events"]]) == (5, [3, 4])
+
+
+def look_of(**fields):
+    """Color and shape that the tab is told of an event."""
+    entries = read_events("run", TAG, [chunk(1, {"step": 3, **fields})], {})
+    (sent,) = json.loads(event_page(next(iter(entries.values())), 0, 9, 5))["events"]
+    return sent["color"], sent["shape"]
+
+
+def test_an_event_says_how_it_looks():
+    """A kind that the tab has never heard of looks as its writer says."""
+    assert look_of(kind="new", color="#123abc", shape="square") == ("#123abc", "square")
+
+
+def test_events_of_version_1_look_as_they_did():
+    """They say nothing, and are known by their kind; an unknown kind is a gray dot."""
+    assert look_of(kind="nan") == ("#ff33ff", "triangle")
+    assert look_of(kind="out_of_memory") == ("#d55e00", "square")
+    assert look_of(kind="spike") == OTHER_LOOK == ("#8a94a3", "round")
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        {"color": "red;background:url(//x)", "shape": "round"},
+        {"color": "#12345", "shape": "round"},
+        {"color": "#123abc\n", "shape": "round"},
+        {"color": "#123abc", "shape": "round evil"},
+        {"color": 3, "shape": ["round"]},
+        {"color": "#123abc"},
+    ],
+)
+def test_no_look_of_a_stranger_gets_into_the_page(look):
+    """What is no color and no shape is replaced by that of the kind."""
+    assert look_of(kind="nan", **look) == LOOKS["nan"]
+
+
+def test_the_looks_of_version_1_are_those_declared():
+    """Files from before and after look the same."""
+    adapters = pytest.importorskip("gradwatch.adapters")
+    declared = {name: (kind.color, kind.shape) for name, kind in adapters.EVENT_KINDS.items()}
+    assert {name: declared[name] for name in LOOKS} == LOOKS

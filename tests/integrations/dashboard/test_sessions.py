@@ -1,5 +1,7 @@
 """Sessions into tracks: against a slow reference, and by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -121,3 +123,21 @@ def test_a_session_that_has_not_begun_replaces_nothing():
     track = join_sessions({("a", 0): layout("p"), ("b", 0): layout("q")}, tables)["A"]
     assert track.last_step == 5
     assert track.layout.parameters == ("p",)
+
+
+def test_further_columns_of_sessions_are_joined():
+    """Each keeps its numbers under the name it had; a column that a session lacks is NaN in it."""
+    old, new = ("000000000000", 0), ("000000000001", 0)
+    loss, rate = ("loss", "newest"), ("rate", "largest")
+    tables = {
+        (*old, 0): np.hstack([table((1, 1), (2, 2)), [[10.0, 0.5], [20.0, 0.6]]]),
+        (*new, 0): np.hstack([table((2, 2), (3, 3)), [[0.7], [0.8]]]),
+    }
+    layouts = {
+        old: replace(layout("p"), columns=(loss, rate)),
+        new: replace(layout("p"), columns=(rate,)),
+    }
+    track = join_sessions(layouts, tables)["A"]
+    assert track.layout.columns == (rate, loss)
+    further = track.table[:, len(COLUMNS) :]
+    np.testing.assert_array_equal(further, [[0.5, 10.0], [0.7, np.nan], [0.8, np.nan]])

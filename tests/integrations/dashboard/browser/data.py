@@ -59,21 +59,34 @@ EVENTS = [
 ]
 
 
-def write(folder, norms, names, shapes=(), events=(), session="018000000001", chunk=64):
+LOSSES = [("loss", "newest")]
+
+
+def losses(steps):
+    """A further column ``[steps, 1]``: not known at every tenth step."""
+    step = np.arange(1, steps + 1)[:, None]
+    return np.where(step % 10 == 0, np.nan, 2.0 + step / 1000)
+
+
+def write(
+    folder, norms, names, shapes=(), events=(), session="018000000001", chunk=64, further=None
+):
     """Writes a run of windows of one step."""
     with LogFile(folder) as log:
-        log.add_layout(session, "AdamW", names, shapes=shapes)
-        append(log, norms, session=session, chunk=chunk)
+        columns = () if further is None else LOSSES
+        log.add_layout(session, "AdamW", names, shapes=shapes, columns=columns)
+        append(log, norms, session=session, chunk=chunk, further=further)
         if events:
             log.add_events(session, list(events))
 
 
-def append(log, norms, first=1, session="018000000001", chunk=64):
+def append(log, norms, first=1, session="018000000001", chunk=64, further=None):
     """Writes steps, the first of them with this number."""
     for number, start in enumerate(range(0, len(norms), chunk)):
         rows = norms[start : start + chunk]
         steps = np.arange(first + start, first + start + len(rows))
-        log.add_windows(session, rows, (steps, steps), segment=number // 100)
+        more = None if further is None else further[start : start + chunk]
+        log.add_windows(session, rows, (steps, steps), segment=number // 100, further=more)
 
 
 def two(folder, session="018000000001"):
@@ -109,4 +122,4 @@ def write_all(logdir):
     two(logdir / "two")
     write(logdir / "wide", wide(), WIDE_NAMES)
     write(logdir / "known" / "b", known(200, 3.0), NAMES, SHAPES)
-    write(logdir / "known" / "a", known(), NAMES, SHAPES, EVENTS)
+    write(logdir / "known" / "a", known(), NAMES, SHAPES, EVENTS, further=losses(STEPS))

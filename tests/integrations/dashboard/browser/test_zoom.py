@@ -20,6 +20,14 @@ def test_the_tooltip_tells_the_exact_numbers_of_a_cell(tab):
     assert number(found["clip threshold"]) == 1
 
 
+def test_the_tooltip_tells_further_columns(tab):
+    """A column that the writer added is told by its name, and left out where it is not known."""
+    tab.open_alone(run="known/a")
+    found = tab.hover_step(3, 61, data.STEPS)
+    assert number(found["loss"]) == pytest.approx(data.losses(data.STEPS)[60, 0], rel=1e-3)
+    assert "loss" not in tab.hover_step(3, 60, data.STEPS)
+
+
 def test_the_tooltip_counts_bad_steps(tab):
     """A NaN is named, and Inf, exact zero and no gradient too."""
     tab.open_alone(run="known/a")
