@@ -267,7 +267,7 @@ class OptimizerSeries:
         return before
 
     def ready(self) -> Point | None:
-        """Returns the newest point already now, unless rows that belong to it wait in a thinner."""
+        """Returns the newest point early, unless rows that belong to its step wait in a thinner."""
         if self._newest is None or self._thin_scalars.holds or self._thin_blocks.holds:
             return None
         point, self._newest = self._newest, replace(self._newest, values={})
@@ -304,8 +304,8 @@ def chart_layout(*, step_scalars: bool, accumulates: bool = False) -> Any:
 
     Args:
         step_scalars: Whether the step scalars are written; the spread of the norms needs them.
-        accumulates: Whether steps have several micro-batches, so that the batch can be compared
-            with the noise scale.
+        accumulates: Whether steps have several micro-batches or a noise scale, and so a chart that
+            compares the two.
 
     Returns:
         A ``Summary`` with the tag that the dashboard reads. Multiline charts select their tags by

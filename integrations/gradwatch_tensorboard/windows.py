@@ -156,7 +156,7 @@ def _narrow(norms: Floats) -> NDArray[np.float32]:
 
 
 SINGLE_STEPS = 2048
-"""The first steps of a run, which have a window each; see :func:`window_ends`."""
+"""The number of steps at the start of a run that have a window each; see :func:`window_ends`."""
 
 EARLY_ENDS = 1_000
 """The number of windows in a run that may end early."""
