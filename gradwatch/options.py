@@ -1,4 +1,4 @@
-"""What ``watch()`` was asked for and what is watched, checked once, before the first step."""
+"""The arguments of ``watch()``: checked once, before the first step."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from gradwatch.pickles import stable_name
 from gradwatch.record.records import Sink
 
 Accumulate = int | str | Mapping[int, int] | Callable[[int], int] | AccumulatePolicy
-"""What ``watch(accumulate=)`` takes."""
+"""The type of ``watch(accumulate=)``."""
 
 ON_NONFINITE = ("record", "skip", "raise")
 SHOWN_CHARACTERS = 200
-"""Of a value in an error message: a list of parameters may print millions."""
+"""The cut for a value in an error message: the repr of a parameter list can be very long."""
 
 
 class SharedOptions(TypedDict, total=False):
-    """The options of :func:`gradwatch.watch` that an adapter hands on, for its ``**options``.
+    """The options of :func:`gradwatch.watch` that an adapter accepts as ``**options``.
 
-    ``accumulate`` and ``scaler`` are missing: they are the framework's own business.
+    ``accumulate`` and ``scaler`` are missing because the framework decides them.
     """
 
     clip: float | str | ClipPolicy | None
@@ -57,17 +57,17 @@ class SharedOptions(TypedDict, total=False):
 @stable_name
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """The arguments of :func:`gradwatch.watch`, checked; see there for what each one means.
+    """The checked options of :func:`gradwatch.watch`, which documents each of them.
 
-    Each is given as the user wrote it and held as what it stands for: ``clip=1.0`` is
-    ``ClipByNorm(1.0)``. A ``caller`` that hands arguments on is named in the messages of errors.
+    Arguments are passed as the user wrote them and stored in normalized form: ``clip=1.0`` becomes
+    ``ClipByNorm(1.0)``. Error messages name the function given as ``caller``.
 
     Raises:
-        TypeError: If an argument is of a wrong type.
+        TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of bounds.
     """
 
-    # The order of the fields is that of the run folder, which keeps them.
+    # Run folders store the options in the order of these fields.
     clip: ClipPolicy | None
     accumulate: AccumulatePolicy
     on_nonfinite: str
@@ -85,18 +85,19 @@ class Options:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any], caller: str = "watch") -> Options:
-        """Picks the options out of the arguments of a call, and checks them.
+        """Makes options from the arguments of a call.
 
         Args:
-            arguments: By name, ``locals()`` say; what is no option is left alone.
-            caller: What the user called.
+            arguments: Arguments by name, for example ``locals()``. Names that are not options are
+                ignored.
+            caller: The function that the user called, for error messages.
         """
         names = [field.name for field in fields(cls) if field.name in arguments]
         return cls(**{name: arguments[name] for name in names}, caller=caller)
 
     def __post_init__(self, caller: str) -> None:
-        # The order of the checks decides which of two mistakes is reported first. Each takes what
-        # it has returned before, for `dataclasses.replace` checks all fields again.
+        # The order of the checks decides which of two mistakes is reported first. Each check must
+        # accept its own result, because `dataclasses.replace` runs all of them again.
         checks: dict[str, Callable[[str, Any], object]] = {
             "exploding_norm": _limit,
             "scaler": _scaler,
@@ -114,7 +115,7 @@ class Options:
         }
         for name, check in checks.items():
             checked = check(f"{caller}({name}=)", getattr(self, name))
-            object.__setattr__(self, name, checked)  # the one way into a frozen dataclass
+            object.__setattr__(self, name, checked)  # a frozen dataclass refuses plain assignment
 
     @property
     def acts(self) -> bool:
@@ -123,7 +124,7 @@ class Options:
 
     @property
     def acting(self) -> list[str]:
-        """The arguments by which gradwatch changes the training at an optimizer step."""
+        """The arguments that make gradwatch change the training at an optimizer step."""
         asked = {
             "clip=": self.clip is not None,
             "accumulate=": self.accumulate.most != 1,
@@ -134,28 +135,28 @@ class Options:
 
     @property
     def of_steps(self) -> list[str]:
-        """What was asked for that only an optimizer's step can give."""
+        """The requested options that need the step of an optimizer."""
         names = [n for n in self.statistics if n != "norm" and STATISTICS[n].weights]
         asked = [f"statistics={names}"] if names else []
         return asked + ["curvature="] * (self.curvature is not None)
 
     @property
     def deciding(self) -> dict[str, str]:
-        """What decides about all gradients of a step at once: the argument, and how it reads."""
+        """The options that need all gradients of a step at once, each with its text for errors."""
         texts = {
             "clip": f"Clipping by the global norm (clip={self.clip!r})",
             "accumulate": f"accumulate={self.accumulate}",
             "on_nonfinite": f'on_nonfinite="{self.on_nonfinite}"',
             "skip_spikes": f"skip_spikes={self.skip_spikes}",
         }
-        if isinstance(self.clip, ClipByValue):  # it looks at one element at a time
+        if isinstance(self.clip, ClipByValue):  # it clips each element on its own
             del texts["clip"]
         return {name: text for name, text in texts.items() if f"{name}=" in self.acting}
 
 
 CLIP_ADVICE = (
-    ' Write clip=1.0 to clip by the global L2 norm, clip="auto" to have the limit found, or '
-    "clip=ClipByNorm(1.0, norm_type=...) or clip=ClipByValue(...)."
+    ' Write clip=1.0 to clip by the global L2 norm, clip="auto" to let gradwatch find the limit, '
+    "or clip=ClipByNorm(1.0, norm_type=...) or clip=ClipByValue(...)."
 )
 CURVATURE_ADVICE = (
     " Write curvature=CurvatureEvery(200, lambda: criterion(model(x), y)), or "
@@ -166,12 +167,12 @@ NOT_A_MODEL = (
     'from names to leaf tensors: watch({{"x": x}}).'
 )
 NOT_A_LEAF = (
-    'watch(model=) got "{name}", which is the result of an operation, so that a backward '
-    "leaves no .grad in it. Pass the leaf tensors that it was computed from."
+    'watch(model=) got "{name}", which is the result of an operation, so backward() sets no .grad '
+    "on it. Pass the leaf tensors that it was computed from."
 )
 LAZY = (
-    'watch(model=) got "{name}", a lazy parameter that has no shape yet. Run one forward of the '
-    "model before watching it."
+    'watch(model=) got "{name}", a lazy parameter that has no shape yet. Run one forward pass of '
+    "the model before watching it."
 )
 NOTHING_TO_WATCH = (
     "watch(model=) got {what}, in which no tensor requires a gradient: there is nothing to watch. "
@@ -179,32 +180,32 @@ NOTHING_TO_WATCH = (
 )
 WATCHED_ALREADY = (
     'watch() was given "{name}", which another watcher is attached to. Leave the with block of '
-    "that one (or call its close()) first."
+    "that watcher (or call its close()) first."
 )
 NO_OPTIMIZER = (
     "watch(optimizer=) is empty, got {value}. Leave it out to have the optimizers found "
     "at their first step."
 )
 OVERLAPPING = (
-    "watch(optimizer=) got a {optimizer} with overlap_with_ddp=True, which steps inside the "
-    "reduction of the gradients, where nobody can look at them. Build it without that argument."
+    "watch(optimizer=) got a {optimizer} with overlap_with_ddp=True, which steps during the "
+    "reduction of the gradients, where they cannot be measured. Build it without that argument."
 )
 FOREIGN_PARAMETERS = (
     "{optimizer} holds {foreign} of {total} parameters that are not the model's, so its gradient "
-    "norm cannot be taken over the model. Pass everything that it steps, "
+    "norm cannot be computed over the model. Pass everything that it updates, "
     "watch(nn.ModuleList([model, ...]), optimizer), or build the optimizer after the model was "
     "moved or wrapped."
 )
 
 
 def shown(value: object) -> str:
-    """Returns the ``repr`` of what a user gave, cut to a length that a message bears."""
+    """Returns the ``repr`` of a value, cut to a length that fits in an error message."""
     text = repr(value)
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 
 
 def described(value: object) -> str:
-    """Returns what a user gave and its type, as a message says it."""
+    """Returns the ``repr`` of a value and the name of its type, for an error message."""
     return f"{shown(value)} of type {type(value).__name__}"
 
 
@@ -232,7 +233,7 @@ def _clip_policy(name: str, clip: object) -> ClipPolicy | None:
     if isinstance(clip, (int, float)) and not isinstance(clip, bool):
         check_positive(name, clip)
         return ClipByNorm(float(clip))
-    # The class ClipByNorm, written without its parentheses, has the methods of a policy too.
+    # clip=ClipByNorm, without parentheses, is a class; it has the methods of a policy too.
     if isinstance(clip, type) or not isinstance(clip, ClipPolicy):
         wanted = 'a positive number, "auto" or a clipping policy'
         raise (ValueError if isinstance(clip, str) else TypeError)(
@@ -250,7 +251,7 @@ def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
 
 
 def _statistics(name: str, names: object) -> tuple[str, ...]:
-    # A string is a sequence of names too: "max" would ask for m, a and x.
+    # A string is also a sequence of names: "max" would request m, a and x.
     if isinstance(names, str) or not isinstance(names, Iterable):
         advice = ' Write statistics=("norm", "max"), for instance.'
         raise TypeError(_must_be(name, "a sequence of names", names, advice))
@@ -276,7 +277,7 @@ def _sinks(name: str, sinks: object) -> tuple[Sink, ...]:
         raise TypeError(_must_be(name, "a sequence of sinks", sinks))
     chosen = tuple(sinks)
     for sink in chosen:
-        # Not isinstance(sink, Sink): a protocol is content with a `write` that cannot be called.
+        # Not isinstance(sink, Sink): a protocol accepts a `write` attribute that is not callable.
         methods = (getattr(sink, name, None) for name in ("write", "close"))
         if isinstance(sink, type) or not all(map(callable, methods)):
             raise TypeError(
@@ -316,14 +317,15 @@ def _curvature(name: str, value: object) -> CurvatureEvery | None:
 
 
 def parameter_table(model: nn.Module | Mapping[str, Tensor]) -> ParameterTable:
-    """Lists what is to be watched.
+    """Lists the tensors to watch.
 
     Args:
         model: A module, or a mapping from names to leaf tensors.
 
     Raises:
-        TypeError: If the model, a name or a tensor is of another type.
-        ValueError: If a tensor is not a leaf, none requires a gradient, or FSDP1 hides them.
+        TypeError: If the model, a name or a tensor has the wrong type.
+        ValueError: If a tensor is not a leaf or has no shape yet, if no tensor requires a gradient,
+            or if the model uses FSDP1, which hides the parameters.
     """
     if not isinstance(model, (nn.Module, Mapping)):
         raise TypeError(NOT_A_MODEL.format(value=described(model)))
@@ -331,7 +333,8 @@ def parameter_table(model: nn.Module | Mapping[str, Tensor]) -> ParameterTable:
         for name, tensor in model.items():
             _check_entry(name, tensor)
     refuse_fsdp1(model)
-    # Before the parameters are listed: FSDP2 swaps them, and the optimizer holds the shards.
+    # Before the parameters are listed: after a forward, an FSDP2 module may hold unsharded
+    # parameters, but the optimizer holds the shards.
     reshard(model)
     table = ParameterTable.of(model)
     for name, tensor in zip(table.names, table.tensors, strict=True):
@@ -353,10 +356,10 @@ def _check_entry(name: object, tensor: object) -> None:
 
 
 def check_unwatched(table: ParameterTable) -> None:
-    """Refuses a model that has a watcher already.
+    """Refuses a model that is already watched.
 
     Raises:
-        RuntimeError: If another watcher is attached to one of its tensors.
+        RuntimeError: If another watcher is attached to one of the tensors.
     """
     for name, tensor in zip(table.names, table.tensors, strict=True):
         if is_watched(tensor):
@@ -366,18 +369,19 @@ def check_unwatched(table: ParameterTable) -> None:
 def optimizer_list(
     optimizer: Optimizer | Sequence[Optimizer] | None, table: ParameterTable
 ) -> list[Optimizer]:
-    """Lists the optimizers whose steps are to be watched.
+    """Lists the optimizers to watch.
 
     Args:
-        optimizer: One, several, or None where they are to be found at their first step.
+        optimizer: One optimizer, several, or None to find them at their first step.
         table: The watched tensors.
 
     Returns:
         The optimizers; empty for None.
 
     Raises:
-        TypeError: If something is not an optimizer.
-        ValueError: If there is none, one stands there twice, or one holds foreign parameters.
+        TypeError: If an entry is not an optimizer.
+        ValueError: If the sequence is empty, holds an optimizer twice, or holds one with
+            ``overlap_with_ddp=True`` or with parameters that are not watched.
     """
     if optimizer is None:
         return []

@@ -1,4 +1,4 @@
-"""Records as columns: arrays by name, pandas frames, and where a History reads them from."""
+"""Records as columns: NumPy arrays by name, pandas data frames, and the sources of a History."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """A column of strings that repeat.
+    """A column of strings, stored as codes because few distinct strings repeat in many rows.
 
     Attributes:
-        values: The different strings, each once.
+        values: The distinct strings, each once.
         codes: int array ``[rows]``: index into ``values``.
     """
 
@@ -31,7 +31,7 @@ class Labels:
 
     @classmethod
     def from_strings(cls, strings: Iterable[str]) -> Labels:
-        """Codes strings, one per row, in the order in which they first appear."""
+        """Encodes one string per row. Codes follow the order of first appearance."""
         code: dict[str, int] = {}
         codes = [code.setdefault(text, len(code)) for text in strings]
         return cls(tuple(code), np.array(codes, np.int64))
@@ -48,10 +48,10 @@ Table = Mapping[str, Column]
 
 
 def array_of(column: Column) -> Array:
-    """Returns a column that is known to hold numbers.
+    """Narrows the type of a column that must hold numbers.
 
     Raises:
-        TypeError: If it holds strings.
+        TypeError: If the column holds strings.
     """
     if isinstance(column, Labels):
         raise TypeError("expected a column of numbers, got one of strings")
@@ -59,10 +59,10 @@ def array_of(column: Column) -> Array:
 
 
 def labels_in(column: Column) -> Labels:
-    """Returns a column that is known to hold strings.
+    """Narrows the type of a column that must hold strings.
 
     Raises:
-        TypeError: If it holds numbers.
+        TypeError: If the column holds numbers.
     """
     if not isinstance(column, Labels):
         raise TypeError("expected a column of strings, got one of numbers")
@@ -70,20 +70,20 @@ def labels_in(column: Column) -> Labels:
 
 
 def take_rows(table: Table, rows: Array) -> dict[str, Column]:
-    """Selects rows of each column.
+    """Selects the same rows from each column.
 
     Args:
         table: Columns by name.
-        rows: bool array ``[rows]``, or int array of the rows to take.
+        rows: A bool mask ``[rows]``, or an int array of row numbers.
     """
-    # Nearly always all rows stay, and a copy of a million steps takes longer than reading them.
+    # Usually all rows are selected, and copying a million steps takes longer than reading them.
     if rows.dtype == np.bool_ and rows.all():
         return dict(table)
     return {name: column[rows] for name, column in table.items()}
 
 
 def python_rows(table: Table) -> Iterator[tuple[Any, ...]]:
-    """Yields the rows as tuples of Python values, in the order of the columns."""
+    """Yields each row as a tuple of Python values, in column order."""
     return zip(*map(_python_values, table.values()), strict=True)
 
 
@@ -95,8 +95,8 @@ def _python_values(column: Column) -> list[Any]:
 
 
 def _dtypes(record: Any) -> dict[str, type[np.generic] | None]:
-    """Returns by field of a record the dtype of its column; None for strings."""
-    # By the name of the type: with postponed annotations a dataclass knows no more of its fields.
+    """Maps each field of a record to the dtype of its column, or None for strings."""
+    # Looked up by name: with postponed annotations, a dataclass field's type is only a string.
     of_type = {"int": np.int64, "float": np.float64, "bool": np.bool_}
     return {field.name: of_type.get(str(field.type)) for field in fields(record)}
 
@@ -107,17 +107,17 @@ STEP_COLUMNS = tuple(name for name in STEP_DTYPES if name not in ("step", "globa
 """The columns of ``History.steps()``."""
 
 NORM_COLUMNS = ("grad_norm", "grad_norm_clipped")
-"""The columns of ``History.parameters()`` that are always there."""
+"""The columns that ``History.parameters()`` always has."""
 
 EVENT_COLUMNS = tuple(name for name in EVENT_DTYPES if name != "global_step")
 """The columns of ``History.events()``."""
 
 
 def step_table(records: Sequence[StepRecord], names: Iterable[str]) -> dict[str, Column]:
-    """Makes columns of steps, one row per record.
+    """Converts step records to columns, one row per record.
 
     Args:
-        records: The steps.
+        records: The steps, in row order.
         names: Fields of :class:`~gradwatch.record.records.StepRecord`.
     """
     return {name: _column(records, name, STEP_DTYPES[name]) for name in names}
@@ -130,18 +130,18 @@ def _column(records: Sequence[object], name: str, dtype: type[np.generic] | None
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A range of step numbers.
+    """A half-open range of step numbers.
 
     Attributes:
-        start: The first one; None for no bound.
-        stop: One after the last; None for no bound.
+        start: The first step in the range; None for no lower bound.
+        stop: The step after the last one; None for no upper bound.
     """
 
     start: int | None = None
     stop: int | None = None
 
     def holds(self, steps: Array) -> NDArray[np.bool_]:
-        """Tells which steps, int array ``[rows]``, are in the range: bool array ``[rows]``."""
+        """Returns a bool mask ``[rows]`` of the steps, int array ``[rows]``, in the range."""
         inside = np.ones(len(steps), bool)
         if self.start is not None:
             inside &= steps >= self.start
@@ -150,56 +150,58 @@ class Span:
         return inside
 
     def touches(self, lowest: int, highest: int) -> bool:
-        """Tells whether a step between two, both included, can be in the range."""
+        """Tells whether the range overlaps ``lowest`` to ``highest``, both included."""
         return (self.start is None or highest >= self.start) and (
             self.stop is None or lowest < self.stop
         )
 
 
 class Source(Protocol):
-    """Records that can be read by columns and by ranges of steps, oldest first."""
+    """Records that can be read by column and by range of steps, oldest first."""
 
     def layout(self) -> Layout:
-        """Returns the parameters."""
+        """Returns the layout of the parameters."""
 
     def statistics(self) -> tuple[str, ...]:
-        """Returns the names of the further statistics per parameter."""
+        """Returns the names of the recorded per-parameter statistics other than the norms."""
 
     def steps(self, columns: Iterable[str], span: Span) -> Table:
-        """Reads steps, one row each.
+        """Reads the steps in a range, one row per step.
 
         Args:
             columns: Fields of :class:`~gradwatch.record.records.StepRecord`.
-            span: Which steps.
+            span: The range of steps to read.
         """
 
     def parameters(
         self, indices: Sequence[int] | None, columns: Sequence[str], span: Span
     ) -> Table:
-        """Reads numbers per parameter.
+        """Reads per-parameter values.
 
         Args:
             indices: Parameters by their index in the layout; None for all.
-            columns: Of ``grad_norm``, ``grad_norm_clipped`` and the further statistics.
-            span: Which steps.
+            columns: Any of ``grad_norm``, ``grad_norm_clipped`` and the names in
+                :meth:`statistics`.
+            span: The range of steps to read.
 
         Returns:
-            ``step``, ``parameter`` and the columns: one row per step and parameter that had a
-            gradient in it, in the order of the steps and within one in that of the layout.
+            The columns ``step`` and ``parameter``, then the requested ones. There is one row for
+            each step and each parameter that had a gradient in it. Rows are ordered by step, then
+            by position in the layout.
         """
 
     def events(self) -> Sequence[Event]:
-        """Returns the events."""
+        """Returns the events, oldest first."""
 
 
 class LiveSource:
-    """The :class:`Source` of what a watcher holds in memory now."""
+    """A :class:`Source` that reads what a watcher holds in memory at the moment of the call."""
 
     def __init__(self, read: Callable[[], RecordBatch]) -> None:
-        """Reads from a watcher.
+        """Makes a source; nothing is read yet.
 
         Args:
-            read: Copies out what is kept when it is called.
+            read: Returns a copy of the watcher's current records. Called on each read.
         """
         self._read = read
 
@@ -252,26 +254,27 @@ def _within(batch: RecordBatch, span: Span) -> RecordBatch:
 
 
 def table_frame(table: Table, index: str | None = None) -> pd.DataFrame:
-    """Makes a frame; its dtypes do not depend on what the rows hold, nor on whether there are any.
+    """Makes a data frame whose dtypes do not depend on the values, even when it has no rows.
 
     Args:
-        table: The columns by name.
-        index: The column that becomes the index; None for a plain one.
+        table: Columns by name.
+        index: The column that becomes the index; None for pandas' default index.
 
     Returns:
-        One column each: int64, float32 or float64, bool, and the dtype that pandas has for strings.
+        One frame column per table column: int64, float32, float64, bool or pandas' string dtype.
     """
     import pandas as pd
 
     columns = {name: _values(column) for name, column in table.items() if name != index}
     rows = None if index is None else pd.Index(array_of(table[index]), name=index, dtype="int64")
-    # The arrays were made for this frame; a copy of a million steps takes longer than reading them.
+    # No copy: the arrays belong to this frame alone, and copying a million steps takes longer than
+    # reading them.
     frame: pd.DataFrame = pd.DataFrame(columns, index=rows, columns=list(columns), copy=False)
     return frame
 
 
 def events_frame(events: Sequence[Event]) -> pd.DataFrame:
-    """Makes a frame with one row per event, oldest first, and the :data:`EVENT_COLUMNS`."""
+    """Makes a data frame of the :data:`EVENT_COLUMNS`, one row per event, oldest first."""
     return table_frame({name: _column(events, name, EVENT_DTYPES[name]) for name in EVENT_COLUMNS})
 
 
@@ -280,10 +283,10 @@ def _values(column: Column) -> Any:
         return column
     import pandas as pd
 
-    # Taken by code, a million strings cost what a million integers cost.
+    # take() on the codes makes a million strings as cheap as a million integers.
     return pd.Series(list(map(safe_text, column.values)), dtype="str").array.take(column.codes)
 
 
 def safe_text(text: str) -> str:
-    r"""Replaces what UTF-8 has no bytes for, lone surrogates, by ``\udc80`` in letters."""
+    r"""Escapes lone surrogates, which UTF-8 cannot encode, as text such as ``\udc80``."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,8 +1,8 @@
-"""The "Gradients" tab inside TensorBoard, which imports this at its start: nothing heavy here."""
+"""The "Gradients" tab in TensorBoard. TensorBoard imports this when it starts: keep it light."""
 
 try:
     from gradwatch_dashboard.loader import GradientsLoader
-except Exception as error:  # TensorBoard would die of it, whatever it is
+except Exception as error:  # any error here would keep TensorBoard from starting
     import logging
 
     from tensorboard.plugins import base_plugin
@@ -10,7 +10,7 @@ except Exception as error:  # TensorBoard would die of it, whatever it is
     logging.getLogger(__name__).warning("TensorBoard starts without the Gradients tab: %r", error)
 
     class GradientsLoader(base_plugin.TBLoader):  # type: ignore[no-redef, misc]
-        """Stands where the loader should be; loads nothing."""
+        """Takes the place of the loader that failed to import, and loads nothing."""
 
 
 __all__ = ["GradientsLoader"]

@@ -1,4 +1,4 @@
-"""Answers: what each route of the Gradients tab sends, as JSON or framed arrays."""
+"""Answers: the content that each route of the Gradients tab sends, as JSON or framed arrays."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from gradwatch_dashboard.wire import COLUMNS
 MAX_COLUMNS = 4096
 DEFAULT_COLUMNS = 1000
 MAX_CELLS = 32 * 2**20
-"""Cells of a heat map; with more parameters there are fewer columns."""
+"""Maximum cells of a heat map: with many parameters, it gets fewer columns."""
 
 MAX_WINDOWS = 20_000
-"""Points of a curve; where there are more, neighbours share one."""
+"""Maximum points of a curve: if there are more windows, neighbors share a point."""
 
 _NO_PARAMETER = "parameter must be 0 to {highest}, got {parameter}"
 
@@ -53,7 +53,7 @@ def describe(timeline: Timeline) -> dict[str, Any]:
 
 
 def heatmap(run: str, timeline: Timeline, cells: Cells, arguments: Arguments) -> bytes:
-    """Answers the route ``heatmap``; the arguments are the range and the columns."""
+    """Answers the route ``heatmap``; its query arguments are ``first``, ``last``, ``columns``."""
     parameters = len(timeline.layout.parameters)
     first, last = arguments.range(timeline.first_step, timeline.last_step)
     asked = arguments.integer("columns", DEFAULT_COLUMNS, 1, MAX_COLUMNS)
@@ -75,13 +75,13 @@ def heatmap(run: str, timeline: Timeline, cells: Cells, arguments: Arguments) ->
 
 
 def curve(timeline: Timeline, cells: Cells, arguments: Arguments) -> str:
-    """Answers the route ``curve``; the arguments are the parameter and the range.
+    """Answers the route ``curve``; its query arguments are ``parameter``, ``first`` and ``last``.
 
     Raises:
-        errors.InvalidArgumentError: If the parameter is left out or malformed.
-        errors.NotFoundError: If there is none of that number.
+        errors.InvalidArgumentError: If an argument is malformed, or ``parameter`` is missing.
+        errors.NotFoundError: If there is no parameter of that number.
     """
-    arguments.text("parameter")  # it must not be left out, as integer() allows
+    arguments.text("parameter")  # required, whereas integer() would use its default
     parameter = arguments.integer("parameter", 0, -1, 10**18)
     highest = len(timeline.layout.parameters) - 1
     if not 0 <= parameter <= highest:
@@ -111,25 +111,25 @@ def _reduce(function: np.ufunc, values: NDArray[Any], groups: NDArray[np.intp]) 
 
 
 def event_page(events: Sequence[TabEvent], first: int, last: int, limit: int) -> str:
-    """Answers the route ``events``: counts those of the range, and lists so many of them."""
+    """Answers the route ``events``: counts those in the range, and lists the first ``limit``."""
     inside = [event for event in events if first <= event.step <= last]
     texts = ", ".join(event.json for event in inside[:limit])
     return f'{{"total": {len(inside)}, "events": [{texts}]}}'
 
 
 def pack(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """Frames arrays, which are a fifth of their size as JSON.
+    """Packs a header and arrays into binary, which takes a fifth of the size of JSON.
 
     Returns:
-        The length of the header as uint32, the header with ``arrays`` added as JSON, and the
-        arrays, little-endian, each from a multiple of 8 bytes on.
+        The length of the header as a little-endian uint32, the header as JSON with a list
+        ``arrays`` added, and the arrays, little-endian, each starting at a multiple of 8 bytes.
     """
     described = [
         {"name": name, "dtype": array.dtype.name, "shape": list(array.shape)}
         for name, array in arrays.items()
     ]
     text = json.dumps({**header, "arrays": described}).encode()
-    # A Float64Array of JavaScript can only begin at a multiple of 8 bytes.
+    # A Float64Array in JavaScript can only start at a multiple of 8 bytes.
     text += b" " * (-(len(text) + 4) % _ALIGNMENT)
     parts: list[Any] = [struct.pack("<I", len(text)), text]
     for array in arrays.values():
@@ -139,14 +139,14 @@ def pack(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bytes
 
 
 def json_numbers(values: NDArray[Any]) -> str:
-    """Writes numbers as a JSON array; NaN and Inf, which JSON has not, as texts.
+    """Writes numbers as a JSON array; NaN and Inf, which JSON lacks, become strings.
 
     Args:
-        values: array ``[n]``: of integers, or of floats, which are rounded to 7 digits.
+        values: array ``[n]`` of integers or floats; floats are rounded to 7 digits.
     """
     if values.dtype.kind in "iu":
         return json.dumps(values.tolist())
-    # Not json.dumps: as a float64 each float32 would take 17 digits.
+    # Not json.dumps: it would write a float32 as a float64, with up to 17 digits.
     texts = map("%.7g".__mod__, values.tolist())
     if np.isfinite(values).all():
         return f"[{','.join(texts)}]"

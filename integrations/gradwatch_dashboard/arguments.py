@@ -1,4 +1,4 @@
-"""Arguments: what a request asks for, checked."""
+"""Arguments: reads and checks the query arguments of a request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tensorboard import errors
 from gradwatch_dashboard.untrusted import shown
 
 LIMIT = 10**18
-"""No step is larger, nor further below 0."""
+"""The largest step that is accepted; the smallest is its negative."""
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _MISSING = "{name} is missing. Write {name}=..."
@@ -21,14 +21,14 @@ _BACKWARDS = "first must not be more than last, got first={first} and last={last
 
 
 class Arguments:
-    """The arguments of one request."""
+    """The query arguments of one request."""
 
     def __init__(self, values: Any) -> None:
-        """Holds them; ``values`` is a werkzeug ``MultiDict``."""
+        """Wraps ``values``, a werkzeug ``MultiDict``."""
         self._values = values
 
     def text(self, name: str) -> str:
-        """Reads an argument that has to be there.
+        """Reads a required argument.
 
         Raises:
             errors.InvalidArgumentError: If it is missing, repeated or empty.
@@ -41,24 +41,24 @@ class Arguments:
         return value
 
     def integer(self, name: str, default: int, low: int, high: int) -> int:
-        """Reads a whole number; what is below ``low`` or above ``high`` counts as that.
+        """Reads a whole number, clamped to ``low`` and ``high``.
 
         Raises:
-            errors.InvalidArgumentError: If it is repeated, or no whole number.
+            errors.InvalidArgumentError: If it is repeated, or not a whole number.
         """
         value = self._only(name)
         if value is None:
             return min(max(default, low), high)
-        # Not int() alone: that takes "1_0" and digits of all scripts, and fails beyond 4,300.
+        # Not int() alone: it accepts "1_0" and digits of any script, and refuses over 4,300 digits.
         if not _INTEGER.fullmatch(value):
             raise errors.InvalidArgumentError(_NO_INTEGER.format(name=name, value=shown(value)))
         return min(max(int(value), low), high)
 
     def range(self, low: int, high: int) -> tuple[int, int]:
-        """Reads ``first`` and ``last``, clamped to the steps that there are, the defaults too.
+        """Reads ``first`` and ``last``, clamped to ``low`` and ``high``, which are the defaults.
 
         Raises:
-            errors.InvalidArgumentError: If one is malformed, or both are the wrong way round.
+            errors.InvalidArgumentError: If one is malformed, or ``first`` is more than ``last``.
         """
         first = self.integer("first", -LIMIT, -LIMIT, LIMIT)
         last = self.integer("last", LIMIT, -LIMIT, LIMIT)

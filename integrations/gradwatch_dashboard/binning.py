@@ -1,4 +1,4 @@
-"""Binning: windows of steps in the columns of a picture."""
+"""Binning: reduces windows of steps to the columns of a heat map."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradwatch_dashboard.sessions import Piece
 from gradwatch_dashboard.tensors import NOTHING, MatrixChunks, decode, encode
 from gradwatch_dashboard.wire import COLUMNS
 
-_BLOCK = 64  # columns that are transposed together: they fit into the cache
+_BLOCK = 64  # columns that are transposed together; so many fit in the CPU cache
 
 Ints = NDArray[np.int64]
 
@@ -24,9 +24,9 @@ class Spans(NamedTuple):
     """The windows that each column shows.
 
     Attributes:
-        start: intp array ``[columns]``: number of the first window in the timeline.
-        stop: intp array ``[columns]``: number of the one after the last; ``start`` where there is
-            none.
+        start: intp array ``[columns]``: index of the first window in the timeline.
+        stop: intp array ``[columns]``: index after the last window; equal to ``start`` for a column
+            without windows.
     """
 
     start: NDArray[np.intp]
@@ -34,19 +34,19 @@ class Spans(NamedTuple):
 
 
 def spans_of(first_steps: Ints, last_steps: Ints, first: int, last: int, columns: int) -> Spans:
-    """Divides steps evenly into columns.
+    """Divides a range of steps evenly into columns.
 
     Column c covers the steps s with ``floor((s - first) * columns / (last - first + 1)) == c``.
 
     Args:
-        first_steps: int64 array ``[windows]``, rising.
-        last_steps: int64 array ``[windows]``; no two windows share a step.
-        first: The first step, below 2**50.
-        last: The last step, below 2**50.
-        columns: 1 to 4096, and not more than there are steps.
+        first_steps: int64 array ``[windows]``, rising: the first step of each window.
+        last_steps: int64 array ``[windows]``: the last step of each. No two windows share a step.
+        first: The first step of the range, below 2**50.
+        last: The last step of the range, below 2**50.
+        columns: Number of columns: 1 to 4096, at most the number of steps in the range.
     """
     steps = last - first + 1
-    # Rounded up in integers: float64 cannot hold a step times 4096.
+    # Integer arithmetic, rounding up: float64 cannot hold a step times 4096 exactly.
     edges = first - (-np.arange(columns + 1, dtype=np.int64) * steps) // columns
     start = np.searchsorted(last_steps, edges[:-1])
     return Spans(start, np.maximum(start, np.searchsorted(first_steps, edges[1:])))
@@ -55,19 +55,18 @@ def spans_of(first_steps: Ints, last_steps: Ints, first: int, last: int, columns
 def bin_table(
     table: NDArray[np.float64], spans: Spans, further: Sequence[tuple[str, str]] = ()
 ) -> dict[str, NDArray[np.float32]]:
-    """Bins what is known of whole steps, the table as on the wire.
+    """Bins the per-step values, which do not depend on a parameter.
 
     Args:
-        table: float64 array ``[windows, C]``.
-        spans: The columns of the picture.
-        further: Name and reduction of each column of the table that the layout lists.
+        table: float64 array ``[windows, C]``: :data:`COLUMNS`, then the further ones.
+        spans: The windows of each column of the heat map.
+        further: Name and reduction of each further column of the table.
 
     Returns:
         Name to float32 array ``[columns]``: the largest finite ``grad_norm`` and
-        ``grad_norm_clipped`` (NaN or Inf where none is finite), the last ``clip_threshold``, the
-        smallest ``clip_coef``, and the sums of ``bad_steps``, ``clipped_steps`` and
-        ``skipped_steps``; and the further columns. NaN, and 0 for the sums, where nothing was
-        recorded.
+        ``grad_norm_clipped`` (NaN or Inf if none is finite), the last ``clip_threshold``, the
+        smallest ``clip_coef``, the sums of ``bad_steps``, ``clipped_steps`` and ``skipped_steps``,
+        and the further columns. Where nothing was recorded, sums are 0 and the others NaN.
     """
     names = (*COLUMNS, *(name for name, _ in further))
     named = dict(zip(names, table.T, strict=True))
@@ -88,15 +87,15 @@ def bin_table(
 
 
 _UFUNCS = {"largest": np.fmax, "smallest": np.fmin, "newest": np.fmax}
-"""None lets a NaN hide a number: a further column is NaN where nothing is known."""
+"""fmax and fmin ignore NaN, which a further column holds where its value is unknown."""
 
 
 def reduce_spans(
     function: np.ufunc, values: NDArray[Any], spans: Spans, nothing: float
 ) -> NDArray[Any]:
-    """Reduces the values of each column to one; ``nothing`` for a column without a window."""
-    # reduceat takes the value at `start` where a span is empty, and needs an end within the array:
-    # hence the value behind the last, and the choice after it.
+    """Reduces the values of each column to one; ``nothing`` for a column without windows."""
+    # reduceat needs indices within the array, hence the padding. For an empty span it returns the
+    # value at `start`, which np.where replaces.
     pairs = np.stack([spans.start, spans.stop], axis=1).ravel()
     padded = np.append(values, values.dtype.type(nothing))
     reduced = function.reduceat(padded, pairs)[::2]
@@ -104,7 +103,7 @@ def reduce_spans(
 
 
 def bin_norms(pieces: Cells, parameters: int, spans: Spans) -> NDArray[np.float32]:
-    """Bins the norms: the largest finite one of each cell.
+    """Bins the norms of parameters: the largest finite norm of each cell.
 
     Returns:
         float32 array ``[P, columns]``: NaN or Inf where no norm is finite, -1 where there was no
@@ -129,8 +128,8 @@ def bin_bad(
     """Counts the bad steps of each cell.
 
     Returns:
-        array ``[P, columns]`` of the narrowest type that holds the counts, or of uint16, where
-        65535 stands for more; None where there is none.
+        Array ``[P, columns]``, uint8 if all counts fit, else uint16, where 65535 also stands for
+        larger counts. None if there are no bad steps.
     """
     if not any(len(matrix.bad_rows) for _, matrix in pieces):
         return None
@@ -158,15 +157,18 @@ def bin_bad(
 
 
 def _narrow(values: NDArray[Any]) -> NDArray[np.float32]:
-    """Copies as float32; what is finite stays so."""
-    # A sum or a norm above 3.4e38 would become an Inf, and be drawn as a bad step.
+    """Copies to float32, keeping finite values finite."""
+    # A plain cast turns a value above 3.4e38 into Inf, which would be drawn as a bad step.
     limit = float(np.finfo(np.float32).max)
     finite = np.isfinite(values)
     return np.where(finite, np.clip(values, -limit, limit), values).astype(np.float32)
 
 
 def _overlaps(spans: Spans, here: slice, piece: Piece) -> list[tuple[int, int, int]]:
-    """Lists the columns of a block that show rows of a piece: which, and the rows in the piece."""
+    """Lists each column of a block that shows rows of a piece, as (column, start, stop).
+
+    The column is counted from the start of the block, the rows from the start of the piece.
+    """
     start = np.maximum(spans.start[here], piece.start) - piece.start
     stop = np.minimum(spans.stop[here], piece.stop) - piece.start
     columns = np.flatnonzero(start < stop)
@@ -186,10 +188,10 @@ def _keep_larger(
 def parameter_column(
     cells: Cells, parameter: int, windows: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Extracts one parameter from the cells of a timeline of so many windows.
+    """Extracts one parameter from the cells of a timeline that has ``windows`` windows.
 
     Returns:
-        Its norms, coded, float32 array ``[windows]``, and its bad steps, int64 array ``[windows]``.
+        Its coded norms, float32 array ``[windows]``, and its bad steps, int64 array ``[windows]``.
     """
     norms = np.full(windows, NOTHING, np.float32)
     bad = np.zeros(windows, np.int64)

@@ -1,7 +1,7 @@
-"""GradientsLoader: what TensorBoard's entry point names; it makes the plugin, or leaves it out.
+"""GradientsLoader: the entry point for TensorBoard. It makes the plugin, or leaves it out.
 
-Any file of this package may be missing, and TensorBoard still starts. Only where all of them are
-gone while the entry point is still there does TensorBoard itself die: nothing can prevent that.
+TensorBoard still starts if any file of this package is missing. If the whole package is missing but
+its entry point is still installed, TensorBoard itself fails to start; nothing here can prevent it.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ _logger = logging.getLogger(__name__)
 
 
 class GradientsLoader(base_plugin.TBLoader):  # type: ignore[misc]  # TensorBoard has no types
-    """Loads the plugin. TensorBoard starts in any case, if need be without it."""
+    """Loads the plugin. If that fails, TensorBoard starts without it."""
 
     def fix_flags(self, flags: Any) -> None:
         """Asks TensorBoard to keep all of our data, instead of 10 or 100 samples of each tag."""
         samples = getattr(flags, "samples_per_plugin", None)
         if isinstance(samples, dict):
-            # What the user wrote for our data on the command line stands. 0 means all.
+            # 0 means all. setdefault: the user's own setting on the command line takes precedence.
             samples.setdefault("gradwatch", 0)
 
     def load(self, context: Any) -> Any:
-        """Makes the plugin; None, and a line in the log, where something is missing."""
+        """Makes the plugin. If that fails, logs a warning and returns None."""
         try:
             from gradwatch_dashboard.plugin import GradientsPlugin
 
             return GradientsPlugin(context)
-        except Exception as error:  # whatever it is, the other tabs need not suffer
+        except Exception as error:  # no error here may affect the other tabs
             _logger.warning(_LEFT_OUT, error)
             return None

@@ -1,4 +1,4 @@
-"""GradientsPlugin: the routes of the "Gradients" tab; each turns a request into an answer."""
+"""GradientsPlugin: the HTTP routes of the "Gradients" tab."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from gradwatch_dashboard.wire import PLUGIN
 _logger = logging.getLogger(__name__)
 _STATIC = Path(__file__).parent / "static"
 _NO_PROVIDER = "this TensorBoard has no data provider; version 2.14 or newer has one"
-_FAILED = "The Gradients tab has failed. The log of TensorBoard says how."
+_FAILED = "The Gradients tab has failed. The log of TensorBoard has the details."
 _NO_RUN = "there is no run {run} with gradients"
 _NO_OPTIMIZER = "run {run} has no optimizer {optimizer} with gradients"
 _JSON = "application/json"
 _BINARY = "application/octet-stream"
 
 ENTRY = "index.js"
-"""The module that TensorBoard opens."""
+"""The JavaScript module that TensorBoard loads."""
 
 _STATIC_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 _STATIC_NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -47,28 +47,23 @@ Answer = Callable[[Arguments, Provider], "tuple[str | bytes | dict[str, Any], st
 
 
 class _StaticFile(NamedTuple):
-    """A file of the front end.
-
-    Attributes:
-        content: All of it.
-        content_type: Its media type.
-    """
+    """A file of the front end, with its media type."""
 
     content: bytes
     content_type: str
 
 
 class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoard has no types
-    """Answers what the tab asks for; reads only, and only through TensorBoard's data provider."""
+    """Answers the requests of the tab. It only reads, through TensorBoard's data provider."""
 
     plugin_name = PLUGIN
 
     def __init__(self, context: Any) -> None:
-        """Reads the front end.
+        """Loads the files of the front end.
 
         Raises:
             FileNotFoundError: If the front end is missing.
-            RuntimeError: If TensorBoard is too old.
+            RuntimeError: If TensorBoard is too old to have a data provider.
         """
         if not hasattr(context.data_provider, "list_tensors"):
             raise RuntimeError(_NO_PROVIDER)
@@ -77,7 +72,7 @@ class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoar
         self._files = _read_static_files(_STATIC)
 
     def get_plugin_apps(self) -> dict[str, App]:
-        """Returns the routes."""
+        """Returns the WSGI application of each route."""
         answers: dict[str, Answer] = {
             "runs": self._list_runs,
             "layout": self._layout,
@@ -93,15 +88,15 @@ class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoar
         return files | routes
 
     def is_active(self) -> bool:
-        """Returns False: TensorBoard shows the tab itself as soon as there is data of ours."""
+        """Returns False: TensorBoard shows the tab by itself once there is data of this plugin."""
         return False
 
     def data_plugin_names(self) -> tuple[str, ...]:
-        """Returns whose data it is that makes the tab appear."""
+        """Returns the plugin names whose data makes the tab appear."""
         return (PLUGIN,)
 
     def frontend_metadata(self) -> Any:
-        """Returns what TensorBoard shows of the tab."""
+        """Returns the tab's name and entry module."""
         return base_plugin.FrontendMetadata(es_module_path=f"/{ENTRY}", tab_name="Gradients")
 
     def _ask(self, answer: Answer) -> Callable[[Any], Any]:
@@ -150,7 +145,7 @@ class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoar
 
     @contextmanager
     def _open(self, arguments: Arguments, provider: Provider) -> Iterator[tuple[RunStore, RunView]]:
-        # What is taken out is never written to again: the answer is made after the lock is free.
+        # The view is immutable once made, so answers can be built after the lock is released.
         run = arguments.text("run")
         with self._runs.open(provider, run) as found:
             if found is None:
@@ -159,8 +154,8 @@ class GradientsPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # TensorBoar
 
 
 def _read_static_files(folder: Path) -> dict[str, _StaticFile]:
-    """Reads all scripts, styles and pictures that lie right in the folder."""
-    # Once, into a closed dictionary: so no request names a path.
+    """Reads all scripts, styles and images in the folder, not in its subfolders."""
+    # Read once into a dictionary, so that no request can make the server open a path.
     files = {
         path.name: _StaticFile(path.read_bytes(), _STATIC_TYPES[path.suffix])
         for path in sorted(folder.glob("*"))
@@ -180,16 +175,17 @@ def _application(respond: Callable[[Any], Any]) -> App:
 
     @wrappers.Request.application
     def application(request: wrappers.Request) -> Any:
-        # A route that changed something would need a guard against requests that other sites forge.
+        # Read-only on purpose: a route that changes something would need protection against
+        # cross-site request forgery.
         if request.method not in ("GET", "HEAD"):
             allowed = [("Allow", "GET, HEAD")]
             text = "Only GET is answered: the tab reads, and changes nothing."
             return http_util.Respond(request, text, "text/plain", code=405, headers=allowed)
         try:
             return respond(request)
-        except errors.PublicError:  # TensorBoard answers with its code and its text
+        except errors.PublicError:  # TensorBoard turns it into a response with its code and text
             raise
-        except Exception:  # TensorBoard would say so nowhere
+        except Exception:  # TensorBoard would not log it
             _logger.exception("The Gradients tab has failed at %s", shown(request.path))
             return http_util.Respond(request, _FAILED, "text/plain", code=500)
 

@@ -1,4 +1,4 @@
-"""What TensorBoard's data provider holds of ours, asked for once by requests that come together."""
+"""Reads this plugin's data from TensorBoard's data provider; concurrent requests share listings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tensorboard.data import provider
 from gradwatch_dashboard.untrusted import note, shown
 from gradwatch_dashboard.wire import PLUGIN, Tag, is_readable
 
-# The largest int32, as the data server takes it; with 0 it gives nothing.
+# The data server takes an int32, and returns nothing for 0; so the largest int32 means all.
 ALL_SAMPLES = 2**31 - 1
 
 _UNKNOWN = (
@@ -27,17 +27,18 @@ _TRANSIENT = frozenset({"UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED", "ABORTE
 
 
 class UnavailableError(errors.PublicError):  # type: ignore[misc]  # TensorBoard has no types
-    """The data cannot be read now, but perhaps a little later."""
+    """The data cannot be read now; a later attempt may succeed. Sent as HTTP 503."""
 
     http_code = 503
 
 
 class Version(NamedTuple):
-    """Changes whenever a tag has grown.
+    """Identifies how far a tag has been written; changes whenever it grows.
 
     Attributes:
-        max_step: Largest step of its Events.
-        max_wall_time: Latest time of them, seconds since 1970; None where it is no number.
+        max_step: The largest step of its Events.
+        max_wall_time: The latest wall time of its Events, in seconds since 1970; None if it is not
+            finite.
     """
 
     max_step: int | None
@@ -45,39 +46,34 @@ class Version(NamedTuple):
 
 
 class TagSource(NamedTuple):
-    """What is to be read.
-
-    Attributes:
-        run: Name of the run.
-        tag: One of its tags.
-    """
+    """A tag of a run."""
 
     run: str
     tag: Tag
 
 
 Listing = dict[str, dict[Tag, Version]]
-"""Run to tag to its version, of tags that are ours and readable."""
+"""Run to tag to version, for the tags of this plugin that are readable."""
 
 
 class Provider:
-    """TensorBoard's data provider on behalf of one request.
+    """TensorBoard's data provider, for the duration of one request.
 
     Attributes:
-        experiment: The experiment that the request is about; empty for the one that is local.
+        experiment: The experiment ID of the request; empty for local data.
     """
 
     def __init__(self, data_provider: Any, environ: Any) -> None:
-        """Holds TensorBoard's data provider and what of the request each call passes on."""
+        """Takes from the WSGI ``environ`` the context that each call has to pass on."""
         self._provider = data_provider
         self._context = plugin_util.context(environ)
         self.experiment: str = plugin_util.experiment_id(environ)
 
     def listing(self, run: str | None = None) -> Listing:
-        """Lists what there is of a run, or of all.
+        """Lists the tags of a run, or of all runs for None.
 
         Raises:
-            UnavailableError: If TensorBoard cannot tell now.
+            UnavailableError: If TensorBoard cannot list its data now.
         """
         wanted = None if run is None else provider.RunTagFilter(runs=[run])
         try:
@@ -94,17 +90,18 @@ class Provider:
         return {name: ours for name, tags in found.items() if (ours := _readable(name, tags))}
 
     def read(self, wanted: Sequence[TagSource]) -> dict[TagSource, list[Any]]:
-        """Reads tags, in as few calls as go well.
+        """Reads tags, in as few calls as possible.
 
         Returns:
-            The ``TensorDatum``s of each in the order of the file. A tag that is gone, damaged or
-            too large for a reply has none.
+            The ``TensorDatum``s of each tag, in file order. The list is empty for a tag that is
+            gone, damaged or too large for a reply.
 
         Raises:
-            UnavailableError: If TensorBoard cannot read now.
+            UnavailableError: If TensorBoard cannot read its data now.
         """
-        # Together, for a call takes the data server 45 ms. Where it fails, in halves: a reply above
-        # 256 MiB fails, and so does one with a damaged tag, whose neighbours can still be read.
+        # One call for all tags, because each call to the data server takes 45 ms. If it fails, try
+        # again in halves: a reply above 256 MiB fails, and so does one with a damaged tag, but the
+        # other tags of that reply can still be read.
         try:
             found = self._read(wanted)
         except Exception as error:
@@ -152,17 +149,17 @@ def _readable(run: str, tags: dict[str, Any]) -> dict[Tag, Version]:
 
 
 def _is_transient(error: Exception) -> bool:
-    """Whether it is gRPC that says so: the data server is down, or slow."""
+    """Whether this is a gRPC error that may go away: the data server is down or slow."""
     code = getattr(error, "code", None)
     return callable(code) and getattr(code(), "name", "") in _TRANSIENT
 
 
 FRESH_SECONDS = 0.5
-"""Age up to which a listing still stands: TensorBoard looks at the files once a second at most."""
+"""Age up to which a listing is reused: TensorBoard checks the files at most once a second."""
 
 
 class ListingCache:
-    """Remembers the newest listings."""
+    """Caches listings for :data:`FRESH_SECONDS`."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -170,9 +167,9 @@ class ListingCache:
         self._known: dict[tuple[str, str | None], tuple[float, Listing]] = {}
 
     def get(self, provider: Provider, run: str | None = None) -> Listing:
-        """Lists what there is of a run, or of all."""
+        """Lists the tags of a run, or of all runs for None."""
         whole, key = (provider.experiment, None), (provider.experiment, run)
-        # Also while it asks: requests that come together wait for one answer.
+        # Locked during the call too, so that concurrent requests share one listing.
         with self._lock:
             now = self._clock()
             self._known = {

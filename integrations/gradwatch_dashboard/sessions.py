@@ -1,7 +1,7 @@
-"""Sessions: one timeline for each optimizer of a run, out of all that its processes wrote.
+"""Sessions: joins what the processes of a run wrote into one timeline for each optimizer.
 
-A later session, or a later stream of one, replaces what earlier ones hold of the same optimizer
-from its first step on.
+A later session or stream replaces the earlier data of the same optimizer, from its own first step
+on.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from gradwatch_dashboard.tensors import EventChunks, TabEvent
 from gradwatch_dashboard.wire import COLUMNS, StreamLayout
 
 StreamKey = tuple[str, int]
-"""Session and number of a stream: they sort in the order in which the streams began."""
+"""Session and number of a stream. Keys sort in the order in which the streams began."""
 
 SegmentKey = tuple[str, int, int]
 """Session, number of the stream, number of the segment."""
 
 
 FurtherColumn = tuple[str, str]
-"""Name and reduction."""
+"""Name and reduction of a step column that the layout lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,11 @@ class Piece:
     """Rows of a segment that belong to a timeline.
 
     Attributes:
-        segment: The segment.
-        rows: Which of its rows.
-        start: Number of the first of them in the timeline.
-        columns: intp array ``[P of the stream]``: the parameters of the timeline that the columns
-            stand for; None where they are the same.
+        segment: The segment that holds the rows.
+        rows: The rows in the segment, with a start and a stop.
+        start: Index of the first of these rows among the windows of the timeline.
+        columns: intp array ``[P of the stream]``: for each column of the segment its parameter in
+            the timeline. None if they are the same.
     """
 
     segment: SegmentKey
@@ -45,21 +45,21 @@ class Piece:
 
     @property
     def stop(self) -> int:
-        """Number of the first window of the timeline behind it."""
+        """Index of the timeline's first window after this piece."""
         return self.start + int(self.rows.stop) - int(self.rows.start)
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """All that a run holds of one optimizer.
+    """All windows that a run has for one optimizer.
 
     Attributes:
         layout: The parameters of the newest session, then those that only earlier ones had.
         first_steps: int64 array ``[windows]``, rising.
-        last_steps: int64 array ``[windows]``; no two windows share a step.
-        table: float64 array ``[windows, C]``, as written, with the further columns of the layout:
-            the steps of a window that is cut short are those above.
-        pieces: Where the cells of the windows are.
+        last_steps: int64 array ``[windows]``. No two windows share a step.
+        table: float64 array ``[windows, C]``, as written, with the further columns of the layout.
+            If a later session cuts a window short, only ``last_steps`` has its new end.
+        pieces: Where the cells of the windows are stored.
     """
 
     layout: StreamLayout
@@ -70,23 +70,23 @@ class Timeline:
 
     @property
     def first_step(self) -> int:
-        """The first step that is there."""
+        """The first recorded step."""
         return int(self.first_steps[0])
 
     @property
     def last_step(self) -> int:
-        """The last step that is there."""
+        """The last recorded step."""
         return int(self.last_steps[-1])
 
 
 def join_sessions(
     layouts: Mapping[StreamKey, StreamLayout], tables: Mapping[SegmentKey, NDArray[np.float64]]
 ) -> dict[str, Timeline]:
-    """Joins the streams of a run to a timeline of each optimizer, in the order of the alphabet.
+    """Joins the streams of a run into one timeline per optimizer, in alphabetical order.
 
     Args:
-        layouts: Of each stream.
-        tables: Windows of each segment, float64 arrays ``[windows, C]`` whose steps rise.
+        layouts: The layout of each stream.
+        tables: The windows of each segment: float64 arrays ``[windows, C]`` whose steps rise.
     """
     segments: dict[str, dict[StreamKey, list[SegmentKey]]] = {}
     for segment in sorted(tables):
@@ -100,7 +100,7 @@ def join_sessions(
 def first_steps_of(
     layouts: Mapping[StreamKey, StreamLayout], tables: Mapping[SegmentKey, NDArray[np.float64]]
 ) -> dict[str, dict[str, int]]:
-    """Tells from which step on each session counts: by optimizer and session."""
+    """Returns the first step of each session, by optimizer and then by session."""
     firsts: dict[str, dict[str, int]] = {}
     for segment, table in tables.items():
         if segment[:2] in layouts and len(table):
@@ -117,7 +117,8 @@ def join_events(
 
     Args:
         sessions: Session to its events.
-        first_steps: Of :func:`first_steps_of`: a later session replaces earlier events from there.
+        first_steps: The result of :func:`first_steps_of`. From these steps on, a later session
+            replaces the events of earlier ones.
     """
     kept: list[TabEvent] = []
     for session in sorted(sessions):
@@ -144,7 +145,7 @@ def _timeline(
     kept: list[tuple[SegmentKey, slice]] = []
     lasts: list[NDArray[np.float64]] = []
     limit = np.inf
-    # From the newest on, each kept up to the first step of those behind it.
+    # From newest to oldest: each stream is kept up to the first step of any later stream.
     for stream in reversed(list(streams)):
         parts, end = [], -1.0
         for segment in streams[stream]:
@@ -173,7 +174,7 @@ def _timeline(
 def _widened(
     table: NDArray[np.float64], own: Sequence[FurtherColumn], all_of_them: Sequence[FurtherColumn]
 ) -> NDArray[np.float64]:
-    """Puts the further columns of a session where those of all sessions are; NaN for others."""
+    """Moves a session's further columns to their places in the joined layout; NaN in the rest."""
     if own == all_of_them:
         return table
     wide = np.full((len(table), len(COLUMNS) + len(all_of_them)), np.nan)
@@ -186,12 +187,12 @@ def _widened(
 def _join_layouts(
     layouts: Mapping[StreamKey, StreamLayout],
 ) -> tuple[StreamLayout, dict[StreamKey, NDArray[np.intp] | None]]:
-    """Joins layouts, the newest first; and where the columns of each are in the whole."""
+    """Joins layouts, newest first, and returns where each one's columns are in the joined one."""
     positions: dict[str, int] = {}
     modules: list[str] = []
     shapes: list[tuple[int, ...]] = []
     columns: dict[StreamKey, NDArray[np.intp] | None] = {}
-    # The newest first: its model is the one that is being looked at, the rest stands below.
+    # The newest first: its model is the current one. Parameters of older models go below.
     for stream in reversed(list(layouts)):
         layout = layouts[stream]
         for name, module, shape in zip(
@@ -201,7 +202,7 @@ def _join_layouts(
                 modules.append(module)
                 shapes.append(shape)
         columns[stream] = np.array([positions[name] for name in layout.parameters], np.intp)
-    # Mostly all sessions have the same parameters: None spares the binning to sort each row anew.
+    # Most sessions have the same parameters. None then saves the binning from reordering each row.
     for stream, found in columns.items():
         if found is not None and np.array_equal(found, np.arange(len(positions))):
             columns[stream] = None

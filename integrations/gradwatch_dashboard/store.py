@@ -1,4 +1,4 @@
-"""What was read of each run, in bounded memory; a tag is read again only when it has grown."""
+"""Caches the data of each run, in bounded memory. A tag is read again only after it has grown."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ from gradwatch_dashboard.tensors import (
 from gradwatch_dashboard.wire import COLUMNS, StreamLayout, Tag
 
 TOGETHER = 64
-"""Small tags that are read in one call."""
+"""How many small tags are read in one call."""
 
 _SMALL = frozenset({"layout", "steps", "events"})
-_EVENT_BYTES = 700  # about what an event takes
+_EVENT_BYTES = 700  # approximate memory of an event
 
 Tags = dict[Tag, Version]
 Data = Mapping[TagSource, Sequence[Any]]
@@ -45,12 +45,12 @@ Data = Mapping[TagSource, Sequence[Any]]
 
 @dataclass(frozen=True, slots=True)
 class RunView:
-    """A run as it was at one time.
+    """A snapshot of a run, without the cells of its heat maps.
 
     Attributes:
-        timelines: Optimizer to all that there is of it.
-        events: What happened, oldest first.
-        newest: Wall time of the newest Event, seconds since 1970; 0 where none has one.
+        timelines: Optimizer to its timeline.
+        events: The events, oldest first.
+        newest: Wall time of the newest Event, in seconds since 1970; 0 if no Event has one.
     """
 
     timelines: dict[str, Timeline]
@@ -59,7 +59,7 @@ class RunView:
 
 
 class RunStore:
-    """What was read of one run. The caller holds :attr:`lock` while it calls anything."""
+    """The cached data of one run. The caller must hold :attr:`lock` during any other access."""
 
     def __init__(self, run: str) -> None:
         self.lock = threading.Lock()
@@ -73,15 +73,15 @@ class RunStore:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes, about."""
+        """Approximate memory use, in bytes."""
         matrices = sum(matrix.nbytes for _, matrix in self._matrices.values())
         tables = sum(steps.table.nbytes for _, steps in self._steps.values())
         chunks = [chunk for _, chunks in self._events.values() for chunk in chunks.values()]
-        # Of each table the timeline has a joined copy, and the steps as integers.
+        # Times 3: a timeline holds a joined copy of each table, and its steps as integers.
         return matrices + 3 * tables + _EVENT_BYTES * sum(map(len, chunks))
 
     def changed(self, tags: Tags) -> list[TagSource]:
-        """Lists what has to be read before a view of these tags."""
+        """Lists the small tags that must be read before a view of ``tags`` can be made."""
         if tags == self._tags:
             return []
         known = self._layouts | self._steps | self._events
@@ -92,12 +92,12 @@ class RunStore:
         ]
 
     def view(self, provider: Provider, tags: Tags, read: Data | None = None) -> RunView:
-        """Brings everything but the cells up to date.
+        """Returns an up-to-date view of the run. Reads what has changed, except for the cells.
 
         Args:
-            provider: Where to read.
-            tags: What there is of the run now.
-            read: What was read for it already, with that of other runs.
+            provider: Where to read from.
+            tags: The current tags of the run.
+            read: Data that was already read, perhaps together with that of other runs.
         """
         if self._view is not None and tags == self._tags:
             return self._view
@@ -117,20 +117,23 @@ class RunStore:
             join_events(sessions, first_steps_of(layouts, tables)),
             max((time for time in times if time is not None), default=0.0),
         )
-        # Together and last: where a read fails, the next request has to try again.
+        # Both are set last: if a read fails, the next request must try again.
         self._tags, self._view = tags, view
         return view
 
     def cells(self, provider: Provider, timeline: Timeline) -> list[tuple[Piece, MatrixChunks]]:
-        """Returns the pieces of a timeline of the newest view, each with its segment's cells."""
+        """Returns the pieces of a timeline, each with the cells of its segment.
+
+        The timeline must be one of the newest view.
+        """
         return [(piece, self._matrix(provider, piece.segment)) for piece in timeline.pieces]
 
     def _update(self, tags: Tags, data: Data) -> None:
-        # A tag is gone where a run was deleted and begun anew under the same name.
+        # A tag disappears when a run is deleted and started again under the same name.
         for known in (self._layouts, self._steps, self._events, self._matrices):
             for tag in set(known).difference(tags):
                 del known[tag]
-        # The layouts first: they say how many columns the steps have.
+        # Layouts first: they say how many columns the steps have.
         for run, tag in sorted(self.changed(tags), key=lambda source: source.tag.kind != "layout"):
             version, found = tags[tag], data[TagSource(run, tag)]
             if tag.kind == "layout":
@@ -140,7 +143,7 @@ class RunStore:
                 further = 0 if layout is None else len(layout.columns)
                 self._steps[tag] = version, read_steps(run, tag, found, further)
             else:
-                # Chunks are only added: those that are parsed are not parsed again.
+                # Chunks are only ever added, so those already parsed are reused.
                 known_chunks = self._events[tag][1] if tag in self._events else {}
                 self._events[tag] = version, read_events(run, tag, found, known_chunks)
 
@@ -152,7 +155,7 @@ class RunStore:
         norms, bad, steps = (Tag(kind, *segment) for kind in ("norms", "bad", "steps"))
         versions = tuple(map(self._tags.get, (norms, bad, steps)))
         if norms not in self._matrices or self._matrices[norms][0] != versions:
-            self._matrices.pop(norms, None)  # not two at a time: they are large
+            self._matrices.pop(norms, None)  # first: matrices are large, so never hold two versions
             layout = cast(StreamLayout, self._layout_of(norms))
             sources = [TagSource(self._run, tag) for tag in (norms, bad)]
             data = provider.read([source for source in sources if source.tag in self._tags])
@@ -164,16 +167,16 @@ class RunStore:
 
 
 MAX_BYTES = 256 * 2**20
-"""Memory for what was read; of runs beyond it the longest unused are read again when needed."""
+"""Memory for cached data. Beyond it, the least recently used runs are dropped."""
 
 _Key = tuple[str, str]
 
 
 class RunCache:
-    """Keeps a store for each run."""
+    """An LRU cache with a store for each run."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
-        """Starts empty; the store in use is kept, however large."""
+        """Starts empty. The newest store is always kept, even if it exceeds ``max_bytes``."""
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
         self._stores: OrderedDict[_Key, RunStore] = OrderedDict()
@@ -183,10 +186,10 @@ class RunCache:
 
     @contextmanager
     def open(self, provider: Provider, run: str) -> Iterator[tuple[RunStore, RunView] | None]:
-        """Gives a run, as it is now, to one thread.
+        """Locks a run for the current thread and brings its view up to date.
 
         Yields:
-            Its store, and what there is but the cells; None where there is no such run of ours.
+            The store and its view; None if there is no such run with data of this plugin.
         """
         tags = self._listings.get(provider, run).get(run)
         if tags is None:
@@ -200,7 +203,7 @@ class RunCache:
         with self._lock:
             store = self._stores.setdefault(key, RunStore(key[1]))
             self._stores.move_to_end(key)
-        # Not under the lock of all runs: the others are answered while this one is read.
+        # Outside the lock of the cache, so that other runs can be served while this one is read.
         with store.lock:
             try:
                 yield store
@@ -209,7 +212,7 @@ class RunCache:
         self._shrink(key, size)
 
     def summaries(self, provider: Provider) -> list[dict[str, Any]]:
-        """Returns what the route ``runs`` says of each run, in the order of the alphabet."""
+        """Returns the answer of the route ``runs``: a summary per run, in alphabetical order."""
         listing = self._listings.get(provider)
         self._forget_others(provider.experiment, listing)
         changed = [run for run in sorted(listing) if self._changed(provider, run, listing[run])]
@@ -231,7 +234,7 @@ class RunCache:
     def _read(
         self, provider: Provider, runs: Sequence[str], listing: Listing
     ) -> Iterator[tuple[list[str], Data]]:
-        """Reads several runs at a time: a hundred of them one by one would take many seconds."""
+        """Reads several runs per call: a hundred of them one by one would take many seconds."""
         together: list[str] = []
         sources: list[TagSource] = []
         for run in runs:
@@ -252,7 +255,7 @@ class RunCache:
 
     def _shrink(self, key: _Key, size: int) -> None:
         with self._lock:
-            if key in self._stores:  # another request may have dropped it in the meantime
+            if key in self._stores:  # another request may have dropped it meanwhile
                 self._sizes[key] = size
             while sum(self._sizes.values()) > self._max_bytes and len(self._stores) > 1:
                 oldest, _ = self._stores.popitem(last=False)
@@ -260,7 +263,7 @@ class RunCache:
 
 
 def _summarize(run: str, view: RunView) -> dict[str, Any]:
-    """Says what there is of a run, as the route ``runs`` sends it."""
+    """Summarizes a run for the route ``runs``."""
     optimizers = [
         {
             "optimizer": name,
@@ -277,7 +280,7 @@ def _summarize(run: str, view: RunView) -> dict[str, Any]:
 
 
 def _count_bad_steps(table: NDArray[np.float64]) -> int:
-    # The numbers are a stranger's: a NaN fails both comparisons, and none is more than a browser
-    # can count. As Python integers, whose sum does not overflow.
+    # The numbers are untrusted. A NaN fails both comparisons, and a count of 2**53 or more is not
+    # exact in a browser. int() of Python floats, because a NumPy integer could overflow.
     counts = table[:, COLUMNS.index("bad_steps")].tolist()
     return int(sum(count for count in counts if 0 < count < 2**53))

@@ -1,9 +1,10 @@
-"""Tensors: what the tags of a run hold, checked: layouts, windows, cells and events.
+"""Tensors: reads and checks the data of a run: layouts, windows, cells and events.
 
-The files may be damaged, or a stranger's. What does not fit is left out and said once in the log.
+The files may be damaged, or come from an untrusted source. Data that fails a check is left out, and
+the log says so once.
 
-Norms are kept *coded*, so that one maximum says what a cell is to show: what is finite is more than
-anything else, a NaN is more than an Inf, that more than no gradient, and that more than nothing.
+Norms are stored *coded*, so that a plain maximum over the norms of a cell picks the one to show:
+finite norm > NaN > Inf > no gradient > nothing recorded.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from gradwatch_dashboard.wire import (
 NAN_CODE = -0.25
 INF_CODE = -0.5
 NOTHING = -2.0
-"""Stands for the norm where nothing was recorded."""
+"""The coded norm where nothing was recorded."""
 
 MAX_FURTHER_COLUMNS = 64
 
 MAX_STEP = 2**50
-"""Larger numbers of steps are none: an int64 has to hold one times the columns of a heat map."""
+"""The largest valid step: its product with the columns of a heat map must fit in an int64."""
 
 _DAMAGED_LAYOUT = "The Gradients tab leaves out the stream %s of run %s: its layout is damaged."
 _DAMAGED_EVENT = "The Gradients tab leaves out an event of %s of run %s: it is damaged."
@@ -48,16 +49,17 @@ _DAMAGED_CHUNK = "The Gradients tab leaves out a chunk of %s of run %s: its tens
 _INTEGERS = ("step", "micro_batch", "rank", "nan_count", "inf_count", "global_step")
 _TEXTS = ("kind", "parameter", "module", "message", "optimizer")
 _COLOR = re.compile("#[0-9a-f]{6}")
-_MAX_INTEGER = 2**53  # what a browser can count
+_MAX_INTEGER = 2**53  # JavaScript numbers are exact up to here
 
 ChunkKey = tuple[int, float]
-"""Step and wall time of an Event: the same for all tensors of a chunk."""
+"""Step and wall time of an Event; all tensors of a chunk share them."""
 
 
 def read_layout(run: str, tag: Tag, data: Sequence[Any]) -> StreamLayout | None:
-    """Returns the first layout that is whole, with names that fit; None where none is.
+    """Returns the first undamaged layout, with its names cut by :func:`fit_name`; None if none is.
 
-    Here as below, run and tag are for the log, and data are the tag's ``TensorDatum``s.
+    Here as below, ``run`` and ``tag`` are only for the log, and ``data`` are the ``TensorDatum``s
+    of the tag.
     """
     layouts = [layout for datum in data if (layout := _parse_layout(datum.numpy)) is not None]
     if not layouts:
@@ -78,18 +80,18 @@ def _checked_layout(layout: StreamLayout) -> StreamLayout:
     count = len(layout.parameters)
     shapes = layout.shapes or ((),) * count
     if len(layout.modules) != count or len(shapes) != count:
-        raise ValueError("modules and shapes are not as many as the parameters")
+        raise ValueError("the numbers of modules, shapes and parameters differ")
     if any(not 0 <= size < 2**53 for shape in shapes for size in shape):
-        raise ValueError("a shape has a size that is none")
+        raise ValueError("a shape has an invalid size")
     parameters = tuple(map(fit_name, layout.parameters))
     if len(set(parameters)) != count:
         raise ValueError("two parameters have the same name")
     columns = tuple((fit_name(name), reduction) for name, reduction in layout.columns)
     names = {*COLUMNS, *(name for name, _ in columns)}
     if len(names) < len(COLUMNS) + len(columns) or len(columns) > MAX_FURTHER_COLUMNS:
-        raise ValueError("two columns have the same name, or they are too many")
+        raise ValueError("two columns have the same name, or there are too many columns")
     if any(reduction not in REDUCTIONS for _, reduction in columns):
-        raise ValueError("a column is put together in a way that is not known")
+        raise ValueError("a column has an unknown reduction")
     modules = tuple(map(fit_name, layout.modules))
     return StreamLayout(fit_name(layout.optimizer), parameters, modules, shapes, columns)
 
@@ -99,9 +101,9 @@ class Steps:
     """The windows of a segment.
 
     Attributes:
-        table: float64 array ``[windows, C]``, as on the wire; the steps rise and no two windows
-            share one.
-        chunks: Key of each chunk with the rows that are good, bool array ``[rows]``.
+        table: float64 array ``[windows, C]``, as written. The steps rise, and no two windows share
+            one.
+        chunks: Key of each chunk, with a bool array ``[rows]`` of its valid rows.
     """
 
     table: NDArray[np.float64]
@@ -114,8 +116,8 @@ class MatrixChunks:
 
     Attributes:
         norms: float32 array ``[windows, P]``, coded.
-        bad_rows: intp array ``[rows]``: the windows that have bad steps, rising.
-        bad: uint16 array ``[rows, P]``: the bad steps of those windows.
+        bad_rows: intp array ``[rows]``, rising: the windows that have bad steps.
+        bad: uint16 array ``[rows, P]``: the number of bad steps in those windows.
     """
 
     norms: NDArray[np.float32]
@@ -124,18 +126,18 @@ class MatrixChunks:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Memory of the arrays, in bytes."""
         return self.norms.nbytes + self.bad_rows.nbytes + self.bad.nbytes
 
 
 def read_steps(run: str, tag: Tag, data: Sequence[Any], further: int = 0) -> Steps:
-    """Returns the windows of a segment, without those whose steps are not whole or do not rise.
+    """Returns the windows of a segment, without those whose steps are not integers or do not rise.
 
     Args:
         run: For the log.
         tag: For the log.
-        data: The tag's ``TensorDatum``s.
-        further: Number of further columns that the layout lists.
+        data: The ``TensorDatum``s of the tag.
+        further: Number of columns that the layout lists in addition to :data:`COLUMNS`.
     """
     width = len(COLUMNS) + further
     tables = _by_chunk(run, tag, data, np.float64, width)
@@ -148,15 +150,17 @@ def read_steps(run: str, tag: Tag, data: Sequence[Any], further: int = 0) -> Ste
 def read_matrix(
     run: str, tag: Tag, steps: Steps, parameters: int, norms: Sequence[Any], bad: Sequence[Any]
 ) -> MatrixChunks:
-    """Returns the cells of a segment, one row per window; nothing where no tensor fits.
+    """Returns the cells of a segment, one row per window.
+
+    Cells without a valid tensor are :data:`NOTHING`.
 
     Args:
         run: For the log.
-        tag: Of the norms, for the log.
-        steps: Its windows.
-        parameters: P.
-        norms: ``TensorDatum``s of its norms.
-        bad: ``TensorDatum``s of its bad steps.
+        tag: The tag of the norms, for the log.
+        steps: The windows of the segment.
+        parameters: The number of parameters, ``P``.
+        norms: The ``TensorDatum``s of its norms.
+        bad: The ``TensorDatum``s of its bad steps.
     """
     norms_of = _by_chunk(run, tag, norms, np.float32, parameters)
     bad_of = _by_chunk(run, tag._replace(kind="bad"), bad, np.uint16, parameters)
@@ -170,7 +174,8 @@ def read_matrix(
         if found is not None and len(found) == len(good):
             cells[start:stop] = found if good.all() else found[good]
             encode(cells[start:stop])
-        # Only the rows with a bad step: nearly all are zeros, and they take half as much as norms.
+        # Keep only the rows with a bad step: nearly all are zero, and all of them would take half
+        # as much memory as the norms.
         if found_bad is not None and len(found_bad) == len(good):
             here = found_bad[good]
             bad_rows = np.flatnonzero(here.any(axis=1))
@@ -186,7 +191,7 @@ def _by_chunk(
     found: dict[ChunkKey, NDArray[Any]] = {}
     for datum in data:
         if _fits(run, tag, datum.numpy, dtype, width):
-            # The first of a key, whatever the tag: the rows of norms, bad and steps must pair up.
+            # Always the first tensor of a key, so that the rows of norms, bad and steps match.
             found.setdefault(_key(datum), datum.numpy)
     return found
 
@@ -203,11 +208,11 @@ def _fits(run: str, tag: Tag, array: Any, dtype: type, width: int) -> bool:
 
 
 def _are_good(first: NDArray[np.float64], last: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Tells which windows hold whole steps, later than all good ones before."""
+    """Tells which windows have integer steps that come after all valid windows before them."""
     # A NaN fails every comparison, so it needs no test of its own.
     good: NDArray[np.bool_] = (first >= 0) & (first <= last) & (last <= MAX_STEP)
     good[good] &= (first[good] % 1 == 0) & (last[good] % 1 == 0)
-    # The loop in Python is for damaged files only.
+    # This slow loop in Python only runs for damaged files.
     if not (first[good][1:] > last[good][:-1]).all():
         end = -1.0
         for row in np.flatnonzero(good):
@@ -220,8 +225,8 @@ def encode(norms: NDArray[Any]) -> NDArray[Any]:
     """Codes norms in place, and returns the array.
 
     Args:
-        norms: float array of any shape; NaN, Inf and -1 as on the wire. Other numbers below zero
-            are no norms, and count as NaN.
+        norms: float array of any shape, with NaN, Inf and -1 as written. Other negative numbers are
+            not valid norms and become NaN.
     """
     norms[(norms < 0) & np.isfinite(norms) & (norms != NO_GRADIENT)] = NAN_CODE
     norms[np.isnan(norms)] = NAN_CODE
@@ -230,19 +235,19 @@ def encode(norms: NDArray[Any]) -> NDArray[Any]:
 
 
 def decode(norms: NDArray[Any]) -> NDArray[Any]:
-    """Turns the codes of NaN and Inf back in place, and returns the array, float of any shape."""
+    """Turns codes back into NaN and Inf in place, and returns the float array of any shape."""
     np.copyto(norms, np.nan, where=norms == NAN_CODE)
     np.copyto(norms, np.inf, where=norms == INF_CODE)
     return norms
 
 
 class TabEvent(NamedTuple):
-    """An event, as the tab is sent it.
+    """An event in the form in which the tab receives it.
 
     Attributes:
-        step: Its step.
+        step: The optimizer's step, as in ``Event.step``.
         optimizer: Label of the optimizer.
-        json: All of it, as it is sent.
+        json: The whole event as a JSON object.
     """
 
     step: int
@@ -251,11 +256,11 @@ class TabEvent(NamedTuple):
 
 
 EventChunks = Mapping[ChunkKey, Sequence[TabEvent]]
-"""The events of a session, in its chunks."""
+"""The events of a session, by chunk."""
 
 
 def read_events(run: str, tag: Tag, data: Sequence[Any], known: EventChunks) -> EventChunks:
-    """Returns the events of each chunk of a session, oldest first; ``known`` is not read again."""
+    """Returns the events of each chunk of a session, oldest first; reuses the ``known`` chunks."""
     chunks: dict[ChunkKey, Sequence[TabEvent]] = {}
     for datum in data:
         key = _key(datum)
@@ -279,14 +284,14 @@ def _parse_event(text: Any) -> TabEvent | None:
 
 
 def _checked_event(fields: Any) -> TabEvent:
-    """Keeps the fields of an event, and nothing else that a stranger may have put there."""
+    """Copies the known fields of an event, and drops everything else in the untrusted object."""
     event: dict[str, int | float | str] = {}
     for name in _INTEGERS:
         event[name] = _integer(fields.get(name, 0) if name != "step" else fields["step"])
     for name in _TEXTS:
         event[name] = fit_name(checked_text(fields.get(name, "")))
     value = float(fields.get("value", math.nan))
-    # JSON has no NaN, and what Python writes in its place no browser can read.
+    # JSON has no NaN, and browsers cannot parse what Python's json writes for it.
     event["value"] = value if math.isfinite(value) else str(value).replace("inf", "Infinity")
     if event["value"] == "nan":
         event["value"] = "NaN"
@@ -296,7 +301,7 @@ def _checked_event(fields: Any) -> TabEvent:
 
 def _look(fields: Any, kind: str) -> tuple[str, str]:
     color, shape = fields.get("color"), fields.get("shape")
-    # Only what cannot be anything else gets into the page.
+    # Only an exact color and a known shape may get into the page; the text is untrusted.
     if isinstance(color, str) and _COLOR.fullmatch(color) and shape in SHAPES:
         return color, shape
     return LOOKS.get(kind, OTHER_LOOK)
@@ -305,5 +310,5 @@ def _look(fields: Any, kind: str) -> tuple[str, str]:
 def _integer(value: Any) -> int:
     number = int(value)
     if number != value or abs(number) > _MAX_INTEGER:
-        raise ValueError(f"{number} is no count")
+        raise ValueError(f"{number} is not a valid count")
     return number

@@ -1,4 +1,4 @@
-"""Untrusted text, out of a file or a request: made fit for a line of the log and for a browser."""
+"""Untrusted text from a file or a request: makes it safe for a line of the log and a browser."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import threading
 
 MAX_NOTES = 200
-"""Different notes of a process; a log of damaged files need not fill the terminal."""
+"""Distinct warnings per process, so that damaged files do not flood the terminal."""
 
 _LINE_CHARACTERS = 120
 _logger = logging.getLogger("gradwatch_dashboard")
@@ -15,11 +15,11 @@ _seen: set[tuple[str, ...]] = set()
 
 
 def note(message: str, *details: object) -> None:
-    """Writes a warning, unless the same was written before.
+    """Logs a warning, unless the same one was logged before.
 
     Args:
-        message: With a ``%s`` for each detail.
-        details: What the message is about, possibly a stranger's text.
+        message: A format with one ``%s`` per detail.
+        details: Values for the format, which may be untrusted text.
     """
     entry = (message, *map(shown, details))
     with _lock:
@@ -30,17 +30,17 @@ def note(message: str, *details: object) -> None:
 
 
 def shown(text: object) -> str:
-    """Makes a text of any length and any characters fit for one line of a log or an error."""
+    """Returns the ``repr`` of a value, cut to fit in one line of a log or an error message."""
     line = repr(text)
     return line if len(line) <= _LINE_CHARACTERS else f"{line[:_LINE_CHARACTERS]}..."
 
 
 MAX_NAME = 1000
-"""Longer names are cut: a browser has to lay them out."""
+"""Characters of a name; longer names are cut, because a browser has to lay them out."""
 
 
 def fit_name(name: str) -> str:
-    """Cuts what is too long and replaces what no UTF-8 text can hold.
+    """Cuts a long name, and replaces characters that UTF-8 cannot encode.
 
     >>> fit_name("layer.weight")
     'layer.weight'

@@ -1,19 +1,19 @@
-"""Wire: how the matrix of parameters by steps lies in TensorBoard's event files.
+"""Wire: the format of the parameters-by-steps matrix in TensorBoard's event files.
 
-The writer (:mod:`gradwatch_tensorboard`) and the reader (this package) agree here. All tags belong
-to the plugin :data:`PLUGIN` and hold tensors.
+The writer (:mod:`gradwatch_tensorboard`) and the reader (this package) share these definitions. All
+tags belong to the plugin :data:`PLUGIN` and hold tensors.
 
-A *session* is one process that writes a run, and a *stream* is one optimizer of it with one set of
-parameters. A *window* is one or more consecutive steps of a stream, a row of its tensors. Windows
-go out in chunks, one Event each; a *segment* is the tag of up to a hundred chunks, so that a reader
-that comes back reads the newest segment only.
+A *session* is one process that writes a run. A *stream* is one optimizer in a session, with one set
+of parameters. A *window* is one or more consecutive steps of a stream, and is one row of its
+tensors. Windows are written in *chunks*, one Event each. A *segment* is the tag of up to a hundred
+chunks, so that a reader can refresh by reading the newest segment only.
 
 ==================================  ==========================  ===================================
 tag                                 tensor                      content
 ==================================  ==========================  ===================================
 ``layout/<session>/<stream>``       string ``[]``               JSON, see :class:`StreamLayout`
-``norms/<session>/<stream>/<seg>``  float32 ``[windows, P]``    largest finite pre-clip norm; where
-                                                                none is finite the NaN or Inf
+``norms/<session>/<stream>/<seg>``  float32 ``[windows, P]``    largest finite pre-clip norm; if
+                                                                none is finite, the NaN or Inf
 ``bad/<session>/<stream>/<seg>``    uint16 ``[windows, P]``     steps whose norm is NaN or Inf;
                                                                 ``[0, P]`` where there are none
 ``steps/<session>/<stream>/<seg>``  float64 ``[windows, C]``    :data:`COLUMNS`, then those that
@@ -22,16 +22,16 @@ tag                                 tensor                      content
                                                                 the look of its mark, :data:`LOOKS`
 ==================================  ==========================  ===================================
 
-All begin with ``gradwatch/``. The step of an Event is the first ``global_step`` that it covers, or
-one more than that of the Event before, as it has to rise within a tag. A run that is resumed hides
-what begins at its first step or later, and leaves the chunk that it cuts in two.
+All tags begin with ``gradwatch/``. The step of an Event is the first ``global_step`` that it
+covers, or one more than the step of the previous Event, because steps must rise within a tag. A
+resumed run hides all Events at or after its first step, but not a chunk that began earlier.
 
-Events are listed up to 10,000 in a session. An entry of the kind ``left_out`` behind them says that
-there were more; a second one, at the end of the session, stands in its place and says in its
-``value`` how many, and in its ``message`` how many of each kind.
+A session lists up to 10,000 events. An entry of the kind ``left_out`` after them says that there
+were more. A second such entry, at the end of the session, replaces the first one. Its ``value`` is
+how many were left out, and its ``message`` says how many of each kind.
 
-A session replaces what earlier ones of the run hold of the same optimizer from its first step on: a
-run that was resumed from a checkpoint repeats some steps.
+A session replaces the data of earlier sessions for the same optimizer, from its own first step on,
+because a run that is resumed from a checkpoint repeats some steps.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 PLUGIN = "gradwatch"
-"""Name of the plugin: in the metadata of the tags and in addresses."""
+"""Name of the plugin, in the metadata of the tags and in URLs."""
 
 VERSION = 2
 """Version of the format; the plugin content of every tag is ``{"version": 2}``.
 
-Version 1 had no further columns of steps, and its events had no look.
+Version 1 had no further step columns, and its events had no look (color and shape).
 """
 
 NO_GRADIENT = -1.0
-"""Stands for the norm of a parameter that had no gradient in any step of the window."""
+"""The norm of a parameter that had no gradient in any step of the window."""
 
 COLUMNS = (
     "first_step",
@@ -65,19 +65,20 @@ COLUMNS = (
     "clipped_steps",
     "skipped_steps",
 )
-"""What the first float64 columns of a window say; further ones are listed by the layout.
+"""The first float64 columns of a window; the layout lists further ones.
 
-The first and the last step of the optimizer, the ``global_step`` and the wall time of the last one;
-the largest finite total norm before and after the clip (where none is finite the NaN or Inf), the
-threshold of the last step (NaN without a policy), the smallest clip coefficient; and the steps with
-a non-finite gradient, those that were clipped, and those that were not applied.
+``first_step`` and ``last_step`` are steps of the optimizer; ``global_step`` and ``wall_time`` are
+those of the last step. The norms are the largest finite total norm before and after the clip (NaN
+or Inf if none is finite). ``clip_threshold`` is that of the last step (NaN without a policy), and
+``clip_coef`` the smallest coefficient. The last three columns count the steps with a non-finite
+gradient, the clipped steps, and the steps that were not applied.
 """
 
 REDUCTIONS = ("largest", "smallest", "newest")
-"""How a further column puts the steps of a window together: by the largest number, or the last."""
+"""How a further column reduces the steps of a window to one number."""
 
 SHAPES = ("triangle", "square", "round")
-"""Shapes of the mark of an event; its color is ``#rrggbb``."""
+"""Shapes that the mark of an event can have. Its color has the form ``#rrggbb``."""
 
 LOOKS = {
     **dict.fromkeys(("nan", "inf"), ("#ff33ff", "triangle")),
@@ -88,13 +89,13 @@ LOOKS = {
     "accumulate": ("#009e73", "round"),
     **dict.fromkeys(("skipped", "dropped"), ("#8a94a3", "square")),
 }
-"""How events of version 1 look, by kind; an event of a later version says it itself."""
+"""Color and shape of version 1 events, by kind. Events of later versions carry their own look."""
 
 OTHER_LOOK = ("#8a94a3", "round")
-"""How an event looks that does not say it."""
+"""The look of other events that carry none."""
 
 MAX_DIGITS = 9
-"""Of a number in a tag: longer ones are not ours."""
+"""Maximum digits of a number in a tag; tags with longer ones are not ours."""
 
 _KINDS = ("layout", "norms", "bad", "steps", "events")
 
@@ -104,8 +105,8 @@ class Tag(NamedTuple):
 
     Attributes:
         kind: ``"layout"``, ``"norms"``, ``"bad"``, ``"steps"`` or ``"events"``.
-        session: Milliseconds since 1970 when the process began to write, 12 hexadecimal digits:
-            their order is that of the alphabet.
+        session: When the process began to write, in milliseconds since 1970, as 12 hexadecimal
+            digits, so that sessions sort as text.
         stream: Number of the stream in the session, from 0; 0 for events.
         segment: Number of the segment in the stream, from 0; 0 for layouts and events.
     """
@@ -124,7 +125,7 @@ class Tag(NamedTuple):
 
     @classmethod
     def parse(cls, tag: str) -> Tag | None:
-        """Reads the parts of a tag, of a stranger's file too; None where it is none of ours."""
+        """Parses a tag, which may be untrusted; None if it is not a tag of this format."""
         plugin, _, rest = tag.partition("/")
         kind, *parts = rest.split("/")
         if plugin != PLUGIN or kind not in _KINDS or not parts:
@@ -132,21 +133,21 @@ class Tag(NamedTuple):
         numbers = parts[1:]
         if not all(n.isascii() and n.isdigit() and len(n) <= MAX_DIGITS for n in numbers):
             return None
-        # Whole only where it reads back the same: "01" and "1" must not be two names of a stream.
+        # Valid only if it formats back to the same text: "01" must not be a second name for "1".
         found = cls(kind, parts[0], *map(int, numbers)) if len(numbers) <= 2 else None
         return found if found is not None and str(found) == tag else None
 
 
 @dataclass(frozen=True, slots=True)
 class StreamLayout:
-    """What the columns of a stream stand for.
+    """Describes the columns of a stream.
 
     Attributes:
         optimizer: Label of the optimizer.
-        parameters: Full parameter names, ``P`` of them.
-        modules: Name of the module that owns each parameter.
-        shapes: Shape of each parameter.
-        columns: Name and reduction of each further column of the steps; see :data:`REDUCTIONS`.
+        parameters: The ``P`` full parameter names.
+        modules: For each parameter the name of the module that owns it.
+        shapes: The shape of each parameter.
+        columns: Name and reduction of each further step column; see :data:`REDUCTIONS`.
     """
 
     optimizer: str
@@ -156,18 +157,15 @@ class StreamLayout:
     columns: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> str:
-        """Writes it."""
+        """Returns the layout as a JSON object."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> StreamLayout:
-        """Reads it.
-
-        Args:
-            text: Of :meth:`to_json`, or a stranger's.
+        """Parses the JSON of :meth:`to_json`. The text may be untrusted.
 
         Raises:
-            ValueError: If it is something else.
+            ValueError: If the text is not a valid layout.
         """
         try:
             content = json.loads(text)
@@ -182,26 +180,30 @@ class StreamLayout:
                 ),
             )
         except (LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
-            raise ValueError(f"This is no layout of a stream: {error!r}") from error
+            raise ValueError(f"This is not the layout of a stream: {error!r}") from error
 
 
 def plugin_content() -> bytes:
-    """Returns what the metadata of every tag holds."""
+    """Returns the plugin content for the metadata of every tag."""
     return json.dumps({"version": VERSION}).encode()
 
 
 def is_readable(content: bytes) -> bool:
-    """Tells whether this reader knows the format of a tag, by the plugin content of it."""
+    """Tells from the plugin content of a tag whether this reader knows its format."""
     try:
         version = json.loads(content)["version"]
     except (LookupError, RecursionError, TypeError, ValueError):
         return False
-    # Not isinstance: True is an int in Python, and no version.
+    # Not isinstance: True is an int in Python, but not a version.
     return type(version) is int and 1 <= version <= VERSION
 
 
 def checked_text(value: object) -> str:
-    """Returns a text out of a stranger's JSON; a TypeError if it is something else."""
+    """Returns a string from untrusted JSON.
+
+    Raises:
+        TypeError: If the value is not a string.
+    """
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
+        raise TypeError(f"{value!r} is not a string")
     return value

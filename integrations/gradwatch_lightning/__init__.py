@@ -1,4 +1,4 @@
-"""gradwatch in Lightning: a callback that watches the gradients of a Trainer's fit."""
+"""gradwatch for Lightning: a callback that watches the gradients of ``Trainer.fit``."""
 
 from gradwatch.adapters import add_aliases
 

@@ -1,4 +1,4 @@
-"""GradientMonitor: the Lightning callback that puts a Watcher around the training of a fit."""
+"""GradientMonitor: the Lightning callback that runs a Watcher during ``Trainer.fit``."""
 
 from __future__ import annotations
 
@@ -41,43 +41,45 @@ if TYPE_CHECKING:
 
 NUMBER = "accumulate_grad_batches"
 NOTHING_YET = (
-    "GradientMonitor.{name} was read, but the monitor has not watched a training yet. Pass the "
+    "GradientMonitor.{name} was read, but the monitor has not watched a fit yet. Pass the "
     "monitor to Trainer(callbacks=[...]) and read it after trainer.fit(...)."
 )
 
 
 class GradientMonitor(Callback):
-    """Watches the gradients of a training, and on request clips them or skips poisoned steps.
+    """Watches the gradients during a fit and, on request, clips them or skips non-finite steps.
 
-    Automatic and manual optimization, any number of optimizers, any logger: every
-    ``Trainer(log_every_n_steps=)`` steps, the :class:`~gradwatch.adapters.LoggerScalars` of each
-    optimizer that stepped since go out through ``LightningModule.log_dict``. A
+    It works with automatic and manual optimization, any number of optimizers and any logger. Every
+    ``Trainer(log_every_n_steps=)`` steps, it logs the :class:`~gradwatch.adapters.LoggerScalars` of
+    each optimizer that has stepped since, through ``LightningModule.log_dict``. A
     ``TensorBoardLogger`` also gets the norms of module blocks, every non-finite step and the events
-    as text, whatever that number is. ``Trainer(gradient_clip_val=)`` and
-    ``Trainer(accumulate_grad_batches=)`` are observed: both sides of the clip, the number of
-    micro-batches and the gradient noise scale are in the records. Validation, testing and
-    prediction are left alone.
+    as text, whatever ``log_every_n_steps`` is. Clipping by ``Trainer(gradient_clip_val=)`` and
+    accumulation by ``Trainer(accumulate_grad_batches=)`` are observed: the records hold the norms
+    before and after the clip, the number of micro-batches and the gradient noise scale. Validation,
+    testing and prediction are not watched.
 
-    With ``accumulate=`` the monitor sets ``trainer.accumulate_grad_batches``, in automatic
-    optimization. Lightning steps at the batches of an epoch that are divisible by it, so a new
-    number waits until the batches so far are, or until the epoch ends: a few steps may still have
-    the old one. As always in Lightning, the last window of an epoch may be short, and its losses
-    are divided by the whole number. ``trainer.estimated_stepping_batches`` goes by the first one.
+    With ``accumulate=``, in automatic optimization, the monitor sets
+    ``trainer.accumulate_grad_batches``. Lightning steps when the number of the batch in the epoch
+    is divisible by it. A new number therefore takes effect only when the number of batches so far
+    is divisible by both the old and the new one, or at the end of the epoch. Until then, a few
+    steps may still use the old number. As always in Lightning, the last window of an epoch may be
+    short, and its losses are still divided by the full number.
+    ``trainer.estimated_stepping_batches`` is computed from the first number.
 
     Args:
-        log: Whether the loggers of the Trainer get anything.
-        accumulate: Batches of the Trainer per step, where they change: ``"auto"``, ``{step:
+        log: Whether to log to the loggers of the Trainer.
+        accumulate: How the number of the Trainer's batches per step changes: ``"auto"``, ``{step:
             number}``, a function of the step or a policy such as
-            :class:`~gradwatch.AccumulateByNoiseScale`. None leaves the Trainer's number alone;
-            one that never changes belongs there. Refused where the Trainer has a number or a
-            ``GradientAccumulationScheduler``, and in manual optimization.
-        options: All others of :func:`gradwatch.watch`, as there: ``clip``, ``on_nonfinite``,
-            ``statistics``, ``run_dir`` and so on. ``clip`` is refused where the Trainer clips too;
-            ``sinks`` are closed when the fit ends.
+            :class:`~gradwatch.AccumulateByNoiseScale`. None leaves the Trainer's number unchanged;
+            a number that never changes belongs in the Trainer. Refused in manual optimization, and
+            if the Trainer sets a number or has a ``GradientAccumulationScheduler``.
+        options: The other options of :func:`gradwatch.watch`, with the same meaning: ``clip``,
+            ``on_nonfinite``, ``statistics``, ``run_dir`` and so on. ``clip`` is refused if the
+            Trainer clips too. ``sinks`` are closed when the fit ends.
 
     Raises:
-        TypeError: If an argument is of a wrong type.
-        ValueError: If an argument is out of bounds, or belongs to the Trainer.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of bounds, or belongs in the Trainer.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -114,12 +116,12 @@ class GradientMonitor(Callback):
 
     @property
     def watcher(self) -> Watcher | None:
-        """The watcher of the newest fit; None before the first training step could come."""
+        """The watcher of the latest fit; None until the training starts."""
         return self._watcher
 
     @property
     def history(self) -> History:
-        """What happened in the newest fit, also after its end.
+        """The history of the latest fit, also after its end.
 
         Raises:
             RuntimeError: If nothing has been watched yet.
@@ -128,7 +130,7 @@ class GradientMonitor(Callback):
 
     @property
     def events(self) -> Sequence[Event]:
-        """The events of the newest fit, oldest first, also after its end.
+        """The events of the latest fit, oldest first, also after its end.
 
         Raises:
             RuntimeError: If nothing has been watched yet.
@@ -137,9 +139,9 @@ class GradientMonitor(Callback):
 
     @property
     def noise_scale(self) -> NoiseScale:
-        """The gradient noise scale at the end of the newest fit, or so far; in micro-batches.
+        """The current gradient noise scale, or that at the end of the latest fit, in micro-batches.
 
-        Where there is none, its ``reason`` says why.
+        If there is no estimate, ``reason`` says why.
 
         Raises:
             RuntimeError: If nothing has been watched yet.
@@ -147,7 +149,7 @@ class GradientMonitor(Callback):
         return self._watched("noise_scale").noise_scale
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses conflicts, and forgets the fit before unless this Trainer goes on with it."""
+        """Refuses conflicting settings, and forgets the previous fit unless it is resumed."""
         if stage != "fit":
             return
         refuse_two_clips(self._options.clip, trainer, pl_module)
@@ -160,7 +162,7 @@ class GradientMonitor(Callback):
         self._newest = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Attaches a watcher: the checkpoint is restored and the sanity check is over by now."""
+        """Attaches a watcher, after the checkpoint is restored and the sanity check has run."""
         sinks = [*self._options.sinks, *(tensorboard_sinks(trainer) if self._log else ())]
         options = replace(self._options, scaler=scaler_of(trainer), sinks=tuple(sinks))
         watcher = build_watcher(
@@ -168,7 +170,7 @@ class GradientMonitor(Callback):
         )
         may_accumulate = self._accumulation.policy is not None or accumulates(trainer)
         self._scalars = LoggerScalars(accumulates=may_accumulate)
-        # All of this before attach(), after which a backward would count from the wrong state.
+        # Restore before attach(): from then on each backward is counted, on top of this state.
         watcher.leave_windows(may_accumulate)
         if self._state:
             watcher.load_state_dict(self._state)
@@ -180,17 +182,17 @@ class GradientMonitor(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Keeps the record of the optimizer that stepped before this one in the same batch."""
+        """Keeps the record of an optimizer that stepped earlier in the same batch."""
         self._keep_newest()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs the newest steps at the batches that Lightning writes logs at."""
+        """Logs the latest step of each optimizer, at the batches where Lightning writes logs."""
         self._keep_newest()
         if self._watcher is not None:
             self._accumulation.follow(trainer, self._watcher.accumulate)
-        # Lightning spends some 0.1 ms per logged number, also where it throws it away afterwards.
+        # Lightning spends about 0.1 ms on each logged number, even if it then discards it.
         due = trainer._logger_connector.should_update_logs
         if self._log and due and not trainer.barebones:
             scalars = {tag: value for one in self._newest.values() for tag, value in one.items()}
@@ -207,26 +209,26 @@ class GradientMonitor(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Detaches the watcher, whatever stopped the training."""
+        """Detaches the watcher when an exception stops the training."""
         self._detach(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Detaches the watcher where neither of the others was called."""
+        """Detaches the watcher if neither of the hooks above was called."""
         self._detach(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps: the state of the watcher, and the Trainer's number."""
+        """Returns the state for a checkpoint: that of the watcher, and the accumulation number."""
         if self._watcher is None:
             return dict(self._state)
         return {**self._watcher.state_dict(), NUMBER: self._accumulation.number}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Keeps the state of a checkpoint; the watcher gets it when the training starts."""
+        """Stores the state of a checkpoint. The watcher loads it when the training starts."""
         self._state = dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy, or the monitor in a spawned process, watches nothing yet. `log` and `log_dict` are
-        # methods of the module, which Lightning hangs on each callback.
+        # A copy, or the monitor in a spawned process, watches nothing yet. Lightning sets `log` and
+        # `log_dict`, which are methods of the module, on each callback; a copy must not keep them.
         fresh: dict[str, Any] = {
             "_watcher": None,
             "_trainer": None,
@@ -239,8 +241,8 @@ class GradientMonitor(Callback):
 
     def _keep_newest(self) -> None:
         record = None if self._watcher is None else self._watcher.last
-        # By identity: after a rewind another record may have the same step. "none" is the label
-        # of backwards where no optimizer is known: Lightning's x-axis has no step for them.
+        # Compared by identity: after a rewind, another record may have the same step. The label
+        # "none" means backwards without a known optimizer: Lightning's x-axis has no step for them.
         if record is None or record is self._last_record or record.optimizer == "none":
             return
         self._last_record = record

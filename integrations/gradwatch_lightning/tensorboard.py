@@ -1,6 +1,6 @@
 """What goes to the Trainer's loggers: scalars for all of them, more for TensorBoard.
 
-In spite of its name this module hides nothing: ``import tensorboard`` is absolute.
+The module's name does not shadow the ``tensorboard`` package, because imports are absolute.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from gradwatch.adapters import GROUP
 
 
 def tensorboard_sinks(trainer: Trainer) -> list[Sink]:
-    """Makes a sink for each TensorBoardLogger, on the one rank that writes.
+    """Makes a sink for each TensorBoardLogger, on the global rank 0 only.
 
-    It shares the logger's own event file, so that its steps stand beside the logged ones, and
-    leaves the step scalars to the logger itself. A logger that fell back to tensorboardX gets none:
-    its event files take no blocks and no text of ours.
+    The sink shares the logger's event file, so both appear as one run, and leaves the step scalars
+    to the logger. A logger that fell back to tensorboardX gets no sink: its writer does not accept
+    our Events.
     """
     loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     if not loggers or not trainer.is_global_zero:
         return []
-    # Only now: torch's writer needs TensorBoard, which a user of another logger need not have.
+    # Imported here: torch's writer needs TensorBoard, which users of other loggers may not have.
     try:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -42,20 +42,22 @@ def tensorboard_sinks(trainer: Trainer) -> list[Sink]:
 
 
 NORM_TAG = "gradwatch/grad_norm"
-"""What the progress bar shows."""
+"""The one scalar that the progress bar shows."""
 
 
 def retire_scalars(trainer: Trainer, fresh: Collection[str]) -> None:
-    """Keeps Lightning from logging a value again at a batch that brought no new one.
+    """Keeps Lightning from repeating an old value at a batch that logs no new one.
 
-    Lightning repeats what was logged once at each later batch of the epoch. In manual optimization,
-    where every batch is a step on the x-axis, a norm would stand at batches without any step.
+    Lightning repeats a value, once logged, at each later batch of the epoch. In manual optimization
+    every batch is a step on the x-axis, so norms would appear at batches without an optimizer step.
+    Call this in ``on_train_batch_end``.
 
     Args:
-        trainer: The Trainer, in ``on_train_batch_end``.
+        trainer: The Trainer whose results are reset.
         fresh: The tags that this batch logs.
     """
-    results = getattr(trainer, "_results", None) or {}  # private: without it values are repeated
+    # `_results` is private. Should a later Lightning rename it, old values are repeated.
+    results = getattr(trainer, "_results", None) or {}
     for metric in results.values():
         if metric.meta.name.startswith(GROUP) and metric.meta.name not in fresh:
             metric.reset()

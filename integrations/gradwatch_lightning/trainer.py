@@ -1,4 +1,4 @@
-"""The Trainer: what the monitor reads of it, what it sets, and what both would decide."""
+"""The Trainer's side: what the monitor reads from it, sets on it, and refuses as a conflict."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from gradwatch.adapters import accumulate_policy, described, optimizer_parameter
 
 
 def optimizers_of(trainer: Trainer, module: LightningModule) -> list[Optimizer] | None:
-    """Lists the optimizers; None, so that they are found at their first step, where none is named.
+    """Lists the Trainer's optimizers, or returns None to find them at their first step.
 
-    Where ``configure_optimizers`` returns nothing, Lightning puts an optimizer there that holds a
-    tensor of its own.
+    If ``configure_optimizers`` returns None, Lightning installs a mock optimizer, which holds a
+    tensor that is not in the module. The result is None then.
     """
     owned = {id(parameter) for parameter in module.parameters()}
     held = [p for optimizer in trainer.optimizers for p in optimizer_parameters(optimizer)]
@@ -29,21 +29,24 @@ def optimizers_of(trainer: Trainer, module: LightningModule) -> list[Optimizer] 
 
 
 def wrapped_of(trainer: Trainer, module: LightningModule) -> nn.Module:
-    """Returns the module as the strategy wrapped it, so that a rank's own gradients can be seen."""
+    """Returns the DDP wrapper if there is one, else the module.
+
+    The watcher needs the wrapper to see the gradients of a single rank before their reduction.
+    """
     model = trainer.strategy.model
     return model if isinstance(model, DistributedDataParallel) else module
 
 
 def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
     """Returns the scaler of the precision plugin, if it has one."""
-    # MixedPrecision and FSDPPrecision have the attribute, None for bf16; other plugins have none.
+    # MixedPrecision and FSDPPrecision have the attribute (None for bf16); other plugins lack it.
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if isinstance(scaler, torch.amp.GradScaler) else None
 
 
 def logged_step_of(trainer: Trainer) -> Callable[[], int]:
-    """Returns a function that tells the step under which Lightning logs the batch under way."""
-    # Not trainer.global_step: that counts the steps of all optimizers, several in a batch of a GAN.
+    """Returns a function that gives the step under which Lightning logs the current batch."""
+    # Not trainer.global_step: it counts the steps of all optimizers, and a GAN has several a batch.
     loop = trainer.fit_loop.epoch_loop
     if not hasattr(loop, "_batches_that_stepped"):  # private: a later Lightning may rename it
         return lambda: trainer.global_step
@@ -52,41 +55,41 @@ def logged_step_of(trainer: Trainer) -> Callable[[], int]:
 
 def accumulates(trainer: Trainer) -> bool:
     """Tells whether a step of the Trainer may have several micro-batches."""
-    # A scheduler may begin with 1 and raise it in a later epoch.
+    # A scheduler may start with 1 and raise the number in a later epoch.
     planned = any(one.going_to_accumulate_grad_batches() for one in _schedulers(trainer))
     return planned or trainer.accumulate_grad_batches > 1
 
 
 def _schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:
-    """Lists the callbacks of Lightning's own that change the number."""
+    """Lists Lightning's own callbacks that change the number of accumulated batches."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # by a connector
     return [one for one in callbacks if isinstance(one, GradientAccumulationScheduler)]
 
 
 class TrainerAccumulation:
-    """Sets ``Trainer.accumulate_grad_batches`` to what the policy of a monitor says.
+    """Sets ``Trainer.accumulate_grad_batches`` to the number that the monitor's policy chooses.
 
-    Lightning divides each loss by the number of the moment, and steps at the batches of an epoch
-    that are divisible by it. So it is changed only between two windows, and only where the next one
-    begins at a multiple of the new number; until then the old one stays.
+    Lightning divides each loss by the current number, and steps when the number of the batch in the
+    epoch is divisible by it. So the number changes only between two windows, and only where the
+    next window begins at a multiple of the new number. Until then the old number stays.
 
     Attributes:
-        policy: Decides; None where the number is the Trainer's own.
-        number: What the Trainer was given; None for nothing.
+        policy: Chooses the number; None if the monitor leaves it to the Trainer.
+        number: The number last set on the Trainer; None if none was set.
     """
 
     def __init__(self, policy: AccumulatePolicy | None) -> None:
-        """Leaves the Trainer as it is until :meth:`prepare`."""
+        """Changes nothing on a Trainer; :meth:`prepare` does."""
         self.policy = policy
         self.number: int | None = None
         self._gave = False
-        # A policy learns as it runs, and the monitor may be given to a second, unrelated fit.
+        # A policy learns while it runs, and the monitor may be reused for an unrelated fit.
         self._fresh = {} if policy is None else policy.state_dict()
 
     def prepare(self, trainer: Trainer, goes_on: bool) -> None:
-        """Gives the Trainer a first number, by which it estimates how many steps there will be.
+        """Sets the first number, from which the Trainer estimates its total number of steps.
 
-        Unless it goes on with the fit before, the policy begins anew.
+        The policy starts from scratch, unless ``goes_on`` says that the previous fit is resumed.
         """
         if self.policy is None:
             return
@@ -97,35 +100,35 @@ class TrainerAccumulation:
         self._give(trainer, self.number or self.policy.micro_batches)
 
     def start(self, trainer: Trainer, saved: int | None, wanted: int) -> None:
-        """Gives the Trainer the number of the window that it begins with.
+        """Sets the number for the first window of the training.
 
         Args:
-            trainer: Its progress is restored by now.
-            saved: The number that the Trainer had when its checkpoint was written; None without.
-            wanted: What the policy says.
+            trainer: A Trainer whose progress is already restored.
+            saved: The Trainer's number when the checkpoint was written; None without a checkpoint.
+            wanted: The number that the policy chooses.
         """
         if self.policy is not None:
-            # First the old number, for follow() to wait until the restored window is over.
+            # First the old number, so that follow() waits for the end of the restored window.
             self._give(trainer, saved or 1)
             self.follow(trainer, wanted)
 
     def follow(self, trainer: Trainer, wanted: int) -> None:
-        """Gives the Trainer another number, if one of its windows ends with the batch under way.
+        """Sets the number ``wanted`` if a window ends with the current batch.
 
-        Nothing is done while another callback has taken the number over, as
-        ``StochasticWeightAveraging`` does in its last epoch.
+        Does nothing while another callback has changed the number, as ``StochasticWeightAveraging``
+        does in its last epoch.
         """
         if self.number in (None, wanted) or trainer.accumulate_grad_batches != self.number:
             return
         done = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        # As Lightning's _num_ready_batches_reached() tells it: there a window is cut short, and the
-        # next epoch counts its batches from 0.
+        # The same test as Lightning's _num_ready_batches_reached(). The last batch of an epoch cuts
+        # the window short, and the next epoch counts its batches from 0.
         last = trainer.is_last_batch or done == trainer.num_training_batches
         if last or done % self.number == done % wanted == 0:
             self._give(trainer, wanted)
 
     def give_back(self, trainer: Trainer) -> None:
-        """Leaves the Trainer as it was made: without accumulation of its own."""
+        """Resets the Trainer to 1 batch per step, the only number it can have been built with."""
         if self._gave:
             trainer.accumulate_grad_batches, self._gave = 1, False
 
@@ -157,34 +160,34 @@ MANUAL = (
     "GradientMonitor(accumulate={accumulate}) decides how many batches the Trainer accumulates, "
     "but {module} sets automatic_optimization = False: its training_step() steps the optimizers "
     "itself, and the Trainer accumulates nothing. Leave accumulate out of GradientMonitor, or "
-    "remove that line to have the Trainer step."
+    "remove that line to let the Trainer step."
 )
 STRATEGY = (
     "GradientMonitor(accumulate={accumulate}) changes Trainer.accumulate_grad_batches between two "
-    "steps, but {strategy} accumulates by itself, by the number it was set up with. Leave "
+    "steps, but {strategy} accumulates by itself, with the number it was set up with. Leave "
     "accumulate out of GradientMonitor and write Trainer(accumulate_grad_batches=4), or use "
     'another strategy, such as "ddp".'
 )
 TWO_CLIPS = (
     "GradientMonitor(clip={clip!r}) and {trainer_side} would both clip the gradients of a step: "
-    "the second would see what the first has left, and the recorded coefficient would be the "
-    "product of both. Remove one side: leave clip out of GradientMonitor to keep Lightning's clip, "
-    "whose norms before and after it are recorded all the same, or {remove} to keep gradwatch's."
+    "the second clip would act on the result of the first, and the recorded coefficient would be "
+    "the product of both. Remove one side: leave clip out of GradientMonitor to keep Lightning's "
+    "clip, whose norms before and after are recorded all the same, or {remove} to keep gradwatch's."
 )
 
 
 def accumulate_policy_of(accumulate: object) -> AccumulatePolicy | None:
-    """Turns ``GradientMonitor(accumulate=)`` into the policy that it means; None for nothing.
+    """Converts ``GradientMonitor(accumulate=)`` to a policy; None stays None.
 
     Raises:
-        TypeError: If it is of another kind.
-        ValueError: If it is a number, which belongs to the Trainer, or out of bounds.
+        TypeError: If the argument has the wrong type.
+        ValueError: If it is a plain number, which belongs in the Trainer, or is out of bounds.
     """
     if accumulate is None:
         return None
     if isinstance(accumulate, AccumulatePolicy) and not isinstance(accumulate, type):
         return accumulate
-    # True is an int and a class is callable: neither is what it looks like.
+    # True is an int and a class is callable, but neither is meant as a number or a function.
     is_auto = isinstance(accumulate, str) and accumulate == "auto"
     if is_auto or not isinstance(accumulate, (str, bool, type)):
         if isinstance(accumulate, SupportsIndex):  # an int, or one of numpy or torch
@@ -198,11 +201,11 @@ def accumulate_policy_of(accumulate: object) -> AccumulatePolicy | None:
 def refuse_two_numbers(
     accumulate: AccumulatePolicy | None, trainer: Trainer, module: LightningModule
 ) -> None:
-    """Refuses a policy of the monitor's that the Trainer cannot follow.
+    """Refuses an accumulation policy that conflicts with the Trainer.
 
     Raises:
-        ValueError: If the Trainer decides too, if it does not accumulate at all, or if its strategy
-            does so by itself.
+        ValueError: If the Trainer sets a number too, if optimization is manual, or if the strategy
+            accumulates by itself.
     """
     if accumulate is None:
         return
@@ -223,10 +226,10 @@ def refuse_two_numbers(
 
 
 def refuse_two_clips(clip: ClipPolicy | None, trainer: Trainer, module: LightningModule) -> None:
-    """Refuses a clip of the monitor's where Lightning clips too.
+    """Refuses ``GradientMonitor(clip=)`` if Lightning clips too.
 
     Raises:
-        ValueError: If both clip.
+        ValueError: If both would clip.
     """
     if clip is None:
         return

@@ -1,4 +1,4 @@
-"""gradwatch in TensorBoard: a sink that writes event files."""
+"""gradwatch for TensorBoard: a sink that writes event files."""
 
 from gradwatch.adapters import add_aliases
 

@@ -1,4 +1,4 @@
-"""Module blocks: which few parts of a model its parameters belong to, and the norm of each part."""
+"""Module blocks: divides a model into a few parts, and computes the gradient norm of each part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gradwatch.adapters import NO_GRADIENT
 
 MAX_BLOCKS = 20
-"""More lines than this nobody can tell apart in one chart."""
+"""The largest number of blocks: more lines cannot be told apart in one chart."""
 
 ROOT = "(root)"
 """The block of parameters that sit directly in the model."""
@@ -23,12 +23,12 @@ _Path = tuple[str, ...]
 def assign_blocks(modules: Sequence[str], limit: int = MAX_BLOCKS) -> list[str]:
     """Names the block that each parameter belongs to.
 
-    Blocks are the modules at the deepest level at which there are at most ``limit`` of them. A
-    numbered stack below that level (``layers.0`` to ``layers.31``) is the one thing that is
-    opened further, in runs of equal length where single layers would be too many.
+    The blocks are the modules at the deepest level that has at most ``limit`` of them. Below that
+    level only numbered stacks (``layers.0`` to ``layers.31``) are split further: into single
+    layers, or, if those would be too many, into ranges of equal length.
 
     Args:
-        modules: Name of the module that owns each parameter, ``"encoder.layers.0.attn"``.
+        modules: For each parameter the name of its module, such as ``"encoder.layers.0.attn"``.
         limit: Largest number of blocks, at least 1.
 
     Returns:
@@ -49,7 +49,7 @@ def assign_blocks(modules: Sequence[str], limit: int = MAX_BLOCKS) -> list[str]:
 
 
 def _open_stacks(paths: Sequence[_Path], level: int, limit: int) -> list[_Path] | None:
-    """Opens numbered children below ``level``; None where no run length leaves few enough."""
+    """Splits numbered stacks below ``level``; None if every range length makes too many blocks."""
     last: dict[_Path, int] = {}
     for path in paths:
         if len(path) > level and path[level].isdecimal():
@@ -74,12 +74,12 @@ def _run(path: _Path, level: int, length: int, last: dict[_Path, int]) -> _Path:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """The blocks of one layout, ready to turn rows of parameter norms into rows of block norms.
+    """The blocks of one layout, which convert rows of parameter norms to rows of block norms.
 
     Attributes:
         names: Name of each block, in model order.
-        order: Column numbers of the parameters, sorted by block.
-        starts: Where in ``order`` each block begins.
+        order: intp array ``[parameters]``: the columns of the parameters, sorted by block.
+        starts: intp array ``[blocks]``: where in ``order`` each block begins.
     """
 
     names: tuple[str, ...]
@@ -88,10 +88,10 @@ class Blocks:
 
     @classmethod
     def of(cls, modules: Sequence[str], limit: int = MAX_BLOCKS) -> Blocks:
-        """Finds the blocks of a layout; none where the whole model would be the only one.
+        """Finds the blocks of a layout. There are none if the only block would be the whole model.
 
         Args:
-            modules: Name of the module that owns each parameter.
+            modules: For each parameter the name of the module that owns it.
             limit: Largest number of blocks.
         """
         distinct = list(dict.fromkeys(modules))
@@ -111,12 +111,12 @@ class Blocks:
             norms: float array ``[steps, parameters]``; ``NO_GRADIENT`` (-1) where there was none.
 
         Returns:
-            float64 array ``[steps, blocks]``; ``NO_GRADIENT`` where no parameter of the block had
-            a gradient, NaN or Inf where one of them had.
+            float64 array ``[steps, blocks]``: ``NO_GRADIENT`` if no parameter of the block had a
+            gradient, NaN or Inf if one of their norms is NaN or Inf.
         """
         if not self.names:
             return np.empty((len(norms), 0))
-        # reduceat sums neighbours, so the parameters of a block have to be next to each other.
+        # reduceat sums neighbors, so the parameters of a block must be next to each other.
         ordered = norms.take(self.order, axis=1)
         absent = ordered == NO_GRADIENT
         ordered[absent] = 0.0
@@ -127,5 +127,5 @@ class Blocks:
         return result
 
     def present(self, row: Sequence[float]) -> dict[str, float]:
-        """Names the norms of one row of :meth:`norms`, leaving out blocks without a gradient."""
+        """Maps block names to one row of :meth:`norms`, without blocks that had no gradient."""
         return {n: v for n, v in zip(self.names, row, strict=True) if v != NO_GRADIENT}

@@ -1,4 +1,4 @@
-"""Events: the first ones one by one, as text for everyone and as JSON for the Gradients tab."""
+"""Events: the first ones in full, as Markdown text and as JSON for the Gradients tab."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from gradwatch_dashboard.wire import OTHER_LOOK, Tag
 from gradwatch_tensorboard.messages import Outgoing, text_event
 
 MAX_TEXT_EVENTS = 20
-"""Events of the text; where there are more, the first ones tell the story."""
+"""Events listed in the text: the first ones, because later ones often follow from them."""
 
 MAX_LENGTH = 300
-"""Characters of one name or message that are shown."""
+"""Characters shown of one name or message."""
 
 MAX_TAB_EVENTS = 10_000
-"""Events of a session that the tab lists one by one."""
+"""Events of a session that the tab lists individually."""
 
 LEFT_OUT = "left_out"
-"""Kind of the entry that stands for the rest."""
+"""Kind of the entry that counts the events not listed."""
 
 ONLY_FIRST = "More events followed; only the first {limit:,} are listed."
 LEFT_OUT_KINDS = "{total:,} more events are not listed: {kinds}."
 
-_OF_THE_RUN = "none"  # accumulation has events that are of no optimizer
+_OF_THE_RUN = "none"  # the label of events that belong to no optimizer, as in accumulation
 _MARKDOWN = re.compile(r"[\\`*_\[\]|~]")
 _MORE = (
     f"\n\n*More events followed; only the first {MAX_TEXT_EVENTS} are listed here. "
@@ -40,10 +40,10 @@ _MORE = (
 
 
 class EventText:
-    """Gathers the first events of a run as lines of one list."""
+    """Collects the first events of a run as the lines of a Markdown list."""
 
     def __init__(self) -> None:
-        """Starts without an event."""
+        """Starts without events."""
         self._lines: list[str] = []
         self._complete = False
 
@@ -51,18 +51,18 @@ class EventText:
         """Adds the events of one batch.
 
         Args:
-            events: Oldest first.
-            first_optimizer: Label that goes without saying.
+            events: The events, oldest first.
+            first_optimizer: Label of the first optimizer, which the lines do not mention.
 
         Returns:
-            The list so far as Markdown; None where nothing is to be added to it.
+            The whole list so far, as Markdown; None if nothing is added to it.
         """
         if not events or self._complete:
             return None
         room = MAX_TEXT_EVENTS - len(self._lines)
         self._lines += [_line(event, first_optimizer) for event in events[:room]]
         self._complete = len(events) > room
-        # Whole each time: TensorBoard keeps 10 texts of a tag at random and always the last one.
+        # The whole list each time: TensorBoard keeps a random 10 texts of a tag, and the last one.
         return "\n".join(self._lines) + (_MORE if self._complete else "")
 
 
@@ -77,9 +77,9 @@ def _line(event: Event, first_optimizer: str) -> str:
 
 
 def escape(text: str) -> str:
-    r"""Makes a string safe as a piece of one line of Markdown.
+    r"""Makes a string safe to use within one line of Markdown.
 
-    Control characters, also those that turn the direction of writing, are shown as U+FFFD.
+    Control characters, including those that change the writing direction, become U+FFFD.
 
     >>> escape("block_0.__init__ <b>")
     'block\\_0.\\_\\_init\\_\\_ &lt;b&gt;'
@@ -107,10 +107,13 @@ def _look(kind: str) -> dict[str, str]:
 
 
 class EventList:
-    """Lists the first events for the Gradients tab, then counts: see the wire's ``left_out``."""
+    """Lists the first events for the Gradients tab and counts the others as ``left_out``.
+
+    :mod:`gradwatch_dashboard.wire` describes the format.
+    """
 
     def __init__(self) -> None:
-        """Starts without an event."""
+        """Starts without events."""
         self._listed = 0
         self._left_out: Counter[str] = Counter()
         self._newest: Event | None = None
@@ -119,11 +122,11 @@ class EventList:
         self._time = 0.0
 
     def add(self, events: Sequence[Event], session: str, time: float) -> list[Outgoing]:
-        """Adds events, oldest first, and returns what is to be written now.
+        """Adds events and returns the Events to write now.
 
         Args:
-            events: Of one batch.
-            session: The session that they are of.
+            events: The events of one batch, oldest first.
+            session: The session that they belong to.
             time: Wall time in seconds since 1970.
         """
         if not events:
@@ -134,7 +137,7 @@ class EventList:
         entries = [asdict(event) | _look(event.kind) for event in listed]
         if rest:
             self._newest = rest[-1]
-            if not self._left_out:  # already now, in case the process is killed before rest()
+            if not self._left_out:  # now, because a killed process never calls rest()
                 entries.append(self._last_entry(ONLY_FIRST.format(limit=MAX_TAB_EVENTS), len(rest)))
             self._left_out.update(event.kind for event in rest)
         if not entries:
@@ -143,7 +146,7 @@ class EventList:
         return [self._outgoing(entries, first, session, time)]
 
     def rest(self) -> list[Outgoing]:
-        """Returns what is to be written at the end: how many events were left out."""
+        """Returns the Event to write at the end: how many events were left out, if any."""
         if self._newest is None:
             return []
         total = self._left_out.total()

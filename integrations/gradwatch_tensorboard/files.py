@@ -1,4 +1,4 @@
-"""Where Events go: an event file of our own, or that of the user's SummaryWriter."""
+"""Event files: our own, or the one of the user's SummaryWriter."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from torch.utils.tensorboard import FileWriter, SummaryWriter
 
 FLUSH_SECS = 5
-"""TensorBoard looks for new data as often."""
+"""Seconds between two flushes: TensorBoard also looks for new data every 5 s."""
 
 MAX_QUEUE = 1024
-"""Events that may wait for the disk: several batches, so that training does not wait for it."""
+"""Events that may wait for the disk: several batches, so that training does not block on it."""
 
 SUFFIX = ".gradwatch"
-"""Ends the names of our own files."""
+"""The end of the names of our own event files."""
 
 _NOT_A_TARGET = (
     "log_dir_or_writer must be a folder (str or PathLike) or a "
     "torch.utils.tensorboard.SummaryWriter, got {what}: the values of a step go out in one Event, "
     "which other writers do not take. Write TensorBoardWriter('runs/my_run'), or "
-    "TensorBoardWriter(summary_writer); of a Lightning TensorBoardLogger that is logger.experiment."
+    "TensorBoardWriter(summary_writer); for a Lightning TensorBoardLogger, pass logger.experiment."
 )
 _NO_FOLDER = (
     "log_dir_or_writer must name a folder, got {what}. Write TensorBoardWriter('runs/my_run')."
@@ -31,17 +31,17 @@ _CLOSED_BEFORE = (
     "Make a new one: TensorBoardWriter(SummaryWriter({log_dir!r}))."
 )
 _CLOSED_SINCE = (
-    "The SummaryWriter of {log_dir!r} was closed while gradwatch still writes to it, and what "
-    "follows is lost. Close it after the `with gradwatch.watch(...)` block."
+    "The SummaryWriter of {log_dir!r} was closed while gradwatch still writes to it, so later "
+    "steps are lost. Close it after the `with gradwatch.watch(...)` block."
 )
 
 
 def event_file(log_dir_or_writer: object) -> OwnFile | SharedFile:
-    """Returns the event file behind what the user named.
+    """Returns the event file for a folder or a SummaryWriter.
 
     Raises:
-        TypeError: If it is neither a folder nor a SummaryWriter.
-        ValueError: If it names no folder, or is closed.
+        TypeError: If the argument is neither a folder nor a SummaryWriter.
+        ValueError: If the path is empty or is a file, or the SummaryWriter is closed.
     """
     if isinstance(log_dir_or_writer, SummaryWriter):
         if log_dir_or_writer.file_writer is None:
@@ -60,24 +60,24 @@ def event_file(log_dir_or_writer: object) -> OwnFile | SharedFile:
 
 
 class OwnFile:
-    """An event file of our own, made when the first value arrives.
+    """An event file of our own, created when the first value arrives.
 
-    Only then is the first step known, and with it from where on a resumed run takes over from the
-    one before it in the same folder.
+    The first step is only known then. A resumed run needs it to announce from which step on it
+    replaces the earlier run in the same folder.
     """
 
-    # A process that never writes so leaves no empty file behind, which TensorBoard's Python loader
-    # would follow instead of the full one.
+    # Another reason to wait: an empty file of a process that never writes would make TensorBoard's
+    # Python loader follow it instead of the file with the data.
 
     def __init__(self, log_dir: str) -> None:
-        """Makes the folder, unless it is an address like ``gs://...``."""
+        """Creates the folder, unless it is an address like ``gs://...``."""
         self.log_dir = log_dir
         if "://" not in log_dir:
             Path(log_dir).mkdir(parents=True, exist_ok=True)
         self._writer: SummaryWriter | None = None
 
     def writer(self, first_step: int) -> Any:
-        """Returns torch's ``FileWriter``, made before the first value, that of ``first_step``."""
+        """Returns torch's ``FileWriter``; the first call creates it, to start at ``first_step``."""
         if self._writer is None:
             self._writer = SummaryWriter(
                 self.log_dir,
@@ -89,23 +89,24 @@ class OwnFile:
         return self._writer.file_writer
 
     def _is_ours(self) -> bool:
-        """Whether the folder holds nothing but files of ours: then a restart is announced."""
-        # It hides all values of the run from that step on, those of other writers too. In a new run
-        # it is announced as well, for TensorBoard's Python loader takes no heed of the first one.
+        """Whether all event files in the folder are ours, so that a restart may be announced."""
+        # A restart (purge_step) hides all values of the run from that step on, also those of other
+        # writers. A new run announces one too, because TensorBoard's Python loader ignores the
+        # first restart that it reads.
         if "://" in self.log_dir:
             return False
         return all(path.name.endswith(SUFFIX) for path in Path(self.log_dir).glob("*tfevents*"))
 
     def flush(self) -> None:
-        """Waits until everything is on the disk."""
+        """Blocks until everything is on disk."""
         if self._writer is not None:
             self._writer.flush()
 
     def close(self) -> None:
-        """Leaves everything on the disk and closes the file."""
+        """Flushes and closes the file."""
         if self._writer is None:
             return
-        # SummaryWriter.close() stops at a flush that fails, and its thread would wait for ever.
+        # Not SummaryWriter.close(): if its flush fails, it never stops its writer thread.
         file_writer: Any = self._writer.file_writer
         try:
             file_writer.flush()
@@ -125,21 +126,21 @@ class SharedFile:
         return str(self._writer.log_dir)
 
     def writer(self, first_step: int) -> FileWriter:
-        """Returns torch's ``FileWriter``, whatever the first step.
+        """Returns torch's ``FileWriter``; ``first_step`` is ignored, because the file exists.
 
         Raises:
-            RuntimeError: If the user closed it.
+            RuntimeError: If the user closed the SummaryWriter.
         """
-        # SummaryWriter.close() leaves None here, and torch's own way to the file begins another.
+        # None after SummaryWriter.close(). SummaryWriter's own methods would then open a new file.
         file_writer: FileWriter | None = self._writer.file_writer
         if file_writer is None:
             raise RuntimeError(_CLOSED_SINCE.format(log_dir=self.log_dir))
         return file_writer
 
     def flush(self) -> None:
-        """Waits until everything is on the disk."""
+        """Blocks until everything is on disk."""
         self._writer.flush()
 
     def close(self) -> None:
-        """Leaves the file open, and everything on the disk."""
+        """Flushes, and leaves the file open for its owner."""
         self._writer.flush()

@@ -1,4 +1,4 @@
-"""Matrix: what the Gradients tab reads, all norms of all parameters, sorted into streams."""
+"""Matrix: the norms of all parameters at all steps, for the Gradients tab, sorted into streams."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from gradwatch_tensorboard.windows import EarlyEnds, Windows
 class MatrixWriter:
     """Sorts the steps of a run into streams.
 
-    A stream ends, and the next one begins, where the parameters change or the steps go back.
+    A new stream begins where the parameters change or the step numbers go back.
     """
 
     def __init__(self, log_dir: str, clock: Callable[[], float] = time.monotonic) -> None:
-        """Starts with no stream.
+        """Starts a session without streams.
 
         Args:
-            log_dir: The folder of the run.
-            clock: Seconds that only rise; when to write what waits.
+            log_dir: The folder of the run, or an address like ``gs://...``.
+            clock: A monotonic clock, in seconds. It decides when waiting windows are written.
         """
         self._session = new_session(log_dir)
         self._log_dir = log_dir
@@ -44,10 +44,10 @@ class MatrixWriter:
         self._owners = Owners(0)
 
     def add(self, batch: RecordBatch, times: Sequence[float]) -> list[Outgoing]:
-        """Adds steps and their events, and returns what is to be written now, in this order.
+        """Adds steps and their events, and returns the Events to write now, in this order.
 
         Args:
-            batch: The steps, and what happened in them.
+            batch: The steps, with their norms and events.
             times: Wall time of each step, in seconds since 1970.
         """
         outgoing = self._add_steps(batch, times) if batch.steps and batch.layout.names else []
@@ -58,7 +58,7 @@ class MatrixWriter:
         if self._layout != batch.layout:
             self._layout, self._owners = batch.layout, Owners(len(batch.layout.names))
         by_optimizer = _rows_by_optimizer(batch)
-        # First all of them: whose a parameter is decides which columns each stream has.
+        # All optimizers first: which parameters the others own decides the columns of a stream.
         for optimizer, rows in by_optimizer.items():
             self._owners.see(optimizer, batch.norms[rows])
         outgoing: list[Outgoing] = []
@@ -68,7 +68,7 @@ class MatrixWriter:
         return outgoing
 
     def rest(self) -> list[Outgoing]:
-        """Returns all that is not written yet, at the end."""
+        """Returns the Events that are still to be written at the end."""
         outgoing = [part for stream in self._streams.values() for part in stream.rest()]
         return outgoing + self._events.rest()
 
@@ -86,14 +86,14 @@ class MatrixWriter:
     def _stream_for(
         self, layout: Layout, optimizer: str, first_step: int
     ) -> tuple[list[Outgoing], Stream]:
-        """Finds the stream of the next step; what is to be written of the one that ends."""
+        """Returns the stream of the next step, and the last Events of the stream it replaces."""
         columns = self._owners.columns(optimizer)
         old = self._streams.get(optimizer)
         goes_back = old is not None and first_step <= old.last_step
         if old is not None and not goes_back and old.layout == layout and _fits(old, columns):
             return [], old
-        # As when a checkpoint is loaded in the middle. Only a later session makes a reader replace
-        # the steps that come again.
+        # Steps go back when a checkpoint is loaded during the run. A reader replaces the repeated
+        # steps only if they belong to a later session.
         if goes_back:
             self._session = new_session(self._log_dir)
         tag = Tag("layout", self._session, self._count)
@@ -104,14 +104,14 @@ class MatrixWriter:
 
 
 def _fits(stream: Stream, columns: NDArray[np.intp]) -> bool:
-    """Whether a stream holds all the columns, and not twice as many."""
+    """Whether a stream holds all of these columns, and fewer than twice as many."""
     if len(columns) == len(stream.columns):
         return bool((columns == stream.columns).all())
     return 2 * len(columns) > len(stream.columns) and bool(np.isin(columns, stream.columns).all())
 
 
 def _rows_by_optimizer(batch: RecordBatch) -> dict[str, list[int]]:
-    """Lists the rows of each optimizer."""
+    """Lists the row numbers of each optimizer's steps."""
     by_optimizer: dict[str, list[int]] = {}
     for row, record in enumerate(batch.steps):
         by_optimizer.setdefault(record.optimizer, []).append(row)
@@ -119,17 +119,17 @@ def _rows_by_optimizer(batch: RecordBatch) -> dict[str, list[int]]:
 
 
 def _rising(batch: RecordBatch, rows: list[int]) -> list[list[int]]:
-    """Cuts rows where the steps do not rise."""
+    """Splits rows into parts in which the step numbers rise."""
     steps = np.array([batch.steps[row].step for row in rows])
     cuts = (np.flatnonzero(np.diff(steps) <= 0) + 1).tolist()
     return [rows[a:b] for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True)]
 
 
 class Owners:
-    """Tells which parameters each optimizer has, from the gradients of its steps."""
+    """Infers which parameters belong to each optimizer, from the gradients at its steps."""
 
-    # Every row of a batch has a column for every watched parameter. Written so for each of many
-    # optimizers they would be a square, of which all but the diagonal is empty.
+    # Every row of a batch has a column for every watched parameter. With many optimizers, writing
+    # all columns for each of them would produce mostly empty cells.
 
     def __init__(self, parameters: int) -> None:
         self._seen: dict[str, NDArray[np.bool_]] = {}
@@ -140,41 +140,41 @@ class Owners:
 
         Args:
             optimizer: Its label.
-            norms: float array ``[steps, parameters]``: the norms of steps of it.
+            norms: float array ``[steps, parameters]``: the norms at steps of this optimizer.
         """
         present = (norms != NO_GRADIENT).any(axis=0)
         self._seen[optimizer] = present | self._seen.get(optimizer, False)
         self._owned |= present
 
     def columns(self, optimizer: str) -> NDArray[np.intp]:
-        """Lists the columns where an optimizer had a gradient or nobody had, rising intp array."""
+        """Lists the columns where this optimizer had a gradient, or none had; rising intp array."""
         return np.flatnonzero(self._seen[optimizer] | ~self._owned)
 
 
-_newest_session = [0]  # of this process, milliseconds since 1970
+_newest_session = [0]  # the latest one of this process, in milliseconds since 1970
 
 
 def new_session(log_dir: str) -> str:
-    """Names a session, later than all that this process or another has begun in the folder.
+    """Returns a session name that is later than all earlier ones in the folder.
 
-    Where the clock was set back since, or two begin in one millisecond, the name is that of the
-    millisecond after the newest event file was written to.
+    It is the current time. If the clock was set back, or two sessions begin in one millisecond, it
+    is one millisecond after the last write to an event file or the last session of this process.
 
     Args:
         log_dir: The folder of the run, or an address like ``gs://...``.
 
     Returns:
-        Milliseconds since 1970, 12 hexadecimal digits.
+        Milliseconds since 1970, as 12 hexadecimal digits.
     """
     now = int(time.time() * 1000)
-    # A name that is not above those before would have a reader hide the new session, not the old.
+    # If the name did not sort last, a reader would hide the new session instead of the old one.
     _newest_session[0] = max(now, _newest_file(log_dir) + 1, _newest_session[0] + 1)
     return f"{_newest_session[0]:012x}"
 
 
 def _newest_file(log_dir: str) -> int:
     newest = 0
-    if "://" not in log_dir:  # a bucket: asking it would take seconds
+    if "://" not in log_dir:  # listing a bucket would take seconds
         for path in Path(log_dir).glob("*tfevents*"):
             with suppress(OSError):  # another process may remove it
                 newest = max(newest, path.stat().st_mtime_ns // 1_000_000)

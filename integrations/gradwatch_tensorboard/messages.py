@@ -1,4 +1,4 @@
-"""Messages: the Events that TensorBoard reads, filled with scalars, arrays and texts."""
+"""Messages: builds the protobuf Events that TensorBoard reads, from scalars, arrays and texts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MAX_TEMPLATES = 64
 class ScalarEvents:
     """Fills one Event with the scalars of a step.
 
-    TensorBoard keeps the first metadata of a tag and ignores the rest, so a tag's meaning goes out
+    TensorBoard keeps only the first metadata of a tag, so the description of each tag is written
     once.
     """
 
@@ -36,12 +36,12 @@ class ScalarEvents:
 
         Args:
             values: Tag to value.
-            meaning: Says what a tag means; asked once for each.
+            meaning: Returns the description of a tag. Called once per tag.
         """
         tags = tuple(values)
         if tags not in self._templates and not self._described.issuperset(tags):
             return self._describe(values, meaning)
-        # Building a message takes ten times as long as writing numbers into one that is there.
+        # Building a message takes ten times as long as writing numbers into an existing one.
         event, slots = self._templates.get(tags) or self._template(tags)
         for slot, value in zip(slots, values.values(), strict=True):
             slot.simple_value = value
@@ -57,7 +57,8 @@ class ScalarEvents:
         return event
 
     def _template(self, tags: tuple[str, ...]) -> tuple[Any, list[Any]]:
-        # Each further optimizer brings sets of its own, and where blocks lack gradients they vary.
+        # Bounded, because the sets of tags vary: each optimizer has its own, and a block without a
+        # gradient is missing from one.
         if len(self._templates) >= _MAX_TEMPLATES:
             self._templates.clear()
         event = Event()
@@ -78,7 +79,7 @@ _TYPES = {
     np.dtype(np.float64): types_pb2.DT_DOUBLE,
     np.dtype(np.uint16): types_pb2.DT_UINT16,
 }
-# Without the data class neither loader of TensorBoard lists the tag.
+# Neither loader of TensorBoard (Python or data server) lists a tag without the data class.
 _METADATA = SummaryMetadata(
     plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN, content=plugin_content()),
     data_class=DATA_CLASS_TENSOR,
@@ -86,12 +87,12 @@ _METADATA = SummaryMetadata(
 
 
 class Outgoing(NamedTuple):
-    """An Event that is ready.
+    """An Event that is ready to be written.
 
     Attributes:
-        event: An ``Event`` without step and time.
-        step: Its step; rises within each tag.
-        time: Its wall time in seconds since 1970.
+        event: A protobuf ``Event`` without step and time.
+        step: Its step, which rises within each tag.
+        time: Its wall time, in seconds since 1970.
     """
 
     event: Any
@@ -104,8 +105,8 @@ def array_event(arrays: dict[Tag, NDArray[Any]], *, described: bool) -> Any:
 
     Args:
         arrays: Tag to a float32, float64 or uint16 array.
-        described: Whether the tags were written before: TensorBoard reads what a tag is from its
-            first Event.
+        described: Whether the tags were written before. TensorBoard reads a tag's metadata from its
+            first Event only.
     """
     event = Event()
     for tag, array in arrays.items():
@@ -117,11 +118,11 @@ def array_event(arrays: dict[Tag, NDArray[Any]], *, described: bool) -> Any:
 
 
 def text_event(tag: Tag, texts: str | Sequence[str], *, described: bool = False) -> Any:
-    """Puts texts into an Event.
+    """Puts texts into an Event, as a string tensor.
 
     Args:
-        tag: Their tag.
-        texts: One text, a tensor of shape ``[]``; or several, one of shape ``[texts]``.
+        tag: The tag to write under.
+        texts: One text, for a tensor of shape ``[]``, or several, for one of shape ``[texts]``.
         described: Whether the tag was written before.
     """
     event = Event()

@@ -1,7 +1,7 @@
-"""Scalars: the handful of numbers that stand for a step of one optimizer, their tags and charts.
+"""Scalars: the few numbers that TensorBoard shows per step and optimizer, their tags and charts.
 
-:class:`OptimizerSeries` is what the writer holds of each optimizer. One row of scalars may stand
-for several steps, and steps only ever rise.
+The writer has one :class:`OptimizerSeries` per optimizer. One row of scalars may represent several
+steps, and the steps of the rows only rise.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from gradwatch.adapters import (
 QUANTILES = (0.05, 0.5, 0.95, 1.0)
 
 Row = dict[str, float]
-"""Name to value, for one step. A name may be missing in some steps."""
+"""Scalar name to value, for one step. Not every step has every name."""
 
 
 @dataclass(frozen=True, slots=True)
 class DerivedScalar:
-    """A number that the writer makes of several steps or parameters, and that is no column.
+    """A scalar that the writer computes from several steps or parameters; no column of a step.
 
     Attributes:
-        meaning: What TensorBoard shows when its user asks about the chart.
-        reduction: Which value is written where one point stands for several steps.
+        meaning: The description that TensorBoard shows for the chart.
+        reduction: How the values of several steps become the one value that is written.
     """
 
     meaning: str
@@ -62,7 +62,7 @@ DERIVED_SCALARS = {
         "Steps that were not applied since this writer was made; likewise.", "newest"
     ),
 }
-"""By name what :class:`StepSeries` adds to the columns that are logged."""
+"""Name to scalar: what :class:`StepSeries` adds to the logged columns of a step."""
 
 NONFINITE_EVENT = "nonfinite_event"
 
@@ -78,8 +78,8 @@ class StepSeries:
     """Turns the records of one optimizer into the values of its step scalars.
 
     Attributes:
-        nonfinite_steps: Steps so far with a NaN or an Inf in a gradient.
-        skipped_steps: Steps so far that were not applied.
+        nonfinite_steps: Number of steps so far with a NaN or Inf in a gradient.
+        skipped_steps: Number of steps so far that were not applied.
     """
 
     nonfinite_steps: int = field(default=0, init=False)
@@ -88,11 +88,11 @@ class StepSeries:
     _clipped: deque[bool] = field(default_factory=lambda: deque(maxlen=1_000), init=False)
 
     def of(self, record: StepRecord, spread: Sequence[float]) -> Row:
-        """Returns the values of one step.
+        """Counts one step and returns its values.
 
         Args:
-            record: The step.
-            spread: The four percentiles of :func:`norm_spread`.
+            record: The step; call once per step, in order, because totals are counted here.
+            spread: The row of :func:`norm_spread` for this step: four percentiles.
         """
         self.nonfinite_steps += record.nonfinite_parameters > 0
         self.skipped_steps += record.outcome != "applied"
@@ -112,7 +112,7 @@ class StepSeries:
 
 
 def reduce_scalar(name: str, values: Sequence[float]) -> float:
-    """Reduces the values of several steps, oldest first, to the one that is written for them."""
+    """Reduces the values of several steps, oldest first, to the one value that is written."""
     declared = DERIVED_SCALARS.get(name) or SCALARS[name]
     return REDUCTIONS[declared.reduction](values)
 
@@ -147,16 +147,16 @@ def norm_spread(norms: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
 
 
 class Thinner:
-    """Gathers rows until enough of them are there, then gives the one that stands for them all."""
+    """Collects a fixed number of rows, then merges them into one row to be written."""
 
     __slots__ = ("_every", "_pending", "_thin")
 
     def __init__(self, every: int, thin: Callable[[str, Sequence[float]], float]) -> None:
-        """Starts with nothing gathered.
+        """Starts without rows.
 
         Args:
-            every: Steps that one row stands for, at least 1.
-            thin: Given a name and its values, oldest first, the value that stands for them.
+            every: Number of steps that one written row represents, at least 1.
+            thin: Takes a name and its values, oldest first, and returns the value to write.
         """
         self._every = every
         self._thin = thin
@@ -164,15 +164,15 @@ class Thinner:
 
     @property
     def holds(self) -> bool:
-        """Whether there is anything that was not given yet."""
+        """Whether rows are waiting to be written."""
         return bool(self._pending)
 
     def add(self, row: Mapping[str, float], *, now: bool) -> Row:
-        """Adds the row of one step, and returns the one to write at it; empty for none yet.
+        """Adds the row of one step, and returns the row to write now; empty if none is due.
 
         Args:
             row: The values of the step.
-            now: Whether to write at this step whatever the count says.
+            now: Whether to write at this step even if fewer than ``every`` rows are waiting.
         """
         if self._every == 1:
             return dict(row)
@@ -180,7 +180,7 @@ class Thinner:
         return self.rest() if now or len(self._pending) >= self._every else {}
 
     def rest(self) -> Row:
-        """Gives the row that stands for what is still held, empty when nothing is."""
+        """Merges the rows that still wait and returns the result; empty if none wait."""
         rows, self._pending = self._pending, []
         if len(rows) == 1:
             return dict(rows[0])
@@ -195,8 +195,8 @@ class Point:
     """All values of one step.
 
     Attributes:
-        step: The x-axis.
-        time: Wall time in seconds since the epoch.
+        step: The step on the x-axis, a ``global_step``.
+        time: Wall time, in seconds since 1970.
         values: Tag to value.
     """
 
@@ -206,22 +206,22 @@ class Point:
 
 
 class OptimizerSeries:
-    """What is written for one optimizer: its tags, its counters and what thinning still holds.
+    """The scalars and block norms of one optimizer: their tags, counters and thinning.
 
-    Each optimizer after the first has groups of its own, ``gradwatch-SGD-1/`` and
-    ``gradwatch-SGD-1_blocks/``.
+    The first optimizer has the groups ``gradwatch/`` and ``gradwatch_blocks/``. Each further one
+    has its own, such as ``gradwatch-SGD-1/`` and ``gradwatch-SGD-1_blocks/``.
 
-    The newest point waits for the next one: at the end it goes out together with what thinning
-    still holds, so that a step is never spread over two Events.
+    The newest point is held back until the next one arrives. At the end it is written together with
+    the rows that still wait in the thinners, so that a step is never spread over two Events.
     """
 
     def __init__(self, label: str, *, every: int, block_every: int, step_scalars: bool) -> None:
-        """Starts with nothing taken.
+        """Starts an empty series.
 
         Args:
-            label: Empty for the first optimizer, the optimizer's label for each further one.
-            every: Steps that one row of scalars stands for.
-            block_every: Steps that one row of block norms stands for.
+            label: The optimizer's label; empty for the first optimizer.
+            every: Number of steps that one row of scalars represents.
+            block_every: Number of steps that one row of block norms represents.
             step_scalars: Whether the step scalars are written at all.
         """
         name = group_of(label, first="")
@@ -242,18 +242,19 @@ class OptimizerSeries:
         *,
         notable: bool,
     ) -> Point | None:
-        """Adds one step, and returns the point before it where that is to be written.
+        """Adds one step, and returns the previous point, which is now ready to be written.
 
         Args:
             record: The step.
-            time: Its wall time, in seconds since the epoch.
-            spread: The four percentiles over the parameters' norms.
-            blocks: Norm of each block that had a gradient.
-            notable: Whether the step is written however the series are thinned.
+            time: Its wall time, in seconds since 1970.
+            spread: The row of :func:`norm_spread` for this step.
+            blocks: Block name to norm, for the blocks that had a gradient.
+            notable: Whether to write the step even if thinning would not.
         """
         scalars = self._scalars.of(record, spread)
         before = self._newest
-        # TensorBoard would take it for a restart, and drop the points from this step on.
+        # A step that does not rise is dropped: TensorBoard would take it for a restart, and hide
+        # the points from this step on.
         if before is not None and record.global_step <= before.step:
             return None
         values: Row = {}
@@ -266,14 +267,14 @@ class OptimizerSeries:
         return before
 
     def ready(self) -> Point | None:
-        """Gives the newest point now, where thinning holds nothing that belongs to its step."""
+        """Returns the newest point early, unless rows that belong to its step wait in a thinner."""
         if self._newest is None or self._thin_scalars.holds or self._thin_blocks.holds:
             return None
         point, self._newest = self._newest, replace(self._newest, values={})
         return point
 
     def rest(self) -> Point | None:
-        """Gives the newest point with all that thinning still holds; asked for at the end."""
+        """Returns the newest point with the rows that still wait; called once, at the end."""
         if self._newest is None:
             return None
         held = _prefixed(self._group, self._thin_scalars.rest())
@@ -281,7 +282,7 @@ class OptimizerSeries:
         return replace(self._newest, values=self._newest.values | held)
 
     def meaning(self, tag: str) -> str:
-        """Says in one sentence what a tag of this optimizer means: TensorBoard shows it."""
+        """Returns the one-sentence description that TensorBoard shows for a tag."""
         if tag.startswith(self._block_group):
             return BLOCK_MEANING
         name = tag.removeprefix(self._group)
@@ -299,15 +300,16 @@ _SPREAD = ["gradwatch/norm_p50", "gradwatch/norm_p05", "gradwatch/norm_p95"]
 
 
 def chart_layout(*, step_scalars: bool, accumulates: bool = False) -> Any:
-    """Lays out the charts that one scalar each cannot show.
+    """Lays out the charts that combine several scalars, for the Custom Scalars dashboard.
 
     Args:
-        step_scalars: Whether the percentiles are written, which the spread is drawn from.
-        accumulates: Whether steps have a batch that the noise scale is to be compared with.
+        step_scalars: Whether the step scalars are written; the spread of the norms needs them.
+        accumulates: Whether steps have several micro-batches or a noise scale, and so a chart that
+            compares the two.
 
     Returns:
-        A ``Summary`` for the tag that the dashboard reads. Multiline charts name their tags by
-        regular expressions, so that further optimizers are in them as soon as they appear.
+        A ``Summary`` with the tag that the dashboard reads. Multiline charts select their tags by
+        regular expressions, so they include further optimizers as soon as these appear.
     """
     charts: dict[str, list[Any]] = {
         "norm before and after the clip": [

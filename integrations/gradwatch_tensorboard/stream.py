@@ -1,4 +1,4 @@
-"""Stream: one optimizer with one set of parameters, cut into chunks and segments."""
+"""Stream: the windows of one optimizer with one set of parameters, in chunks and segments."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from gradwatch_tensorboard.messages import Outgoing, array_event, text_event
 from gradwatch_tensorboard.windows import FURTHER_COLUMNS, EarlyEnds, WindowReducer, Windows
 
 CHUNK_WINDOWS = 64
-"""Windows that go out together."""
+"""Windows in a chunk, which is written as one Event."""
 
 CHUNK_BYTES = 16 * 2**20
-"""Norms that go out together at most, where the parameters are so many."""
+"""Upper bound on the norms in a chunk. It applies when there are many parameters."""
 
 SEGMENT_CHUNKS = 100
-"""Chunks of a segment: as many as the data server keeps of a tag where nobody tells it to."""
+"""Chunks in a segment: as many as TensorBoard's data server keeps of a tag by default."""
 
 SEGMENT_BYTES = 24 * 2**20
-"""Norms of a segment at most: it is read in one reply, and one of 256 MiB fails."""
+"""Upper bound on the norms in a segment: it is read in one reply, and one of 256 MiB fails."""
 
 FLUSH_SECONDS = 4.5
-"""Time after which waiting windows go out: a little less than the 5 s that batches wait at most."""
+"""Time after which waiting windows are written: a little under the 5 s that batches may wait."""
 
 _GLOBAL_STEP = COLUMNS.index("global_step")
 _WALL_TIME = COLUMNS.index("wall_time")
 
 
 class Stream:
-    """Writes the windows of a stream.
+    """Turns the steps of a stream into Events.
 
     Attributes:
-        columns: intp array: the columns of a batch that the stream holds.
+        columns: intp array ``[P]``: the columns of a batch that the stream holds.
         layout: The layout of the batches.
-        last_step: The last step that was taken.
+        last_step: The last step that was added; 0 before the first one.
     """
 
     def __init__(
@@ -47,15 +47,15 @@ class Stream:
         early_ends: EarlyEnds,
         now: float,
     ) -> None:
-        """Starts with nothing to write.
+        """Starts an empty stream.
 
         Args:
-            tag: Of its layout.
+            tag: The tag of the stream's layout.
             optimizer: Label of the optimizer.
-            layout: Of the batches.
-            columns: Those that belong to the stream.
-            early_ends: Those of the run: all its streams share them.
-            now: Seconds, of any clock that only rises.
+            layout: The layout of the batches.
+            columns: intp array ``[P]``: the columns of a batch that belong to the stream.
+            early_ends: The budget of the run, shared by all its streams.
+            now: Seconds on a monotonic clock.
         """
         self.layout = layout
         self.columns = columns
@@ -76,19 +76,19 @@ class Stream:
         return max(1, 4 * len(self.columns))
 
     def add(self, steps: Windows, now: float) -> list[Outgoing]:
-        """Adds steps and returns what is to be written now.
+        """Adds steps and returns the Events to write now.
 
         Args:
-            steps: A window for each, at least one.
-            now: As in the constructor.
+            steps: One window per step, at least one.
+            now: Seconds on the clock of the constructor.
         """
-        # Not in the constructor: only the first step says at which step and time the layout stands.
+        # Not in the constructor: the layout takes its step and wall time from the first step.
         outgoing = [] if self.last_step else [self._layout_event(steps)]
         self.last_step = int(steps.last_steps[-1])
         complete = self._reducer.add(steps)
         if len(complete):
             self._waiting.append(complete)
-        # A NaN is seen in the tab at once, whatever is still missing in its chunk.
+        # A NaN must appear in the tab at once, so its chunk is written before it is full.
         urgent = bool(steps.are_bad.any()) or now - self._flushed_at >= FLUSH_SECONDS
         chunks = self._chunk_events(everything=urgent)
         if chunks or urgent:
@@ -96,7 +96,7 @@ class Stream:
         return outgoing + chunks
 
     def rest(self) -> list[Outgoing]:
-        """Returns all that is not written yet, at the end."""
+        """Returns the Events that are still to be written at the end of the stream."""
         rest = self._reducer.rest()
         if rest is not None:
             self._waiting.append(rest)
@@ -127,7 +127,7 @@ class Stream:
         ]
 
     def _chunk_event(self, chunk: Windows) -> Outgoing:
-        # A reader reads a tag whole, from its beginning: it must stay small.
+        # A segment must stay small: TensorBoard can only read a tag as a whole.
         begins = self._segment < 0 or self._chunks == SEGMENT_CHUNKS
         begins = begins or (self._segment_rows + len(chunk)) * self._row_bytes > SEGMENT_BYTES
         if begins:
@@ -135,15 +135,15 @@ class Stream:
             self._chunks = self._segment_rows = 0
         self._chunks += 1
         self._segment_rows += len(chunk)
-        # TensorBoard's checksum is a loop in Python: each byte of zeros would cost its 0.1 µs too.
+        # Zeros are not free: TensorBoard's checksum is a Python loop and takes 0.1 µs per byte.
         bad = chunk.bad if chunk.bad.any() else chunk.bad[:0]
         arrays = {
             self._tag._replace(kind=kind, segment=self._segment): array
             for kind, array in (("norms", chunk.norms), ("bad", bad), ("steps", chunk.table))
         }
         event = array_event(arrays, described=not begins)
-        # At the first step that it covers: a resumed run hides what begins at its first step or
-        # later, and has to leave the chunk that it cuts in two.
+        # Written at the first step of the chunk. A resumed run hides all Events at or after its
+        # first step, but must keep a chunk that started earlier.
         outgoing = Outgoing(event, self._step, float(chunk.table[-1, _WALL_TIME]))
         self._step = max(self._step, int(chunk.table[-1, _GLOBAL_STEP])) + 1
         return outgoing

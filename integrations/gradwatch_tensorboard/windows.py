@@ -1,4 +1,4 @@
-"""Consecutive steps of one optimizer as one row, so that a long run stays a small file."""
+"""Windows: consecutive steps of one optimizer merged into one row, to keep long runs small."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gradwatch.adapters import STEP_COLUMNS
 from gradwatch_dashboard.wire import COLUMNS
 
 MAX_COUNT = 65_535
-"""The largest count of bad steps that a window can tell."""
+"""The largest count of bad steps that a window can hold: the largest uint16."""
 
 Floats = NDArray[np.floating[Any]]
 
@@ -30,9 +30,10 @@ FURTHER_COLUMNS: tuple[tuple[str, str], ...] = tuple(
     for name, one in STEP_COLUMNS.items()
     if one.tab and one.scalar is not None
 )
-"""Name and reduction of the columns of steps that are declared for the tab, behind those above."""
+"""Name and reduction of the step columns declared for the tab; they follow :data:`COLUMNS`."""
 
-# fmax and fmin, not maximum: a column is NaN where nothing is known, which must not hide a number.
+# fmax and fmin, not maximum: a column is NaN where the value is unknown, and that NaN must not hide
+# a number.
 _EXTREMES = [
     (len(COLUMNS) + place, np.fmax if reduction == "largest" else np.fmin)
     for place, (_, reduction) in enumerate(FURTHER_COLUMNS)
@@ -42,12 +43,12 @@ _EXTREMES = [
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Some windows of one stream, oldest first; a single step is a window too.
+    """Windows of one stream, oldest first. A window covers one or more consecutive steps.
 
     Attributes:
-        norms: float32 array ``[windows, parameters]``: largest finite norm; where none is finite
-            the NaN or Inf; -1 without a gradient in any step.
-        bad: uint16 array like ``norms``: steps whose norm is NaN or Inf.
+        norms: float32 array ``[windows, parameters]``: the largest finite norm, or NaN or Inf if
+            none is finite, or -1 if no step had a gradient.
+        bad: uint16 array ``[windows, parameters]``: number of steps whose norm is NaN or Inf.
         table: float64 array ``[windows, C]``: :data:`gradwatch_dashboard.wire.COLUMNS`, then the
             :data:`FURTHER_COLUMNS`.
     """
@@ -60,10 +61,10 @@ class Windows:
     def of_steps(
         cls, records: Sequence[StepRecord], norms: Floats, times: Sequence[float]
     ) -> Windows:
-        """Makes a window of each step, in arrays of its own.
+        """Makes one window per step. The arrays are copies.
 
         Args:
-            records: The steps.
+            records: The steps, oldest first.
             norms: float array ``[steps, parameters]``; -1 where there was no gradient.
             times: Wall time of each step, in seconds since 1970.
         """
@@ -82,7 +83,7 @@ class Windows:
 
     @classmethod
     def join(cls, parts: Sequence[Windows]) -> Windows:
-        """Puts windows of the same parameters one after another; at least one."""
+        """Concatenates windows of the same parameters. ``parts`` must not be empty."""
         if len(parts) == 1:
             return parts[0]
         return cls(
@@ -99,26 +100,26 @@ class Windows:
 
     @property
     def last_steps(self) -> NDArray[np.int64]:
-        """The last step of each, int64 array ``[windows]``."""
+        """The last step of each window, int64 array ``[windows]``."""
         return self.table[:, _LAST_STEP].astype(np.int64)
 
     @property
     def are_bad(self) -> NDArray[np.bool_]:
-        """Whether a step of each has a non-finite gradient, bool array ``[windows]``."""
+        """Whether each window has a step with a non-finite gradient, bool array ``[windows]``."""
         bad: NDArray[np.bool_] = self.table[:, _BAD_STEPS] > 0
         return bad
 
     def merged(self, starts: NDArray[np.intp]) -> Windows:
-        """Merges neighbours into one window for each of ``starts``, from 0 and rising."""
+        """Merges neighbors into larger windows; ``starts`` are their first rows, rising from 0."""
         if len(starts) == len(self):
             return self
-        # Wider while it is summed: a uint16 would wrap around and show a bad window as a good one.
+        # Summed as uint32: a uint16 could wrap around to 0 and show a bad window as a good one.
         bad = np.add.reduceat(self.bad, starts, axis=0, dtype=np.uint32)
         ends = np.append(starts[1:], len(self)) - 1
         table = self.table[ends]
         table[:, _FIRST_STEP] = self.table[starts, _FIRST_STEP]
         table[:, _LARGEST] = _largest_finite(self.table[:, _LARGEST], starts)
-        # fmin, not minimum: a NaN coefficient must not hide how the other steps were clipped.
+        # fmin, not minimum: a NaN coefficient must not hide those of the other steps.
         table[:, _CLIP_COEF] = np.fmin.reduceat(self.table[:, _CLIP_COEF], starts)
         for column, extreme in _EXTREMES:
             table[:, column] = extreme.reduceat(self.table[:, column], starts)
@@ -129,18 +130,22 @@ class Windows:
 
 
 def _largest_finite(values: Any, starts: NDArray[np.intp]) -> Any:
-    """Returns the largest finite value of each group, else its NaN or Inf, else the -1 it is."""
+    """Returns the largest finite value of each group.
+
+    A group without a finite norm (only -1, NaN or Inf) yields its NaN or Inf, or -1 if it has
+    neither.
+    """
     plain = np.maximum.reduceat(values, starts, axis=0)
     finite = np.isfinite(values)
-    if finite.all():  # as nearly always: what follows copies the matrix
+    if finite.all():  # the usual case; the code below copies the whole matrix
         return plain
     best = np.maximum.reduceat(np.where(finite, values, -np.inf), starts, axis=0)
     return np.where((best < 0) & ~np.isfinite(plain), plain, best).astype(values.dtype, copy=False)
 
 
 def _narrow(norms: Floats) -> NDArray[np.float32]:
-    """Copies as float32; what is finite stays so, and what is more than zero too."""
-    # A float64 norm of 1e39 would become an Inf, an alarm that the training never gave.
+    """Copies to float32, keeping finite values finite and positive values positive."""
+    # A plain cast turns a float64 norm of 1e39 into Inf, which would look like a bad step.
     with np.errstate(over="ignore", under="ignore"):
         narrow = norms.astype(np.float32)
     if norms.dtype != np.float32:
@@ -151,23 +156,23 @@ def _narrow(norms: Floats) -> NDArray[np.float32]:
 
 
 SINGLE_STEPS = 2048
-"""So many steps have a window each; then the width doubles whenever their number has."""
+"""The number of steps at the start of a run that have a window each; see :func:`window_ends`."""
 
 EARLY_ENDS = 1_000
-"""So many windows of a run end early."""
+"""The number of windows in a run that may end early."""
 
 
 def window_ends(steps: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Tells where the window of each step ends.
+    """Returns the last step of the window that each step belongs to.
 
-    The width is 1 up to step 2048, 2 up to step 4096, 4 up to step 8192 and so on: a window is
-    never more than 1/1024 of the run, and 1,000,000 steps are 11,000 windows.
+    The width of a window is 1 up to step 2048, 2 up to step 4096, 4 up to step 8192 and so on. A
+    window is never more than 1/1024 of the run, and 1,000,000 steps make 11,000 windows.
 
     Args:
-        steps: int64 array ``[steps]``: numbers of steps, from 1.
+        steps: int64 array ``[steps]``: step numbers, counted from 1.
 
     Returns:
-        int64 array ``[steps]``: the last step that belongs to the same window.
+        int64 array ``[steps]``.
 
     >>> window_ends(np.array([7, 2048, 2049, 2050, 2051, 4097]))
     array([   7, 2048, 2050, 2050, 2052, 4100])
@@ -179,20 +184,20 @@ def window_ends(steps: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class EarlyEnds:
-    """Grants windows of a run an early end, as often as its file can bear."""
+    """A budget of early window ends for a run, so that many bad steps do not bloat its file."""
 
     def __init__(self, left: int = EARLY_ENDS) -> None:
-        """Starts with ``left`` of them."""
+        """Starts with ``left`` early ends."""
         self._left = left
 
     def grant(self, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Grants the first ones.
+        """Grants early ends in order, until none are left.
 
         Args:
-            wanted: bool array ``[steps]``: where a window is to end early.
+            wanted: bool array ``[steps]``: steps where a window should end early.
 
         Returns:
-            bool array ``[steps]``: where it may.
+            bool array ``[steps]``: steps where it may.
         """
         granted = wanted & (np.cumsum(wanted) <= self._left)
         self._left -= int(granted.sum())
@@ -200,14 +205,14 @@ class EarlyEnds:
 
 
 class WindowReducer:
-    """Gathers the steps of one stream into windows, whatever the batches that they come in.
+    """Gathers the steps of one stream into windows, independent of how they are batched.
 
-    A window ends early at the first of several non-finite steps in a row, which can so be seen
-    before the rest of its steps is there.
+    A window ends early at the first of several consecutive non-finite steps, so that it can be seen
+    without waiting for the remaining steps of the window.
     """
 
     def __init__(self, early_ends: EarlyEnds) -> None:
-        """Starts with no step; the early ends are those of the run."""
+        """Starts without steps. All streams of a run share its ``early_ends``."""
         self._early_ends = early_ends
         self._open: Windows | None = None
         self._was_bad = False
@@ -216,13 +221,13 @@ class WindowReducer:
         """Adds the next steps.
 
         Args:
-            steps: A window for each, at least one; their numbers rise.
+            steps: One window per step, at least one, with rising step numbers.
 
         Returns:
-            The windows that are complete now, possibly none.
+            The windows that are now complete, possibly none.
         """
         bad = steps.are_bad
-        # A run of NaN steps ends one window only: after the first, all the rest are bad too.
+        # Consecutive NaN steps end one window early, not one each: only the first of them is news.
         begins = bad & ~np.append(self._was_bad, bad[:-1])
         self._was_bad = bool(bad[-1])
         last_steps = steps.last_steps
@@ -240,6 +245,6 @@ class WindowReducer:
         return windows[:complete]
 
     def rest(self) -> Windows | None:
-        """Gives the window that is not complete, at the end; None where there is none."""
+        """Returns the incomplete window at the end of the run; None if there is none."""
         rest, self._open = self._open, None
         return rest

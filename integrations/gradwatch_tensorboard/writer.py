@@ -1,8 +1,8 @@
-"""TensorBoardWriter: a sink for TensorBoard's stock dashboards and for the Gradients tab.
+"""TensorBoardWriter: a sink for TensorBoard's standard dashboards and for the Gradients tab.
 
-It writes all values of a step as one Event, whatever the number of parameters, at
-``StepRecord.global_step``. ``docs/reference.md`` lists every tag; what only the Gradients tab reads
-is described in :mod:`gradwatch_dashboard.wire`.
+It writes all values of a step as one Event, for any number of parameters, at
+``StepRecord.global_step``. ``docs/reference.md`` lists every tag. The format that only the
+Gradients tab reads is described in :mod:`gradwatch_dashboard.wire`.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 class TensorBoardWriter:
     """Writes gradient norms, clipping and events where TensorBoard shows them.
 
-    ``docs/reference.md`` lists every tag. An error of the disk leaves :meth:`write`: the watcher
-    reports it once and goes on without this sink.
+    ``docs/reference.md`` lists every tag. :meth:`write` raises disk errors; the watcher reports the
+    error once and continues without this sink.
 
     >>> import tempfile
     >>> writer = TensorBoardWriter(tempfile.mkdtemp(), every=10)
@@ -54,27 +54,29 @@ class TensorBoardWriter:
         layout: bool = True,
         heatmap: bool = True,
     ) -> None:
-        """Opens nothing yet: the first batch does.
+        """Makes a sink. It opens its event file when the first batch arrives.
 
         Args:
-            log_dir_or_writer: A folder, for an event file of its own that :meth:`close` closes; or
-                a ``SummaryWriter`` to share, which stays open and holds one run in one file. Make
-                that one with ``max_queue=1000``: torch's default of 10 is less than a batch, and
-                the training then waits for its thread.
-            every: Steps between two values of a scalar. The largest norm and the smallest clip
-                coefficient since the last one are written, and a step with an event always is.
-            block_every: The same for the norms of module blocks, which are most of the bytes.
-            step_scalars: Whether to write the step scalars; without them only blocks, events,
+            log_dir_or_writer: A folder, for an event file of its own that :meth:`close` closes, or
+                a ``SummaryWriter`` to share, which stays open and keeps the run in one file. Make
+                that writer with ``max_queue=1000``: torch's default of 10 is less than a batch, so
+                the training would wait for the writer's thread.
+            every: Steps between two values of a scalar. Each value written is the largest norm or
+                the smallest clip coefficient since the last one. A step with an event is always
+                written.
+            block_every: The same for the norms of module blocks, which take most of the space.
+            step_scalars: Whether to write the step scalars. Without them only block norms, events,
                 layout and matrix are written.
-            layout: Whether to write a layout for the Custom Scalars dashboard. A run has one, so
-                say False where you write your own.
-            heatmap: Whether to write the matrix of the Gradients tab, the norms of all parameters
-                at all steps, and its list of events: 4 bytes per parameter and step up to step
-                2048, then half as much with each doubling of the number of steps.
+            layout: Whether to write a layout for the Custom Scalars dashboard. A run can have only
+                one, so pass False if you write your own.
+            heatmap: Whether to write the data of the Gradients tab: its list of events, and the
+                norms of all parameters at all steps. The norms take 4 bytes per parameter and step
+                up to step 2048; the bytes per step halve whenever the number of steps doubles.
 
         Raises:
-            TypeError: If an argument is of the wrong type.
-            ValueError: If a number is below 1, or there is no folder or open writer.
+            TypeError: If an argument has the wrong type.
+            ValueError: If a number is below 1, the path is empty or a file, or the
+                ``SummaryWriter`` is closed.
         """
         self._every = _checked_count("every", every)
         self._block_every = _checked_count("block_every", block_every)
@@ -98,10 +100,10 @@ class TensorBoardWriter:
         return self._file.log_dir
 
     def write(self, batch: RecordBatch) -> None:
-        """Writes some consecutive steps, oldest first, and their events.
+        """Writes a batch of consecutive steps, oldest first, and their events.
 
         Raises:
-            OSError: If the disk does not take them.
+            OSError: If writing to disk fails.
             RuntimeError: If this writer, or the SummaryWriter that it shares, is closed.
         """
         if self._closed:
@@ -120,12 +122,12 @@ class TensorBoardWriter:
             self._write_text(batch)
         if self._matrix is not None:
             self._send(self._matrix.add(batch, times))
-        # The process may die of it, and the last batch is then what its user needs most.
+        # A non-finite gradient may end the process, and this batch would then show the cause.
         if any(map(_is_nonfinite, batch.steps)) or any(e.nonfinite for e in batch.events):
             self._file.flush()
 
     def close(self) -> None:
-        """Writes what thinning still holds and releases the file; a second call does nothing."""
+        """Writes the values that still wait and releases the file. Further calls do nothing."""
         if self._closed:
             return
         self._closed = True
@@ -149,7 +151,8 @@ class TensorBoardWriter:
         self._begun = True
 
     def _wall_times(self, records: Sequence[StepRecord]) -> list[float]:
-        # Batches wait for different times before they get here; the wall time must still rise.
+        # The delay before a batch arrives varies, so these estimates can go back in time; the wall
+        # time that is written must not.
         now = time.time()
         attached = now - records[-1].time_s if records else now
         times = [attached + record.time_s for record in records]
@@ -158,7 +161,7 @@ class TensorBoardWriter:
         return times
 
     def _write_steps(self, batch: RecordBatch, times: Sequence[float]) -> None:
-        # Without the scalars nobody reads the percentiles: those of no parameters cost nothing.
+        # Without step scalars the percentiles are unused, so pass no parameters to skip the work.
         spreads = norm_spread(batch.norms[:, : None if self._step_scalars else 0]).tolist()
         blocks = self._blocks_of(batch.layout)
         block_norms = blocks.norms(batch.norms).tolist()
@@ -206,7 +209,7 @@ class TensorBoardWriter:
         text = self._text.add(batch.events, next(iter(self._series), ""))
         if text is None:
             return
-        # One tag for all optimizers and events: a step that is taken already is moved by one.
+        # All optimizers and events share one tag, whose steps must rise: move a used step by one.
         newest = max(event.global_step for event in batch.events)
         self._text_step = max(self._text_step + 1, newest)
         file_writer = self._file.writer(self._text_step)

@@ -1,4 +1,4 @@
-/** Actions: what a person can do to the picture, by mouse, keys or buttons. */
+/** Actions: what a user can do by mouse, keys or buttons. */
 
 import { isOf } from "./data.js";
 import { around, modulesOf } from "./rows.js";
@@ -7,7 +7,7 @@ import { describe, spoken } from "./tooltip.js";
 
 const JUMP = 200;
 
-/** Changes the state; the rest follows it. */
+/** Changes the state; everything else reacts to it. */
 export class Actions {
   /**
    * @param {Object} parts
@@ -16,7 +16,7 @@ export class Actions {
    * @param {import("./data.js").Data} parts.data
    * @param {import("./curve.js").Curve} parts.curve
    * @param {import("./tooltip.js").Tooltip} parts.tooltip
-   * @param {HTMLElement} parts.voice What is read out.
+   * @param {HTMLElement} parts.voice The live region that screen readers read out.
    */
   constructor(parts) {
     Object.assign(this, parts);
@@ -24,7 +24,7 @@ export class Actions {
     this.toReveal = -1;
   }
 
-  /** What is common to all panels; null while there is nothing to see. */
+  /** What all panels share; null while there is nothing to see. */
   get picture() {
     return this.screen.all ? this.screen.picture : null;
   }
@@ -37,8 +37,8 @@ export class Actions {
   /**
    * Zooms.
    *
-   * @param {number} factor Below 1: in.
-   * @param {number} [place] Share of the width that stays where it is; by default the cursor's.
+   * @param {number} factor Below 1 to zoom in.
+   * @param {number} [place] The fixed point, as a share of the width; by default the cursor.
    * @param {boolean} [remember] Whether `back` undoes it.
    */
   zoom(factor, place = this.#cursorPlace(), remember = true) {
@@ -48,8 +48,9 @@ export class Actions {
   /**
    * Moves along the steps.
    *
-   * @param {number} share Of the width.
-   * @param {boolean} [remember] Whether `back` undoes it; without, parts of a step add up.
+   * @param {number} share Distance, as a share of the width.
+   * @param {boolean} [remember] Whether `back` undoes it. If not, fractions of a step add up over
+   *   several calls.
    */
   pan(share, remember = true) {
     if (!this.picture || !this.state.view) return;
@@ -60,7 +61,7 @@ export class Actions {
     this.look({ first: first + distance, last: last + distance }, remember);
   }
 
-  /** Shows some steps. */
+  /** Shows a range of steps; null for all. */
   look(view, remember = true) {
     if (!this.picture) return;
     this.state.look(view && clamped(view, this.screen.all), remember);
@@ -79,7 +80,7 @@ export class Actions {
     this.state.set({ open });
   }
 
-  /** Leads to the step and the row of an event. */
+  /** Shows the step and the row of an event. */
   jump(event) {
     if (!this.picture) return;
     const { rows } = this.screen;
@@ -99,7 +100,7 @@ export class Actions {
     this.say(panel ?? this.screen.panels[0], rows.rows[row] ?? null, event.step);
   }
 
-  /** Tells those who listen what a cell holds; shows it to those who use the keys. */
+  /** Describes a cell to screen readers, and in the tooltip if the heat map has the focus. */
   say(panel, row, step) {
     const found = describe(panel, row, step, this.view);
     this.voice.textContent = spoken(found);
@@ -111,14 +112,14 @@ export class Actions {
     this.tooltip.show(found, null, x, box.top + y);
   }
 
-  /** A click: on the name of a module opens or closes it, elsewhere draws the curve of the row. */
+  /** Handles a click: toggles a module on its name; elsewhere shows or hides the row's curve. */
   choose({ row, inPlot }) {
     if (!row) return;
     if (!inPlot && row.leaf < 0) this.toggle(row);
     else this.state.set({ selected: this.state.selected === row.key ? null : row.key });
   }
 
-  /** Zooms to what lies between two shares of the width. */
+  /** Zooms to the steps between two positions, given as shares of the width. */
   select(from, to) {
     if (!this.picture) return;
     const { first, last } = this.view;
@@ -127,7 +128,7 @@ export class Actions {
     this.look({ first: Math.floor(first + from * size), last: end });
   }
 
-  /** Shows what is under the pointer; nothing where there is no point. */
+  /** Shows what is under the pointer; hides it if `point` is null. */
   hover(panel, point, x, y) {
     if (!this.picture) return;
     const step = point ? point.step : null;
@@ -139,7 +140,7 @@ export class Actions {
     this.tooltip.show(found, this.picture.several ? panel.label : null, x, y);
   }
 
-  /** Scrolls to the row whose curve is drawn: the curve takes room from the rows. */
+  /** Scrolls to the row whose curve is drawn, because the curve takes room from the rows. */
   revealSelected() {
     const { rows } = this.screen.rows;
     this.toReveal = rows?.findIndex(({ key }) => key === this.state.selected) ?? -1;

@@ -1,6 +1,6 @@
-/** The server's answers. All addresses are relative, so that they hold under any path prefix. */
+/** Requests to the server. All URLs are relative, so that they work under any path prefix. */
 
-/** Says that the server gave no good answer. */
+/** The server did not answer, or answered with an error. */
 class ServerError extends Error {}
 
 /**
@@ -9,11 +9,12 @@ class ServerError extends Error {}
  * @typedef {Object} Heat
  * @property {number} first First step.
  * @property {number} last Last step.
- * @property {number} columns How many columns divide the steps.
- * @property {number} parameters How many rows there are.
+ * @property {number} columns Number of columns that the steps are divided into.
+ * @property {number} parameters Number of rows.
  * @property {Float32Array} norms `[parameters, columns]`; -1: no gradient, -2: nothing recorded.
- * @property {Uint8Array|Uint16Array|null} bad Steps with a NaN or an Inf, like `norms`.
- * @property {Object<string, Float32Array>} strip By name, numbers of a whole column.
+ * @property {Uint8Array|Uint16Array|null} bad `[parameters, columns]`: number of steps with a NaN
+ *   or an Inf; null if there are none.
+ * @property {Object<string, Float32Array>} strip By name, the values `[columns]` of whole steps.
  */
 
 /**
@@ -39,14 +40,12 @@ export async function getHeat(wanted, signal) {
   return parseHeat(await (await answer("heatmap", wanted, signal)).arrayBuffer());
 }
 
-/**
- * A place for one request: a newer one ends an older one that is still under way.
- */
+/** A slot for one request: a newer request aborts the older one. */
 export class Latest {
   #controller = null;
 
   /**
-   * Ends what is under way.
+   * Aborts the current request.
    *
    * @returns {AbortSignal} For the next request.
    */
@@ -58,7 +57,7 @@ export class Latest {
 }
 
 /**
- * Tells whether an error only says that a newer request came.
+ * Tells whether an error only means that a newer request replaced this one.
  *
  * @param {unknown} error
  * @returns {boolean}
@@ -89,7 +88,7 @@ function aligned(offset) {
   return (offset + 7) & ~7;
 }
 
-/** Reads a binary answer: the length of a JSON header, the header, the arrays that it lists. */
+/** Parses a binary answer: the length of a JSON header, the header, and the arrays it lists. */
 function parseHeat(buffer) {
   const length = new DataView(buffer).getUint32(0, true);
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));

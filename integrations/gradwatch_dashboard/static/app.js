@@ -1,4 +1,4 @@
-/** The application: state and data in, elements out. */
+/** The application: connects state, data and elements. */
 
 import { Actions } from "./actions.js";
 import { isAbort } from "./api.js";
@@ -47,18 +47,18 @@ export class App {
     });
   }
 
-  /** Whether the tab is in front. */
+  /** Whether the tab is visible. */
   get isSeen() {
     return !document.hidden && this.element.clientWidth > 0 && isInFront();
   }
 
-  /** Reads colours and letters again. */
+  /** Reads colors and fonts again, and redraws. */
   restyle() {
     this.screen.restyle();
     this.redraw();
   }
 
-  /** Asks the server what is new. */
+  /** Fetches the list of runs, and what has changed in those on the screen. */
   async refresh() {
     await this.#busy(async () => {
       await this.data.loadRuns();
@@ -80,9 +80,9 @@ export class App {
   }
 
   /**
-   * Takes over what a link says.
+   * Applies the state of a link. Runs that do not exist are ignored.
    *
-   * @param {Object} patch Of `readLink`.
+   * @param {Object} patch The result of `readLink`.
    */
   restore(patch) {
     for (const name of ["main", "other"]) {
@@ -94,7 +94,7 @@ export class App {
     this.state.set(patch);
   }
 
-  /** Follows TensorBoard's own filter of runs. */
+  /** Applies TensorBoard's own filter to the list of runs. */
   refilter() {
     this.runs.show(this.data.runs, runFilter().shows);
   }
@@ -142,7 +142,7 @@ export class App {
     this.settling = setTimeout(() => this.#busy(() => this.#loadStale()), SETTLED);
   }
 
-  /** Makes a panel for each run on the screen; those that stay keep what they have. */
+  /** Makes a panel for each run on the screen; runs that stay keep their panel and its data. */
   #arrange() {
     const { main, other } = this.state;
     const wanted = [main, other].filter((choice) => choice);
@@ -191,7 +191,7 @@ export class App {
     if (!performance.getEntriesByName(FIRST).length) performance.mark(FIRST);
   }
 
-  /** Fetches the runs on the screen that have grown; a view of the newest step follows it. */
+  /** Fetches the runs on the screen that have grown. A view that shows the newest step moves on. */
   async #loadStale() {
     const { panels } = this.screen;
     const before = this.screen.all;
@@ -221,7 +221,7 @@ export class App {
     if (found.some((fresh) => fresh)) this.redraw();
   }
 
-  /** Does something that takes a while; says what went wrong. */
+  /** Runs a task, shows that the tab is loading, and reports an error. */
   async #busy(task) {
     this.pending += 1;
     this.element.dataset.state = "loading";
@@ -232,7 +232,7 @@ export class App {
       if (!isAbort(error)) this.#fail(error);
     } finally {
       this.pending -= 1;
-      // The last frame is drawn before anyone is told that all is there.
+      // "ready" is set only after the last frame, so that everything is drawn by then.
       requestAnimationFrame(() => {
         if (!this.pending) this.element.dataset.state = "ready";
       });

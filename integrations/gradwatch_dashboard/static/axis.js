@@ -1,14 +1,14 @@
-/** Ticks at round numbers, and how they are drawn. */
+/** Axes with ticks at round numbers. */
 
 import { count, number, power } from "./format.js";
 
 /**
- * Chooses round steps.
+ * Chooses round steps for ticks.
  *
  * @param {number} first First step in view.
  * @param {number} last Last step in view.
  * @param {number} most How many ticks fit.
- * @returns {number[]} Steps, rising.
+ * @returns {number[]} Steps, in rising order.
  */
 function stepTicks(first, last, most) {
   const span = Math.max(1, last - first);
@@ -22,12 +22,12 @@ function stepTicks(first, last, most) {
 }
 
 /**
- * Chooses round numbers of a logarithmic axis.
+ * Chooses round numbers for the ticks of a logarithmic axis.
  *
  * @param {number} low Logarithm (base 10) of its lower end.
  * @param {number} high Logarithm of its upper end.
  * @param {number} most How many ticks fit.
- * @returns {{at: number, label: string}[]} `at` is a logarithm.
+ * @returns {{at: number, label: string}[]} `at` is a base 10 logarithm.
  */
 export function logTicks(low, high, most) {
   const [from, to] = [Math.ceil(low - 1e-9), Math.floor(high + 1e-9)];
@@ -55,7 +55,7 @@ export function logTicks(low, high, most) {
  * Draws the axis of the steps.
  *
  * @param {CanvasRenderingContext2D} context
- * @param {{left: number, width: number}} plot Where the plot lies, in CSS pixels.
+ * @param {{left: number, width: number}} plot Position of the plot, in CSS pixels.
  * @param {{first: number, last: number}} view
  * @param {Object<string, string>} theme
  */
@@ -85,13 +85,13 @@ export function drawSteps(context, plot, view, theme) {
 }
 
 /**
- * Draws the labels and the faint lines of a logarithmic axis.
+ * Draws the labels and grid lines of a logarithmic axis.
  *
  * @param {CanvasRenderingContext2D} context
  * @param {{left: number, width: number, top: number, height: number}} plot
  * @param {{low: number, high: number}} range Logarithms of its ends.
  * @param {Object<string, string>} theme
- * @returns {function(number): number} From a number above 0 to its y.
+ * @returns {function(number): number} Maps a number above 0 to its y coordinate.
  */
 export function drawLogAxis(context, plot, range, theme) {
   const yOf = (log) => plot.top + plot.height * (1 - (log - range.low) / (range.high - range.low));
@@ -116,8 +116,8 @@ export function drawLogAxis(context, plot, range, theme) {
 /**
  * Finds the ends of a logarithmic axis over some curves.
  *
- * @param {ArrayLike<number>[]} curves What is not a finite number above 0 counts for nothing.
- * @returns {{low: number, high: number}} Logarithms, at least half a decade apart.
+ * @param {ArrayLike<number>[]} curves Values that are not finite and above 0 are ignored.
+ * @returns {{low: number, high: number}} Base 10 logarithms, at least half a decade apart.
  */
 export function logRange(curves) {
   let [low, high] = [Infinity, -Infinity];

@@ -1,18 +1,18 @@
-/** Cells: the numbers of a row, of a parameter or summed up over a module. */
+/** Cells: the numbers of a row, for a parameter or combined over a module. */
 
 /**
  * The numbers of a row.
  *
  * @typedef {Object} RowCells
  * @property {Float32Array} values Norms; -1: no gradient, -2: nothing recorded.
- * @property {ArrayLike<number>|null} bad Steps with a NaN or an Inf.
+ * @property {ArrayLike<number>|null} bad Number of steps with a NaN or an Inf; null if none.
  */
 
-/** The rows of one answer of the server; what was summed up is kept. */
+/** The rows of one answer of the server. Computed rows and medians are cached. */
 export class Cells {
   /**
    * @param {import("./api.js").Heat} heat
-   * @param {Int32Array} indexOf By row of the picture, the parameter in `heat`; -1: it has none.
+   * @param {Int32Array} indexOf For each parameter of the picture its row in `heat`; -1 if absent.
    */
   constructor(heat, indexOf) {
     this.heat = heat;
@@ -37,10 +37,10 @@ export class Cells {
   }
 
   /**
-   * Returns the median of a row's norms above 0.
+   * Returns the median of a row's finite norms above 0.
    *
    * @param {import("./rows.js").Node} row
-   * @returns {number} NaN where there is none.
+   * @returns {number} NaN if there are none.
    */
   typical(row) {
     const known = this.medians.get(row);
@@ -60,7 +60,11 @@ export class Cells {
     return { values: norms.subarray(from, to), bad: bad && bad.subarray(from, to) };
   }
 
-  /** The root of the sum of squares where finite; bad if any is; -1 only where all are. */
+  /**
+   * Combines parameters by the root of the sum of squares of their finite norms. A value is NaN if
+   * no norm is finite but one is NaN or Inf; -1 if none has a gradient; -2 if nothing was recorded.
+   * `bad` is the largest count of any parameter.
+   */
   #module(leaves) {
     const { columns, norms, bad } = this.heat;
     const squares = new Float64Array(columns);
@@ -102,7 +106,7 @@ export function isBad(cells, column) {
  *
  * @param {{first: number, last: number, columns: number}} heat
  * @param {number} step
- * @returns {number} -1 where it has none.
+ * @returns {number} -1 if the step is outside the heat map.
  */
 export function columnOf(heat, step) {
   if (step < heat.first || step > heat.last) return -1;

@@ -1,12 +1,13 @@
 /**
- * The colours: of norms, of what is no norm, of the curves; the same as in gradwatch's own plots.
+ * Colors of norms, of special cells and of curves. They are the same as in gradwatch's own plots.
  *
  * References:
  *   Okabe, Ito: Color Universal Design. 2008. Nuñez, Anderton, Renslow: Optimizing colormaps with
  *   consideration for color vision deficiency. PLOS ONE 13(7), 2018.
  */
 
-// 33 evenly spaced colours each of matplotlib's maps; between them they are as good as straight.
+// 33 evenly spaced colors of each matplotlib map. Linear interpolation between them is accurate
+// enough.
 const VIRIDIS =
   "440154470d6048186a482374472d7b4537814240863e49893b528b375b8d33638d2f6b8e2c728e297a8e26828e" +
   "23898e21918c1f988b1fa08822a78528ae8032b67a3fbc734ec36b5ec96270cf5784d44b98d83eaddc30c2df23" +
@@ -16,13 +17,13 @@ const BROWN_GREEN =
   "e7f2f0f5f5f4f5f1e4f6edd5f6e9c5f0deb0e8d29ae1c684d8b46ccea053c48b3ab77928a76a1d975b12874e0a" +
   "754308633906543005";
 
-/** What is no norm has a colour that the maps lack, and its own lightness. */
+/** Colors of special cells. The color maps do not contain them, and each has its own lightness. */
 export const SPECIAL = { bad: "#ff33ff", badDark: "#a800b8", zero: "#000000", zeroLine: "#8d96a3" };
 
 /**
- * Packs a colour as a pixel of ImageData.
+ * Packs a color as a pixel of ImageData.
  *
- * @param {string} hex Six digits behind an optional `#`.
+ * @param {string} hex Six hexadecimal digits after an optional `#`.
  * @returns {number}
  */
 export function pixel(hex) {
@@ -32,9 +33,9 @@ export function pixel(hex) {
 }
 
 /**
- * Returns the colours of norms.
+ * Returns the colors of norms.
  *
- * @param {boolean} relative Whether the norms are over the typical one.
+ * @param {boolean} relative Whether the norms are divided by the typical norm of their row.
  * @returns {Uint32Array} 256 pixels, from low to high.
  */
 export function colourMap(relative) {
@@ -54,9 +55,9 @@ export function colourMap(relative) {
 }
 
 /**
- * Reads what the canvases need of the style sheet.
+ * Reads the colors and fonts that the canvases need from the style sheet.
  *
- * @returns {Object<string, string>} Colours and fonts.
+ * @returns {Object<string, string>} Colors and fonts by name.
  */
 export function readTheme() {
   const style = getComputedStyle(document.body);

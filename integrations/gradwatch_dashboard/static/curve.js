@@ -1,4 +1,4 @@
-/** The curve of one row: its norm by step, beside the total norm. */
+/** The curve of one row: its norm by step. */
 
 import { drawLogAxis, drawSteps, logRange } from "./axis.js";
 import { getJson, isAbort, Latest } from "./api.js";
@@ -18,8 +18,8 @@ const RIGHT = 14;
  * @property {number[]} first First step of each window.
  * @property {number[]} last Last step of each window.
  * @property {number[]} norm
- * @property {number[]} bad Steps with a NaN or an Inf.
- * @property {number[]} total Total norm.
+ * @property {number[]} bad Number of steps with a NaN or an Inf.
+ * @property {number[]} total Total norm of the model.
  */
 
 /** The panel below the heat maps. */
@@ -41,7 +41,7 @@ export class Curve {
   }
 
   /**
-   * Fetches a row's numbers, in every window where it is a parameter.
+   * Gets the numbers of a row: window by window for a parameter, by column for a module.
    *
    * @param {import("./rows.js").Node} row
    * @param {import("./panel.js").Panel[]} panels
@@ -79,7 +79,7 @@ export class Curve {
    * Draws the curve.
    *
    * @param {Object} picture
-   * @param {import("./rows.js").Node|null} row null: hidden.
+   * @param {import("./rows.js").Node|null} row null hides the curve.
    * @param {import("./panel.js").Panel[]} panels
    */
   draw(picture, row, panels) {
@@ -151,7 +151,7 @@ async function ofParameter(panel, row, view, signal) {
   return { ...found, norm, bad: found.bad, total: numbers(found.grad_norm) };
 }
 
-/** The row of a module is summed up here, from the cells. */
+/** Computes the row of a module from the cells. */
 function ofModule(panel, row, view) {
   const cells = panel.cells(view);
   const { values } = cells.of(row);
@@ -181,7 +181,7 @@ function drawSeries(context, { first, last, norm }, plot, view, yOf, colour) {
     const x = plot.left + ((first[i] + last[i]) / 2 - view.first + 0.5) * unit;
     const good = norm[i] > 0 && norm[i] < Infinity;
     const at = Math.floor(x * 2);
-    // Of several windows on the same half pixel the largest is drawn.
+    // If several windows fall on the same half pixel, only the largest is drawn.
     if (column !== null && (at !== column || !good)) {
       put(column / 2, highest);
       column = null;

@@ -1,19 +1,19 @@
-/** Data: what the server is asked for, and when. */
+/** Data: decides what to request from the server, and when. */
 
 import { getHeat, getJson, isAbort } from "./api.js";
 import { Cells } from "./cells.js";
 import { joinedNames } from "./picture.js";
 import { sameChoice } from "./runs.js";
 
-/** So many cells are fetched at once: more would take longer than a glance. */
+/** Most cells of one request, so that the answer arrives quickly. */
 const MOST_CELLS = 2_400_000;
 const MOST_COLUMNS = 4096;
-/** A window that was made this much wider needs finer columns. */
+/** Relative change in the number of columns from which on a heat map is fetched again. */
 const ROUGHLY = 0.25;
 
 /** Runs, and the cells of those on the screen. */
 export class Data {
-  /** @param {function(import("./panel.js").Panel): number} widthOf Pixels of a panel's plot. */
+  /** @param {function(import("./panel.js").Panel): number} widthOf A plot's device pixels. */
   constructor(widthOf) {
     this.widthOf = widthOf;
     this.runs = [];
@@ -29,7 +29,7 @@ export class Data {
   }
 
   /**
-   * Finds what the list says about a choice.
+   * Finds the entry of a choice in the list of runs.
    *
    * @param {import("./state.js").Choice|null} choice
    * @returns {Object|null}
@@ -50,10 +50,10 @@ export class Data {
   }
 
   /**
-   * Completes a choice that a link may have left open.
+   * Completes a choice from a link, which may name no optimizer or one that the run lacks.
    *
    * @param {import("./state.js").Choice|null} choice
-   * @returns {import("./state.js").Choice|null} null where there is no such run.
+   * @returns {import("./state.js").Choice|null} null if there is no such run.
    */
   completed(choice) {
     if (!choice || this.summary(choice)) return choice;
@@ -62,7 +62,7 @@ export class Data {
   }
 
   /**
-   * Chooses a run to begin with: of those that TensorBoard's filter leaves, the newest.
+   * Chooses the first run to show: the newest of those that pass TensorBoard's filter.
    *
    * @param {function(string): boolean} shows
    * @returns {import("./state.js").Choice|null}
@@ -75,7 +75,7 @@ export class Data {
   }
 
   /**
-   * Tells whether a panel shows all that there is.
+   * Tells whether a panel has all recorded steps, at about the right resolution.
    *
    * @param {import("./panel.js").Panel} panel
    * @returns {boolean}
@@ -89,12 +89,12 @@ export class Data {
   }
 
   /**
-   * Fetches all steps of a run, and those of a view with them, so that they appear together.
+   * Fetches all steps of a run together with those of a view, so that both appear at once.
    *
    * @param {import("./panel.js").Panel} panel
-   * @param {import("./panel.js").Panel[]} panels All on the screen.
+   * @param {import("./panel.js").Panel[]} panels All panels on the screen.
    * @param {import("./state.js").View|null} view
-   * @param {function(): void} laidOut Is called when the names are known and the heat is not.
+   * @param {function(): void} laidOut Called when the names are known, but not yet the cells.
    */
   async load(panel, panels, view, laidOut) {
     const known = JSON.stringify(this.summary(panel.choice));
@@ -127,8 +127,8 @@ export class Data {
    * Fetches the steps of a view.
    *
    * @param {import("./panel.js").Panel} panel
-   * @param {import("./state.js").View|null} view null: those of all steps are enough.
-   * @returns {Promise<boolean>} Whether there is something new.
+   * @param {import("./state.js").View|null} view null for all steps, which need no detail.
+   * @returns {Promise<boolean>} Whether there are new cells to draw.
    */
   async loadDetail(panel, view) {
     if (!panel.overview) return false;
@@ -155,7 +155,7 @@ export class Data {
   }
 
   /**
-   * Joins the names of the panels; the rows of their cells follow.
+   * Joins the names of the panels, and updates the indices in their cells.
    *
    * @param {import("./panel.js").Panel[]} panels
    * @returns {Map<import("./panel.js").Panel, Int32Array>} By name, the index in a panel's layout.
@@ -172,7 +172,7 @@ export class Data {
 
   #columns(panel) {
     const pixels = this.widthOf(panel);
-    // Columns are one, two, three... whole pixels wide: all alike.
+    // All columns are about the same whole number of device pixels wide.
     const most = Math.min(MOST_COLUMNS, MOST_CELLS / Math.max(1, panel.layout.parameters.length));
     return Math.max(100, Math.ceil(pixels / Math.ceil(pixels / most)));
   }
@@ -189,7 +189,7 @@ export function isOf(panel, choice) {
   return sameChoice(panel.choice, choice);
 }
 
-/** The steps of a view that a run has; null where it has none of them. */
+/** Returns the steps of a view that a run has; null if it has none of them. */
 function cut(view, all) {
   const first = Math.max(view.first, all.first_step ?? all.first);
   const last = Math.min(view.last, all.last_step ?? all.last);

@@ -1,14 +1,14 @@
 /**
- * Elements, built without HTML text: names in a log are a stranger's and only ever become text.
+ * Builds elements without HTML strings: names in a log are untrusted and must stay plain text.
  */
 
 /**
  * Makes an element.
  *
  * @param {string} tag Its tag.
- * @param {Object} [properties] `class`, `text`, listeners such as `onclick`, all else attributes;
- *   null, undefined and false leave an attribute out.
- * @param {...(Node|string|null)} children What it holds; text becomes text nodes.
+ * @param {Object} [properties] `class`, `text`, listeners such as `onclick`; all others become
+ *   attributes. null, undefined and false leave a property out.
+ * @param {...(Node|string|null)} children Strings become text nodes; null is ignored.
  * @returns {HTMLElement}
  */
 export function h(tag, properties = {}, ...children) {
@@ -36,7 +36,7 @@ export function flag(element, name, value) {
 }
 
 /**
- * Fits a canvas to its place, sharp on every screen.
+ * Resizes and clears a canvas so that it is sharp at any device pixel ratio.
  *
  * @param {HTMLCanvasElement} canvas
  * @param {number} width In CSS pixels.
@@ -57,7 +57,7 @@ export function fitted(canvas, width, height) {
 }
 
 /**
- * Calls a function once in the next frame, however often it was asked for.
+ * Makes a function that calls `task` once in the next frame, however often it is called before.
  *
  * @param {function(): void} task
  * @returns {function(): void}

@@ -1,4 +1,4 @@
-/** What is said where there is nothing to draw. */
+/** Messages for when there is nothing to draw. */
 
 import { h } from "./dom.js";
 
@@ -12,7 +12,7 @@ with gradwatch.watch(model, optimizer, sinks=[TensorBoardWriter("runs/first")]):
         optimizer.zero_grad()`;
 
 /**
- * Says that no run has data, and how one comes by them.
+ * Says that no run has data, and how to record some.
  *
  * @returns {HTMLElement}
  */
@@ -21,19 +21,19 @@ export function noRuns() {
     "div",
     { class: "empty" },
     h("h2", { text: "No gradients yet" }),
-    h("p", { text: "No run in this log directory holds gradient data. In the training, write:" }),
+    h("p", { text: "No run in this log directory has gradient data. To record some, write:" }),
     h("pre", {}, h("code", { text: CODE })),
     h("p", {
       class: "note",
       text:
-        "With Lightning: GradientMonitor() beside a TensorBoardLogger. The first steps are " +
-        "written within seconds; TensorBoard shows them at its next reload.",
+        "With Lightning, use GradientMonitor() together with a TensorBoardLogger. The first " +
+        "steps are written within seconds; TensorBoard shows them at its next reload.",
     }),
   );
 }
 
 /**
- * Says that the server gave no good answer.
+ * Says that the server did not give a valid answer.
  *
  * @param {string} message
  * @param {function(): void} again
@@ -50,7 +50,7 @@ export function failed(message, again) {
 }
 
 /**
- * Says that the first picture is on its way.
+ * Says that the data are being loaded.
  *
  * @returns {HTMLElement}
  */
@@ -59,7 +59,7 @@ export function loading() {
 }
 
 /**
- * Says that the filter leaves no row.
+ * Says that no row matches the filter.
  *
  * @param {function(): void} clear
  * @returns {HTMLElement}

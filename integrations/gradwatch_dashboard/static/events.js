@@ -1,4 +1,4 @@
-/** The list of events; a click leads to the step and the row. */
+/** The list of events. A click on one shows its step and its row. */
 
 import { getJson, isAbort, Latest } from "./api.js";
 import { flag, h } from "./dom.js";
@@ -11,7 +11,7 @@ const MOST = 5000;
 export class Events {
   /**
    * @param {import("./state.js").State} state
-   * @param {function(Object): void} jump Is called with an event that was chosen.
+   * @param {function(Object): void} jump Called with the event that was clicked.
    */
   constructor(state, jump) {
     this.state = state;
@@ -84,7 +84,7 @@ export class Events {
       };
       items.push(h("li", { class: "note" }, h("button", { class: "link", text, onclick: more })));
     } else if (this.beyond) {
-      const text = `${count(this.beyond)} later ones are not listed.`;
+      const text = `${count(this.beyond)} later events are not listed.`;
       items.push(h("li", { class: "note", text }));
     }
     this.list.replaceChildren(...items);
@@ -119,7 +119,7 @@ export class Events {
   }
 }
 
-/** The mark of an event: its kind says which color and shape, and the server has checked both. */
+/** Makes the mark of an event. The server has checked its color and shape. */
 function markOf({ color, shape }) {
   const mark = h("i", { class: `dot ${shape}` });
   mark.style.setProperty("--kind", color);

@@ -1,14 +1,14 @@
-/** Numbers and names, as people read them. */
+/** Formats numbers and names for display. */
 
-// Line breaks, control characters and marks that turn the direction of text: a name must not
-// pretend to be another one.
+// Line breaks, control characters and marks that change the text direction: with them, a name
+// could look like another one.
 const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff]/g;
 const SUPERSCRIPTS = { "-": "⁻", 0: "⁰", 1: "¹", 2: "²", 3: "³", 4: "⁴", 5: "⁵", 6: "⁶" };
 Object.assign(SUPERSCRIPTS, { 7: "⁷", 8: "⁸", 9: "⁹" });
 const counts = new Intl.NumberFormat("en-US");
 
 /**
- * Makes a name of a log fit to be shown.
+ * Makes an untrusted name from a log safe to display.
  *
  * @param {string} name
  * @returns {string}
@@ -18,7 +18,7 @@ export function shown(name) {
 }
 
 /**
- * Writes a whole number with separators.
+ * Formats a whole number with thousands separators.
  *
  * @param {number} value
  * @returns {string}
@@ -28,7 +28,7 @@ export function count(value) {
 }
 
 /**
- * Writes a number and what it counts.
+ * Formats a number with its noun, as in "2 steps".
  *
  * @param {number} value
  * @param {string} noun In the singular.
@@ -39,10 +39,10 @@ export function counted(value, noun) {
 }
 
 /**
- * Writes a norm or a coefficient with so many significant digits.
+ * Formats a norm or a coefficient.
  *
  * @param {number} value
- * @param {number} [digits]
+ * @param {number} [digits] Significant digits.
  * @returns {string}
  */
 export function number(value, digits = 4) {
@@ -58,7 +58,7 @@ export function number(value, digits = 4) {
 }
 
 /**
- * Writes a power of ten: 10⁻³; or 0.1, 1, 10 where that is as short.
+ * Formats a power of ten: 10⁻³, but 0.1, 1, 10 and 100 in full.
  *
  * @param {number} exponent
  * @returns {string}
@@ -69,7 +69,7 @@ export function power(exponent) {
 }
 
 /**
- * Names a range of steps.
+ * Formats a range of steps, as in "steps 1–20".
  *
  * @param {number} first
  * @param {number} last
@@ -80,11 +80,11 @@ export function steps(first, last) {
 }
 
 /**
- * Cuts the beginning of a text, as names differ at their end.
+ * Cuts the beginning of a long text, because names differ at their end.
  *
  * @param {string} text
- * @param {number} room In pixels.
- * @param {CanvasRenderingContext2D} context Has the font.
+ * @param {number} room Available width, in CSS pixels.
+ * @param {CanvasRenderingContext2D} context Set to the font.
  * @returns {string}
  */
 export function shortened(text, room, context) {

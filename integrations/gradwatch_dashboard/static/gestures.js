@@ -1,4 +1,4 @@
-/** What a pointer does on a panel: hover, choose, zoom, pan. */
+/** Pointer gestures on a panel: hover, choose, zoom and pan. */
 
 const LEAST_DRAG = 4;
 const BURST = 400;

@@ -1,4 +1,4 @@
-/** The pixels of a heat map. */
+/** Paints the pixels of a heat map. */
 
 import { pixel, SPECIAL } from "./colours.js";
 import { isBad } from "./cells.js";
@@ -10,7 +10,7 @@ const ZERO = pixel(SPECIAL.zero);
 const ZERO_LINE = pixel(SPECIAL.zeroLine);
 const ABSENT = bitsOf(-1);
 
-/** No bad cell and no exact zero is thinner than this, in CSS pixels. */
+/** Minimum width and height of a bad cell or an exact zero in CSS pixels, to keep it visible. */
 const LEAST_PIXELS = 3;
 
 /**
@@ -20,9 +20,9 @@ const LEAST_PIXELS = 3;
  * @param {Uint32Array} picture.pixels `[height, width]`, transparent.
  * @param {number} picture.width
  * @param {number} picture.height
- * @param {number} picture.ratio Pixels of the device to a CSS pixel.
+ * @param {number} picture.ratio Device pixels per CSS pixel.
  * @param {{cells: import("./cells.js").RowCells, typical: number, top: number, bottom: number}[]}
- *   picture.rows With their place in pixels, which may be outside of the picture.
+ *   picture.rows With their position in device pixels, which may be outside the picture.
  * @param {{first: number, last: number, columns: number}} picture.heat
  * @param {{first: number, last: number}} picture.view Steps from the left to the right edge.
  * @param {import("./scale.js").Scale} picture.scale
@@ -42,7 +42,7 @@ export function paint(picture) {
   for (const mark of marks.bad) fill(picture, mark, least, BAD, BAD_LINE);
 }
 
-/** By pixel the column under it; -1 where there is none. */
+/** Returns the column under each pixel; -1 if there is none. */
 function columnsOfPixels(heat, view, width) {
   const columns = new Int32Array(width);
   const [span, steps] = [heat.last - heat.first + 1, view.last - view.first + 1];
@@ -55,7 +55,7 @@ function columnsOfPixels(heat, view, width) {
   return columns;
 }
 
-/** By column its left edge in pixels, and one more. */
+/** Returns the left edge of each column in pixels, and the right edge of the last one. */
 function edgesOfColumns(heat, view, width) {
   const [span, steps] = [heat.last - heat.first + 1, view.last - view.first + 1];
   const edges = new Float64Array(heat.columns + 1);
@@ -74,7 +74,7 @@ function paintRow(picture, row, columns) {
   if (from >= height || row.bottom <= 0) return;
   let values = numbersOf(row, scale.relative);
   if (bottom <= top) {
-    // Rows thinner than a pixel share it: the largest norm stays.
+    // Rows thinner than a pixel share one, which shows the largest norm.
     if (picture.line === from) values = largest(values, picture.shared);
     [picture.line, picture.shared] = [from, values];
   }
@@ -92,7 +92,7 @@ function paintRow(picture, row, columns) {
   if (absent && bottom - from >= 5) hatchAbsent(picture, bits, columns, from, bottom, theme);
 }
 
-/** The numbers that have a colour: norms, or norms over the typical one. */
+/** Returns the values to color: norms, or norms divided by the typical norm of the row. */
 function numbersOf(row, relative) {
   const { values } = row.cells;
   if (!relative) return values;
@@ -118,7 +118,7 @@ function hatchAbsent({ pixels, width }, bits, columns, from, bottom, theme) {
   }
 }
 
-/** Finds what must be wide: runs of bad cells and of exact zeros, as far as they are in view. */
+/** Collects runs of bad cells and of exact zeros, which must have a minimum size. */
 function collect(marks, row, edges, count) {
   const { cells, top, bottom } = row;
   const { values } = cells;

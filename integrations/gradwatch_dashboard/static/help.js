@@ -1,4 +1,4 @@
-/** What the mouse and the keys do. */
+/** The help on the mouse and the keys. */
 
 import { h } from "./dom.js";
 
@@ -12,19 +12,19 @@ const KEYS = [
   ["click on a row", "draw its curve"],
   ["click on a module's name", "open or close it"],
   ["Keys, in the heat map", null],
-  ["arrows", "move from cell to cell; with shift by ten"],
+  ["arrows", "move from cell to cell; with shift, by ten"],
   ["Home, End", "first or last step in view"],
   ["Page up, Page down", "a page of rows"],
   ["+ −", "zoom at the cursor"],
   ["[ ]", "move along the steps"],
   ["0", "show all steps"],
-  ["Escape, Backspace", "back to the view before"],
+  ["Escape, Backspace", "back to the previous view"],
   ["Enter", "draw the curve of the row"],
   ["Space", "open or close the module"],
   ["?", "this help"],
 ];
 
-/** A dialog. */
+/** The help dialog, and the same text for screen readers. */
 export class Help {
   constructor() {
     const rows = KEYS.map(([keys, text]) =>
@@ -42,9 +42,9 @@ export class Help {
       h("p", {
         class: "note",
         text:
-          "A cell shows the largest norm of its steps, before the clip. Where one of them had a " +
-          "NaN or an Inf, the cell is pink, however many good ones it holds. The row of a module " +
-          "shows the root of the sum of squares over its parameters.",
+          "A cell shows the largest norm of its steps, before the clip. If one of these steps " +
+          "had a NaN or an Inf, the cell is pink, even if all the others are finite. The row of " +
+          "a module shows the root of the sum of squares over its parameters.",
       }),
       close,
     );

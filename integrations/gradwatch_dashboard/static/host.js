@@ -1,16 +1,16 @@
 /**
- * The host: TensorBoard's page around this one. It has the same origin and no interface for most of
- * this; each part is left out silently where the page is another than expected.
+ * The host: TensorBoard's page around this one. It has the same origin, but no public interface for
+ * most of this. If the page is not as expected, the feature is silently left out.
  */
 
 const SETTINGS = "_tb_global_settings";
 
 /**
- * Asks the page around this one for something.
+ * Calls a function with the window of TensorBoard's page.
  *
  * @template T
  * @param {function(Window): T} question
- * @param {T} otherwise
+ * @param {T} otherwise The result if there is no such page, or the function throws.
  * @returns {T}
  */
 export function ask(question, otherwise) {
@@ -22,9 +22,9 @@ export function ask(question, otherwise) {
 }
 
 /**
- * Hears of TensorBoard's messages.
+ * Listens to TensorBoard's messages.
  *
- * @param {function(): void} changed Is called when data were loaded or runs changed.
+ * @param {function(): void} changed Called when TensorBoard has reloaded its data or runs changed.
  */
 export function listenToHost(changed) {
   const { port1, port2 } = new MessageChannel();
@@ -56,7 +56,7 @@ export function isInFront() {
 /**
  * Follows dark mode.
  *
- * @param {function(): void} changed Is called after each change.
+ * @param {function(): void} changed Called after each change.
  */
 export function followDarkMode(changed) {
   const preferred = window.matchMedia("(prefers-color-scheme: dark)");
@@ -78,7 +78,7 @@ export function followDarkMode(changed) {
 /**
  * Borrows TensorBoard's own typeface, which its page has already loaded.
  *
- * @param {function(): void} changed Is called when letters look different.
+ * @param {function(): void} changed Called when a font has loaded.
  */
 export function borrowTypeface(changed) {
   const faces = ask((page) => {
@@ -93,8 +93,8 @@ export function borrowTypeface(changed) {
 }
 
 /**
- * Reads which runs the person left in TensorBoard's own filters. There is no interface for that:
- * Time Series has `?runFilter=`, the older dashboards two keys of the hash.
+ * Reads TensorBoard's own filters of runs. There is no interface for that: the Time Series
+ * dashboard uses `?runFilter=`, and the older dashboards use two keys of the hash.
  *
  * @returns {{shows: function(string): boolean, key: string}} `key` changes when the filter does.
  */
@@ -111,7 +111,7 @@ export function runFilter() {
 }
 
 /**
- * Tells whether TensorBoard's page reloads its data by itself.
+ * Tells whether automatic reload is on in TensorBoard's settings.
  *
  * @returns {boolean}
  */
@@ -122,7 +122,7 @@ export function reloadsItself() {
 }
 
 /**
- * Reads the hash of TensorBoard's address.
+ * Reads the hash of TensorBoard's URL.
  *
  * @returns {string}
  */
@@ -131,7 +131,7 @@ export function readHash() {
 }
 
 /**
- * Replaces the hash of TensorBoard's address; no entry of its history and no event comes of it.
+ * Replaces the hash of TensorBoard's URL, without a history entry or a `hashchange` event.
  *
  * @param {string} hash
  */
@@ -144,7 +144,7 @@ export function writeHash(hash) {
 }
 
 function faceOf(rule, base) {
-  // TensorBoard names its fonts from the root, which is wrong below a path prefix.
+  // TensorBoard's font URLs start at the root, which is wrong under a path prefix.
   const found = (url) => new URL(url.replace(/^\//, "./"), base).href;
   const source = rule.style
     .getPropertyValue("src")

@@ -1,5 +1,5 @@
 /**
- * The "Gradients" tab of TensorBoard. TensorBoard loads this module in a frame of its own and calls
+ * The entry point of the "Gradients" tab. TensorBoard loads this module in its own frame and calls
  * `render`.
  */
 
@@ -60,7 +60,7 @@ function follow(app) {
   let [asked, late] = [null, false];
   const refresh = () => {
     clearTimeout(asked);
-    // Behind another tab nothing is fetched: it is made up for as soon as this one is in front.
+    // A hidden tab fetches nothing. It catches up as soon as it is visible again.
     asked = setTimeout(() => {
       late = !app.isSeen;
       if (!late) app.refresh();

@@ -1,4 +1,4 @@
-/** What the keys do on a heat map. */
+/** The keyboard commands of a heat map. */
 
 /**
  * Listens to the keys.
@@ -16,7 +16,7 @@ export function listenToKeys(panel, actions) {
     task();
   });
   panel.scroll.addEventListener("focus", () => {
-    // A click focuses too: there the pointer tells the place, and no outline is wanted.
+    // A click focuses too, but then the pointer shows the place, so no cursor is needed.
     if (panel.scroll.matches(":focus-visible")) move(panel, actions, 0, 0);
   });
   panel.scroll.addEventListener("blur", () => actions.state.set({ cursor: null }));
@@ -49,7 +49,7 @@ function tasks(panel, actions, far) {
   };
 }
 
-/** Moves the cursor by so many columns and rows, and says what is there. */
+/** Moves the cursor by a number of columns and rows, and describes the cell there. */
 function move(panel, actions, columns, rows) {
   const { picture, state } = actions;
   const cells = panel.cells(picture.view);

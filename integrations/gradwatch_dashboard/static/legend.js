@@ -1,4 +1,4 @@
-/** The legend: what the colours mean, in numbers and words. */
+/** The legend: the meaning of the colors, in numbers and words. */
 
 import { logTicks } from "./axis.js";
 import { colourMap, SPECIAL } from "./colours.js";
@@ -33,8 +33,8 @@ export class Legend {
    * Draws it.
    *
    * @param {import("./scale.js").Scale} scale
-   * @param {number} left Where the plots begin.
-   * @param {number} room Width of the legend.
+   * @param {number} left Left edge of the plots, in CSS pixels.
+   * @param {number} room Width of the legend, in CSS pixels.
    * @param {Object<string, string>} theme
    */
   draw(scale, left, room, theme) {
@@ -67,7 +67,7 @@ export class Legend {
     context.fillText(ends[0], END, BAR + 7);
     context.fillText(ends[1], END + width, BAR + 7);
     const over = scale.relative ? "relative norm" : "norm";
-    this.bar.setAttribute("aria-label", `Colours of ${over} from ${ends[0]} to ${ends[1]}`);
+    this.bar.setAttribute("aria-label", `Colors of the ${over} from ${ends[0]} to ${ends[1]}`);
   }
 
   #ends({ low, high, below, above }) {

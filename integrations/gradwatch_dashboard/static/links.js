@@ -1,16 +1,16 @@
-/** Links: what is seen, in the address of TensorBoard's page, so that it can be sent to others. */
+/** Links: keeps the state in the URL of TensorBoard's page, so that a view can be shared. */
 
-// TensorBoard keeps its own part of the address as `#<tab>&<key>=<value>...`, and leaves alone
-// keys that it does not know. A part with no `=` would be taken for the name of a tab.
+// TensorBoard's own part of the URL has the form `#<tab>&<key>=<value>...`. It keeps keys that it
+// does not know, but takes a part without `=` for the name of a tab.
 const PREFIX = "p.gradwatch.";
 const TAB = "gradwatch";
 const MOST_OPEN = 40;
 
 /**
- * Reads the state of an address.
+ * Reads the state from the hash of a URL.
  *
  * @param {string} hash
- * @returns {Object} A part of a State; what is no good is left out.
+ * @returns {Object} Fields of a `State`; invalid ones are left out.
  */
 export function readLink(hash) {
   const found = new Map();
@@ -45,11 +45,11 @@ export function readLink(hash) {
 }
 
 /**
- * Writes the state into an address.
+ * Writes the state into the hash of a URL.
  *
- * @param {string} hash As it is.
+ * @param {string} hash The current hash.
  * @param {import("./state.js").State} state
- * @returns {string|null} The new one; null where another tab is in front.
+ * @returns {string|null} The new hash; null if another tab is open.
  */
 export function writeLink(hash, state) {
   const parts = hash.replace(/^#/, "").split("&");

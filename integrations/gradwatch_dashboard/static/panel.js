@@ -1,4 +1,4 @@
-/** A panel: one run, with its strip, its heat map and its axis. */
+/** A panel: one run with its strip, heat map and step axis. */
 
 import { drawSteps } from "./axis.js";
 import { Latest } from "./api.js";
@@ -45,7 +45,7 @@ export class Panel {
     this.rowHeight = 14;
   }
 
-  /** Which cells are drawn: those of the view where they are there, else those of all steps. */
+  /** Returns the cells to draw: those of the view if they are loaded, else those of all steps. */
   cells(view) {
     const { detail, overview } = this;
     if (!detail || !overview) return overview;
@@ -55,12 +55,12 @@ export class Panel {
     return covers ? detail : overview;
   }
 
-  /** Tells which share of the height goes to all but the rows. */
+  /** Returns the height of everything except the rows, in CSS pixels. */
   aroundHeight(small, clipping) {
     return HEAD + stripHeight(clipping, small) + AXIS;
   }
 
-  /** Ends what is under way. */
+  /** Aborts its requests. */
   abandon() {
     for (const request of Object.values(this.requests)) request.next();
   }
@@ -70,7 +70,7 @@ export class Panel {
     return this.overview !== null && clips(this.overview.heat);
   }
 
-  /** Writes what run it is, and which optimizer where it has several. */
+  /** Writes the name and facts of the run, with the optimizer if it has several. */
   describe(summary, several) {
     const { run, optimizer } = this.choice;
     this.title.textContent = shown(run);
@@ -90,7 +90,7 @@ export class Panel {
     this.scroll.setAttribute("aria-label", `${what} Arrow keys move from cell to cell.`);
   }
 
-  /** Lays it out; true where the width of the plot changed. */
+  /** Measures the plot. Returns whether its width has changed. */
   measure(picture) {
     this.left = picture.gutter(this);
     const width = Math.max(40, this.scroll.clientWidth - this.left - RIGHT);
@@ -122,7 +122,7 @@ export class Panel {
     this.place(picture);
   }
 
-  /** Puts the lines and the cursor where they belong. */
+  /** Places the marker line and the cursor. */
   place(picture) {
     const { marker, cursor, view, rows } = picture;
     this.#line(this.markerLine, marker, view);
@@ -137,7 +137,7 @@ export class Panel {
     for (const [name, value] of Object.entries(place)) this.cell.style[name] = `${value}px`;
   }
 
-  /** Shows where the pointer is. */
+  /** Marks the step and the row under the pointer. */
   hover(step, row, picture) {
     this.#line(this.hoverLine, step, picture.view);
     for (const label of this.labels.children) {
@@ -145,7 +145,7 @@ export class Panel {
     }
   }
 
-  /** Finds what is under a point of the screen. */
+  /** Finds the step and the row under a point of the screen. */
   at(clientX, clientY, picture) {
     const box = this.scroll.getBoundingClientRect();
     const share = (clientX - box.left - this.left) / this.width;
@@ -157,7 +157,7 @@ export class Panel {
     return { share, step: near, row: (inside && rows[index]) || null, inPlot: share >= 0 };
   }
 
-  /** Middle of a step, from the left edge of the plot. */
+  /** Returns the middle of a step, in CSS pixels from the left edge of the plot. */
   xOf(step, view) {
     return ((step - view.first + 0.5) / (view.last - view.first + 1)) * this.width;
   }
@@ -212,7 +212,7 @@ export class Panel {
     const every = Math.max(1, Math.ceil(11 / rowHeight));
     const scrolled = this.scroll.scrollTop;
     const labels = [];
-    // Of rows thinner than a letter, the middle one of each group has its name shown.
+    // If rows are thinner than a line of text, only the middle row of each group has a label.
     const from = Math.floor(scrolled / rowHeight / every) * every + (every >> 1);
     for (let index = from; index < rows.length; index += every) {
       const middle = (index + 0.5) * rowHeight - scrolled - (rowHeight >= 10 ? 0.5 : 0);

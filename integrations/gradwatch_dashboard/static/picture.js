@@ -1,18 +1,19 @@
-/** The picture: what follows from the state and the data for all panels together. */
+/** The picture: what is derived from the state and the data for all panels together. */
 
 import { flatRows, modulesOf, moduleTree, openRows, READABLE, readableDepth } from "./rows.js";
 import { makeScale, sampled } from "./scale.js";
 import { shown } from "./format.js";
 
 const MOST_SAMPLED = 400;
-/** Heights of a row: the least if that makes all fit, that of rows to scroll through, the most. */
+/** Row heights in CSS pixels: minimum to show all rows, height of rows that scroll, maximum. */
 const [LEAST_HEIGHT, EASY_HEIGHT, MOST_HEIGHT] = [11, 13, 22];
 
 /**
  * Joins the parameters of several runs: those of the first, then what only later ones have.
  *
  * @param {{parameters: string[]}[]} layouts
- * @returns {{names: string[], indices: Int32Array[]}} By layout and name, its index; -1: none.
+ * @returns {{names: string[], indices: Int32Array[]}} `indices` gives, by layout and name, the
+ *   index in that layout; -1 if it lacks the name.
  */
 export function joinedNames(layouts) {
   const names = [...new Set(layouts.flatMap(({ parameters }) => parameters))];
@@ -23,7 +24,7 @@ export function joinedNames(layouts) {
   return { names, indices };
 }
 
-/** Which rows there are; built anew only when something that they depend on changes. */
+/** The rows. They are only rebuilt when something that they depend on has changed. */
 export class RowModel {
   #names = null;
   #filter = null;
@@ -47,7 +48,7 @@ export class RowModel {
   }
 
   /**
-   * Finds a row, whether it is seen or not.
+   * Finds a row, even if it is inside a closed module.
    *
    * @param {string|null} key
    * @returns {import("./rows.js").Node|null}
@@ -67,14 +68,14 @@ export class RowModel {
   }
 }
 
-/** Keeps the scale of the colours: it follows rows and runs, and stays through a zoom. */
+/** Keeps the color scale: it changes with the rows and the runs, but not with the zoom. */
 export class ScaleKeeper {
   #known = [];
 
   /**
    * Returns the scale.
    *
-   * @param {import("./rows.js").Node[]} rows All rows, closed ones too.
+   * @param {import("./rows.js").Node[]} rows All rows, including those in closed modules.
    * @param {import("./cells.js").Cells[]} overviews
    * @param {boolean} relative
    * @param {Object<string, string>} theme
@@ -100,10 +101,10 @@ export class ScaleKeeper {
 }
 
 /**
- * Chooses how high a row is.
+ * Chooses the height of a row.
  *
- * @param {number} rows
- * @param {number} room In CSS pixels.
+ * @param {number} rows Number of rows.
+ * @param {number} room Height for all rows, in CSS pixels.
  * @param {boolean} fit Whether all rows must fit.
  * @returns {number} In CSS pixels.
  */
@@ -114,7 +115,7 @@ export function rowHeight(rows, room, fit) {
 }
 
 /**
- * Measures how much room the names of rows need.
+ * Measures the width that the names of rows need.
  *
  * @param {import("./rows.js").Node[]} rows
  * @param {boolean} indented

@@ -1,22 +1,25 @@
-/** Rows: the parameters one by one, or rolled up by module in a tree of their dotted names. */
+/** Rows: a flat list of the parameters, or a tree of modules made from their dotted names. */
 
-/** So many rows are easily read at once; fewer than `FEW` hide too much, if `MANY` would not. */
+/**
+ * A tree opens to the deepest level with at most this many rows. If that level has fewer than `FEW`
+ * rows, up to `MANY` rows of the next level are accepted.
+ */
 export const READABLE = 60;
 const FEW = 12;
 const MANY = 400;
-/** Deeper names are a stranger's joke; their end stays in one piece. */
+/** Names with more parts are not realistic; the rest of such a name stays in one part. */
 const DEEPEST = 40;
 
 /**
  * A module or a parameter.
  *
  * @typedef {Object} Node
- * @property {string} key Unlike that of any other node: `m:` and a path, or `p:` and a name.
+ * @property {string} key Unique: `m:` and a path, or `p:` and a name.
  * @property {string} name Full dotted name.
- * @property {string} label What its row says; in a tree only the part below its parent.
- * @property {number} depth Ancestors with a row.
- * @property {number} leaf Which parameter it is; -1 for a module.
- * @property {number[]} leaves Parameters in it.
+ * @property {string} label The text of its row; in a tree only the part below its parent.
+ * @property {number} depth Number of ancestors that have a row.
+ * @property {number} leaf Index of the parameter; -1 for a module.
+ * @property {number[]} leaves Indices of the parameters in it.
  * @property {Node[]} children
  * @property {Node|null} parent
  */
@@ -25,7 +28,7 @@ const DEEPEST = 40;
  * Lists parameters as rows.
  *
  * @param {string[]} names
- * @param {number[]} kept Which of them.
+ * @param {number[]} kept Indices of the names to list.
  * @returns {Node[]}
  */
 export function flatRows(names, kept) {
@@ -33,10 +36,10 @@ export function flatRows(names, kept) {
 }
 
 /**
- * Builds the tree of dotted names. A module with a single child is one with it.
+ * Builds the tree of dotted names. A module with a single child is merged with it.
  *
  * @param {string[]} names
- * @param {number[]} kept Which of them.
+ * @param {number[]} kept Indices of the names to use.
  * @returns {Node} Its root, which has no row.
  */
 export function moduleTree(names, kept) {
@@ -64,7 +67,7 @@ export function moduleTree(names, kept) {
 }
 
 /**
- * Lists the rows of a tree: every module, and what open ones hold.
+ * Lists the rows of a tree, with the children of open modules only.
  *
  * @param {Node} root
  * @param {Set<string>} open Keys of the open modules.
@@ -81,10 +84,10 @@ export function openRows(root, open) {
 }
 
 /**
- * Opens a tree as far as its rows are easily read at once.
+ * Opens a tree as deep as its rows can be read at a glance; see `READABLE`.
  *
  * @param {Node} root
- * @returns {Set<string>}
+ * @returns {Set<string>} Keys of the modules to open.
  */
 export function readableDepth(root) {
   let open = new Set();
@@ -117,7 +120,7 @@ export function modulesOf(root) {
 }
 
 /**
- * Lists the modules around a parameter.
+ * Lists the modules that contain a parameter.
  *
  * @param {Node} root
  * @param {number} leaf

@@ -1,4 +1,4 @@
-/** The list of runs: one is looked at, a second one may stand beside it. */
+/** The list of runs: one is shown, and a second one can be compared with it. */
 
 import { flag, h } from "./dom.js";
 import { count, counted, shown } from "./format.js";
@@ -19,8 +19,8 @@ export class Runs {
   /**
    * Writes the list.
    *
-   * @param {Object[]} runs Of the server.
-   * @param {function(string): boolean} shows Whether TensorBoard's own filter leaves a run.
+   * @param {Object[]} runs The answer of the server.
+   * @param {function(string): boolean} shows Whether a run passes TensorBoard's own filter.
    */
   show(runs, shows) {
     const { main, other } = this.state;
@@ -53,7 +53,7 @@ export class Runs {
     const compared = sameChoice(choice, other);
     const look = () => {
       if (chosen) return;
-      // What was compared with it changes places; the steps in view stay, if it has them.
+      // Choosing the compared run swaps the two. The steps in view stay, if the run has them.
       this.state.set({ main: choice, other: compared ? main : other, marker: null, cursor: null });
     };
     const meta = h("span", { class: "run-meta" });

@@ -1,8 +1,8 @@
-/** The scale of a heat map: which colour a norm has. */
+/** The color scale of a heat map. */
 
 import { colourMap, pixel, SPECIAL } from "./colours.js";
 
-/** Share of the cells at each end that may lie outside: a spike must not take all colours. */
+/** Share of cells at each end that may lie outside the scale, so that spikes do not stretch it. */
 const TAIL = 0.005;
 /** Bounds of the scale of relative norms, as powers of ten. */
 const LEAST = 1;
@@ -12,23 +12,23 @@ const MOST_CELLS = 200_000;
 const probe = new Float32Array(1);
 const probeBits = new Uint32Array(probe.buffer);
 
-/** Bits of a float32 that tell its colour: its sign, its exponent and 7 bits of its mantissa. */
+/** Low bits of a float32 that its color ignores: sign, exponent and 7 mantissa bits remain. */
 export const SHIFT = 16;
 
 /**
  * A scale.
  *
  * @typedef {Object} Scale
- * @property {boolean} relative Whether the numbers are over the typical one.
- * @property {number} low Logarithm (base 10) of the first colour.
- * @property {number} high Logarithm of the last colour.
- * @property {boolean} below Whether some number is under the first colour's.
- * @property {boolean} above Whether some number is over the last colour's.
- * @property {Uint32Array} colours By `bits >>> SHIFT` of a float32, its pixel.
+ * @property {boolean} relative Whether norms are divided by the typical norm of their row.
+ * @property {number} low Logarithm (base 10) at the first color.
+ * @property {number} high Logarithm at the last color.
+ * @property {boolean} below Whether any value is below the first color.
+ * @property {boolean} above Whether any value is above the last color.
+ * @property {Uint32Array} colours The pixel of a float32, indexed by its `bits >>> SHIFT`.
  */
 
 /**
- * Takes a sample of the cells that a scale must show.
+ * Takes a sample of the positive finite values that a scale must cover.
  *
  * @param {{values: Float32Array, typical: number}[]} rows
  * @param {boolean} relative
@@ -53,7 +53,7 @@ export function sampled(rows, relative) {
 /**
  * Chooses a scale from the bulk of the cells.
  *
- * @param {Float32Array} logs Of :func:`sampled`.
+ * @param {Float32Array} logs The result of `sampled`.
  * @param {boolean} relative
  * @param {Object<string, string>} theme
  * @returns {Scale}
@@ -68,7 +68,7 @@ export function makeScale(logs, relative, theme) {
     low = -high;
   } else if (logs.length) {
     [low, high] = [quantile(TAIL), quantile(1 - TAIL)];
-    // Less than a decade would show noise as if it were a contrast.
+    // At least one decade, or small noise would show as strong contrast.
     const missing = Math.max(0, 1 - (high - low)) / 2;
     [low, high] = [low - missing, high + missing];
   }
@@ -78,7 +78,7 @@ export function makeScale(logs, relative, theme) {
 }
 
 /**
- * Returns the bits of a number as a float32.
+ * Returns the bits of a number as a float32, as an unsigned integer.
  *
  * @param {number} value
  * @returns {number}

@@ -1,4 +1,4 @@
-/** The screen: lays the panels out and draws them on common scales. */
+/** The screen: lays out the panels and draws them with common scales. */
 
 import { readTheme } from "./colours.js";
 import { h } from "./dom.js";
@@ -13,7 +13,7 @@ const MOST_GUTTER = 300;
 const GUTTER_SHARE = 0.34;
 const PADDING = 8;
 
-/** What is drawn, and where. */
+/** The panels, the legend and what they share. */
 export class Screen {
   /**
    * @param {import("./state.js").State} state
@@ -29,7 +29,7 @@ export class Screen {
     this.scales = new ScaleKeeper();
     this.legend = new Legend();
     /** @type {import("./panel.js").Panel[]} */ this.panels = [];
-    /** @type {Object|null} What is common to all panels. */ this.picture = null;
+    /** @type {Object|null} What all panels share; null if nothing is drawn. */ this.picture = null;
     this.empty = noRows(clearFilter);
     this.place = h("div", { class: "panels" });
     this.legend.element.hidden = true;
@@ -37,13 +37,13 @@ export class Screen {
     this.norms = new WeakMap();
   }
 
-  /** Reads colours and letters again. */
+  /** Reads colors and fonts again. */
   restyle() {
     this.theme = readTheme();
   }
 
   /**
-   * Shows something in the place of the panels.
+   * Shows a message instead of the panels.
    *
    * @param {HTMLElement} element
    */
@@ -66,7 +66,7 @@ export class Screen {
     this.place.replaceChildren(...panels.map((panel) => panel.element));
   }
 
-  /** Tells how many pixels of the device the plot of a panel has. */
+  /** Returns the width of a panel's plot, in device pixels. */
   plotPixels(panel) {
     this.#frame();
     this.rows.update(this.data.names, this.state);
@@ -74,7 +74,7 @@ export class Screen {
     return Math.round(panel.width * (window.devicePixelRatio || 1));
   }
 
-  /** Finds all steps of all panels. */
+  /** The range of steps of all panels together; null if none has data. */
   get all() {
     const heats = this.panels.filter((p) => p.overview).map(({ overview }) => overview.heat);
     if (!heats.length) return null;
@@ -84,7 +84,11 @@ export class Screen {
     };
   }
 
-  /** Draws all; the picture is left for those who ask what is where. */
+  /**
+   * Draws everything, and keeps what was drawn in `picture`.
+   *
+   * @returns {boolean} Whether there was something to draw.
+   */
   draw() {
     const { state, rows, theme } = this;
     const panels = this.panels.filter((panel) => panel.overview);

@@ -1,4 +1,4 @@
-/** State: what the person chose to see. */
+/** State: what the user has chosen to see. */
 
 const MOST_HISTORY = 100;
 
@@ -19,22 +19,22 @@ export class State {
   /** @type {Choice|null} */ main = null;
   /** @type {Choice|null} */ other = null;
   /** @type {View|null} null: all steps. */ view = null;
-  /** @type {string} The last good regular expression. */ filter = "";
-  /** @type {"parameters"|"modules"|null} null: what fits. */ rows = null;
+  /** @type {string} The last valid regular expression. */ filter = "";
+  /** @type {"parameters"|"modules"|null} null: chosen by their number. */ rows = null;
   /** @type {Set<string>|null} Keys of open modules; null: a readable depth. */ open = null;
   /** @type {boolean} */ relative = false;
   /** @type {boolean} Whether all rows are squeezed into the window. */ fit = false;
-  /** @type {boolean} Whether two runs lie above each other. */ stacked = false;
+  /** @type {boolean} Whether two runs are shown one above the other. */ stacked = false;
   /** @type {string|null} Key of the row whose curve is drawn. */ selected = null;
-  /** @type {number|null} A step with a line through it. */ marker = null;
-  /** @type {{row: number, step: number}|null} Where the keyboard is. */ cursor = null;
-  /** @type {Set<string>} Kinds of events that are left out. */ hidden = new Set();
+  /** @type {number|null} The step marked with a line. */ marker = null;
+  /** @type {{row: number, step: number}|null} The keyboard cursor. */ cursor = null;
+  /** @type {Set<string>} Kinds of events that are not listed. */ hidden = new Set();
 
   #listeners = [];
   #past = [];
 
   /**
-   * Changes something.
+   * Changes fields, and calls the listeners if any value is new.
    *
    * @param {Object} patch Fields and their new values.
    */
@@ -46,9 +46,9 @@ export class State {
   }
 
   /**
-   * Hears of changes.
+   * Adds a listener for changes.
    *
-   * @param {function(Set<string>): void} listener Gets the names of the fields.
+   * @param {function(Set<string>): void} listener Receives the names of the changed fields.
    */
   listen(listener) {
     this.#listeners.push(listener);
@@ -58,7 +58,7 @@ export class State {
    * Zooms or pans.
    *
    * @param {View|null} view
-   * @param {boolean} [remember] Whether `back` returns to what was before.
+   * @param {boolean} [remember] Whether `back` can return to the previous view.
    */
   look(view, remember = true) {
     if (same(view, this.view)) return;
@@ -69,32 +69,32 @@ export class State {
     this.set({ view });
   }
 
-  /** Notes where `back` returns to, before a movement of many small ones. */
+  /** Stores the view that `back` returns to, before a gesture of many small movements. */
   remember() {
     if (!same(this.#past.at(-1) ?? null, this.view) || !this.#past.length) {
       this.#past.push(this.view);
     }
   }
 
-  /** Returns to the view before the last zoom; to all steps where there was none. */
+  /** Returns to the view before the last zoom, or to all steps if there was none. */
   back() {
     let view = this.#past.length ? this.#past.pop() : null;
     while (same(view, this.view) && this.#past.length) view = this.#past.pop();
     this.set({ view });
   }
 
-  /** Forgets earlier views: they belong to another run. */
+  /** Forgets earlier views, which belong to another run. */
   forget() {
     this.#past = [];
   }
 }
 
 /**
- * Cuts a view to the steps that there are.
+ * Limits a view to the steps that exist.
  *
  * @param {View} view
  * @param {View} all
- * @returns {View|null} null where it holds all.
+ * @returns {View|null} null if it would show all steps.
  */
 export function clamped(view, all) {
   const total = all.last - all.first + 1;
@@ -108,8 +108,8 @@ export function clamped(view, all) {
  * Makes a view larger or smaller.
  *
  * @param {View} view
- * @param {number} factor Below 1: zooms in.
- * @param {number} place Which part of it stays where it is, 0 to 1.
+ * @param {number} factor Below 1 to zoom in.
+ * @param {number} place The fixed point, as a share of the width, 0 to 1.
  * @returns {View}
  */
 export function scaled(view, factor, place) {

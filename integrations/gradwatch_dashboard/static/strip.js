@@ -1,4 +1,4 @@
-/** The strip above a heat map: total norm, clip threshold, clip coefficient, marked steps. */
+/** The strip above a heat map: total norm, clip threshold, clip coefficient and marked steps. */
 
 import { drawLogAxis, logRange } from "./axis.js";
 import { stepsOf } from "./cells.js";
@@ -8,10 +8,10 @@ const GAP = 8;
 const COEFFICIENT = 26;
 
 /**
- * Tells how high a strip is.
+ * Returns the height of a strip.
  *
  * @param {boolean} clips Whether the run clips.
- * @param {boolean} small Whether room is scarce.
+ * @param {boolean} small Whether there is little room.
  * @returns {number} In CSS pixels.
  */
 export function stripHeight(clips, small) {
@@ -19,7 +19,7 @@ export function stripHeight(clips, small) {
 }
 
 /**
- * Tells whether some step has a clip coefficient below 1 or a threshold.
+ * Tells whether any step has a clip coefficient below 1 or a clip threshold.
  *
  * @param {import("./api.js").Heat} heat
  * @returns {boolean}
@@ -33,7 +33,7 @@ export function clips(heat) {
  * Finds the ends of the axis of the norms, over all steps.
  *
  * @param {import("./api.js").Heat[]} heats
- * @returns {{low: number, high: number}} Logarithms.
+ * @returns {{low: number, high: number}} Base 10 logarithms.
  */
 export function normRange(heats) {
   return logRange(heats.flatMap(({ strip }) => [strip.grad_norm, strip.clip_threshold]));
@@ -47,10 +47,10 @@ export function normRange(heats) {
  * @param {number} place.left Left edge of the plot, in CSS pixels.
  * @param {number} place.width Width of the plot.
  * @param {number} place.height Height of the strip.
- * @param {boolean} place.legend Whether there is room for words at the left.
+ * @param {boolean} place.legend Whether there is room for a legend at the left.
  * @param {import("./api.js").Heat} heat
  * @param {{first: number, last: number}} view
- * @param {{low: number, high: number}} range Of :func:`normRange`.
+ * @param {{low: number, high: number}} range The result of `normRange`.
  * @param {boolean} clipping Whether the coefficient is drawn.
  * @param {Object<string, string>} theme
  */
@@ -79,7 +79,7 @@ export function drawStrip(context, place, heat, view, range, clipping, theme) {
   }
 }
 
-/** Says what the marks above the plot mean. */
+/** Draws the legend of the marks above the plot. */
 function nameMarks(context, { strip }, theme) {
   let x = 12;
   const kinds = [
@@ -115,7 +115,7 @@ function edges(heat, view, { left, width }) {
   return xs;
 }
 
-/** A line through the middles of the columns, broken where there is no number. */
+/** Draws a line through the column middles, with gaps where a value is not finite or not > 0. */
 function stairs(context, xs, values, yOf, colour, width, dash) {
   context.strokeStyle = colour;
   context.lineWidth = width;
@@ -139,20 +139,20 @@ function stairs(context, xs, values, yOf, colour, width, dash) {
   context.setLineDash([]);
 }
 
-/** What the clip took away hangs from the line of 1. */
+/** Draws `1 - coefficient` as bars that hang down from the line at 1: what the clip took away. */
 function hanging(context, xs, values, top, colour) {
   context.fillStyle = colour;
   context.fillRect(xs[0], top, xs[xs.length - 1] - xs[0], 1);
   for (let c = 0; c < values.length; c++) {
     if (!(values[c] < 1)) continue;
-    // On whole pixels: no seams between neighbours.
+    // Rounded to whole pixels, to avoid seams between neighbors.
     const left = Math.round(xs[c]);
     const width = Math.max(1, Math.round(xs[c + 1]) - left);
     context.fillRect(left, top, width, (1 - values[c]) * COEFFICIENT);
   }
 }
 
-/** Steps that went wrong: triangles for bad ones, squares for skipped ones, and a faint line. */
+/** Marks steps: triangles and a faint line for bad ones, squares for those not applied. */
 function marks(context, xs, counts, top, colour, bottom, square) {
   context.fillStyle = colour;
   let end = -Infinity;

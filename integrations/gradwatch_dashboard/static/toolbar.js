@@ -1,4 +1,4 @@
-/** The bar above the heat maps: which rows, which colours, which steps. */
+/** The bar above the heat maps: chooses the rows, the colors and the steps. */
 
 import { flag, h } from "./dom.js";
 import { steps } from "./format.js";
@@ -42,11 +42,11 @@ export class Toolbar {
       action("expand", "Expand all", () => actions.expandAll(), true),
       action("collapse", "Collapse all", () => actions.collapseAll(), true),
     );
-    this.colours = choice("Colours", [
+    this.colours = choice("Colors", [
       ["Norm", () => state.set({ relative: false })],
       ["Relative", () => state.set({ relative: true })],
     ]);
-    this.colours.lastChild.title = "Each row over its own median";
+    this.colours.lastChild.title = "Each norm divided by the median of its row";
     this.fit = h("button", {
       class: "button",
       text: "Fit rows",
@@ -105,7 +105,7 @@ export class Toolbar {
     this.seen.textContent = steps(picture.view.first, picture.view.last);
   }
 
-  /** Empties the filter. */
+  /** Clears the filter. */
   clear() {
     this.input.value = "";
     this.#filter();

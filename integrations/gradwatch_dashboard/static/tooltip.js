@@ -1,18 +1,18 @@
-/** The tooltip: the exact numbers under the pointer or the keyboard's cursor. */
+/** The tooltip: the exact numbers under the pointer or the keyboard cursor. */
 
 import { columnOf, stepsOf } from "./cells.js";
 import { h } from "./dom.js";
 import { count, counted, number, shown, steps } from "./format.js";
 
 /**
- * Says what a cell holds.
+ * Describes a cell.
  *
  * @param {import("./panel.js").Panel} panel
- * @param {import("./rows.js").Node|null} row null: a whole column.
+ * @param {import("./rows.js").Node|null} row null for a whole column.
  * @param {number} step
  * @param {{first: number, last: number}} view
- * @returns {{title: string, lines: [string, string, boolean?][]}|null} Names, texts, and whether it
- *   is bad; null where no step is.
+ * @returns {{title: string, lines: [string, string, boolean?][]}|null} For each line its name, its
+ *   text, and whether it is bad. null if the run does not have the step.
  */
 export function describe(panel, row, step, view) {
   const cells = panel.cells(view);
@@ -30,7 +30,7 @@ export function describe(panel, row, step, view) {
 }
 
 /**
- * Says the same in one sentence, for those who hear it.
+ * Returns the same as one sentence, for screen readers.
  *
  * @param {ReturnType<typeof describe>} found
  * @returns {string}
@@ -52,9 +52,9 @@ export class Tooltip {
    * Shows a description beside a point.
    *
    * @param {ReturnType<typeof describe>} found
-   * @param {string} run Is named where several are on the screen.
+   * @param {string|null} run Name of the run, to be shown if there are several on the screen.
    * @param {number} x In CSS pixels of the window.
-   * @param {number} y
+   * @param {number} y In CSS pixels of the window.
    */
   show(found, run, x, y) {
     this.title.textContent = found.title;
@@ -123,7 +123,7 @@ function aboutColumn({ strip }, column, wide) {
   return lines;
 }
 
-/** The columns of steps that the writer has added: the loss, the learning rate. */
+/** Describes the further step columns that the writer has added, such as the loss. */
 function furtherColumns(panel, { strip }, column) {
   const lines = [];
   for (const name of panel.layout?.columns ?? []) {
