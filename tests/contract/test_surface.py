@@ -1,17 +1,20 @@
 """The buffer, the tables, imports and public names."""
 
+import ast
 import gc
 import inspect
 import os
 import subprocess
 import sys
 import tracemalloc
+import typing
 from pathlib import Path
 
 import pytest
 import torch
 
 import gradwatch
+import gradwatch.adapters
 
 from .lives import model_and_optimizer, train
 
@@ -176,6 +179,62 @@ PUBLIC = [
 ]
 
 
+ADAPTERS = [
+    "EVENT_KINDS",
+    "GROUP",
+    "NO_GRADIENT",
+    "REDUCTIONS",
+    "SCALARS",
+    "STATISTICS",
+    "STEP_COLUMNS",
+    "Column",
+    "Kind",
+    "LoggerScalars",
+    "Options",
+    "Reduction",
+    "Scalar",
+    "SharedOptions",
+    "Statistic",
+    "StepScalars",
+    "accumulate_policy",
+    "accumulates",
+    "add_aliases",
+    "build_watcher",
+    "check_options",
+    "described",
+    "group_of",
+    "optimizer_parameters",
+    "register_statistic",
+    "sentence",
+    "shown",
+    "warn_safely",
+    "with_watch_options",
+]
+
+
+def test_the_names_of_the_adapter_seam_are_these() -> None:
+    """`gradwatch.adapters.__all__` is frozen too."""
+    assert sorted(gradwatch.adapters.__all__) == sorted(ADAPTERS)
+
+
+def test_integrations_import_nothing_else() -> None:
+    """Each import from gradwatch in them is of a public name of `gradwatch` or `gradwatch.adapters`."""
+    source = Path(gradwatch.__file__).parent.parent
+    folders = [source / "integrations", source]  # a checkout has them in a folder of their own
+    files = [file for folder in folders for file in folder.glob("gradwatch_*/**/*.py")]
+    assert len(files) > 20
+    imported = [
+        (node.module, alias.name)
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gradwatch"
+        for alias in node.names
+    ]
+    public = {"gradwatch": PUBLIC, "gradwatch.adapters": ADAPTERS}
+    assert imported
+    assert [pair for pair in imported if pair[1] not in public.get(pair[0], ())] == []
+
+
 def test_the_public_names_are_these() -> None:
     """`__all__` is frozen: a new or missing name is a decision."""
     assert sorted(gradwatch.__all__) == PUBLIC
@@ -184,10 +243,12 @@ def test_the_public_names_are_these() -> None:
     assert {n for n in public if not inspect.ismodule(getattr(gradwatch, n))} == set(PUBLIC)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", [*PUBLIC, *ADAPTERS])
 def test_every_public_name_is_documented(name: str) -> None:
     """Each public name, and each public method and property of a class, has a docstring of its own."""
-    thing = getattr(gradwatch, name)
+    thing = getattr(gradwatch if name in PUBLIC else gradwatch.adapters, name)
+    if not callable(thing) or typing.get_origin(thing):
+        return  # a constant, or the name of a type: the line below it in the code says what it is
     assert thing.__doc__
     assert thing.__doc__.strip()
     if inspect.isclass(thing):
