@@ -62,31 +62,33 @@ _OPTIONS = {
 }
 
 _UNKNOWN = (
-    "{caller}() got an unexpected argument {name!r}. It takes the options of gradwatch.watch(): "
+    "{caller}() got an unexpected argument {name!r}. Of the options of gradwatch.watch() it takes: "
     "{known}."
 )
 
 
-def check_options(caller: str, options: Mapping[str, Any]) -> Options:
+def check_options(caller: str, options: Mapping[str, Any], **own: Any) -> Options:
     """Checks options as :func:`gradwatch.watch` does; one that is left out has its default there.
 
     Args:
         caller: What the user called, ``"GradientMonitor"``: errors name it.
-        options: By name, as the user gave them.
+        options: The :class:`SharedOptions` that the user gave, by name.
+        own: Options that the adapter sets itself, ``accumulate`` and ``scaler`` among them.
 
     Returns:
-        The options, checked; ``dataclasses.replace()`` changes one, and :func:`build_watcher` takes
+        The options, checked. ``dataclasses.replace()`` changes one, and :func:`build_watcher` takes
         them.
 
     Raises:
-        TypeError: If one is unknown, or of a wrong type.
-        ValueError: If one is out of bounds.
+        TypeError: If an option is unknown, or of a wrong type.
+        ValueError: If an option is out of bounds.
     """
     for name in options:
-        if name not in _OPTIONS:
-            raise TypeError(_UNKNOWN.format(caller=caller, name=name, known=", ".join(_OPTIONS)))
+        if name not in SharedOptions.__annotations__:
+            known = ", ".join(SharedOptions.__annotations__)
+            raise TypeError(_UNKNOWN.format(caller=caller, name=name, known=known))
     defaults = {name: parameter.default for name, parameter in _OPTIONS.items()}
-    return Options.of({**defaults, **options}, caller)
+    return Options.of({**defaults, **options, **own}, caller)
 
 
 def with_watch_options(function: F) -> F:

@@ -102,7 +102,7 @@ class GradientMonitor(Callback):
         if not isinstance(log, bool):
             raise TypeError(f"GradientMonitor(log=) must be True or False, got {shown(log)}.")
         self._options = check_options(
-            "GradientMonitor", {**options, "accumulate": 1 if policy is None else policy}
+            "GradientMonitor", options, accumulate=1 if policy is None else policy
         )
         self._accumulation = TrainerAccumulation(policy)
         self._log = log

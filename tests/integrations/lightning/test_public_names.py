@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
+import pytest
+
+import gradwatch
 import gradwatch_lightning
+from gradwatch.adapters import SharedOptions
 
 
 def test_the_package_exports_the_monitor_alone():
@@ -22,3 +27,25 @@ def test_the_adapter_stays_small():
     assert all(len(file.read_text(encoding="utf-8").splitlines()) < 300 for file in files)
     assert issubclass(gradwatch_lightning.GradientMonitor, Callback)
     assert not issubclass(gradwatch_lightning.GradientMonitor, Watcher)
+
+
+def test_the_signature_has_every_option_of_watch():
+    """It lists the options with the defaults of watch(), and its own; not the Trainer's scaler."""
+    monitor = inspect.signature(gradwatch_lightning.GradientMonitor).parameters
+    watch = inspect.signature(gradwatch.watch).parameters
+    keywords = {name for name, one in watch.items() if one.kind is one.KEYWORD_ONLY}
+    assert set(SharedOptions.__annotations__) == keywords - {"accumulate", "scaler"}
+    assert set(monitor) == keywords - {"scaler"} | {"log"}
+    assert all(
+        monitor[name].default == watch[name].default for name in SharedOptions.__annotations__
+    )
+
+
+@pytest.mark.parametrize("name", ["clop", "scaler", "optimizer"])
+def test_an_unknown_option_is_refused(name):
+    """The message names it, and all that there are."""
+    with pytest.raises(
+        TypeError,
+        match=rf"GradientMonitor\(\) got an unexpected argument '{name}'.*: clip, .*curvature",
+    ):
+        gradwatch_lightning.GradientMonitor(**{name: None})
