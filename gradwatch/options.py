@@ -369,14 +369,7 @@ def check_unwatched(table: ParameterTable) -> None:
 def optimizer_list(
     optimizer: Optimizer | Sequence[Optimizer] | None, table: ParameterTable
 ) -> list[Optimizer]:
-    """Lists the optimizers to watch.
-
-    Args:
-        optimizer: One optimizer, several, or None to find them at their first step.
-        table: The watched tensors.
-
-    Returns:
-        The optimizers; empty for None.
+    """Lists the optimizers to watch; an empty list for None, to find them at their first step.
 
     Raises:
         TypeError: If an entry is not an optimizer.

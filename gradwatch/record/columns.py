@@ -70,12 +70,7 @@ def labels_in(column: Column) -> Labels:
 
 
 def take_rows(table: Table, rows: Array) -> dict[str, Column]:
-    """Selects the same rows from each column.
-
-    Args:
-        table: Columns by name.
-        rows: A bool mask ``[rows]``, or an int array of row numbers.
-    """
+    """Selects rows from each column, by a bool mask ``[rows]`` or an int array of row numbers."""
     # Usually all rows are selected, and copying a million steps takes longer than reading them.
     if rows.dtype == np.bool_ and rows.all():
         return dict(table)
@@ -114,12 +109,7 @@ EVENT_COLUMNS = tuple(name for name in EVENT_DTYPES if name != "global_step")
 
 
 def step_table(records: Sequence[StepRecord], names: Iterable[str]) -> dict[str, Column]:
-    """Converts step records to columns, one row per record.
-
-    Args:
-        records: The steps, in row order.
-        names: Fields of :class:`~gradwatch.record.records.StepRecord`.
-    """
+    """Converts step records to columns, named like their fields, with one row per record."""
     return {name: _column(records, name, STEP_DTYPES[name]) for name in names}
 
 
@@ -166,12 +156,7 @@ class Source(Protocol):
         """Returns the names of the recorded per-parameter statistics other than the norms."""
 
     def steps(self, columns: Iterable[str], span: Span) -> Table:
-        """Reads the steps in a range, one row per step.
-
-        Args:
-            columns: Fields of :class:`~gradwatch.record.records.StepRecord`.
-            span: The range of steps to read.
-        """
+        """Reads fields of the :class:`~gradwatch.record.records.StepRecord` of each step."""
 
     def parameters(
         self, indices: Sequence[int] | None, columns: Sequence[str], span: Span
@@ -256,9 +241,7 @@ def _within(batch: RecordBatch, span: Span) -> RecordBatch:
 def table_frame(table: Table, index: str | None = None) -> pd.DataFrame:
     """Makes a data frame whose dtypes do not depend on the values, even when it has no rows.
 
-    Args:
-        table: Columns by name.
-        index: The column that becomes the index; None for pandas' default index.
+    Column ``index`` becomes the index; None keeps pandas' default index.
 
     Returns:
         One frame column per table column: int64, float32, float64, bool or pandas' string dtype.

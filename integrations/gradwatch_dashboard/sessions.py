@@ -84,9 +84,7 @@ def join_sessions(
 ) -> dict[str, Timeline]:
     """Joins the streams of a run into one timeline per optimizer, in alphabetical order.
 
-    Args:
-        layouts: The layout of each stream.
-        tables: The windows of each segment: float64 arrays ``[windows, C]`` whose steps rise.
+    ``tables`` has the windows of each segment, float64 arrays ``[windows, C]`` whose steps rise.
     """
     segments: dict[str, dict[StreamKey, list[SegmentKey]]] = {}
     for segment in sorted(tables):
@@ -115,10 +113,8 @@ def join_events(
 ) -> list[TabEvent]:
     """Joins the events of the sessions, oldest first.
 
-    Args:
-        sessions: Session to its events.
-        first_steps: The result of :func:`first_steps_of`. From these steps on, a later session
-            replaces the events of earlier ones.
+    ``first_steps`` is the result of :func:`first_steps_of`: from these steps on, a later session
+    replaces the events of earlier ones.
     """
     kept: list[TabEvent] = []
     for session in sorted(sessions):

@@ -94,10 +94,7 @@ class RunStore:
     def view(self, provider: Provider, tags: Tags, read: Data | None = None) -> RunView:
         """Returns an up-to-date view of the run. Reads what has changed, except for the cells.
 
-        Args:
-            provider: Where to read from.
-            tags: The current tags of the run.
-            read: Data that was already read, perhaps together with that of other runs.
+        ``read`` is data that was already read, perhaps together with that of other runs.
         """
         if self._view is not None and tags == self._tags:
             return self._view

@@ -133,11 +133,7 @@ class MatrixChunks:
 def read_steps(run: str, tag: Tag, data: Sequence[Any], further: int = 0) -> Steps:
     """Returns the windows of a segment, without those whose steps are not integers or do not rise.
 
-    Args:
-        run: For the log.
-        tag: For the log.
-        data: The ``TensorDatum``s of the tag.
-        further: Number of columns that the layout lists in addition to :data:`COLUMNS`.
+    ``further`` is the number of columns that the layout lists in addition to :data:`COLUMNS`.
     """
     width = len(COLUMNS) + further
     tables = _by_chunk(run, tag, data, np.float64, width)
@@ -152,15 +148,8 @@ def read_matrix(
 ) -> MatrixChunks:
     """Returns the cells of a segment, one row per window.
 
-    Cells without a valid tensor are :data:`NOTHING`.
-
-    Args:
-        run: For the log.
-        tag: The tag of the norms, for the log.
-        steps: The windows of the segment.
-        parameters: The number of parameters, ``P``.
-        norms: The ``TensorDatum``s of its norms.
-        bad: The ``TensorDatum``s of its bad steps.
+    Cells without a valid tensor are :data:`NOTHING`. ``norms`` and ``bad`` are the
+    ``TensorDatum``s of the two tags, and ``tag`` is that of the norms.
     """
     norms_of = _by_chunk(run, tag, norms, np.float32, parameters)
     bad_of = _by_chunk(run, tag._replace(kind="bad"), bad, np.uint16, parameters)
@@ -246,7 +235,6 @@ class TabEvent(NamedTuple):
 
     Attributes:
         step: The optimizer's step, as in ``Event.step``.
-        optimizer: Label of the optimizer.
         json: The whole event as a JSON object.
     """
 

@@ -143,10 +143,9 @@ class StreamLayout:
     """Describes the columns of a stream.
 
     Attributes:
-        optimizer: Label of the optimizer.
         parameters: The ``P`` full parameter names.
         modules: For each parameter the name of the module that owns it.
-        shapes: The shape of each parameter.
+        shapes: The shape of each parameter; empty if the writer did not know them.
         columns: Name and reduction of each further step column; see :data:`REDUCTIONS`.
     """
 

@@ -50,11 +50,7 @@ def retire_scalars(trainer: Trainer, fresh: Collection[str]) -> None:
 
     Lightning repeats a value, once logged, at each later batch of the epoch. In manual optimization
     every batch is a step on the x-axis, so norms would appear at batches without an optimizer step.
-    Call this in ``on_train_batch_end``.
-
-    Args:
-        trainer: The Trainer whose results are reset.
-        fresh: The tags that this batch logs.
+    Call this in ``on_train_batch_end``, with the tags that this batch logs as ``fresh``.
     """
     # `_results` is private. Should a later Lightning rename it, old values are repeated.
     results = getattr(trainer, "_results", None) or {}

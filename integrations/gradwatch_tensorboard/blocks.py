@@ -90,9 +90,7 @@ class Blocks:
     def of(cls, modules: Sequence[str], limit: int = MAX_BLOCKS) -> Blocks:
         """Finds the blocks of a layout. There are none if the only block would be the whole model.
 
-        Args:
-            modules: For each parameter the name of the module that owns it.
-            limit: Largest number of blocks.
+        ``modules`` has, for each parameter, the name of the module that owns it.
         """
         distinct = list(dict.fromkeys(modules))
         block_of = dict(zip(distinct, assign_blocks(distinct, limit), strict=True))

@@ -122,12 +122,9 @@ class EventList:
         self._time = 0.0
 
     def add(self, events: Sequence[Event], session: str, time: float) -> list[Outgoing]:
-        """Adds events and returns the Events to write now.
+        """Adds the events of one batch, oldest first, and returns the Events to write now.
 
-        Args:
-            events: The events of one batch, oldest first.
-            session: The session that they belong to.
-            time: Wall time in seconds since 1970.
+        ``time`` is the wall time of these Events, in seconds since 1970.
         """
         if not events:
             return []

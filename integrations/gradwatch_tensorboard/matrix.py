@@ -46,9 +46,7 @@ class MatrixWriter:
     def add(self, batch: RecordBatch, times: Sequence[float]) -> list[Outgoing]:
         """Adds steps and their events, and returns the Events to write now, in this order.
 
-        Args:
-            batch: The steps, with their norms and events.
-            times: Wall time of each step, in seconds since 1970.
+        ``times`` has the wall time of each step, in seconds since 1970.
         """
         outgoing = self._add_steps(batch, times) if batch.steps and batch.layout.names else []
         newest_time = times[-1] if times else time.time()
@@ -138,9 +136,7 @@ class Owners:
     def see(self, optimizer: str, norms: NDArray[np.floating[Any]]) -> None:
         """Notes where an optimizer had gradients.
 
-        Args:
-            optimizer: Its label.
-            norms: float array ``[steps, parameters]``: the norms at steps of this optimizer.
+        ``norms`` is a float array ``[steps, parameters]``: the norms at steps of this optimizer.
         """
         present = (norms != NO_GRADIENT).any(axis=0)
         self._seen[optimizer] = present | self._seen.get(optimizer, False)

@@ -120,10 +120,8 @@ def array_event(arrays: dict[Tag, NDArray[Any]], *, described: bool) -> Any:
 def text_event(tag: Tag, texts: str | Sequence[str], *, described: bool = False) -> Any:
     """Puts texts into an Event, as a string tensor.
 
-    Args:
-        tag: The tag to write under.
-        texts: One text, for a tensor of shape ``[]``, or several, for one of shape ``[texts]``.
-        described: Whether the tag was written before.
+    One string makes a tensor of shape ``[]``, a sequence one of shape ``[texts]``. ``described``
+    says whether the tag was written before.
     """
     event = Event()
     tensor = _add_tensor(event, tag, described=described)

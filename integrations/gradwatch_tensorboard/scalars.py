@@ -170,9 +170,7 @@ class Thinner:
     def add(self, row: Mapping[str, float], *, now: bool) -> Row:
         """Adds the row of one step, and returns the row to write now; empty if none is due.
 
-        Args:
-            row: The values of the step.
-            now: Whether to write at this step even if fewer than ``every`` rows are waiting.
+        With ``now``, a row is due at this step even if fewer than ``every`` rows are waiting.
         """
         if self._every == 1:
             return dict(row)
@@ -246,7 +244,7 @@ class OptimizerSeries:
 
         Args:
             record: The step.
-            time: Its wall time, in seconds since 1970.
+            time: Wall time of the step, in seconds since 1970.
             spread: The row of :func:`norm_spread` for this step.
             blocks: Block name to norm, for the blocks that had a gradient.
             notable: Whether to write the step even if thinning would not.
