@@ -59,7 +59,7 @@ DERIVED_SCALARS = {
         "Steps with a NaN or Inf since this writer was made; no down-sampling loses it.", "newest"
     ),
     "skipped_steps_total": DerivedScalar(
-        "Steps that were not applied since this writer was made; likewise.", "newest"
+        "Steps that were not applied since this writer was made.", "newest"
     ),
 }
 """Name to scalar: what :class:`StepSeries` adds to the logged columns of a step."""
