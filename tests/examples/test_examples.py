@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import runpy
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +65,34 @@ def run_example(script: str, *options: object) -> str:
     return result.stdout
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[str, Path]]:
+    """Runs a script with few steps, once for all tests; what it printed, and its log folder."""
+
+    @functools.cache
+    def run(script: str) -> tuple[str, Path]:
+        logdir = tmp_path_factory.mktemp("few") / "logs"
+        return run_example(script, *FEW[script], "--logdir", logdir), logdir
+
+    return run
+
+
+@pytest.fixture
+def end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[object, str, str]]:
+    """Runs here a script that ends before it trains: its exit code, and what it printed."""
+
+    def run(script: str, *options: str) -> tuple[object, str, str]:
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLES / script), *options])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return ended.value.code, *capsys.readouterr()
+
+    return run
+
+
 def row(output: str, name: str) -> str:
     """Returns the value beside a name in the closing table."""
     found = re.search(rf"^  {name} +(.*)$", output, flags=re.MULTILINE)
@@ -73,17 +106,17 @@ def test_every_example_is_tested() -> None:
 
 
 @pytest.mark.parametrize("script", READABLE)
-def test_help_names_the_options(script: str) -> None:
+def test_help_names_the_options(script: str, end: Callable[..., Any]) -> None:
     """``--help`` says what can be set."""
-    output = start_example(script, "--help").stdout
+    code, output, _ = end(script, "--help")
+    assert code == 0
     assert all(option in output for option in ("--clip", "--on-nonfinite", "--logdir", "--seed"))
 
 
 @pytest.mark.parametrize("script", RUNS)
-def test_ends_with_a_table_and_what_to_open(script: str, tmp_path: Path) -> None:
+def test_ends_with_a_table_and_what_to_open(script: str, few: Callable[..., Any]) -> None:
     """A run ends with the closing table, and left event files where it says."""
-    logdir = tmp_path / "logs"
-    output = run_example(script, *FEW[script], "--logdir", logdir)
+    output, logdir = few(script)
     assert int(row(output, "steps")) >= 6
     assert float(row(output, "median norm")) > 0
     assert re.fullmatch(r"\S+ \(step \d+\)", row(output, "largest norm"))
@@ -94,10 +127,10 @@ def test_ends_with_a_table_and_what_to_open(script: str, tmp_path: Path) -> None
     assert len(list(logdir.iterdir())) == 1
 
 
-def test_noise_scale_draws_a_picture(tmp_path: Path) -> None:
+def test_noise_scale_draws_a_picture(few: Callable[..., Any]) -> None:
     """The run leaves a PNG beside its logs, and says where."""
-    output = run_example("noise_scale.py", *FEW["noise_scale.py"], "--logdir", tmp_path / "logs")
-    picture = tmp_path / "logs.png"
+    output, logdir = few("noise_scale.py")
+    picture = logdir.with_suffix(".png")
     assert f"Plot: {picture}\n" in output
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "(20 windows are needed, 6 were seen)" in output
@@ -122,12 +155,14 @@ def test_noise_scale_without_matplotlib_trains_all_the_same(tmp_path: Path) -> N
         (("--steps", "0"), "must be at least 1"),
     ],
 )
-def test_noise_scale_refuses_bounds_in_one_line(options: tuple[str, ...], text: str) -> None:
+def test_noise_scale_refuses_bounds_in_one_line(
+    options: tuple[str, ...], text: str, end: Callable[..., Any]
+) -> None:
     """A bound that makes no sense is an error of the command line and not a traceback."""
-    result = start_example("noise_scale.py", *options)
-    assert result.returncode == 2
-    assert text in result.stderr
-    assert "Traceback" not in result.stderr
+    code, _, error = end("noise_scale.py", *options)
+    assert code == 2
+    assert text in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.slow
@@ -207,11 +242,11 @@ def test_no_clip_clips_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", [one for one in READABLE if one.values[0] in RANKED])
-def test_says_how_to_start_it_on_several_ranks(script: str) -> None:
+def test_says_how_to_start_it_on_several_ranks(script: str, end: Callable[..., Any]) -> None:
     """A script for several ranks that is started as a plain one names the command."""
-    result = start_example(script)
-    assert result.returncode == 2
-    assert f"torchrun --nproc-per-node 2 {os.path.relpath(EXAMPLES / script)}" in result.stderr
+    code, _, error = end(script)
+    assert code == 2
+    assert f"torchrun --nproc-per-node 2 {os.path.relpath(EXAMPLES / script)}" in error
 
 
 def ranks(output: str) -> list[list[str]]:

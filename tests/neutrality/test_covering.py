@@ -5,6 +5,7 @@ from itertools import combinations, product
 import pytest
 
 from .covering import covering_array, possible
+from .loop import STEPS, Loop
 from .settings import AXES, FORBIDDEN, SETTINGS
 
 SMALL = {"a": ["1", "2", "3"], "b": ["1", "2", "3"], "c": ["1", "2"], "d": ["1", "2"]}
@@ -22,6 +23,16 @@ def test_every_combination_occurs(strength):
         for choices in product(*(SMALL[name] for name in names)):
             assert _covered(rows, names, choices)
     assert len({tuple(row.items()) for row in rows}) == len(rows)
+
+
+def test_a_scaler_overflows_and_grows_again_in_the_steps_that_are_trained():
+    """The trainings are long enough for what a GradScaler does, and for a step after it."""
+    loop, seen = Loop({"precision": "autocast_fp16"}, watched=False), []
+    for step in range(STEPS - 1):
+        before = loop.scaler.get_scale()
+        loop.step(step)
+        seen.append(loop.scaler.get_scale() - before)
+    assert min(seen) < 0 < max(seen)
 
 
 def test_pairs_need_few_rows():

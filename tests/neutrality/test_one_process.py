@@ -11,7 +11,7 @@ from .settings import SETTINGS
 
 @pytest.mark.parametrize("setting", every_row(SETTINGS))
 def test_a_watched_training_is_bit_identical(setting):
-    """Weights, gradients, buffers, optimizer state and generators after 20 steps are those of the bare loop."""
+    """Weights, gradients, buffers, optimizer state and generators after twelve steps are those of the bare loop."""
     bare, watched = Loop(setting, watched=False), Loop(setting, watched=True)
     assert list(differences(bare.run(), watched.run())) == []
     assert STEPS - bare.overflows <= watched.steps_seen() <= STEPS

@@ -5,6 +5,7 @@ import pytest
 from tests.support.launch import on_ranks
 
 from .covering import covering_array
+from .loop import STEPS
 from .params import every_row, pairs_slowly
 from .ranked import compare, layout_of
 from .ranked_settings import (
@@ -17,8 +18,6 @@ from .ranked_settings import (
     TENSOR_FORBIDDEN,
 )
 
-STEPS = 20
-
 
 def _check(setting):
     for seen in on_ranks(compare, layout_of(setting).ranks, setting=setting, steps=STEPS):
@@ -28,19 +27,19 @@ def _check(setting):
 
 @pytest.mark.parametrize("setting", every_row(covering_array(DDP, DDP_FORBIDDEN)))
 def test_a_watched_ddp_training_is_bit_identical(setting):
-    """Under DistributedDataParallel each rank's whole state after 20 steps is that of the bare loop."""
+    """Under DistributedDataParallel each rank's whole state after twelve steps is that of the bare loop."""
     _check(setting)
 
 
 @pytest.mark.parametrize("setting", pairs_slowly(FSDP, FSDP_FORBIDDEN))
 def test_a_watched_fsdp_training_is_bit_identical(setting):
-    """Under fully_shard each rank's shards and state after 20 steps are those of the bare loop."""
+    """Under fully_shard each rank's shards and state after twelve steps are those of the bare loop."""
     _check(setting)
 
 
 @pytest.mark.parametrize("setting", pairs_slowly(TENSOR, TENSOR_FORBIDDEN))
 def test_a_watched_tensor_parallel_training_is_bit_identical(setting):
-    """With matrices split over ranks each rank's state after 20 steps is that of the bare loop."""
+    """With matrices split over ranks each rank's state after twelve steps is that of the bare loop."""
     _check(setting)
 
 
