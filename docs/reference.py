@@ -102,6 +102,8 @@ def _options() -> Iterable[Sequence[str]]:
     for name, parameter in inspect.signature(gradwatch.watch).parameters.items():
         required = parameter.default is parameter.empty
         default = "required" if required else f"`{parameter.default!r}`".replace("'", '"')
+        if name not in meanings:
+            raise ValueError(f"The docstring of watch() does not explain {name!r} in its Args.")
         yield f"`{name}`", default, _markdown(meanings[name])
 
 

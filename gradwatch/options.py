@@ -96,24 +96,7 @@ class Options:
         return cls(**{name: arguments[name] for name in names}, caller=caller)
 
     def __post_init__(self, caller: str) -> None:
-        # The order of the checks decides which of two mistakes is reported first. Each check must
-        # accept its own result, because `dataclasses.replace` runs all of them again.
-        checks: dict[str, Callable[[str, Any], object]] = {
-            "exploding_norm": _limit,
-            "scaler": _scaler,
-            "clip": _clip_policy,
-            "accumulate": accumulate_policy,
-            "on_nonfinite": partial(_choice, choices=ON_NONFINITE),
-            "statistics": _statistics,
-            "every": _positive_int,
-            "buffer_size": _positive_int,
-            "sinks": _sinks,
-            "run_dir": _folder,
-            "skip_spikes": _spike_z,
-            "max_consecutive_skips": _positive_int,
-            "curvature": _curvature,
-        }
-        for name, check in checks.items():
+        for name, check in CHECKS.items():
             checked = check(f"{caller}({name}=)", getattr(self, name))
             object.__setattr__(self, name, checked)  # a frozen dataclass refuses plain assignment
 
@@ -314,6 +297,28 @@ def _curvature(name: str, value: object) -> CurvatureEvery | None:
     if value is None or isinstance(value, CurvatureEvery):
         return value
     raise TypeError(_must_be(name, "a CurvatureEvery or None", value, CURVATURE_ADVICE))
+
+
+CHECKS: dict[str, Callable[[str, Any], object]] = {
+    "exploding_norm": _limit,
+    "scaler": _scaler,
+    "clip": _clip_policy,
+    "accumulate": accumulate_policy,
+    "on_nonfinite": partial(_choice, choices=ON_NONFINITE),
+    "statistics": _statistics,
+    "every": _positive_int,
+    "buffer_size": _positive_int,
+    "sinks": _sinks,
+    "run_dir": _folder,
+    "skip_spikes": _spike_z,
+    "max_consecutive_skips": _positive_int,
+    "curvature": _curvature,
+}
+"""By name what checks an option, and returns what it stands for.
+
+The order decides which of two mistakes is reported first. Each check must accept its own result,
+because ``dataclasses.replace`` runs all of them again.
+"""
 
 
 def parameter_table(model: nn.Module | Mapping[str, Tensor]) -> ParameterTable:

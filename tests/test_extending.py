@@ -83,6 +83,12 @@ def test_an_adapter(names_of):
     logged = pd.DataFrame([values for _, values in looper.logged])
     assert logged["gradwatch/grad_norm"].tolist() == steps["grad_norm"].tolist()
     assert (logged["gradwatch/micro_batches"] == 2).all()
+    resumed = names["LooperMonitor"]()
+    resumed.load_state_dict(looper.checkpoint()[0])
+    model = names["model"]
+    again = names["Looper"]([resumed], accumulate=2)
+    again.fit(model, torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(4, 16, 4))
+    assert resumed.watcher.history.steps().index.tolist() == [11, 12]
     monitor, looper = names["LooperMonitor"], names["Looper"]
     with pytest.raises(TypeError, match=r"LooperMonitor\(\) got an unexpected argument 'clop'"):
         monitor(clop=1.0)

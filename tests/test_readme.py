@@ -71,8 +71,10 @@ def test_snippets_run(tmp_path):
     printed = run_each(tmp_path, scripts)
     assert printed.keys() == scripts.keys()
     assert {f"README_{number}.py" for number in range(1, 5)} <= printed.keys()
-    # Below its first snippet README shows what that prints, but for the remarks at the end.
-    shown = re.search(r"^```text\n(gradwatch report: .*?)^```", README, re.DOTALL | re.MULTILINE)
+    # Below its first snippet README shows what that prints, but for the remarks at the end ("...").
+    shown = re.search(
+        r"^```text\n(gradwatch report: .*?)^\.\.\.\n```", README, re.DOTALL | re.MULTILINE
+    )
     assert printed["README_1.py"].startswith(shown.group(1))
 
 

@@ -1,5 +1,6 @@
 """docs/reference.md and all that is made from the lists that the code declares."""
 
+import inspect
 import runpy
 import typing
 from dataclasses import dataclass, field, fields
@@ -9,6 +10,7 @@ import pytest
 
 import gradwatch
 from gradwatch.adapters import EVENT_KINDS, REDUCTIONS, SCALARS, STATISTICS, STEP_COLUMNS
+from gradwatch.options import CHECKS, Options
 from gradwatch.record.columns import STEP_DTYPES
 from gradwatch.record.records import EventKind
 from gradwatch.record.schema import column, columns_of
@@ -78,6 +80,16 @@ def test_what_is_logged_is_a_number():
 def test_conditions_are_said():
     """A scalar that is not always logged says when it is, in words."""
     assert all(bool(scalar.when) == bool(scalar.condition) for scalar in SCALARS.values())
+
+
+def test_every_option_is_declared_and_checked():
+    """watch(), its options and their checks name the same, so that none is passed over in silence."""
+    signature = inspect.signature(gradwatch.watch).parameters.values()
+    keywords = {one.name for one in signature if one.kind is one.KEYWORD_ONLY}
+    assert {one.name for one in fields(Options)} == keywords
+    assert CHECKS.keys() == keywords
+    shared = typing.get_type_hints(gradwatch.adapters.SharedOptions).keys()
+    assert shared == keywords - {"accumulate", "scaler"}
 
 
 def test_watch_names_every_statistic():

@@ -14,7 +14,7 @@ from gradwatch.pickles import stable_name
 from gradwatch.record.columns import Source
 from gradwatch.record.folder.files import plain_data
 from gradwatch.report.finding import SEVERITIES, Evidence, Finding, counted, named, printable
-from gradwatch.report.rules import ALWAYS, RULES
+from gradwatch.report.rules import ALWAYS, KINDS, RULES
 from gradwatch.report.run_data import RunData, first_and_last, read_run
 from gradwatch.report.thresholds import Thresholds
 
@@ -39,6 +39,7 @@ NOT_FROM_START = (
     "The first steps (up to step {step}) are missing, so norms were compared with those of later "
     "steps. To keep every step: watch(..., run_dir=...)."
 )
+OTHER_EVENTS = "There were other events ({kinds}); history.events() lists them."
 NOT_TAKEN = {
     "update_ratio": (
         "The size of updates relative to the weights was not recorded. To record it: "
@@ -147,7 +148,7 @@ def _findings(run: RunData, limits: Thresholds) -> tuple[Finding, ...]:
 
 
 def _remarks(run: RunData, limits: Thresholds) -> Iterator[str]:
-    """Yields a sentence for everything that could not be checked."""
+    """Yields a sentence for everything that could not be checked, and for events of other kinds."""
     if len(run) < limits.few_steps:
         yield FEW.format(count=len(run), few=limits.few_steps)
     first, _ = first_and_last(run.optimizers)
@@ -157,6 +158,11 @@ def _remarks(run: RunData, limits: Thresholds) -> Iterator[str]:
         # The column may exist and be NaN throughout: with ``every=``, no sampled step may have it.
         if not np.isfinite(run.sample.columns.get(name, np.nan)).any():
             yield remark
+    # Kinds that no rule looks at: nobody shall read "Nothing was found" where something happened.
+    others = run.events["kind"][~run.events["kind"].isin(KINDS)].value_counts()
+    if len(others):
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in others.items())
+        yield OTHER_EVENTS.format(kinds=kinds)
 
 
 def _headline(report: Report) -> str:

@@ -234,7 +234,6 @@ class GradientMonitor(Callback):
             "_trainer": None,
             "_last_record": None,
             "_newest": {},
-            "_scalars": LoggerScalars(),
         }
         kept = {key: self.__dict__[key] for key in self.__dict__ if key not in ("log", "log_dict")}
         return {**kept, **fresh}

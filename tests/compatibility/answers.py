@@ -19,6 +19,22 @@ def expected(file):
     return json.loads(text)
 
 
+WORDS = ("title", "why", "advice")
+"""What a finding says in words, which may be put better; what it has seen may not change."""
+
+
+def without_words(answers):
+    """The answers of a history without the sentences of its report."""
+    data = dict(answers["report_data"])
+    data["findings"] = [
+        {name: one for name, one in finding.items() if name not in WORDS}
+        for finding in data["findings"]
+    ]
+    data["remarks"] = len(data["remarks"])
+    head = answers["report"].partition("\n")[0]
+    return {**answers, "report": head, "report_data": data}
+
+
 def history_answers(history):
     """All that can be asked of a run."""
     report = history.report(few_steps=4, skipped=0.001, spike=3.0)
