@@ -59,7 +59,7 @@ EVENTS = st.builds(
     Event,
     step=st.integers(0, 2**40),
     micro_batch=st.integers(0, 9),
-    kind=st.sampled_from(EVENT_KINDS),
+    kind=st.sampled_from(list(EVENT_KINDS)),
     parameter=st.one_of(st.sampled_from(HOSTILE), st.text(max_size=9)),
     module=st.text(max_size=9),
     value=st.one_of(NUMBERS, st.integers(-9, 9)),
