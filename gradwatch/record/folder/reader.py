@@ -35,6 +35,7 @@ from gradwatch.record.folder.event_log import event_files, read_events
 from gradwatch.record.folder.meta import EVENTS, PARAMETERS, STEPS, check_whole, read_meta
 from gradwatch.record.folder.parts import Part, list_parts, uncovered
 from gradwatch.record.folder.tables import (
+    EVERY_RUN_HAS,
     KEYS,
     PARAMETER_INDEX,
     PARAMETER_LABELS,
@@ -333,7 +334,9 @@ def _lower(lowest: dict[str, int], steps: Mapping[str, int]) -> None:
 
 def _unwritten(name: str, rows: int) -> Column:
     """Makes a column that an earlier gradwatch did not write: NaN, or the default of the record."""
-    dtype = STEP_DTYPES[name]
+    if name in EVERY_RUN_HAS:
+        raise KeyError(name)
+    dtype = STEP_DTYPES[name]  # a KeyError for "row", which every run has too
     if dtype is np.float64:
         return np.full(rows, np.nan)
     default = getattr(StepRecord(step=0), name)

@@ -18,6 +18,15 @@ STEP_LABELS = tuple(name for name, dtype in STEP_DTYPES.items() if dtype is None
 PARAMETER_LABELS = ("optimizer", "parameter")
 """The string columns of each table, stored and read as dictionaries."""
 
+EVERY_RUN_HAS = (
+    *("step", "optimizer", "parameter", "micro_batches", "clipped", "outcome"),
+    *("nonfinite_parameters", "global_step"),
+)
+"""Columns that were there from the first version of the format on, besides numbers that may be NaN.
+
+A file without one is damaged; one without a column that was declared later is old.
+"""
+
 KEYS = ("row", "step", "optimizer", "parameter", "grad_norm", "grad_norm_clipped")
 """The columns that every table of parameters has; the others are statistics."""
 
@@ -208,7 +217,15 @@ def open_parquet(path: Path, strings: Sequence[str]) -> Any:
     import pyarrow.parquet as pq
 
     with reading(path):
-        return pq.ParquetFile(pa.OSFile(str(path)), read_dictionary=list(strings))
+        try:
+            return pq.ParquetFile(pa.OSFile(str(path)), read_dictionary=list(strings))
+        except KeyError as error:
+            if _column_name(error) in EVERY_RUN_HAS:
+                raise
+            # A file from before the column was declared.
+            written = pq.ParquetFile(pa.OSFile(str(path))).schema_arrow.names
+            there = [name for name in strings if name in written]
+            return pq.ParquetFile(pa.OSFile(str(path)), read_dictionary=there)
 
 
 def labels_of(column: Any) -> Labels:

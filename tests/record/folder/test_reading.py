@@ -1,5 +1,7 @@
 """Reading parts: their order, and columns that the gradwatch of their time did not write."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
@@ -8,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradwatch.history import load
+from gradwatch.record.columns import STEP_DTYPES, Span
+from gradwatch.record.folder import reader
 from gradwatch.record.folder.files import UnreadableError
-from gradwatch.record.folder.reader import _order
+from gradwatch.record.folder.reader import FolderSource, _order
 
 from . import runs
 
@@ -49,3 +53,22 @@ def test_what_every_run_has_is_missed(tmp_path, name):
     _without(tmp_path, name)
     with pytest.raises(UnreadableError, match=rf"is damaged: it has no column '{name}'\."):
         load(tmp_path).parameters() if name == "row" else load(tmp_path).steps()
+
+
+@pytest.mark.parametrize(
+    ("default", "kind"), [(7, "int"), (True, "bool"), ("a text", "str"), (1.5, "float")]
+)
+def test_a_column_that_is_new_today(tmp_path, monkeypatch, default, kind):
+    """A run from before a column was declared has its default; a number that may be NaN is NaN."""
+    runs.write(tmp_path, runs.batch([1, 2]))
+    fields = [("step", int), ("new", kind, dataclasses.field(default=default))]
+    record = dataclasses.make_dataclass("StepRecord", fields)
+    dtype = {"int": np.int64, "bool": np.bool_, "float": np.float64}.get(kind)
+    monkeypatch.setitem(STEP_DTYPES, "new", dtype)
+    monkeypatch.setattr(reader, "StepRecord", record)
+    if dtype is None:
+        monkeypatch.setattr(reader, "STEP_LABELS", (*reader.STEP_LABELS, "new"))
+    column = FolderSource(tmp_path).steps(("new",), Span())["new"]
+    values = [column.values[code] for code in column.codes] if dtype is None else column.tolist()
+    expected = [np.nan] * 2 if kind == "float" else [default] * 2
+    np.testing.assert_array_equal(values, expected)
