@@ -359,7 +359,8 @@ def test_one_wrong_element(share, size, data):
         seed=data.draw(st.integers(0, 99)),
     )
     # Along a line an element is seen against the sum of all, which is about the root of their number.
-    if size <= 4 or abs(share) > 0.01 * size**0.5:
+    # One that stands out ten times as much as it must is missed once in some 20,000 draws of 4 lines.
+    if size <= 4 or abs(share) > 0.1 * size**0.5:
         (failure,) = check.failures
         assert failure.index == (place,)
         assert failure.numeric == pytest.approx(2.0)
