@@ -126,7 +126,7 @@ def _count(length: int, size: int) -> int:
 
 
 class _Cut:
-    """Takes ``count`` examples, from ``start`` on, out of a batch of ``length`` examples."""
+    """Returns ``count`` examples, from ``start`` on, of a batch of ``length`` examples."""
 
     def __init__(self, name: str, length: int) -> None:
         self._name, self._length = name, length
@@ -166,7 +166,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _level(value: Any) -> _Level | None:
-    """Takes one level of a container apart; None for a leaf: a tensor, a plain list, a number."""
+    """Splits one level of a container into its parts; None for a leaf: a tensor, a plain list, a number."""
     if isinstance(value, (Tensor, np.ndarray, PackedSequence, *_SAME_IN_EACH_PART)):
         return None
     if _is_list(value) and _is_flat(value):

@@ -115,7 +115,7 @@ class DataParallel:
         return numbers
 
     def max_(self, numbers: Tensor) -> Tensor:
-        """Takes the elementwise maximum of a tensor over the ranks, in place, and returns it."""
+        """Reduces a tensor to its elementwise maximum over the ranks, in place, and returns it."""
         for group in self.groups:
             dist.all_reduce(numbers, op=dist.ReduceOp.MAX, group=group)
         return numbers

@@ -198,7 +198,7 @@ def _warn_of(what: str, error: Exception) -> None:
 
 
 def gradient_rows(gradients: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """Takes the measures that statistics are made of.
+    """Measures what statistics are made of.
 
     Args:
         gradients: Tensors of any shape, real or complex, dense or sparse, or parts of such. The

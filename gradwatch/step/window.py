@@ -184,7 +184,7 @@ class Window:
         self._check(self._before, gradients, ())
 
     def accept_restored_gradients(self) -> None:
-        """Takes a new snapshot, as gradients were changed and then written back unchanged."""
+        """Renews the snapshot, as gradients were changed and then written back unchanged."""
         if self._snapshot is not None:
             self._snapshot = GradientSnapshot(self.gradients()[1])
 

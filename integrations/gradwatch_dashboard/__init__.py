@@ -10,7 +10,7 @@ except Exception as error:  # any error here would keep TensorBoard from startin
     logging.getLogger(__name__).warning("TensorBoard starts without the Gradients tab: %r", error)
 
     class GradientsLoader(base_plugin.TBLoader):  # type: ignore[no-redef, misc]
-        """Takes the place of the loader that failed to import, and loads nothing."""
+        """Stands in for the loader that failed to import, and loads nothing."""
 
 
 __all__ = ["GradientsLoader"]

@@ -64,7 +64,7 @@ class Provider:
     """
 
     def __init__(self, data_provider: Any, environ: Any) -> None:
-        """Takes from the WSGI ``environ`` the context that each call has to pass on."""
+        """Extracts from the WSGI ``environ`` the context that each call has to pass on."""
         self._provider = data_provider
         self._context = plugin_util.context(environ)
         self.experiment: str = plugin_util.experiment_id(environ)
