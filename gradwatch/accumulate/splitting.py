@@ -166,7 +166,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _level(value: Any) -> _Level | None:
-    """Splits one level of a container into its parts; None for a leaf: a tensor, a plain list, a number."""
+    """Splits one level of a container; None for a leaf: a tensor, a plain list, a number."""
     if isinstance(value, (Tensor, np.ndarray, PackedSequence, *_SAME_IN_EACH_PART)):
         return None
     if _is_list(value) and _is_flat(value):
