@@ -235,7 +235,8 @@ class GradientMonitor(Callback):
             "_last_record": None,
             "_newest": {},
         }
-        kept = {key: self.__dict__[key] for key in self.__dict__ if key not in ("log", "log_dict")}
+        left_out = ("log", "log_dict", "_scalars")  # the last is made anew when a training starts
+        kept = {key: self.__dict__[key] for key in self.__dict__ if key not in left_out}
         return {**kept, **fresh}
 
     def _keep_newest(self) -> None:
