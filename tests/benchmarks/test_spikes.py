@@ -13,6 +13,7 @@ import gradwatch
 pytest.importorskip("matplotlib")
 
 
+@pytest.mark.slow
 def test_script_trains_prints_and_draws(tmp_path, monkeypatch, capsys):
     """A short benchmark prints its tables, draws, and takes no run up again that it has."""
     from benchmarks.spikes import __main__ as spikes

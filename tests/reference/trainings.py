@@ -25,7 +25,7 @@ MOVED = [{"optimizer": ["SAM_by_hand"], "watching": ["found"]}]
 
 RECORDED = {"own_clip": ["no_clip", "clip", "watch_clip"], "watching": ["named", "found"]}
 ALONE_RECORDED = every_row(covering_array({**AXES, **RECORDED}, [*FORBIDDEN, *UNTOLD, *MOVED]))
-DDP_RECORDED = every_row(covering_array({**DDP, **RECORDED}, [*DDP_FORBIDDEN, *MOVED]))
+DDP_RECORDED = pairs_slowly({**DDP, **RECORDED}, [*DDP_FORBIDDEN, *MOVED])
 FSDP_RECORDED = pairs_slowly({**FSDP, **RECORDED}, [*FSDP_FORBIDDEN, *MOVED])
 TENSOR_RECORDED = pairs_slowly({**TENSOR, **RECORDED}, TENSOR_FORBIDDEN)
 FOUR_RANKS_RECORDED = every_row(

@@ -225,8 +225,16 @@ def folder_with_rubbish(path):
         pass
 
 
-@pytest.mark.parametrize("make", [folder_missing, folder_empty, folder_dangling, folder_is_a_file,
-                                  folder_with_rubbish], ids=lambda make: make.__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        folder_missing,
+        folder_is_a_file,
+        folder_with_rubbish,
+        *(pytest.param(make, marks=pytest.mark.slow) for make in (folder_empty, folder_dangling)),
+    ],
+    ids=lambda make: make.__name__,
+)
 @pytest.mark.parametrize("load_fast", LOADERS)
 def test_log_folders_that_cannot_be_read(load_fast, make, tmp_path):
     """A log folder without anything to read gives an empty list of runs, until there is one."""
