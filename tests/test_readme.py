@@ -14,6 +14,7 @@ from gradwatch.record.columns import EVENT_COLUMNS, STEP_COLUMNS
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MOST_WORDS = 900
+HAS_CODE = (ROOT / "gradwatch").is_dir()  # the tests of the wheel have the pages, and not the code
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
 PAGES += [*sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))]
@@ -86,6 +87,8 @@ def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
         name, _, anchor = target.partition("#")
         file = page.parent / name if name else page
+        if name.startswith(("../gradwatch/", "../integrations/")) and not HAS_CODE:
+            continue
         if not file.exists() or (anchor and anchor not in anchors(file)):
             wrong.append(target)
     assert wrong == []
