@@ -100,9 +100,7 @@ def with_watch_options(function: F) -> F:
     """
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    shared = [_OPTIONS[name] for name in SharedOptions.__annotations__ if name in _OPTIONS]
-    taken = {parameter.name for parameter in own}
-    parameters = [*own, *(p for p in shared if p.name not in taken)]
+    parameters = [*own, *(_OPTIONS[name] for name in SharedOptions.__annotations__)]
     function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     return function
 
@@ -158,11 +156,6 @@ class StepScalars:
         """
         self._scalars = {name: SCALARS[name] for name in names}
         self._seen = set(known)
-
-    @classmethod
-    def for_tensorboard(cls) -> StepScalars:
-        """Logs what ``TensorBoardWriter`` writes."""
-        return cls(name for name, one in SCALARS.items() if one.tensorboard)
 
     def of(self, record: StepRecord) -> dict[str, float]:
         """Returns the values of one step by column."""

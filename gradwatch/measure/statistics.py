@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -176,13 +175,11 @@ def register_statistic(name: str, statistic: Statistic) -> None:
         raise ValueError(_NOTHING_MEASURED.format(name=name, what=what))
     for other, known in STATISTICS.items():
         for measure in statistic.measures.keys() & known.measures.keys():
-            if statistic.measures[measure] is not known.measures[measure]:
+            if _bare(statistic.measures[measure]) is not _bare(known.measures[measure]):
                 raise ValueError(_MEASURED_TWICE.format(name=name, measure=measure, other=other))
-    STATISTICS[name] = statistic
+    STATISTICS[name] = _guarded(name, statistic)
 
 
-_BUILT_IN = frozenset(STATISTICS)
-_BUILT_IN_MEASURES = frozenset(row for one in STATISTICS.values() for row in one.measures)
 _failed: set[str] = set()
 
 _FAILED = (
@@ -195,6 +192,44 @@ def _warn_of(what: str, error: Exception) -> None:
     if what not in _failed:  # once in a process: it fails at every sampled step
         _failed.add(what)
         warn_safely(_FAILED.format(what=what, kind=type(error).__name__, error=error))
+
+
+@dataclass(frozen=True, slots=True)
+class _GuardedMeasure:
+    """A measure of the user's, which is NaN where it fails."""
+
+    name: str
+    measure: Measure
+
+    def __call__(self, values: Tensor) -> Tensor:
+        try:
+            return torch.as_tensor(self.measure(values)).reshape(())
+        except Exception as error:
+            _warn_of(f"the measure {self.name!r}", error)
+            return values.new_full((), torch.nan)
+
+
+def _bare(measure: Measure) -> Measure:
+    return measure.measure if isinstance(measure, _GuardedMeasure) else measure
+
+
+def _guarded(name: str, statistic: Statistic) -> Statistic:
+    """Returns the statistic with functions that no longer raise: a training must not end by it."""
+
+    def formula(totals: Totals, unit: float) -> Array:
+        size = len(next(iter(totals.values())))
+        try:
+            made = np.asarray(statistic.formula(totals, unit), np.float64)
+            return np.broadcast_to(made, (size,))
+        except Exception as error:
+            _warn_of(f"the formula of {name!r}", error)
+            return np.full(size, np.nan)
+
+    sums, maxima = (
+        {row: _GuardedMeasure(row, _bare(measure)) for row, measure in measures.items()}
+        for measures in (statistic.sums, statistic.maxima)
+    )
+    return replace(statistic, formula=formula, sums=sums, maxima=maxima)
 
 
 def gradient_rows(gradients: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
@@ -212,12 +247,7 @@ def gradient_rows(gradients: Sequence[Tensor], names: Sequence[str]) -> dict[str
     """
     measures = {row: one for name in names for row, one in STATISTICS[name].measures.items()}
     values = [_elements(gradient) for gradient in gradients]
-    return {
-        row: (_row if row in _BUILT_IN_MEASURES else partial(_guarded_row, row))(
-            measures[row], values
-        )
-        for row in sorted(measures)
-    }
+    return {row: _row(measures[row], values) for row in sorted(measures)}
 
 
 def weight_row(parameters: Sequence[Tensor]) -> Tensor:
@@ -251,32 +281,7 @@ def statistics_of(names: Sequence[str], rows: Totals, unit: float) -> dict[str, 
     """
     there = [name for name in names if all(row in rows for row in STATISTICS[name].needs)]
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        return {
-            name: (_formula if name in _BUILT_IN else _guarded_formula)(name, rows, unit)
-            for name in there
-        }
-
-
-def _formula(name: str, rows: Totals, unit: float) -> Array:
-    return STATISTICS[name].formula(rows, unit)
-
-
-def _guarded_formula(name: str, rows: Totals, unit: float) -> Array:
-    size = len(next(iter(rows.values())))
-    try:
-        return np.broadcast_to(np.asarray(_formula(name, rows, unit), np.float64), (size,))
-    except Exception as error:
-        _warn_of(f"the formula of {name!r}", error)
-        return np.full(size, np.nan)
-
-
-def _guarded_row(name: str, measure: Measure, values: list[Tensor]) -> Tensor:
-    try:
-        return _row(lambda elements: torch.as_tensor(measure(elements)).reshape(()), values)
-    except Exception as error:
-        _warn_of(f"the measure {name!r}", error)
-        device = values[0].device if values else None
-        return torch.full((len(values),), torch.nan, dtype=torch.float64, device=device)
+        return {name: STATISTICS[name].formula(rows, unit) for name in there}
 
 
 def _row(measure: Measure, values: list[Tensor]) -> Tensor:

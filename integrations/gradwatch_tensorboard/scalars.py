@@ -52,9 +52,15 @@ DERIVED_SCALARS = {
     "norm_p05": DerivedScalar(
         "5th percentile over the parameters' finite norms before the clip.", "smallest"
     ),
-    "norm_p50": DerivedScalar("Median over the same norms.", "median"),
-    "norm_p95": DerivedScalar("95th percentile over the same norms.", "largest"),
-    "norm_max": DerivedScalar("Largest of the same norms.", "largest"),
+    "norm_p50": DerivedScalar(
+        "Median over the parameters' finite norms before the clip.", "median"
+    ),
+    "norm_p95": DerivedScalar(
+        "95th percentile over the parameters' finite norms before the clip.", "largest"
+    ),
+    "norm_max": DerivedScalar(
+        "Largest of the parameters' finite norms before the clip.", "largest"
+    ),
     "nonfinite_steps_total": DerivedScalar(
         "Steps with a NaN or Inf since this writer was made; no down-sampling loses it.", "newest"
     ),
@@ -63,6 +69,8 @@ DERIVED_SCALARS = {
     ),
 }
 """Name to scalar: what :class:`StepSeries` adds to the logged columns of a step."""
+
+_LOGGED = tuple(name for name, scalar in SCALARS.items() if scalar.tensorboard)
 
 NONFINITE_EVENT = "nonfinite_event"
 
@@ -84,7 +92,7 @@ class StepSeries:
 
     nonfinite_steps: int = field(default=0, init=False)
     skipped_steps: int = field(default=0, init=False)
-    _columns: StepScalars = field(default_factory=StepScalars.for_tensorboard, init=False)
+    _columns: StepScalars = field(default_factory=lambda: StepScalars(_LOGGED), init=False)
     _clipped: deque[bool] = field(default_factory=lambda: deque(maxlen=1_000), init=False)
 
     def of(self, record: StepRecord, spread: Sequence[float]) -> Row:

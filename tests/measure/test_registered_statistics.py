@@ -142,6 +142,19 @@ def test_refused(name, statistic, error, words):
     assert known == STATISTICS
 
 
+def test_a_measure_may_be_shared():
+    """A statistic may use the measure of another one, built in or registered, by its name."""
+    register_statistic("negative", NEGATIVE)
+    known = {**STATISTICS["mean"].sums, **STATISTICS["negative"].sums}
+    shared = {name: known[name] for name in ("count", "below_zero", "elements")}
+    share = Statistic(meaning="m", sums=shared, formula=lambda t, s: t["below_zero"] / t["count"])
+    register_statistic("shared", share)
+    gradient = torch.tensor([-1.0, 2.0, -3.0, 4.0])
+    rows = {name: row.numpy() for name, row in gradient_rows([gradient], STATISTICS).items()}
+    taken = statistics_of(("negative", "shared", "mean"), rows, 1.0)
+    assert [float(taken[name][0]) for name in taken] == [0.5, 0.5, 0.5]
+
+
 def test_unknown_until_registered():
     """watch() lists what it knows."""
     model = torch.nn.Linear(1, 1)
