@@ -169,6 +169,27 @@ def out_of_memory_event(step: int, old: int, new: int) -> Event:
     return _event(StepRecord(step), "out_of_memory", float(new), text)
 
 
+def loop_event(
+    kind: EventKind,
+    message: str,
+    step: int,
+    optimizer: str = "none",
+    parameter_and_module: tuple[str, str] = ("", ""),
+    value: float = 0.0,
+) -> Event:
+    """Makes an event about the training loop itself, of kind ``changed`` or ``mistake``.
+
+    Args:
+        kind: The kind.
+        message: One sentence or two: what was seen, and what to change.
+        step: The step under way when it was seen.
+        optimizer: Label of the optimizer that it concerns; ``"none"`` for all.
+        parameter_and_module: The first parameter that it concerns, and the module that owns it.
+        value: As the kind says.
+    """
+    return _event(StepRecord(step, optimizer), kind, value, message, parameter_and_module)
+
+
 def nonfinite_error(record: StepRecord, events: Sequence[Event]) -> NonFiniteGradientError:
     """Makes the error that ``on_nonfinite="raise"`` raises, from what was found in the step."""
     return _error(RAISED.format(story=_story(record, events)), record, events)

@@ -223,10 +223,13 @@ EventKind = Literal[
     "accumulate",
     "dropped",
     "out_of_memory",
+    "discarded",
+    "changed",
+    "mistake",
 ]
 
-_MAGENTA, _PURPLE, _GRAY, _ORANGE, _BLUE, _GREEN = (
-    *("#ff33ff", "#cc79a7", "#8a94a3", "#d55e00", "#56b4e9", "#009e73"),
+_MAGENTA, _PURPLE, _GRAY, _ORANGE, _BLUE, _GREEN, _YELLOW = (
+    *("#ff33ff", "#cc79a7", "#8a94a3", "#d55e00", "#56b4e9", "#009e73", "#c9a800"),
 )
 
 EVENT_KINDS: dict[str, Kind] = {
@@ -269,6 +272,27 @@ EVENT_KINDS: dict[str, Kind] = {
         "a batch did not fit into memory and was run again in smaller micro-batches",
         "examples",
         _ORANGE,
+        "square",
+    ),
+    "discarded": Kind(
+        "gradients were thrown away: no optimizer stepped between their backward and `zero_grad()`, "
+        "or the end of the run; names the step that they would have been",
+        "norm",
+        _GRAY,
+        "square",
+    ),
+    "changed": Kind(
+        "the model or an optimizer is no longer what was watched: parameters were frozen, replaced, "
+        "added or removed; the message says which",
+        "parameters",
+        _BLUE,
+        "square",
+    ),
+    "mistake": Kind(
+        "something in the training loop that is nearly always unintended, such as a missing "
+        "`zero_grad()`; told once, with what to change",
+        "0",
+        _YELLOW,
         "square",
     ),
 }

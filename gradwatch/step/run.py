@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from gradwatch.accumulate.policies import AccumulationPlan
+from gradwatch.errors import warn_safely
 from gradwatch.guard import Stopwatch
 from gradwatch.hooks.data_parallel import DataParallel, rank
 from gradwatch.hooks.model import ModelHooks
@@ -51,6 +52,7 @@ class Run:
         self.shards = Shards.of(table.tensors)
         self.scale = LossScale(options.scaler)
         self.stopwatch = Stopwatch()
+        self._told: set[str] = set()
         self.accumulation = AccumulationPlan(
             options.accumulate, lambda *change: self.note(changed_event(*change))
         )
@@ -59,6 +61,15 @@ class Run:
         sinks = options.sinks if rank() == 0 else ()  # all ranks would write the same numbers
         hub = SinkHub(sinks, options.buffer_size)
         self.recorder = Recorder(RingBuffer(layout, options.buffer_size), hub)
+
+    def tell(self, event: Event, warn: bool = True) -> None:
+        """Records an event about the training loop, and warns; each message once in a run."""
+        if event.message in self._told:
+            return
+        self._told.add(event.message)
+        self.note(event)
+        if warn:
+            warn_safely(f"gradwatch: {event.message}")
 
     def note(self, event: Event) -> None:
         """Records an event that belongs to no finished step."""
