@@ -22,7 +22,8 @@ from gradwatch.clip.spikes import AUTO_Z
 from gradwatch.hessian.every import CurvatureEvery
 from gradwatch.hooks.backward import is_watched
 from gradwatch.hooks.data_parallel import refuse_fsdp1, reshard
-from gradwatch.measure.parameters import ParameterTable, optimizer_parameters
+from gradwatch.hooks.optimizer import is_wrapper, parameters_held, parts_of, stepped_by
+from gradwatch.measure.parameters import ParameterTable
 from gradwatch.measure.statistics import STATISTICS
 from gradwatch.pickles import stable_name
 from gradwatch.record.records import Sink
@@ -384,15 +385,18 @@ def optimizer_list(
     if optimizer is None:
         return []
     wanted = "a torch.optim.Optimizer or a sequence of them"
-    given = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    given: object = [optimizer] if _is_optimizer(optimizer) else optimizer
     if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
         raise TypeError(_must_be("watch(optimizer=)", wanted, given))
-    optimizers = list(given)
+    optimizers: list[Optimizer] = []
+    for one in given:
+        if not _is_optimizer(one):
+            raise TypeError(_must_be("watch(optimizer=)", wanted, one))
+        # A wrapper that torch's step hooks do not see, and whose parts step by themselves.
+        optimizers += [one] if stepped_by(one) else parts_of(one)
     if not optimizers:
         raise ValueError(NO_OPTIMIZER.format(value=shown(given)))
     for position, one in enumerate(optimizers):
-        if not isinstance(one, Optimizer):
-            raise TypeError(_must_be("watch(optimizer=)", wanted, one))
         if getattr(one, "_overlap_with_ddp", False):  # ZeroRedundancyOptimizer's private flag
             raise ValueError(OVERLAPPING.format(optimizer=type(one).__name__))
         # By identity: `in` compares with ==, which an optimizer may define for itself.
@@ -402,9 +406,13 @@ def optimizer_list(
     return optimizers
 
 
+def _is_optimizer(value: object) -> bool:
+    return isinstance(value, Optimizer) or is_wrapper(value)
+
+
 def _check_parameters(optimizer: Optimizer, table: ParameterTable) -> None:
     known = table.positions()
-    parameters = optimizer_parameters(optimizer)
+    parameters = parameters_held(optimizer)
     foreign = sum(id(parameter) not in known for parameter in parameters)
     if foreign:
         raise ValueError(

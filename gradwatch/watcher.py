@@ -21,6 +21,7 @@ from gradwatch.history import History
 from gradwatch.hooks.backward import Backward
 from gradwatch.hooks.data_parallel import DataParallel, GradientSync, rank
 from gradwatch.hooks.model import ModelHooks
+from gradwatch.hooks.optimizer import stepped_by
 from gradwatch.managed import BatchRunner, Closure, ManagedLoop
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.options import Accumulate, Options, check_unwatched, optimizer_list, parameter_table
@@ -77,9 +78,9 @@ class Watcher:
         self._shield = Shield(options.acts, self._stop_watching, self._run.stopwatch)
         self._curvature = sampler_of(options.curvature, model)
         self._registry = OptimizerRegistry(self._run, self._shield, self._curvature)
-        followed = self._registry.followed
-        self._managed = ManagedLoop(self._run, self._sync, followed)
-        self._batches = BatchRunner(self._run, self._managed, model, followed)
+        managed = self._registry.managed
+        self._managed = ManagedLoop(self._run, self._sync, managed)
+        self._batches = BatchRunner(self._run, self._managed, model, managed)
         self._state = "new"
 
     # -- life ----------------------------------------------------------------------------------
@@ -515,7 +516,7 @@ def describe_optimizer(optimizer: Optimizer) -> dict[str, Any]:
                 "parameters": len(group["params"]),
                 **{name: _plain(value) for name, value in group.items() if name != "params"},
             }
-            for group in optimizer.param_groups
+            for group in (stepped_by(optimizer) or [optimizer])[-1].param_groups
         ],
     }
 

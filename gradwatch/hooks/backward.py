@@ -44,12 +44,15 @@ class Backward(NamedTuple):
             then accumulated into new tensors, not in place.
         freed: Norms ``[]``, by index, of gradients that an optimizer has used and freed inside the
             backward.
+        number: Which backward of the run it is. Windows of several optimizers that hold the same
+            number hold gradients of the same backward.
     """
 
     arrived: Sequence[int]
     continues: bool
     create_graph: bool
     freed: Mapping[int, Tensor] = MappingProxyType({})
+    number: int = 0
 
 
 class Arrivals(dict[int, Tensor]):
@@ -57,9 +60,18 @@ class Arrivals(dict[int, Tensor]):
 
     It maps each index to the parameter, never to the gradient: a reference to a gradient would
     keep it in memory.
+
+    Attributes:
+        ended: The number of backwards that have ended.
+        on_begin: Called at the first arrival of a backward with the index of that parameter, when
+            all other gradients still are what they were before the backward; None if it is not
+            needed.
     """
 
-    __slots__ = ("_handles", "_on_arrived", "_on_end", "_open", "_open_task", "_token")
+    __slots__ = (
+        *("_handles", "_on_arrived", "_on_end", "_open", "_open_task", "_token"),
+        *("ended", "on_begin"),
+    )
 
     def __init__(
         self,
@@ -78,6 +90,8 @@ class Arrivals(dict[int, Tensor]):
         self._handles: dict[int, RemovableHandle] = {}
         self._on_arrived = on_arrived
         self._on_end = on_end
+        self.ended = 0
+        self.on_begin: Callable[[int], None] | None = None
         self._open: set[int] = set()
         self._open_task = -1
         self._token = 0
@@ -145,6 +159,8 @@ class _ArmedArrivals(Arrivals):
     def __setitem__(self, index: int, tensor: Tensor) -> None:
         # FSDP2 calls the hook outside of a backward, too, when held-back gradients are reduced.
         if torch._C._current_graph_task_id() != -1:  # inside_backward() without its frame
+            if self.on_begin is not None:
+                self.on_begin(index)
             self.begin()
             self[index] = tensor
 
@@ -178,7 +194,8 @@ class _BackwardEnd:
         continues = False
         if self.nested or arrivals._open:
             continues = arrivals._continues(arrived, self.task, self.nested)
-        arrivals._on_end(Backward(arrived, continues, self.create_graph))
+        arrivals.ended += 1
+        arrivals._on_end(Backward(arrived, continues, self.create_graph, number=arrivals.ended))
 
     def __del__(self) -> None:
         # A backward that raises runs no callback: the engine only drops this object. Nothing else

@@ -23,6 +23,7 @@ class ModelHooks:
     """Reports the gradients of each backward, and measures those that do not last until its end.
 
     Attributes:
+        arrivals: The parameters that receive a gradient in the backward under way.
         local: This rank's norms before the reduction; None if no DistributedDataParallel is used.
         added: Norms of what each backward adds to the gradients; :meth:`watch_added` switches
             them on.
@@ -50,13 +51,13 @@ class ModelHooks:
         self.freed = FreedGradients(table.tensors)
         self._model = model
         self._table = table
-        self._arrivals = Arrivals(on_backward, None if self.local is None else on_arrived)
+        self.arrivals = Arrivals(on_backward, None if self.local is None else on_arrived)
         self._watches_added = False
         self._output_hook: RemovableHandle | None = None
 
     def hooked(self, index: int) -> bool:
         """Returns whether a parameter has an arrival hook."""
-        return self._arrivals.hooked(index)
+        return self.arrivals.hooked(index)
 
     def attach(self, indices: Sequence[int], norm_type: float, owned: bool) -> None:
         """Registers the hooks.
@@ -78,7 +79,7 @@ class ModelHooks:
 
     def detach(self) -> None:
         """Removes every hook; safe to call again."""
-        self._arrivals.unhook()
+        self.arrivals.unhook()
         self.freed.detach()
         self.added.detach()
         self.unhooked = set()
@@ -106,11 +107,35 @@ class ModelHooks:
         tensors = self._table.tensors
         thawed = sorted(index for index in self.unhooked if tensors[index].requires_grad)
         for index in thawed:
-            self._arrivals.hook(index, tensors[index])
+            self.arrivals.hook(index, tensors[index])
         if self._watches_added:
             self.added.watch(thawed)
         self.unhooked.difference_update(thawed)
         return [index for index in thawed if tensors[index].grad is not None]
+
+    def changed_parameters(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Compares the model with the watched parameters.
+
+        Returns:
+            Names of parameters that the model has now and that are not watched, and of those that
+            are watched and that it no longer has. Both are empty for a model that is sharded over
+            ranks, which replaces its parameters in every forward.
+        """
+        if isinstance(self._model, nn.Module) and next(fully_sharded(self._model), None):
+            return (), ()
+        now, known = ParameterTable.of(self._model), self._table
+        then, there = known.positions(), now.positions()
+        gained = [
+            name
+            for name, tensor in zip(now.names, now.tensors, strict=True)
+            if tensor.requires_grad and id(tensor) not in then
+        ]
+        lost = [
+            name
+            for name, tensor in zip(known.names, known.tensors, strict=True)
+            if id(tensor) not in there
+        ]
+        return tuple(gained), tuple(lost)
 
     def watch_added(self) -> None:
         """Measures what each backward adds to the gradients, of later watched parameters too."""
@@ -118,7 +143,7 @@ class ModelHooks:
         # which are not in the .grad of any watched parameter.
         if not self._watches_added and self._output_hook is None:
             self._watches_added = True
-            self.added.watch(self._arrivals.hooked_indices())
+            self.added.watch(self.arrivals.hooked_indices())
 
     def _hook_output(self, module: nn.Module, args: Any, output: Any) -> None:
         for leaf in tree_leaves(output):
@@ -128,7 +153,7 @@ class ModelHooks:
     def _begin_backward(self, gradient: Tensor) -> None:
         # Removing the hook from the model does not remove it from graphs built before.
         if self._output_hook is not None:
-            self._arrivals.begin()
+            self.arrivals.begin()
 
 
 def _holds_gradients_back(model: nn.Module | Mapping[str, Tensor]) -> TypeGuard[nn.Module]:

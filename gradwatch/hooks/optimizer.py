@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -22,6 +21,9 @@ from gradwatch.measure.parameters import is_sharded, optimizer_parameters
 
 class StepListener(Protocol):
     """Receives the events of each step of one optimizer."""
+
+    stepping: Optimizer | None
+    """The optimizer whose step is running: this one, or a wrapper around it; None between steps."""
 
     def begin(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Called when a step begins; a closure, if there is one, has not run yet."""
@@ -53,6 +55,7 @@ class StepBoundary:
         listener: StepListener,
         shield: AbstractContextManager[None],
         may_refuse: bool,
+        wrappers: Sequence[Optimizer] = (),
     ) -> None:
         """Registers the hooks.
 
@@ -62,11 +65,14 @@ class StepBoundary:
             shield: Context in which the listener is called; it may suppress the listener's errors.
             may_refuse: Whether the listener may refuse a step or raise. Only then is an optimizer
                 that evaluates its closure several times (LBFGS) copied before each step.
+            wrappers: Optimizers around this one, which have the same listener.
         """
+        self._wrappers = wrappers
         self._optimizer = optimizer
         self._listener = listener
         self._shield = shield
         self._may_refuse = may_refuse
+        self._nested = False
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._checkpoint: OptimizerCheckpoint | None = None
         self._refused = False
@@ -83,6 +89,11 @@ class StepBoundary:
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # Of a wrapper and the optimizer in it, the outer step is the one that counts.
+        outer = self._listener.stepping
+        self._nested = outer is not None and any(outer is one for one in self._wrappers)
+        if self._nested:
+            return None
         # Clean up after a step that raised: torch runs no post-hook then.
         if self._refused:
             restore_gradients(self._hidden)
@@ -127,6 +138,9 @@ class StepBoundary:
             self._hidden += hide_gradients(optimizer_parameters(self._optimizer))
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._nested:
+            self._nested = False
+            return
         if self._refused:
             self._restore_checkpoint()
             restore_gradients(self._hidden)
@@ -155,31 +169,99 @@ def _with_closure(
 
 
 class OptimizerDiscovery:
-    """Finds the optimizers of watched parameters, by looking at each optimizer that steps."""
+    """Looks at the steps of all optimizers of the process, except those that are followed."""
 
-    def __init__(self, owned: set[int], on_found: Callable[[Optimizer], None]) -> None:
+    def __init__(self, on_step: Callable[[Optimizer], None]) -> None:
         """Registers torch's global optimizer-step hook.
 
-        Args:
-            owned: The ``id`` of every watched parameter.
-            on_found: Called before the first step of an optimizer that holds a watched parameter.
-                A step hook that it registers on the optimizer already runs for this step.
+        ``on_step`` is called before each step of an optimizer that is not followed. A step hook
+        that it registers on the optimizer already runs for this step.
         """
-        self._owned = owned
-        self._on_found = on_found
-        self._seen: WeakSet[Optimizer] = WeakSet()  # not ids, which a later optimizer may reuse
+        self._followed: set[int] = set()
+        self._on_step = on_step
         self._handle: RemovableHandle = register_optimizer_step_pre_hook(self._look)
+
+    def leave_out(self, optimizer: Optimizer) -> None:
+        """Stops reporting an optimizer, which the caller must keep alive."""
+        self._followed.add(id(optimizer))
 
     def remove(self) -> None:
         """Removes the hook; safe to call again."""
         self._handle.remove()
 
     def _look(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if optimizer in self._seen:
-            return
-        self._seen.add(optimizer)
-        if any(id(parameter) in self._owned for parameter in optimizer_parameters(optimizer)):
-            self._on_found(optimizer)
+        if id(optimizer) not in self._followed:
+            self._on_step(optimizer)
+
+
+UNHOOKED = (
+    "watch(optimizer=) got a {optimizer}, on which torch runs no step hooks, as its class does not "
+    "call super().__init__(), and in which no optimizer was found that it steps. Pass the "
+    "optimizer that changes the weights, or leave the argument out to have it found."
+)
+
+
+def wrapped_in(optimizer: Any) -> list[Optimizer]:
+    """Lists the optimizers that an object has as attributes, directly or one in the other.
+
+    Wrappers such as SAM, Lookahead, Accelerate's ``AcceleratedOptimizer`` and Opacus'
+    ``DPOptimizer`` hold the optimizer that they step.
+    """
+    found: list[Optimizer] = []
+    waiting = [optimizer]
+    while waiting:
+        for value in list(getattr(waiting.pop(), "__dict__", {}).values()):
+            if isinstance(value, Optimizer) and not any(
+                value is one for one in (optimizer, *found)
+            ):
+                found.append(value)
+                waiting.append(value)
+    return found
+
+
+def is_wrapper(value: Any) -> bool:
+    """Returns whether an object that is no optimizer wraps one: it steps and holds one."""
+    # A learning rate scheduler holds an optimizer too, but has no zero_grad().
+    methods = ("step", "zero_grad")
+    return bool(wrapped_in(value)) and all(callable(getattr(value, name, None)) for name in methods)
+
+
+def stepped_by(optimizer: Any) -> list[Optimizer]:
+    """Lists the optimizers whose steps are those of an optimizer: itself, and those that it wraps.
+
+    Only those on which torch runs step hooks, and that hold all of its parameters; outermost first.
+    """
+    inside = wrapped_in(optimizer)
+    own = {id(parameter) for parameter in parameters_held(optimizer)}
+    whole = [one for one in inside if own.issubset(map(id, optimizer_parameters(one)))]
+    return [one for one in (optimizer, *whole) if _runs_hooks(one)]
+
+
+def parts_of(optimizer: Any) -> list[Optimizer]:
+    """Lists the optimizers in a wrapper that hold different parameters, each with its own steps.
+
+    Raises:
+        ValueError: If no optimizer is found whose steps could be followed.
+    """
+    parts = [one for one in wrapped_in(optimizer) if _runs_hooks(one) and optimizer_parameters(one)]
+    held = [id(parameter) for one in parts for parameter in optimizer_parameters(one)]
+    if not parts or len(set(held)) < len(held):
+        raise ValueError(UNHOOKED.format(optimizer=type(optimizer).__name__))
+    return parts
+
+
+def parameters_held(optimizer: Any) -> list[Tensor]:
+    """Lists the parameters of an optimizer, or of those in a wrapper without parameter groups."""
+    if getattr(optimizer, "param_groups", None):
+        return optimizer_parameters(optimizer)
+    return [tensor for one in wrapped_in(optimizer) for tensor in optimizer_parameters(one)]
+
+
+def _runs_hooks(optimizer: Any) -> bool:
+    # Optimizer.__init__() makes the dicts of hooks and wraps step(), once for each class (private,
+    # torch 2.4 to 2.13). A class that does not call it may make the dicts by itself.
+    step = getattr(type(optimizer), "step", None)
+    return hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(step, "hooked", False)
 
 
 def hide_gradients(parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -233,7 +315,16 @@ def learning_rate(optimizer: Optimizer) -> FloatOrDeferred:
     """Returns the learning rate of the first parameter group; NaN if it has none."""
     groups = optimizer.param_groups
     value = groups[0].get("lr", math.nan) if groups else math.nan
-    return defer_copy(value) if isinstance(value, Tensor) else float(value)
+    if isinstance(value, Tensor):
+        return defer_copy(value)
+    # Some optimizers find their rate by themselves, and have None or a function here.
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def has_no_rate(optimizer: Optimizer) -> bool:
+    """Returns whether the learning rate of each parameter group is a number, and 0."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return bool(rates) and all(isinstance(one, (int, float, Tensor)) and one == 0 for one in rates)
 
 
 LearningRates = list[tuple[dict[str, Any], Any]]

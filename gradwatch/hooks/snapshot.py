@@ -1,7 +1,8 @@
-"""GradientSnapshot: tells whether gradients have changed since they were measured.
+"""Tells whether gradients, or weights, have changed since an earlier moment.
 
-It decides whether a step must measure the gradients again, and it does so without holding a
-reference to them or reading their elements.
+:class:`GradientSnapshot` decides whether a step must measure the gradients again, and it does so
+without holding a reference to them or reading their elements. :class:`WeightSnapshot` tells whether
+gradients that nobody stepped with were used nevertheless: something has moved the weights.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import compress
-from operator import attrgetter
+from operator import attrgetter, eq, methodcaller
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 _WITNESSES = 16
@@ -40,6 +43,9 @@ class GradientSnapshot:
         self._ids = list(map(id, gradients))
         self._versions = list(map(_version, gradients))
 
+    def __len__(self) -> int:
+        return len(self._ids)
+
     def subset(self, keep: Sequence[bool]) -> GradientSnapshot:
         """Returns the snapshot of the gradients for which ``keep`` is true."""
         part = GradientSnapshot(())
@@ -64,6 +70,30 @@ class GradientSnapshot:
             and self._versions == list(map(_version, gradients))
             and self._alive()
         )
+
+    def all_moved(self, positions: Sequence[int], gradients: Sequence[Tensor | None]) -> bool:
+        """Returns whether each of some gradients was replaced, written to or removed since.
+
+        Args:
+            positions: Their positions in the snapshot.
+            gradients: What they are now; None for one without.
+        """
+        ids = list(map(self._ids.__getitem__, positions))
+        alive = self._alive()
+        if alive and ids == list(map(id, gradients)):
+            versions = map(self._versions.__getitem__, positions)
+            return not any(map(eq, versions, map(_version, gradients)))
+        return all(
+            gradient is None
+            or not alive
+            or identity != id(gradient)
+            or self._versions[position] != gradient._version
+            for position, identity, gradient in zip(positions, ids, gradients, strict=True)
+        )
+
+    def replaced(self, gradients: Sequence[Tensor]) -> bool:
+        """Returns whether each of the gradients is another tensor than it was."""
+        return not self._alive() or not set(self._ids).intersection(map(id, gradients))
 
     def was_discarded(self, gradients: Iterable[Tensor | None], grew: Iterable[bool]) -> bool:
         """Returns whether the gradients were reset (``zero_grad()``) before the latest backward.
@@ -102,3 +132,60 @@ class GradientSnapshot:
             if reference() is None:
                 return False
         return True
+
+
+_MOST_ELEMENTS = 16
+
+
+class WeightSnapshot:
+    """A few weights at one moment, to tell whether something has moved the weights since."""
+
+    __slots__ = ("_addresses", "_bytes", "_plain", "_tensors", "_values", "_versions")
+
+    # A perturbation (SAM) or an update by hand moves all weights, so a sample is enough. It is taken
+    # at the end of every backward: the loops run in C, and values are read through NumPy, which
+    # starts no operation of torch.
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        """Chooses the sample; :meth:`take` takes the first snapshot."""
+        small = sorted(weights, key=Tensor.numel)[: _WITNESSES // 2]
+        self._tensors = [*small, *weights[:: 1 + len(weights) // (_WITNESSES // 2)]]
+        # Tensors of other classes, such as quantized ones, may have no address.
+        self._plain = list(filter(_is_plain, self._tensors))
+        # Writes through ``.data`` move no version counter. On a CPU a few values tell.
+        self._values = [memory for one in small if (memory := _memory_of(one)) is not None]
+        self.take()
+
+    def take(self) -> None:
+        """Notes the weights as they are now."""
+        self._versions = list(map(_version, self._tensors))
+        self._addresses = list(map(_address, self._plain))
+        self._bytes = list(map(_bytes_of, self._values))
+
+    def moved(self) -> bool:
+        """Returns whether a weight of the sample was written to, or replaced, since :meth:`take`.
+
+        On an accelerator a write through ``.data`` is not seen.
+        """
+        return (
+            self._versions != list(map(_version, self._tensors))
+            or self._addresses != list(map(_address, self._plain))
+            or self._bytes != list(map(_bytes_of, self._values))
+        )
+
+
+_address = methodcaller("data_ptr")
+_bytes_of = methodcaller("tobytes")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+
+
+def _memory_of(tensor: Tensor) -> NDArray[np.uint8] | None:
+    """Returns the first bytes of a tensor as an array that shares its memory; None off the CPU."""
+    if not (_is_plain(tensor) and tensor.is_cpu and tensor.is_contiguous() and tensor.numel()):
+        return None
+    flat = tensor.detach().view(-1)[:_MOST_ELEMENTS]
+    memory: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return memory

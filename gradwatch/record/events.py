@@ -44,6 +44,10 @@ OUT_OF_MEMORY = (
     "A micro-batch of {old} examples did not fit into memory in step {step}. The batch was run "
     "again in micro-batches of at most {new}, and later ones will be."
 )
+DISCARDED = (
+    "{what} with norm {norm:.4g}{loss} would have been step {record.step} of {record.optimizer}, but "
+    "{why} before any step: they were thrown away."
+)
 RAISED = (
     '{story} on_nonfinite="raise" stopped the training before any weight changed. Look at the '
     'batch and at the loss of this step; with on_nonfinite="skip" the step is left out instead.'
@@ -114,6 +118,17 @@ def skipped_event(record: StepRecord) -> Event:
     """Makes the event of a step that was not applied."""
     message = SKIPPED.format(step=record.step, outcome=record.outcome)
     return _event(record, "skipped", record.grad_norm, message)
+
+
+def discarded_event(record: StepRecord, why: str) -> Event:
+    """Makes the event of gradients that were thrown away; the step of ``record`` never came."""
+    count = record.micro_batches
+    what = (
+        "The gradient of 1 micro-batch" if count == 1 else f"The gradients of {count} micro-batches"
+    )
+    loss = "" if math.isnan(record.loss) else f" and loss {record.loss:.4g}"
+    text = DISCARDED.format(what=what, norm=record.grad_norm, loss=loss, record=record, why=why)
+    return _event(record, "discarded", record.grad_norm, text)
 
 
 def no_gradient_events(
@@ -188,6 +203,12 @@ def loop_event(
         value: As the kind says.
     """
     return _event(StepRecord(step, optimizer), kind, value, message, parameter_and_module)
+
+
+def counted_names(names: Sequence[str], most: int = 3) -> str:
+    """Names some parameters: ``"2 parameters (a, b)"``, with at most ``most`` names."""
+    shown = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    return f"{len(names)} parameter{'' if len(names) == 1 else 's'} ({shown})"
 
 
 def nonfinite_error(record: StepRecord, events: Sequence[Event]) -> NonFiniteGradientError:

@@ -40,6 +40,8 @@ class Entry:
             are ``record.clip_coef * norms``.
         statistics: Further statistics by name, each over all columns of the layout.
         events: The events of the step.
+        thrown_away: Whether the gradients were thrown away, so that there was no step: only the
+            events are kept.
     """
 
     record: StepRecord
@@ -49,6 +51,7 @@ class Entry:
     clipped_norms: Row | None = None
     statistics: Mapping[str, Row] = field(default_factory=dict)
     events: tuple[Event, ...] = ()
+    thrown_away: bool = False
 
 
 class RingBuffer:
@@ -235,7 +238,8 @@ class Recorder:
     Before an optimizer has stepped, it is not known whether a backward is a step of its own. Such
     backwards are held. They can be read like steps, but they reach the sinks only once they are
     known to be steps (:meth:`commit`), and are dropped if an optimizer steps after all
-    (:meth:`retract`).
+    (:meth:`retract`). Likewise gradients that seem to be thrown away may turn out to be used in
+    another way, which the next step shows (:meth:`doubt`, :meth:`settle`).
 
     Attributes:
         skipped: The number of steps that were not applied.
@@ -251,6 +255,7 @@ class Recorder:
         self._expected: deque[FinishedStep] = deque()
         self._receiving = threading.RLock()
         self._held: list[FinishedStep] = []
+        self._doubtful: list[FinishedStep] = []
         self._last: StepRecord | None = None
         self.skipped = 0
 
@@ -291,10 +296,14 @@ class Recorder:
 
     def add(self, entry: Entry) -> None:
         """Records a finished step, and delivers if it is time."""
+        self.note(entry.events)
+        if entry.thrown_away:
+            if self._hub.due(0, URGENT_SECONDS):  # no step may ever come to deliver it with
+                self.flush()
+            return
         self._buffer.append(entry)
         self._last = entry.record
         self.skipped += entry.record.outcome != "applied"
-        self.note(entry.events)
         if self._hub.add(urgent=any(event.nonfinite for event in entry.events)):
             self.flush()
 
@@ -321,6 +330,17 @@ class Recorder:
         """Drops the held backwards, as they belong to the window of an optimizer."""
         self._held = []
 
+    def doubt(self, step: FinishedStep) -> None:
+        """Holds gradients that were thrown away, unless the next step shows a use of them."""
+        self._doubtful.append(step)
+
+    def settle(self, steps: Sequence[FinishedStep], true: bool) -> None:
+        """Records gradients that were in doubt, or drops them if ``true`` is False."""
+        known = set(map(id, steps))
+        self._doubtful = [step for step in self._doubtful if id(step) not in known]
+        for step in steps if true else ():
+            self.expect(step)
+
     def flush(self) -> None:
         """Delivers all steps and events that the sinks have not received; waits for numbers."""
         with self._receiving:
@@ -334,9 +354,10 @@ class Recorder:
         self._hub.close()
 
     def events(self) -> tuple[Event, ...]:
-        """Returns all kept events, oldest first, including those of held backwards."""
+        """Returns all kept events, oldest first, including held and doubtful ones."""
         self.receive(wait=True)
-        held = (event for step in self._held for event in step.entry().events)
+        waiting = (*self._doubtful, *self._held)
+        held = (event for step in waiting for event in step.entry().events)
         return (*self._first_events, *self._events, *held)
 
     def batch(self) -> RecordBatch:

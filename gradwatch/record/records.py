@@ -211,6 +211,19 @@ class StepRecord:
         default=0,
         metadata=column("the x-axis of loggers: `step`, or the framework's own count"),
     )
+    discarded: int = field(
+        default=0,
+        metadata=column(
+            "windows whose gradients were thrown away since the step before: each was a backward, "
+            "or several, whose step never came",
+            repeats=True,
+            scalar=Scalar(
+                "largest",
+                when=lambda record: record.discarded > 0,
+                condition="at steps before which gradients were thrown away",
+            ),
+        ),
+    )
 
 
 EventKind = Literal[

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -17,24 +18,62 @@ from gradwatch.hooks.optimizer import (
     FusedStep,
     LearningRates,
     carried_by,
+    has_no_rate,
     learning_rate,
     refuse_what_needs_all_gradients,
     restore_learning_rates,
     scale_learning_rates,
 )
 from gradwatch.hooks.scaler import LossScale
+from gradwatch.hooks.snapshot import WeightSnapshot
 from gradwatch.measure.deferred import Deferred, FloatOrDeferred, defer_copy
 from gradwatch.measure.norms import StepNorms
 from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.measure.sharded import PackedAllReduce
 from gradwatch.measure.statistics import NO_SAMPLE, StatisticsSampler
-from gradwatch.record.events import nonfinite_error, too_many_skips_error
+from gradwatch.record.events import (
+    counted_names,
+    loop_event,
+    nonfinite_error,
+    too_many_skips_error,
+)
 from gradwatch.record.records import Event, StepRecord
 from gradwatch.step.clipping import Clipping
 from gradwatch.step.pending import PendingStep
 from gradwatch.step.run import Run
 from gradwatch.step.skip_rule import APPLIED, SkipRule, StepOutcome, TooManySkipsError
 from gradwatch.step.window import Losses, Window, WindowWeights
+
+
+CLIPPED_BELOW = 1e-6  # a clip that multiplies by 1 changes a norm by less
+AT_ZERO_GRAD = "zero_grad() came"
+AT_END = "the run ended"
+EARLY_CLIP = (
+    "The gradients of {optimizer} were clipped between two micro-batches of step {step}, to "
+    "{left:.3g} of their norm, and the next backward added to what was left: micro-batches then "
+    "count for more the later they come. Clip once, after the last backward of a step."
+)
+
+
+STALE = (
+    "The last {steps} steps of {optimizer} (up to step {step}) began with the gradients of the step "
+    "before, and added to them: zero_grad() is missing. Call optimizer.zero_grad() after each "
+    "optimizer.step()."
+)
+FROZEN = (
+    "{parameters} of {optimizer} no longer require a gradient, from step {step} on: they keep their "
+    "values. Some functions that save or merge a model leave requires_grad off."
+)
+LOST = (
+    "{optimizer} no longer holds {parameters}, from step {step} on: what it holds no longer, it does "
+    "not train."
+)
+FOREIGN = (
+    "{optimizer} holds {count} parameter(s), from step {step} on, that are not those of the watched "
+    "model as it was when watch() was called: their gradients are not in the norms, nor in the clip. "
+    "Call watch() after the model has all its parameters."
+)
+MOST_IN_DOUBT = 64  # windows that were thrown away since the last step
 
 
 class MeasureCurvature(Protocol):
@@ -55,6 +94,7 @@ class Steps:
         window: The backwards since the last step.
         weights: The weights of its windows, and its gradient noise scale.
         step: The number of steps so far.
+        discarded: Windows that were thrown away since the last step.
     """
 
     def __init__(self, label: str, window: Window, run: Run, scale: LossScale) -> None:
@@ -78,6 +118,20 @@ class Steps:
         self._scale_at_backward: FloatOrDeferred = 1.0
         self._generation: object = None
         self._told_missing: set[int] = set()
+        self.discarded = 0
+        self._weights_then: WeightSnapshot | None = None
+        self._other_steps_then = 0
+
+    def begin_backward(self, first: int) -> None:
+        """Looks, when a backward begins, at what became of the gradients of the window.
+
+        ``first`` is the index of the parameter that has just received a gradient.
+        """
+        left = self.window.left_before(first)
+        if left == 0.0:
+            self.discard()
+        elif left < 1.0 - CLIPPED_BELOW:
+            self._tell_early_clip(left)
 
     def add(self, backward: Backward, weight: FloatOrDeferred) -> bool:
         """Adds a backward that has ended; returns whether it gave any gradient to measure."""
@@ -85,10 +139,10 @@ class Steps:
         found = self._run.scale
         self._generation = None if found.scaler is None else found.generation()
         window = self.window
-        arrivals, count = window.arrivals, len(window.arrivals)
+        if window.arrivals and window.discarded_before(backward):
+            self.discard()
+        count = len(window.arrivals)
         measurement = window.add(backward, weight)
-        if window.arrivals is not arrivals:  # the gradients were reset, so drop the losses too
-            self._losses = []
         if measurement is not None or len(window.arrivals) > count:
             self.weights.note(window, weight, measurement)
         if measurement is None:
@@ -96,7 +150,49 @@ class Steps:
         self._scale_at_backward = 1.0 if self._scale.scaler is None else self._scale.value()
         if self._sampler is not None and self._sampler.due(self.step + 1):
             self._sampler.measure_gradients(*window.gradients())
+        if self._weights_then is not None:
+            self._weights_then.take()
+        elif window.shards is None:
+            self._weights_then = WeightSnapshot(self._parameters())
+        self._other_steps_then = self._run.other_steps
         return True
+
+    def discard(self, at_end: bool = False, unused: bool = False) -> None:
+        """Empties the window, whose gradients were thrown away; records it if nothing used them.
+
+        Args:
+            at_end: Whether the run has ended before its step.
+            unused: Whether it is known that nothing has used them.
+        """
+        norms = self.window.unused_norms(self._scale_at_backward, together=False)
+        if norms is not None and (unused or not self._used_otherwise(norms)):
+            self.discarded += 1
+            self._record_discard(
+                self._pending(norms, self.step + 1, discarded=AT_END if at_end else AT_ZERO_GRAD)
+            )
+        self.window.reset()
+        self._losses = []
+
+    def _record_discard(self, pending: PendingStep) -> None:
+        self._run.recorder.expect(pending)
+
+    def _used_otherwise(self, norms: StepNorms) -> bool:
+        """Returns whether something but this optimizer has used the gradients of the window."""
+        run, window = self._run, self.window
+        # Another optimizer has stepped with all of these backwards: that of a GAN's generator
+        # leaves gradients in the discriminator as well.
+        if run.used.issuperset(window.backwards) or run.other_steps != self._other_steps_then:
+            return True
+        # Poisoned gradients are told in any case: loops also put a checkpoint back after them.
+        total = norms.before.total.if_known()
+        if total is not None and not math.isfinite(total):
+            return False
+        # SAM moves the weights along the first gradient, other loops update them by hand.
+        return self._weights_then is not None and self._weights_then.moved()
+
+    def _tell_early_clip(self, left: float) -> None:
+        message = EARLY_CLIP.format(optimizer=self.label, step=self.step + 1, left=left)
+        self._run.tell(loop_event("mistake", message, self.step + 1, self.label))
 
     def _scaler_has_updated(self) -> bool:
         before = self._generation
@@ -107,18 +203,24 @@ class Steps:
         norms: StepNorms,
         step: int,
         estimates: bool = False,
+        discarded: str = "",
     ) -> PendingStep:
         """Collects everything that is known of a step.
 
-        ``estimates`` says whether the step is added to the noise scale estimate.
+        Args:
+            norms: Its norms.
+            step: Its number.
+            estimates: Whether the step is added to the noise scale estimate.
+            discarded: Why the step will never come; empty for a step.
         """
         window, weights, statistics = self.window, self.weights, NO_SAMPLE
-        if self._sampler is not None and self._sampler.due(step):
+        if self._sampler is not None and not discarded and self._sampler.due(step):
             parameters = self._parameters()
             statistics = self._sampler.after_step(window.indices, parameters, norms.unit_before)
         own = None if self._run.hooks.local is None else weights.own_norm(window)
         # In nearly every window the first micro-batch reaches all parameters.
         complete = not window.arrivals or len(window.arrivals[0][0]) >= len(window.indices)
+        complete = complete or bool(discarded)
         return PendingStep(
             step=step,
             optimizer=self.label,
@@ -140,6 +242,7 @@ class Steps:
             exploding_norm=self._options.exploding_norm,
             estimator=weights.noise if estimates else None,
             statistics=statistics,
+            thrown_away=discarded,
         )
 
     def _newly_missing(self) -> list[int]:
@@ -150,23 +253,76 @@ class Steps:
             for index in self.window.indices
             if index not in arrived
             and index not in self._told_missing
-            and tensors[index].requires_grad
             and self._run.hooks.hooked(index)
         ]
         self._told_missing.update(missing)
-        return missing
+        frozen = [index for index in missing if not tensors[index].requires_grad]
+        if frozen:
+            self._tell_frozen(frozen)
+        return [index for index in missing if tensors[index].requires_grad]
+
+    def _tell_frozen(self, frozen: Sequence[int]) -> None:
+        table, step = self._run.table, self.step
+        names = [table.names[index] for index in frozen]
+        text = FROZEN.format(optimizer=self.label, parameters=counted_names(names), step=step)
+        owner = (names[0], table.modules[frozen[0]])
+        event = loop_event("changed", text, step, self.label, owner, float(len(names)))
+        self._run.tell(event, warn=False)
 
     def _parameters(self) -> list[Tensor]:
         return [self._run.table.tensors[index] for index in self.window.indices]
+
+
+class StaleGradients:
+    """Notices steps whose window begins with the gradients of the step before.
+
+    It compares one gradient, at the first :attr:`ENOUGH` windows and as long as they are stale.
+
+    Attributes:
+        looks: Whether it is still looking.
+    """
+
+    ENOUGH = 10
+
+    def __init__(self) -> None:
+        """Starts with no step."""
+        self.looks = True
+        self._spent: tuple[int, weakref.ref[Tensor], int] | None = None
+        self._is_stale = False
+        self._stale = self._fresh = 0
+
+    def look(self, tensors: Sequence[Tensor], first: int) -> None:
+        """Looks at the first arrival of a window, which is that of the parameter ``first``."""
+        if self._spent is None:
+            return
+        index, then, version = self._spent
+        gradient, self._spent = tensors[index].grad, None
+        added = int(index == first)  # that parameter has already received its new gradient
+        self._is_stale = (
+            gradient is not None and then() is gradient and gradient._version == version + added
+        )
+
+    def note_step(self, tensors: Sequence[Tensor], indices: Sequence[int]) -> bool:
+        """Notes the end of a step; returns whether enough steps in a row were stale."""
+        self._stale = self._stale + 1 if self._is_stale else 0
+        self._fresh += not self._is_stale
+        self._is_stale = False
+        self.looks = max(self._stale, self._fresh) < self.ENOUGH
+        gradient = next((g for i in indices[:1] if (g := tensors[i].grad) is not None), None)
+        self._spent = None
+        if gradient is not None:
+            self._spent = (indices[0], weakref.ref(gradient), gradient._version)
+        return self._stale == self.ENOUGH
 
 
 class OptimizerSteps(Steps):
     """The steps of one optimizer; a :class:`~gradwatch.hooks.optimizer.StepListener`.
 
     Attributes:
-        optimizer: The optimizer.
+        optimizer: The optimizer, as it was named or found.
+        members: The optimizers whose steps are its steps: itself, or those that it wraps.
         skip_rule: Decides which steps are skipped.
-        stepping: Whether a step is running.
+        stepping: The optimizer whose step is running: this one or one in it; None between steps.
         units: The number of batches that a managed loop has counted in the window; None if the loop
             is the user's own.
         ends_window: Set by a managed loop to step a window of any length.
@@ -176,41 +332,102 @@ class OptimizerSteps(Steps):
         self,
         label: str,
         optimizer: Optimizer,
+        members: Sequence[Optimizer],
         window: Window,
         run: Run,
         clip: ClipPolicy | None,
         curvature: MeasureCurvature | None,
         on_finished: Callable[[OptimizerSteps], None],
+        on_joined: Callable[[Sequence[int]], None],
     ) -> None:
         """Starts with a window, which may already contain backwards.
 
         The policy ``clip`` must not be shared with another optimizer, because it has a memory.
-        ``on_finished`` is called at the end of every step.
+        ``on_finished`` is called at the end of every step, ``on_joined`` with the indices of
+        parameters that have joined the optimizer.
         """
         super().__init__(label, window, run, run.scale)
         options = run.options
         spikes = None if options.skip_spikes is None else SpikeRule(options.skip_spikes)
         self.optimizer = optimizer
+        self.members = members
+        inner = members[-1]
         self.skip_rule = SkipRule(options.on_nonfinite, spikes, options.max_consecutive_skips)
-        self.stepping = False
+        self.stepping: Optimizer | None = None
         self.units: int | None = None
         self.ends_window = False
         self._curvature = curvature
         self._on_finished = on_finished
+        self._on_joined = on_joined
+        self._doubted: list[PendingStep] = []
+        self._makes_state = False
+        self._stale = StaleGradients()
         # FusedStep tries the optimizer out, so it is made only if it may be used.
         may_act = clip is not None or self.skip_rule.may_refuse
-        self._fused = FusedStep(optimizer) if may_act else None
-        self._clipping = Clipping(clip, optimizer, run.table, self._fused)
+        self._fused = FusedStep(inner) if may_act else None
+        self._clipping = Clipping(clip, inner, run.table, self._fused)
         self._norms: StepNorms | None = None
         self._rates: LearningRates = []
-        self._held_parameters = len(optimizer_parameters(optimizer))
+        self._held_parameters = len(optimizer_parameters(inner))
+        self._foreign = self._held_parameters - len(window.indices)
 
     # -- backwards ---------------------------------------------------------------------------------
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether :meth:`begin_backward` must be called before the next backward."""
+        return self._stale.looks or bool(self.window.arrivals)
+
+    def begin_backward(self, first: int) -> None:
+        """Looks, when a backward begins, at the gradients; see :meth:`Steps.begin_backward`."""
+        if not self.window.arrivals:
+            self._stale.look(self._run.table.tensors, first)
+            return
+        # A scaler that has found an overflow may have left out a step since the last backward.
+        updated = self._scale.scaler is not None and self._scaler_has_updated()
+        if updated and self.left_out_by_scaler:
+            self.abandon_window()
+        else:
+            super().begin_backward(first)
+
+    def _record_discard(self, pending: PendingStep) -> None:
+        total = pending.norms.before.total.if_known()
+        if total is not None and not math.isfinite(total):
+            self._run.recorder.expect(pending)
+            return
+        # The loop may have copied the gradients, to set those of the next step by hand.
+        self._doubted.append(pending)
+        self._run.recorder.doubt(pending)
+        if len(self._doubted) >= MOST_IN_DOUBT:
+            self._settle_doubts(true=True)
+
+    def _settle_doubts(self, true: bool) -> None:
+        if not true:
+            self.discarded -= len(self._doubted)
+        self._run.recorder.settle(self._doubted, true)
+        self._doubted = []
+
+    def replay(self, window: Window, scale: FloatOrDeferred, by_scaler: bool) -> None:
+        """Records a window that ended without a step before this optimizer was found.
+
+        Args:
+            window: The backwards and their measurement.
+            scale: The loss scale at its last backward.
+            by_scaler: Whether a scaler skipped the step; if not, the gradients were thrown away.
+        """
+        now, self.window = self.window, window
+        then, self._scale_at_backward = self._scale_at_backward, scale
+        if by_scaler:
+            self.abandon_window(together=False)
+        else:
+            self.discard(unused=True)
+        self.window, self._scale_at_backward = now, then
 
     def add(self, backward: Backward, weight: FloatOrDeferred) -> bool:
         """Adds a backward that has ended; see :meth:`Steps.add`."""
         late = self._refresh()
         if late:
+            late = [index for index in late if index not in backward.arrived]
             backward = backward._replace(arrived=[*backward.arrived, *late])
         scaled = self._scale.scaler is not None
         if scaled and self._may_be_left_out(backward) and self.left_out_by_scaler:
@@ -234,8 +451,7 @@ class OptimizerSteps(Steps):
     def drop_discarded_window(self) -> None:
         """Empties the window if no gradient is left; not with shards, which FSDP2 may keep back."""
         if self.window.arrivals and self._run.shards is None and not self.window.gradients()[0]:
-            self.window.reset()
-            self._losses = []
+            self.discard()
 
     def mark(self) -> Callable[[], None]:
         """Returns a function that restores the window to its present state."""
@@ -246,6 +462,10 @@ class OptimizerSteps(Steps):
 
         return put_back
 
+    def take_over(self, late: Sequence[int]) -> None:
+        """Adds parameters that already have a gradient, which nobody had noticed, to the window."""
+        self.window.widen(late)
+
     def _refresh(self) -> list[int]:
         """Watches the parameters of groups that were added to the optimizer in the meantime.
 
@@ -253,21 +473,43 @@ class OptimizerSteps(Steps):
             Those of them that already have a gradient.
         """
         held = 0
-        for group in self.optimizer.param_groups:
+        for group in self.members[-1].param_groups:
             held += len(group["params"])
         if held == self._held_parameters:
             return []
         self._held_parameters = held
-        self.window.indices = self._run.table.indices_of(optimizer_parameters(self.optimizer))
+        then = self.window.indices
+        self.window.indices = self._run.table.indices_of(optimizer_parameters(self.members[-1]))
+        self._tell_changed_groups(set(then), set(self.window.indices), held)
+        self._weights_then = None
         self._clipping.refresh()
-        return self._run.hooks.watch_also(self.window.indices)
+        self._on_joined(self.window.indices)
+        self._run.hooks.watch_also(self.window.indices)
+        joined, tensors = sorted(set(self.window.indices).difference(then)), self._run.table.tensors
+        return [index for index in joined if tensors[index].grad is not None]
+
+    def _tell_changed_groups(self, then: set[int], now: set[int], held: int) -> None:
+        """Tells if the optimizer has lost parameters, or holds further ones that are not watched."""
+        names, step = self._run.table.names, self.step + 1
+        lost = [names[index] for index in sorted(then - now)]
+        if lost:
+            text = LOST.format(optimizer=self.label, parameters=counted_names(lost), step=step)
+            event = loop_event("changed", text, step, self.label, (lost[0], ""), float(len(lost)))
+            self._run.tell(event)
+        foreign = held - len(now)
+        if foreign > self._foreign:
+            text = FOREIGN.format(optimizer=self.label, count=foreign, step=step)
+            self._run.tell(loop_event("changed", text, step, self.label, value=float(foreign)))
+        self._foreign = foreign
 
     # -- a step ------------------------------------------------------------------------------------
 
     def begin(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Prepares a step: undoes what a failed one left, and scales the learning rate."""
-        self._refresh()
-        self.stepping = True
+        late = self._refresh()
+        if late:
+            self.window.widen(late)
+        self.stepping = optimizer
         if self._rates or self._fused is not None:
             self._withdraw()  # left over if the last step raised
         self._norms = None
@@ -290,6 +532,9 @@ class OptimizerSteps(Steps):
     def _settle(self, optimizer: Optimizer, loss: object) -> bool:
         if inside_backward():
             self._step_inside_backward()
+        elif not self.window.arrivals and self._only_makes_state(optimizer):
+            self._makes_state = True
+            return True
         if self._scale.candidates:
             self._scale.keep_scaler_of(optimizer)
         self._check_window()
@@ -306,12 +551,18 @@ class OptimizerSteps(Steps):
         sampler = self._sampler
         if sampler is not None and not sampler.due(self.step + 1):
             sampler = None
+        if sampler is not None and not self.window.arrivals:  # gradients that were set by hand
+            sampler.measure_gradients(*self.window.gradients())
         extra: Callable[[PackedAllReduce], None] | None = None
         if sampler is not None:
             sampler.measure_weights(self.window.indices, self._parameters())
             extra = sampler.add_to
         left, found_inf = carried_by(optimizer)
         norms = self._norms = self.window.step_norms(self._scale, left, extra)
+        if self.window.zeroed:
+            self.discard()
+        if self._doubted:
+            self._settle_doubts(true=not self.window.written_by_hand(norms))
         if found_inf != 0.0 or not self.skip_rule.takes_all:
             self._outcome = self._decide(norms, found_inf)
             if self._outcome.outcome != "applied":
@@ -324,17 +575,27 @@ class OptimizerSteps(Steps):
 
     def finish(self, optimizer: Optimizer) -> None:
         """Records a step that is over."""
+        if self._makes_state:
+            self._makes_state, self.stepping = False, None
+            self._withdraw()
+            return
         norms = self._norms
         if norms is None:  # the optimizer never called its closure
             norms = self.window.step_norms(self._scale, carried_by(optimizer)[0])
         self.step += 1
-        self.stepping = False
+        self.stepping = None
         if self._rates or self._fused is not None:
             self._withdraw()
         late = self._outcome is not APPLIED and self._outcome.late
         if not late and (self.skip_rule.in_a_row or self._outcome is not APPLIED):
             self.skip_rule.note(self._outcome.outcome)
         pending = self._pending(norms, self.step, estimates=True)
+        pending.discarded, self.discarded = self.discarded, 0
+        self._run.note_used(self.window.backwards)
+        if self._stale.looks and self._stale.note_step(
+            self._run.table.tensors, self.window.indices
+        ):
+            self._tell_stale()
         if self._curvature is not None:
             pending.curvature = self._curvature(self.step, self._outcome.outcome)
         if late:  # only the device knows the outcome: the rule is told once it has arrived
@@ -351,6 +612,25 @@ class OptimizerSteps(Steps):
         self._withdraw()  # the last step may have raised
         if self.left_out_by_scaler:
             self.abandon_window(together=False)
+        elif self.window.arrivals:
+            self.discard(at_end=True)
+        if self._doubted:
+            self._settle_doubts(true=True)
+
+    def _tell_stale(self) -> None:
+        step = self.step
+        text = STALE.format(optimizer=self.label, steps=StaleGradients.ENOUGH, step=step)
+        self._run.tell(loop_event("mistake", text, step, self.label))
+
+    def _only_makes_state(self, optimizer: Optimizer) -> bool:
+        """Returns whether a step changes nothing: all rates and all gradients are zero.
+
+        ``torch.distributed.checkpoint`` takes such a step to have the state of an optimizer made.
+        """
+        if not has_no_rate(optimizer):
+            return False
+        gradients = self.window.gradients()[1]
+        return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
 
     @property
     def applied(self) -> bool:

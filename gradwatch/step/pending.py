@@ -17,6 +17,7 @@ from gradwatch.measure.norms import FirstNonFinite, LateCheck, StepNorms
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.measure.statistics import NO_SAMPLE, StatisticsSample
 from gradwatch.record.events import (
+    discarded_event,
     exploding_event,
     no_gradient_events,
     nonfinite_event,
@@ -54,6 +55,9 @@ class PendingStep:
         noise: What the micro-batches tell about the noise; None if nothing.
         statistics: Further statistics.
         curvature: Largest eigenvalue and trace of the Hessian after the step; NaN if not measured.
+        thrown_away: Why the step will never come, if its gradients were thrown away; empty for a
+            step that has been taken or skipped.
+        discarded: Windows that were thrown away since the step before.
         table: The watched parameters, for their names in events.
         exploding_norm: A norm above this limit is an event; None for no limit.
         estimator: The noise scale estimator that ``noise`` is added to; None for none.
@@ -85,6 +89,8 @@ class PendingStep:
     on_outcome: Callable[[Outcome], None] | None = None
     statistics: StatisticsSample = NO_SAMPLE
     curvature: tuple[float, float] = NO_CURVATURE
+    thrown_away: str = ""
+    discarded: int = 0
     can_wait: bool = field(init=False)
     _transfer: Transfer | None = field(init=False)
     _entry: Entry | None = field(init=False, default=None)
@@ -139,7 +145,16 @@ class PendingStep:
             clipped = after.norms.array() * (norms.after_scale * resolve(norms.coefficient))
         events = self._events(record, first)
         statistics = self.statistics.rows()
-        return Entry(record, before.indices, rows, after.indices, clipped, statistics, events)
+        return Entry(
+            record,
+            before.indices,
+            rows,
+            after.indices,
+            clipped,
+            statistics,
+            events,
+            thrown_away=bool(self.thrown_away),
+        )
 
     def _check_late(self) -> tuple[FirstNonFinite | None, int]:
         """Checks the measurements that were still on a device before; all have arrived now."""
@@ -173,6 +188,7 @@ class PendingStep:
             hessian_eigenvalue=eigenvalue,
             hessian_trace=trace,
             global_step=self.global_step,
+            discarded=self.discarded,
         )
 
     def _add_noise_scale(self, record: StepRecord) -> None:
@@ -192,6 +208,8 @@ class PendingStep:
             events.append(nonfinite_event(record, first, table))
         if before.overflowed:
             events.append(overflow_event(record, before, table))
+        if self.thrown_away:
+            return (*events, discarded_event(record, self.thrown_away))
         if limit is not None and record.grad_norm > limit:
             events.append(exploding_event(record, before, table, limit))
         if record.outcome != "applied":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
 
@@ -19,6 +20,7 @@ from gradwatch.hooks.optimizer import (
     StepBoundary,
     first_stepped_in_backward,
     refuse_what_needs_all_gradients,
+    stepped_by,
 )
 from gradwatch.hooks.scaler import LossScale
 from gradwatch.measure.deferred import FloatOrDeferred, resolve
@@ -27,14 +29,17 @@ from gradwatch.record.events import dropped_event, nonfinite_error
 from gradwatch.step.optimizer_steps import MeasureCurvature, OptimizerSteps, Steps
 from gradwatch.step.pending import PendingStep
 from gradwatch.step.run import Run
+from gradwatch.step.silence import Silence
 from gradwatch.step.window import Window
 
 
 class BackwardSteps(Steps):
     """The backwards of parameters of which it is not known yet which optimizer steps them.
 
-    If no optimizer ever steps, each backward counts as a step. This is known as soon as the weights
-    change without an optimizer step, or at the end of the run. Until then the backwards are held.
+    If no optimizer ever steps, each backward counts as a step. This is known when the weights have
+    changed :data:`MOVES` times without an optimizer step, or at the end of the run. Until then the
+    backwards are held. So are windows that ended without a step: an optimizer that is found later
+    would have stepped with them, so they are recorded as its own (:meth:`ended_of`).
     """
 
     def __init__(self, run: Run, window: Window) -> None:
@@ -46,16 +51,45 @@ class BackwardSteps(Steps):
         # steps.
         self._raises = run.options.on_nonfinite == "raise" and run.options.scaler is None
         self._are_steps = False
-        self._versions = -1
+        self._versions, self._moves = -1, 0
+        self._ended: deque[_EndedWindow] = deque(maxlen=run.options.buffer_size)
+        self._found_scale: FloatOrDeferred = 1.0
+
+    def begin_backward(self, first: int) -> None:
+        """Looks, when a backward begins, whether the window has ended without a step."""
+        if self._are_steps:
+            return
+        if self._scaler_has_updated():
+            self._end_window(by_scaler=self._run.scale.lowered_since(self._found_scale))
+        elif self.window.left_before(first) == 0.0:
+            self._end_window(by_scaler=False)
+
+    def discard(self, at_end: bool = False, unused: bool = False) -> None:
+        """Notes that the gradients of the window were thrown away."""
+        self._end_window(by_scaler=False)
+
+    def ended_of(self, indices: Sequence[int]) -> list[_EndedWindow]:
+        """Returns the windows without a step, with the parameters of an optimizer that was found."""
+        parts = [one._replace(window=one.window.part(indices)) for one in self._ended]
+        return [one for one in parts if one.window.arrivals]
+
+    def _end_window(self, by_scaler: bool) -> None:
+        norms = self.window.unused_norms(1.0, together=False)
+        if norms is not None and (by_scaler or not self._used_otherwise(norms)):
+            self._ended.append(_EndedWindow(self.window.copy(), self._found_scale, by_scaler))
+        self.window.reset()
 
     def add_alone(self, backward: Backward, weight: FloatOrDeferred, alone: bool) -> None:
         """Adds a backward that has ended.
 
         ``alone`` says that no optimizer has been found at all, so the backward may be a step.
         """
-        if self._are_steps or self._scaler_has_updated():
-            self.window.reset()
-        if not self.add(backward, weight) or not alone:
+        if self._are_steps or backward.freed:
+            self.window.reset()  # an optimizer inside the backward has used what was there before
+        measured = self.add(backward, weight)
+        if not self._are_steps and self._run.scale.scaler is not None:
+            self._found_scale = self._run.scale.value()
+        if not measured or not alone:
             return
         self._find_out_what_steps_are()
         pending = self._step_of_newest()
@@ -76,6 +110,7 @@ class BackwardSteps(Steps):
     def commit(self) -> None:
         """Decides that each backward was a step."""
         self._are_steps = True
+        self._ended.clear()
         self._run.recorder.commit()
 
     def _step_of_newest(self) -> PendingStep:
@@ -89,22 +124,30 @@ class BackwardSteps(Steps):
     def _find_out_what_steps_are(self) -> None:
         versions = sum(tensor._version for tensor in self._run.table.tensors)
         if not self._are_steps and 0 <= self._versions < versions:
-            self.commit()  # the weights were changed in place, but not by an optimizer
+            # Once is no proof: SAM moves the weights before its optimizer takes the first step.
+            self._moves += 1
+            if self._moves >= MOVES:
+                self.commit()
         self._versions = versions
 
 
-NO_STEP = "no optimizer has stepped yet"
-NEVER_ACTED = (
-    "watch({asked}) did nothing: no torch optimizer stepped the watched parameters, as happens if "
-    "one steps copies of them (master weights). Name the optimizer, watch(model, optimizer), to be "
-    "told what does not fit."
-)
+class _EndedWindow(NamedTuple):
+    """A window that ended without a step, while no optimizer was known.
 
-NEVER_TAKEN = (
-    "watch({asked}) took nothing: no torch optimizer stepped the watched parameters, and "
-    "without one no step is known to have changed the weights. Name the optimizer, watch(model, "
-    "optimizer), to be told what does not fit."
-)
+    Attributes:
+        window: The backwards and their measurement.
+        scale: The loss scale at its last backward.
+        by_scaler: Whether a scaler has skipped the step; if not, the gradients were thrown away.
+    """
+
+    window: Window
+    scale: FloatOrDeferred
+    by_scaler: bool
+
+
+MOVES = 16
+LOOK_EVERY, LOOK_AT = 100, (1, 10)  # steps after which the parameters of the model are compared
+NO_STEP = "no optimizer has stepped yet"
 
 
 class OptimizerRegistry:
@@ -113,16 +156,21 @@ class OptimizerRegistry:
     Attributes:
         followed: The steps of each optimizer, in the order in which the optimizers were named or
             found.
+        managed: The steps of those optimizers that a managed loop steps: the named ones, or all if
+            none was named.
     """
 
     def __init__(self, run: Run, shield: Shield, curvature: MeasureCurvature | None = None) -> None:
         """Follows no optimizer yet; ``curvature`` is measured after steps of the first one."""
         self.followed: list[OptimizerSteps] = []
+        self.managed: list[OptimizerSteps] = []
         self._run = run
         self._options = run.options
         self._shield = shield
         self._curvature = curvature
         self._boundaries: list[StepBoundary] = []
+        self._named = False
+        self._silence = Silence(run)
         self._unowned: BackwardSteps | None = None
         self._discovery: OptimizerDiscovery | None = None
         self._steps: dict[str, int] = {}
@@ -149,6 +197,8 @@ class OptimizerRegistry:
             refuse_what_needs_all_gradients(self._options.deciding, f', as that of "{name}" does')
         watched = list(range(len(table)))
         accumulates = self._run.accumulation.accumulates
+        self._named = bool(optimizers)
+        self._discovery = OptimizerDiscovery(self._on_other_step)
         if optimizers:
             for optimizer in optimizers:
                 self._follow(optimizer, self._window(self._indices(optimizer)))
@@ -156,7 +206,6 @@ class OptimizerRegistry:
         else:
             self._unowned = BackwardSteps(self._run, self._window(watched))
             self._unowned.step = self._steps.get("none", 0)
-            self._discovery = OptimizerDiscovery(set(table.positions()), self._on_found)
         self._run.hooks.attach(watched, self._norm_type, owned=bool(optimizers))
         if accumulates:
             self._run.hooks.watch_added()
@@ -174,6 +223,7 @@ class OptimizerRegistry:
         run = self._run
         if not run.scale.looked:
             run.scale.look()
+        self._silence.note_backward(self.followed)
         if run.hooks.unhooked:
             backward = backward._replace(arrived=[*backward.arrived, *run.hooks.hook_thawed()])
         for one in self.followed:
@@ -183,6 +233,18 @@ class OptimizerRegistry:
             self._unowned.add_alone(backward, weight, alone=not self.followed)
         if run.hooks.added.watching:
             self._watch_what_is_added()
+        run.hooks.arrivals.on_begin = self._begin_backward
+
+    def _begin_backward(self, first: int) -> None:
+        """Looks at the open windows when a backward begins; see :class:`Arrivals`."""
+        if self._curvature is not None and self._curvature.busy:
+            return
+        with self._shield:
+            for one in self.followed:
+                if one.looks_ahead:
+                    one.begin_backward(first)
+            if self._unowned is not None and self._unowned.window.arrivals:
+                self._unowned.begin_backward(first)
 
     def _watch_what_is_added(self) -> None:
         """Measures what the next backward adds, if there is already something to add to."""
@@ -210,11 +272,8 @@ class OptimizerRegistry:
             with self._shield:
                 one.end()
         self.commit_backwards()
-        stepped = self.followed or self._unowned is None or not self._unowned.step
-        if self._options.acting and not stepped:
-            warn_safely(NEVER_ACTED.format(asked=" and ".join(self._options.acting)))
-        if self._options.of_steps and not stepped:
-            warn_safely(NEVER_TAKEN.format(asked=", ".join(self._options.of_steps)))
+        with self._shield:
+            self._silence.end(self.followed, self._run.hooks.arrivals.ended)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs: for each optimizer steps, policies and noise scale."""
@@ -256,30 +315,80 @@ class OptimizerRegistry:
             self._run.note(event)
             warn_safely(f"gradwatch: {event.message}")
 
-    def _on_found(self, optimizer: Optimizer) -> None:
-        if self._unowned is None:
-            return
-        indices = self._indices(optimizer)
+    def _on_other_step(self, optimizer: Optimizer) -> None:
+        """Finds out what an optimizer has to do with the model that is about to step."""
+        with self._shield:
+            indices = self._indices(optimizer)
+            if indices:
+                self._on_found(optimizer, indices)
+            else:
+                self._run.other_steps += 1
+                self._silence.note_other_step(type(optimizer).__name__, self.followed)
+
+    def _on_found(self, optimizer: Optimizer, indices: list[int]) -> None:
         stepping = [index for one in self.followed if one.stepping for index in one.window.indices]
         if not set(indices).isdisjoint(stepping):
             return  # its step runs inside that of another optimizer, as in SAM: one step, not two
-        windows = [self._unowned.window, *(one.window for one in self.followed)]
+        before = [one for one in self.followed if not set(indices).isdisjoint(one.window.indices)]
+        if self._named and not before:
+            self._silence.tell_left_out(type(optimizer).__name__, indices)
+            return
+        windows = [one.window for one in self.followed]
+        ended = []
+        if self._unowned is not None:
+            windows = [self._unowned.window, *windows]
+            ended = self._unowned.ended_of(indices)
         parts = [window.part(indices) for window in windows]
-        self._unowned.release(indices)
-        self._follow(optimizer, max(parts, key=lambda part: len(part.arrived)))
+        if self._unowned is not None:
+            self._unowned.release(indices)
+        found = self._follow(optimizer, max(parts, key=lambda part: len(part.arrived)))
+        found.take_over(self._run.hooks.watch_also(indices))
+        for one in ended:
+            found.replay(*one)
+        if self._named and not any(one.step for one in before):
+            self._silence.tell_another(before[0], found)
 
-    def _follow(self, optimizer: Optimizer, window: Window) -> None:
-        label = _label(optimizer, [one.label for one in self.followed])
+    def _follow(self, optimizer: Optimizer, window: Window) -> OptimizerSteps:
+        members = stepped_by(optimizer)
+        label = _label(members[0], [one.label for one in self.followed])
         curvature = None if self.followed else self._curvature
         steps = OptimizerSteps(
-            label, optimizer, window, self._run, self._own_clip(), curvature, self._on_finished
+            label,
+            optimizer,
+            members,
+            window,
+            self._run,
+            self._own_clip(),
+            curvature,
+            self._on_finished,
+            self._on_joined,
         )
         self.followed.append(steps)
+        if not (self._named and self._run.hooks.arrivals.hooked_indices()):
+            self.managed.append(steps)
         self._load_into(steps)
         may_refuse = self._options.on_nonfinite != "record" or self._options.skip_spikes is not None
-        self._boundaries.append(StepBoundary(optimizer, steps, self._shield, may_refuse))
+        for position, one in enumerate(members):
+            wrappers = members[:position]
+            self._boundaries.append(StepBoundary(one, steps, self._shield, may_refuse, wrappers))
+            if self._discovery is not None:
+                self._discovery.leave_out(one)
+        return steps
+
+    def _on_joined(self, indices: Sequence[int]) -> None:
+        if self._unowned is not None:
+            self._unowned.window.leave(indices)
 
     def _on_finished(self, steps: OptimizerSteps) -> None:
+        self._silence.backwards = 0
+        if steps.step % LOOK_EVERY in LOOK_AT:
+            self._silence.look_at_model(steps.step)
+        unowned = self._unowned
+        if unowned is not None and unowned.window.backwards:
+            arrived = sorted(unowned.window.arrived)
+            self._silence.note_unowned(unowned.window.backwards, arrived, steps.step)
+        if len(self.followed) == 1 and not steps.looks_ahead and unowned is None:
+            self._run.hooks.arrivals.on_begin = None
         if self._run.hooks.added.watching:
             self._watch_what_is_added()
         if steps is self.followed[0] and not self._run.accumulation.fixed:

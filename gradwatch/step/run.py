@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from gradwatch.accumulate.policies import AccumulationPlan
@@ -19,6 +19,9 @@ from gradwatch.record.recorder import Recorder, RingBuffer, SinkHub
 from gradwatch.record.records import Event, Layout
 
 
+MOST_USED = 10_000  # numbers of backwards, far more than the windows of a loop can hold
+
+
 class Run:
     """The run that is being watched.
 
@@ -33,6 +36,8 @@ class Run:
         stopwatch: Measures the time that gradwatch itself takes.
         recorder: Keeps records and events.
         accumulation: How many micro-batches make a step.
+        used: The numbers of the newest backwards whose gradients an optimizer has stepped with.
+        other_steps: The number of steps of optimizers that hold no watched parameter.
     """
 
     def __init__(
@@ -52,6 +57,8 @@ class Run:
         self.shards = Shards.of(table.tensors)
         self.scale = LossScale(options.scaler)
         self.stopwatch = Stopwatch()
+        self.used: set[int] = set()
+        self.other_steps = 0
         self._told: set[str] = set()
         self.accumulation = AccumulationPlan(
             options.accumulate, lambda *change: self.note(changed_event(*change))
@@ -61,6 +68,13 @@ class Run:
         sinks = options.sinks if rank() == 0 else ()  # all ranks would write the same numbers
         hub = SinkHub(sinks, options.buffer_size)
         self.recorder = Recorder(RingBuffer(layout, options.buffer_size), hub)
+
+    def note_used(self, backwards: Iterable[int]) -> None:
+        """Notes that an optimizer has stepped with the gradients of some backwards."""
+        self.used.update(backwards)
+        if len(self.used) > MOST_USED:
+            newest = max(self.used)
+            self.used = {number for number in self.used if number > newest - MOST_USED // 2}
 
     def tell(self, event: Event, warn: bool = True) -> None:
         """Records an event about the training loop, and warns; each message once in a run."""

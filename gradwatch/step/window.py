@@ -9,6 +9,7 @@ norm before and after the user's clip; otherwise the gradients are measured once
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -32,7 +33,15 @@ from gradwatch.hooks.model import ModelHooks, with_freed
 from gradwatch.hooks.scaler import LossScale
 from gradwatch.hooks.snapshot import GradientSnapshot
 from gradwatch.measure.deferred import FloatOrDeferred, as_operand, defer
-from gradwatch.measure.norms import FirstNonFinite, LateCheck, Measurement, StepNorms, measure
+from gradwatch.measure.norms import (
+    FirstNonFinite,
+    LateCheck,
+    Measurement,
+    StepNorms,
+    gradient_norms,
+    measure,
+    total_norm,
+)
 from gradwatch.measure.parameters import ParameterTable, is_partial, local_part
 from gradwatch.measure.sharded import ClipSides, PackedAllReduce, Shards, all_reduce_norms
 
@@ -49,6 +58,7 @@ class Window:
         norm_type: The p of the norms.
         shards: The sharded parameters; None if no gradient is sharded.
         arrivals: For each micro-batch the indices that received a gradient in it, and its weight.
+        backwards: The numbers of its backwards (:attr:`Backward.number`).
         noise_norms: For each micro-batch its weight and norm, for the noise scale.
         first_nonfinite: The first parameter whose gradient was not finite; None if there is none.
         nonfinite_count: The largest number of such parameters in any one measurement.
@@ -56,6 +66,7 @@ class Window:
         divisor: What the weighted losses were divided by; None if the loop weights its losses
             itself.
         correction: The factor that turns the gradients into the weighted mean.
+        zeroed: Whether the gradients were thrown away between the last backward and the step.
     """
 
     table: ParameterTable
@@ -63,14 +74,17 @@ class Window:
     norm_type: float = 2.0
     shards: Shards | None = None
     arrivals: list[tuple[set[int], FloatOrDeferred]] = field(default_factory=list)
+    backwards: list[int] = field(default_factory=list)
     noise_norms: list[MicroBatch] = field(default_factory=list)
     first_nonfinite: FirstNonFinite | None = None
     nonfinite_count: int = 0
     late_checks: list[LateCheck] = field(default_factory=list)
     divisor: FloatOrDeferred | None = None
     correction: FloatOrDeferred = 1.0
+    zeroed: bool = False
     _before: Measurement | None = None
     _snapshot: GradientSnapshot | None = None
+    _looked: bool = False
     _tensors: list[Tensor] = field(default_factory=list)
     _dtype: torch.dtype | None = None
 
@@ -121,11 +135,10 @@ class Window:
         arrived = set(backward.arrived)
         if not arrived:  # FSDP2 keeps the gradients back until the last micro-batch
             self.arrivals.append((arrived, weight))
+            self.backwards.append(backward.number)
             return None
         if arrived.isdisjoint(self.indices):
             return None
-        if self._before is not None and self.discarded_before(backward):
-            self.reset()
         indices, gradients = self.gradients()
         freed = backward.freed
         if freed:
@@ -136,6 +149,8 @@ class Window:
             self.arrivals[-1][0].update(arrived)
         else:
             self.arrivals.append((arrived, weight))
+        self.backwards.append(backward.number)
+        self._looked = False
         self._before = measure(indices, gradients, self.norm_type, self._dtype)
         if freed:
             self._before = with_freed(self._before, freed, self.norm_type)
@@ -148,17 +163,98 @@ class Window:
             self._check(self._before, None if freed else gradients, backward.arrived)
         return self._before
 
+    def widen(self, late: Sequence[int]) -> None:
+        """Adds gradients of parameters that joined the optimizer after the last backward."""
+        before = self._before
+        if before is None or not self.arrivals:
+            return
+        joined = [index for index in late if index not in before.indices]
+        gradients = [self.table.tensors[index].grad for index in joined]
+        found = [local_part(gradient) for gradient in gradients if gradient is not None]
+        if len(found) < len(joined) or not found:
+            return
+        norms = measure(joined, found, self.norm_type).norms.tensor
+        unchanged = self._snapshot is not None and self._snapshot.matches(
+            [self.table.tensors[index].grad for index in before.indices]
+        )
+        self._before = with_freed(
+            before, dict(zip(joined, norms.unbind(), strict=True)), self.norm_type
+        )
+        self.arrivals[-1][0].update(joined)
+        if unchanged and self.shards is None:
+            self._snapshot = GradientSnapshot(self.gradients()[1])
+
+    def written_by_hand(self, norms: StepNorms) -> bool:
+        """Returns whether the loop has set the gradients of a step, rather than clipped them.
+
+        Such gradients may be made from those of earlier backwards, as when the gradients of several
+        tasks are merged. ``norms`` are those of the step, before gradwatch's own clip.
+        """
+        before, after = norms.before, norms.after
+        if after is before:
+            return not self.arrivals and bool(after.indices)
+        if self._snapshot is not None and self._snapshot.replaced(self.gradients()[1]):
+            return True
+        if not after.total.at_hand or list(after.indices) != list(before.indices):
+            return False
+        # A clip makes no gradient larger.
+        grown = after.norms.array() > before.norms.array() * (1.0 + 1e-4)
+        return bool(grown.any())
+
     def add_unfinished(self) -> None:
         """Adds a backward that is still running, because an optimizer steps inside it."""
         self.arrivals.append((set(self.indices), 1.0))
 
-    def discarded_before(self, backward: Backward) -> bool:
-        """Returns whether the window's gradients were reset before a backward that has ended."""
+    def left_before(self, first: int) -> float:
+        """Returns how much of the gradients is left when the next backward begins.
+
+        This must be called at its first arrival, when it has added to no other gradient. It waits
+        for a device only if the gradients were written to since the last backward.
+
+        Args:
+            first: The index of the parameter that has arrived.
+
+        Returns:
+            1.0 if nothing has changed the gradients since the last backward; 0.0 if they were
+            thrown away: set to None or to zero; otherwise the norm of what is left of them as a
+            share of what it was.
+        """
         before, snapshot = self._before, self._snapshot
-        if before is None or snapshot is None or backward.create_graph or backward.continues:
+        if before is None or snapshot is None or len(snapshot) != len(before.indices):
+            return 1.0  # sharded gradients, or some were used and freed inside of their backward
+        indices, tensors = before.indices, self._tensors
+        if indices is not self.indices:
+            tensors = [self.table.tensors[index] for index in indices]
+        gradients = list(map(_grad, tensors))
+        rest = list(range(len(indices)))
+        added_to = bisect_left(indices, first)
+        if added_to < len(indices) and indices[added_to] == first:
+            del rest[added_to], gradients[added_to]
+        self._looked = bool(rest)
+        # A loop throws all of them away, or clips all. If only some differ, other code has set them.
+        if not rest or not snapshot.all_moved(rest, gradients):
+            return 1.0
+        there = [gradient for gradient in gradients if gradient is not None]
+        if not there:
+            return 0.0
+        left = total_norm(gradient_norms(there, self.norm_type, self._dtype), self.norm_type).item()
+        was = before.subset([indices[i] for i in rest], self.norm_type).total.value()
+        if left == 0 != was:
+            return 0.0
+        return left / was if 0 < was < math.inf else 1.0
+
+    def discarded_before(self, backward: Backward) -> bool:
+        """Returns whether the gradients were thrown away before a backward that has ended.
+
+        This is for windows whose only gradient was the first to arrive: there was no moment at
+        which :meth:`left_before` could have seen what was left of it.
+        """
+        before, snapshot = self._before, self._snapshot
+        if self._looked or before is None or snapshot is None:
             return False
-        if backward.freed:
-            return True  # the earlier gradients were used and freed inside their own backward
+        # An optimizer inside the backward frees the gradients, so the next ones are new.
+        if backward.create_graph or backward.continues or backward.freed:
+            return False
         if is_distributed():
             # A reduction over ranks also writes into gradients and replaces them, so the snapshot
             # cannot tell the two apart.
@@ -170,6 +266,7 @@ class Window:
     def reset(self) -> None:
         """Empties the window, after a step or after the gradients were reset."""
         self.arrivals, self.noise_norms, self.late_checks = [], [], []
+        self.backwards, self.zeroed, self._looked = [], False, False
         self.first_nonfinite, self.nonfinite_count = None, 0
         self.divisor, self.correction = None, 1.0
         self._before = self._snapshot = None
@@ -263,7 +360,8 @@ class Window:
         indices, gradients = self.gradients()
         after = measure(indices, gradients, self.norm_type, self._dtype)
         if self._before is not None and _zeroed(self._before, after):
-            self.reset()  # zero_grad came after the last backward
+            self.zeroed = True  # zero_grad() came after the last backward
+            return after, after
         self._check(after, gradients, ())
         return self._before or after, after
 
@@ -308,6 +406,7 @@ class Window:
             arrivals=[(set(arrived), weight) for arrived, weight in self.arrivals],
             noise_norms=list(self.noise_norms),
             late_checks=list(self.late_checks),
+            backwards=list(self.backwards),
         )
 
     def latest(self) -> Window:
@@ -325,6 +424,7 @@ class Window:
         part = Window(self.table, list(indices), self.norm_type, self.shards)
         kept = [(arrived, w) for arrived, w in self.arrivals if arrived & mine or not arrived]
         part.arrivals = [(arrived & mine, w) for arrived, w in kept]
+        part.backwards = list(self.backwards)
         if mine.issuperset(self.indices):
             part.noise_norms = list(self.noise_norms)
         if first is not None and first.index in mine:

@@ -1,0 +1,198 @@
+"""Silence: notices training loops in which gradwatch sees less than its user believes.
+
+Such loops step another optimizer than the watched one, or none, or train another model. Each is
+told once, when it is certain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gradwatch.record.events import counted_names, loop_event
+from gradwatch.step.optimizer_steps import OptimizerSteps
+from gradwatch.step.run import Run
+
+CERTAIN = 50
+"""Backwards, or steps, after which it is certain that what is missing will not come."""
+
+MANY = 1_000
+"""Backwards without a step that are no accumulation any more."""
+
+SHORT = 10
+"""A run of fewer backwards may be meant as a look at gradients, without any step."""
+
+NO_STEP = (
+    "{count} backwards, and {optimizer} has never stepped: its weights do not move{asked}. Call "
+    "optimizer.step(), or pass the optimizer that the loop steps: watch(model, optimizer)."
+)
+NEVER_ACTED = (
+    "watch({asked}) did nothing: no torch optimizer stepped the watched parameters, as happens if "
+    "one steps copies of them (master weights). Name the optimizer, watch(model, optimizer), to be "
+    "told what does not fit."
+)
+NEVER_TAKEN = (
+    "watch({asked}) took nothing: no torch optimizer stepped the watched parameters, and "
+    "without one no step is known to have changed the weights. Name the optimizer, watch(model, "
+    "optimizer), to be told what does not fit."
+)
+HOLDS_NONE = (
+    "{other} steps, but holds no parameter of the watched model, and no optimizer that does has "
+    "stepped in {count} backwards{asked}. Was the model moved, wrapped, sharded or replaced after "
+    "the optimizer was built? Build the optimizer after that, and call watch() last."
+)
+NOT_TRAINED = (
+    "{other} has made {count} steps without a backward of the watched model: another model is being "
+    "trained, such as a copy of it, or parameters that were added or replaced after watch(). Pass "
+    "the model that the loop trains."
+)
+ANOTHER = (
+    "watch() was given {named}, which has never stepped, but {found} steps its parameters: it is "
+    "followed from here on. Pass the optimizer that the loop steps."
+)
+LEFT_OUT = (
+    "{found} steps parameters of the watched model that no optimizer given to watch() holds: "
+    "{parameters}. They are neither recorded nor clipped. Name all optimizers, "
+    "watch(model, [first, second]), or none, to have them found."
+)
+UNSTEPPED = (
+    "{parameters} received a gradient in {count} steps, but no optimizer that steps holds them: they "
+    "keep their values. A layer that is replaced after the optimizer was built is not in it. Build "
+    "the optimizer last, or call requires_grad_(False) on what must not be trained."
+)
+REPLACED = (
+    "The watched model has {gained} that it did not have when watch() was called, and no longer has "
+    "{lost}: layers were replaced, or the model was moved or sharded. The new ones are not watched. "
+    "Call watch() when the model is complete."
+)
+GAINED = (
+    "The watched model has {gained} that it did not have when watch() was called: they are not "
+    "watched. Call watch() when the model is complete."
+)
+REMOVED = "The watched model no longer has {lost}, which it had when watch() was called."
+
+
+class Silence:
+    """Counts the backwards and steps of a run, and tells when they do not fit together.
+
+    Attributes:
+        backwards: Backwards since the last step of a followed optimizer.
+    """
+
+    def __init__(self, run: Run) -> None:
+        """Starts with nothing seen."""
+        self.backwards = 0
+        self._run = run
+        self._others = 0
+        self._other = ""
+        self._never = False
+        self._unstepped = 0
+        self._known_change: tuple[object, ...] = ((), ())
+
+    def note_backward(self, followed: Sequence[OptimizerSteps]) -> None:
+        """Notes a backward of the watched model."""
+        self._others = 0
+        self.backwards += 1
+        if self.backwards in (CERTAIN, MANY) and not self._never:
+            self._look_for_steps(followed, self.backwards)
+
+    def note_other_step(self, name: str, followed: Sequence[OptimizerSteps]) -> None:
+        """Notes a step of an optimizer that holds no watched parameter.
+
+        Args:
+            name: Class of that optimizer.
+            followed: The optimizers of the watched model.
+        """
+        self._others += 1
+        self._other = name
+        if self._others in (1, CERTAIN):
+            self.look_at_model(self._step_of(followed))
+        if self._others == CERTAIN:
+            text = NOT_TRAINED.format(other=name, count=CERTAIN)
+            self._run.tell(loop_event("mistake", text, self._step_of(followed)))
+
+    def note_unowned(self, backwards: Sequence[int], arrived: Sequence[int], step: int) -> None:
+        """Notes, after a step, the parameters whose gradients no optimizer has stepped with.
+
+        Args:
+            backwards: The backwards that left these gradients.
+            arrived: The indices of the parameters.
+            step: The step that has just been taken.
+        """
+        together = bool(arrived) and backwards[-1] in self._run.used
+        self._unstepped = self._unstepped + 1 if together else 0
+        if self._unstepped == CERTAIN:
+            names = [self._run.table.names[index] for index in arrived]
+            text = UNSTEPPED.format(parameters=counted_names(names), count=CERTAIN)
+            owner = (names[0], self._run.table.modules[arrived[0]])
+            self._run.tell(loop_event("mistake", text, step, "none", owner, float(len(names))))
+
+    def tell_another(self, named: OptimizerSteps, found: OptimizerSteps) -> None:
+        """Tells that another optimizer than the named one steps its parameters."""
+        self._never = True
+        text = ANOTHER.format(named=named.label, found=found.label)
+        self._run.tell(loop_event("mistake", text, found.step + 1, found.label))
+
+    def tell_left_out(self, found: str, indices: Sequence[int]) -> None:
+        """Tells that an optimizer steps parameters that no named optimizer holds."""
+        names = [self._run.table.names[index] for index in indices]
+        text = LEFT_OUT.format(found=found, parameters=counted_names(names))
+        owner = (names[0], self._run.table.modules[indices[0]])
+        self._run.tell(loop_event("mistake", text, 1, "none", owner, float(len(names))))
+
+    def look_at_model(self, step: int) -> None:
+        """Tells if the model has other parameters than when it was watched."""
+        gained, lost = change = self._run.hooks.changed_parameters()
+        if change in (self._known_change, ((), ())):
+            return
+        self._known_change = change
+        text = REPLACED if gained and lost else GAINED if gained else REMOVED
+        text = text.format(gained=counted_names(gained), lost=counted_names(lost))
+        number = float(len(gained) or len(lost))
+        owner = ((gained or lost)[0], "")
+        self._run.tell(loop_event("changed", text, step, "none", owner, number))
+
+    def end(self, followed: Sequence[OptimizerSteps], backwards: int) -> None:
+        """Tells at the end of a run what never happened.
+
+        Args:
+            followed: The optimizers of the watched model.
+            backwards: The backwards of the whole run that were noticed.
+        """
+        self.look_at_model(self._step_of(followed))
+        stepped = any(one.step for one in followed)
+        if stepped or not backwards or self._never:
+            return
+        options = self._run.options
+        if followed and backwards >= SHORT:
+            self._look_for_steps(followed, max(backwards, MANY))
+        elif options.acting:
+            self._tell(NEVER_ACTED.format(asked=" and ".join(options.acting)), 1)
+        if options.of_steps:
+            self._tell(NEVER_TAKEN.format(asked=", ".join(options.of_steps)), 1)
+
+    def _look_for_steps(self, followed: Sequence[OptimizerSteps], count: int) -> None:
+        if any(one.step for one in followed):
+            return
+        acting = self._run.options.acting
+        asked = f", and watch({' and '.join(acting)}) did nothing" if acting else ""
+        if self._run.other_steps and not any(one.discarded for one in followed):
+            self._never = True
+            self._tell(HOLDS_NONE.format(other=self._other, count=self.backwards, asked=asked), 1)
+        elif followed:
+            thrown_away = sum(one.discarded for one in followed)
+            # A window may be long; one whose gradients were thrown away has ended.
+            if thrown_away >= CERTAIN // 2 or count >= MANY:
+                self._never = True
+                label = followed[0].label
+                text = NO_STEP.format(count=self.backwards, optimizer=label, asked=asked)
+                self._tell(text, 1)
+        elif acting:
+            self._never = True
+            self._tell(NEVER_ACTED.format(asked=" and ".join(acting)), 1)
+
+    def _tell(self, text: str, step: int) -> None:
+        self._run.tell(loop_event("mistake", text, step))
+
+    @staticmethod
+    def _step_of(followed: Sequence[OptimizerSteps]) -> int:
+        return max((one.step for one in followed), default=0) + 1
