@@ -23,7 +23,7 @@ from gradwatch.measure.deferred import (
     is_at_hand,
 )
 from gradwatch.out_of_memory import Rollback, forget, is_out_of_memory, release_memory
-from gradwatch.record.events import out_of_memory_event
+from gradwatch.record.events import loop_event, out_of_memory_event
 from gradwatch.step.optimizer_steps import OptimizerSteps
 from gradwatch.step.run import Run
 
@@ -214,6 +214,14 @@ WINDOW_FULL = (
 )
 
 
+OWN_BACKWARD = (
+    "watcher.step() found gradients of loss.backward(), and none of watcher.backward(loss): it "
+    "counts only the latter, so it has not stepped, and the weights do not move. Call "
+    "watcher.backward(loss) instead, or optimizer.step() and optimizer.zero_grad() instead of "
+    "watcher.step()."
+)
+
+
 class ManagedLoop:
     """Accumulates, unscales, measures, clips, steps and zeroes the gradients, in that order.
 
@@ -279,6 +287,8 @@ class ManagedLoop:
         if self._filled("step") == 0:
             return False
         if not last and not self._is_full:
+            if self._progress.units == 0 and self._progress.split is None:
+                self._run.tell(loop_event("mistake", OWN_BACKWARD, self._optimizers[0].step + 1))
             return False
         self._communicate()
         stepped = [self._step(one) for one in self._optimizers if one.window.micro_batches]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from types import TracebackType
@@ -15,10 +17,11 @@ from torch.optim import Optimizer
 from gradwatch.accumulate.noise_scale import NoiseScale
 from gradwatch.accumulate.policies import check_noise_scale_exists
 from gradwatch.clip.policy import ClipPolicy
+from gradwatch.errors import logger, warn_safely
 from gradwatch.guard import Overhead, Shield
 from gradwatch.hessian.every import CurvatureEvery, sampler_of
 from gradwatch.history import History
-from gradwatch.hooks.backward import Backward
+from gradwatch.hooks.backward import Backward, FirstBackward, expect_no_first
 from gradwatch.hooks.data_parallel import DataParallel, GradientSync, rank
 from gradwatch.hooks.model import ModelHooks
 from gradwatch.hooks.optimizer import stepped_by
@@ -26,6 +29,7 @@ from gradwatch.managed import BatchRunner, Closure, ManagedLoop
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.options import Accumulate, Options, check_unwatched, optimizer_list, parameter_table
 from gradwatch.pickles import stable_name
+from gradwatch.record.events import loop_event
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.records import Event, Sink, StepRecord
 from gradwatch.step.registry import OptimizerRegistry
@@ -38,6 +42,9 @@ if TYPE_CHECKING:
 
 STATE_VERSION = 3
 
+SUMMARY = "gradwatch: the run has ended with findings ({found}). See {asked}."
+SUMMARY_STEPS = 20  # in a shorter run most rules of the report find nothing
+
 ATTACHED_BEFORE = (
     "This watcher was attached before and holds the history of that run. Make a new one with "
     "watch(...), and give it load_state_dict() of the old one to go on counting."
@@ -45,7 +52,8 @@ ATTACHED_BEFORE = (
 
 NEVER_ENTERED = (
     "Nothing was recorded, for the watcher was never entered: write the loop inside of "
-    "with gradwatch.watch(...) as watcher:"
+    "with gradwatch.watch(...) as watcher: or call watcher.attach() before it and watcher.close() "
+    "after it."
 )
 
 
@@ -82,6 +90,8 @@ class Watcher:
         self._managed = ManagedLoop(self._run, self._sync, managed)
         self._batches = BatchRunner(self._run, self._managed, model, managed)
         self._state = "new"
+        run = weakref.ref(self._run)
+        FirstBackward(table.tensors, lambda: _tell_never_entered(run()))
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -98,6 +108,7 @@ class Watcher:
             raise RuntimeError(ATTACHED_BEFORE)
         check_unwatched(self._run.table)
         self._state = "attached"
+        expect_no_first(self._run.table.tensors)
         self._run.stopwatch.start()
         self._registry.attach(self._optimizers)
         if self._sync is not None:
@@ -131,6 +142,7 @@ class Watcher:
         self._registry.end()
         self._run.stopwatch.stop()
         self._run.recorder.close()
+        self._summarize()
 
     def __enter__(self) -> Watcher:
         return self.attach()
@@ -261,11 +273,13 @@ class Watcher:
     @property
     def events(self) -> list[Event]:
         """What happened so far, oldest first: the first 1,000 and the newest 9,000."""
+        self._expect_entered()
         return list(self._run.recorder.events())
 
     @property
     def last(self) -> StepRecord | None:
         """The newest complete step; None before the first."""
+        self._expect_entered()
         return self._run.recorder.last
 
     @property
@@ -280,8 +294,8 @@ class Watcher:
 
     def report(self, thresholds: Thresholds | None = None, **changes: float) -> Report:
         """Says what the run shows so far; see :meth:`gradwatch.History.report`."""
-        report = self.history.report(thresholds, **changes)
-        return replace(report, remarks=(NEVER_ENTERED,)) if self._state == "new" else report
+        self._expect_entered()
+        return self.history.report(thresholds, **changes)
 
     def postfix(self) -> dict[str, str]:
         """Returns short texts for a progress bar: ``bar.set_postfix(watcher.postfix())``.
@@ -370,8 +384,28 @@ class Watcher:
         self._managed.load_state_dict(state["managed"])
         self._batches.size = state["micro_batch_size"]
 
+    def _expect_entered(self) -> None:
+        if self._state == "new":
+            _tell_never_entered(self._run)
+
     def _global_step_of(self, step: int) -> int:
         return step if self.global_step is None else self.global_step()
+
+    def _summarize(self) -> None:
+        """Logs one line at the end of a run with findings."""
+        recorder = self._run.recorder
+        worth = len(recorder) >= SUMMARY_STEPS or recorder.spoken or self._run.told
+        if rank() != 0 or not worth or not logger.isEnabledFor(logging.WARNING):
+            return
+        try:
+            report = self.history.report()
+        except Exception:  # what could not be reported must not end a training that went well
+            return
+        found = [f"{one.severity} {one.kind}" for one in report if one.severity != "note"]
+        if found:
+            where = f"gradwatch report {self._options.run_dir}"
+            asked = "watcher.report()" if self._options.run_dir is None else where
+            logger.warning(SUMMARY.format(found=", ".join(dict.fromkeys(found)), asked=asked))
 
     def _stop_watching(self) -> None:
         self._registry.detach()
@@ -401,6 +435,13 @@ class Watcher:
         with self._shield:
             self._run.stopwatch.arrivals += len(backward.arrived)
             self._registry.add(backward, self._managed.weight)
+
+
+def _tell_never_entered(run: Run | None) -> None:
+    if run is None:  # the watcher was dropped, as by watch(model) without a name
+        warn_safely(f"gradwatch: {NEVER_ENTERED}")
+    else:
+        run.tell(loop_event("mistake", NEVER_ENTERED, 1))
 
 
 @stable_name

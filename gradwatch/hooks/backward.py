@@ -10,7 +10,7 @@ call switches the dict back to the class with dict's own ``__setitem__``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import setitem
 from types import FrameType, MappingProxyType
@@ -238,6 +238,42 @@ def inside_backward() -> bool:
     """Returns whether this code runs inside a backward: in a hook, or a function of its graph."""
     # Private, as there is no public function for it (torch 2.4 to 2.13). It is -1 outside.
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+class FirstBackward:
+    """Notices the first backward of a model that nobody watches; removes its hooks then."""
+
+    MOST_HOOKS = 16  # spread over the model, of which a backward may reach a part only
+
+    def __init__(self, tensors: Sequence[Tensor], call: Callable[[], None]) -> None:
+        """Registers the hooks on some of the tensors that require a gradient.
+
+        ``call`` must not refer to the watcher: the hooks stay if it is dropped.
+        """
+        self._call = call
+        hooked = [tensor for tensor in tensors if tensor.requires_grad]
+        stride = 1 + len(hooked) // self.MOST_HOOKS
+        self._handles = [on_accumulated(one, self._see) for one in hooked[::stride]]
+
+    def remove(self) -> None:
+        """Removes the hooks; safe to call again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _see(self, tensor: Tensor) -> None:
+        self.remove()
+        self._call()
+
+
+def expect_no_first(tensors: Iterable[Tensor]) -> None:
+    """Removes every :class:`FirstBackward` from the tensors: they are watched from now on."""
+    for tensor in tensors:
+        hooks: dict[int, Any] = getattr(tensor, "_post_accumulate_grad_hooks", None) or {}
+        for hook in list(hooks.values()):
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, FirstBackward):
+                owner.remove()
 
 
 def is_watched(tensor: Tensor) -> bool:

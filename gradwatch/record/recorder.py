@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.errors import warn_safely
+from gradwatch.errors import logger, warn_safely
 from gradwatch.record.records import (
     NO_GRADIENT,
     Event,
@@ -243,6 +243,7 @@ class Recorder:
 
     Attributes:
         skipped: The number of steps that were not applied.
+        spoken: What was logged: ``"nonfinite"``, ``"skipped"``; each once.
     """
 
     def __init__(self, buffer: RingBuffer, hub: SinkHub) -> None:
@@ -258,6 +259,7 @@ class Recorder:
         self._doubtful: list[FinishedStep] = []
         self._last: StepRecord | None = None
         self.skipped = 0
+        self.spoken: set[str] = set()
 
     @property
     def last(self) -> StepRecord | None:
@@ -296,7 +298,9 @@ class Recorder:
 
     def add(self, entry: Entry) -> None:
         """Records a finished step, and delivers if it is time."""
-        self.note(entry.events)
+        if entry.events:
+            self.note(entry.events)
+            self._speak(entry)
         if entry.thrown_away:
             if self._hub.due(0, URGENT_SECONDS):  # no step may ever come to deliver it with
                 self.flush()
@@ -306,6 +310,20 @@ class Recorder:
         self.skipped += entry.record.outcome != "applied"
         if self._hub.add(urgent=any(event.nonfinite for event in entry.events)):
             self.flush()
+
+    def _speak(self, entry: Entry) -> None:
+        """Logs the first bad gradient, and the first step that gradwatch itself has skipped."""
+        if entry.record.outcome == "skipped_scaler":
+            return  # a scaler skips steps while it searches for its scale
+        for event in entry.events:
+            kind = "nonfinite" if event.nonfinite else event.kind
+            if kind in ("nonfinite", "skipped") and kind not in self.spoken:
+                self.spoken.add(kind)
+                logger.warning("gradwatch: %s", event.message)
+
+    def __len__(self) -> int:
+        """Returns the number of steps in the buffer."""
+        return len(self._buffer)
 
     def note(self, events: tuple[Event, ...]) -> None:
         """Keeps events, of a step or of none: the first 1,000 and the newest 9,000 of the rest."""

@@ -149,6 +149,9 @@ def _findings(run: RunData, limits: Thresholds) -> tuple[Finding, ...]:
 
 def _remarks(run: RunData, limits: Thresholds) -> Iterator[str]:
     """Yields a sentence for everything that could not be checked, and for events of other kinds."""
+    if not len(run):
+        yield EMPTY
+        return
     if len(run) < limits.few_steps:
         yield FEW.format(count=len(run), few=limits.few_steps)
     first, _ = first_and_last(run.optimizers)

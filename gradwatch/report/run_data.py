@@ -206,6 +206,7 @@ STEP_NUMBERS = (
     "loss_scale",
     "noise_scale",
     "noise_scale_stderr",
+    "discarded",
 )
 """The step columns that rules use."""
 
@@ -255,15 +256,18 @@ class RunData:
 
 
 def read_run(source: Source, limits: Thresholds) -> RunData | None:
-    """Reads what the rules need; None if the run has no step yet.
+    """Reads what the rules need; None if the run has neither a step nor an event yet.
 
     The ``sample_*`` limits say how many numbers per parameter are read.
     """
-    optimizers = read_steps(source, STEP_NUMBERS)
-    if not optimizers:
+    optimizers, events = read_steps(source, STEP_NUMBERS), source.events()
+    if optimizers:
+        sample = _sample(source, *first_and_last(optimizers), limits)
+    elif events:
+        sample = read_sample(source, ["grad_norm"], ())
+    else:
         return None
-    sample = _sample(source, *first_and_last(optimizers), limits)
-    return RunData(optimizers, source.layout(), sample, events_frame(source.events()))
+    return RunData(optimizers, source.layout(), sample, events_frame(events))
 
 
 def first_and_last(optimizers: Sequence[OptimizerArrays]) -> Range:

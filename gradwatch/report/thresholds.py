@@ -47,6 +47,8 @@ class Thresholds:
             in ten were off for a batch.
         skipped: Share of skipped steps above which the finding is a warning: one in a hundred
             costs little.
+        discarded: Share of gradients that were thrown away, of these and of all steps, above which
+            it is a finding although they were finite: a loop now and then leaves one over.
         scaler_skips: Steps that a ``GradScaler`` may skip besides that share while it searches
             for its scale: it takes ten from 65,536 down to 64.
         scaler_halvings: Halvings of the loss scale below its largest value. Ten more than that
@@ -92,6 +94,7 @@ class Thresholds:
     zero_share: float = 0.5
     dead_units: float = 0.7
     skipped: float = 0.01
+    discarded: float = 0.05
     scaler_skips: int = 10
     scaler_halvings: int = 20
     clip_steps: int = 1_000
@@ -126,6 +129,7 @@ SHARES = (
     "zero_share",
     "dead_units",
     "skipped",
+    "discarded",
     "clip_often",
     "accumulating_fit",
     "half_share",

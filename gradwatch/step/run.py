@@ -37,6 +37,7 @@ class Run:
         recorder: Keeps records and events.
         accumulation: How many micro-batches make a step.
         used: The numbers of the newest backwards whose gradients an optimizer has stepped with.
+        told: The messages about the training loop that were given.
         other_steps: The number of steps of optimizers that hold no watched parameter.
     """
 
@@ -59,7 +60,7 @@ class Run:
         self.stopwatch = Stopwatch()
         self.used: set[int] = set()
         self.other_steps = 0
-        self._told: set[str] = set()
+        self.told: set[str] = set()
         self.accumulation = AccumulationPlan(
             options.accumulate, lambda *change: self.note(changed_event(*change))
         )
@@ -78,9 +79,9 @@ class Run:
 
     def tell(self, event: Event, warn: bool = True) -> None:
         """Records an event about the training loop, and warns; each message once in a run."""
-        if event.message in self._told:
+        if event.message in self.told:
             return
-        self._told.add(event.message)
+        self.told.add(event.message)
         self.note(event)
         if warn:
             warn_safely(f"gradwatch: {event.message}")

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from gradwatch.report.finding import Finding
 from gradwatch.report.rules.accumulating import accumulating
 from gradwatch.report.rules.clipping import clipping
+from gradwatch.report.rules.discarded import discarded
 from gradwatch.report.rules.exploding import exploding
 from gradwatch.report.rules.half import half
+from gradwatch.report.rules.loop import loop
 from gradwatch.report.rules.loss import rising_loss
 from gradwatch.report.rules.loss_scale import loss_scale
 from gradwatch.report.rules.no_gradient import no_gradient
@@ -30,9 +32,11 @@ from gradwatch.report.thresholds import Thresholds
 Rule = Callable[[RunData, Thresholds], Iterator[Finding]]
 
 RULES: tuple[Rule, ...] = (
+    loop,
     accumulating,
     half,
     nonfinite,
+    discarded,
     loss_scale,
     exploding,
     rising_loss,
@@ -49,15 +53,27 @@ RULES: tuple[Rule, ...] = (
 )
 """The order within a severity: causes come before their effects."""
 
-ALWAYS: tuple[Rule, ...] = (nonfinite, no_gradient, loss_scale, skipped, exploding, half)
+ALWAYS: tuple[Rule, ...] = (
+    loop,
+    nonfinite,
+    discarded,
+    no_gradient,
+    loss_scale,
+    skipped,
+    exploding,
+    half,
+)
 """The rules that need no minimum number of steps."""
 
 KINDS = (
+    "mistake",
+    "changed",
     "accumulating",
     "half_precision",
     "nan",
     "inf",
     "overflow",
+    "discarded",
     "loss_scale",
     "exploding",
     "loss_rising",

@@ -1,0 +1,87 @@
+"""Discarded: gradients that were thrown away before any step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gradwatch.report.finding import Evidence, Finding, Severity, counted, first_steps
+from gradwatch.report.run_data import RunData
+from gradwatch.report.thresholds import Thresholds
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LASTING = 10  # gradients thrown away in a row, up to the end, after which a run stands still
+
+WHY = (
+    "The batch of a gradient that is thrown away teaches the model nothing, and a loop that throws "
+    "all of them away goes on with weights that stand still. {fate}"
+)
+STANDS = "The last {count} were thrown away without a step between them: the model no longer learns."
+MOVES = "The run took further steps after it."
+POISONED = (
+    "{count} of them held a NaN or an Inf{where}: look at the batches and at what this report says "
+    'about the norms before them. watch(..., on_nonfinite="skip") leaves such steps out as well, and '
+    "keeps their record."
+)
+FINITE = (
+    "All of them were finite. Look for a zero_grad() between backward() and step(), or inside of a "
+    "loop over micro-batches, and for a condition that leaves step() out. A gradient that is wanted "
+    "for another purpose comes from torch.autograd.grad(), which leaves .grad alone."
+)
+
+
+def discarded(run: RunData, limits: Thresholds) -> Iterator[Finding]:
+    """Finds optimizers whose gradients are thrown away: if one was not finite, or in many steps.
+
+    A window that was open when the run ended does not count.
+    """
+    events = run.events[run.events["kind"] == "discarded"]
+    for optimizer, mine in events.groupby("optimizer", sort=False):
+        steps = next((one for one in run.optimizers if one.optimizer == optimizer), None)
+        rows, last, before = 0, 0, 0
+        if steps is not None:
+            rows, last = len(steps), int(steps.step[-1])
+            before = int(steps["discarded"].sum())
+        at_the_end = int((mine["step"] > last).sum())
+        # Of events only the first and the newest are kept, of steps those in the buffer.
+        total = max(before + at_the_end, len(mine))
+        poisoned = mine[~np.isfinite(mine["value"])]
+        often = total > 1 and total > limits.discarded * (rows + total)
+        if len(poisoned) or often:
+            yield _finding(run, mine, poisoned, (total, rows, at_the_end))
+
+
+def _finding(
+    run: RunData, events: pd.DataFrame, poisoned: pd.DataFrame, counts: tuple[int, int, int]
+) -> Finding:
+    total, rows, at_the_end = counts
+    first = int(events["step"].iloc[0])
+    title = (
+        f"{counted(total, 'gradient')} of {total + rows:,} ({total / (total + rows):.1%}) "
+        f"{'was' if total == 1 else 'were'} thrown away before any step, the first before step "
+        f"{first}."
+    )
+    stands = at_the_end >= LASTING
+    fate = STANDS.format(count=at_the_end) if stands else MOVES if rows else ""
+    numbers = {"discarded": float(total), "steps": float(rows), "nonfinite": float(len(poisoned))}
+    names: tuple[str, ...] = ()
+    advice = FINITE
+    if len(poisoned):
+        names = _first_bad(run, poisoned)
+        where = f", first in {names[0]}" if names else ""
+        advice = POISONED.format(count=len(poisoned), where=where)
+    optimizer = str(events["optimizer"].iloc[0])
+    seen = Evidence(first_steps(events["step"].unique()), names, numbers, optimizer)
+    severity: Severity = "critical" if stands else "warning"
+    return Finding("discarded", severity, title, seen, WHY.format(fate=fate).strip(), advice)
+
+
+def _first_bad(run: RunData, poisoned: pd.DataFrame) -> tuple[str, ...]:
+    """Returns the parameter that went bad first in the first of these gradients."""
+    of = run.events_of(str(poisoned["optimizer"].iloc[0]), ("nan", "inf"))
+    names = of[of["step"] == poisoned["step"].iloc[0]]["parameter"]
+    return (str(names.iloc[0]),) if len(names) else ()
