@@ -308,7 +308,7 @@ class StaleGradients:
         self._fresh += not self._is_stale
         self._is_stale = False
         self.looks = max(self._stale, self._fresh) < self.ENOUGH
-        gradient = next((g for i in indices[:1] if (g := tensors[i].grad) is not None), None)
+        gradient = tensors[indices[0]].grad if indices else None
         self._spent = None
         if gradient is not None:
             self._spent = (indices[0], weakref.ref(gradient), gradient._version)
@@ -326,6 +326,7 @@ class OptimizerSteps(Steps):
         units: The number of batches that a managed loop has counted in the window; None if the loop
             is the user's own.
         ends_window: Set by a managed loop to step a window of any length.
+        stale: Notices windows that begin with the gradients of the step before.
     """
 
     def __init__(
@@ -361,7 +362,7 @@ class OptimizerSteps(Steps):
         self._on_joined = on_joined
         self._doubted: list[PendingStep] = []
         self._makes_state = False
-        self._stale = StaleGradients()
+        self.stale = StaleGradients()
         # FusedStep tries the optimizer out, so it is made only if it may be used.
         may_act = clip is not None or self.skip_rule.may_refuse
         self._fused = FusedStep(inner) if may_act else None
@@ -376,12 +377,12 @@ class OptimizerSteps(Steps):
     @property
     def looks_ahead(self) -> bool:
         """Whether :meth:`begin_backward` must be called before the next backward."""
-        return self._stale.looks or bool(self.window.arrivals)
+        return self.stale.looks or bool(self.window.arrivals)
 
     def begin_backward(self, first: int) -> None:
         """Looks, when a backward begins, at the gradients; see :meth:`Steps.begin_backward`."""
         if not self.window.arrivals:
-            self._stale.look(self._run.table.tensors, first)
+            self.stale.look(self._run.table.tensors, first)
             return
         # A scaler that has found an overflow may have left out a step since the last backward.
         updated = self._scale.scaler is not None and self._scaler_has_updated()
@@ -537,7 +538,8 @@ class OptimizerSteps(Steps):
             return True
         if self._scale.candidates:
             self._scale.keep_scaler_of(optimizer)
-        self._check_window()
+        if self._run.accumulation.checked and not self.ends_window:
+            self._check_window()
         if loss is not None:
             self._losses = [(_loss(loss), 1.0)]
         units = (self.units or 0) if self.ends_window else 0
@@ -591,10 +593,8 @@ class OptimizerSteps(Steps):
             self.skip_rule.note(self._outcome.outcome)
         pending = self._pending(norms, self.step, estimates=True)
         pending.discarded, self.discarded = self.discarded, 0
-        self._run.note_used(self.window.backwards)
-        if self._stale.looks and self._stale.note_step(
-            self._run.table.tensors, self.window.indices
-        ):
+        self._run.used.update(self.window.backwards)
+        if self.stale.looks and self.stale.note_step(self._run.table.tensors, self.window.indices):
             self._tell_stale()
         if self._curvature is not None:
             pending.curvature = self._curvature(self.step, self._outcome.outcome)
@@ -638,11 +638,10 @@ class OptimizerSteps(Steps):
         return self._outcome.final() == "applied"
 
     def _check_window(self) -> None:
-        accumulation = self._run.accumulation
-        if accumulation.checked and not self.ends_window:
-            found = len(self.window.arrivals) if self.units is None else self.units
-            if found != accumulation.micro_batches:
-                check_window(self.label, found, accumulation.micro_batches)
+        wanted = self._run.accumulation.micro_batches
+        found = len(self.window.arrivals) if self.units is None else self.units
+        if found != wanted:
+            check_window(self.label, found, wanted)
 
     def _step_inside_backward(self) -> None:
         refuse_what_needs_all_gradients(self._options.deciding, f", as {self.label} does")

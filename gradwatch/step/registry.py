@@ -29,7 +29,7 @@ from gradwatch.record.events import dropped_event, nonfinite_error
 from gradwatch.step.optimizer_steps import MeasureCurvature, OptimizerSteps, Steps
 from gradwatch.step.pending import PendingStep
 from gradwatch.step.run import Run
-from gradwatch.step.silence import Silence
+from gradwatch.step.silence import CERTAIN, MANY, Silence
 from gradwatch.step.window import Window
 
 
@@ -146,6 +146,7 @@ class _EndedWindow(NamedTuple):
 
 
 MOVES = 16
+MOST_USED = 10_000  # backwards that are remembered: far more than the windows of a loop can hold
 LOOK_EVERY, LOOK_AT = 100, (1, 10)  # steps after which the parameters of the model are compared
 NO_STEP = "no optimizer has stepped yet"
 
@@ -223,7 +224,11 @@ class OptimizerRegistry:
         run = self._run
         if not run.scale.looked:
             run.scale.look()
-        self._silence.note_backward(self.followed)
+        silence = self._silence
+        silence.backwards += 1
+        silence.others = 0
+        if silence.backwards in (CERTAIN, MANY):
+            silence.look_for_steps(self.followed)
         if run.hooks.unhooked:
             backward = backward._replace(arrived=[*backward.arrived, *run.hooks.hook_thawed()])
         for one in self.followed:
@@ -383,11 +388,13 @@ class OptimizerRegistry:
         self._silence.backwards = 0
         if steps.step % LOOK_EVERY in LOOK_AT:
             self._silence.look_at_model(steps.step)
+            newest = self._run.hooks.arrivals.ended
+            self._run.used = {number for number in self._run.used if number > newest - MOST_USED}
         unowned = self._unowned
         if unowned is not None and unowned.window.backwards:
             arrived = sorted(unowned.window.arrived)
             self._silence.note_unowned(unowned.window.backwards, arrived, steps.step)
-        if len(self.followed) == 1 and not steps.looks_ahead and unowned is None:
+        if len(self.followed) == 1 and not steps.stale.looks and unowned is None:
             self._run.hooks.arrivals.on_begin = None
         if self._run.hooks.added.watching:
             self._watch_what_is_added()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 
 from gradwatch.accumulate.policies import AccumulationPlan
@@ -17,9 +17,6 @@ from gradwatch.options import Options
 from gradwatch.record.events import changed_event
 from gradwatch.record.recorder import Recorder, RingBuffer, SinkHub
 from gradwatch.record.records import Event, Layout
-
-
-MOST_USED = 10_000  # numbers of backwards, far more than the windows of a loop can hold
 
 
 class Run:
@@ -69,13 +66,6 @@ class Run:
         sinks = options.sinks if rank() == 0 else ()  # all ranks would write the same numbers
         hub = SinkHub(sinks, options.buffer_size)
         self.recorder = Recorder(RingBuffer(layout, options.buffer_size), hub)
-
-    def note_used(self, backwards: Iterable[int]) -> None:
-        """Notes that an optimizer has stepped with the gradients of some backwards."""
-        self.used.update(backwards)
-        if len(self.used) > MOST_USED:
-            newest = max(self.used)
-            self.used = {number for number in self.used if number > newest - MOST_USED // 2}
 
     def tell(self, event: Event, warn: bool = True) -> None:
         """Records an event about the training loop, and warns; each message once in a run."""

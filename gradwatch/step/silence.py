@@ -76,24 +76,18 @@ class Silence:
 
     Attributes:
         backwards: Backwards since the last step of a followed optimizer.
+        others: Steps of optimizers that hold no watched parameter since the last backward.
     """
 
     def __init__(self, run: Run) -> None:
         """Starts with nothing seen."""
         self.backwards = 0
         self._run = run
-        self._others = 0
+        self.others = 0
         self._other = ""
         self._never = False
         self._unstepped = 0
         self._known_change: tuple[object, ...] = ((), ())
-
-    def note_backward(self, followed: Sequence[OptimizerSteps]) -> None:
-        """Notes a backward of the watched model."""
-        self._others = 0
-        self.backwards += 1
-        if self.backwards in (CERTAIN, MANY) and not self._never:
-            self._look_for_steps(followed, self.backwards)
 
     def note_other_step(self, name: str, followed: Sequence[OptimizerSteps]) -> None:
         """Notes a step of an optimizer that holds no watched parameter.
@@ -102,11 +96,11 @@ class Silence:
             name: Class of that optimizer.
             followed: The optimizers of the watched model.
         """
-        self._others += 1
+        self.others += 1
         self._other = name
-        if self._others in (1, CERTAIN):
+        if self.others in (1, CERTAIN):
             self.look_at_model(self._step_of(followed))
-        if self._others == CERTAIN:
+        if self.others == CERTAIN:
             text = NOT_TRAINED.format(other=name, count=CERTAIN)
             self._run.tell(loop_event("mistake", text, self._step_of(followed)))
 
@@ -164,14 +158,15 @@ class Silence:
             return
         options = self._run.options
         if followed and backwards >= SHORT:
-            self._look_for_steps(followed, max(backwards, MANY))
+            self.look_for_steps(followed, at_end=True)
         elif options.acting:
             self._tell(NEVER_ACTED.format(asked=" and ".join(options.acting)), 1)
         if options.of_steps:
             self._tell(NEVER_TAKEN.format(asked=", ".join(options.of_steps)), 1)
 
-    def _look_for_steps(self, followed: Sequence[OptimizerSteps], count: int) -> None:
-        if any(one.step for one in followed):
+    def look_for_steps(self, followed: Sequence[OptimizerSteps], at_end: bool = False) -> None:
+        """Tells if no step has come after many backwards, or until the end."""
+        if self._never or any(one.step for one in followed):
             return
         acting = self._run.options.acting
         asked = f", and watch({' and '.join(acting)}) did nothing" if acting else ""
@@ -181,7 +176,7 @@ class Silence:
         elif followed:
             thrown_away = sum(one.discarded for one in followed)
             # A window may be long; one whose gradients were thrown away has ended.
-            if thrown_away >= CERTAIN // 2 or count >= MANY:
+            if thrown_away >= CERTAIN // 2 or self.backwards >= MANY or at_end:
                 self._never = True
                 label = followed[0].label
                 text = NO_STEP.format(count=self.backwards, optimizer=label, asked=asked)

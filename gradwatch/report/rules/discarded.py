@@ -20,7 +20,9 @@ WHY = (
     "The batch of a gradient that is thrown away teaches the model nothing, and a loop that throws "
     "all of them away goes on with weights that stand still. {fate}"
 )
-STANDS = "The last {count} were thrown away without a step between them: the model no longer learns."
+STANDS = (
+    "The last {count} were thrown away without a step between them: the model no longer learns."
+)
 MOVES = "The run took further steps after it."
 POISONED = (
     "{count} of them held a NaN or an Inf{where}: look at the batches and at what this report says "
