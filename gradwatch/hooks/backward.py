@@ -120,6 +120,11 @@ class Arrivals(dict[int, Tensor]):
         self._handles.clear()
         self._arm()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a backward has begun and not ended yet."""
+        return self.__class__ is Arrivals
+
     def begin(self) -> None:
         """Begins a backward, before its first arrival; does nothing if one is under way."""
         if self.__class__ is Arrivals:

@@ -19,6 +19,9 @@ from gradwatch.measure.norms import Measurement, gradient_norms, total_norm
 from gradwatch.measure.parameters import ParameterTable
 
 
+NO_PARAMETER = -1  # stands for the first arrival of a backward in which none has arrived yet
+
+
 class ModelHooks:
     """Reports the gradients of each backward, and measures those that do not last until its end.
 
@@ -153,6 +156,8 @@ class ModelHooks:
     def _begin_backward(self, gradient: Tensor) -> None:
         # Removing the hook from the model does not remove it from graphs built before.
         if self._output_hook is not None:
+            if self.arrivals.on_begin is not None and not self.arrivals.under_way:
+                self.arrivals.on_begin(NO_PARAMETER)
             self.arrivals.begin()
 
 

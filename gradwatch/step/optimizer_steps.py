@@ -129,7 +129,7 @@ class Steps:
         """
         left = self.window.left_before(first)
         if left == 0.0:
-            self.discard()
+            self.discard(together=True)
         elif left < 1.0 - CLIPPED_BELOW:
             self._tell_early_clip(left)
 
@@ -152,19 +152,20 @@ class Steps:
             self._sampler.measure_gradients(*window.gradients())
         if self._weights_then is not None:
             self._weights_then.take()
-        elif window.shards is None:
+        else:
             self._weights_then = WeightSnapshot(self._parameters())
         self._other_steps_then = self._run.other_steps
         return True
 
-    def discard(self, at_end: bool = False, unused: bool = False) -> None:
+    def discard(self, at_end: bool = False, unused: bool = False, together: bool = False) -> None:
         """Empties the window, whose gradients were thrown away; records it if nothing used them.
 
         Args:
             at_end: Whether the run has ended before its step.
             unused: Whether it is known that nothing has used them.
+            together: Whether all ranks call this at once, so that they may communicate.
         """
-        norms = self.window.unused_norms(self._scale_at_backward, together=False)
+        norms = self.window.unused_norms(self._scale_at_backward, together)
         if norms is not None and (unused or not self._used_otherwise(norms)):
             self.discarded += 1
             self._record_discard(

@@ -64,7 +64,7 @@ class BackwardSteps(Steps):
         elif self.window.left_before(first) == 0.0:
             self._end_window(by_scaler=False)
 
-    def discard(self, at_end: bool = False, unused: bool = False) -> None:
+    def discard(self, at_end: bool = False, unused: bool = False, together: bool = False) -> None:
         """Notes that the gradients of the window were thrown away."""
         self._end_window(by_scaler=False)
 

@@ -220,8 +220,11 @@ class Window:
             share of what it was.
         """
         before, snapshot = self._before, self._snapshot
+        if before is not None and self.shards is not None:
+            gone = all(self.table.tensors[index].grad is None for index in before.indices)
+            return 0.0 if gone else 1.0
         if before is None or snapshot is None or len(snapshot) != len(before.indices):
-            return 1.0  # sharded gradients, or some were used and freed inside of their backward
+            return 1.0  # some were used and freed inside of their backward
         indices, tensors = before.indices, self._tensors
         if indices is not self.indices:
             tensors = [self.table.tensors[index] for index in indices]
