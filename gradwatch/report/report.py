@@ -32,8 +32,9 @@ NO_THRESHOLDS = (
 
 EMPTY = "There is no step in this run yet."
 FEW = (
-    "Few steps ({count}; most rules need {few}), so only NaN and Inf, missing gradients, loss "
-    "scales, skipped steps, exploding norms and the lower end of float16 were checked."
+    "Few steps ({count}; most rules need {few}), so only mistakes of the loop, NaN and Inf, thrown "
+    "away and missing gradients, loss scales, skipped steps, exploding norms and the lower end of "
+    "float16 were checked."
 )
 NOT_FROM_START = (
     "The first steps (up to step {step}) are missing, so norms were compared with those of later "
