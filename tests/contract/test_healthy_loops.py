@@ -530,6 +530,21 @@ def _managed_accumulation(watch: Watch) -> Any:
     return model
 
 
+@healthy()
+def _zero_grad_at_the_start_of_a_window(watch: Watch) -> Any:
+    model = net()
+    optimizer = sgd(model)
+    with watch(model, optimizer) as run:
+        for i in range(STEPS):
+            if i % 3 == 0:
+                optimizer.zero_grad()
+            loss_of(model, i, 1 / 3).backward()
+            if i % 3 == 2:
+                run.row(optimizer, 3)
+                optimizer.step()
+    return model
+
+
 # -- several optimizers ------------------------------------------------------------------------------
 
 
@@ -755,6 +770,29 @@ def _delayed_policy_updates(watch: Watch) -> Any:
 
 
 @healthy()
+def _architecture_search(watch: Watch) -> Any:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"one": net(1), "two": net(2), "mix": nn.ParameterList([torch.zeros(2)])})
+    of_weights, of_mix = sgd(model["one"], model["two"]), adam(model["mix"])
+
+    def mixed(x: Tensor) -> Tensor:
+        shares = model["mix"][0].softmax(0)
+        return shares[0] * model["one"](x) + shares[1] * model["two"](x)
+
+    with watch(model, of_mix, of_weights) as run:
+        for i in range(STEPS):
+            of_mix.zero_grad()  # also what the last backward of the weights left there
+            loss_of(mixed, i + 100).backward()
+            run.row(of_mix)
+            of_mix.step()
+            of_weights.zero_grad()
+            loss_of(mixed, i).backward()
+            run.row(of_weights)
+            of_weights.step()
+    return model
+
+
+@healthy()
 def _layers_trained_by_their_own_losses(watch: Watch) -> Any:
     torch.manual_seed(0)
     layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
@@ -769,6 +807,20 @@ def _layers_trained_by_their_own_losses(watch: Watch) -> Any:
                 run.row(optimizer)
                 optimizer.step()
     return layers
+
+
+@healthy(ways=("found",))
+def _a_fresh_optimizer_for_each_task(watch: Watch) -> Any:
+    model = net()
+    with watch(model) as run:
+        for _ in range(3):
+            optimizer = adam(model)
+            for i in range(STEPS):
+                optimizer.zero_grad()
+                loss_of(model, i).backward()
+                run.row(optimizer)
+                optimizer.step()
+    return model
 
 
 @healthy()
@@ -969,6 +1021,35 @@ def _wrapped_as_by_a_framework(watch: Watch) -> Any:
     return model
 
 
+class Accumulating(Wrapped):
+    """Steps and zeroes at every n-th call only, as accelerate's does inside accumulate()."""
+
+    calls, every = 0, 3
+
+    def step(self, closure: Any = None) -> Any:
+        self.calls += 1
+        if self.calls % self.every == 0:
+            self.optimizer.step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.calls % self.every == 0:
+            self.optimizer.zero_grad(set_to_none)
+
+
+@healthy()
+def _accumulated_as_by_a_framework(watch: Watch) -> Any:
+    model = net()
+    optimizer = Accumulating(sgd(model))
+    with watch(model, optimizer) as run:
+        for i in range(STEPS):
+            loss_of(model, i, 1 / 3).backward()
+            if i % 3 == 2:
+                run.row(optimizer, 3)
+            optimizer.step()
+            optimizer.zero_grad()
+    return model
+
+
 class WithWarmUp:
     """Has the shape of the annotated transformer's NoamOpt: no Optimizer at all."""
 
@@ -1122,17 +1203,20 @@ def _gradients_from_functional_transforms(watch: Watch) -> Any:
 def _maml(watch: Watch) -> Any:
     model = net()
     optimizer = adam(model)
+
+    def call(weights: dict[str, Tensor], x: Tensor) -> Any:
+        return torch.func.functional_call(model, weights, (x,))
+
     with watch(model, optimizer) as run:
         for i in range(STEPS):
             optimizer.zero_grad()
             weights = dict(model.named_parameters())
-            call = functools.partial(torch.func.functional_call, model)
             for _ in range(2):
-                inner = loss_of(lambda x, w=weights: call(w, (x,)), i)
+                inner = loss_of(lambda x, w=weights: call(w, x), i)
                 slopes = torch.autograd.grad(inner, list(weights.values()), create_graph=True)
                 pairs = zip(weights.items(), slopes, strict=True)
                 weights = {name: w - 0.01 * slope for (name, w), slope in pairs}
-            loss_of(lambda x, w=weights: call(w, (x,)), i + 100).backward()
+            loss_of(lambda x, w=weights: call(w, x), i + 100).backward()
             run.row(optimizer)
             optimizer.step()
     return model
@@ -1155,6 +1239,23 @@ def _first_order_maml(watch: Watch) -> Any:
             run.row(optimizer, 0)
             optimizer.step()
             optimizer.zero_grad()
+    return model
+
+
+@healthy()
+def _gradients_taken_from_a_worker(watch: Watch) -> Any:
+    model = net()
+    optimizer = adam(model)
+    worker = copy.deepcopy(model)
+    with watch(model, optimizer) as run:
+        for i in range(STEPS):
+            worker.load_state_dict(model.state_dict())
+            worker.zero_grad()
+            loss_of(worker, i).backward()
+            for p, q in zip(model.parameters(), worker.parameters(), strict=True):
+                p.grad = q.grad  # A3C: the very tensor
+            run.row(optimizer, 0)
+            optimizer.step()
     return model
 
 
@@ -1812,6 +1913,21 @@ def _curriculum_that_leaves_batches_out(watch: Watch) -> Any:
     return model
 
 
+@healthy()
+def _batches_whose_gradient_is_zero(watch: Watch) -> Any:
+    model = net()
+    optimizer = sgd(model)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, i / 3))
+    with watch(model, optimizer) as run:
+        for i in range(STEPS):
+            optimizer.zero_grad()
+            loss_of(model, i, float(i % 3 > 0)).backward()  # no valid target: still a step
+            run.row(optimizer)
+            optimizer.step()
+            scheduler.step()
+    return model
+
+
 # -- without an optimizer, and inside the backward ------------------------------------------------------
 
 
@@ -1853,6 +1969,24 @@ def _updates_by_hand_that_zero_in_place(watch: Watch) -> Any:
                 for p in model.parameters():
                     p.sub_(0.05 * p.grad)
                     p.grad.zero_()
+    return model
+
+
+@healthy(ways=("found",))
+def _master_weights(watch: Watch) -> Any:
+    model = net()
+    masters = [p.detach().double().requires_grad_() for p in model.parameters()]
+    optimizer = torch.optim.Adam(masters, lr=0.01)
+    with watch(model) as run:
+        for i in range(STEPS):
+            model.zero_grad()
+            loss_of(model, i).backward()
+            run.row()
+            for master, p in zip(masters, model.parameters(), strict=True):
+                master.grad = p.grad.double()
+            optimizer.step()
+            for master, p in zip(masters, model.parameters(), strict=True):
+                p.data.copy_(master.data)
     return model
 
 
