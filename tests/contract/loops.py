@@ -67,6 +67,16 @@ class Row:
 
 
 @dataclass
+class Thrown:
+    """One event `discarded`: gradients that no optimizer used."""
+
+    step: int
+    micro_batches: int
+    norm: float
+    bad_micro_batch: int
+
+
+@dataclass
 class Expected:
     """What one watcher must record, written down by the loop itself.
 
@@ -74,11 +84,13 @@ class Expected:
         tensors: The watched parameters.
         watcher: The watcher; None where the loop runs without one.
         rows: The rows of each optimizer, in the order of their first steps.
+        thrown: The events `discarded`.
     """
 
     tensors: list[Tensor]
     watcher: gradwatch.Watcher | None = None
     rows: dict[int, list[Row]] = field(default_factory=dict)
+    thrown: list[Thrown] = field(default_factory=list)
     kept: list[Any] = field(default_factory=list)  # an id is that of one object while it lives
 
     def row(
@@ -107,6 +119,57 @@ class Expected:
             norm = norm_of(mine) / scale
         self.kept.append(optimizer)
         self.rows.setdefault(id(optimizer), []).append(Row(micro_batches, norm, outcome))
+
+    def throw(
+        self,
+        optimizer: Any = None,
+        micro_batches: int = 1,
+        bad_micro_batch: int = 0,
+        scale: float = 1.0,
+    ) -> None:
+        """Expect an event `discarded`; called while the gradients are still there, before any clip.
+
+        Args:
+            optimizer: The optimizer that would have stepped.
+            micro_batches: How many are thrown away.
+            bad_micro_batch: The one in which a NaN began, counted from 1; 0 without a NaN.
+            scale: Loss scale of these gradients.
+        """
+        norm = norm_of(self.tensors) / scale
+        step = len(self.rows.get(id(optimizer), ())) + 1
+        self.thrown.append(Thrown(step, micro_batches, norm, bad_micro_batch))
+
+    def differences_of_thrown(self) -> Iterator[str]:
+        """Yield where the events `discarded`, and the NaN before them, are not those expected."""
+        assert self.watcher is not None
+        events = self.watcher.events
+        got = [event for event in events if event.kind == "discarded"]
+        if len(got) != len(self.thrown):
+            seen = [(event.kind, event.step) for event in events]
+            yield f"expected {len(self.thrown)} events discarded, got {len(got)} of {seen}"
+            return
+        for thrown, event in zip(self.thrown, got, strict=True):
+            where = f"discarded event of step {event.step}:"
+            if (event.step, event.micro_batch) != (thrown.step, 0):
+                yield f"{where} expected step {thrown.step}, micro_batch 0, got {event.micro_batch}"
+            if event.value != pytest.approx(thrown.norm, rel=1e-5, nan_ok=True):
+                yield f"{where} expected norm {thrown.norm:.8g}, got {event.value:.8g}"
+            if (
+                thrown.micro_batches > 1
+                and f"{thrown.micro_batches} micro-batch" not in event.message
+            ):
+                yield f"{where} expected {thrown.micro_batches} micro-batches in {event.message!r}"
+        told = [event for event in events if event.kind in ("nan", "discarded")]
+        seen = [(e.kind, e.step, e.micro_batch, bool(e.parameter)) for e in told]
+        wanted = []
+        for thrown in self.thrown:
+            if thrown.bad_micro_batch:
+                wanted.append(("nan", thrown.step, thrown.bad_micro_batch, True))
+            wanted.append(("discarded", thrown.step, 0, False))
+        if [one[:3] for one in seen] != [one[:3] for one in wanted]:
+            yield f"expected (kind, step, micro_batch) {[w[:3] for w in wanted]}, got {[s[:3] for s in seen]}"
+        if any(kind == "nan" and not named for kind, _, _, named in seen):
+            yield "a nan event names no parameter"
 
     def differences(self) -> Iterator[str]:
         """Yield where the recorded rows are not those expected."""
@@ -146,6 +209,7 @@ class Watch:
 
     way: str
     runs: list[Expected] = field(default_factory=list)
+    refused: Exception | None = None
 
     @contextlib.contextmanager
     def __call__(
