@@ -203,6 +203,14 @@ def _differences(rows: list[Row], group: Any) -> Iterator[str]:
             yield f"{where} expected grad_norm {row.norm:.8g}, got {got.grad_norm:.8g}"
 
 
+def watched(
+    way: str, model: nn.Module | Mapping[str, Tensor], *optimizers: Any, **options: Any
+) -> gradwatch.Watcher:
+    """Return a watcher of a model whose optimizers are named or to be found."""
+    named = list(optimizers) if way == "named" else []
+    return gradwatch.watch(model, named[0] if len(named) == 1 else named or None, **options)
+
+
 @dataclass
 class Watch:
     """Watches as a loop asks, in one of three ways: named, found or unwatched."""
@@ -222,9 +230,7 @@ class Watch:
         if self.way == "unwatched":
             yield run
             return
-        named = list(optimizers) if self.way == "named" else []
-        first = named[0] if len(named) == 1 else named or None
-        with gradwatch.watch(model, first, **options) as run.watcher:
+        with watched(self.way, model, *optimizers, **options) as run.watcher:
             yield run
 
 

@@ -268,6 +268,21 @@ def _clip_by_gradwatch(watch: Watch) -> Any:
     return model
 
 
+@healthy(events=["nan", "skipped"])
+def _steps_left_out_by_gradwatch(watch: Watch) -> Any:
+    model = net()
+    optimizer = sgd(model)
+    with watch(model, optimizer, on_nonfinite="skip") as run:
+        for i in range(STEPS):
+            optimizer.zero_grad()
+            bad = i in (0, 5, 6)  # a step was due for each: nothing is thrown away unseen
+            loss_of(model, i, math.nan if bad else 1.0).backward()
+            run.row(optimizer, outcome="skipped_nonfinite" if bad else "applied")
+            if run.watcher is not None or not bad:
+                optimizer.step()
+    return model
+
+
 @healthy()
 def _gradient_noise(watch: Watch) -> Any:
     model = net()
@@ -1919,7 +1934,7 @@ def _batches_whose_gradient_is_zero(watch: Watch) -> Any:
     optimizer = sgd(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, i / 3))
     with watch(model, optimizer) as run:
-        for i in range(STEPS):
+        for i in range(2 * STEPS):
             optimizer.zero_grad()
             loss_of(model, i, float(i % 3 > 0)).backward()  # no valid target: still a step
             run.row(optimizer)
