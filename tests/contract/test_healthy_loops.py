@@ -1929,17 +1929,30 @@ def _curriculum_that_leaves_batches_out(watch: Watch) -> Any:
 
 
 @healthy()
-def _batches_whose_gradient_is_zero(watch: Watch) -> Any:
+def _a_first_batch_whose_gradient_is_zero_at_a_rate_of_zero(watch: Watch) -> Any:
     model = net()
     optimizer = sgd(model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, i / 3))
     with watch(model, optimizer) as run:
-        for i in range(2 * STEPS):
+        for i in range(STEPS):
             optimizer.zero_grad()
-            loss_of(model, i, float(i % 3 > 0)).backward()  # no valid target: still a step
+            loss_of(model, i, float(i > 0)).backward()  # no valid target: still a step
             run.row(optimizer)
             optimizer.step()
             scheduler.step()
+    return model
+
+
+@healthy()
+def _batches_whose_gradient_is_zero(watch: Watch) -> Any:
+    model = net()
+    optimizer = sgd(model)
+    with watch(model, optimizer) as run:
+        for i in range(2 * STEPS):
+            optimizer.zero_grad()
+            loss_of(model, i, float(i % 5 != 3)).backward()
+            run.row(optimizer)
+            optimizer.step()
     return model
 
 
