@@ -1,0 +1,194 @@
+"""Random sequences of backwards, zero_grads, clips, guards and steps, against a model of what must be recorded.
+
+Two optimizers step parameters of their own, so that their windows are independent. The model of one of
+them is a list of the backwards since its gradients were last zeroed: a step is a row of that list, a
+zero_grad or the end of the run without a step is an event `discarded` of it.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from .loops import WAYS, norm_of, warnings_of_gradwatch, watched
+
+OWNED = {"SGD": ("a", "b"), "Adam": ("c", "d", "e")}
+"""The parameters of each optimizer."""
+
+labels = st.sampled_from(sorted(OWNED))
+backwards = st.tuples(
+    st.just("backward"),
+    labels,
+    st.integers(1, 7),  # which of its parameters: a bit each
+    st.sampled_from([1.0, 1e-3, 30.0]),
+    st.sampled_from([False, False, False, True]),  # whether one of them receives a NaN
+)
+ends = st.tuples(
+    st.sampled_from(["step", "step", "throw"]),
+    labels,
+    st.booleans(),  # whether zero_grad sets to None
+    st.booleans(),  # whether the loop clips before
+)
+calls = st.lists(st.one_of(backwards, ends), max_size=30)
+
+
+@dataclass
+class Model:
+    """What must be recorded of one optimizer.
+
+    Attributes:
+        window: Of each backward since the last zero_grad, whether it brought a NaN.
+        rows: Micro-batches and norm of each step.
+        thrown: Step, norm, micro-batches, and the first bad micro-batch (0 without one) of each event.
+    """
+
+    window: list[bool] = field(default_factory=list)
+    rows: list[tuple[int, float]] = field(default_factory=list)
+    thrown: list[tuple[int, float, int, int]] = field(default_factory=list)
+
+    def step(self, norm: float) -> None:
+        """Record a step over the window."""
+        self.rows.append((len(self.window), norm))
+        self.window.clear()
+
+    def throw(self, norm: float) -> None:
+        """Record that the window was thrown away, if there is one."""
+        if self.window:
+            bad = self.window.index(True) + 1 if any(self.window) else 0
+            self.thrown.append((len(self.rows) + 1, norm, len(self.window), bad))
+            self.window.clear()
+
+
+class Loop:
+    """A loop that does what it is told, and keeps the model of both optimizers."""
+
+    def __init__(self) -> None:
+        names = [name for owned in OWNED.values() for name in owned]
+        self.leaves = {name: torch.ones(3 + i, requires_grad=True) for i, name in enumerate(names)}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "SGD": torch.optim.SGD(self.owned("SGD"), lr=0.1),
+            "Adam": torch.optim.Adam(self.owned("Adam"), lr=0.1),
+        }
+        self.models = {label: Model() for label in OWNED}
+
+    def owned(self, label: str) -> list[Tensor]:
+        """Return the parameters of an optimizer."""
+        return [self.leaves[name] for name in OWNED[label]]
+
+    def norm(self, label: str) -> float:
+        """Return the norm of the gradients of an optimizer as they are now."""
+        return norm_of(self.owned(label))
+
+    def backward(self, label: str, bits: int, scale: float, bad: bool) -> None:
+        """Run a backward into some parameters of one optimizer."""
+        parts = [p for i, p in enumerate(self.owned(label)) if bits >> i & 1] or self.owned(label)
+        losses = [(p * scale).sum() for p in parts]
+        if bad:
+            losses[-1] = losses[-1] * math.nan
+        sum(losses).backward()
+        self.models[label].window.append(bad)
+
+    def end(self, kind: str, label: str, to_none: bool, clips: bool) -> None:
+        """Step, or throw the window away; the guard throws away every window with a NaN."""
+        model, optimizer = self.models[label], self.optimizers[label]
+        if not model.window:
+            return
+        norm = self.norm(label)
+        if clips:
+            nn.utils.clip_grad_norm_(self.owned(label), 0.5)
+        if kind == "throw" or any(model.window):
+            model.throw(norm)
+        else:
+            model.step(norm)
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=to_none)
+
+    def close(self) -> None:
+        """What is left at the end of the run is thrown away."""
+        for label, model in self.models.items():
+            model.throw(self.norm(label))
+
+
+def _do(sequence: list[Any], way: str) -> tuple[Loop, Any, list[str]]:
+    loop = Loop()
+    with (
+        warnings_of_gradwatch() as told,
+        watched(way, loop.leaves, *loop.optimizers.values()) as watcher,
+    ):
+        for kind, label, *arguments in sequence:
+            if kind == "backward":
+                loop.backward(label, *arguments)
+            else:
+                loop.end(kind, label, *arguments)
+        for label in OWNED:  # each steps once at least, so that it can be found
+            loop.end("step", label, True, False)
+            loop.backward(label, 7, 1.0, False)
+            loop.end("step", label, True, False)
+        for label, bits in (("SGD", 0), ("Adam", len(sequence) % 8)):
+            if bits:
+                loop.backward(label, bits, 2.0, False)
+        loop.close()
+    return loop, watcher, told
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=40)
+@given(sequence=calls)
+def test_whatever_a_loop_calls_is_recorded(sequence: list[Any], way: str) -> None:
+    """Steps are rows, what no step used is an event, each with its norm, micro-batches and NaN."""
+    loop, watcher, told = _do(sequence, way)
+    steps = watcher.history.steps()
+    told_of = [event for event in watcher.events if event.kind != "no_gradient"]
+    assert len(told) <= 1, told
+    for label, model in loop.models.items():
+        mine = steps[steps["optimizer"] == label]
+        got = list(zip(mine["micro_batches"], mine["grad_norm"], strict=True))
+        assert [count for count, _ in got] == [count for count, _ in model.rows], f"{label}: {got}"
+        assert [norm for _, norm in got] == pytest.approx([norm for _, norm in model.rows])
+        events = [event for event in told_of if event.optimizer == label]
+        seen = [(event.kind, event.step, event.micro_batch) for event in events]
+        wanted = []
+        for step, _, _, bad in model.thrown:
+            wanted += [("nan", step, bad)] if bad else []
+            wanted += [("discarded", step, 0)]
+        assert seen == wanted, f"{label}: expected {wanted}, got {seen}"
+        values = [event.value for event in events if event.kind == "discarded"]
+        assert values == pytest.approx([norm for _, norm, _, _ in model.thrown], nan_ok=True)
+    assert set(steps["optimizer"]) == set(OWNED)
+    assert {event.optimizer for event in told_of} <= set(OWNED)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@settings(max_examples=20)
+@given(sequence=calls)
+def test_without_anything_thrown_away_nothing_is_told(sequence: list[Any], way: str) -> None:
+    """The same sequences, where every window is stepped: rows, and not one event or warning."""
+    kept = [
+        (kind, label, *rest[:-1], False) if kind == "backward" else ("step", label, *rest)
+        for kind, label, *rest in sequence
+    ]
+    loop = Loop()
+    with (
+        warnings_of_gradwatch() as told,
+        watched(way, loop.leaves, *loop.optimizers.values()) as watcher,
+    ):
+        for kind, label, *arguments in kept:
+            if kind == "backward":
+                loop.backward(label, *arguments)
+            else:
+                loop.end(kind, label, *arguments)
+        for label in OWNED:
+            loop.backward(label, 7, 1.0, False)
+            loop.end("step", label, True, False)
+    steps = watcher.history.steps()
+    for label, model in loop.models.items():
+        mine = steps[steps["optimizer"] == label]
+        assert list(mine["micro_batches"]) == [count for count, _ in model.rows]
+        assert list(mine["grad_norm"]) == pytest.approx([norm for _, norm in model.rows])
+    assert [event for event in watcher.events if event.kind != "no_gradient"] == []
+    assert told == []
