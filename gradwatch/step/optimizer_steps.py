@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -95,6 +96,7 @@ class Steps:
         weights: The weights of its windows, and its gradient noise scale.
         step: The number of steps so far.
         discarded: Windows that were thrown away since the last step.
+        weights_then: Tells whether the weights have moved since the newest backward.
     """
 
     def __init__(self, label: str, window: Window, run: Run, scale: LossScale) -> None:
@@ -119,7 +121,7 @@ class Steps:
         self._generation: object = None
         self._told_missing: set[int] = set()
         self.discarded = 0
-        self._weights_then: WeightSnapshot | None = None
+        self.weights_then: WeightSnapshot | None = None
         self._other_steps_then = 0
 
     def begin_backward(self, first: int) -> None:
@@ -150,12 +152,17 @@ class Steps:
         self._scale_at_backward = 1.0 if self._scale.scaler is None else self._scale.value()
         if self._sampler is not None and self._sampler.due(self.step + 1):
             self._sampler.measure_gradients(*window.gradients())
-        if self._weights_then is not None:
-            self._weights_then.take()
+        if self.weights_then is not None:
+            self.weights_then.take()
         else:
-            self._weights_then = WeightSnapshot(self._parameters())
+            self.weights_then = WeightSnapshot(self._parameters())
         self._other_steps_then = self._run.other_steps
         return True
+
+    @property
+    def scale_at_backward(self) -> FloatOrDeferred:
+        """The loss scale at the newest backward."""
+        return self._scale_at_backward
 
     def discard(self, at_end: bool = False, unused: bool = False, together: bool = False) -> None:
         """Empties the window, whose gradients were thrown away; records it if nothing used them.
@@ -189,7 +196,7 @@ class Steps:
         if total is not None and not math.isfinite(total):
             return False
         # SAM moves the weights along the first gradient, other loops update them by hand.
-        return self._weights_then is not None and self._weights_then.moved()
+        return self.weights_then is not None and self.weights_then.moved()
 
     def _tell_early_clip(self, left: float) -> None:
         message = EARLY_CLIP.format(optimizer=self.label, step=self.step + 1, left=left)
@@ -289,19 +296,27 @@ class StaleGradients:
         """Starts with no step."""
         self.looks = True
         self._spent: tuple[int, weakref.ref[Tensor], int] | None = None
-        self._is_stale = False
+        self._seen = self._is_stale = False
         self._stale = self._fresh = 0
 
     def look(self, tensors: Sequence[Tensor], first: int) -> None:
-        """Looks at the first arrival of a window, which is that of the parameter ``first``."""
-        if self._spent is None:
+        """Looks at the first arrival of a backward, which is that of the parameter ``first``."""
+        self._seen = False
+        if self._spent is None or self._spent[0] == first:
             return
         index, then, version = self._spent
-        gradient, self._spent = tensors[index].grad, None
-        added = int(index == first)  # that parameter has already received its new gradient
-        self._is_stale = (
-            gradient is not None and then() is gradient and gradient._version == version + added
-        )
+        gradient = tensors[index].grad
+        untouched = gradient is not None and then() is gradient and gradient._version == version
+        # A write through .data may have zeroed it all the same.
+        self._seen = untouched and gradient is not None and bool(gradient.any())
+
+    def begin_window(self) -> None:
+        """Notes that the backward that was looked at is the first one of a window."""
+        self._is_stale, self._seen, self._spent = self._seen, False, None
+
+    def forget(self) -> None:
+        """Forgets the window, whose gradients were thrown away."""
+        self._is_stale = self._seen = False
 
     def note_step(self, tensors: Sequence[Tensor], indices: Sequence[int]) -> bool:
         """Notes the end of a step; returns whether enough steps in a row were stale."""
@@ -341,12 +356,14 @@ class OptimizerSteps(Steps):
         curvature: MeasureCurvature | None,
         on_finished: Callable[[OptimizerSteps], None],
         on_joined: Callable[[Sequence[int]], None],
+        on_first: Callable[[OptimizerSteps, Optimizer], None],
     ) -> None:
         """Starts with a window, which may already contain backwards.
 
         The policy ``clip`` must not be shared with another optimizer, because it has a memory.
         ``on_finished`` is called at the end of every step, ``on_joined`` with the indices of
-        parameters that have joined the optimizer.
+        parameters that have joined the optimizer, and ``on_first`` before the first step with the
+        one of :attr:`members` that takes it.
         """
         super().__init__(label, window, run, run.scale)
         options = run.options
@@ -361,6 +378,7 @@ class OptimizerSteps(Steps):
         self._curvature = curvature
         self._on_finished = on_finished
         self._on_joined = on_joined
+        self._on_first = on_first
         self._doubted: list[PendingStep] = []
         self._makes_state = False
         self.stale = StaleGradients()
@@ -403,11 +421,26 @@ class OptimizerSteps(Steps):
         if len(self._doubted) >= MOST_IN_DOUBT:
             self._settle_doubts(true=True)
 
+    def _settle_doubts_of(self, norms: StepNorms) -> StepNorms:
+        """Decides, at a step, whether gradients before it were thrown away, or merged into it."""
+        by_hand = self.window.written_by_hand(norms)
+        self._settle_doubts(true=not by_hand)
+        if not by_hand:
+            return norms
+        # What the loop has set is no clip of the last backward.
+        self.window.reset()
+        return norms._replace(before=norms.after, unit_before=norms.unit_after)
+
     def _settle_doubts(self, true: bool) -> None:
         if not true:
             self.discarded -= len(self._doubted)
         self._run.recorder.settle(self._doubted, true)
         self._doubted = []
+
+    def discard(self, at_end: bool = False, unused: bool = False, together: bool = False) -> None:
+        """Empties the window; see :meth:`Steps.discard`."""
+        super().discard(at_end, unused, together)
+        self.stale.forget()
 
     def replay(self, window: Window, scale: FloatOrDeferred, by_scaler: bool) -> None:
         """Records a window that ended without a step before this optimizer was found.
@@ -435,7 +468,11 @@ class OptimizerSteps(Steps):
         if scaled and self._may_be_left_out(backward) and self.left_out_by_scaler:
             self.abandon_window()
         self.units = None
-        return super().add(backward, weight)
+        begins = self.stale.looks and not self.window.arrivals
+        measured = super().add(backward, weight)
+        if begins and self.window.arrivals:
+            self.stale.begin_window()
+        return measured
 
     def note_managed(
         self, loss: Tensor, weight: FloatOrDeferred, divisor: FloatOrDeferred | None
@@ -464,9 +501,17 @@ class OptimizerSteps(Steps):
 
         return put_back
 
-    def take_over(self, late: Sequence[int]) -> None:
-        """Adds parameters that already have a gradient, which nobody had noticed, to the window."""
+    def take_over(self, late: Sequence[int], other: Steps) -> None:
+        """Takes over what was known of its parameters before this optimizer was found.
+
+        Args:
+            late: Parameters that already have a gradient, which nobody had noticed.
+            other: The steps that its parameters belonged to.
+        """
         self.window.widen(late)
+        self.weights_then = copy.copy(other.weights_then)
+        self._other_steps_then, self._generation = other._other_steps_then, other._generation
+        self._scale_at_backward = other.scale_at_backward
 
     def _refresh(self) -> list[int]:
         """Watches the parameters of groups that were added to the optimizer in the meantime.
@@ -483,7 +528,7 @@ class OptimizerSteps(Steps):
         then = self.window.indices
         self.window.indices = self._run.table.indices_of(optimizer_parameters(self.members[-1]))
         self._tell_changed_groups(set(then), set(self.window.indices), held)
-        self._weights_then = None
+        self.weights_then = None
         self._clipping.refresh()
         self._on_joined(self.window.indices)
         self._run.hooks.watch_also(self.window.indices)
@@ -508,6 +553,8 @@ class OptimizerSteps(Steps):
 
     def begin(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Prepares a step: undoes what a failed one left, and scales the learning rate."""
+        if self.step == 0 and len(self.members) > 1:
+            self._on_first(self, optimizer)
         late = self._refresh()
         if late:
             self.window.widen(late)
@@ -565,7 +612,7 @@ class OptimizerSteps(Steps):
         if self.window.zeroed:
             self.discard()
         if self._doubted:
-            self._settle_doubts(true=not self.window.written_by_hand(norms))
+            norms = self._norms = self._settle_doubts_of(norms)
         if found_inf != 0.0 or not self.skip_rule.takes_all:
             self._outcome = self._decide(norms, found_inf)
             if self._outcome.outcome != "applied":

@@ -68,6 +68,11 @@ class BackwardSteps(Steps):
         """Notes that the gradients of the window were thrown away."""
         self._end_window(by_scaler=False)
 
+    @property
+    def scale_at_backward(self) -> FloatOrDeferred:
+        """The loss scale at the newest backward, if it is that of the optimizer to be found."""
+        return self._found_scale
+
     def ended_of(self, indices: Sequence[int]) -> list[_EndedWindow]:
         """Returns the windows without a step, with the parameters of an optimizer that was found."""
         parts = [one._replace(window=one.window.part(indices)) for one in self._ended]
@@ -202,7 +207,8 @@ class OptimizerRegistry:
         self._discovery = OptimizerDiscovery(self._on_other_step)
         if optimizers:
             for optimizer in optimizers:
-                self._follow(optimizer, self._window(self._indices(optimizer)))
+                indices = self._indices(stepped_by(optimizer)[-1])
+                self._follow(optimizer, self._window(indices))
             watched = [index for one in self.followed for index in one.window.indices]
         else:
             self._unowned = BackwardSteps(self._run, self._window(watched))
@@ -344,10 +350,12 @@ class OptimizerRegistry:
             windows = [self._unowned.window, *windows]
             ended = self._unowned.ended_of(indices)
         parts = [window.part(indices) for window in windows]
+        found = self._follow(optimizer, max(parts, key=lambda part: len(part.arrived)))
+        owners: list[Steps] = [one for one in (self._unowned, *before) if one is not None]
+        owner = max(owners, key=lambda one: one.window.backwards[-1:], default=found)
+        found.take_over(self._run.hooks.watch_also(indices), owner)
         if self._unowned is not None:
             self._unowned.release(indices)
-        found = self._follow(optimizer, max(parts, key=lambda part: len(part.arrived)))
-        found.take_over(self._run.hooks.watch_also(indices))
         for one in ended:
             found.replay(*one)
         if self._named and not any(one.step for one in before):
@@ -367,6 +375,7 @@ class OptimizerRegistry:
             curvature,
             self._on_finished,
             self._on_joined,
+            self._on_first,
         )
         self.followed.append(steps)
         if not (self._named and self._run.hooks.arrivals.hooked_indices()):
@@ -379,6 +388,12 @@ class OptimizerRegistry:
             if self._discovery is not None:
                 self._discovery.leave_out(one)
         return steps
+
+    def _on_first(self, steps: OptimizerSteps, optimizer: Optimizer) -> None:
+        """Names a wrapper's steps after what steps: so they are named where it is found."""
+        steps.label = _label(optimizer, [one.label for one in self.followed if one is not steps])
+        if not steps.step:
+            self._load_into(steps)
 
     def _on_joined(self, indices: Sequence[int]) -> None:
         if self._unowned is not None:

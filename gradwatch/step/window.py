@@ -82,6 +82,7 @@ class Window:
     divisor: FloatOrDeferred | None = None
     correction: FloatOrDeferred = 1.0
     zeroed: bool = False
+    _measured: list[Measurement | None] = field(default_factory=list)
     _before: Measurement | None = None
     _snapshot: GradientSnapshot | None = None
     _looked: bool = False
@@ -136,6 +137,7 @@ class Window:
         if not arrived:  # FSDP2 keeps the gradients back until the last micro-batch
             self.arrivals.append((arrived, weight))
             self.backwards.append(backward.number)
+            self._measured.append(None)
             return None
         if arrived.isdisjoint(self.indices):
             return None
@@ -147,6 +149,7 @@ class Window:
             return None  # an optimizer has used and freed them inside the backward
         if backward.continues and self.arrivals:
             self.arrivals[-1][0].update(arrived)
+            self._measured.pop()
         else:
             self.arrivals.append((arrived, weight))
         self.backwards.append(backward.number)
@@ -154,6 +157,7 @@ class Window:
         self._before = measure(indices, gradients, self.norm_type, self._dtype)
         if freed:
             self._before = with_freed(self._before, freed, self.norm_type)
+        self._measured.append(self._before)
         if self.shards is None:
             # local_part() makes a new tensor of a sharded gradient at each call, so a snapshot,
             # which compares ids, would never match.
@@ -269,7 +273,8 @@ class Window:
     def reset(self) -> None:
         """Empties the window, after a step or after the gradients were reset."""
         self.arrivals, self.noise_norms, self.late_checks = [], [], []
-        self.backwards, self.zeroed, self._looked = [], False, False
+        self.backwards, self._measured = [], []
+        self.zeroed = self._looked = False
         self.first_nonfinite, self.nonfinite_count = None, 0
         self.divisor, self.correction = None, 1.0
         self._before = self._snapshot = None
@@ -410,6 +415,7 @@ class Window:
             noise_norms=list(self.noise_norms),
             late_checks=list(self.late_checks),
             backwards=list(self.backwards),
+            _measured=list(self._measured),
         )
 
     def latest(self) -> Window:
@@ -425,11 +431,11 @@ class Window:
         """
         mine, first = set(indices), self.first_nonfinite
         part = Window(self.table, list(indices), self.norm_type, self.shards)
-        kept = [(arrived, w) for arrived, w in self.arrivals if arrived & mine or not arrived]
-        part.arrivals = [(arrived & mine, w) for arrived, w in kept]
+        kept = [i for i, (there, _) in enumerate(self.arrivals) if there & mine or not there]
+        part.arrivals = [(self.arrivals[i][0] & mine, self.arrivals[i][1]) for i in kept]
         part.backwards = list(self.backwards)
-        if mine.issuperset(self.indices):
-            part.noise_norms = list(self.noise_norms)
+        part._measured = [self._measured[i] for i in kept]
+        part.noise_norms = self._noise_norms_of(kept, mine)
         if first is not None and first.index in mine:
             number = sum(bool(arrived & mine) for arrived, _ in self.arrivals[: first.micro_batch])
             part.first_nonfinite = replace(first, micro_batch=number)
@@ -444,10 +450,31 @@ class Window:
                 part._snapshot = self._snapshot.subset([i in mine for i in self._before.indices])
         return part
 
+    def _noise_norms_of(self, kept: Sequence[int], mine: set[int]) -> list[MicroBatch]:
+        """Returns the norms of micro-batches, of some parameters only, for the noise scale.
+
+        Args:
+            kept: Positions of the micro-batches.
+            mine: Indices of the parameters.
+        """
+        if not self.noise_norms:
+            return []
+        if mine.issuperset(self.indices):
+            return [self.noise_norms[i] for i in kept]
+        # The first gradient of these parameters is all of their .grad until the next one comes.
+        first = self._measured[kept[0]] if kept else None
+        norms = [None if first is None else first.subset(sorted(mine), self.norm_type).total]
+        norms += [None] * (len(kept) - 1)
+        return [MicroBatch(self.arrivals[i][1], n) for i, n in zip(kept, norms, strict=False)]
+
     def leave(self, indices: Sequence[int]) -> None:
         """Removes parameters that belong to another window from now on."""
         others = set(indices)
-        self.indices = [index for index in self.indices if index not in others]
+        rest = [index for index in self.indices if index not in others]
+        kept = [i for i, (there, _) in enumerate(self.arrivals) if there - others]
+        self.noise_norms = self._noise_norms_of(kept, set(rest))
+        self._measured = [self._measured[i] for i in kept]
+        self.indices = rest
         self._tensors = []
         self.arrivals = [(arrived - others, w) for arrived, w in self.arrivals if arrived - others]
         if self.first_nonfinite is not None and self.first_nonfinite.index in others:

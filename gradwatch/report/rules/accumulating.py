@@ -32,7 +32,7 @@ def accumulating(run: RunData, limits: Thresholds) -> Iterator[Finding]:
         norms = steps["grad_norm"][: limits.accumulating_steps].astype(float)
         # From step 1 only: later, a sum of gradients looks the same as a loss that has grown.
         whole = len(norms) == limits.accumulating_steps and steps.step[0] == 1
-        if not whole or not np.isfinite(norms).all() or norms[0] <= 0:
+        if not whole or not np.isfinite(norms).all() or (norms <= 0).any():
             continue
         # If the logarithm fits a line better, the norm grows by a factor per step: it explodes.
         growth, fit, bent = norms[-3:].mean() / norms[0], line_fit(norms), line_fit(np.log(norms))
