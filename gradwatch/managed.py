@@ -26,6 +26,7 @@ from gradwatch.out_of_memory import Rollback, forget, is_out_of_memory, release_
 from gradwatch.record.events import loop_event, out_of_memory_event
 from gradwatch.step.optimizer_steps import OptimizerSteps
 from gradwatch.step.run import Run
+from gradwatch.step.silence import NO_STEPS
 
 TWICE = (
     "watcher.backward() was called again before the loop over watcher.micro_batches() had gone on "
@@ -288,7 +289,8 @@ class ManagedLoop:
             return False
         if not last and not self._is_full:
             if self._progress.units == 0 and self._progress.split is None:
-                self._run.tell(loop_event("mistake", OWN_BACKWARD, self._optimizers[0].step + 1))
+                event = loop_event("mistake", OWN_BACKWARD, self._optimizers[0].step + 1)
+                self._run.tell(event, key=NO_STEPS)
             return False
         self._communicate()
         stepped = [self._step(one) for one in self._optimizers if one.window.micro_batches]

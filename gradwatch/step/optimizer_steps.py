@@ -56,6 +56,12 @@ EARLY_CLIP = (
 )
 
 
+ENOUGH = 50  # steps without any gradient
+NO_GRADIENT = (
+    "{optimizer} has taken {steps} steps, and none of its parameters has ever received a gradient: "
+    "the loss does not depend on them. Look for detach(), no_grad(), .item() or .data between the "
+    "model and the loss."
+)
 STALE = (
     "The last {steps} steps of {optimizer} (up to step {step}) began with the gradients of the step "
     "before, and added to them: zero_grad() is missing. Call optimizer.zero_grad() after each "
@@ -200,7 +206,8 @@ class Steps:
 
     def _tell_early_clip(self, left: float) -> None:
         message = EARLY_CLIP.format(optimizer=self.label, step=self.step + 1, left=left)
-        self._run.tell(loop_event("mistake", message, self.step + 1, self.label))
+        event = loop_event("mistake", message, self.step + 1, self.label)
+        self._run.tell(event, key=f"early clip of {self.label}")
 
     def _scaler_has_updated(self) -> bool:
         before = self._generation
@@ -644,6 +651,8 @@ class OptimizerSteps(Steps):
         self._run.used.update(self.window.backwards)
         if self.stale.looks and self.stale.note_step(self._run.table.tensors, self.window.indices):
             self._tell_stale()
+        if not (norms.before.indices or self._run.hooks.arrivals.ended):
+            self._tell_no_gradient()
         if self._curvature is not None:
             pending.curvature = self._curvature(self.step, self._outcome.outcome)
         if late:  # only the device knows the outcome: the rule is told once it has arrived
@@ -669,6 +678,11 @@ class OptimizerSteps(Steps):
         step = self.step
         text = STALE.format(optimizer=self.label, steps=StaleGradients.ENOUGH, step=step)
         self._run.tell(loop_event("mistake", text, step, self.label))
+
+    def _tell_no_gradient(self) -> None:
+        if self.step == ENOUGH:
+            text = NO_GRADIENT.format(optimizer=self.label, steps=ENOUGH)
+            self._run.tell(loop_event("mistake", text, self.step, self.label))
 
     def _only_makes_state(self, optimizer: Optimizer) -> bool:
         """Returns whether a step changes nothing: all rates and all gradients are zero.

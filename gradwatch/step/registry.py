@@ -40,6 +40,9 @@ class BackwardSteps(Steps):
     changed :data:`MOVES` times without an optimizer step, or at the end of the run. Until then the
     backwards are held. So are windows that ended without a step: an optimizer that is found later
     would have stepped with them, so they are recorded as its own (:meth:`ended_of`).
+
+    Attributes:
+        moved: Whether the weights have ever moved between two backwards.
     """
 
     def __init__(self, run: Run, window: Window) -> None:
@@ -51,6 +54,7 @@ class BackwardSteps(Steps):
         # steps.
         self._raises = run.options.on_nonfinite == "raise" and run.options.scaler is None
         self._are_steps = False
+        self.moved = False
         self._versions, self._moves = -1, 0
         self._ended: deque[_EndedWindow] = deque(maxlen=run.options.buffer_size)
         self._found_scale: FloatOrDeferred = 1.0
@@ -89,6 +93,8 @@ class BackwardSteps(Steps):
 
         ``alone`` says that no optimizer has been found at all, so the backward may be a step.
         """
+        if not self.moved:
+            self.moved = self.weights_then is not None and self.weights_then.moved()
         if self._are_steps or backward.freed:
             self.window.reset()  # an optimizer inside the backward has used what was there before
         measured = self.add(backward, weight)
@@ -234,7 +240,8 @@ class OptimizerRegistry:
         silence.backwards += 1
         silence.others = 0
         if silence.backwards in (CERTAIN, MANY):
-            silence.look_for_steps(self.followed)
+            moved = self._unowned is None or self._unowned.moved
+            silence.look_for_steps(self.followed, moved)
         if run.hooks.unhooked:
             backward = backward._replace(arrived=[*backward.arrived, *run.hooks.hook_thawed()])
         for one in self.followed:

@@ -34,7 +34,7 @@ class Run:
         recorder: Keeps records and events.
         accumulation: How many micro-batches make a step.
         used: The numbers of the newest backwards whose gradients an optimizer has stepped with.
-        told: The messages about the training loop that were given.
+        told: What was told about the training loop.
         other_steps: The number of steps of optimizers that hold no watched parameter.
     """
 
@@ -67,11 +67,18 @@ class Run:
         hub = SinkHub(sinks, options.buffer_size)
         self.recorder = Recorder(RingBuffer(layout, options.buffer_size), hub)
 
-    def tell(self, event: Event, warn: bool = True) -> None:
-        """Records an event about the training loop, and warns; each message once in a run."""
-        if event.message in self.told:
+    def tell(self, event: Event, key: str = "", warn: bool = True) -> None:
+        """Records an event about the training loop, and warns; once in a run.
+
+        Args:
+            event: The event.
+            key: What is told once; by default the message itself.
+            warn: Whether to warn, too.
+        """
+        key = key or event.message
+        if key in self.told:
             return
-        self.told.add(event.message)
+        self.told.add(key)
         self.note(event)
         if warn:
             warn_safely(f"gradwatch: {event.message}")

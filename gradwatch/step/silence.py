@@ -21,6 +21,13 @@ MANY = 1_000
 SHORT = 10
 """A run of fewer backwards may be meant as a look at gradients, without any step."""
 
+NO_STEPS = "no steps"
+"""What is told once in a run: that no optimizer steps, whatever the reason."""
+
+NOT_MOVED = (
+    "{count} backwards, and the weights have not moved: no optimizer has stepped. Each backward is "
+    "recorded as a step. Call optimizer.step() in the loop."
+)
 NO_STEP = (
     "{count} backwards, and {optimizer} has never stepped: its weights do not move{asked}. Call "
     "optimizer.step(), or pass the optimizer that the loop steps: watch(model, optimizer)."
@@ -85,7 +92,6 @@ class Silence:
         self._run = run
         self.others = 0
         self._other = ""
-        self._never = False
         self._unstepped = 0
         self._known_change: tuple[object, ...] = ((), ())
 
@@ -100,7 +106,7 @@ class Silence:
         self._other = name
         if self.others in (1, CERTAIN):
             self.look_at_model(self._step_of(followed))
-        if self.others == CERTAIN:
+        if self.others == CERTAIN and not any(self._known_change):
             text = NOT_TRAINED.format(other=name, count=CERTAIN)
             self._run.tell(loop_event("mistake", text, self._step_of(followed)))
 
@@ -122,9 +128,8 @@ class Silence:
 
     def tell_another(self, named: OptimizerSteps, found: OptimizerSteps) -> None:
         """Tells that another optimizer than the named one steps its parameters."""
-        self._never = True
         text = ANOTHER.format(named=named.label, found=found.label)
-        self._run.tell(loop_event("mistake", text, found.step + 1, found.label))
+        self._run.tell(loop_event("mistake", text, found.step + 1, found.label), key=NO_STEPS)
 
     def tell_left_out(self, found: str, indices: Sequence[int]) -> None:
         """Tells that an optimizer steps parameters that no named optimizer holds."""
@@ -153,40 +158,44 @@ class Silence:
             backwards: The backwards of the whole run that were noticed.
         """
         self.look_at_model(self._step_of(followed))
-        stepped = any(one.step for one in followed)
-        if stepped or not backwards or self._never:
+        if not backwards or any(one.step for one in followed):
             return
         options = self._run.options
         if followed and backwards >= SHORT:
-            self.look_for_steps(followed, at_end=True)
+            self.look_for_steps(followed, moved=True, at_end=True)
         elif options.acting:
-            self._tell(NEVER_ACTED.format(asked=" and ".join(options.acting)), 1)
+            self._tell(NEVER_ACTED.format(asked=" and ".join(options.acting)), NO_STEPS)
         if options.of_steps:
-            self._tell(NEVER_TAKEN.format(asked=", ".join(options.of_steps)), 1)
+            self._tell(NEVER_TAKEN.format(asked=", ".join(options.of_steps)))
 
-    def look_for_steps(self, followed: Sequence[OptimizerSteps], at_end: bool = False) -> None:
-        """Tells if no step has come after many backwards, or until the end."""
-        if self._never or any(one.step for one in followed):
+    def look_for_steps(
+        self, followed: Sequence[OptimizerSteps], moved: bool, at_end: bool = False
+    ) -> None:
+        """Tells if no step has come after many backwards, or until the end.
+
+        Args:
+            followed: The optimizers of the watched model.
+            moved: Whether something else may have moved the weights.
+            at_end: Whether the run has ended.
+        """
+        if any(one.step for one in followed):
             return
-        acting = self._run.options.acting
+        acting, count = self._run.options.acting, self.backwards
         asked = f", and watch({' and '.join(acting)}) did nothing" if acting else ""
-        if self._run.other_steps and not any(one.discarded for one in followed):
-            self._never = True
-            self._tell(HOLDS_NONE.format(other=self._other, count=self.backwards, asked=asked), 1)
-        elif followed:
-            thrown_away = sum(one.discarded for one in followed)
-            # A window may be long; one whose gradients were thrown away has ended.
-            if thrown_away >= CERTAIN // 2 or self.backwards >= MANY or at_end:
-                self._never = True
-                label = followed[0].label
-                text = NO_STEP.format(count=self.backwards, optimizer=label, asked=asked)
-                self._tell(text, 1)
-        elif acting:
-            self._never = True
-            self._tell(NEVER_ACTED.format(asked=" and ".join(acting)), 1)
+        # A window may be long; one whose gradients were thrown away has ended.
+        thrown_away = sum(one.discarded for one in followed)
+        if self._run.other_steps and not thrown_away:
+            self._tell(HOLDS_NONE.format(other=self._other, count=count, asked=asked), NO_STEPS)
+        elif followed and (thrown_away >= CERTAIN // 2 or count >= MANY or at_end):
+            label = followed[0].label
+            self._tell(NO_STEP.format(count=count, optimizer=label, asked=asked), NO_STEPS)
+        elif not followed and acting:
+            self._tell(NEVER_ACTED.format(asked=" and ".join(acting)), NO_STEPS)
+        elif not followed and not moved:
+            self._tell(NOT_MOVED.format(count=count), NO_STEPS)
 
-    def _tell(self, text: str, step: int) -> None:
-        self._run.tell(loop_event("mistake", text, step))
+    def _tell(self, text: str, key: str = "") -> None:
+        self._run.tell(loop_event("mistake", text, 1), key)
 
     @staticmethod
     def _step_of(followed: Sequence[OptimizerSteps]) -> int:

@@ -196,7 +196,7 @@ class Window:
         """
         before, after = norms.before, norms.after
         if after is before:
-            return not self.arrivals and bool(after.indices)
+            return not self.arrivals and bool(after.indices) and after.total.if_known() != 0
         if self._snapshot is not None and self._snapshot.replaced(self.gradients()[1]):
             return True
         if not after.total.at_hand or list(after.indices) != list(before.indices):

@@ -37,10 +37,7 @@ FINITE = (
 
 
 def discarded(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds optimizers whose gradients are thrown away: if one was not finite, or in many steps.
-
-    A window that was open when the run ended does not count.
-    """
+    """Finds optimizers whose gradients are thrown away: if one was not finite, or in many steps."""
     events = run.events[run.events["kind"] == "discarded"]
     for optimizer, mine in events.groupby("optimizer", sort=False):
         steps = next((one for one in run.optimizers if one.optimizer == optimizer), None)
@@ -52,7 +49,7 @@ def discarded(run: RunData, limits: Thresholds) -> Iterator[Finding]:
         # Of events only the first and the newest are kept, of steps those in the buffer.
         total = max(before + at_the_end, len(mine))
         poisoned = mine[~np.isfinite(mine["value"])]
-        often = total > 1 and total > limits.discarded * (rows + total)
+        often = total > limits.discarded * (rows + total)
         if len(poisoned) or often:
             yield _finding(run, mine, poisoned, (total, rows, at_the_end))
 
@@ -78,7 +75,9 @@ def _finding(
         advice = POISONED.format(count=len(poisoned), where=where)
     optimizer = str(events["optimizer"].iloc[0])
     seen = Evidence(first_steps(events["step"].unique()), names, numbers, optimizer)
-    severity: Severity = "critical" if stands else "warning"
+    # One that was finite may be what was left over when the run ended.
+    once = total == 1 and not len(poisoned)
+    severity: Severity = "critical" if stands else "note" if once else "warning"
     return Finding("discarded", severity, title, seen, WHY.format(fate=fate).strip(), advice)
 
 
