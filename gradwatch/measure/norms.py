@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradwatch.measure.deferred import Array, Deferred, FloatOrDeferred, as_operand, is_at_hand, resolve
+from gradwatch.measure.deferred import (
+    Array,
+    Deferred,
+    FloatOrDeferred,
+    as_operand,
+    is_at_hand,
+    resolve,
+)
 
 _dtype = attrgetter("dtype")
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -48,9 +55,8 @@ class Measurement(NamedTuple):
         """Returns the measurement that a pass over a subset of the parameters would have given."""
         wanted = set(indices)
         keep = [i for i, index in enumerate(self.indices) if index in wanted]
-        norms, kept = self.norms.tensor[keep], [self.indices[i] for i in keep]
-        total = Deferred(total_norm(norms, norm_type))
-        return Measurement(kept, Deferred(norms), total, self.overflowed)
+        norms, kept = Deferred(self.norms.tensor[keep]), [self.indices[i] for i in keep]
+        return Measurement(kept, norms, combined(norms, norm_type), self.overflowed)
 
 
 def measure(
@@ -79,9 +85,9 @@ def measure(
     value, each = total.item(), Deferred(norms)
     # The elements are checked only if the norm is not finite: isfinite() is a second pass.
     if math.isfinite(value) or not _all_finite(gradients):
-        if _mend_underflow_(each.array(), gradients, norm_type):
-            total = _total_of_tiny(each, total, value, norm_type)
-            value = total.item()
+        # A total above the bound keeps its bits, which are those of clip_grad_norm_.
+        if mend_underflow_(each, gradients, norm_type) and value < underflow_bound(norm_type):
+            return Measurement(indices, each, combined(each, norm_type))
         return Measurement(indices, each, Deferred(total, value))
     norms = wide_norms(gradients, norm_type)
     total = total_norm(norms, norm_type)
@@ -100,19 +106,24 @@ def underflow_bound(norm_type: float) -> float:
     return 0.0 if norm_type <= 1.0 or math.isinf(norm_type) else 1e-26 ** (1.0 / norm_type)
 
 
-def _mend_underflow_(norms: Array, gradients: Sequence[Tensor], norm_type: float) -> bool:
+def mend_underflow_(norms: Deferred, gradients: Sequence[Tensor], norm_type: float) -> bool:
     """Replaces norms that underflow has made too small, in place, by those of float64.
 
+    Nothing is done if the norms cannot be read without waiting.
+
     Args:
-        norms: float32 or float64 ``[len(gradients)]``.
+        norms: ``[len(gradients)]``, that nothing else has read yet.
         gradients: The gradients that were measured.
         norm_type: The p of the norm.
 
     Returns:
         Whether a norm was replaced.
     """
+    if not norms.at_hand:
+        return False
     # One comparison in NumPy, which costs no ATen call, finds nothing in nearly every backward.
-    tiny = norms < underflow_bound(norm_type)
+    values = norms.array()
+    tiny = values < underflow_bound(norm_type)
     if not tiny.any():
         return False
     suspects = [i for i in np.flatnonzero(tiny).tolist() if _may_underflow(gradients[i])]
@@ -121,14 +132,13 @@ def _mend_underflow_(norms: Array, gradients: Sequence[Tensor], norm_type: float
     # Most of them are gradients of zero, such as those of a layer behind a dead ReLU: one batched
     # pass, in which nothing underflows, tells these from the others.
     elements = [_real_values(gradients[i]) for i in suspects]
-    largest = gradient_norms(elements, math.inf).numpy()
-    found = np.flatnonzero(largest > 0).tolist()
-    if not found:
-        return False
-    wide = wide_norms([gradients[suspects[i]] for i in found], norm_type).numpy()
-    # No p-norm is below the largest element: with a large p, the powers underflow float64 as well.
-    norms[[suspects[i] for i in found]] = np.maximum(wide, largest[found])
-    return True
+    largest = gradient_norms(elements, math.inf).tolist()
+    found = [(i, one) for i, one in zip(suspects, largest, strict=True) if one > 0]
+    for i, one in found:
+        # Divided by the largest element, so that no power underflows float64 either.
+        scaled = _in_double(gradients[i]) / one
+        values[i] = one * torch.linalg.vector_norm(scaled, norm_type).item()
+    return bool(found)
 
 
 def _may_underflow(gradient: Tensor) -> bool:
@@ -140,18 +150,6 @@ def _real_values(gradient: Tensor) -> Tensor:
     # The magnitude of a complex number is a square root of squares, which underflow.
     values = gradient_values(gradient)
     return torch.view_as_real(values) if values.is_complex() else values
-
-
-def _total_of_tiny(norms: Deferred, total: Tensor, value: float, norm_type: float) -> Tensor:
-    """Returns the total norm ``[]``, from the norms in float64 if it is below the bound itself.
-
-    A total above it keeps its bits, which are those of ``clip_grad_norm_``.
-    """
-    if not value < underflow_bound(norm_type):  # NaN keeps its total too
-        return total
-    each = norms.array().astype(np.float64)
-    largest = float(each.max())
-    return total.new_tensor(largest * float(np.linalg.norm(each / largest, norm_type)))
 
 
 def _all_finite(gradients: Sequence[Tensor]) -> bool:
@@ -226,6 +224,17 @@ def total_norm(norms: Tensor, norm_type: float = 2.0) -> Tensor:
     return total
 
 
+def combined(norms: Deferred, norm_type: float) -> Deferred:
+    """Combines the p-norms of parts as :func:`total_norm` does, in float64 if they are tiny."""
+    total = total_norm(norms.tensor, norm_type)
+    if is_at_hand(total) and total.item() < underflow_bound(norm_type):
+        parts = norms.array().astype(np.float64)
+        largest = float(parts.max(initial=0.0))
+        if largest > 0:  # no part is larger than 1 then, and the largest has no power to underflow
+            total = total.new_tensor(largest * float(np.linalg.norm(parts / largest, norm_type)))
+    return Deferred(total)
+
+
 def wide_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     """Computes the norms of :func:`gradient_norms` in float64, for when float32 overflows.
 
@@ -233,11 +242,12 @@ def wide_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
         Tensor ``[len(gradients)]``, float64.
     """
     # One gradient at a time, so that only one float64 copy is in memory at once.
-    norms = []
-    for gradient in gradients:
-        wide = torch.complex128 if gradient.dtype.is_complex else torch.float64
-        norms.append(torch.linalg.vector_norm(gradient_values(gradient).to(wide), norm_type))
-    return torch.stack(norms)
+    return torch.stack([torch.linalg.vector_norm(_in_double(g), norm_type) for g in gradients])
+
+
+def _in_double(gradient: Tensor) -> Tensor:
+    wide = torch.complex128 if gradient.dtype.is_complex else torch.float64
+    return gradient_values(gradient).to(wide)
 
 
 def has_negative_zero(gradients: Sequence[Tensor]) -> bool:
