@@ -10,7 +10,6 @@ import gradwatch
 from gradwatch.step.looks import EARLY, EVERY
 from tests.support.calls import CountCalls
 
-
 WITHOUT_A_LOOK = 3
 """The first step in which unchanged gradients are not measured once more."""
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from gradwatch.measure.deferred import (
-    Array,
     Deferred,
     FloatOrDeferred,
     as_operand,

@@ -8,7 +8,9 @@ from .told import told, told_frame
 DATA = Path(__file__).parent / "data"
 
 RENAMED = {
-    **{':"Seen"': ':"Evidence"', '"Seen(': '"Evidence(', "=Seen(": "=Evidence("},
+    ':"Seen"': ':"Evidence"',
+    '"Seen(': '"Evidence(',
+    "=Seen(": "=Evidence(",
     '"dtype":"bool"': '"dtype":"boolean"',
 }
 """The evidence of a finding is a class of another name today; its repr is where that shows.
