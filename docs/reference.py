@@ -130,6 +130,8 @@ def _columns(record: type, names: Iterable[str]) -> str:
 
 
 def _dtype(dtype: type | None) -> str:
+    if dtype is np.bool_:
+        return "boolean"  # pandas' nullable one
     return "str" if dtype is None else np.dtype(dtype).name
 
 

@@ -7,18 +7,29 @@ import pytest
 import torch
 
 import gradwatch
+from gradwatch.step.looks import EARLY, EVERY
 from tests.support.calls import CountCalls
+
+WITHOUT_A_LOOK = 3
+"""The first step in which unchanged gradients are not measured once more."""
 
 
 def _calls(parameters, watched, **options):
     tensors = {f"p{i}": torch.ones(2, requires_grad=True) for i in range(parameters)}
     optimizer = torch.optim.SGD(tensors.values(), lr=0.1)
     watcher = gradwatch.watch(tensors, optimizer, **options)
-    if watched:
-        watcher.attach()
-    with CountCalls() as counter:
+
+    def step():
         torch.stack(torch._foreach_norm(list(tensors.values()))).sum().backward()
         optimizer.step()
+
+    if watched:
+        watcher.attach()
+    for _ in range(WITHOUT_A_LOOK - 1):
+        step()
+    watcher.flush()
+    with CountCalls() as counter:
+        step()
         watcher.close()  # what was left for later counts, too
     return counter.calls
 
@@ -54,7 +65,8 @@ def _python_calls(parameters, watched, **options):
     watcher = gradwatch.watch(tensors, optimizer, **options)
     if watched:
         watcher.attach()
-    step()
+    for _ in range(WITHOUT_A_LOOK - 1):
+        step()
     sys.setprofile(count)
     try:
         step()
@@ -79,11 +91,28 @@ def test_an_accumulated_window_is_measured_once_per_micro_batch():
     """The step itself adds no pass where nothing changed since the last backward."""
     x = torch.ones(3, requires_grad=True)
     optimizer = torch.optim.SGD([x], lr=0.1)
-    with gradwatch.watch({"x": x}, optimizer), CountCalls() as counter:
-        for _ in range(4):
-            x.sum().backward()
-        optimizer.step()
+    with gradwatch.watch({"x": x}, optimizer):
+        for _ in range(WITHOUT_A_LOOK):
+            with CountCalls() as counter:
+                for _ in range(4):
+                    x.sum().backward()
+                optimizer.step()
     assert counter.calls["aten._foreach_norm.Scalar"] == 4
+
+
+def test_unchanged_gradients_are_measured_once_more_in_few_steps():
+    """A pass more in steps 1, 2, 4 to 64 and in every 128th, and in no other."""
+    x = torch.ones(3, requires_grad=True)
+    optimizer, twice = torch.optim.SGD([x], lr=0.1), []
+    with gradwatch.watch({"x": x}, optimizer) as watcher:
+        for step in range(1, 300):
+            with CountCalls() as counter:
+                x.sum().backward()
+                optimizer.step()
+            if counter.calls["aten._foreach_norm.Scalar"] > 1:
+                twice.append(step)
+    assert twice == [1, 2, 4, 8, 16, 32, EARLY, EVERY, 2 * EVERY]
+    assert watcher.history.steps()["clipped"].eq(False).all()
 
 
 def test_curvature_costs_calls_only_where_it_is_taken():
@@ -93,6 +122,9 @@ def test_curvature_costs_calls_only_where_it_is_taken():
     asked = gradwatch.CurvatureEvery(3, lambda: x.pow(4).sum(), iterations=2, probes=1)
     for curvature in (None, asked):
         with gradwatch.watch({"x": x}, optimizer, curvature=curvature):
+            for _ in range(18):  # the next look is in step 32
+                x.sum().backward()
+                optimizer.step()
             for _ in range(6):
                 with CountCalls() as counter:
                     x.sum().backward()

@@ -61,10 +61,15 @@ class CountCalls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+STEPS_BEFORE = 2
+"""In its first two steps a watcher measures gradients once more than in most others."""
+
+
 def count_variant(variant: Variant, device: str) -> Counts:
-    """Counts what the second step of a variant does on a device, ``"cpu"`` or ``"cuda"``."""
+    """Counts what the third step of a variant does on a device, ``"cpu"`` or ``"cuda"``."""
     with variant.prepare() as loop:
-        loop.step()
+        for _ in range(STEPS_BEFORE):
+            loop.step()
         return count_cuda(loop.step) if device == "cuda" else count_cpu(loop.step)
 
 
@@ -121,9 +126,11 @@ def _small_step(parameters: int, options: dict[str, Any] | None, recorded: bool 
         optimizer.zero_grad()
 
     if options is None:
-        step()
+        for _ in range(STEPS_BEFORE):
+            step()
         return count_cpu(step)
     with gradwatch.watch(tensors, optimizer, **options) as watcher:
-        step()
+        for _ in range(STEPS_BEFORE):
+            step()
         watcher.flush()
         return count_cpu(lambda: (step(), watcher.flush() if recorded else None))

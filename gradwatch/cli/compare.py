@@ -264,6 +264,7 @@ def _totals(history: History) -> dict[str, float]:
     """Returns totals of a run by name; ``clipped`` is a share of the applied steps."""
     steps = history.steps(("time_s", "clipped", "outcome", "nonfinite_parameters"))
     applied = steps["outcome"] == "applied"
+    clipped = steps["clipped"][applied].dropna()  # where it is known
     kinds = history.events()["kind"].value_counts()
     # The median, because a pause or a resumed run hardly changes it.
     between = np.diff(steps["time_s"].to_numpy())
@@ -271,7 +272,7 @@ def _totals(history: History) -> dict[str, float]:
         "steps": len(steps),
         "parameters": len(history.names),
         "seconds per step": float(np.median(between)) if len(between) else math.nan,
-        "clipped": float(steps["clipped"][applied].mean()) if applied.any() else math.nan,
+        "clipped": float(clipped.mean()) if len(clipped) else math.nan,
         "skipped": int((~applied).sum()),
         "non-finite": int((steps["nonfinite_parameters"] > 0).sum()),
         **{f"events: {kind}": int(amount) for kind, amount in kinds.items()},

@@ -122,17 +122,24 @@ def _parameters(history: History) -> Iterator[pd.DataFrame]:
         yield history.parameters(start=start, stop=min(start + in_piece, last + 1))
 
 
+def _with_none(piece: pd.DataFrame) -> pd.DataFrame:
+    """Replaces the unknown truth values of a frame by None, which JSON knows."""
+    unsure = piece.select_dtypes("boolean").astype(object)
+    plain: pd.DataFrame = piece.assign(**dict(unsure.where(unsure.notna(), None).items()))
+    return plain
+
+
 def _csv_text(pieces: Iterable[pd.DataFrame]) -> Iterator[str]:
-    """Yields CSV with a header; numbers have all their digits, and NaN is an empty cell."""
+    """Yields CSV with a header; numbers have all their digits, NaN and unknown are empty cells."""
     for index, piece in enumerate(pieces):
         yield str(piece.to_csv(None, index=False, header=index == 0, lineterminator="\n"))
 
 
 def _json_text(pieces: Iterable[pd.DataFrame]) -> Iterator[str]:
-    """Yields a JSON array with one object per row; NaN is null, and infinities are strings."""
+    """Yields a JSON array with one object per row; NaN and unknown are null, infinities strings."""
     yield "["
     between = "\n"
-    for piece in pieces:
+    for piece in map(_with_none, pieces):
         for first in range(0, len(piece), JSON_ROWS):
             records = piece.iloc[first : first + JSON_ROWS].to_dict("records")
             yield between + ",\n".join(map(as_json, records))

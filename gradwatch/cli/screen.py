@@ -140,9 +140,10 @@ def _event_lines(follower: Follower, several: bool) -> Iterator[Text]:
 
 
 def _clip_line(rows: Sequence[StepRecord]) -> Text:
-    clipped = [row.clipped for row in rows if row.outcome == "applied"]
+    applied = [row for row in rows if row.outcome == "applied"]
+    clipped = [row.clipped for row in applied if row.clipped is not None]
     rate = percent(sum(clipped) / len(clipped) if clipped else math.nan)
-    skipped = len(rows) - len(clipped)
+    skipped = len(rows) - len(applied)
     threshold = rows[-1].clip_threshold
     parts = [f"clipped {rate} of the last {counted(len(rows), 'step')}"]
     parts += [] if math.isnan(threshold) else [f"threshold {number(threshold)}"]

@@ -15,9 +15,14 @@ from torch.utils.hooks import RemovableHandle
 from gradwatch.hooks.backward import Arrivals, Backward, on_accumulated, on_incoming
 from gradwatch.hooks.data_parallel import fully_sharded
 from gradwatch.measure.deferred import Deferred
-from gradwatch.measure.norms import Measurement, gradient_norms, total_norm
+from gradwatch.measure.norms import (
+    Measurement,
+    combined,
+    gradient_norms,
+    mend_underflow_,
+    total_norm,
+)
 from gradwatch.measure.parameters import ParameterTable
-
 
 NO_PARAMETER = -1  # stands for the first arrival of a backward in which none has arrived yet
 
@@ -253,7 +258,9 @@ class FreedGradients(_TensorHooks):
 
     @torch.no_grad()
     def _see(self, index: int, gradient: Tensor) -> None:
-        self._norms[index] = gradient_norms([gradient], self._norm_type)[0]
+        norms = Deferred(gradient_norms([gradient], self._norm_type))
+        mend_underflow_(norms, [gradient], self._norm_type)
+        self._norms[index] = norms.tensor[0]
 
 
 def with_freed(
@@ -267,8 +274,8 @@ def with_freed(
     norms = dict(zip(measurement.indices, measurement.norms.tensor.unbind(), strict=True))
     norms.update(freed)
     indices = sorted(norms)
-    row = torch.stack([norms[index] for index in indices])
-    return Measurement(indices, Deferred(row), Deferred(total_norm(row, norm_type)))
+    row = Deferred(torch.stack([norms[index] for index in indices]))
+    return Measurement(indices, row, combined(row, norm_type))
 
 
 class LocalNorms(_TensorHooks):

@@ -12,7 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradwatch.measure.deferred import Deferred, FloatOrDeferred, as_operand, is_at_hand, resolve
+from gradwatch.measure.deferred import (
+    Deferred,
+    FloatOrDeferred,
+    as_operand,
+    is_at_hand,
+    resolve,
+)
 
 _dtype = attrgetter("dtype")
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -48,9 +54,8 @@ class Measurement(NamedTuple):
         """Returns the measurement that a pass over a subset of the parameters would have given."""
         wanted = set(indices)
         keep = [i for i, index in enumerate(self.indices) if index in wanted]
-        norms, kept = self.norms.tensor[keep], [self.indices[i] for i in keep]
-        total = Deferred(total_norm(norms, norm_type))
-        return Measurement(kept, Deferred(norms), total, self.overflowed)
+        norms, kept = Deferred(self.norms.tensor[keep]), [self.indices[i] for i in keep]
+        return Measurement(kept, norms, combined(norms, norm_type), self.overflowed)
 
 
 def measure(
@@ -68,19 +73,82 @@ def measure(
         dtype: As for :func:`gradient_norms`.
 
     Returns:
-        The norms. If the float32 norm of finite gradients overflows, they are measured again in
-        float64, so that the recorded norm is true and a clip can still use it. On an accelerator
-        this is not done: to detect the overflow would mean waiting for the device.
+        The norms. Where the powers of finite elements overflow or underflow float32, gradients are
+        measured again in float64, so that the recorded norm is true and a clip can still use it. On
+        an accelerator this is not done: to detect it would mean waiting for the device.
     """
     norms = gradient_norms(gradients, norm_type, dtype)
     total = total_norm(norms, norm_type)
-    value = total.item() if is_at_hand(total) else None
+    if not is_at_hand(total):
+        return Measurement(indices, Deferred(norms), Deferred(total))
+    value, each = total.item(), Deferred(norms)
     # The elements are checked only if the norm is not finite: isfinite() is a second pass.
-    if value is None or math.isfinite(value) or not _all_finite(gradients):
-        return Measurement(indices, Deferred(norms), Deferred(total, value))
+    if math.isfinite(value) or not _all_finite(gradients):
+        # A total above the bound keeps its bits, which are those of clip_grad_norm_.
+        if mend_underflow_(each, gradients, norm_type) and value < underflow_bound(norm_type):
+            return Measurement(indices, each, combined(each, norm_type))
+        return Measurement(indices, each, Deferred(total, value))
     norms = wide_norms(gradients, norm_type)
     total = total_norm(norms, norm_type)
     return Measurement(indices, Deferred(norms), Deferred(total), overflowed=True)
+
+
+def underflow_bound(norm_type: float) -> float:
+    """Returns the norm below which a float32 p-norm may have lost digits; 0 where none is lost.
+
+    A float32 power below 1.2e-38 is rounded to a multiple of 1.4e-45, or to 0: an element of 1e-23
+    adds nothing to a 2-norm. Each of n powers is off by at most 7e-46, so their sum, the norm to
+    the power p, is right to a float32 digit (6e-8) from 1.2e-38 n on. That is 1e-26 for a parameter
+    of 8e11 elements, more than any has. For the 2-norm the bound is 1e-13.
+    """
+    # The largest magnitude and the sum of magnitudes take no power; for p < 1 a power is larger.
+    return 0.0 if norm_type <= 1.0 or math.isinf(norm_type) else 1e-26 ** (1.0 / norm_type)
+
+
+def mend_underflow_(norms: Deferred, gradients: Sequence[Tensor], norm_type: float) -> bool:
+    """Replaces norms that underflow has made too small, in place, by those of float64.
+
+    Nothing is done if the norms cannot be read without waiting.
+
+    Args:
+        norms: ``[len(gradients)]``, that nothing else has read yet.
+        gradients: The gradients that were measured.
+        norm_type: The p of the norm.
+
+    Returns:
+        Whether a norm was replaced.
+    """
+    if not norms.at_hand:
+        return False
+    # One comparison in NumPy, which costs no ATen call, finds nothing in nearly every backward.
+    values = norms.array()
+    tiny = values < underflow_bound(norm_type)
+    if not tiny.any():
+        return False
+    suspects = [i for i in np.flatnonzero(tiny).tolist() if _may_underflow(gradients[i])]
+    if not suspects:
+        return False
+    # Most of them are gradients of zero, such as those of a layer behind a dead ReLU: one batched
+    # pass, in which nothing underflows, tells these from the others.
+    elements = [_real_values(gradients[i]) for i in suspects]
+    largest = gradient_norms(elements, math.inf).tolist()
+    found = [(i, one) for i, one in zip(suspects, largest, strict=True) if one > 0]
+    for i, one in found:
+        # Divided by the largest element, so that no power underflows float64 either.
+        scaled = _in_double(gradients[i]) / one
+        values[i] = one * torch.linalg.vector_norm(scaled, norm_type).item()
+    return bool(found)
+
+
+def _may_underflow(gradient: Tensor) -> bool:
+    # Double precision reaches down to 1e-154; empty gradients are parts of sharded parameters.
+    return gradient.numel() > 0 and gradient.dtype not in (torch.float64, torch.complex128)
+
+
+def _real_values(gradient: Tensor) -> Tensor:
+    # The magnitude of a complex number is a square root of squares, which underflow.
+    values = gradient_values(gradient)
+    return torch.view_as_real(values) if values.is_complex() else values
 
 
 def _all_finite(gradients: Sequence[Tensor]) -> bool:
@@ -155,6 +223,17 @@ def total_norm(norms: Tensor, norm_type: float = 2.0) -> Tensor:
     return total
 
 
+def combined(norms: Deferred, norm_type: float) -> Deferred:
+    """Combines the p-norms of parts as :func:`total_norm` does, in float64 if they are tiny."""
+    total = total_norm(norms.tensor, norm_type)
+    if is_at_hand(total) and total.item() < underflow_bound(norm_type):
+        parts = norms.array().astype(np.float64)
+        largest = float(parts.max(initial=0.0))
+        if largest > 0:  # no part is larger than 1 then, and the largest has no power to underflow
+            total = total.new_tensor(largest * float(np.linalg.norm(parts / largest, norm_type)))
+    return Deferred(total)
+
+
 def wide_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     """Computes the norms of :func:`gradient_norms` in float64, for when float32 overflows.
 
@@ -162,11 +241,17 @@ def wide_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
         Tensor ``[len(gradients)]``, float64.
     """
     # One gradient at a time, so that only one float64 copy is in memory at once.
-    norms = []
-    for gradient in gradients:
-        wide = torch.complex128 if gradient.dtype.is_complex else torch.float64
-        norms.append(torch.linalg.vector_norm(gradient_values(gradient).to(wide), norm_type))
-    return torch.stack(norms)
+    return torch.stack([torch.linalg.vector_norm(_in_double(g), norm_type) for g in gradients])
+
+
+def _in_double(gradient: Tensor) -> Tensor:
+    wide = torch.complex128 if gradient.dtype.is_complex else torch.float64
+    return gradient_values(gradient).to(wide)
+
+
+def has_negative_zero(gradients: Sequence[Tensor]) -> bool:
+    """Tells whether gradients whose elements are all 0 hold a -0.0; waits for a device."""
+    return any(bool(torch.signbit(_real_values(gradient)).any()) for gradient in gradients)
 
 
 def gradient_values(gradient: Tensor) -> Tensor:
@@ -184,13 +269,17 @@ class StepNorms(NamedTuple):
     Attributes:
         before: The measurement before any clip.
         after: The measurement after the user's own clip; the same object as ``before`` if the user
-            did not change the gradients.
+            is known not to have changed the gradients.
         unit_before: The loss scale by which ``before`` is still multiplied.
         unit_after: The loss scale by which ``after`` is still multiplied.
         correction: The factor that turns the sum over the window and the ranks into the mean.
         coefficient: The factor of gradwatch's own clip, which comes on top; 1.0 if there is none.
         threshold: The limit that the clipping policy applied; NaN if there is none.
         loss_scale: The loss scale in force.
+        looked: Whether ``after`` is a second measurement of gradients that nothing is known to have
+            changed, whose numbers had not arrived yet: whether they are the same is seen later.
+        clip_known: Whether the gradients were measured after the last clip. If not, every number
+            after the clip is NaN.
     """
 
     before: Measurement
@@ -201,6 +290,8 @@ class StepNorms(NamedTuple):
     coefficient: FloatOrDeferred = 1.0
     threshold: FloatOrDeferred = math.nan
     loss_scale: FloatOrDeferred = 1.0
+    looked: bool = False
+    clip_known: bool = True
 
     def true_norm(self) -> Tensor:
         """Returns the total norm at the start of the step, in true units: tensor ``[]``."""
@@ -235,21 +326,33 @@ class StepNorms(NamedTuple):
 
     @property
     def clip_coef(self) -> float:
-        """The ratio of the total norm after the clip to that before; 1.0 without a gradient."""
+        """The ratio of the total norm after the clip to that before; 1.0 without a gradient.
+
+        NaN if it is not known.
+        """
+        if not self.clip_known:
+            return math.nan
         if self.untouched or self.grad_norm == 0:
             return resolve(self.coefficient)
         return self.grad_norm_clipped / self.grad_norm
 
     @property
     def grad_norm_clipped(self) -> float:
-        """The total norm after every clip."""
+        """The total norm after every clip; NaN if it is not known."""
+        if not self.clip_known:
+            return math.nan
         if self.untouched:
             return self.grad_norm * resolve(self.coefficient)
         return self.after.total.value() * self.after_scale * resolve(self.coefficient)
 
     @property
-    def clipped(self) -> bool:
-        """Whether a clip changed the gradients: gradwatch's own, or one that lowered the norm."""
+    def clipped(self) -> bool | None:
+        """Whether a clip changed the gradients: gradwatch's own, or one that lowered the norm.
+
+        None if it is not known.
+        """
+        if not self.clip_known:
+            return None
         return resolve(self.coefficient) < 1.0 or (
             not self.untouched and self.clip_coef < 1.0 - 1e-6
         )
@@ -257,7 +360,42 @@ class StepNorms(NamedTuple):
     @property
     def untouched(self) -> bool:
         """Whether nothing but gradwatch has changed the gradients since the last backward."""
-        return self.after is self.before
+        if self.after is self.before:
+            return True
+        return self.looked and same_norms(
+            self.before, self.after, resolve(self.unit_before), resolve(self.unit_after)
+        )
+
+
+_OF_UNITS = 1e-5
+
+
+def same_norms(
+    before: Measurement, after: Measurement, unit_before: float = 1.0, unit_after: float = 1.0
+) -> bool:
+    """Returns whether two measurements are of the same gradients; waits for their numbers.
+
+    Args:
+        before: The measurement at the end of the last backward.
+        after: One of the same gradients, taken later in the same way: unchanged gradients give the
+            same bits.
+        unit_before: The loss scale by which ``before`` is still multiplied.
+        unit_after: The loss scale by which ``after`` is still multiplied. If it is another one, a
+            ``GradScaler`` has multiplied every element in between, and rounded it.
+    """
+    old, new = before.norms.array(), after.norms.array()
+    if unit_before == unit_after:
+        return old.tobytes() == new.tobytes()
+    # In float64, in which no true norm overflows; NaN equals NaN, and Inf equals Inf.
+    return bool(
+        np.allclose(
+            new.astype(np.float64) / unit_after,
+            old.astype(np.float64) / unit_before,
+            rtol=_OF_UNITS,
+            atol=0.0,
+            equal_nan=True,
+        )
+    )
 
 
 class NonFiniteCount(NamedTuple):

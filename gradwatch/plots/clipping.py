@@ -71,8 +71,10 @@ def draw_clipping(source: Source, ax: Axes | None, span: Span) -> Axes:
 
 
 def _summary(optimizers: Sequence[OptimizerArrays]) -> str:
-    clipped = sum(int((steps["clipped"] & steps.applied).sum()) for steps in optimizers)
-    applied = sum(int(steps.applied.sum()) for steps in optimizers)
+    clipped = sum(int((steps["clipped"][steps.clip_known] == 1).sum()) for steps in optimizers)
+    applied = sum(int(steps.clip_known.sum()) for steps in optimizers)
+    if not applied and any(steps.applied.any() for steps in optimizers):
+        return "not known"
     share = f"{100 * clipped / applied:.3g} %" if clipped else "none"
     return f"{share} of {counted(applied, 'applied step')}"
 
@@ -86,17 +88,17 @@ def _draw_steps(ax: Axes, steps: OptimizerArrays, name: str, color: str) -> None
 
 
 def _clipped_shares(steps: OptimizerArrays) -> tuple[Array, Array]:
-    """Returns the share of applied steps that were clipped, per window of steps.
+    """Returns the share of applied steps that were clipped, where known, per window of steps.
 
     Returns:
         The edges of the windows, int64 ``[windows + 1]``, and the shares, float64 ``[windows]``;
-        NaN if no step of the window was applied.
+        NaN if the window has no such step.
     """
     step = steps.step
     windows = int(np.clip(len(step) // FEWEST_IN_WINDOW, 1, WINDOWS))
     window = column_of(step, windows)
-    applied = np.bincount(window, steps.applied, windows)
-    clipped = np.bincount(window, steps["clipped"] & steps.applied, windows)
+    applied = np.bincount(window, steps.clip_known, windows)
+    clipped = np.bincount(window, steps.clip_known & (steps["clipped"] == 1), windows)
     # Integer arithmetic, as in column_of(): otherwise an edge could lie within a step.
     edges = step[0] + np.arange(windows + 1) * (step[-1] + 1 - step[0]) // windows
     shares = np.full(windows, np.nan)

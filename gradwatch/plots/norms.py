@@ -82,14 +82,14 @@ def positive(norms: Array) -> Array:
 
 def _draw_norms_of(ax: Axes, steps: OptimizerArrays, color: str, several: bool) -> None:
     name = f"{steps.optimizer}: " if several else ""
-    clipped = bool(steps["clipped"].any())
-    label = f"{name}before the clip" if clipped else f"{name}gradient norm"
+    clipped = steps["clipped"] == 1
+    label = f"{name}before the clip" if clipped.any() else f"{name}gradient norm"
     draw_curve(ax, steps.step, positive(steps["grad_norm"]), color, label)
-    if clipped:
+    if clipped.any():
         look = (color, f"{name}after the clip", ":") if several else (AFTER, "after the clip", "-")
         norms = positive(steps["grad_norm_clipped"])
         # At other steps it equals the norm before the clip, and would hide that curve.
-        norms[~steps["clipped"]] = np.nan
+        norms[~clipped] = np.nan
         draw_curve(ax, steps.step, norms, *look)
 
 

@@ -43,7 +43,43 @@ class Labels:
         return Labels(self.values, self.codes[rows])
 
 
-Column = Array | Labels
+@dataclass(frozen=True, slots=True)
+class Truths:
+    """A column of truth values, of which some are unknown.
+
+    Attributes:
+        values: bool array ``[rows]``; False where it is unknown.
+        known: bool array ``[rows]``.
+    """
+
+    values: NDArray[np.bool_]
+    known: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, values: Sequence[bool | None]) -> Truths:
+        """Makes the column of one value per row; None is unknown."""
+        known = np.array([value is not None for value in values], bool)
+        return cls(np.array(values, bool), known)  # bool(None) is False
+
+    @classmethod
+    def joined(cls, parts: Sequence[Truths]) -> Truths:
+        """Concatenates columns; without any the result is empty."""
+        none = np.empty(0, bool)
+        values = np.concatenate([none, *(part.values for part in parts)])
+        return cls(values, np.concatenate([none, *(part.known for part in parts)]))
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows: Any) -> Truths:
+        return Truths(self.values[rows], self.known[rows])
+
+    def as_numbers(self) -> NDArray[np.float64]:
+        """Returns 1 for true, 0 for false and NaN for unknown: ``[rows]``."""
+        return np.where(self.known, self.values, np.nan)
+
+
+Column = Array | Labels | Truths
 Table = Mapping[str, Column]
 
 
@@ -51,11 +87,31 @@ def array_of(column: Column) -> Array:
     """Narrows the type of a column that must hold numbers.
 
     Raises:
+        TypeError: If the column holds strings or truth values.
+    """
+    if isinstance(column, Labels | Truths):
+        raise TypeError(f"expected a column of numbers, got {type(column).__name__}")
+    return column
+
+
+def truths_in(column: Column) -> Truths:
+    """Narrows the type of a column that must hold truth values.
+
+    Raises:
+        TypeError: If the column holds something else.
+    """
+    if not isinstance(column, Truths):
+        raise TypeError("expected a column of truth values")
+    return column
+
+
+def numbers_of(column: Column) -> Array:
+    """Returns a column to calculate with: truth values as 1 and 0, NaN where they are unknown.
+
+    Raises:
         TypeError: If the column holds strings.
     """
-    if isinstance(column, Labels):
-        raise TypeError("expected a column of numbers, got one of strings")
-    return column
+    return column.as_numbers() if isinstance(column, Truths) else array_of(column)
 
 
 def labels_in(column: Column) -> Labels:
@@ -85,14 +141,20 @@ def python_rows(table: Table) -> Iterator[tuple[Any, ...]]:
 def _python_values(column: Column) -> list[Any]:
     if isinstance(column, Labels):
         return [column.values[code] for code in column.codes]
+    if isinstance(column, Truths):
+        pairs = zip(column.values.tolist(), column.known.tolist(), strict=True)
+        return [value if known else None for value, known in pairs]
     values: list[Any] = column.tolist()
     return values
 
 
 def _dtypes(record: Any) -> dict[str, type[np.generic] | None]:
-    """Maps each field of a record to the dtype of its column, or None for strings."""
+    """Maps each field of a record to the dtype of its column, or None for strings.
+
+    A column of bool may hold unknown values: it is one of :class:`Truths`.
+    """
     # Looked up by name: with postponed annotations, a dataclass field's type is only a string.
-    of_type = {"int": np.int64, "float": np.float64, "bool": np.bool_}
+    of_type = {"int": np.int64, "float": np.float64, "bool | None": np.bool_}
     return {field.name: of_type.get(str(field.type)) for field in fields(record)}
 
 
@@ -115,7 +177,9 @@ def step_table(records: Sequence[StepRecord], names: Iterable[str]) -> dict[str,
 
 def _column(records: Sequence[object], name: str, dtype: type[np.generic] | None) -> Column:
     values = [getattr(record, name) for record in records]
-    return Labels.from_strings(values) if dtype is None else np.array(values, dtype)
+    if dtype is None:
+        return Labels.from_strings(values)
+    return Truths.of(values) if dtype is np.bool_ else np.array(values, dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +308,8 @@ def table_frame(table: Table, index: str | None = None) -> pd.DataFrame:
     Column ``index`` becomes the index; None keeps pandas' default index.
 
     Returns:
-        One frame column per table column: int64, float32, float64, bool or pandas' string dtype.
+        One frame column per table column: int64, float32, float64, pandas' nullable boolean or
+        pandas' string dtype.
     """
     import pandas as pd
 
@@ -262,10 +327,13 @@ def events_frame(events: Sequence[Event]) -> pd.DataFrame:
 
 
 def _values(column: Column) -> Any:
-    if not isinstance(column, Labels):
+    if not isinstance(column, Labels | Truths):
         return column
     import pandas as pd
 
+    if isinstance(column, Truths):
+        # Not bool where all are known: what a frame holds would then depend on the values.
+        return pd.arrays.BooleanArray(column.values, ~column.known)
     # take() on the codes makes a million strings as cheap as a million integers.
     return pd.Series(list(map(safe_text, column.values)), dtype="str").array.take(column.codes)
 

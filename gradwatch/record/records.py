@@ -15,12 +15,18 @@ from gradwatch.record.schema import Kind, Scalar, column, declared, is_finite
 
 Outcome = Literal["applied", "skipped_nonfinite", "skipped_scaler", "skipped_policy"]
 
+CLIP_KNOWN = "where it is known"
 ACCUMULATING = "from the first step on that has several micro-batches or a noise scale"
 
 
 def accumulates(record: StepRecord) -> bool:
     """Tells whether a step has a batch to speak of: several micro-batches, or a noise scale."""
     return record.micro_batches > 1 or math.isfinite(record.noise_scale)
+
+
+def knows_clip(record: StepRecord) -> bool:
+    """Tells whether it is known what a clip left of the gradients."""
+    return record.clipped is not None
 
 
 def exceeds_its_error(record: StepRecord) -> bool:
@@ -85,9 +91,9 @@ class StepRecord:
         default=0.0,
         metadata=column(
             "total gradient norm **after** every clip, gradwatch's or your own: "
-            "`clip_coef * grad_norm`",
+            "`clip_coef * grad_norm`; NaN where it is not known",
             unit="gradient",
-            scalar=Scalar("largest", loggers=True),
+            scalar=Scalar("largest", when=knows_clip, condition=CLIP_KNOWN, loggers=True),
         ),
     )
     grad_norm_local: float = field(
@@ -101,9 +107,10 @@ class StepRecord:
     clip_coef: float = field(
         default=1.0,
         metadata=column(
-            "factor that the gradients were multiplied with; 1 where nothing was clipped",
+            "factor that the gradients were multiplied with; 1 where nothing was clipped, NaN "
+            "where that is not known",
             repeats=True,
-            scalar=Scalar("smallest", loggers=True),
+            scalar=Scalar("smallest", when=knows_clip, condition=CLIP_KNOWN, loggers=True),
         ),
     )
     clip_threshold: float = field(
@@ -115,7 +122,13 @@ class StepRecord:
             repeats=True,
         ),
     )
-    clipped: bool = field(default=False, metadata=column("whether a clip changed the gradients"))
+    clipped: bool | None = field(
+        default=False,
+        metadata=column(
+            "whether a clip changed the gradients; `<NA>` (`None`) where that cannot be seen, "
+            "because no optimizer steps the model"
+        ),
+    )
     outcome: Outcome = field(
         default="applied",
         metadata=column(

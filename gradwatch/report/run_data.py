@@ -18,6 +18,7 @@ from gradwatch.record.columns import (
     array_of,
     events_frame,
     labels_in,
+    numbers_of,
     safe_text,
 )
 from gradwatch.record.records import Layout
@@ -34,7 +35,8 @@ class OptimizerArrays:
     Attributes:
         optimizer: Label of the optimizer.
         step: int64 ``[steps]``.
-        columns: Number columns of ``History.steps()`` by name, each an array ``[steps]``.
+        columns: Number columns of ``History.steps()`` by name, each an array ``[steps]``;
+            ``clipped`` is 1, 0, or NaN where it is not known.
         applied: bool ``[steps]``.
         by_scaler: bool ``[steps]``: whether a ``GradScaler`` skipped the step.
     """
@@ -50,6 +52,12 @@ class OptimizerArrays:
 
     def __getitem__(self, name: str) -> Array:
         return self.columns[name]
+
+    @property
+    def clip_known(self) -> Array:
+        """Bool ``[steps]``: whether a step was applied and it is known if it was clipped."""
+        known: Array = self.applied & ~np.isnan(self["clipped"])
+        return known
 
     @property
     def nonfinite(self) -> Array:
@@ -80,7 +88,7 @@ def by_optimizer(table: Table) -> list[OptimizerArrays]:
     applied, by_scaler = (
         equals(table["outcome"], outcome) for outcome in ("applied", "skipped_scaler")
     )
-    numbers = {n: array_of(table[n]) for n in table if n not in ("step", "optimizer", "outcome")}
+    numbers = {n: numbers_of(table[n]) for n in table if n not in ("step", "optimizer", "outcome")}
     parts = []
     # Sort by first row: a folder numbers the labels in the order of its parts, not of the steps.
     for code in codes[np.argsort(first)]:

@@ -148,7 +148,8 @@ class Clipping:
             return norms
         # The gradients that were measured include the correction by now, so it is taken out.
         unit = defer(as_operand(left) * as_operand(norms.correction))
-        return norms._replace(after=window.measure_clipped(indices, gradients), unit_after=unit)
+        after = window.measure_clipped(indices, gradients)
+        return norms._replace(after=after, unit_after=unit, looked=False)
 
     def _decide(self, norms: StepNorms) -> tuple[ClipDecision, StepNorms]:
         if self.policy is None:
@@ -248,4 +249,4 @@ def _with_factors(step: StepNorms, factors: Tensor, policy: ClipPolicy | None) -
     norms = after.norms.tensor * factors
     total = total_norm(norms, 2.0 if policy is None else policy.norm_type)
     scaled = Measurement(after.indices, Deferred(norms), Deferred(total), after.overflowed)
-    return step._replace(after=scaled)
+    return step._replace(after=scaled, looked=False)

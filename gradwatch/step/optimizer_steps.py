@@ -45,7 +45,6 @@ from gradwatch.step.run import Run
 from gradwatch.step.skip_rule import APPLIED, SkipRule, StepOutcome, TooManySkipsError
 from gradwatch.step.window import Losses, Window, WindowWeights
 
-
 CLIPPED_BELOW = 1e-6  # a clip that multiplies by 1 changes a norm by less
 AT_ZERO_GRAD = "zero_grad() came"
 AT_END = "the run ended"

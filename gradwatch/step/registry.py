@@ -127,7 +127,8 @@ class BackwardSteps(Steps):
     def _step_of_newest(self) -> PendingStep:
         whole, self.window = self.window, self.window.latest()
         self.step += 1
-        norms = self.window.step_norms(self._scale, 1.0)
+        # Whatever the loop does with the gradients from here on is not seen.
+        norms = self.window.step_norms(self._scale, 1.0)._replace(clip_known=False)
         pending = self._pending(norms, self.step)
         self.window = whole
         return pending

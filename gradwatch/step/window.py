@@ -2,7 +2,8 @@
 
 A :class:`Window` measures the gradients at the end of each backward, in one batched pass, and takes
 a snapshot of them. When the step begins and the snapshot still matches, that measurement is the
-norm before and after the user's clip; otherwise the gradients are measured once more.
+norm before and after the user's clip; otherwise the gradients are measured once more. In some steps
+they are measured once more in any case (:class:`~gradwatch.step.looks.Looks`).
 :class:`WindowWeights` then works out the mean over the window, and a sample of the noise.
 """
 
@@ -32,18 +33,21 @@ from gradwatch.hooks.data_parallel import DataParallel, is_distributed
 from gradwatch.hooks.model import ModelHooks, with_freed
 from gradwatch.hooks.scaler import LossScale
 from gradwatch.hooks.snapshot import GradientSnapshot
-from gradwatch.measure.deferred import FloatOrDeferred, as_operand, defer
+from gradwatch.measure.deferred import FloatOrDeferred, as_operand, defer, resolve
 from gradwatch.measure.norms import (
     FirstNonFinite,
     LateCheck,
     Measurement,
     StepNorms,
     gradient_norms,
+    has_negative_zero,
     measure,
+    same_norms,
     total_norm,
 )
 from gradwatch.measure.parameters import ParameterTable, is_partial, local_part
 from gradwatch.measure.sharded import ClipSides, PackedAllReduce, Shards, all_reduce_norms
+from gradwatch.step.looks import Looks
 
 _grad = attrgetter("grad")
 
@@ -67,6 +71,7 @@ class Window:
             itself.
         correction: The factor that turns the gradients into the weighted mean.
         zeroed: Whether the gradients were thrown away between the last backward and the step.
+        looks: When to measure again although nothing is known to have changed; None for never.
     """
 
     table: ParameterTable
@@ -83,6 +88,7 @@ class Window:
     correction: FloatOrDeferred = 1.0
     zeroed: bool = False
     _measured: list[Measurement | None] = field(default_factory=list)
+    looks: Looks | None = field(default_factory=Looks)
     _before: Measurement | None = None
     _snapshot: GradientSnapshot | None = None
     _looked: bool = False
@@ -304,7 +310,7 @@ class Window:
         """Returns the norms of the gradients that a step is about to use.
 
         The gradients are measured again only if they have changed since the last backward, for
-        example by a clip of the training loop.
+        example by a clip of the training loop, or if a look is due.
 
         Args:
             scale: The loss scale of the run.
@@ -318,16 +324,29 @@ class Window:
         # A scaler that unscales moves no version counter, so the snapshot still matches. The norms
         # measured at the end of the backward are those of the scaled loss in any case.
         unit_before = left if self._before is None else loss_scale
-        if self._before is not None and self._is_unchanged(self._before):
+        unchanged = self._before is not None and self._is_unchanged(self._before)
+        if self._before is not None and unchanged and not (self.looks and self.looks.due()):
             before = after = self._before
+        elif unchanged:
+            before, after = self._look(unit_before, left)
         else:
             before, after = self._measure_again()
         unit_after = unit_before if after is before else left
         if self.shards is not None:
             before, after = self._all_reduce(self.shards, before, after, extra)
-        return StepNorms(
-            before, after, unit_before, unit_after, self.correction, loss_scale=loss_scale
+        looked = unchanged and after is not before and not after.total.at_hand
+        norms = StepNorms(
+            before,
+            after,
+            unit_before,
+            unit_after,
+            self.correction,
+            loss_scale=loss_scale,
+            looked=looked,
         )
+        if looked and self.looks is not None:
+            self.looks.compare_later(norms)
+        return norms
 
     def measure_clipped(self, indices: Sequence[int], gradients: list[Tensor]) -> Measurement:
         """Measures gradients (of sharded ones this rank's parts) after a clip by elements or units.
@@ -364,10 +383,31 @@ class Window:
             return self._snapshot.matches(list(map(_grad, self._tensors)))
         return self._snapshot.matches(self.gradients()[1])
 
+    def _look(
+        self, unit_before: FloatOrDeferred, unit_after: FloatOrDeferred
+    ) -> tuple[Measurement, Measurement]:
+        """Measures unchanged gradients once more; the record compares numbers that are late."""
+        before, (indices, gradients) = self._before, self.gradients()
+        if before is None or self.looks is None:
+            return self._measure_again()
+        if list(before.indices) != indices:  # some were used and freed inside the backward
+            return before, before
+        after = measure(indices, gradients, self.norm_type, self._dtype)
+        if after.total.at_hand:
+            if same_norms(before, after, resolve(unit_before), resolve(unit_after)):
+                return before, before
+            self.looks.found()
+        return self._settle_change(after, gradients)
+
     def _measure_again(self) -> tuple[Measurement, Measurement]:
         indices, gradients = self.gradients()
         after = measure(indices, gradients, self.norm_type, self._dtype)
-        if self._before is not None and _zeroed(self._before, after):
+        return self._settle_change(after, gradients)
+
+    def _settle_change(
+        self, after: Measurement, gradients: list[Tensor]
+    ) -> tuple[Measurement, Measurement]:
+        if self._before is not None and _zeroed(self._before, after, gradients):
             self.zeroed = True  # zero_grad() came after the last backward
             return after, after
         self._check(after, gradients, ())
@@ -421,7 +461,7 @@ class Window:
     def latest(self) -> Window:
         """Returns a window of the newest micro-batch only, as a step of its own."""
         first = self.first_nonfinite and replace(self.first_nonfinite, micro_batch=1)
-        return replace(self, arrivals=self.arrivals[-1:], first_nonfinite=first)
+        return replace(self, arrivals=self.arrivals[-1:], first_nonfinite=first, looks=None)
 
     def part(self, indices: Sequence[int]) -> Window:
         """Returns the window of an optimizer that was found while this window was filling.
@@ -488,8 +528,16 @@ class Window:
             self.reset()
 
 
-def _zeroed(before: Measurement, after: Measurement) -> bool:
-    return after.total.at_hand and after.total.value() == 0 != before.total.value()
+def _zeroed(before: Measurement, after: Measurement, gradients: Sequence[Tensor]) -> bool:
+    """Returns whether ``zero_grad()`` wrote zeros over the gradients, rather than a clip did."""
+    if not (after.total.at_hand and after.total.value() == 0 != before.total.value()):
+        return False
+    # A clip that meets an infinite norm multiplies by 0, and a loop may write zeros over NaN. The
+    # norm that such a clip sees is infinite where its dtype cannot hold it.
+    largest = min((torch.finfo(g.dtype).max for g in gradients), default=math.inf)
+    if before.overflowed or not before.total.value() <= largest:
+        return False
+    return not has_negative_zero(gradients)  # a product with 0 keeps the sign
 
 
 Losses = list[tuple[FloatOrDeferred, FloatOrDeferred]]

@@ -47,7 +47,7 @@ class DerivedScalar:
 
 DERIVED_SCALARS = {
     "clip_rate": DerivedScalar(
-        "Share of clipped steps among the last 1,000 applied ones.", "newest"
+        "Share of clipped steps among the last 1,000 applied ones of which it is known.", "newest"
     ),
     "norm_p05": DerivedScalar(
         "5th percentile over the parameters' finite norms before the clip.", "smallest"
@@ -104,11 +104,10 @@ class StepSeries:
         """
         self.nonfinite_steps += record.nonfinite_parameters > 0
         self.skipped_steps += record.outcome != "applied"
-        if record.outcome == "applied":
+        if record.outcome == "applied" and record.clipped is not None:
             self._clipped.append(record.clipped)
         p05, p50, p95, maximum = spread
         derived = {
-            "clip_rate": sum(self._clipped) / max(len(self._clipped), 1),
             "norm_p05": p05,
             "norm_p50": p50,
             "norm_p95": p95,
@@ -116,7 +115,12 @@ class StepSeries:
             "nonfinite_steps_total": float(self.nonfinite_steps),
             "skipped_steps_total": float(self.skipped_steps),
         }
-        return self._columns.of(record) | derived
+        return self._columns.of(record) | self._clip_rate(record) | derived
+
+    def _clip_rate(self, record: StepRecord) -> Row:
+        if record.clipped is None and not self._clipped:
+            return {}
+        return {"clip_rate": sum(self._clipped) / max(len(self._clipped), 1)}
 
 
 def reduce_scalar(name: str, values: Sequence[float]) -> float:

@@ -74,8 +74,9 @@ class Windows:
         table = [
             (
                 r.step, r.step, r.global_step, time, r.grad_norm, r.grad_norm_clipped,
-                r.clip_threshold, r.clip_coef, row_bad or r.nonfinite_parameters > 0, r.clipped,
-                r.outcome != "applied", *[getattr(r, name) for name, _ in FURTHER_COLUMNS],
+                r.clip_threshold, r.clip_coef, row_bad or r.nonfinite_parameters > 0,
+                bool(r.clipped), r.outcome != "applied",
+                *[getattr(r, name) for name, _ in FURTHER_COLUMNS],
             )
             for r, time, row_bad in zip(records, times, is_bad, strict=True)
         ]  # fmt: skip

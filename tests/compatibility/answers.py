@@ -7,8 +7,16 @@ from .told import told, told_frame
 
 DATA = Path(__file__).parent / "data"
 
-RENAMED = {':"Seen"': ':"Evidence"', '"Seen(': '"Evidence(', "=Seen(": "=Evidence("}
-"""The evidence of a finding is a class of another name today; its repr is where that shows."""
+RENAMED = {
+    ':"Seen"': ':"Evidence"',
+    '"Seen(': '"Evidence(',
+    "=Seen(": "=Evidence(",
+    '"dtype":"bool"': '"dtype":"boolean"',
+}
+"""The evidence of a finding is a class of another name today; its repr is where that shows.
+
+Truth values may be unknown today, and have the dtype of pandas that knows this.
+"""
 
 
 def expected(file):

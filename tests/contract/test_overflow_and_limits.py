@@ -119,3 +119,71 @@ def test_a_healthy_run_has_no_events() -> None:
     assert {"step", "micro_batch", "kind", "parameter", "module", "value", "rank", "message",
             "nan_count", "inf_count"} <= set(events.columns)  # fmt: skip
     assert list(watcher.events) == []
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0], ids=["positive", "negative"])
+@pytest.mark.parametrize(
+    ("dtype", "element", "norm_type"),
+    [
+        (torch.float32, 1e20, 2.0),
+        (torch.float16, 5e4, 2.0),
+        (torch.bfloat16, 1e20, 2.0),
+        (torch.float32, 1e30, 3.0),
+    ],
+    ids=["float32", "float16", "bfloat16", "another p"],
+)
+def test_a_clip_that_multiplies_by_zero_is_a_clip(
+    dtype: torch.dtype, element: float, norm_type: float, sign: float
+) -> None:
+    """clip_grad_norm_ with an infinite norm leaves zeros: the step has its micro-batch and its norm."""
+    weight = torch.zeros(4, dtype=dtype, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    with gradwatch.watch({"w": weight}, optimizer) as watcher:
+        (weight * torch.full((4,), sign * element, dtype=dtype)).sum().backward()
+        torch.nn.utils.clip_grad_norm_([weight], 1.0, norm_type)
+        assert weight.grad is not None
+        assert not weight.grad.any()
+        optimizer.step()
+    row = watcher.history.steps().loc[1]
+    assert row["micro_batches"] == 1
+    assert row["grad_norm"] == pytest.approx(2 * element, rel=1e-2)
+    assert (row["grad_norm_clipped"], row["clip_coef"], row["clipped"]) == (0.0, 0.0, True)
+    told = ["overflow"] if element > 1e19 else []
+    assert list(watcher.history.events()["kind"]) == told
+
+
+@pytest.mark.parametrize("clip", [0.0, -0.0])
+def test_a_factor_of_zero_is_a_clip_where_a_sign_shows_it(clip: float) -> None:
+    """Gradients multiplied by 0 keep their signs, and zero_grad() writes none."""
+    weight = torch.zeros(4, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    with gradwatch.watch({"w": weight}, optimizer) as watcher:
+        (weight * torch.tensor([1.0, -2.0, 3.0, -4.0])).sum().backward()
+        with torch.no_grad():
+            weight.grad.mul_(clip)  # type: ignore[union-attr]
+        optimizer.step()
+    row = watcher.history.steps().loc[1]
+    assert (row["micro_batches"], row["clip_coef"], row["clipped"]) == (1, 0.0, True)
+    assert row["grad_norm"] == pytest.approx(30**0.5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_zeros_over_bad_gradients_keep_their_event(bad: float) -> None:
+    """A loop that writes zeros over NaN and Inf steps without them; the step tells what they were."""
+    weight = torch.zeros(2, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    with gradwatch.watch({"w": weight}, optimizer) as watcher:
+        (weight * torch.tensor([bad, bad])).sum().backward()
+        assert weight.grad is not None
+        weight.grad.copy_(torch.nan_to_num(weight.grad, nan=0.0, posinf=0.0))
+        optimizer.step()
+    row = watcher.history.steps().loc[1]
+    assert row["micro_batches"] == 1
+    assert row["nonfinite_parameters"] == 1
+    assert not math.isfinite(row["grad_norm"])
+    assert row["grad_norm_clipped"] == 0.0
+    (event,) = watcher.events
+    assert (event.kind, event.nan_count + event.inf_count) == (
+        "nan" if math.isnan(bad) else "inf",
+        2,
+    )

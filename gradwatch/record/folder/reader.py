@@ -26,10 +26,12 @@ from gradwatch.record.columns import (
     Labels,
     Span,
     Table,
+    Truths,
     array_of,
     labels_in,
     safe_text,
     take_rows,
+    truths_in,
 )
 from gradwatch.record.folder.event_log import event_files, read_events
 from gradwatch.record.folder.meta import EVENTS, PARAMETERS, STEPS, check_whole, read_meta
@@ -45,6 +47,7 @@ from gradwatch.record.folder.tables import (
     need_pyarrow,
     open_parquet,
     reading,
+    truths_of,
 )
 from gradwatch.record.records import Event, Layout, StepRecord, clipped_by
 
@@ -342,12 +345,16 @@ def _unwritten(name: str, rows: int) -> Column:
     default = getattr(StepRecord(step=0), name)
     if dtype is None:
         return Labels((default,), np.zeros(rows, np.int64))
+    if dtype is np.bool_:
+        return Truths(np.full(rows, bool(default)), np.full(rows, default is not None))
     return np.full(rows, default, dtype)
 
 
 def _joined(name: str, columns: Sequence[Column]) -> Column:
     """Concatenates a column over several parts; without parts it is empty."""
     dtype = STEP_DTYPES.get(name, np.int64)  # int64: session and row
+    if dtype is np.bool_:
+        return Truths.joined(list(map(truths_in, columns)))
     if dtype is not None:
         return np.concatenate([np.empty(0, dtype), *map(array_of, columns)])
     # Each part has its own dictionary: map the codes of all to one.
@@ -569,6 +576,13 @@ def _read_groups(file: Any, groups: Sequence[int], names: Iterable[str]) -> Any:
 def _as_columns(table: Any) -> dict[str, Column]:
     """Converts a ``pyarrow.Table`` to columns; null numbers become NaN."""
     return {
-        name: labels_of(column) if str(column.type).startswith("dictionary") else column.to_numpy()
+        name: _as_column(column)
         for name, column in zip(table.column_names, table.columns, strict=True)
     }
+
+
+def _as_column(column: Any) -> Column:
+    kind = str(column.type)
+    if kind == "bool":
+        return truths_of(column)
+    return labels_of(column) if kind.startswith("dictionary") else column.to_numpy()

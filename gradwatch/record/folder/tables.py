@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from gradwatch.record.columns import STEP_DTYPES, Array, Labels, safe_text, step_table
+from gradwatch.record.columns import (
+    STEP_DTYPES,
+    Array,
+    Column,
+    Labels,
+    Truths,
+    safe_text,
+    step_table,
+)
 from gradwatch.record.folder.files import UnreadableError
 from gradwatch.record.records import NO_GRADIENT, Layout, RecordBatch, StepRecord, clipped_by
 from gradwatch.record.schema import columns_of
@@ -80,7 +88,7 @@ class StepsTable:
         rows = np.arange(first_row, first_row + len(records), dtype=np.int64)
         columns = {"row": pa.array(rows)}
         for name, column in step_table(records, STEP_DTYPES).items():
-            columns[name] = _dictionary(column) if isinstance(column, Labels) else pa.array(column)
+            columns[name] = _to_arrow(column)
         return pa.table(columns)
 
     def size(self, rows: int, columns: int) -> int:
@@ -228,6 +236,11 @@ def open_parquet(path: Path, strings: Sequence[str]) -> Any:
             return pq.ParquetFile(pa.OSFile(str(path)), read_dictionary=there)
 
 
+def truths_of(column: Any) -> Truths:
+    """Returns the truth values of a boolean ``pyarrow.ChunkedArray``; null is unknown."""
+    return Truths(column.fill_null(False).to_numpy(), column.is_valid().to_numpy())
+
+
 def labels_of(column: Any) -> Labels:
     """Returns the labels of a dictionary-encoded ``pyarrow.ChunkedArray``, of any chunks."""
     import pyarrow as pa
@@ -244,6 +257,16 @@ def _read_parquet(path: Path, strings: Sequence[str]) -> Any:
     with reading(path):
         # No extra threads: the training keeps its cores while the run is written.
         return open_parquet(path, strings).read(use_threads=False)
+
+
+def _to_arrow(column: Column) -> Any:
+    import pyarrow as pa
+
+    if isinstance(column, Labels):
+        return _dictionary(column)
+    if isinstance(column, Truths):
+        return pa.array(column.values, mask=~column.known)
+    return pa.array(column)
 
 
 def _dictionary(labels: Labels) -> Any:

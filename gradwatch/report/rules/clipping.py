@@ -8,7 +8,7 @@ from statistics import quantiles
 
 import numpy as np
 
-from gradwatch.record.columns import Array, Source, Span, array_of
+from gradwatch.record.columns import Array, Source, Span, truths_in
 from gradwatch.report.finding import Evidence, Finding
 from gradwatch.report.run_data import OptimizerArrays, RunData, by_optimizer, equals
 from gradwatch.report.thresholds import Thresholds
@@ -35,7 +35,7 @@ def clipping(run: RunData, limits: Thresholds) -> Iterator[Finding]:
     """
     for steps in run.optimizers:
         # A skipped step was not clipped, whatever its norm.
-        sound = steps.applied & np.isfinite(steps["grad_norm"])
+        sound = steps.clip_known & np.isfinite(steps["grad_norm"])
         rows = np.flatnonzero(sound & np.isfinite(steps["clip_threshold"]))[-limits.clip_steps :]
         if len(rows) >= _FEWEST:
             yield from _of_newest(steps, rows, limits)
@@ -73,7 +73,7 @@ def _limits_that_suit(
 
 def _is_norm(steps: OptimizerArrays, rows: Array) -> bool:
     """Tells whether clipped norms end at the limit: not so if the limit is one for elements."""
-    clipped = rows[steps["clipped"][rows].astype(bool)]
+    clipped = rows[steps["clipped"][rows] == 1]
     if not len(clipped):
         return True
     ends = steps["grad_norm_clipped"][clipped] / steps["clip_threshold"][clipped]
@@ -98,9 +98,13 @@ NEVER_CLIPPED = (
 
 
 def clip_rate(source: Source, window: int) -> float:
-    """Returns the share of clipped steps among the newest applied ones; NaN if there is none."""
+    """Returns the share of clipped steps among the newest applied ones; NaN if there is none.
+
+    Steps of which it is not known are left out.
+    """
     table = source.steps(("outcome", "clipped"), Span())
-    clipped = array_of(table["clipped"])[equals(table["outcome"], "applied")][-window:]
+    found = truths_in(table["clipped"])
+    clipped = found.values[equals(table["outcome"], "applied") & found.known][-window:]
     # NumPy warns about the mean of an empty array.
     return float(clipped.mean()) if len(clipped) else math.nan
 
@@ -110,8 +114,8 @@ def clip_advice(source: Source) -> list[str]:
     columns = ("step", "optimizer", "outcome", "grad_norm", "clip_threshold", "clipped")
     table = source.steps(columns, Span())
     # Skipped steps say nothing about the clip: their gradients were bad, or they were spikes.
-    applied = equals(table["outcome"], "applied")
-    steps_of = by_optimizer({name: column[applied] for name, column in table.items()})
+    kept = equals(table["outcome"], "applied") & truths_in(table["clipped"]).known
+    steps_of = by_optimizer({name: column[kept] for name, column in table.items()})
     return [line for steps in steps_of if (line := _line(steps))]
 
 

@@ -20,6 +20,7 @@ WHY = (
     "remembers it for about a thousand. {clip}"
 )
 UNCLIPPED = "{count} of them reached the weights unclipped."
+UNKNOWN = "Whether a clip acted on them could not be seen."
 CLIPPED = "All of them were clipped or skipped."
 ADVICE = (
     'watch(..., clip="auto") brings such steps down to the usual norm, and skip_spikes="auto" '
@@ -75,7 +76,8 @@ def _largest_around(values: Array) -> Array:
 
 def _finding(steps: OptimizerArrays, rows: Array, sizes: Array, limits: Thresholds) -> Finding:
     worst = np.argsort(-sizes, kind="stable")[:_MOST]
-    free = int((steps.applied & ~steps["clipped"].astype(bool))[rows].sum())
+    free = int((steps.applied & (steps["clipped"] == 0))[rows].sum())
+    unknown = int((steps.applied & np.isnan(steps["clipped"]))[rows].sum())
     step = int(steps.step[rows[worst[0]]])
     title = (
         f"{counted(len(rows), 'spike')} of the gradient norm, the largest in step {step}: "
@@ -87,6 +89,7 @@ def _finding(steps: OptimizerArrays, rows: Array, sizes: Array, limits: Threshol
         "applied_unclipped": float(free),
         "limit": limits.spike,
     }
-    why = WHY.format(clip=UNCLIPPED.format(count=free) if free else CLIPPED)
+    fate = UNCLIPPED.format(count=free) if free else UNKNOWN if unknown else CLIPPED
+    why = WHY.format(clip=fate)
     seen = Evidence(first_steps(steps.step[rows[worst]]), (), numbers, steps.optimizer)
-    return Finding("spike", "warning" if free else "note", title, seen, why, ADVICE)
+    return Finding("spike", "warning" if free or unknown else "note", title, seen, why, ADVICE)

@@ -56,6 +56,20 @@ def test_scalars_of_a_step(run, read, tmp_path):
     assert len(found) == len(expected) + 2
 
 
+def test_a_clip_that_is_not_known_makes_no_point(run, read, tmp_path):
+    """Where it cannot be seen whether the loop clipped, nothing is written of it; the norm is."""
+    unknown = {"clip_coef": math.nan, "clipped": None}
+    write(tmp_path / "none", run.batch([run.record(step, **unknown) for step in (1, 2)]))
+    tags = {tag.partition("/")[2] for tag in read(tmp_path / "none").tags()}
+    assert "grad_norm" in tags
+    assert not {"clip_coef", "clip_rate", "grad_norm_clipped"} & tags
+    records = [run.record(1, clipped=True), run.record(2, **unknown), run.record(3, clipped=False)]
+    write(tmp_path / "some", run.batch(records))
+    series = read(tmp_path / "some").series
+    assert [step for step, _ in series("gradwatch/clip_coef")] == [1, 3]
+    assert series("gradwatch/clip_rate") == [(1, 1.0), (2, 1.0), (3, 0.5)]
+
+
 def test_unknown_loss_and_rate_are_left_out(run, read, tmp_path):
     """A loss that gradwatch did not see and a loss scale that is always 1 make no chart."""
     write(tmp_path, run.batch(range(1, 4)))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradwatch.history import load
-from gradwatch.record.columns import STEP_DTYPES, Span
+from gradwatch.record.columns import STEP_DTYPES, Span, python_rows
 from gradwatch.record.folder import reader
 from gradwatch.record.folder.files import UnreadableError
 from gradwatch.record.folder.reader import FolderSource, _order
@@ -69,6 +69,6 @@ def test_a_column_that_is_new_today(tmp_path, monkeypatch, default, kind):
     if dtype is None:
         monkeypatch.setattr(reader, "STEP_LABELS", (*reader.STEP_LABELS, "new"))
     column = FolderSource(tmp_path).steps(("new",), Span())["new"]
-    values = [column.values[code] for code in column.codes] if dtype is None else column.tolist()
+    values = [value for (value,) in python_rows({"new": column})]
     expected = [np.nan] * 2 if kind == "float" else [default] * 2
     np.testing.assert_array_equal(values, expected)
