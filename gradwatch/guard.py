@@ -11,7 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-from gradwatch.errors import AccumulationError, NonFiniteGradientError, warn_safely
+from gradwatch.errors import (
+    AccumulationError,
+    NonFiniteGradientError,
+    described_error,
+    warn_safely,
+)
 from gradwatch.pickles import stable_name
 
 _CALIBRATION_CALLS = 2_000
@@ -142,9 +147,5 @@ class Shield:
         # NotImplementedError is how gradwatch refuses a set-up that it does not support.
         unsupported = isinstance(error, NotImplementedError)
         text = UNSUPPORTED if unsupported else STOPPED
-        warn_safely(text.format(error=error if unsupported else _named(error)))
+        warn_safely(text.format(error=error if unsupported else described_error(error)))
         return True
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

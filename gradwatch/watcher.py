@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradwatch import lifetime
 from gradwatch.accumulate.noise_scale import NoiseScale
 from gradwatch.accumulate.policies import check_noise_scale_exists
 from gradwatch.clip.policy import ClipPolicy
+from gradwatch.errors import described_error, warn_safely
 from gradwatch.guard import Overhead, Shield
 from gradwatch.hessian.every import CurvatureEvery, sampler_of
 from gradwatch.history import History
@@ -57,6 +60,8 @@ class Watcher:
             adapter sets it to return the framework's own count. None counts optimizer steps.
     """
 
+    _state = "new"  # here, as __del__ also follows an __init__ that raised
+
     def __init__(
         self,
         model: nn.Module | Mapping[str, Tensor],
@@ -80,7 +85,6 @@ class Watcher:
         followed = self._registry.followed
         self._managed = ManagedLoop(self._run, self._sync, followed)
         self._batches = BatchRunner(self._run, self._managed, model, followed)
-        self._state = "new"
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -97,6 +101,7 @@ class Watcher:
             raise RuntimeError(ATTACHED_BEFORE)
         check_unwatched(self._run.table)
         self._state = "attached"
+        lifetime.opened(self)
         self._run.stopwatch.start()
         self._registry.attach(self._optimizers)
         if self._sync is not None:
@@ -121,15 +126,39 @@ class Watcher:
     def close(self) -> None:
         """Removes every hook, delivers outstanding records to the sinks and closes these.
 
-        The history stays readable. Leaving the ``with`` block calls it; a second call does nothing.
+        The history stays readable. Leaving the ``with`` block calls it, and so does the exit of the
+        interpreter; a second call does nothing. Whatever fails, every sink is closed. Numbers that
+        can no longer be read, after an error of the device, are a warning.
+
+        Raises:
+            Exception: If gradwatch acts (clips, skips, accumulates) and ending that fails.
         """
         if self._state == "closed":
             return
         self._state = "closed"
-        self._stop_watching()
-        self._registry.end()
-        self._run.stopwatch.stop()
-        self._run.recorder.close()
+        lifetime.closed(self)
+        try:
+            with (
+                ExitStack() as ending
+            ):  # last in, first out; one that fails keeps none from running
+                ending.callback(self._run.recorder.close)
+                ending.callback(self._run.stopwatch.stop)
+                ending.callback(self._registry.end)
+                ending.callback(self._stop_watching)
+        except Exception as error:
+            if self._options.acts:
+                raise
+            warn_safely(lifetime.NOT_ENDED.format(error=described_error(error)))
+
+    def disown(self) -> None:
+        """Leaves the sinks to the process that this one was forked from; called in each fork."""
+        self._state = "forked"
+        self._run.recorder.disown()
+
+    def __del__(self) -> None:
+        # Seldom: the hooks on the model keep an attached watcher alive, and torch keeps them.
+        if self._state == "attached":
+            lifetime.close_quietly(self)
 
     def __enter__(self) -> Watcher:
         return self.attach()
