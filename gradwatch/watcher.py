@@ -17,6 +17,7 @@ from gradwatch import lifetime
 from gradwatch.accumulate.noise_scale import NoiseScale
 from gradwatch.accumulate.policies import check_noise_scale_exists
 from gradwatch.clip.policy import ClipPolicy
+from gradwatch.copied import parts_of_copy, refuse_copy
 from gradwatch.errors import described_error, warn_safely
 from gradwatch.guard import Overhead, Shield
 from gradwatch.hessian.every import CurvatureEvery, sampler_of
@@ -55,12 +56,17 @@ NEVER_ENTERED = (
 class Watcher:
     """Watches one run: made by :func:`watch`, attached by its ``with`` block.
 
+    It can be pickled and deep-copied, also while it is attached. The copy holds the record: the
+    newest ``buffer_size`` steps, the events, the noise scale, the state. It watches nothing, and
+    :meth:`attach`, :meth:`backward` and :meth:`step` of it raise.
+
     Attributes:
         global_step: Called at the end of a step; returns its position on the x-axis of loggers. An
             adapter sets it to return the framework's own count. None counts optimizer steps.
     """
 
     _state = "new"  # here, as __del__ also follows an __init__ that raised
+    _is_copy = False
 
     def __init__(
         self,
@@ -95,8 +101,11 @@ class Watcher:
             The watcher.
 
         Raises:
-            RuntimeError: If another watcher is attached to the model, or this one was before.
+            RuntimeError: If another watcher is attached to the model, this one was before, or it is
+                a copy.
         """
+        if self._is_copy:
+            refuse_copy()
         if self._state != "new":
             raise RuntimeError(ATTACHED_BEFORE)
         check_unwatched(self._run.table)
@@ -133,7 +142,7 @@ class Watcher:
         Raises:
             Exception: If gradwatch acts (clips, skips, accumulates) and ending that fails.
         """
-        if self._state == "closed":
+        if self._state == "closed" or self._is_copy:
             return
         self._state = "closed"
         lifetime.closed(self)
@@ -159,6 +168,28 @@ class Watcher:
         # Seldom: the hooks on the model keep an attached watcher alive, and torch keeps them.
         if self._state == "attached":
             lifetime.close_quietly(self)
+
+    # -- copies: pickle, copy, torch.save --------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Reads only: held backwards stay held, and nothing is delivered.
+        recorder = self._run.recorder
+        return {
+            "entered": self._state != "new",
+            "batch": recorder.batch(),
+            "newest": recorder.newest,
+            "skipped": recorder.skipped,
+            "noise_scale": self.noise_scale,
+            "overhead": self.overhead,
+            "state": self._state_now(),
+            "accumulate": self.accumulate,
+        }
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.global_step = None
+        self._is_copy = True
+        self._state = "closed" if kept.pop("entered") else "new"
+        vars(self).update(parts_of_copy(**kept))
 
     def __enter__(self) -> Watcher:
         return self.attach()
@@ -362,6 +393,9 @@ class Watcher:
             the sinks, so that a run folder is never behind the checkpoint.
         """
         self.flush()
+        return self._state_now()
+
+    def _state_now(self) -> dict[str, Any]:
         return {
             "version": STATE_VERSION,
             **self._registry.state_dict(),
