@@ -43,8 +43,8 @@ class History:
     reads again, so it also returns what was added since. From a folder it reads only the files,
     columns and steps that it needs.
 
-    It can be pickled and deep-copied. A copy of a live run's history holds the steps and events that
-    were in memory then; the pickle of a folder's holds the path alone, and reads from there again.
+    It can be pickled and deep-copied. A copy of a live run's history holds the steps and events
+    that were in memory then. That of a folder holds its path, and reads from there again.
     """
 
     def __init__(self, source: Callable[[], RecordBatch] | Source) -> None:
