@@ -128,13 +128,10 @@ class SinkQueue:
     def _tell(self, text: str) -> None:
         lost = lost_records(self._lost_steps, self._lost_events)
         name, error = type(self._sink).__name__, self._error
-        warn_safely(
-            text.format(sink=name, error=error, lost=lost, steps=KEPT_STEPS, events=KEPT_EVENTS)
-        )
+        text = text.format(sink=name, error=error, lost=lost, steps=KEPT_STEPS, events=KEPT_EVENTS)
+        warn_safely(text.rstrip())
 
 
 def lost_records(steps: int, events: int) -> str:
-    """Says how many records are lost, as a sentence."""
-    if not steps and not events:
-        return "Nothing is lost."
-    return f"Lost: steps {steps:,}, events {events:,}."
+    """Says how many records are lost, as a sentence; "" if none is."""
+    return f"Lost: steps {steps:,}, events {events:,}." if steps or events else ""
