@@ -69,17 +69,20 @@ class SinkQueue:
 
     def close(self) -> None:
         """Tries once more, says what is lost, and closes the sink, whatever happened before."""
+        given_up = False
         try:
             self._attempt()
             if self._waiting:
+                given_up = True
                 self._lose(len(self._waiting))
                 self._tell(GIVEN_UP)
         finally:
             try:
                 self._sink.close()
             except Exception as error:
-                self._error = described_error(error)
-                self._tell(CLOSE_FAILED)
+                if not given_up:  # otherwise the same failure would be told twice
+                    self._error = described_error(error)
+                    self._tell(CLOSE_FAILED)
 
     def _attempt(self) -> None:
         try:

@@ -250,6 +250,18 @@ def test_an_error_without_a_text_is_told_by_its_class():
     assert "failed in write() with Mute. It" in told[0]
 
 
+def test_a_sink_that_is_given_up_is_not_reported_again():
+    """Its close() fails as its write() did: that is told once, and the next sink is closed."""
+    good = CapturingSink()
+    hub = SinkHub([_Full(), good], capacity=10)
+    with _told() as told:
+        _deliver(hub, _numbered(1), 1)
+        hub.close()
+    assert len(told) == 2
+    assert "given up" in told[1]
+    assert good.closed
+
+
 def test_a_sink_that_cannot_close_is_reported():
     """Closing goes on with the next sink."""
     good = CapturingSink()
