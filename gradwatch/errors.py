@@ -59,3 +59,11 @@ def warn_safely(message: str) -> None:
         warnings.warn(message, GradwatchWarning, stacklevel=3)
     except Exception:
         logger.warning(message)
+
+
+def described_error(error: BaseException) -> str:
+    """Describes an error by its class and message; never raises, whatever its ``__str__`` does."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__

@@ -11,7 +11,13 @@ from typing import NamedTuple
 
 import torch
 
-from gradwatch.errors import AccumulationError, NonFiniteGradientError, logger, warn_safely
+from gradwatch.errors import (
+    AccumulationError,
+    NonFiniteGradientError,
+    described_error,
+    logger,
+    warn_safely,
+)
 from gradwatch.pickles import stable_name
 
 _CALIBRATION_CALLS = 2_000
@@ -142,11 +148,7 @@ class Shield:
         # NotImplementedError is how gradwatch refuses a set-up that it does not support.
         unsupported = isinstance(error, NotImplementedError)
         text = UNSUPPORTED if unsupported else STOPPED
-        text = text.format(error=error if unsupported else _named(error))
+        text = text.format(error=error if unsupported else described_error(error))
         warn_safely(text)
         logger.warning(text)
         return True
-
-
-def _named(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -42,6 +42,9 @@ class History:
     For a live run it holds the newest ``buffer_size`` steps, for a folder all steps. Each call
     reads again, so it also returns what was added since. From a folder it reads only the files,
     columns and steps that it needs.
+
+    It can be pickled and deep-copied. A copy of a live run's history holds the steps and events
+    that were in memory then. That of a folder holds its path, and reads from there again.
     """
 
     def __init__(self, source: Callable[[], RecordBatch] | Source) -> None:

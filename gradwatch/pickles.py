@@ -31,6 +31,7 @@ INNER = {
     "gradwatch.hessian.every": "CurvatureSample",
     "gradwatch.hessian.spectrum": "NotFiniteError",
     "gradwatch.options": "Options",
+    "gradwatch.record.columns": "LiveSource",
     "gradwatch.record.folder.files": "UnreadableError",
     "gradwatch.record.folder.lock": "WriterLock",
     "gradwatch.record.folder.parts": "Part",

@@ -6,6 +6,7 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradwatch import lifetime
 from gradwatch.accumulate.noise_scale import NoiseScale
 from gradwatch.accumulate.policies import check_noise_scale_exists
 from gradwatch.clip.policy import ClipPolicy
-from gradwatch.errors import logger, warn_safely
+from gradwatch.copied import parts_of_copy, refuse_copy
+from gradwatch.errors import described_error, logger, warn_safely
 from gradwatch.guard import Overhead, Shield
 from gradwatch.hessian.every import CurvatureEvery, sampler_of
 from gradwatch.history import History
@@ -61,10 +64,17 @@ NEVER_ENTERED = (
 class Watcher:
     """Watches one run: made by :func:`watch`, attached by its ``with`` block.
 
+    It can be pickled and deep-copied, also while it is attached. The copy holds the record: the
+    newest ``buffer_size`` steps, the events, the noise scale, the state. It watches nothing, and
+    :meth:`attach`, :meth:`backward` and :meth:`step` of it raise.
+
     Attributes:
         global_step: Called at the end of a step; returns its position on the x-axis of loggers. An
             adapter sets it to return the framework's own count. None counts optimizer steps.
     """
+
+    _state = "new"  # here, as __del__ also follows an __init__ that raised
+    _is_copy = False
 
     def __init__(
         self,
@@ -89,7 +99,6 @@ class Watcher:
         managed = self._registry.managed
         self._managed = ManagedLoop(self._run, self._sync, managed)
         self._batches = BatchRunner(self._run, self._managed, model, managed)
-        self._state = "new"
         run = weakref.ref(self._run)
         FirstBackward(table.tensors, lambda: _tell_never_entered(run()))
 
@@ -102,13 +111,17 @@ class Watcher:
             The watcher.
 
         Raises:
-            RuntimeError: If another watcher is attached to the model, or this one was before.
+            RuntimeError: If another watcher is attached to the model, this one was before, or it is
+                a copy.
         """
+        if self._is_copy:
+            refuse_copy()
         if self._state != "new":
             raise RuntimeError(ATTACHED_BEFORE)
         check_unwatched(self._run.table)
         self._state = "attached"
         expect_no_first(self._run.table.tensors)
+        lifetime.opened(self)
         self._run.stopwatch.start()
         self._registry.attach(self._optimizers)
         if self._sync is not None:
@@ -133,16 +146,61 @@ class Watcher:
     def close(self) -> None:
         """Removes every hook, delivers outstanding records to the sinks and closes these.
 
-        The history stays readable. Leaving the ``with`` block calls it; a second call does nothing.
+        The history stays readable. Leaving the ``with`` block calls it, and so does the exit of the
+        interpreter; a second call does nothing. Whatever fails, every sink is closed. Numbers that
+        can no longer be read, after an error of the device, are a warning.
+
+        Raises:
+            Exception: If gradwatch acts (clips, skips, accumulates) and ending that fails.
         """
-        if self._state == "closed":
+        if self._state == "closed" or self._is_copy:
             return
         self._state = "closed"
-        self._stop_watching()
-        self._registry.end()
-        self._run.stopwatch.stop()
-        self._run.recorder.close()
-        self._summarize()
+        lifetime.closed(self)
+        try:
+            # Last in, first out; one that fails keeps none of the others from running.
+            with ExitStack() as ending:
+                ending.callback(self._summarize)
+                ending.callback(self._run.recorder.close)
+                ending.callback(self._run.stopwatch.stop)
+                ending.callback(self._registry.end)
+                ending.callback(self._stop_watching)
+        except Exception as error:
+            if self._options.acts:
+                raise
+            warn_safely(lifetime.NOT_ENDED.format(error=described_error(error)))
+
+    def disown(self) -> None:
+        """Leaves the sinks to the process that this one was forked from; called in each fork."""
+        self._state = "forked"
+        self._run.recorder.disown()
+
+    def __del__(self) -> None:
+        # Seldom: the hooks on the model keep an attached watcher alive, and torch keeps them.
+        if self._state == "attached":
+            lifetime.close_quietly(self)
+
+    # -- copies: pickle, copy, torch.save --------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Reads only: held backwards stay held, and nothing is delivered.
+        recorder = self._run.recorder
+        return {
+            "entered": self._state != "new",
+            "batch": recorder.batch(),
+            "newest": recorder.newest,
+            "skipped": recorder.skipped,
+            "noise_scale": self.noise_scale,
+            "overhead": self.overhead,
+            "state": self._state_now(),
+            "accumulate": self.accumulate,
+        }
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.global_step = None
+        self._is_copy = True
+        self._state = "closed" if kept.pop("entered") else "new"
+        vars(self).update(parts_of_copy(**kept))
 
     def __enter__(self) -> Watcher:
         return self.attach()
@@ -348,6 +406,9 @@ class Watcher:
             the sinks, so that a run folder is never behind the checkpoint.
         """
         self.flush()
+        return self._state_now()
+
+    def _state_now(self) -> dict[str, Any]:
         return {
             "version": STATE_VERSION,
             **self._registry.state_dict(),
@@ -385,7 +446,7 @@ class Watcher:
         self._batches.size = state["micro_batch_size"]
 
     def _expect_entered(self) -> None:
-        if self._state == "new":
+        if self._state == "new" and not self._is_copy:
             _tell_never_entered(self._run)
 
     def _global_step_of(self, step: int) -> int:

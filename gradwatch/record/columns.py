@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gradwatch.pickles import stable_name
 from gradwatch.record.records import NO_GRADIENT, Event, Layout, RecordBatch, StepRecord
 
 if TYPE_CHECKING:
@@ -243,8 +244,12 @@ class Source(Protocol):
         """Returns the events, oldest first."""
 
 
+@stable_name
 class LiveSource:
-    """A :class:`Source` that reads what a watcher holds in memory at the moment of the call."""
+    """A :class:`Source` that reads what a watcher holds in memory at the moment of the call.
+
+    A copy of it, pickled or deep-copied, holds what was in memory then.
+    """
 
     def __init__(self, read: Callable[[], RecordBatch]) -> None:
         """Makes a source; nothing is read yet.
@@ -253,6 +258,12 @@ class LiveSource:
             read: Returns a copy of the watcher's current records. Called on each read.
         """
         self._read = read
+
+    def __getstate__(self) -> RecordBatch:
+        return self._read()
+
+    def __setstate__(self, batch: RecordBatch) -> None:
+        self._read = lambda: batch
 
     def layout(self) -> Layout:
         """See :class:`Source`."""

@@ -6,14 +6,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.errors import logger, warn_safely
+from gradwatch.errors import described_error, logger, warn_safely
 from gradwatch.record.records import (
     NO_GRADIENT,
     Event,
@@ -23,6 +23,7 @@ from gradwatch.record.records import (
     StepRecord,
     clipped_by,
 )
+from gradwatch.record.sink_queue import SinkQueue
 
 Row = NDArray[np.floating[Any]]
 
@@ -140,27 +141,24 @@ FLUSH_STEPS = 64
 FLUSH_SECONDS = 5.0
 URGENT_SECONDS = 1.0
 
-FAILED = (
-    "gradwatch: {sink} failed in {call}() with {error} and gets no more records. The training and "
-    "the other sinks go on."
-)
-
 
 class SinkHub:
     """Counts the steps that the sinks have not received, and decides when to deliver them.
 
-    A sink that raises is dropped with a warning; the training and the other sinks go on.
+    A sink that raises is tried again (:class:`~gradwatch.record.sink_queue.SinkQueue`); the
+    training and the other sinks go on.
     """
 
     def __init__(self, sinks: Sequence[Sink], capacity: int) -> None:
         """Starts with nothing to deliver; at most ``capacity`` steps may wait."""
-        self._sinks = list(sinks)
+        self._queues = list(map(SinkQueue, sinks))
+        self._of_parent: list[SinkQueue] = []
         self._limit = min(FLUSH_STEPS, capacity)
         self._waiting = 0
         self._delivered_at = time.perf_counter()
 
     def __bool__(self) -> bool:
-        return bool(self._sinks)
+        return bool(self._queues)
 
     def add(self, urgent: bool) -> bool:
         """Counts one more step.
@@ -172,7 +170,7 @@ class SinkHub:
             Whether it is time to deliver: 64 steps are waiting, or the last delivery was more than
             5 seconds ago, or one second if urgent.
         """
-        if not self._sinks:
+        if not self._queues:
             return False
         self._waiting += 1
         return self.due(0, URGENT_SECONDS if urgent else FLUSH_SECONDS)
@@ -186,37 +184,48 @@ class SinkHub:
         """
         if self._waiting + more >= self._limit:
             return True
-        return bool(self._sinks) and time.perf_counter() - self._delivered_at > seconds
+        return bool(self._queues) and time.perf_counter() - self._delivered_at > seconds
 
     def deliver(self, take: Callable[[int], RecordBatch]) -> None:
         """Delivers the waiting steps to every sink; ``take`` makes a batch of the newest steps."""
-        if not self._sinks:
+        if not self._queues:
             return
         batch = take(self._waiting)
         self._waiting = 0
         self._delivered_at = time.perf_counter()
-        if batch.steps or batch.events:
-            for sink in list(self._sinks):
-                self._call(sink, "write", partial(sink.write, batch))
+        # First into every queue: an interrupt in one sink then costs the others nothing.
+        for queue in self._queues:
+            queue.add(batch)
+        for queue in self._queues:
+            queue.deliver()
 
     def close(self) -> None:
-        """Closes every sink; safe to call again."""
-        sinks, self._sinks = self._sinks, []
-        for sink in sinks:
-            self._call(sink, "close", sink.close)
+        """Tries once more what a sink has not taken, and closes every sink; safe to call again."""
+        queues, self._queues = self._queues, []
+        with ExitStack() as closing:  # also if one is interrupted, the others are closed
+            for queue in reversed(queues):
+                closing.callback(queue.close)
 
-    def _call(self, sink: Sink, name: str, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:
-            if sink in self._sinks:
-                self._sinks.remove(sink)
-            description = f"{type(error).__name__}: {error}"
-            warn_safely(FAILED.format(sink=type(sink).__name__, call=name, error=description))
+    def disown(self) -> None:
+        """Leaves the sinks to the process that this one was forked from."""
+        # They stay referenced: a file that is freed would write the parent's buffered bytes again.
+        self._of_parent, self._queues = self._queues, []
+        self._waiting = 0
 
 
 FIRST_EVENTS = 1_000
 NEWEST_EVENTS = 9_000
+
+UNREAD = (
+    "gradwatch: the numbers of {steps:,} steps could not be read, because of {error}. These steps "
+    "are missing in the record; all others were delivered, and every sink is closed."
+)
+
+FORKED = (
+    "gradwatch: this process was forked from one that is being watched, and takes steps of its "
+    "own. They are in the history of this process, but in no sink: sinks belong to the process "
+    "that called attach(). Call watch() in the process that trains."
+)
 
 
 class FinishedStep(Protocol):
@@ -258,6 +267,9 @@ class Recorder:
         self._held: list[FinishedStep] = []
         self._doubtful: list[FinishedStep] = []
         self._last: StepRecord | None = None
+        self._forked = False
+        self._unread = 0
+        self._error: Exception | None = None
         self.skipped = 0
         self.spoken: set[str] = set()
 
@@ -279,6 +291,9 @@ class Recorder:
         Steps that can wait are recorded in groups, when it is time to deliver.
         """
         self._expected.append(step)
+        if self._forked:
+            self._forked = False
+            warn_safely(FORKED)
         # Code that last ran one training step ago is no longer in the CPU caches, and costs several
         # times what it costs in a loop. So the records of many steps are made together.
         if not step.can_wait or self._hub.due(len(self._expected)):
@@ -294,7 +309,21 @@ class Recorder:
             return
         with self._receiving:  # a thread other than the training may read the history
             while self._expected and (wait or self._expected[0].ready()):
-                self.add(self._expected.popleft().entry())
+                self.add(self._next())
+
+    def _next(self) -> Entry:
+        """Returns the oldest expected step, and expects it no longer."""
+        try:
+            entry = self._expected[0].entry()
+        except Exception as error:
+            # It can never be read: a later reader must get at the steps behind it. An interrupt is
+            # no such error, and the step stays.
+            self._expected.popleft()
+            self._unread += 1
+            self._error = error
+            raise
+        self._expected.popleft()
+        return entry
 
     def add(self, entry: Entry) -> None:
         """Records a finished step, and delivers if it is time."""
@@ -341,8 +370,9 @@ class Recorder:
     def commit(self) -> None:
         """Records the held backwards as steps."""
         held, self._held = self._held, []
-        for step in held:
-            self.expect(step)
+        self._expected.extend(held)
+        if self._hub.due(len(self._expected)) or not all(step.can_wait for step in held):
+            self.receive()
 
     def retract(self) -> None:
         """Drops the held backwards, as they belong to the window of an optimizer."""
@@ -363,13 +393,46 @@ class Recorder:
         """Delivers all steps and events that the sinks have not received; waits for numbers."""
         with self._receiving:
             self.receive(wait=True)
-            events, self._undelivered = tuple(self._undelivered), []
-            self._hub.deliver(lambda count: self._buffer.batch(count, events))
+            self._hub.deliver(self._take)
+
+    def _take(self, count: int) -> RecordBatch:
+        batch = self._buffer.batch(count, tuple(self._undelivered))
+        self._undelivered = []  # only now: a batch that memory has no room for loses nothing
+        return batch
 
     def close(self) -> None:
-        """Delivers the rest and closes the sinks."""
-        self.flush()
-        self._hub.close()
+        """Delivers the rest and closes the sinks, whatever happens.
+
+        Steps whose numbers cannot be read, after an error of the device, are left out with a
+        warning.
+        """
+        with ExitStack() as ending:  # last in, first out
+            ending.callback(self._tell_unread)
+            ending.callback(self._hub.close)
+            ending.enter_context(self._receiving)
+            ending.callback(self._hub.deliver, self._take)
+            self._receive_readable()
+
+    def _receive_readable(self) -> None:
+        while self._expected:
+            unread = self._unread
+            try:
+                self.receive(wait=True)
+            except Exception:
+                if self._unread == unread:  # no error of reading, which is told at the end
+                    raise
+
+    def _tell_unread(self) -> None:
+        if self._error is not None:
+            warn_safely(UNREAD.format(steps=self._unread, error=described_error(self._error)))
+            self._error = None
+
+    def disown(self) -> None:
+        """Leaves the sinks, and what they have not received, to the parent of this fork."""
+        self._receiving = threading.RLock()  # a thread of the parent may have held it
+        self._undelivered = []
+        self._forked = bool(self._hub)
+        self._hub.disown()
 
     def events(self) -> tuple[Event, ...]:
         """Returns all kept events, oldest first, including held and doubtful ones."""

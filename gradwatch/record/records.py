@@ -422,12 +422,16 @@ class Sink(Protocol):
     def write(self, batch: RecordBatch) -> None:
         """Receives some consecutive steps, oldest first, and their events.
 
+        After it has raised, it is called again later, first with the same batch (the same object,
+        whole), then with those that it has missed. What it wrote of the batch before it raised is
+        its own to undo or to skip.
+
         Args:
             batch: The records. A sink keeps no reference to the arrays that it changes itself.
         """
 
     def close(self) -> None:
-        """Writes what is still held and releases files; called once, at the end."""
+        """Writes what is still held, releases files; called once, at the end, whatever failed."""
 
 
 NO_GRADIENT = -1.0

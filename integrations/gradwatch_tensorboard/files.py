@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import FileWriter, SummaryWriter
+
+from gradwatch.adapters import warn_safely
 
 FLUSH_SECS = 5
 """Seconds between two flushes: TensorBoard also looks for new data every 5 s."""
@@ -33,6 +37,11 @@ _CLOSED_BEFORE = (
 _CLOSED_SINCE = (
     "The SummaryWriter of {log_dir!r} was closed while gradwatch still writes to it, so later "
     "steps are lost. Close it after the `with gradwatch.watch(...)` block."
+)
+
+_LOST = (
+    "gradwatch: the event file in {log_dir!r} failed, and its writer thread ended. Values of the "
+    "last seconds before that may be missing in TensorBoard. A new file continues it."
 )
 
 
@@ -69,6 +78,8 @@ class OwnFile:
     # Another reason to wait: an empty file of a process that never writes would make TensorBoard's
     # Python loader follow it instead of the file with the data.
 
+    _failed = False  # on the class, as pickles of earlier versions do not have it
+
     def __init__(self, log_dir: str) -> None:
         """Creates the folder, unless it is an address like ``gs://...``."""
         self.log_dir = log_dir
@@ -77,11 +88,17 @@ class OwnFile:
         self._writer: SummaryWriter | None = None
 
     def writer(self, first_step: int) -> Any:
-        """Returns torch's ``FileWriter``; the first call creates it, to start at ``first_step``."""
+        """Returns torch's ``FileWriter``; the first call creates it, to start at ``first_step``.
+
+        Raises:
+            OSError: If the file cannot be created, or its folder was removed under an earlier one.
+        """
         if self._writer is None:
+            if self._failed and "://" not in self.log_dir and not Path(self.log_dir).is_dir():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.log_dir)
             self._writer = SummaryWriter(
                 self.log_dir,
-                purge_step=first_step if self._is_ours() else None,
+                purge_step=first_step if self._is_ours() and not self._failed else None,
                 max_queue=MAX_QUEUE,
                 flush_secs=FLUSH_SECS,
                 filename_suffix=SUFFIX,
@@ -96,6 +113,18 @@ class OwnFile:
         if "://" in self.log_dir:
             return False
         return all(path.name.endswith(SUFFIX) for path in Path(self.log_dir).glob("*tfevents*"))
+
+    def renew(self) -> None:
+        """Leaves a file that failed; the next value begins a new one, which continues it."""
+        # The thread of a SummaryWriter ends at its first error, with all that it had not written.
+        if self._writer is None:
+            return
+        if not self._failed:
+            warn_safely(_LOST.format(log_dir=self.log_dir))
+        self._failed = True
+        with suppress(Exception):
+            self.close()
+        self._writer = None
 
     def flush(self) -> None:
         """Blocks until everything is on disk."""
@@ -136,6 +165,9 @@ class SharedFile:
         if file_writer is None:
             raise RuntimeError(_CLOSED_SINCE.format(log_dir=self.log_dir))
         return file_writer
+
+    def renew(self) -> None:
+        """Does nothing: the file is its owner's."""
 
     def flush(self) -> None:
         """Blocks until everything is on disk."""

@@ -100,6 +100,11 @@ class Outgoing(NamedTuple):
     time: float
 
 
+def summary_event(summary: Any) -> Any:
+    """Puts a ``Summary`` into an Event."""
+    return Event(summary=summary)
+
+
 def array_event(arrays: dict[Tag, NDArray[Any]], *, described: bool) -> Any:
     """Puts arrays into one Event, so that a reader sees all of them or none.
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch.utils.tensorboard import summary
@@ -21,7 +22,7 @@ from gradwatch_tensorboard.blocks import Blocks
 from gradwatch_tensorboard.events import EventText
 from gradwatch_tensorboard.files import event_file
 from gradwatch_tensorboard.matrix import MatrixWriter
-from gradwatch_tensorboard.messages import Outgoing, ScalarEvents
+from gradwatch_tensorboard.messages import Outgoing, ScalarEvents, summary_event
 from gradwatch_tensorboard.scalars import (
     OptimizerSeries,
     Point,
@@ -36,13 +37,19 @@ if TYPE_CHECKING:
 class TensorBoardWriter:
     """Writes gradient norms, clipping and events where TensorBoard shows them.
 
-    ``docs/reference.md`` lists every tag. :meth:`write` raises disk errors; the watcher reports the
-    error once and continues without this sink.
+    ``docs/reference.md`` lists every tag. :meth:`write` raises disk errors; the watcher reports
+    them, and passes the batch again later.
 
     >>> import tempfile
     >>> writer = TensorBoardWriter(tempfile.mkdtemp(), every=10)
     >>> writer.close()
     """
+
+    # On the class, as pickles of earlier versions do not have them.
+    _batch: RecordBatch | None = None
+    _unsent: Iterator[Outgoing] | None = None
+    _failed: Outgoing | None = None
+    _first_step = 0
 
     def __init__(
         self,
@@ -102,6 +109,10 @@ class TensorBoardWriter:
     def write(self, batch: RecordBatch) -> None:
         """Writes a batch of consecutive steps, oldest first, and their events.
 
+        After an error, pass the same batch again: it goes on with the value at which it failed, in
+        a new event file if the file is its own. A disk error shows only after torch's writer thread
+        has met it; values that had been passed to that thread by then may be missing.
+
         Raises:
             OSError: If writing to disk fails.
             RuntimeError: If this writer, or the SummaryWriter that it shares, is closed.
@@ -113,18 +124,15 @@ class TensorBoardWriter:
             )
         if not batch.steps and not batch.events:
             return
-        first = (batch.steps or batch.events)[0]
-        self._begin(first.global_step, any(map(accumulates, batch.steps)))
-        times = self._wall_times(batch.steps)
-        if batch.steps:
-            self._write_steps(batch, times)
-        if batch.events:
-            self._write_text(batch)
-        if self._matrix is not None:
-            self._send(self._matrix.add(batch, times))
+        if batch is not self._batch:
+            self._batch = batch
+            self._queue(self._outgoing(batch))
+        self._send()
         # A non-finite gradient may end the process, and this batch would then show the cause.
         if any(map(_is_nonfinite, batch.steps)) or any(e.nonfinite for e in batch.events):
-            self._file.flush()
+            with self._renewing():
+                self._file.writer(self._first_step)  # raises if a file that failed is still away
+                self._file.flush()
 
     def close(self) -> None:
         """Writes the values that still wait and releases the file. Further calls do nothing."""
@@ -132,23 +140,64 @@ class TensorBoardWriter:
             return
         self._closed = True
         try:
-            for series in self._series.values():
-                self._write_point(series, series.rest())
-            if self._matrix is not None:
-                self._send(self._matrix.rest())
+            self._queue(self._rest())
+            self._send()
         finally:
             self._file.close()
 
-    def _begin(self, first_step: int, accumulates: bool) -> None:
+    def _queue(self, more: Iterator[Outgoing]) -> None:
+        self._unsent = more if self._unsent is None else itertools.chain(self._unsent, more)
+
+    def _send(self) -> None:
+        """Sends what is queued; keeps the one at which it fails, and those behind it."""
+        # A generator: the messages of the scalars are filled anew for each step.
+        while self._unsent is not None:
+            if self._failed is None:
+                self._failed = next(self._unsent, None)
+            if self._failed is None:
+                self._unsent = None
+                return
+            event, step, wall_time = self._failed
+            with self._renewing():
+                self._file.writer(self._first_step).add_event(event, step, wall_time)
+            self._failed = None
+
+    @contextmanager
+    def _renewing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self._file.renew()
+            raise
+
+    def _outgoing(self, batch: RecordBatch) -> Iterator[Outgoing]:
+        """Yields the Events of a batch; each is valid until the next one is asked for."""
+        first = (batch.steps or batch.events)[0]
+        yield from self._begin(first.global_step, any(map(accumulates, batch.steps)))
+        times = self._wall_times(batch.steps)
+        if batch.steps:
+            yield from self._steps(batch, times)
+        if batch.events:
+            yield from self._text_of(batch)
+        if self._matrix is not None:
+            yield from self._matrix.add(batch, times)
+
+    def _rest(self) -> Iterator[Outgoing]:
+        for series in self._series.values():
+            yield from self._point(series, series.rest())
+        if self._matrix is not None:
+            yield from self._matrix.rest()
+
+    def _begin(self, first_step: int, accumulates: bool) -> Iterator[Outgoing]:
         if self._begun:
             return
+        self._begun = True
+        self._first_step = first_step
         if self._heatmap:
             self._matrix = MatrixWriter(self.log_dir)
-        file_writer = self._file.writer(first_step)
         if self._layout:
             layout = chart_layout(step_scalars=self._step_scalars, accumulates=accumulates)
-            file_writer.add_summary(layout, 0)
-        self._begun = True
+            yield Outgoing(summary_event(layout), 0, time.time())
 
     def _wall_times(self, records: Sequence[StepRecord]) -> list[float]:
         # The delay before a batch arrives varies, so these estimates can go back in time; the wall
@@ -160,7 +209,7 @@ class TensorBoardWriter:
         self._newest_time = times[-1] if times else self._newest_time
         return times
 
-    def _write_steps(self, batch: RecordBatch, times: Sequence[float]) -> None:
+    def _steps(self, batch: RecordBatch, times: Sequence[float]) -> Iterator[Outgoing]:
         # Without step scalars the percentiles are unused, so pass no parameters to skip the work.
         spreads = norm_spread(batch.norms[:, : None if self._step_scalars else 0]).tolist()
         blocks = self._blocks_of(batch.layout)
@@ -176,9 +225,9 @@ class TensorBoardWriter:
                 blocks.present(norms),
                 notable=_is_notable(record) or (record.optimizer, record.step) in eventful,
             )
-            self._write_point(series, before)
+            yield from self._point(series, before)
         for series in self._series.values():
-            self._write_point(series, series.ready())
+            yield from self._point(series, series.ready())
 
     def _blocks_of(self, layout: Layout) -> Blocks:
         if self._blocks is None or self._blocks[0] != layout:
@@ -196,25 +245,20 @@ class TensorBoardWriter:
             )
         return series
 
-    def _write_point(self, series: OptimizerSeries, point: Point | None) -> None:
+    def _point(self, series: OptimizerSeries, point: Point | None) -> Iterator[Outgoing]:
         if point is not None and point.values:
             event = self._scalar_events.fill(point.values, series.meaning)
-            self._file.writer(point.step).add_event(event, point.step, point.time)
+            yield Outgoing(event, point.step, point.time)
 
-    def _send(self, outgoing: Sequence[Outgoing]) -> None:
-        for event, step, wall_time in outgoing:
-            self._file.writer(step).add_event(event, step, wall_time)
-
-    def _write_text(self, batch: RecordBatch) -> None:
+    def _text_of(self, batch: RecordBatch) -> Iterator[Outgoing]:
         text = self._text.add(batch.events, next(iter(self._series), ""))
         if text is None:
             return
         # All optimizers and events share one tag, whose steps must rise: move a used step by one.
         newest = max(event.global_step for event in batch.events)
         self._text_step = max(self._text_step + 1, newest)
-        file_writer = self._file.writer(self._text_step)
         message = summary.text("gradwatch/events", text)  # type: ignore[no-untyped-call]  # torch's
-        file_writer.add_summary(message, self._text_step)
+        yield Outgoing(summary_event(message), self._text_step, time.time())
 
 
 def _is_nonfinite(record: StepRecord) -> bool:

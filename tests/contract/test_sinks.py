@@ -17,16 +17,18 @@ from .lives import (
 
 
 class _Failing:
-    """A sink that keeps what it gets until its `fails_at`-th write, or its close, fails."""
+    """A sink that keeps what it gets; its `fails_at`-th write, or its close, fails."""
 
     def __init__(self, fails_at: int = 0, *, close: bool = False) -> None:
         self.fails_at, self.fails_to_close = fails_at, close
         self.writes = self.closed = 0
+        self.steps: list[Any] = []
 
     def write(self, batch: Any) -> None:
         self.writes += 1
         if self.writes == self.fails_at:
             raise OSError("disk full")
+        self.steps += batch.steps
 
     def close(self) -> None:
         self.closed += 1
@@ -36,8 +38,8 @@ class _Failing:
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
 @pytest.mark.parametrize("clip", [None, 0.1])
-def test_a_sink_that_raises_is_told_once_and_left_out(clip: float | None, fails_at: int) -> None:
-    """A failing sink is one warning that names it; the others get everything, the weights are the same."""
+def test_a_sink_that_raises_is_tried_again(clip: float | None, fails_at: int) -> None:
+    """A failing sink is told, and told when it works again; all sinks get all, the weights are the same."""
     weights = []
     for broken in (False, True):
         case, optimizer = model_and_optimizer("AdamW")
@@ -50,13 +52,15 @@ def test_a_sink_that_raises_is_told_once_and_left_out(clip: float | None, fails_
                 for _ in range(6):
                     train(case, optimizer, 1)
                     watcher.flush()
+        assert [step.step for step in failing.steps] == [1, 2, 3, 4, 5, 6]
         assert [step.step for step in whole.steps] == [1, 2, 3, 4, 5, 6]
-        assert len(caught) == (1 if broken else 0)
+        assert failing.closed == 1
+        assert len(caught) == (2 if broken else 0)
         if broken:
             assert issubclass(caught[0].category, gradwatch.GradwatchWarning)
             assert "_Failing" in str(caught[0].message)
             assert "disk full" in str(caught[0].message)
-            assert failing.writes == fails_at
+            assert "works again" in str(caught[1].message)
         weights.append(snapshot(case.model))
     assert identical(*weights)
 

@@ -38,6 +38,7 @@ from gradwatch.record.folder.parts import Part, PartStore
 from gradwatch.record.folder.reader import SessionStarts
 from gradwatch.record.folder.tables import ParametersTable, StepsTable, labels_of, need_pyarrow
 from gradwatch.record.records import Layout, RecordBatch, StepRecord
+from gradwatch.record.sink_queue import lost_records
 
 RETRY_S = 30.0
 """Pause after a disk failure before the next attempt, because the training waits for each one."""
@@ -55,6 +56,7 @@ _FULL = (
     "gradwatch cannot write to the run folder {path!r}: {error}. The training goes on, and the "
     "newest steps are held in memory in case there is room again later."
 )
+_LOST = "gradwatch could not write everything to the run folder {path!r}. {lost}"
 _UNTIDY = (
     "gradwatch cannot merge the parts of the run folder {path!r}: {error}. The run is still "
     "recorded, but in more and smaller files."
@@ -78,9 +80,9 @@ class RunFolder:
     first new step on. A run that begins at step 1 again is a new run: the earlier one is moved into
     the subfolder ``earlier-1``.
 
-    If the disk is full, read-only or gone, there is one warning and the training goes on. Two
-    processes cannot write into one folder: the second is refused before its first step (on disks
-    that support locks).
+    If the disk is full, read-only or gone, there is one warning and the training goes on. What
+    could not be written later either is told at the end. Two processes cannot write into one
+    folder: the second is refused before its first step (on disks that support locks).
 
     Example:
         >>> import tempfile, torch, gradwatch
@@ -92,6 +94,11 @@ class RunFolder:
         >>> load(folder).steps()["grad_norm"].tolist()
         [7.0]
     """
+
+    # On the class, as pickles of earlier versions do not have them.
+    _written: RecordBatch | None = None
+    _lost_steps = 0
+    _lost_events = 0
 
     def __init__(
         self,
@@ -140,18 +147,32 @@ class RunFolder:
         return self._path
 
     def write(self, batch: RecordBatch) -> None:
-        """Writes a batch, after those that a failing disk has not taken yet."""
-        self._held.append(batch)
+        """Writes a batch, after those that a failing disk has not taken yet.
+
+        A batch that was passed before, as happens after an error, is not written twice.
+        """
+        if batch is not self._written and not any(batch is held for held in self._held):
+            self._held.append(batch)
         if time.monotonic() >= self._retry_at:
             self._attempt(self._write_held)
         self._drop_oldest()
 
     def close(self) -> None:
-        """Writes what is still held in memory, and merges small parts."""
-        self._attempt(self._write_held)
-        if self._session is not None:
-            self._tidy(self._session.close)
-        self._lock.release()
+        """Writes what is still held in memory, and merges small parts.
+
+        If the disk takes nothing even now, or has not for so long that not everything could be
+        held, a warning says what is lost.
+        """
+        try:
+            self._attempt(self._write_held)
+            self._lose(len(self._held))
+            if self._lost_steps or self._lost_events:
+                lost = lost_records(self._lost_steps, self._lost_events)
+                warn_safely(_LOST.format(path=str(self._path), lost=lost))
+            if self._session is not None:
+                self._tidy(self._session.close)
+        finally:
+            self._lock.release()
 
     def _write_held(self) -> None:
         while self._held:
@@ -163,7 +184,7 @@ class RunFolder:
                 self._keep_earlier(batch)
                 self._session = Session(self._path, batch.layout, self._about)
             self._session.write(batch)
-            del self._held[0]
+            self._written = self._held.pop(0)
             self._tidy(partial(self._session.tidy, batch))
 
     def _keep_earlier(self, batch: RecordBatch) -> None:
@@ -199,7 +220,13 @@ class RunFolder:
             len(self._held) > HELD_BATCHES
             or (len(self._held) > 1 and sum(batch.norms.size for batch in self._held) > HELD_VALUES)
         ):
-            del self._held[0]
+            self._lose(1)
+
+    def _lose(self, batches: int) -> None:
+        for batch in self._held[:batches]:
+            self._lost_steps += len(batch.steps)
+            self._lost_events += len(batch.events)
+        del self._held[:batches]
 
 
 def begins_anew(steps: Sequence[StepRecord]) -> bool:
@@ -288,6 +315,7 @@ class Session:
             raise
         self._starts = SessionStarts(folder / STEPS)
         self._rows = 0
+        self._failed: list[Part] = []
         self._first: dict[str, int] = {}
 
     def write(self, batch: RecordBatch) -> None:
@@ -298,6 +326,7 @@ class Session:
         """
         length = self._log.length
         part = Part(self.number, self._rows, self._rows + len(batch.steps) - 1)
+        self._withdraw_failed()  # again: the disk may have refused even that
         try:
             self._log.append(batch.events, part.last)
             if batch.steps:
@@ -307,13 +336,23 @@ class Session:
                 # Sync both folders at the end: on most file systems the first call does both.
                 self._steps.sync()
                 self._parameters.sync()
-        except OSError:
+        except BaseException:
             self._log.length = length
-            self._parameters.withdraw(part)
+            self._failed.append(part)
+            self._withdraw_failed()
             raise
+        else:
+            self._failed = []
         finally:
             # Also after a failure: the next attempt must not share rows with leftovers of this one.
             self._rows += len(batch.steps)
+
+    def _withdraw_failed(self) -> None:
+        for part in self._failed:
+            # Steps first: the batch is written again, and no step may be there twice. Without its
+            # row in the table of steps nothing else of the batch is read.
+            self._steps.withdraw(part)
+            self._parameters.withdraw(part)
 
     def tidy(self, batch: RecordBatch) -> None:
         """Merges small parts if there are many, and cuts the steps that the newest ones void."""

@@ -1,12 +1,18 @@
 """Files: whose they are, what is refused, and what a failing disk does."""
 
+import contextlib
+import itertools
 import re
 import shutil
 import threading
+import warnings
 
 import pytest
+import torch
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch.utils.tensorboard import SummaryWriter
 
+from gradwatch import GradwatchWarning, watch
 from gradwatch_tensorboard import TensorBoardWriter
 from tests.support import processes
 
@@ -79,11 +85,77 @@ def test_deleted_folder_raises(run, tmp_path):
     writer = TensorBoardWriter(folder)
     writer.write(run.nan_step(1))
     shutil.rmtree(folder)
+    batch = run.nan_step(2)
+    with pytest.warns(GradwatchWarning, match="may be missing"), pytest.raises(FileNotFoundError):
+        writer.write(batch)
     with pytest.raises(FileNotFoundError):
-        writer.write(run.nan_step(2))
-    with pytest.raises(FileNotFoundError):
+        writer.write(batch)  # as the watcher does
+    with contextlib.suppress(FileNotFoundError):  # if the thread failed before all was queued
         writer.close()
     assert threading.active_count() == before
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_a_batch_that_is_passed_again_stands_once(run, read, tmp_path, monkeypatch, age, call):
+    """A write that fails at any value goes on there, in a new file; no value is missing or there twice."""
+    batches = [run.batch(range(1, 5)), run.batch(range(5, 9), [run.event(6)])]
+    writer = TensorBoardWriter(tmp_path / "failing")
+    writer.write(batches[0])
+    whole, calls = EventFileWriter.add_event, itertools.count()
+
+    def failing(self, event):
+        if next(calls) == call:
+            raise OSError("No space left on device")
+        whole(self, event)
+
+    monkeypatch.setattr(EventFileWriter, "add_event", failing)
+    with (
+        pytest.warns(GradwatchWarning, match="may be missing"),
+        pytest.raises(OSError, match="space"),
+    ):
+        writer.write(batches[1])
+    monkeypatch.undo()
+    age(tmp_path / "failing")  # the files of one second are read in the order of their names
+    writer.write(batches[1])
+    writer.close()
+    straight = TensorBoardWriter(tmp_path / "straight")
+    for batch in batches:
+        straight.write(batch)
+    straight.close()
+    one, other = read(tmp_path / "failing"), read(tmp_path / "straight")
+    assert one.tags() == other.tags()
+    for tag in other.tags():
+        assert one.series(tag) == other.series(tag)
+    assert one.texts() == other.texts()
+    assert len(one.raw_events()) == len(other.raw_events()) + len(one.files) - 1  # a head each
+
+
+def test_a_disk_that_is_full_for_a_while(run, read, tmp_path, monkeypatch):
+    """A watcher passes on what was missed, once the event file can be written again."""
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    whole, full = EventFileWriter.add_event, [False]
+
+    def failing(self, event):
+        if full[0]:
+            raise OSError("No space left on device")
+        whole(self, event)
+
+    monkeypatch.setattr(EventFileWriter, "add_event", failing)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with watch(model, optimizer, sinks=[TensorBoardWriter(tmp_path)]) as watcher:
+            for number in range(1, 11):
+                full[0] = 3 <= number < 7
+                model(torch.ones(1, 2)).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                watcher.flush()
+    texts = [str(one.message) for one in caught]
+    assert len(texts) == 3
+    assert "works again" in texts[2]
+    assert read(tmp_path).steps("gradwatch/grad_norm") == list(range(1, 11))
 
 
 def test_closed_writer_raises(run, tmp_path):

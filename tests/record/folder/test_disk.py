@@ -1,5 +1,7 @@
 """A disk that is full, read-only or gone: one warning, and the training goes on."""
 
+import contextlib
+import itertools
 import os
 import resource
 import shutil
@@ -13,7 +15,7 @@ import torch
 
 import gradwatch
 from gradwatch.history import load
-from gradwatch.record.folder import writer
+from gradwatch.record.folder import parts, writer
 from gradwatch.record.folder.writer import RunFolder
 
 from . import runs
@@ -100,8 +102,72 @@ def test_what_is_held_is_bounded(tmp_path):
     with pytest.warns(gradwatch.GradwatchWarning):
         _write_all(sink, (runs.batch([step]) for step in range(2, 102)))
     shutil.move(tmp_path / "away", tmp_path / "steps")
-    sink.close()
+    with pytest.warns(gradwatch.GradwatchWarning, match="Lost: steps 36, events 0"):
+        sink.close()
     assert runs.steps_of(tmp_path) == [1, *range(38, 102)]
+
+
+@pytest.mark.usefixtures("_no_patience")
+@pytest.mark.parametrize("stuck", [False, True])
+@pytest.mark.parametrize("error", [OSError, MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("call", range(6))
+def test_a_batch_that_is_passed_again_stands_once(tmp_path, monkeypatch, error, call, stuck):
+    """Wherever a write fails, and even if what it left cannot be removed, the retry leaves each step once."""
+    sink = runs.write(tmp_path, runs.batch([1]), close=False)
+    calls = itertools.count()
+
+    def failing(module, name):
+        whole = getattr(module, name)
+
+        def act(*args, **options):
+            result = whole(*args, **options)  # it fails only when its work is done
+            if next(calls) == call:
+                raise error("away")
+            return result
+
+        monkeypatch.setattr(module, name, act)
+
+    failing(parts, "write_whole")
+    failing(parts, "sync_folder")
+    failing(os, "fsync")
+    if stuck:
+        monkeypatch.setattr(parts, "remove_quietly", lambda path: None)
+    batch = runs.batch([2], events=[runs.event(2)])
+    with warnings.catch_warnings(), contextlib.suppress(error):
+        warnings.simplefilter("ignore")
+        sink.write(batch)
+    monkeypatch.undo()
+    sink.write(batch)
+    sink.write(runs.batch([3]))
+    sink.close()
+    assert runs.assert_consistent(tmp_path) == 3
+    assert load(tmp_path).events()["step"].tolist() == [2]
+
+
+def test_a_sink_of_a_watcher_writes_each_step_once_after_any_error(tmp_path, monkeypatch):
+    """An error that is none of the disk's reaches the watcher, which passes the batch again."""
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    whole, calls = parts.write_whole, itertools.count()
+
+    def failing(*args, **options):
+        if next(calls) in (2, 3):
+            raise ValueError("no such column")
+        return whole(*args, **options)
+
+    monkeypatch.setattr(parts, "write_whole", failing)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with gradwatch.watch(model, optimizer, run_dir=tmp_path) as watcher:
+            for _ in range(6):
+                model(torch.randn(3, 4)).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                watcher.flush()
+    assert "failed in write() with ValueError: no such column" in str(caught[0].message)
+    assert "works again" in str(caught[1].message)
+    assert len(caught) == 2
+    assert runs.steps_of(tmp_path) == [1, 2, 3, 4, 5, 6]
 
 
 def _weights(sinks):
@@ -121,11 +187,13 @@ def _weights(sinks):
 
 
 def test_a_deleted_folder_leaves_the_training_alone(tmp_path):
-    """Deleted under the training: one warning, the same weights, and the folder stays deleted."""
+    """Deleted under the training: told at once and at the end, the same weights, and it stays deleted."""
     undisturbed = _weights([])
-    with pytest.warns(gradwatch.GradwatchWarning, match="No such file") as caught:
+    with pytest.warns(gradwatch.GradwatchWarning, match="run folder") as caught:
         weights = _weights([RunFolder(tmp_path / "run")])
-    assert len(caught) == 1
+    assert len(caught) == 2
+    assert "No such file" in str(caught[0].message)
+    assert "Lost: steps 5, events 0." in str(caught[1].message)
     assert np.array_equal(weights, undisturbed)
     assert not (tmp_path / "run").exists()
 
@@ -153,7 +221,7 @@ with warnings.catch_warnings(record=True) as caught:
     for step in range(1, 4):
         sink.write(runs.batch([step]))
     sink.close()
-print(len(caught), caught[0].message)
+print(len(caught), *(one.message for one in caught))
 """
 
 
@@ -167,13 +235,14 @@ def read_only():
 
 
 @pytest.mark.parametrize("inside", ["", "new/run"])
-def test_a_read_only_folder_is_one_warning(read_only, inside):
+def test_a_read_only_folder_is_told(read_only, inside):
     """Neither a folder that cannot be made nor one that cannot be written to stops anything."""
     process = runs.child(READ_ONLY, read_only / inside, UNPRIVILEGED)
     output, error = process.communicate(timeout=600)
     assert process.returncode == 0, error
-    assert output.startswith("1 gradwatch cannot write to the run folder")
+    assert output.startswith("2 gradwatch cannot write to the run folder")
     assert "Permission denied" in output
+    assert "Lost: steps 3, events 0." in output
     assert list(read_only.iterdir()) == []
 
 
