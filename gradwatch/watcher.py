@@ -353,7 +353,8 @@ class Watcher:
     def report(self, thresholds: Thresholds | None = None, **changes: float) -> Report:
         """Says what the run shows so far; see :meth:`gradwatch.History.report`."""
         self._expect_entered()
-        return self.history.report(thresholds, **changes)
+        report = self.history.report(thresholds, **changes)
+        return replace(report, remarks=(NEVER_ENTERED,)) if self._state == "new" else report
 
     def postfix(self) -> dict[str, str]:
         """Returns short texts for a progress bar: ``bar.set_postfix(watcher.postfix())``.

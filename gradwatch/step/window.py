@@ -532,10 +532,10 @@ def _zeroed(before: Measurement, after: Measurement, gradients: Sequence[Tensor]
     """Returns whether ``zero_grad()`` wrote zeros over the gradients, rather than a clip did."""
     if not (after.total.at_hand and after.total.value() == 0 != before.total.value()):
         return False
-    # A clip that meets an infinite norm multiplies by 0, and a loop may write zeros over NaN. The
-    # norm that such a clip sees is infinite where its dtype cannot hold it.
-    largest = min((torch.finfo(g.dtype).max for g in gradients), default=math.inf)
-    if before.overflowed or not before.total.value() <= largest:
+    # A clip that meets an infinite norm multiplies by 0. The norm that it sees is infinite where
+    # its dtype cannot hold it. Over a NaN or an Inf only zeros that were written make a norm of 0.
+    largest = min((torch.finfo(gradient.dtype).max for gradient in gradients), default=math.inf)
+    if before.overflowed or largest < before.total.value() < math.inf:
         return False
     return not has_negative_zero(gradients)  # a product with 0 keeps the sign
 

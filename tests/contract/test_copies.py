@@ -183,9 +183,10 @@ def test_a_copy_of_a_watcher_that_was_never_entered() -> None:
     case, optimizer = model_and_optimizer()
     watcher = gradwatch.watch(case.model, optimizer)
     other = pickle.loads(pickle.dumps(watcher))
-    assert str(other.report()) == str(watcher.report())
     assert "never entered" in str(other.report())
     assert other.last is None
+    with pytest.warns(gradwatch.GradwatchWarning, match="never entered"):
+        assert "never entered" in str(watcher.report())
 
 
 @every_way

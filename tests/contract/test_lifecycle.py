@@ -105,11 +105,30 @@ def test_the_users_hooks_stay() -> None:
     assert log == ["before", "inside", "step"]
 
 
-def test_watch_alone_hangs_nothing() -> None:
-    """watch() without entering the block leaves no hook."""
+@pytest.mark.parametrize("held", [True, False])
+def test_watch_alone_tells_at_the_first_backward(held: bool) -> None:
+    """watch() without entering the block warns once, also if its result is dropped."""
     case, optimizer = model_and_optimizer()
     before = hooks(case.model, optimizer)
-    gradwatch.watch(case.model, optimizer, clip=1.0)
+    watcher = gradwatch.watch(case.model, optimizer, clip=1.0)
+    if not held:
+        del watcher
+    with pytest.warns(gradwatch.GradwatchWarning, match="never entered") as told:
+        train(case, optimizer, 3)
+    assert len(told) == 1
+    assert hooks(case.model, optimizer) == before
+    if held:
+        assert [event.kind for event in watcher.events] == ["mistake"]
+
+
+def test_entering_removes_what_waits_for_the_first_backward() -> None:
+    """That of a watcher that was made before for the same model, too."""
+    case, optimizer = model_and_optimizer()
+    before = hooks(case.model, optimizer)
+    gradwatch.watch(case.model, optimizer)
+    with gradwatch.watch(case.model, optimizer):
+        train(case, optimizer, 1)
+    train(case, optimizer, 1)
     assert hooks(case.model, optimizer) == before
 
 

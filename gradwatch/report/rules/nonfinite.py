@@ -22,6 +22,14 @@ WHY = (
     "A NaN or Inf that reaches the weights stays there: every later step of the parameter is lost. "
     "{fate}"
 )
+WHY_OVERFLOW = (
+    "The squares of the elements overflow, so clip_grad_norm_ meets an infinite norm and multiplies "
+    "all gradients by 0: such a step teaches nothing. gradwatch's own clip takes the true norm."
+)
+ADVICE_OVERFLOW = (
+    "Gradients of this size mean that training has diverged, or that the loss is not scaled to its "
+    'batch. Lower the learning rate, and clip from the start: watch(..., clip="auto").'
+)
 LOST = "{count} of these steps reached the weights, which are spoiled from step {step} on."
 SPARED = "None of these steps was applied, so the weights are intact."
 RISING = (
@@ -53,6 +61,22 @@ def nonfinite(run: RunData, limits: Thresholds) -> Iterator[Finding]:
         bad = steps.nonfinite & ~steps.by_scaler
         if bad.any():
             yield _finding(run, steps, bad, limits)
+        events = run.events_of(steps.optimizer, ("overflow",))
+        events = events[~events["step"].isin(steps.step[steps.nonfinite | steps.by_scaler])]
+        if len(events):
+            yield _overflow(events, steps.optimizer)
+
+
+def _overflow(events: pd.DataFrame, optimizer: str) -> Finding:
+    numbers = events["step"].unique()
+    title = (
+        f"The norm of finite gradients was beyond float32 in {counted(len(numbers), 'step')}, from "
+        f"step {numbers[0]} on; the largest gradient was that of {events['parameter'].iloc[0]}."
+    )
+    largest = {"steps": float(len(numbers)), "largest_norm": float(events["value"].max())}
+    names = tuple(map(str, events["parameter"].unique()[:3]))
+    seen = Evidence(first_steps(numbers), names, largest, optimizer)
+    return Finding("overflow", "warning", title, seen, WHY_OVERFLOW, ADVICE_OVERFLOW)
 
 
 def _finding(run: RunData, steps: OptimizerArrays, bad: Array, limits: Thresholds) -> Finding:
