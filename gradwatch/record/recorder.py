@@ -222,6 +222,10 @@ class FinishedStep(Protocol):
     can_wait: bool
     """Whether its record may be made later, together with those of other steps."""
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing that the training does next can change its record."""
+
     def ready(self) -> bool:
         """Returns whether its numbers have arrived; never waits."""
 
@@ -250,6 +254,7 @@ class Recorder:
         self._undelivered: list[Event] = []
         self._expected: deque[FinishedStep] = deque()
         self._receiving = threading.RLock()
+        self._hurries = False
         self._held: list[FinishedStep] = []
         self._last: StepRecord | None = None
         self.skipped = 0
@@ -258,12 +263,16 @@ class Recorder:
     def last(self) -> StepRecord | None:
         """The newest step; waits for its numbers. None before the first step."""
         self.receive(wait=True)
-        return self._held[-1].entry().record if self._held else self._last
+        queue = self._held or self._expected
+        return queue[-1].entry().record if queue else self._last
 
     @property
     def newest(self) -> StepRecord | None:
         """The newest step whose numbers have arrived; never waits."""
         self.receive()
+        with self._receiving:
+            if self._expected and not self._expected[0].settled and self._expected[-1].ready():
+                return self._expected[-1].entry().record
         return self._last
 
     def expect(self, step: FinishedStep) -> None:
@@ -274,20 +283,29 @@ class Recorder:
         self._expected.append(step)
         # Code that last ran one training step ago is no longer in the CPU caches, and costs several
         # times what it costs in a loop. So the records of many steps are made together.
-        if not step.can_wait or self._hub.due(len(self._expected)):
+        self._hurries = self._hurries or not step.can_wait
+        if self._hurries or self._hub.due(len(self._expected)):
             self.receive()
 
-    def receive(self, wait: bool = False) -> None:
+    def receive(self, wait: bool = False, unsettled: bool = False) -> None:
         """Records the expected steps that have arrived, in order.
 
         Args:
             wait: Whether to wait for those that have not arrived.
+            unsettled: Whether to record also the newest ones, of optimizers whose joint step is
+                not over. Otherwise these stay in the queue, so that sinks get final numbers.
         """
         if not self._expected:
             return
         with self._receiving:  # a thread other than the training may read the history
-            while self._expected and (wait or self._expected[0].ready()):
+            while self._expected and (unsettled or self._expected[0].settled):
+                if not wait and not self._expected[0].ready():
+                    break
                 self.add(self._expected.popleft().entry())
+            self._hurries = self._hurries and bool(self._expected)
+            if wait:
+                for step in self._expected:
+                    step.entry()
 
     def add(self, entry: Entry) -> None:
         """Records a finished step, and delivers if it is time."""
@@ -296,7 +314,7 @@ class Recorder:
         self.skipped += entry.record.outcome != "applied"
         self.note(entry.events)
         if self._hub.add(urgent=any(event.nonfinite for event in entry.events)):
-            self.flush()
+            self.flush(unsettled=False)
 
     def note(self, events: tuple[Event, ...]) -> None:
         """Keeps events, of a step or of none: the first 1,000 and the newest 9,000 of the rest."""
@@ -321,10 +339,13 @@ class Recorder:
         """Drops the held backwards, as they belong to the window of an optimizer."""
         self._held = []
 
-    def flush(self) -> None:
-        """Delivers all steps and events that the sinks have not received; waits for numbers."""
+    def flush(self, unsettled: bool = True) -> None:
+        """Delivers all steps and events that the sinks have not received; waits for numbers.
+
+        ``unsettled`` is as for :meth:`receive`.
+        """
         with self._receiving:
-            self.receive(wait=True)
+            self.receive(wait=True, unsettled=unsettled)
             events, self._undelivered = tuple(self._undelivered), []
             self._hub.deliver(lambda count: self._buffer.batch(count, events))
 
@@ -335,7 +356,7 @@ class Recorder:
 
     def events(self) -> tuple[Event, ...]:
         """Returns all kept events, oldest first, including those of held backwards."""
-        self.receive(wait=True)
+        self.receive(wait=True, unsettled=True)
         held = (event for step in self._held for event in step.entry().events)
         return (*self._first_events, *self._events, *held)
 

@@ -23,6 +23,11 @@ def accumulates(record: StepRecord) -> bool:
     return record.micro_batches > 1 or math.isfinite(record.noise_scale)
 
 
+def steps_with_others(record: StepRecord) -> bool:
+    """Tells whether other optimizers, whose gradients are not 0, step together with this one."""
+    return math.isfinite(record.grad_norm_all) and record.grad_norm_all != record.grad_norm
+
+
 def exceeds_its_error(record: StepRecord) -> bool:
     """Tells whether the noise scale is larger than its standard error."""
     # One that is smaller says nothing, and may be so large that it hides all others on its axis.
@@ -43,8 +48,9 @@ class StepRecord:
     optimizer: str = field(
         default="none",
         metadata=column(
-            "class of the optimizer; a second one of a class is `Adam-1`; `none` where no "
-            "optimizer steps the model, so that each backward counts as a step",
+            "name of the optimizer in `watch()`, or else its class; a second one of a class is "
+            "`Adam-1`; `none` where no optimizer steps the model, so that each backward counts as "
+            "a step",
             repeats=True,
         ),
     )
@@ -210,6 +216,21 @@ class StepRecord:
     global_step: int = field(
         default=0,
         metadata=column("the x-axis of loggers: `step`, or the framework's own count"),
+    )
+    grad_norm_all: float = field(
+        default=math.nan,
+        metadata=column(
+            "total norm, before any clip and unscaled, over all optimizers that step together: "
+            "those with no backward between their steps; `grad_norm` where one steps alone",
+            unit="gradient",
+            page="plain-loop.md",
+            scalar=Scalar(
+                "largest",
+                when=steps_with_others,
+                lasting=True,
+                condition="from the first step on in which it differs from `grad_norm`",
+            ),
+        ),
     )
 
 

@@ -339,6 +339,10 @@ class OptimizerSteps(Steps):
             pending.curvature = self._curvature(self.step, self._outcome.outcome)
         if late:  # only the device knows the outcome: the rule is told once it has arrived
             pending.on_outcome = self.skip_rule.note
+        joint = self._run.joint_steps
+        if joint.several:
+            pending.join(joint.of(self.label, self.step))
+            joint.close_if_complete()
         self._run.recorder.expect(pending)
         self.window.reset()
         self.weights.sample = self.weights.weight = None

@@ -26,6 +26,7 @@ from gradwatch.record.events import (
 from gradwatch.record.recorder import Entry
 from gradwatch.record.records import Event, Outcome, StepRecord
 from gradwatch.step.skip_rule import StepOutcome
+from gradwatch.step.together import JointStep
 
 NO_CURVATURE = (math.nan, math.nan)
 
@@ -88,6 +89,7 @@ class PendingStep:
     can_wait: bool = field(init=False)
     _transfer: Transfer | None = field(init=False)
     _entry: Entry | None = field(init=False, default=None)
+    _joint: JointStep | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Starts one asynchronous copy of all numbers that are still on a device."""
@@ -95,8 +97,20 @@ class PendingStep:
         self._transfer = Transfer(awaited) if awaited else None
         self.can_wait = not (awaited or self.nonfinite_count or self.norms.before.overflowed)
 
+    def join(self, joint: JointStep) -> None:
+        """Says which steps of other optimizers were taken together with this one."""
+        joint.add(self.optimizer, self.norms, self._transfer)
+        self._joint = joint
+
+    @property
+    def settled(self) -> bool:
+        """Whether no other optimizer can still take part in the step, or its record need not wait."""
+        return self._joint is None or self._joint.closed or not self._joint.awaited
+
     def ready(self) -> bool:
         """Returns whether all numbers have arrived; never waits."""
+        if self._joint is not None and not self._joint.arrived():
+            return False
         return self._transfer is None or self._transfer.arrived()
 
     def entry(self) -> Entry:
@@ -130,6 +144,8 @@ class PendingStep:
         norms, before, after = self.norms, self.norms.before, self.norms.after
         first, count = self._check_late()
         record = self._record(count)
+        if self._joint is not None:
+            self._joint.fill(record)
         self._add_noise_scale(record)
         rows = before.norms.array()
         if norms.before_scale != 1.0:
@@ -160,6 +176,7 @@ class PendingStep:
             micro_batches=self.micro_batches,
             weight=resolve(self.weight),
             grad_norm=norms.grad_norm,
+            grad_norm_all=norms.grad_norm,
             grad_norm_clipped=norms.grad_norm_clipped,
             grad_norm_local=math.nan if local is None else local.value() * norms.before_scale,
             clip_coef=norms.clip_coef,

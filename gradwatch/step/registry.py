@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, count, repeat
 from typing import Any
 
 from torch.optim import Optimizer
@@ -132,12 +133,13 @@ class OptimizerRegistry:
         self._fresh_clip = {} if clip is None else clip.state_dict()
         self._norm_type = 2.0 if clip is None else clip.norm_type
 
-    def attach(self, optimizers: Sequence[Optimizer]) -> None:
+    def attach(self, optimizers: Sequence[Optimizer], names: Sequence[str] = ()) -> None:
         """Registers the hooks on the optimizers, and on the parameters that they step.
 
         Args:
-            optimizers: The optimizers that the user named. If there are none, all watched
+            optimizers: The optimizers that the user passed. If there are none, all watched
                 parameters are hooked, and optimizers are found at their first step.
+            names: Their labels; empty to label them by class.
 
         Raises:
             ValueError: If an optimizer steps inside the backward, and an option was set that needs
@@ -150,12 +152,13 @@ class OptimizerRegistry:
         watched = list(range(len(table)))
         accumulates = self._run.accumulation.accumulates
         if optimizers:
-            for optimizer in optimizers:
-                self._follow(optimizer, self._window(self._indices(optimizer)))
+            for optimizer, name in zip(optimizers, names or repeat(""), strict=False):
+                self._follow(optimizer, self._window(self._indices(optimizer)), name)
             watched = [index for one in self.followed for index in one.window.indices]
         else:
             self._unowned = BackwardSteps(self._run, self._window(watched))
             self._unowned.step = self._steps.get("none", 0)
+            self._run.joint_steps.find_more()
             self._discovery = OptimizerDiscovery(set(table.positions()), self._on_found)
         self._run.hooks.attach(watched, self._norm_type, owned=bool(optimizers))
         if accumulates:
@@ -181,6 +184,8 @@ class OptimizerRegistry:
         if self._unowned is not None:
             backward = backward._replace(freed=run.hooks.freed.take(backward.arrived))
             self._unowned.add_alone(backward, weight, alone=not self.followed)
+        if run.joint_steps.current is not None:
+            run.joint_steps.close()  # only now: the loop above may find steps that a scaler skipped
         if run.hooks.added.watching:
             self._watch_what_is_added()
 
@@ -209,6 +214,7 @@ class OptimizerRegistry:
         for one in self.followed:
             with self._shield:
                 one.end()
+        self._run.joint_steps.close()
         self.commit_backwards()
         stepped = self.followed or self._unowned is None or not self._unowned.step
         if self._options.acting and not stepped:
@@ -268,13 +274,14 @@ class OptimizerRegistry:
         self._unowned.release(indices)
         self._follow(optimizer, max(parts, key=lambda part: len(part.arrived)))
 
-    def _follow(self, optimizer: Optimizer, window: Window) -> None:
-        label = _label(optimizer, [one.label for one in self.followed])
+    def _follow(self, optimizer: Optimizer, window: Window, name: str = "") -> None:
+        label = name or _label(optimizer, {one.label for one in self.followed})
         curvature = None if self.followed else self._curvature
         steps = OptimizerSteps(
             label, optimizer, window, self._run, self._own_clip(), curvature, self._on_finished
         )
         self.followed.append(steps)
+        self._run.joint_steps.follow_one_more()
         self._load_into(steps)
         may_refuse = self._options.on_nonfinite != "record" or self._options.skip_spikes is not None
         self._boundaries.append(StepBoundary(optimizer, steps, self._shield, may_refuse))
@@ -311,7 +318,8 @@ class OptimizerRegistry:
         return Window(self._run.table, list(indices), self._norm_type, self._run.shards)
 
 
-def _label(optimizer: Optimizer, taken: Sequence[str]) -> str:
+def _label(optimizer: Optimizer, taken: Container[str]) -> str:
+    """Labels an optimizer by its class: ``Adam``, a second one ``Adam-1``."""
     name = type(optimizer).__name__
-    same = sum(label == name or label.startswith(f"{name}-") for label in taken)
-    return f"{name}-{same}" if same else name
+    labels = chain([name], (f"{name}-{number}" for number in count(1)))
+    return next(label for label in labels if label not in taken)

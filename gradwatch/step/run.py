@@ -17,6 +17,7 @@ from gradwatch.options import Options
 from gradwatch.record.events import changed_event
 from gradwatch.record.recorder import Recorder, RingBuffer, SinkHub
 from gradwatch.record.records import Event, Layout
+from gradwatch.step.together import JointSteps
 
 
 class Run:
@@ -33,6 +34,7 @@ class Run:
         stopwatch: Measures the time that gradwatch itself takes.
         recorder: Keeps records and events.
         accumulation: How many micro-batches make a step.
+        joint_steps: Which optimizers step together.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Run:
         self.scale = LossScale(options.scaler)
         self.stopwatch = Stopwatch()
         self._told: set[str] = set()
+        self.joint_steps = JointSteps(2.0 if options.clip is None else options.clip.norm_type)
         self.accumulation = AccumulationPlan(
             options.accumulate, lambda *change: self.note(changed_event(*change))
         )
