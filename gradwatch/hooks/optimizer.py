@@ -236,6 +236,22 @@ def learning_rate(optimizer: Optimizer) -> FloatOrDeferred:
     return defer_copy(value) if isinstance(value, Tensor) else float(value)
 
 
+def group_learning_rates(optimizer: Optimizer) -> list[FloatOrDeferred]:
+    """Returns the learning rate of each parameter group; NaN where a group has none."""
+    rates = [group.get("lr", math.nan) for group in optimizer.param_groups]
+    return [defer_copy(rate) if isinstance(rate, Tensor) else float(rate) for rate in rates]
+
+
+def group_names(optimizer: Optimizer) -> list[str | int]:
+    """Names each parameter group: its key ``"name"``, or else its index; no name occurs twice."""
+    names: list[str | int] = []
+    for index, group in enumerate(optimizer.param_groups):
+        name = group.get("name")
+        given = isinstance(name, str) and name.strip() and name not in names
+        names.append(name if given else index)
+    return names
+
+
 LearningRates = list[tuple[dict[str, Any], Any]]
 
 

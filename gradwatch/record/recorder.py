@@ -18,6 +18,7 @@ from gradwatch.record.records import (
     NO_GRADIENT,
     Event,
     Layout,
+    ParameterGroups,
     RecordBatch,
     Sink,
     StepRecord,
@@ -52,12 +53,19 @@ class Entry:
 
 
 class RingBuffer:
-    """Keeps the newest entries; when it is full, each new one replaces the oldest."""
+    """Keeps the newest entries; when it is full, each new one replaces the oldest.
+
+    Attributes:
+        layout: The parameters.
+        capacity: The most steps that it keeps.
+        groups: The parameter groups of the optimizers, as in a batch.
+    """
 
     def __init__(self, layout: Layout, capacity: int) -> None:
         """Reserves memory for ``capacity`` steps, at least 1."""
         self.layout = layout
         self.capacity = capacity
+        self.groups: tuple[ParameterGroups, ...] = ()
         self._records: list[StepRecord | None] = [None] * capacity
         self._norms = np.empty((capacity, len(layout.names)), np.float32)
         self._clipped: Row | None = None
@@ -105,6 +113,7 @@ class RingBuffer:
             clipped_norms=self._clipped_rows(slots, records, norms),
             statistics={name: plane[slots] for name, plane in self._statistics.items()},
             events=events,
+            groups=self.groups,
         )
 
     def _clipped_rows(self, slots: NDArray[Any], records: list[StepRecord], norms: Row) -> Row:
@@ -324,6 +333,10 @@ class Recorder:
         if self._hub:
             self._undelivered.extend(events)
 
+    def note_groups(self, groups: ParameterGroups) -> None:
+        """Notes the parameter groups that an optimizer has from one of its steps on."""
+        self._buffer.groups = (*self._buffer.groups, groups)
+
     def hold(self, step: FinishedStep) -> int:
         """Holds a backward that may be a step of its own; returns how many are held now."""
         self._held.append(step)
@@ -373,6 +386,7 @@ class Recorder:
         new = held.batch()
         return replace(
             new,
+            groups=old.groups,
             steps=[*old.steps, *new.steps],
             norms=np.concatenate([old.norms, new.norms]),
             clipped_norms=np.concatenate([old.clipped_norms, new.clipped_norms]),

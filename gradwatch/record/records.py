@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.pickles import stable_name
-from gradwatch.record.schema import Kind, Scalar, column, declared, is_finite
+from gradwatch.record.schema import Kind, Scalar, column, declared, is_finite, loads_older
 
 Outcome = Literal["applied", "skipped_nonfinite", "skipped_scaler", "skipped_policy"]
 
@@ -232,6 +232,14 @@ class StepRecord:
             ),
         ),
     )
+    group_lr: str = field(
+        default="",
+        metadata=column(
+            "learning rates of all parameter groups during the step, as a JSON list; empty where "
+            "the optimizer has one group, whose rate is `lr`",
+            repeats=True,
+        ),
+    )
 
 
 EventKind = Literal[
@@ -387,6 +395,28 @@ class Layout:
 
 @stable_name
 @dataclass(frozen=True, slots=True)
+class ParameterGroups:
+    """The parameter groups of an optimizer, as they are from one of its steps on.
+
+    Attributes:
+        optimizer: Label of the optimizer.
+        from_step: The first step that has these groups.
+        norm_type: The p of the norms that are recorded.
+        names: For each group its ``"name"``, where the user gave it one, or else its index from 0;
+            each once. Empty if the groups are not known.
+        members: For each group the indices of its parameters in the layout, ascending.
+    """
+
+    optimizer: str
+    from_step: int
+    norm_type: float
+    names: tuple[str | int, ...]
+    members: tuple[tuple[int, ...], ...]
+
+
+@stable_name
+@loads_older
+@dataclass(frozen=True, slots=True)
 class RecordBatch:
     """Some consecutive steps, oldest first, as sinks receive them.
 
@@ -399,6 +429,8 @@ class RecordBatch:
         statistics: Further per-parameter statistics by name, shaped like ``norms``; NaN in steps
             at which a statistic was not taken.
         events: What happened in these steps, oldest first.
+        groups: The parameter groups of all optimizers so far, oldest first: of two entries of an
+            optimizer the later one replaces the earlier from its step on.
     """
 
     layout: Layout
@@ -407,6 +439,7 @@ class RecordBatch:
     clipped_norms: NDArray[np.floating[Any]]
     statistics: Mapping[str, NDArray[np.floating[Any]]] = field(default_factory=dict)
     events: Sequence[Event] = ()
+    groups: Sequence[ParameterGroups] = ()
 
 
 @stable_name

@@ -99,12 +99,16 @@ def columns_of(record: type) -> dict[str, Column]:
 def declared(record: T) -> T:
     """Completes a record class with what its fields declare.
 
-    Its docstring gets the meanings as ``Attributes``. Pickles from before a field was added load
-    with the default of that field.
+    Its docstring gets the meanings as ``Attributes``. See also :func:`loads_older`.
     """
     lines = (f"        {name}: {one.meaning}." for name, one in columns_of(record).items())
     summary = (record.__doc__ or "").rstrip()
     record.__doc__ = "\n".join((summary, "", "    Attributes:", *lines))
+    return loads_older(record)
+
+
+def loads_older(record: T) -> T:
+    """Lets pickles from before a field was added load with the default of that field."""
     record.__setstate__ = _restore  # type: ignore[attr-defined]
     return record
 

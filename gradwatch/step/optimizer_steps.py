@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -17,6 +17,8 @@ from gradwatch.hooks.optimizer import (
     FusedStep,
     LearningRates,
     carried_by,
+    group_learning_rates,
+    group_names,
     learning_rate,
     refuse_what_needs_all_gradients,
     restore_learning_rates,
@@ -29,7 +31,7 @@ from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.measure.sharded import PackedAllReduce
 from gradwatch.measure.statistics import NO_SAMPLE, StatisticsSampler
 from gradwatch.record.events import nonfinite_error, too_many_skips_error
-from gradwatch.record.records import Event, StepRecord
+from gradwatch.record.records import Event, ParameterGroups, StepRecord
 from gradwatch.step.clipping import Clipping
 from gradwatch.step.pending import PendingStep
 from gradwatch.step.run import Run
@@ -75,6 +77,7 @@ class Steps:
         self._losses: Losses = []
         self._outcome = APPLIED
         self._lr: FloatOrDeferred = math.nan
+        self._group_lr: Sequence[FloatOrDeferred] = ()
         self._scale_at_backward: FloatOrDeferred = 1.0
         self._generation: object = None
         self._told_missing: set[int] = set()
@@ -133,6 +136,7 @@ class Steps:
             late_checks=window.late_checks,
             losses=self._losses,
             lr=self._lr,
+            group_lr=self._group_lr,
             missing=() if complete else self._newly_missing(),
             local=None if own is None else Deferred(own),
             noise=weights.sample,
@@ -204,6 +208,8 @@ class OptimizerSteps(Steps):
         self._norms: StepNorms | None = None
         self._rates: LearningRates = []
         self._held_parameters = len(optimizer_parameters(optimizer))
+        self._held_groups = len(optimizer.param_groups)
+        self.note_groups(from_step=0)
 
     # -- backwards ---------------------------------------------------------------------------------
 
@@ -252,15 +258,29 @@ class OptimizerSteps(Steps):
         Returns:
             Those of them that already have a gradient.
         """
-        held = 0
-        for group in self.optimizer.param_groups:
+        held, groups = 0, self.optimizer.param_groups
+        for group in groups:
             held += len(group["params"])
-        if held == self._held_parameters:
+        if held == self._held_parameters and len(groups) == self._held_groups:
             return []
-        self._held_parameters = held
+        self._held_parameters, self._held_groups = held, len(groups)
+        self.note_groups(from_step=self.step + 1)
         self.window.indices = self._run.table.indices_of(optimizer_parameters(self.optimizer))
         self._clipping.refresh()
         return self._run.hooks.watch_also(self.window.indices)
+
+    def note_groups(self, from_step: int) -> None:
+        """Notes which parameters are in which group of the optimizer, from one of its steps on."""
+        table = self._run.table
+        positions = table.positions()
+        members = tuple(
+            tuple(sorted(positions[id(p)] for p in group["params"] if id(p) in positions))
+            for group in self.optimizer.param_groups
+        )
+        names = tuple(group_names(self.optimizer))
+        norm_type = self.window.norm_type
+        groups = ParameterGroups(self.label, from_step, norm_type, names, members)
+        self._run.recorder.note_groups(groups)
 
     # -- a step ------------------------------------------------------------------------------------
 
@@ -275,7 +295,11 @@ class OptimizerSteps(Steps):
         factor = self._run.accumulation.lr_factor
         if factor != 1.0:
             self._rates = scale_learning_rates(optimizer, factor)
-        self._lr = learning_rate(optimizer)
+        if len(optimizer.param_groups) > 1:
+            self._group_lr = group_learning_rates(optimizer)
+            self._lr = self._group_lr[0]
+        else:
+            self._group_lr, self._lr = (), learning_rate(optimizer)
         if has_closure:
             self._losses = []
 

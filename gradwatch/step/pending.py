@@ -6,6 +6,7 @@ have arrived.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -49,6 +50,7 @@ class PendingStep:
         late_checks: Measurements whose finiteness has not been checked yet.
         losses: Losses and weights of the micro-batches.
         lr: Learning rate of the first parameter group.
+        group_lr: Those of all groups; empty if there is only one.
         missing: Indices of the parameters that received no gradient, unless reported before.
         local: The norm of this rank's own gradients before the reduction, in the unit of the
             measurement before the clip; None if there is none.
@@ -86,6 +88,7 @@ class PendingStep:
     on_outcome: Callable[[Outcome], None] | None = None
     statistics: StatisticsSample = NO_SAMPLE
     curvature: tuple[float, float] = NO_CURVATURE
+    group_lr: Sequence[FloatOrDeferred] = ()
     can_wait: bool = field(init=False)
     _transfer: Transfer | None = field(init=False)
     _entry: Entry | None = field(init=False, default=None)
@@ -125,7 +128,8 @@ class PendingStep:
 
     def _awaited(self) -> list[Deferred]:
         before, after, *units = self.norms
-        numbers = [*units, self.lr, self.weight, *chain(*self.losses), *self.outcome[1:]]
+        rates = self.group_lr or (self.lr,)
+        numbers = [*units, *rates, self.weight, *chain(*self.losses), *self.outcome[1:]]
         more = self.local or self.noise or self.statistics.parts or self.late_checks
         # On the CPU nothing has to be copied, and most steps return here.
         if before.total.at_hand and not more and Deferred not in map(type, numbers):
@@ -186,6 +190,7 @@ class PendingStep:
             nonfinite_parameters=nonfinite_parameters,
             loss=_mean(self.losses),
             lr=resolve(self.lr),
+            group_lr=json.dumps(list(map(resolve, self.group_lr))) if self.group_lr else "",
             loss_scale=resolve(norms.loss_scale),
             hessian_eigenvalue=eigenvalue,
             hessian_trace=trace,
