@@ -386,7 +386,7 @@ def check_unwatched(table: ParameterTable) -> None:
             raise RuntimeError(WATCHED_ALREADY.format(name=name))
 
 
-def optimizer_names(optimizer: Optimizers) -> list[str]:
+def optimizer_names(optimizer: object) -> list[str]:
     """Lists the names that the user gave to the optimizers; empty if they were not given any.
 
     Raises:
@@ -416,7 +416,7 @@ def optimizer_list(optimizer: Optimizers, table: ParameterTable) -> list[Optimiz
     if optimizer is None:
         return []
     wanted = "a torch.optim.Optimizer, a sequence of them or a mapping from names to them"
-    given = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    given: object = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise TypeError(_must_be("watch(optimizer=)", wanted, given))
     optimizers = list(given.values() if isinstance(given, Mapping) else given)

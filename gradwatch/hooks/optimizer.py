@@ -246,7 +246,7 @@ def group_names(optimizer: Optimizer) -> list[str | int]:
     """Names each parameter group: its key ``"name"``, or else its index; no name occurs twice."""
     names: list[str | int] = []
     for index, group in enumerate(optimizer.param_groups):
-        name = group.get("name")
+        name: Any = group.get("name")
         given = isinstance(name, str) and name.strip() and name not in names
         names.append(name if given else index)
     return names

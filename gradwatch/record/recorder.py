@@ -168,6 +168,11 @@ class SinkHub:
     def __bool__(self) -> bool:
         return bool(self._sinks)
 
+    @property
+    def full(self) -> bool:
+        """Whether no further step may wait: those that do would be lost."""
+        return self._waiting >= self._limit
+
     def add(self, urgent: bool) -> bool:
         """Counts one more step.
 
@@ -323,7 +328,9 @@ class Recorder:
         self.skipped += entry.record.outcome != "applied"
         self.note(entry.events)
         if self._hub.add(urgent=any(event.nonfinite for event in entry.events)):
-            self.flush(unsettled=False)
+            if not self._hub.full:
+                self.receive(wait=True)  # whatever is ready goes into the same batch
+            self._deliver()
 
     def note(self, events: tuple[Event, ...]) -> None:
         """Keeps events, of a step or of none: the first 1,000 and the newest 9,000 of the rest."""
@@ -352,15 +359,15 @@ class Recorder:
         """Drops the held backwards, as they belong to the window of an optimizer."""
         self._held = []
 
-    def flush(self, unsettled: bool = True) -> None:
-        """Delivers all steps and events that the sinks have not received; waits for numbers.
-
-        ``unsettled`` is as for :meth:`receive`.
-        """
+    def flush(self) -> None:
+        """Delivers all steps and events that the sinks have not received; waits for numbers."""
         with self._receiving:
-            self.receive(wait=True, unsettled=unsettled)
-            events, self._undelivered = tuple(self._undelivered), []
-            self._hub.deliver(lambda count: self._buffer.batch(count, events))
+            self.receive(wait=True, unsettled=True)
+            self._deliver()
+
+    def _deliver(self) -> None:
+        events, self._undelivered = tuple(self._undelivered), []
+        self._hub.deliver(lambda count: self._buffer.batch(count, events))
 
     def close(self) -> None:
         """Delivers the rest and closes the sinks."""

@@ -223,7 +223,7 @@ class StepRecord:
             "total norm, before any clip and unscaled, over all optimizers that step together: "
             "those with no backward between their steps; `grad_norm` where one steps alone",
             unit="gradient",
-            page="plain-loop.md",
+            page="plain-loop.md#several-optimizers-several-parameter-groups",
             scalar=Scalar(
                 "largest",
                 when=steps_with_others,

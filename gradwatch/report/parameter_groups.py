@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from gradwatch.errors import warn_safely
 from gradwatch.record.columns import (
     NORM_COLUMNS,
     Array,
@@ -22,6 +23,7 @@ from gradwatch.record.columns import (
     table_frame,
 )
 from gradwatch.record.records import ParameterGroups
+from gradwatch.report.finding import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +35,11 @@ NOT_RECORDED = (
     "history.groups() needs to know which parameters are in which group, but the version of "
     "gradwatch that recorded this run did not write it down. history.parameters() has the norm of "
     "each parameter, and history.steps() the learning rate of the first group."
+)
+
+LEFT_OUT = (
+    "history.groups() leaves out {count}, which a version of gradwatch recorded that did not write "
+    "down which parameters are in which group."
 )
 
 _STEP_COLUMNS = ("step", "optimizer", "lr", "group_lr", *NORM_COLUMNS)
@@ -70,14 +77,16 @@ def groups_frame(source: Source, span: Span) -> pd.DataFrame:
 
     known, parameters = source.groups(), len(source.layout().names)
     pieces = [_NO_ROWS]
-    unknown, place = False, 0
+    unknown = place = 0
     for steps, norms in _blocks(source, known, parameters, span):
         entries = _entries(steps, known)
-        unknown = unknown or bool(((entries < 0) & ~_is(steps, "none")).any())
+        unknown += int(((entries < 0) & ~_is(steps, "none")).sum())
         pieces += _pieces(steps, norms, entries, known, parameters, place)
         place += len(entries)
     if unknown and len(pieces) == 1:
         raise ValueError(NOT_RECORDED)
+    if unknown:
+        warn_safely(LEFT_OUT.format(count=counted(unknown, "step")))
     rows = _Rows(*map(np.concatenate, zip(*pieces, strict=True)))
     labels = [safe_text(one.optimizer) for one in known]
     first = np.array([labels.index(label) for label in labels], np.int64)
@@ -109,7 +118,8 @@ def _order(rows: _Rows, first: Array) -> Array:
     A loop that went back to an earlier checkpoint has a step twice; its place tells them apart.
     """
     optimizer = first[rows.entry] if len(rows.entry) else rows.entry
-    return np.lexsort((rows.group, rows.place, optimizer, rows.step))
+    order: Array = np.lexsort((rows.group, rows.place, optimizer, rows.step))
+    return order
 
 
 def _blocks(
@@ -133,8 +143,9 @@ def _blocks(
 
 def _is(steps: Table, optimizer: str) -> Array:
     labels = labels_in(steps["optimizer"])
-    same: Array = np.array([safe_text(label) == optimizer for label in labels.values], bool)
-    return same[labels.codes]
+    same = np.array([safe_text(label) == optimizer for label in labels.values], bool)
+    by_step: Array = same[labels.codes]
+    return by_step
 
 
 def _entries(steps: Table, known: Sequence[ParameterGroups]) -> Array:
@@ -195,13 +206,14 @@ def _norms_of_slots(norms: Array, slots: Array, count: int, groups: ParameterGro
     # A parameter may have lost its gradient between backward and step: -1 after the clip.
     norms = np.maximum(norms.astype(np.float64), 0.0)
     largest = np.zeros(count)
-    np.maximum.at(largest, slots, norms)  # a NaN stays a NaN
+    with np.errstate(invalid="ignore"):
+        np.maximum.at(largest, slots, norms)  # a NaN stays a NaN
     if groups.norm_type == np.inf:
         return largest
     # Relative to the largest one, so that no power overflows or vanishes.
     usual = np.isfinite(largest) & (largest > 0)
     unit = np.where(usual, largest, 1.0)
-    with np.errstate(invalid="ignore", over="ignore"):
+    with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         powers = (norms / unit[slots]) ** groups.norm_type
         sums = np.bincount(slots, powers, minlength=count)
         combined: Array = np.where(usual, unit * sums ** (1 / groups.norm_type), largest)
@@ -214,11 +226,12 @@ def _rates(steps: Table, groups: int) -> Array:
         return array_of(steps["lr"])[:, None]
     texts = labels_in(steps["group_lr"])
     # Each text once: a million steps often have a handful of them.
-    rates = np.full((max(1, len(texts.values)), groups), np.nan)
+    rates: Array = np.full((max(1, len(texts.values)), groups), np.nan)
     for row, text in enumerate(texts.values):
         found = json.loads(text)[:groups] if text else []
         rates[row, : len(found)] = found
-    return rates[texts.codes]
+    by_step: Array = rates[texts.codes]
+    return by_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +252,7 @@ class GroupRate:
 
 
 def group_rates(source: Source) -> list[GroupRate]:
-    """Returns the rates of the newest groups of all optimizers; empty if there is only one group."""
+    """Returns the rates of the newest groups of all optimizers; empty if the run has one group."""
     known = source.groups()
     newest = {one.optimizer: index for index, one in enumerate(known)}
     if sum(len(known[index].names) for index in newest.values()) < 2:

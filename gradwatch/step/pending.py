@@ -107,7 +107,7 @@ class PendingStep:
 
     @property
     def settled(self) -> bool:
-        """Whether no other optimizer can still take part in the step, or its record need not wait."""
+        """Whether its record need not wait for another optimizer that may step together with it."""
         return self._joint is None or self._joint.closed or not self._joint.awaited
 
     def ready(self) -> bool:
@@ -124,6 +124,8 @@ class PendingStep:
             self._entry = self._make_entry()
             if self.on_outcome is not None:
                 self.on_outcome(self._entry.record.outcome)
+        elif self._joint is not None:
+            self._joint.fill(self._entry.record)  # others may have joined since it was made
         return self._entry
 
     def _awaited(self) -> list[Deferred]:

@@ -26,7 +26,7 @@ class JointStep:
         # until the garbage collector runs.
         self._norms: dict[str, StepNorms] = {}
         self._transfers: list[Transfer] = []
-        self._records: list[StepRecord] = []
+        self._records: dict[int, StepRecord] = {}  # by identity
         self._total: float | None = None
 
     def __len__(self) -> int:
@@ -56,8 +56,8 @@ class JointStep:
         for transfer in self._transfers:
             transfer.wait()
         total = norm_of_norms([one.grad_norm for one in self._norms.values()], self._norm_type)
-        self._records.append(record)
-        for one in self._records:
+        self._records[id(record)] = record
+        for one in self._records.values():
             one.grad_norm_all = total
         if self.closed:
             self._total = total

@@ -141,7 +141,6 @@ class FolderSource:
         self, indices: Sequence[int] | None, columns: Sequence[str], span: Span
     ) -> Table:
         """See :class:`~gradwatch.record.columns.Source`."""
-
         table = self.steadily(lambda: self._steps_and_parameters((), indices, columns, span)[1])
         return {name: column for name, column in table.items() if name != "place"}
 
@@ -304,7 +303,7 @@ class ResumeRule:
         return self._void_from[session]
 
     def first_steps(self, session: int) -> Mapping[str, int]:
-        """Returns, by optimizer, the first step of a session; empty if there is only one session."""
+        """Returns a session's first step by optimizer; empty if there is only one session."""
         return self._first.get(session, {})
 
     def valid_steps(self, session: int, optimizers: Labels, steps: Array) -> Array:
