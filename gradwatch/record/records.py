@@ -230,6 +230,8 @@ class StepRecord:
                 lasting=True,
                 condition="from the first step on in which it differs from `grad_norm`",
             ),
+            tail="norm of all",
+            tail_when=steps_with_others,
         ),
     )
     group_lr: str = field(

@@ -57,6 +57,8 @@ class Column:
         scalar: How it is logged; None where it is not.
         tail: Its heading in ``gradwatch tail``, which leaves out NaN; empty where tail has no
             column for it.
+        tail_when: Given a :class:`~gradwatch.record.records.StepRecord`, whether tail shows the
+            value; None for always.
         tab: Whether the tooltip of the Gradients tab shows it, reduced as ``scalar`` says.
     """
 
@@ -66,6 +68,7 @@ class Column:
     repeats: bool = False
     scalar: Scalar | None = None
     tail: str = ""
+    tail_when: Callable[[Any], bool] | None = None
     tab: bool = False
 
 
