@@ -28,7 +28,7 @@ HEADINGS = {name: one.tail for name, one in _SHOWN.items()}
 
 
 def declared_texts(record: StepRecord) -> dict[str, str]:
-    """Formats the numbers of the :data:`HEADINGS`, by heading; empty where there is none to show."""
+    """Formats the numbers of the :data:`HEADINGS`, by heading; empty where nothing is shown."""
     texts = {}
     for name, one in _SHOWN.items():
         value = getattr(record, name)
