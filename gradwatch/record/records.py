@@ -306,15 +306,15 @@ EVENT_KINDS: dict[str, Kind] = {
         "square",
     ),
     "discarded": Kind(
-        "gradients were thrown away: no optimizer stepped between their backward and `zero_grad()`, "
-        "or the end of the run; names the step that they would have been",
+        "gradients were thrown away: no optimizer stepped between their backward and "
+        "`zero_grad()`, or the end of the run; names the step that they would have been",
         "norm",
         _GRAY,
         "square",
     ),
     "changed": Kind(
-        "the model or an optimizer is no longer what was watched: parameters were frozen, replaced, "
-        "added or removed; the message says which",
+        "the model or an optimizer is no longer what was watched: parameters were frozen, "
+        "replaced, added or removed; the message says which",
         "parameters",
         _BLUE,
         "square",
