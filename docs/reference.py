@@ -50,6 +50,14 @@ One row per step and parameter that had a gradient, with `step`, `parameter`, `g
 `grad_norm_clipped` (after it). `watch(statistics=)` adds a column for each statistic it names:
 """
 
+GROUPS = """
+## Columns of `history.groups()`
+
+One row per step and parameter group of an optimizer, ordered by step: `step`, `optimizer`, `group` (its key `"name"`, where you gave it
+one, or else its index from 0), `grad_norm` (norm of its gradients before the clip), `grad_norm_clipped` (after it) and `lr` (its
+learning rate during the step). A run folder keeps the rates as `group_lr` in `steps/`, where an optimizer has several groups.
+"""
+
 EVENTS = """
 ## Columns of `history.events()`
 
@@ -82,6 +90,7 @@ def page() -> str:
             *(OPTIONS, _table(("option", "default", "meaning"), _options())),
             *(STEPS, _columns(gradwatch.StepRecord, SHOWN_STEP_COLUMNS)),
             *(PARAMETERS, _statistics()),
+            GROUPS,
             *(EVENTS, _columns(gradwatch.Event, EVENT_COLUMNS)),
             *(KINDS, _kinds()),
             *(TENSORBOARD, _table(("tag", "meaning", "written", "of several steps"), _tags())),

@@ -31,6 +31,9 @@ from gradwatch.record.records import Sink
 Accumulate = int | str | Mapping[int, int] | Callable[[int], int] | AccumulatePolicy
 """The type of ``watch(accumulate=)``."""
 
+Optimizers = Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer] | None
+"""The type of ``watch(optimizer=)``."""
+
 ON_NONFINITE = ("record", "skip", "raise")
 SHOWN_CHARACTERS = 200
 """The cut for a value in an error message: the repr of a parameter list can be very long."""
@@ -173,6 +176,22 @@ NO_OPTIMIZER = (
 OVERLAPPING = (
     "watch(optimizer=) got a {optimizer} with overlap_with_ddp=True, which steps during the "
     "reduction of the gradients, where they cannot be measured. Build it without that argument."
+)
+NOT_A_NAME = (
+    "watch(optimizer=) takes names that are strings, got {value} as a key. Write "
+    'watch(model, {{"muon": ..., "adamw": ...}}).'
+)
+NO_NAME = (
+    "watch(optimizer=) got {value} as a name. It is the label in every record: write one that says "
+    'which optimizer it is, such as {{"muon": ..., "adamw": ...}}.'
+)
+RESERVED_NAME = (
+    'watch(optimizer=) got the name "none", which stands for backwards that no optimizer steps. '
+    "Write another one."
+)
+SEVERAL_IN_ONE = (
+    "watch(optimizer=) got a {optimizer} that holds {parts} optimizers, which step by themselves. "
+    "Give each of them a name of its own."
 )
 FOREIGN_PARAMETERS = (
     "{optimizer} holds {foreign} of {total} parameters that are not the model's, so its gradient "
@@ -372,28 +391,48 @@ def check_unwatched(table: ParameterTable) -> None:
             raise RuntimeError(WATCHED_ALREADY.format(name=name))
 
 
-def optimizer_list(
-    optimizer: Optimizer | Sequence[Optimizer] | None, table: ParameterTable
-) -> list[Optimizer]:
+def optimizer_names(optimizer: object) -> list[str]:
+    """Lists the names that the user gave to the optimizers; empty if they were not given any.
+
+    Raises:
+        TypeError: If a name is not a string.
+        ValueError: If a name is empty, or is "none".
+    """
+    if not isinstance(optimizer, Mapping):
+        return []
+    for name in optimizer:
+        if not isinstance(name, str):
+            raise TypeError(NOT_A_NAME.format(value=shown(name)))
+        if not name.strip():
+            raise ValueError(NO_NAME.format(value=shown(name)))
+        if name == "none":
+            raise ValueError(RESERVED_NAME)
+    return list(optimizer)
+
+
+def optimizer_list(optimizer: Optimizers, table: ParameterTable) -> list[Optimizer]:
     """Lists the optimizers to watch; an empty list for None, to find them at their first step.
 
     Raises:
         TypeError: If an entry is not an optimizer.
-        ValueError: If the sequence is empty, holds an optimizer twice, or holds one with
+        ValueError: If the sequence or mapping is empty, holds an optimizer twice, or holds one with
             ``overlap_with_ddp=True`` or with parameters that are not watched.
     """
     if optimizer is None:
         return []
-    wanted = "a torch.optim.Optimizer or a sequence of them"
+    wanted = "a torch.optim.Optimizer, a sequence of them or a mapping from names to them"
     given: object = [optimizer] if _is_optimizer(optimizer) else optimizer
-    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
+    if isinstance(given, str) or not isinstance(given, Iterable):
         raise TypeError(_must_be("watch(optimizer=)", wanted, given))
     optimizers: list[Optimizer] = []
-    for one in given:
+    for one in given.values() if isinstance(given, Mapping) else given:
         if not _is_optimizer(one):
             raise TypeError(_must_be("watch(optimizer=)", wanted, one))
         # A wrapper that torch's step hooks do not see, and whose parts step by themselves.
-        optimizers += [one] if stepped_by(one) else parts_of(one)
+        parts = [one] if stepped_by(one) else parts_of(one)
+        if len(parts) > 1 and isinstance(given, Mapping):
+            raise ValueError(SEVERAL_IN_ONE.format(optimizer=type(one).__name__, parts=len(parts)))
+        optimizers += parts
     if not optimizers:
         raise ValueError(NO_OPTIMIZER.format(value=shown(given)))
     for position, one in enumerate(optimizers):

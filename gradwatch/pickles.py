@@ -36,6 +36,7 @@ INNER = {
     "gradwatch.record.folder.lock": "WriterLock",
     "gradwatch.record.folder.parts": "Part",
     "gradwatch.record.folder.reader": "FolderSource ParameterReader SessionStarts",
+    "gradwatch.record.records": "ParameterGroups",
     "gradwatch.report.finding": "Evidence Finding",
     "gradwatch.step.skip_rule": "TooManySkipsError",
     "gradwatch.testing": "late_readings",

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from itertools import repeat
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,15 @@ from gradwatch.hooks.model import ModelHooks
 from gradwatch.hooks.optimizer import stepped_by
 from gradwatch.managed import BatchRunner, Closure, ManagedLoop
 from gradwatch.measure.parameters import ParameterTable
-from gradwatch.options import Accumulate, Options, check_unwatched, optimizer_list, parameter_table
+from gradwatch.options import (
+    Accumulate,
+    Optimizers,
+    Options,
+    check_unwatched,
+    optimizer_list,
+    optimizer_names,
+    parameter_table,
+)
 from gradwatch.pickles import stable_name
 from gradwatch.record.events import loop_event
 from gradwatch.record.folder.writer import RunFolder
@@ -82,12 +91,17 @@ class Watcher:
         table: ParameterTable,
         optimizers: Sequence[Optimizer],
         options: Options,
+        names: Sequence[str] = (),
     ) -> None:
-        """Starts with checked arguments; use :func:`watch`."""
+        """Starts with checked arguments; use :func:`watch`.
+
+        ``names`` are those that the user gave to the optimizers, in the same order; empty for none.
+        """
         self.global_step: Callable[[], int] | None = None
         self._options = options
         self._model = model
         self._optimizers = list(optimizers)
+        self._names = list(names)
         self._hooks = ModelHooks(model, table, self._on_backward, self._on_arrived)
         ranks = DataParallel.of(model)
         self._run = Run(table, options, self._hooks, ranks, self._global_step_of)
@@ -123,7 +137,7 @@ class Watcher:
         expect_no_first(self._run.table.tensors)
         lifetime.opened(self)
         self._run.stopwatch.start()
-        self._registry.attach(self._optimizers)
+        self._registry.attach(self._optimizers, self._names)
         if self._sync is not None:
             self._sync.before_forwards(self._model, self._before_forward)
         return self
@@ -509,7 +523,7 @@ def _tell_never_entered(run: Run | None) -> None:
 @stable_name
 def watch(
     model: nn.Module | Mapping[str, Tensor],
-    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    optimizer: Optimizers = None,
     *,
     clip: float | str | ClipPolicy | None = None,
     accumulate: Accumulate = 1,
@@ -529,8 +543,10 @@ def watch(
 
     Args:
         model: A module, or a mapping from names to leaf tensors.
-        optimizer: One or several. Left out, the optimizers that step the model's parameters are
-            found at their first step; where none ever steps, each backward counts as a step.
+        optimizer: One or several: a sequence, or a mapping from names to optimizers, such as
+            ``{"muon": ..., "adamw": ...}``, whose names label the records. Left out, the optimizers
+            that step the model's parameters are found at their first step; where none ever steps,
+            each backward counts as a step.
         clip: A maximum for the global L2 norm, ``"auto"`` to have it found, or a policy such as
             ``ClipByNorm``, ``ClipByValue`` or ``ZClip``. None leaves the gradients alone.
         accumulate: Micro-batches per step: a number, ``{step: number}``, a function of the step, or
@@ -586,7 +602,7 @@ def watch(
 
 def build_watcher(
     model: nn.Module | Mapping[str, Tensor],
-    optimizer: Optimizer | Sequence[Optimizer] | None,
+    optimizer: Optimizers,
     options: Options,
 ) -> Watcher:
     """Does what :func:`watch` does, for an adapter, which has checked its options before.
@@ -598,21 +614,26 @@ def build_watcher(
     table = parameter_table(model)
     check_unwatched(table)
     sampler_of(options.curvature, model)  # refuses what cannot be had before a folder is made
+    names = optimizer_names(optimizer)
     optimizers = optimizer_list(optimizer, table)
     if options.run_dir is not None and rank() == 0:
         folder = RunFolder(
             options.run_dir,
-            optimizers=list(map(describe_optimizer, optimizers)),
+            optimizers=list(map(describe_optimizer, optimizers, names or repeat(""))),
             options=describe_options(options),
         )
         options = replace(options, sinks=(*options.sinks, folder))
-    return Watcher(model, table, optimizers, options)
+    return Watcher(model, table, optimizers, options, names)
 
 
-def describe_optimizer(optimizer: Optimizer) -> dict[str, Any]:
-    """Describes an optimizer for the run folder: its class, and the settings of each group."""
+def describe_optimizer(optimizer: Optimizer, name: str = "") -> dict[str, Any]:
+    """Describes an optimizer for the run folder: its class, and the settings of each group.
+
+    ``name`` is the one that the user gave it; empty for none.
+    """
     kind = type(optimizer)
     return {
+        **({"name": name} if name else {}),
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "groups": [
             {

@@ -120,8 +120,9 @@ def test_every_picture_is_shown():
 
 
 def test_records_and_frames_agree():
-    """Frames have a column for every field of the records."""
+    """Frames have a column for every field of the records; group_lr is what groups() is made from."""
     from gradwatch import Event, StepRecord
 
-    assert {f.name for f in fields(StepRecord)} - {"step", "global_step"} == set(STEP_COLUMNS)
+    inner = {"step", "global_step", "group_lr"}
+    assert {f.name for f in fields(StepRecord)} - inner == set(STEP_COLUMNS)
     assert {f.name for f in fields(Event)} - {"global_step"} == set(EVENT_COLUMNS)

@@ -332,6 +332,8 @@ def _compare_steps(a: History, b: History) -> StepsCompared:
     left, right = left.loc[common], right.loc[common]
     steps = common.get_level_values("step").to_numpy()
     names = [n for n in _COMPARED if left[n].notna().any() and right[n].notna().any()]
+    if all(frame["grad_norm_all"].equals(frame["grad_norm"]) for frame in (left, right)):
+        names = [name for name in names if name != "grad_norm_all"]  # one optimizer: the same twice
     found = [_column(name, steps, left[name].to_numpy(), right[name].to_numpy()) for name in names]
     first = min((one.first_step for one in found if one.first_step is not None), default=None)
     # If no column differs, first is None like each first_step: hence the extra check.

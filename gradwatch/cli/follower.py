@@ -21,14 +21,20 @@ KEPT = 1024
 KEPT_EVENTS = 64
 """Number of newest events kept; older ones are only counted, by kind."""
 
-HEADINGS = {name: one.tail for name, one in columns_of(StepRecord).items() if one.tail}
+_SHOWN = {name: one for name, one in columns_of(StepRecord).items() if one.tail}
+
+HEADINGS = {name: one.tail for name, one in _SHOWN.items()}
 """By name, the heading in ``tail`` of each column that declares one."""
 
 
 def declared_texts(record: StepRecord) -> dict[str, str]:
-    """Formats the numbers of the :data:`HEADINGS`, by heading; empty for NaN."""
-    values = {heading: getattr(record, name) for name, heading in HEADINGS.items()}
-    return {heading: "" if isnan(one) else number(one) for heading, one in values.items()}
+    """Formats the numbers of the :data:`HEADINGS`, by heading; empty where nothing is shown."""
+    texts = {}
+    for name, one in _SHOWN.items():
+        value = getattr(record, name)
+        shown = not isnan(value) and (one.tail_when is None or one.tail_when(record))
+        texts[one.tail] = number(value) if shown else ""
+    return texts
 
 
 class New(NamedTuple):

@@ -32,7 +32,7 @@ _OTHER_LINES = 11  # lines of the screen besides the table of steps and the even
 _STALE_S = 30.0
 _CURVES = 3  # optimizers that get a curve each
 
-_LEFT_OUT = ("lr", "after clip", "loss", "clip")
+_LEFT_OUT = ("norm of all", "lr", "after clip", "loss", "clip")
 """Columns that are left out on a narrow terminal, in this order; numbers are never cut."""
 
 

@@ -327,6 +327,22 @@ def has_no_rate(optimizer: Optimizer) -> bool:
     return bool(rates) and all(isinstance(one, (int, float, Tensor)) and one == 0 for one in rates)
 
 
+def group_learning_rates(optimizer: Optimizer) -> list[FloatOrDeferred]:
+    """Returns the learning rate of each parameter group; NaN where a group has none."""
+    rates = [group.get("lr", math.nan) for group in optimizer.param_groups]
+    return [defer_copy(rate) if isinstance(rate, Tensor) else float(rate) for rate in rates]
+
+
+def group_names(optimizer: Optimizer) -> list[str | int]:
+    """Names each parameter group: its key ``"name"``, or else its index; no name occurs twice."""
+    names: list[str | int] = []
+    for index, group in enumerate(optimizer.param_groups):
+        name: Any = group.get("name")
+        given = isinstance(name, str) and name.strip() and name not in names
+        names.append(name if given else index)
+    return names
+
+
 LearningRates = list[tuple[dict[str, Any], Any]]
 
 

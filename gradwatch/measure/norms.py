@@ -234,6 +234,25 @@ def combined(norms: Deferred, norm_type: float) -> Deferred:
     return Deferred(total)
 
 
+def norm_of_norms(norms: Sequence[float], norm_type: float = 2.0) -> float:
+    """Combines the p-norms of parts, numbers on the host, into the norm of the whole, in float64.
+
+    A single norm is returned as it is; 0 for none.
+    """
+    if len(norms) == 1:
+        return norms[0]
+    if any(map(math.isnan, norms)):  # hypot() and max() may pass over a NaN
+        return math.nan
+    if norm_type == 2.0:
+        return math.hypot(*norms)
+    largest = max(norms, default=0.0)
+    if norm_type == math.inf or largest in (0.0, math.inf):
+        return largest
+    # Relative to the largest one, so that no power overflows.
+    powers = math.fsum((norm / largest) ** norm_type for norm in norms)
+    return float(largest * powers ** (1 / norm_type))
+
+
 def wide_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
     """Computes the norms of :func:`gradient_norms` in float64, for when float32 overflows.
 

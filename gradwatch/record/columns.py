@@ -10,7 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.pickles import stable_name
-from gradwatch.record.records import NO_GRADIENT, Event, Layout, RecordBatch, StepRecord
+from gradwatch.record.records import (
+    NO_GRADIENT,
+    Event,
+    Layout,
+    ParameterGroups,
+    RecordBatch,
+    StepRecord,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,7 +168,9 @@ def _dtypes(record: Any) -> dict[str, type[np.generic] | None]:
 
 STEP_DTYPES, EVENT_DTYPES = _dtypes(StepRecord), _dtypes(Event)
 
-STEP_COLUMNS = tuple(name for name in STEP_DTYPES if name not in ("step", "global_step"))
+STEP_COLUMNS = tuple(
+    name for name in STEP_DTYPES if name not in ("step", "global_step", "group_lr")
+)
 """The columns of ``History.steps()``."""
 
 NORM_COLUMNS = ("grad_norm", "grad_norm_clipped")
@@ -240,8 +249,25 @@ class Source(Protocol):
             by position in the layout.
         """
 
+    def steps_and_parameters(
+        self,
+        step_columns: Iterable[str],
+        indices: Sequence[int] | None,
+        columns: Sequence[str],
+        span: Span,
+    ) -> tuple[Table, Table]:
+        """Reads steps and per-parameter values of the same moment.
+
+        Returns:
+            What :meth:`steps` and :meth:`parameters` return. The second table also has a column
+            ``place``: the row in the first one.
+        """
+
     def events(self) -> Sequence[Event]:
         """Returns the events, oldest first."""
+
+    def groups(self) -> Sequence[ParameterGroups]:
+        """Returns the parameter groups of all optimizers, as in a batch."""
 
 
 @stable_name
@@ -281,23 +307,45 @@ class LiveSource:
         self, indices: Sequence[int] | None, columns: Sequence[str], span: Span
     ) -> Table:
         """See :class:`Source`."""
+        table = _parameter_table(_within(self._read(), span), indices, columns)
+        return {name: column for name, column in table.items() if name != "place"}
+
+    def steps_and_parameters(
+        self,
+        step_columns: Iterable[str],
+        indices: Sequence[int] | None,
+        columns: Sequence[str],
+        span: Span,
+    ) -> tuple[Table, Table]:
+        """See :class:`Source`."""
         batch = _within(self._read(), span)
-        chosen = np.arange(len(batch.layout.names)) if indices is None else np.array(indices, int)
-        rows, places = np.nonzero(batch.norms[:, chosen] != NO_GRADIENT)
-        where = (rows, chosen[places])
-        planes = {
-            **dict(zip(NORM_COLUMNS, (batch.norms, batch.clipped_norms), strict=True)),
-            **batch.statistics,
-        }
-        table: dict[str, Column] = {
-            "step": np.array([record.step for record in batch.steps], np.int64)[rows],
-            "parameter": Labels(batch.layout.names, where[1]),
-        }
-        return table | {name: planes[name][where] for name in columns}
+        return step_table(batch.steps, step_columns), _parameter_table(batch, indices, columns)
 
     def events(self) -> Sequence[Event]:
         """See :class:`Source`."""
         return self._read().events
+
+    def groups(self) -> Sequence[ParameterGroups]:
+        """See :class:`Source`."""
+        return self._read().groups
+
+
+def _parameter_table(
+    batch: RecordBatch, indices: Sequence[int] | None, columns: Sequence[str]
+) -> Table:
+    chosen = np.arange(len(batch.layout.names)) if indices is None else np.array(indices, int)
+    rows, places = np.nonzero(batch.norms[:, chosen] != NO_GRADIENT)
+    where = (rows, chosen[places])
+    planes = {
+        **dict(zip(NORM_COLUMNS, (batch.norms, batch.clipped_norms), strict=True)),
+        **batch.statistics,
+    }
+    table: dict[str, Column] = {
+        "place": rows,
+        "step": np.array([record.step for record in batch.steps], np.int64)[rows],
+        "parameter": Labels(batch.layout.names, where[1]),
+    }
+    return table | {name: planes[name][where] for name in columns}
 
 
 def _within(batch: RecordBatch, span: Span) -> RecordBatch:

@@ -18,6 +18,7 @@ from gradwatch.record.records import (
     NO_GRADIENT,
     Event,
     Layout,
+    ParameterGroups,
     RecordBatch,
     Sink,
     StepRecord,
@@ -56,12 +57,19 @@ class Entry:
 
 
 class RingBuffer:
-    """Keeps the newest entries; when it is full, each new one replaces the oldest."""
+    """Keeps the newest entries; when it is full, each new one replaces the oldest.
+
+    Attributes:
+        layout: The parameters.
+        capacity: The most steps that it keeps.
+        groups: The parameter groups of the optimizers, as in a batch.
+    """
 
     def __init__(self, layout: Layout, capacity: int) -> None:
         """Reserves memory for ``capacity`` steps, at least 1."""
         self.layout = layout
         self.capacity = capacity
+        self.groups: tuple[ParameterGroups, ...] = ()
         self._records: list[StepRecord | None] = [None] * capacity
         self._norms = np.empty((capacity, len(layout.names)), np.float32)
         self._clipped: Row | None = None
@@ -109,6 +117,7 @@ class RingBuffer:
             clipped_norms=self._clipped_rows(slots, records, norms),
             statistics={name: plane[slots] for name, plane in self._statistics.items()},
             events=events,
+            groups=self.groups,
         )
 
     def _clipped_rows(self, slots: NDArray[Any], records: list[StepRecord], norms: Row) -> Row:
@@ -159,6 +168,11 @@ class SinkHub:
 
     def __bool__(self) -> bool:
         return bool(self._queues)
+
+    @property
+    def full(self) -> bool:
+        """Whether no further step may wait: those that do would be lost."""
+        return self._waiting >= self._limit
 
     def add(self, urgent: bool) -> bool:
         """Counts one more step.
@@ -234,6 +248,10 @@ class FinishedStep(Protocol):
     can_wait: bool
     """Whether its record may be made later, together with those of other steps."""
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing that the training does next can change its record."""
+
     def ready(self) -> bool:
         """Returns whether its numbers have arrived; never waits."""
 
@@ -264,6 +282,7 @@ class Recorder:
         self._undelivered: list[Event] = []
         self._expected: deque[FinishedStep] = deque()
         self._receiving = threading.RLock()
+        self._hurries = False
         self._held: list[FinishedStep] = []
         self._doubtful: list[FinishedStep] = []
         self._last: StepRecord | None = None
@@ -277,13 +296,20 @@ class Recorder:
     def last(self) -> StepRecord | None:
         """The newest step; waits for its numbers. None before the first step."""
         self.receive(wait=True)
-        return self._held[-1].entry().record if self._held else self._last
+        entries = (step.entry() for step in reversed(self._held or self._expected))
+        records = (entry.record for entry in entries if not entry.thrown_away)
+        return next(records, self._last)
 
     @property
     def newest(self) -> StepRecord | None:
         """The newest step whose numbers have arrived; never waits."""
         self.receive()
-        return self._last
+        with self._receiving:
+            if not self._expected or self._expected[0].settled:
+                return self._last
+            entries = (step.entry() for step in reversed(self._expected) if step.ready())
+            records = (entry.record for entry in entries if not entry.thrown_away)
+            return next(records, self._last)
 
     def expect(self, step: FinishedStep) -> None:
         """Queues a finished step; its record is made once its numbers have arrived.
@@ -296,20 +322,29 @@ class Recorder:
             warn_safely(FORKED)
         # Code that last ran one training step ago is no longer in the CPU caches, and costs several
         # times what it costs in a loop. So the records of many steps are made together.
-        if not step.can_wait or self._hub.due(len(self._expected)):
+        self._hurries = self._hurries or not step.can_wait
+        if self._hurries or self._hub.due(len(self._expected)):
             self.receive()
 
-    def receive(self, wait: bool = False) -> None:
+    def receive(self, wait: bool = False, unsettled: bool = False) -> None:
         """Records the expected steps that have arrived, in order.
 
         Args:
             wait: Whether to wait for those that have not arrived.
+            unsettled: Whether to record also the newest ones, of optimizers whose joint step is
+                not over. Otherwise these stay in the queue, so that sinks get final numbers.
         """
         if not self._expected:
             return
         with self._receiving:  # a thread other than the training may read the history
-            while self._expected and (wait or self._expected[0].ready()):
+            while self._expected and (unsettled or self._expected[0].settled):
+                if not wait and not self._expected[0].ready():
+                    break
                 self.add(self._next())
+            self._hurries = self._hurries and bool(self._expected)
+            if wait:
+                for step in self._expected:
+                    step.entry()
 
     def _next(self) -> Entry:
         """Returns the oldest expected step, and expects it no longer."""
@@ -338,7 +373,9 @@ class Recorder:
         self._last = entry.record
         self.skipped += entry.record.outcome != "applied"
         if self._hub.add(urgent=any(event.nonfinite for event in entry.events)):
-            self.flush()
+            if not self._hub.full:
+                self.receive(wait=True)  # whatever is ready goes into the same batch
+            self._hub.deliver(self._take)
 
     def _speak(self, entry: Entry) -> None:
         """Logs the first bad gradient, and the first step that gradwatch itself has skipped."""
@@ -361,6 +398,10 @@ class Recorder:
         self._events.extend(events[room:])
         if self._hub:
             self._undelivered.extend(events)
+
+    def note_groups(self, groups: ParameterGroups) -> None:
+        """Notes the parameter groups that an optimizer has from one of its steps on."""
+        self._buffer.groups = (*self._buffer.groups, groups)
 
     def hold(self, step: FinishedStep) -> int:
         """Holds a backward that may be a step of its own; returns how many are held now."""
@@ -392,7 +433,7 @@ class Recorder:
     def flush(self) -> None:
         """Delivers all steps and events that the sinks have not received; waits for numbers."""
         with self._receiving:
-            self.receive(wait=True)
+            self.receive(wait=True, unsettled=True)
             self._hub.deliver(self._take)
 
     def _take(self, count: int) -> RecordBatch:
@@ -417,7 +458,7 @@ class Recorder:
         while self._expected:
             unread = self._unread
             try:
-                self.receive(wait=True)
+                self.receive(wait=True, unsettled=True)
             except Exception:
                 if self._unread == unread:  # no error of reading, which is told at the end
                     raise
@@ -436,7 +477,7 @@ class Recorder:
 
     def events(self) -> tuple[Event, ...]:
         """Returns all kept events, oldest first, including held and doubtful ones."""
-        self.receive(wait=True)
+        self.receive(wait=True, unsettled=True)
         waiting = (*self._doubtful, *self._held)
         held = (event for step in waiting for event in step.entry().events)
         return (*self._first_events, *self._events, *held)
@@ -454,6 +495,7 @@ class Recorder:
         new = held.batch()
         return replace(
             new,
+            groups=old.groups,
             steps=[*old.steps, *new.steps],
             norms=np.concatenate([old.norms, new.norms]),
             clipped_norms=np.concatenate([old.clipped_norms, new.clipped_norms]),

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.pickles import stable_name
-from gradwatch.record.schema import Kind, Scalar, column, declared, is_finite
+from gradwatch.record.schema import Kind, Scalar, column, declared, is_finite, loads_older
 
 Outcome = Literal["applied", "skipped_nonfinite", "skipped_scaler", "skipped_policy"]
 
@@ -27,6 +27,11 @@ def accumulates(record: StepRecord) -> bool:
 def knows_clip(record: StepRecord) -> bool:
     """Tells whether it is known what a clip left of the gradients."""
     return record.clipped is not None
+
+
+def steps_with_others(record: StepRecord) -> bool:
+    """Tells whether other optimizers, whose gradients are not 0, step together with this one."""
+    return math.isfinite(record.grad_norm_all) and record.grad_norm_all != record.grad_norm
 
 
 def exceeds_its_error(record: StepRecord) -> bool:
@@ -49,8 +54,9 @@ class StepRecord:
     optimizer: str = field(
         default="none",
         metadata=column(
-            "class of the optimizer; a second one of a class is `Adam-1`; `none` where no "
-            "optimizer steps the model, so that each backward counts as a step",
+            "name of the optimizer in `watch()`, or else its class; a second one of a class is "
+            "`Adam-1`; `none` where no optimizer steps the model, so that each backward counts as "
+            "a step",
             repeats=True,
         ),
     )
@@ -237,6 +243,31 @@ class StepRecord:
             ),
         ),
     )
+    grad_norm_all: float = field(
+        default=math.nan,
+        metadata=column(
+            "total norm, before any clip and unscaled, over all optimizers that step together: "
+            "those with no backward between their steps; `grad_norm` where one steps alone",
+            unit="gradient",
+            page="plain-loop.md#several-optimizers-several-parameter-groups",
+            scalar=Scalar(
+                "largest",
+                when=steps_with_others,
+                lasting=True,
+                condition="from the first step on in which it differs from `grad_norm`",
+            ),
+            tail="norm of all",
+            tail_when=steps_with_others,
+        ),
+    )
+    group_lr: str = field(
+        default="",
+        metadata=column(
+            "learning rates of all parameter groups during the step, as a JSON list; empty where "
+            "the optimizer has one group, whose rate is `lr`",
+            repeats=True,
+        ),
+    )
 
 
 EventKind = Literal[
@@ -301,15 +332,15 @@ EVENT_KINDS: dict[str, Kind] = {
         "square",
     ),
     "discarded": Kind(
-        "gradients were thrown away: no optimizer stepped between their backward and `zero_grad()`, "
-        "or the end of the run; names the step that they would have been",
+        "gradients were thrown away: no optimizer stepped between their backward and "
+        "`zero_grad()`, or the end of the run; names the step that they would have been",
         "norm",
         _GRAY,
         "square",
     ),
     "changed": Kind(
-        "the model or an optimizer is no longer what was watched: parameters were frozen, replaced, "
-        "added or removed; the message says which",
+        "the model or an optimizer is no longer what was watched: parameters were frozen, "
+        "replaced, added or removed; the message says which",
         "parameters",
         _BLUE,
         "square",
@@ -392,6 +423,28 @@ class Layout:
 
 @stable_name
 @dataclass(frozen=True, slots=True)
+class ParameterGroups:
+    """The parameter groups of an optimizer, as they are from one of its steps on.
+
+    Attributes:
+        optimizer: Label of the optimizer.
+        from_step: The first step that has these groups.
+        norm_type: The p of the norms that are recorded.
+        names: For each group its ``"name"``, where the user gave it one, or else its index from 0;
+            each once. Empty if the groups are not known.
+        members: For each group the indices of its parameters in the layout, ascending.
+    """
+
+    optimizer: str
+    from_step: int
+    norm_type: float
+    names: tuple[str | int, ...]
+    members: tuple[tuple[int, ...], ...]
+
+
+@stable_name
+@loads_older
+@dataclass(frozen=True, slots=True)
 class RecordBatch:
     """Some consecutive steps, oldest first, as sinks receive them.
 
@@ -404,6 +457,8 @@ class RecordBatch:
         statistics: Further per-parameter statistics by name, shaped like ``norms``; NaN in steps
             at which a statistic was not taken.
         events: What happened in these steps, oldest first.
+        groups: The parameter groups of all optimizers so far, oldest first: of two entries of an
+            optimizer the later one replaces the earlier from its step on.
     """
 
     layout: Layout
@@ -412,6 +467,7 @@ class RecordBatch:
     clipped_norms: NDArray[np.floating[Any]]
     statistics: Mapping[str, NDArray[np.floating[Any]]] = field(default_factory=dict)
     events: Sequence[Event] = ()
+    groups: Sequence[ParameterGroups] = ()
 
 
 @stable_name

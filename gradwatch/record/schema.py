@@ -57,6 +57,8 @@ class Column:
         scalar: How it is logged; None where it is not.
         tail: Its heading in ``gradwatch tail``, which leaves out NaN; empty where tail has no
             column for it.
+        tail_when: Given a :class:`~gradwatch.record.records.StepRecord`, whether tail shows the
+            value; None for always.
         tab: Whether the tooltip of the Gradients tab shows it, reduced as ``scalar`` says.
     """
 
@@ -66,6 +68,7 @@ class Column:
     repeats: bool = False
     scalar: Scalar | None = None
     tail: str = ""
+    tail_when: Callable[[Any], bool] | None = None
     tab: bool = False
 
 
@@ -99,12 +102,16 @@ def columns_of(record: type) -> dict[str, Column]:
 def declared(record: T) -> T:
     """Completes a record class with what its fields declare.
 
-    Its docstring gets the meanings as ``Attributes``. Pickles from before a field was added load
-    with the default of that field.
+    Its docstring gets the meanings as ``Attributes``. See also :func:`loads_older`.
     """
     lines = (f"        {name}: {one.meaning}." for name, one in columns_of(record).items())
     summary = (record.__doc__ or "").rstrip()
     record.__doc__ = "\n".join((summary, "", "    Attributes:", *lines))
+    return loads_older(record)
+
+
+def loads_older(record: T) -> T:
+    """Lets pickles from before a field was added load with the default of that field."""
     record.__setstate__ = _restore  # type: ignore[attr-defined]
     return record
 

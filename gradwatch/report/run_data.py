@@ -22,6 +22,7 @@ from gradwatch.record.columns import (
     safe_text,
 )
 from gradwatch.record.records import Layout
+from gradwatch.report.parameter_groups import GroupRate, group_rates
 from gradwatch.report.thresholds import Thresholds
 
 if TYPE_CHECKING:
@@ -235,12 +236,15 @@ class RunData:
         sample: Norms and :data:`STATISTICS` of the parameters in some steps. A statistic that was
             found only at the end of the run has rows of its own.
         events: All events, as ``History.events()`` returns them.
+        group_rates: The newest parameter groups of all optimizers; empty if there is only one group
+            in the run, or none is known.
     """
 
     optimizers: Sequence[OptimizerArrays]
     layout: Layout
     sample: ParameterSample
     events: pd.DataFrame
+    group_rates: Sequence[GroupRate] = ()
 
     def __len__(self) -> int:
         return max(map(len, self.optimizers), default=0)
@@ -275,7 +279,8 @@ def read_run(source: Source, limits: Thresholds) -> RunData | None:
         sample = read_sample(source, ["grad_norm"], ())
     else:
         return None
-    return RunData(optimizers, source.layout(), sample, events_frame(events))
+    rates = group_rates(source)
+    return RunData(optimizers, source.layout(), sample, events_frame(events), rates)
 
 
 def first_and_last(optimizers: Sequence[OptimizerArrays]) -> Range:

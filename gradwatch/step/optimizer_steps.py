@@ -19,6 +19,8 @@ from gradwatch.hooks.optimizer import (
     FusedStep,
     LearningRates,
     carried_by,
+    group_learning_rates,
+    group_names,
     has_no_rate,
     learning_rate,
     refuse_what_needs_all_gradients,
@@ -38,7 +40,7 @@ from gradwatch.record.events import (
     nonfinite_error,
     too_many_skips_error,
 )
-from gradwatch.record.records import Event, StepRecord
+from gradwatch.record.records import Event, ParameterGroups, StepRecord
 from gradwatch.step.clipping import Clipping
 from gradwatch.step.pending import PendingStep
 from gradwatch.step.run import Run
@@ -122,6 +124,7 @@ class Steps:
         self._losses: Losses = []
         self._outcome = APPLIED
         self._lr: FloatOrDeferred = math.nan
+        self._group_lr: Sequence[FloatOrDeferred] = ()
         self._scale_at_backward: FloatOrDeferred = 1.0
         self._generation: object = None
         self._told_missing: set[int] = set()
@@ -249,6 +252,7 @@ class Steps:
             late_checks=window.late_checks,
             losses=self._losses,
             lr=self._lr,
+            group_lr=self._group_lr,
             missing=() if complete else self._newly_missing(),
             local=None if own is None else Deferred(own),
             noise=weights.sample,
@@ -362,7 +366,7 @@ class OptimizerSteps(Steps):
         curvature: MeasureCurvature | None,
         on_finished: Callable[[OptimizerSteps], None],
         on_joined: Callable[[Sequence[int]], None],
-        on_first: Callable[[OptimizerSteps, Optimizer], None],
+        on_first: Callable[[OptimizerSteps, Optimizer], None] | None,
     ) -> None:
         """Starts with a window, which may already contain backwards.
 
@@ -395,7 +399,9 @@ class OptimizerSteps(Steps):
         self._norms: StepNorms | None = None
         self._rates: LearningRates = []
         self._held_parameters = len(optimizer_parameters(inner))
+        self._held_groups = len(inner.param_groups)
         self._foreign = self._held_parameters - len(window.indices)
+        self.note_groups(from_step=0)
 
     # -- backwards ---------------------------------------------------------------------------------
 
@@ -525,12 +531,13 @@ class OptimizerSteps(Steps):
         Returns:
             Those of them that already have a gradient.
         """
-        held = 0
-        for group in self.members[-1].param_groups:
+        held, groups = 0, self.members[-1].param_groups
+        for group in groups:
             held += len(group["params"])
-        if held == self._held_parameters:
+        if held == self._held_parameters and len(groups) == self._held_groups:
             return []
-        self._held_parameters = held
+        self._held_parameters, self._held_groups = held, len(groups)
+        self.note_groups(from_step=self.step + 1)
         then = self.window.indices
         self.window.indices = self._run.table.indices_of(optimizer_parameters(self.members[-1]))
         self._tell_changed_groups(set(then), set(self.window.indices), held)
@@ -555,11 +562,24 @@ class OptimizerSteps(Steps):
             self._run.tell(loop_event("changed", text, step, self.label, value=float(foreign)))
         self._foreign = foreign
 
+    def note_groups(self, from_step: int) -> None:
+        """Notes which parameters are in which group of the optimizer, from one of its steps on."""
+        table = self._run.table
+        positions = table.positions()
+        members = tuple(
+            tuple(sorted(positions[id(p)] for p in group["params"] if id(p) in positions))
+            for group in self.members[-1].param_groups
+        )
+        names = tuple(group_names(self.members[-1]))
+        norm_type = self.window.norm_type
+        groups = ParameterGroups(self.label, from_step, norm_type, names, members)
+        self._run.recorder.note_groups(groups)
+
     # -- a step ------------------------------------------------------------------------------------
 
     def begin(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Prepares a step: undoes what a failed one left, and scales the learning rate."""
-        if self.step == 0 and len(self.members) > 1:
+        if self.step == 0 and len(self.members) > 1 and self._on_first is not None:
             self._on_first(self, optimizer)
         late = self._refresh()
         if late:
@@ -572,7 +592,11 @@ class OptimizerSteps(Steps):
         factor = self._run.accumulation.lr_factor
         if factor != 1.0:
             self._rates = scale_learning_rates(optimizer, factor)
-        self._lr = learning_rate(optimizer)
+        if len(optimizer.param_groups) > 1:
+            self._group_lr = group_learning_rates(optimizer)
+            self._lr = self._group_lr[0]
+        else:
+            self._group_lr, self._lr = (), learning_rate(optimizer)
         if has_closure:
             self._losses = []
 
@@ -656,6 +680,10 @@ class OptimizerSteps(Steps):
             pending.curvature = self._curvature(self.step, self._outcome.outcome)
         if late:  # only the device knows the outcome: the rule is told once it has arrived
             pending.on_outcome = self.skip_rule.note
+        joint = self._run.joint_steps
+        if joint.several:
+            pending.join(joint.of(self.label, self.step))
+            joint.close_if_complete()
         self._run.recorder.expect(pending)
         self.window.reset()
         self.weights.sample = self.weights.weight = None

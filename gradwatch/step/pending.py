@@ -6,6 +6,7 @@ have arrived.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from gradwatch.record.events import (
 from gradwatch.record.recorder import Entry
 from gradwatch.record.records import Event, Outcome, StepRecord
 from gradwatch.step.skip_rule import StepOutcome
+from gradwatch.step.together import JointStep
 
 NO_CURVATURE = (math.nan, math.nan)
 
@@ -49,6 +51,7 @@ class PendingStep:
         late_checks: Measurements whose finiteness has not been checked yet.
         losses: Losses and weights of the micro-batches.
         lr: Learning rate of the first parameter group.
+        group_lr: Those of all groups; empty if there is only one.
         missing: Indices of the parameters that received no gradient, unless reported before.
         local: The norm of this rank's own gradients before the reduction, in the unit of the
             measurement before the clip; None if there is none.
@@ -91,9 +94,11 @@ class PendingStep:
     curvature: tuple[float, float] = NO_CURVATURE
     thrown_away: str = ""
     discarded: int = 0
+    group_lr: Sequence[FloatOrDeferred] = ()
     can_wait: bool = field(init=False)
     _transfer: Transfer | None = field(init=False)
     _entry: Entry | None = field(init=False, default=None)
+    _joint: JointStep | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Starts one asynchronous copy of all numbers that are still on a device."""
@@ -101,8 +106,20 @@ class PendingStep:
         self._transfer = Transfer(awaited) if awaited else None
         self.can_wait = not (awaited or self.nonfinite_count or self.norms.before.overflowed)
 
+    def join(self, joint: JointStep) -> None:
+        """Says which steps of other optimizers were taken together with this one."""
+        joint.add(self.optimizer, self.norms, self._transfer)
+        self._joint = joint
+
+    @property
+    def settled(self) -> bool:
+        """Whether its record need not wait for another optimizer that may step together with it."""
+        return self._joint is None or self._joint.closed or not self._joint.awaited
+
     def ready(self) -> bool:
         """Returns whether all numbers have arrived; never waits."""
+        if self._joint is not None and not self._joint.arrived():
+            return False
         return self._transfer is None or self._transfer.arrived()
 
     def entry(self) -> Entry:
@@ -113,11 +130,14 @@ class PendingStep:
             self._entry = self._make_entry()
             if self.on_outcome is not None:
                 self.on_outcome(self._entry.record.outcome)
+        elif self._joint is not None:
+            self._joint.fill(self._entry.record)  # others may have joined since it was made
         return self._entry
 
     def _awaited(self) -> list[Deferred]:
         before, after, *units = self.norms
-        numbers = [*units, self.lr, self.weight, *chain(*self.losses), *self.outcome[1:]]
+        rates = self.group_lr or (self.lr,)
+        numbers = [*units, *rates, self.weight, *chain(*self.losses), *self.outcome[1:]]
         more = self.local or self.noise or self.statistics.parts or self.late_checks
         # On the CPU nothing has to be copied, and most steps return here.
         if before.total.at_hand and not more and Deferred not in map(type, numbers):
@@ -136,6 +156,8 @@ class PendingStep:
         norms, before, after = self.norms, self.norms.before, self.norms.after
         first, count = self._check_late()
         record = self._record(count)
+        if self._joint is not None:
+            self._joint.fill(record)
         self._add_noise_scale(record)
         rows = before.norms.array()
         if norms.before_scale != 1.0:
@@ -175,6 +197,7 @@ class PendingStep:
             micro_batches=self.micro_batches,
             weight=resolve(self.weight),
             grad_norm=norms.grad_norm,
+            grad_norm_all=norms.grad_norm,
             grad_norm_clipped=norms.grad_norm_clipped,
             grad_norm_local=math.nan if local is None else local.value() * norms.before_scale,
             clip_coef=norms.clip_coef,
@@ -184,6 +207,7 @@ class PendingStep:
             nonfinite_parameters=nonfinite_parameters,
             loss=_mean(self.losses),
             lr=resolve(self.lr),
+            group_lr=json.dumps(list(map(resolve, self.group_lr))) if self.group_lr else "",
             loss_scale=resolve(norms.loss_scale),
             hessian_eigenvalue=eigenvalue,
             hessian_trace=trace,

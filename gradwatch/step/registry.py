@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, count, repeat
 from typing import Any, NamedTuple
 
 from torch.optim import Optimizer
@@ -193,12 +194,13 @@ class OptimizerRegistry:
         self._fresh_clip = {} if clip is None else clip.state_dict()
         self._norm_type = 2.0 if clip is None else clip.norm_type
 
-    def attach(self, optimizers: Sequence[Optimizer]) -> None:
+    def attach(self, optimizers: Sequence[Optimizer], names: Sequence[str] = ()) -> None:
         """Registers the hooks on the optimizers, and on the parameters that they step.
 
         Args:
-            optimizers: The optimizers that the user named. If there are none, all watched
+            optimizers: The optimizers that the user passed. If there are none, all watched
                 parameters are hooked, and optimizers are found at their first step.
+            names: Their labels; empty to label them by class.
 
         Raises:
             ValueError: If an optimizer steps inside the backward, and an option was set that needs
@@ -213,13 +215,14 @@ class OptimizerRegistry:
         self._named = bool(optimizers)
         self._discovery = OptimizerDiscovery(self._on_other_step)
         if optimizers:
-            for optimizer in optimizers:
+            for optimizer, name in zip(optimizers, names or repeat(""), strict=False):
                 indices = self._indices(stepped_by(optimizer)[-1])
-                self._follow(optimizer, self._window(indices))
+                self._follow(optimizer, self._window(indices), name)
             watched = [index for one in self.followed for index in one.window.indices]
         else:
             self._unowned = BackwardSteps(self._run, self._window(watched))
             self._unowned.step = self._steps.get("none", 0)
+            self._run.joint_steps.find_more()
         self._run.hooks.attach(watched, self._norm_type, owned=bool(optimizers))
         if accumulates:
             self._run.hooks.watch_added()
@@ -250,6 +253,8 @@ class OptimizerRegistry:
         if self._unowned is not None:
             backward = backward._replace(freed=run.hooks.freed.take(backward.arrived))
             self._unowned.add_alone(backward, weight, alone=not self.followed)
+        if run.joint_steps.current is not None:
+            run.joint_steps.close()  # only now: the loop above may find steps that a scaler skipped
         if run.hooks.added.watching:
             self._watch_what_is_added()
         run.hooks.arrivals.on_begin = self._begin_backward
@@ -290,6 +295,7 @@ class OptimizerRegistry:
         for one in self.followed:
             with self._shield:
                 one.end()
+        self._run.joint_steps.close()
         self.commit_backwards()
         with self._shield:
             self._silence.end(self.followed, self._run.hooks.arrivals.ended)
@@ -364,14 +370,23 @@ class OptimizerRegistry:
         found.take_over(self._run.hooks.watch_also(indices), owner)
         if self._unowned is not None:
             self._unowned.release(indices)
-        for one in ended:
-            found.replay(*one)
+        if ended:
+            self._replay(found, ended)
         if self._named and not any(one.step for one in before):
             self._silence.tell_another(before[0], found)
 
-    def _follow(self, optimizer: Optimizer, window: Window) -> OptimizerSteps:
+    def _replay(self, found: OptimizerSteps, ended: Sequence[_EndedWindow]) -> None:
+        # These steps are over: none of them belongs together with the one that is about to begin.
+        joint = self._run.joint_steps
+        now, joint.current = joint.current, None
+        for one in ended:
+            found.replay(*one)
+            joint.close()
+        joint.current = now
+
+    def _follow(self, optimizer: Optimizer, window: Window, name: str = "") -> OptimizerSteps:
         members = stepped_by(optimizer)
-        label = _label(members[0], [one.label for one in self.followed])
+        label = name or _label(members[0], {one.label for one in self.followed})
         curvature = None if self.followed else self._curvature
         steps = OptimizerSteps(
             label,
@@ -383,11 +398,12 @@ class OptimizerRegistry:
             curvature,
             self._on_finished,
             self._on_joined,
-            self._on_first,
+            self._on_first if not name else None,
         )
         self.followed.append(steps)
         if not (self._named and self._run.hooks.arrivals.hooked_indices()):
             self.managed.append(steps)
+        self._run.joint_steps.follow_one_more()
         self._load_into(steps)
         may_refuse = self._options.on_nonfinite != "record" or self._options.skip_spikes is not None
         for position, one in enumerate(members):
@@ -399,8 +415,11 @@ class OptimizerRegistry:
 
     def _on_first(self, steps: OptimizerSteps, optimizer: Optimizer) -> None:
         """Names a wrapper's steps after what steps: so they are named where it is found."""
-        steps.label = _label(optimizer, [one.label for one in self.followed if one is not steps])
-        if not steps.step:
+        taken = {one.label for one in self.followed if one is not steps}
+        label = _label(optimizer, taken)
+        if label != steps.label:
+            steps.label = label
+            steps.note_groups(from_step=0)
             self._load_into(steps)
 
     def _on_joined(self, indices: Sequence[int]) -> None:
@@ -450,7 +469,8 @@ class OptimizerRegistry:
         return Window(self._run.table, list(indices), self._norm_type, self._run.shards)
 
 
-def _label(optimizer: Optimizer, taken: Sequence[str]) -> str:
+def _label(optimizer: Optimizer, taken: Container[str]) -> str:
+    """Labels an optimizer by its class: ``Adam``, a second one ``Adam-1``."""
     name = type(optimizer).__name__
-    same = sum(label == name or label.startswith(f"{name}-") for label in taken)
-    return f"{name}-{same}" if same else name
+    labels = chain([name], (f"{name}-{number}" for number in count(1)))
+    return next(label for label in labels if label not in taken)

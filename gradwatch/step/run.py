@@ -17,6 +17,7 @@ from gradwatch.options import Options
 from gradwatch.record.events import changed_event
 from gradwatch.record.recorder import Recorder, RingBuffer, SinkHub
 from gradwatch.record.records import Event, Layout
+from gradwatch.step.together import JointSteps
 
 
 class Run:
@@ -36,6 +37,7 @@ class Run:
         used: The numbers of the newest backwards whose gradients an optimizer has stepped with.
         told: What was told about the training loop.
         other_steps: The number of steps of optimizers that hold no watched parameter.
+        joint_steps: Which optimizers step together.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Run:
         self.used: set[int] = set()
         self.other_steps = 0
         self.told: set[str] = set()
+        self.joint_steps = JointSteps(2.0 if options.clip is None else options.clip.norm_type)
         self.accumulation = AccumulationPlan(
             options.accumulate, lambda *change: self.note(changed_event(*change))
         )

@@ -6,10 +6,11 @@ import json
 import pytest
 
 from gradwatch.cli import tail
-from gradwatch.cli.follower import KEPT, Follower
+from gradwatch.cli.follower import KEPT, Follower, declared_texts
 from gradwatch.cli.terminal import Output
 from gradwatch.history import load
 from gradwatch.record.folder import parts, reader
+from gradwatch.record.records import StepRecord
 
 from .runs import batch, nan_at, write
 
@@ -41,6 +42,13 @@ class TestOnce:
         lines = list(map(json.loads, ran.out.splitlines()))
         assert [one["type"] for one in lines] == ["step"] * 3 + ["event"] * 2
         assert [one["step"] for one in lines] == [118, 119, 120, 77, 77]
+
+    def test_the_norm_of_all_is_shown_where_optimizers_step_together(self):
+        """With one optimizer it would be the norm twice."""
+        alone = StepRecord(1, "SGD", grad_norm=3.0, grad_norm_all=3.0)
+        joined = StepRecord(1, "SGD", grad_norm=3.0, grad_norm_all=5.0)
+        assert declared_texts(alone)["norm of all"] == ""
+        assert declared_texts(joined)["norm of all"] == "5"
 
     def test_a_run_without_steps(self, command, runs):
         """A run that has just begun is no error."""

@@ -152,6 +152,12 @@ BAD: dict[str, Bad] = {
     "optimizers_of_wrong_type": _optimizer(lambda model, opt: [opt, None], WRONG_TYPE, "optimizer", "None"),
     "optimizer_twice": _optimizer(lambda model, opt: [opt, opt], WRONG_VALUE, "optimizer", "twice"),
     "optimizer_parameters": _optimizer(lambda model, _: model.parameters(), WRONG_TYPE, "optimizer", "Parameter"),
+    "optimizers_named_none": _optimizer(lambda model, opt: {"none": opt}, WRONG_VALUE, "optimizer", "none"),
+    "optimizers_named_nothing": _optimizer(lambda model, opt: {" ": opt}, WRONG_VALUE, "optimizer", "' '"),
+    "optimizers_named_by_number": _optimizer(lambda model, opt: {3: opt}, WRONG_TYPE, "optimizer", "3", "adamw"),
+    "optimizers_named_none_given": _optimizer(lambda model, _: {}, WRONG_VALUE, "optimizer", "empty"),
+    "optimizers_named_twice": _optimizer(lambda model, opt: {"a": opt, "b": opt}, WRONG_VALUE, "optimizer", "twice"),
+    "optimizer_state": _optimizer(lambda model, opt: opt.state_dict(), WRONG_TYPE, "optimizer", "mapping"),
     # model
     "model_without_trainable": _model(_frozen, WRONG_VALUE, "model", "Linear"),
     "model_without_parameters": _model(nn.ReLU, WRONG_VALUE, "model", "ReLU"),

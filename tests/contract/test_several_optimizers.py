@@ -1,12 +1,19 @@
 """Each of several optimizers has its own steps, windows and norms; optimizers are found by themselves."""
 
+import json
 import math
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import gradwatch
+from gradwatch import StepRecord
+from gradwatch.adapters import StepScalars
+from gradwatch.testing import CapturingSink, late_readings
 from tests.support import float64, zoo
 from tests.support.float64 import gradient_norm
 from tests.support.state import identical, snapshot
@@ -302,3 +309,278 @@ def test_a_mapping_with_an_optimizer() -> None:
     table = watcher.history.parameters().set_index("parameter")["grad_norm"]
     assert table["left"] == pytest.approx(2 * math.sqrt(3))
     assert table["right"] == pytest.approx(5 * math.sqrt(2))
+
+
+# -- names -----------------------------------------------------------------------------------------
+
+
+def test_names_label_everything(tmp_path: Path) -> None:
+    """The names in a mapping are in steps, events, checkpoint and run folder, instead of the classes."""
+    case = zoo.mlp()
+    optimizers = {
+        "muon": torch.optim.SGD(case.model[0].parameters(), lr=0.1),
+        "adamw": torch.optim.SGD(case.model[2].parameters(), lr=0.1),
+    }
+    with gradwatch.watch(case.model, optimizers, run_dir=tmp_path, exploding_norm=1e-9) as watcher:
+        case.loss(case.model, case.batch(0)).backward()
+        for optimizer in optimizers.values():
+            optimizer.step()
+        state = watcher.state_dict()
+    assert list(watcher.history.steps()["optimizer"]) == ["muon", "adamw"]
+    assert [event.optimizer for event in watcher.events] == ["muon", "adamw"]
+    assert state["steps"] == {"muon": 1, "adamw": 1}
+    assert list(gradwatch.load(tmp_path).steps()["optimizer"]) == ["muon", "adamw"]
+    described = json.loads((tmp_path / "meta.json").read_text())["sessions"][0]["optimizers"]
+    assert [one["name"] for one in described] == ["muon", "adamw"]
+
+
+def test_a_resumed_run_finds_its_optimizers_by_name() -> None:
+    """Steps are counted on by name, in whatever order the optimizers are given again."""
+    case = zoo.mlp()
+    first = torch.optim.SGD(case.model[0].parameters(), lr=0.1)
+    second = torch.optim.SGD(case.model[2].parameters(), lr=0.1)
+    with gradwatch.watch(case.model, {"a": first, "b": second}) as watcher:
+        for _ in range(3):
+            case.loss(case.model, case.batch(0)).backward()
+            first.step()
+        second.step()
+        state = watcher.state_dict()
+    with gradwatch.watch(case.model, {"b": second, "a": first}) as watcher:
+        watcher.load_state_dict(state)
+        case.loss(case.model, case.batch(0)).backward()
+        first.step()
+        second.step()
+    steps = watcher.history.steps()
+    assert dict(zip(steps["optimizer"], steps.index, strict=True)) == {"a": 4, "b": 2}
+
+
+# -- the norm over all optimizers that step together -------------------------------------------------
+
+
+class _Pair:
+    """A perceptron whose two layers have an optimizer each, and what their norms must be."""
+
+    def __init__(self, found: bool = False, **options: Any) -> None:
+        self.case = zoo.mlp()
+        self.parts = [self.case.model[:2], self.case.model[2:]]
+        self.optimizers = [torch.optim.SGD(part.parameters(), lr=0.01) for part in self.parts]
+        self.sink = CapturingSink()
+        named = None if found else dict(zip("ab", self.optimizers, strict=True))
+        self.watching = gradwatch.watch(self.case.model, named, sinks=[self.sink], **options)
+        self.expected: list[float] = []
+
+    def backward(self, index: int) -> None:
+        self.case.loss(self.case.model, self.case.batch(index)).backward()
+
+    def check(self) -> None:
+        found = list(self.watching.history.steps()["grad_norm_all"])
+        assert found == pytest.approx(self.expected, rel=1e-5)
+        assert [record.grad_norm_all for record in self.sink.steps] == found
+
+
+def _poison(part: nn.Module, value: float) -> Any:
+    """Makes every gradient of a weight bad, already in the backward."""
+    weight = next(part.parameters())
+    return weight.register_hook(lambda gradient: torch.full_like(gradient, value))
+
+
+late = pytest.mark.parametrize("late", [False, True], ids=["host", "device"])
+
+
+@late
+@found_or_named
+@pytest.mark.parametrize("read", [False, True], ids=["unread", "read"])
+def test_the_total_of_optimizers_that_share_a_backward(found: bool, late: bool, read: bool) -> None:
+    """Both rows have the norm over all gradients, before the clip, however early somebody reads."""
+    pair = _Pair(found, clip=0.05)
+    with late_readings(2) if late else nullcontext(), pair.watching as watcher:
+        for index in range(4):
+            pair.case.model.zero_grad()
+            pair.backward(index)
+            pair.expected += [gradient_norm(pair.case.model)] * 2
+            for optimizer in pair.optimizers:
+                optimizer.step()
+                if read:
+                    assert watcher.last is not None
+                    watcher.postfix()
+            if read:
+                assert watcher.last.grad_norm_all == pytest.approx(pair.expected[-1], rel=1e-5)
+    pair.check()
+
+
+@found_or_named
+def test_optimizers_that_step_apart_have_no_common_total(found: bool) -> None:
+    """As in a GAN each steps on a backward of its own, which reaches the other's parameters too."""
+    pair = _Pair(found)
+    with pair.watching:
+        for index in range(4):
+            for part, optimizer in zip(pair.parts, pair.optimizers, strict=True):
+                optimizer.zero_grad()
+                pair.backward(index)
+                pair.expected.append(gradient_norm(part))
+                optimizer.step()
+    pair.check()
+    steps = pair.watching.history.steps()
+    assert list(steps["grad_norm_all"]) == list(steps["grad_norm"])
+
+
+def test_two_losses_and_then_two_steps() -> None:
+    """Optimizers that step after separate backwards, with none in between, step together."""
+    pair = _Pair()
+    with pair.watching:
+        for _ in range(3):
+            for part in pair.parts:
+                part.zero_grad()
+                sum(p.square().sum() + p.sum() for p in part.parameters()).backward()
+            pair.expected += [gradient_norm(pair.case.model)] * 2
+            for optimizer in pair.optimizers:
+                optimizer.step()
+    pair.check()
+
+
+@found_or_named
+def test_an_optimizer_that_steps_less_often(found: bool) -> None:
+    """Where the second steps every other time, the total is over those that step."""
+    pair = _Pair(found)
+    with pair.watching:
+        for index in range(4):
+            pair.backward(index)
+            both = index % 2 == 1
+            pair.expected += [gradient_norm(pair.case.model if both else pair.parts[0])] * (
+                1 + both
+            )
+            for optimizer in pair.optimizers[: 1 + both]:
+                optimizer.step()
+                optimizer.zero_grad()
+    pair.check()
+
+
+def test_a_step_taken_twice_on_one_backward() -> None:
+    """A second step of the same optimizer begins a new total."""
+    pair = _Pair()
+    first, second = pair.optimizers
+    with pair.watching:
+        pair.backward(0)
+        whole, alone = gradient_norm(pair.case.model), gradient_norm(pair.parts[0])
+        first.step()
+        second.step()
+        first.step()
+        pair.expected = [whole, whole, alone]
+    pair.check()
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 3.0, math.inf])
+def test_the_total_has_the_norm_type_of_the_clip(norm_type: float) -> None:
+    """Norms are combined with the p that they were measured with."""
+    pair = _Pair(clip=gradwatch.ClipByNorm(1e6, norm_type=norm_type))
+    with pair.watching:
+        pair.backward(0)
+        gradients = [p.grad.flatten().double() for p in pair.case.model.parameters()]
+        pair.expected = [float(torch.linalg.vector_norm(torch.cat(gradients), norm_type))] * 2
+        for optimizer in pair.optimizers:
+            optimizer.step()
+    pair.check()
+
+
+@late
+@pytest.mark.parametrize("bad", [0, 1], ids=["first", "second"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_gradient_is_in_the_total_of_both(value: float, bad: int, late: bool) -> None:
+    """A NaN or Inf in the gradients of either optimizer is in both rows."""
+    pair = _Pair()
+    _poison(pair.parts[bad], value)
+    with late_readings() if late else nullcontext(), pair.watching:
+        pair.backward(0)
+        for optimizer in pair.optimizers:
+            optimizer.step()
+    totals = list(pair.watching.history.steps()["grad_norm_all"])
+    assert totals == pytest.approx([value, value], nan_ok=True)
+
+
+@pytest.mark.filterwarnings("ignore:torch.cuda.amp:FutureWarning")
+def test_a_step_that_the_scaler_leaves_out_is_in_the_total() -> None:
+    """An optimizer that a GradScaler does not call belongs to the total of the other one's step."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    pair = _Pair(scaler=scaler)
+    poison = _poison(pair.parts[0], math.inf)
+    with pair.watching:
+        for index in range(2):
+            pair.case.model.zero_grad()
+            loss = pair.case.loss(pair.case.model, pair.case.batch(index))
+            scaler.scale(loss).backward()
+            for optimizer in pair.optimizers:
+                scaler.step(optimizer)
+            scaler.update()
+            poison.remove()
+    steps = pair.watching.history.steps()
+    left_out = steps[steps["outcome"] == "skipped_scaler"]
+    assert list(left_out["optimizer"]) == ["a"]
+    other = steps[(steps["optimizer"] == "b") & (steps.index == 1)]
+    assert list(other["outcome"]) == ["applied"]
+    assert math.isfinite(other["grad_norm"].iloc[0])
+    assert list(steps["grad_norm_all"][1]) == [math.inf, math.inf]
+
+
+def test_optimizers_inside_the_backward_step_together() -> None:
+    """Where each parameter has an optimizer that steps in its hook, all rows have the total."""
+    case = zoo.mlp()
+    norms: list[float] = []
+    optimizers = {p: torch.optim.SGD([p], lr=0.01) for p in case.model.parameters()}
+
+    def step_in_backward(parameter: Any) -> None:
+        norms.append(float(parameter.grad.double().norm()))
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    handles = [p.register_post_accumulate_grad_hook(step_in_backward) for p in optimizers]
+    expected = []
+    with gradwatch.watch(case.model, list(optimizers.values())) as watcher:
+        for index in range(3):
+            norms.clear()
+            case.loss(case.model, case.batch(index)).backward()
+            expected += [math.hypot(*norms)] * len(norms)
+    for handle in handles:
+        handle.remove()
+    assert list(watcher.history.steps()["grad_norm_all"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_optimizer_has_its_own_norm_as_total() -> None:
+    """Where one optimizer steps alone, or none at all, the two columns are equal bit for bit."""
+    for named in (True, False):
+        case, optimizer, watching = new_run(found=not named, clip=0.1)
+        with watching as watcher:
+            for index in range(3):
+                case.loss(case.model, case.batch(index)).backward()
+                optimizer.step()
+        steps = watcher.history.steps()
+        assert list(steps["grad_norm_all"]) == list(steps["grad_norm"])
+    x = torch.tensor(2.0, requires_grad=True)
+    with gradwatch.watch({"x": x}) as watcher:
+        (x**2 + 3 * x + 1).backward()
+    assert list(watcher.history.steps()["grad_norm_all"]) == [7.0]
+
+
+def test_the_total_is_in_the_run_folder(tmp_path: Path) -> None:
+    """The folder holds final totals, also at the borders between deliveries."""
+    pair = _Pair(run_dir=tmp_path, buffer_size=3)
+    with pair.watching as watcher:
+        for index in range(10):
+            pair.case.model.zero_grad()
+            pair.backward(index)
+            pair.expected += [gradient_norm(pair.case.model)] * 2
+            for optimizer in pair.optimizers:
+                optimizer.step()
+                assert watcher.last is not None
+    totals = list(gradwatch.load(tmp_path).steps()["grad_norm_all"])
+    assert totals == pytest.approx(pair.expected, rel=1e-5)
+
+
+def test_tensorboard_and_loggers_get_the_total_where_it_differs() -> None:
+    """A run with one optimizer gets no series that only repeats another."""
+    alone = StepRecord(1, "SGD", grad_norm=2.0, grad_norm_all=2.0)
+    joined = StepRecord(2, "SGD", grad_norm=2.0, grad_norm_all=3.0)
+    poisoned = StepRecord(3, "SGD", grad_norm=math.nan, grad_norm_all=math.nan)
+    series = StepScalars(["grad_norm_all"])
+    assert series.of(alone) == series.of(poisoned) == {}
+    assert series.of(joined) == {"grad_norm_all": 3.0}
+    assert series.of(alone) == {"grad_norm_all": 2.0}

@@ -155,3 +155,42 @@ def test_what_cannot_be_right_is_refused():
         assert len(told) == 2
         assert "fully_shard" in told[0]
         assert 'clip="auto"' in told[1]
+
+
+def _grouped(late):
+    """Two optimizers over sharded layers, the first with two groups; and what the norms must be."""
+    model = _sharded()
+    weight, bias = model[0].weight, model[0].bias
+    first = torch.optim.SGD([{"params": [weight], "lr": 0.1}, {"params": [bias], "lr": 0.2}])
+    second = torch.optim.SGD(model[2].parameters(), lr=0.01)
+    whole = []
+    with (
+        late_readings(1) if late else contextlib.nullcontext(),
+        gradwatch.watch(model, {"a": first, "b": second}) as watcher,
+    ):
+        for step in range(STEPS):
+            _loss(model, step).backward()
+            parts = [[weight], [bias], list(model[2].parameters())]
+            norms = [float64.gradient_norms(dict(enumerate(part))).values() for part in parts]
+            whole.append([math.hypot(*one) for one in norms])
+            for optimizer in (first, second):
+                optimizer.step()
+                optimizer.zero_grad()
+    groups = watcher.history.groups()
+    return {
+        "whole": whole,
+        "totals": watcher.history.steps()["grad_norm_all"].tolist(),
+        "groups": groups["grad_norm"].tolist(),
+        "rates": groups["lr"].tolist(),
+    }
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["host", "late"])
+def test_groups_and_totals_are_of_whole_gradients(late):
+    """Norms of groups, and over all optimizers, are those of the whole gradients on every rank."""
+    for seen in on_ranks(_grouped, RANKS, late=late):
+        expected = [norm for step in seen["whole"] for norm in step]
+        assert seen["groups"] == pytest.approx(expected, rel=1e-5)
+        totals = [math.hypot(*step) for step in seen["whole"] for _ in range(2)]
+        assert seen["totals"] == pytest.approx(totals, rel=1e-5)
+        assert seen["rates"] == [0.1, 0.2, 0.01] * STEPS

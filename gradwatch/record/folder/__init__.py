@@ -4,7 +4,7 @@
 
     runs/a/
       meta.json                                  the layout of the model; for each session, the
-                                                 versions, optimizers and options
+                                                 versions, optimizers, their groups and options
       steps/0001-0000000000-0000000063.parquet   one row per optimizer step
       parameters/0001-0000000000-0000000063.parquet   one row per step and parameter
       events/0001.jsonl                          one line of JSON per event

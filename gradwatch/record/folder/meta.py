@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from gradwatch.record.folder.files import UnreadableError, plain_data, write_whole
 from gradwatch.record.folder.lock import LOCK
-from gradwatch.record.records import Layout
+from gradwatch.record.records import Layout, ParameterGroups
 
 FORMAT = "gradwatch run"
 VERSION = 1
 NAME = "meta.json"
 STEPS, PARAMETERS, EVENTS = TABLES = ("steps", "parameters", "events")
 EARLIER = "earlier-"
+GROUPS = "groups"
 _FIELDS = tuple(field.name for field in fields(Layout))
 
 NO_FOLDER = (
@@ -63,6 +64,22 @@ class Meta:
     def with_session(self, layout: Layout, session: Mapping[str, Any]) -> Meta:
         """Returns a copy with one more session, whose parameters come first in the layout."""
         return Meta(_joined(layout, self.layout), (*self.sessions, plain_data(session)))
+
+    def with_groups(self, layout: Layout, groups: Sequence[ParameterGroups]) -> Meta:
+        """Returns a copy in which the newest session has these parameter groups.
+
+        ``layout`` is the one that their indices refer to.
+        """
+        newest = {**self.sessions[-1], GROUPS: [_described(one, layout) for one in groups]}
+        return replace(self, sessions=(*self.sessions[:-1], newest))
+
+    def groups(self, session: int) -> list[ParameterGroups] | None:
+        """Returns the parameter groups of a session; None if its gradwatch did not write them."""
+        for one in self.sessions:
+            if one.get("session") == session and GROUPS in one:
+                positions = {name: index for index, name in enumerate(self.layout.names)}
+                return [_groups(content, positions) for content in one[GROUPS]]
+        return None
 
     def write(self, folder: Path) -> None:
         """Writes meta.json."""
@@ -171,6 +188,32 @@ def _layout(content: Mapping[str, Sequence[Any]]) -> Layout:
         modules=tuple(content["modules"]),
         shapes=tuple(map(tuple, content["shapes"])),
         aliases=tuple(map(tuple, content["aliases"])),
+    )
+
+
+def _described(groups: ParameterGroups, layout: Layout) -> dict[str, Any]:
+    # By name, as indices would no longer fit once a session with another model has resumed the run.
+    members = [[layout.names[index] for index in group] for group in groups.members]
+    return {
+        "optimizer": groups.optimizer,
+        "from_step": groups.from_step,
+        "norm_type": plain_data(groups.norm_type),
+        "groups": [
+            {"name": plain_data(name), "parameters": parameters}
+            for name, parameters in zip(groups.names, members, strict=True)
+        ],
+    }
+
+
+def _groups(content: Mapping[str, Any], positions: Mapping[str, int]) -> ParameterGroups:
+    return ParameterGroups(
+        optimizer=content["optimizer"],
+        from_step=content["from_step"],
+        norm_type=float(content["norm_type"]),  # an infinite one is the text "inf"
+        names=tuple(group["name"] for group in content["groups"]),
+        members=tuple(
+            tuple(positions[name] for name in group["parameters"]) for group in content["groups"]
+        ),
     )
 
 

@@ -11,7 +11,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -49,10 +49,11 @@ from gradwatch.record.folder.tables import (
     reading,
     truths_of,
 )
-from gradwatch.record.records import Event, Layout, StepRecord, clipped_by
+from gradwatch.record.records import Event, Layout, ParameterGroups, StepRecord, clipped_by
 
 TRIES = 50
 PAUSE_S = 0.02
+MAX_STEP = np.iinfo(np.int64).max
 
 T = TypeVar("T")
 
@@ -143,16 +144,27 @@ class FolderSource:
         self, indices: Sequence[int] | None, columns: Sequence[str], span: Span
     ) -> Table:
         """See :class:`~gradwatch.record.columns.Source`."""
+        table = self.steadily(lambda: self._steps_and_parameters((), indices, columns, span)[1])
+        return {name: column for name, column in table.items() if name != "place"}
 
-        def read() -> Table:
-            steps = self._steps(("session", "row", "step", "clip_coef"), span)
-            return self._parameters.read(self.layout(), steps, indices, columns)
-
-        return self.steadily(read)
+    def steps_and_parameters(
+        self,
+        step_columns: Iterable[str],
+        indices: Sequence[int] | None,
+        columns: Sequence[str],
+        span: Span,
+    ) -> tuple[Table, Table]:
+        """See :class:`~gradwatch.record.columns.Source`."""
+        wanted = tuple(step_columns)
+        return self.steadily(lambda: self._steps_and_parameters(wanted, indices, columns, span))
 
     def events(self) -> Sequence[Event]:
         """See :class:`~gradwatch.record.columns.Source`."""
         return self.steadily(lambda: list(self.new_events(self.listing(), {})))
+
+    def groups(self) -> Sequence[ParameterGroups]:
+        """See :class:`~gradwatch.record.columns.Source`."""
+        return self.steadily(lambda: self._groups(self.listing()))
 
     def steadily(self, read: Callable[[], T]) -> T:
         """Calls ``read()``, and again if a file disappeared meanwhile.
@@ -221,6 +233,34 @@ class FolderSource:
         tables = [self._part(part, columns, listing.rule, span) for part in listing.parts]
         return {name: _joined(name, [table[name] for table in tables]) for name in columns}
 
+    def _steps_and_parameters(
+        self,
+        step_columns: Sequence[str],
+        indices: Sequence[int] | None,
+        columns: Sequence[str],
+        span: Span,
+    ) -> tuple[Table, Table]:
+        needed = ("session", "row", "step", "clip_coef")
+        steps = self._steps(tuple(dict.fromkeys((*needed, *step_columns))), span)
+        return steps, self._parameters.read(self.layout(), steps, indices, columns)
+
+    def _groups(self, listing: Listing) -> list[ParameterGroups]:
+        """Joins the parameter groups of all sessions, each from its own first step on."""
+        meta, joined = read_meta(self._folder), list[ParameterGroups]()
+        for session in dict.fromkeys(part.session for part in listing.parts):
+            first = listing.rule.first_steps(session)
+            mine = meta.groups(session)
+            if mine is None:  # an earlier gradwatch, which did not write them
+                mine = [ParameterGroups(label, 0, 2.0, (), ()) for label in first]
+            # If there are several sessions, only what steps in this one replaces anything.
+            mine = [one for one in mine if not first or one.optimizer in first]
+            begun = {one.optimizer: first.get(one.optimizer, 0) for one in mine}
+            joined = [one for one in joined if one.from_step < begun.get(one.optimizer, MAX_STEP)]
+            joined += [
+                replace(one, from_step=max(one.from_step, begun[one.optimizer])) for one in mine
+            ]
+        return joined
+
     def _part(
         self, part: Part, columns: Sequence[str], rule: ResumeRule, span: Span
     ) -> dict[str, Column]:
@@ -265,6 +305,10 @@ class ResumeRule:
             self._void_from[session] = void
         return self._void_from[session]
 
+    def first_steps(self, session: int) -> Mapping[str, int]:
+        """Returns a session's first step by optimizer; empty if there is only one session."""
+        return self._first.get(session, {})
+
     def valid_steps(self, session: int, optimizers: Labels, steps: Array) -> Array:
         """Tells which rows of a session are valid: bool array ``[rows]``.
 
@@ -274,8 +318,7 @@ class ResumeRule:
             steps: int array ``[rows]``.
         """
         void = self.void_from(session)
-        never = np.iinfo(np.int64).max
-        ends = np.array([void.get(label, never) for label in optimizers.values], np.int64)
+        ends = np.array([void.get(label, MAX_STEP) for label in optimizers.values], np.int64)
         valid: Array = steps < ends[optimizers.codes]
         return valid
 
@@ -399,7 +442,8 @@ class ParameterReader:
             columns: Norms or statistics.
 
         Returns:
-            ``step``, ``parameter`` and the columns, in the order of ``steps`` and then the layout.
+            ``place`` (row in ``steps``), ``step``, ``parameter`` and the columns, in the order of
+            ``steps`` and then the layout.
         """
         parts = self._parts()
         numbers = dict.fromkeys((*columns, *(["grad_norm"] if CLIPPED in columns else [])))
@@ -411,6 +455,7 @@ class ParameterReader:
         table = {name: np.concatenate([piece[name] for piece in pieces]) for name in dtypes}
         order = _order(table["place"], table["index"])
         result: dict[str, Column] = {
+            "place": table["place"][order],
             "step": array_of(steps["step"])[table["place"][order]],
             "parameter": Labels(layout.names, table["index"][order]),
         }

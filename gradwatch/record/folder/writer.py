@@ -37,7 +37,7 @@ from gradwatch.record.folder.meta import (
 from gradwatch.record.folder.parts import Part, PartStore
 from gradwatch.record.folder.reader import SessionStarts
 from gradwatch.record.folder.tables import ParametersTable, StepsTable, labels_of, need_pyarrow
-from gradwatch.record.records import Layout, RecordBatch, StepRecord
+from gradwatch.record.records import Layout, ParameterGroups, RecordBatch, StepRecord
 from gradwatch.record.sink_queue import lost_records
 
 RETRY_S = 30.0
@@ -308,8 +308,10 @@ class Session:
         newest = max([len(meta.sessions), *written])
         self._log = EventLog(folder / EVENTS, newest + 1)
         self.number = self._log.session
+        self._meta = meta.with_session(layout, {"session": self.number, **about})
+        self._groups: Sequence[ParameterGroups] = ()
         try:
-            meta.with_session(layout, {"session": self.number, **about}).write(folder)
+            self._meta.write(folder)
         except OSError:
             self._log.give_up()
             raise
@@ -324,6 +326,7 @@ class Session:
         Raises:
             OSError: If the disk is full, read-only or gone.
         """
+        self._note_groups(batch)
         length = self._log.length
         part = Part(self.number, self._rows, self._rows + len(batch.steps) - 1)
         self._withdraw_failed()  # again: the disk may have refused even that
@@ -365,6 +368,13 @@ class Session:
         """Merges the small parts of all sessions."""
         self._steps.merge_all()
         self._parameters.merge_all()
+
+    def _note_groups(self, batch: RecordBatch) -> None:
+        # Before the steps: a reader then knows the groups of every step that it sees.
+        if tuple(batch.groups) != self._groups:
+            self._meta = self._meta.with_groups(batch.layout, batch.groups)
+            self._meta.write(self._folder)
+            self._groups = tuple(batch.groups)
 
     def _begins(self, batch: RecordBatch) -> bool:
         before = dict(self._first)
