@@ -19,7 +19,7 @@ from gradwatch.guard import Overhead, Shield
 from gradwatch.hessian.every import CurvatureEvery, sampler_of
 from gradwatch.history import History
 from gradwatch.hooks.backward import Backward
-from gradwatch.hooks.data_parallel import DataParallel, GradientSync, rank
+from gradwatch.hooks.data_parallel import DataParallel, GradientSync, rank, wrappers_of
 from gradwatch.hooks.model import ModelHooks
 from gradwatch.managed import BatchRunner, Closure, ManagedLoop
 from gradwatch.measure.parameters import ParameterTable
@@ -69,8 +69,9 @@ class Watcher:
         self._options = options
         self._model = model
         self._optimizers = list(optimizers)
-        self._hooks = ModelHooks(model, table, self._on_backward, self._on_arrived)
-        ranks = DataParallel.of(model)
+        wrappers = wrappers_of(model)
+        self._hooks = ModelHooks(model, table, self._on_backward, self._on_arrived, wrappers)
+        ranks = DataParallel.of(model, wrappers)
         self._run = Run(table, options, self._hooks, ranks, self._global_step_of)
         check_noise_scale_exists(options.accumulate, single_process=ranks is None)
         self._sync = GradientSync.of(model, self._run.data_parallel)
@@ -128,6 +129,8 @@ class Watcher:
         self._state = "closed"
         self._stop_watching()
         self._registry.end()
+        with self._shield:
+            self._run.replicas.end()
         self._run.stopwatch.stop()
         self._run.recorder.close()
 
@@ -386,6 +389,8 @@ class Watcher:
         if local is not None and not (self._curvature and self._curvature.busy):
             with self._shield:
                 local.take()
+                if self._run.replicas.watching:
+                    self._run.replicas.note_arrivals()
 
     def _before_forward(self, module: nn.Module, args: object) -> None:
         if torch.is_grad_enabled() and not (self._curvature and self._curvature.busy):

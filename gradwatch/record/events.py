@@ -44,6 +44,12 @@ OUT_OF_MEMORY = (
     "A micro-batch of {old} examples did not fit into memory in step {step}. The batch was run "
     "again in micro-batches of at most {new}, and later ones will be."
 )
+SAME_DATA = (
+    "The ranks see the same data: for {steps} steps in a row the mean gradient over {ranks} ranks "
+    "was this rank's own, so the ranks repeat each other's work. Unless this is intended, give "
+    "each rank its own part of the data (DistributedSampler, with set_epoch() in every epoch), and "
+    "seed by the rank what is random about the data."
+)
 RAISED = (
     '{story} on_nonfinite="raise" stopped the training before any weight changed. Look at the '
     'batch and at the loss of this step; with on_nonfinite="skip" the step is left out instead.'
@@ -188,6 +194,22 @@ def loop_event(
         value: As the kind says.
     """
     return _event(StepRecord(step, optimizer), kind, value, message, parameter_and_module)
+
+
+def same_data_event(record: StepRecord, steps: int, ranks: int) -> Event:
+    """Makes the event of ranks whose gradients are equal: they see the same data.
+
+    Args:
+        record: The newest of the steps.
+        steps: Number of steps in a row.
+        ranks: Number of ranks.
+    """
+    return _event(record, "mistake", 0.0, SAME_DATA.format(steps=steps, ranks=ranks))
+
+
+def tells_of_same_data(message: str) -> bool:
+    """Returns whether the message of an event is that of :func:`same_data_event`."""
+    return message.startswith(SAME_DATA[: SAME_DATA.index(":")])
 
 
 def nonfinite_error(record: StepRecord, events: Sequence[Event]) -> NonFiniteGradientError:

@@ -241,10 +241,16 @@ class Recorder:
         skipped: The number of steps that were not applied.
     """
 
-    def __init__(self, buffer: RingBuffer, hub: SinkHub) -> None:
-        """Starts empty."""
+    def __init__(
+        self,
+        buffer: RingBuffer,
+        hub: SinkHub,
+        on_record: Callable[[StepRecord], None] = lambda record: None,
+    ) -> None:
+        """Starts empty; ``on_record`` is called with each record, once it is complete."""
         self._buffer = buffer
         self._hub = hub
+        self._on_record = on_record
         self._first_events: list[Event] = []
         self._events: deque[Event] = deque(maxlen=NEWEST_EVENTS)
         self._undelivered: list[Event] = []
@@ -295,6 +301,7 @@ class Recorder:
         self._last = entry.record
         self.skipped += entry.record.outcome != "applied"
         self.note(entry.events)
+        self._on_record(entry.record)
         if self._hub.add(urgent=any(event.nonfinite for event in entry.events)):
             self.flush()
 

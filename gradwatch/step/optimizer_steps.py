@@ -282,6 +282,8 @@ class OptimizerSteps(Steps):
     def gradients_ready(self, optimizer: Optimizer, loss: object) -> bool:
         """Measures the gradients, decides about the step, and clips; see :class:`StepListener`."""
         try:
+            if self._run.replicas.active:
+                self._run.replicas.before_step(self.window, self.weights, self.step + 1)
             return self._settle(optimizer, loss)
         except BaseException:
             self._withdraw()
@@ -340,6 +342,8 @@ class OptimizerSteps(Steps):
         if late:  # only the device knows the outcome: the rule is told once it has arrived
             pending.on_outcome = self.skip_rule.note
         self._run.recorder.expect(pending)
+        if self._run.replicas.active:
+            self._run.replicas.after_step()
         self.window.reset()
         self.weights.sample = self.weights.weight = None
         self._losses = []

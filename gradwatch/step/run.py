@@ -17,6 +17,7 @@ from gradwatch.options import Options
 from gradwatch.record.events import changed_event
 from gradwatch.record.recorder import Recorder, RingBuffer, SinkHub
 from gradwatch.record.records import Event, Layout
+from gradwatch.step.replicas import Replicas
 
 
 class Run:
@@ -33,6 +34,7 @@ class Run:
         stopwatch: Measures the time that gradwatch itself takes.
         recorder: Keeps records and events.
         accumulation: How many micro-batches make a step.
+        replicas: Sees whether the ranks train one model together.
     """
 
     def __init__(
@@ -60,7 +62,16 @@ class Run:
         layout = Layout(table.names, table.modules, shapes, aliases=table.aliases)
         sinks = options.sinks if rank() == 0 else ()  # all ranks would write the same numbers
         hub = SinkHub(sinks, options.buffer_size)
-        self.recorder = Recorder(RingBuffer(layout, options.buffer_size), hub)
+        self.replicas = Replicas(
+            table,
+            hooks,
+            data_parallel,
+            self.tell,
+            sharded=self.shards is not None,
+            writes=options.run_dir is not None or bool(options.sinks),
+        )
+        ring = RingBuffer(layout, options.buffer_size)
+        self.recorder = Recorder(ring, hub, self.replicas.note_record)
 
     def tell(self, event: Event, warn: bool = True) -> None:
         """Records an event about the training loop, and warns; each message once in a run."""

@@ -386,6 +386,7 @@ class WindowWeights:
         noise: The estimator of the gradient noise scale.
         silent: Why the newest window gave no sample; empty if it gave one.
         sample: The sample of the newest window; None if it gave none.
+        data_parallel: The ranks that average their gradients; None if there is only one.
         weight: The weight of the newest window, over all ranks if these were summed; None if it
             was not computed.
     """
@@ -406,7 +407,7 @@ class WindowWeights:
         self.sample: NoiseSample | None = None
         self.weight: FloatOrDeferred | None = None
         self._hooks = hooks
-        self._data_parallel = data_parallel
+        self.data_parallel = data_parallel
         self._by_noise = by_noise
         self._reduced = 0
 
@@ -468,8 +469,8 @@ class WindowWeights:
         """
         self.sample = self.weight = ranks = None
         if window.divisor is not None or self._by_noise:
-            ranks = self._data_parallel  # a loop that is only watched gets no collective of ours
-        alone = len(window.noise_norms) < 2 and self._data_parallel is None
+            ranks = self.data_parallel  # a loop that is only watched gets no collective of ours
+        alone = len(window.noise_norms) < 2 and self.data_parallel is None
         if not window.noise_norms or (alone and window.divisor is None):
             self.silent = ONE_MICRO_BATCH
             return losses
@@ -495,8 +496,8 @@ class WindowWeights:
         if window.shards is not None:
             return None, SHARDED
         units = added.units or len(window.noise_norms)
-        if added.ranks is None and self._data_parallel is not None:
-            return self._sample_of_rank(window, self._data_parallel, added.scale, units)
+        if added.ranks is None and self.data_parallel is not None:
+            return self._sample_of_rank(window, self.data_parallel, added.scale, units)
         if added.ranks is None and len(window.noise_norms) < 2:
             return None, ONE_MICRO_BATCH
         sample = sample_of_all(added.sums, added.divisor, added.scale, units)
