@@ -10,8 +10,11 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from operator import attrgetter
+from typing import Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
@@ -66,6 +69,11 @@ NOT_WRITTEN = (
     "remove these variables from the environment before watch()."
 )
 
+BROKEN = (
+    "gradwatch no longer looks whether the ranks train one model, after an error of its own, "
+    "{error!r}. Everything else goes on; please report this."
+)
+
 FIRST_STEPS = 10  # each of them is looked at, and then every EVERY-th
 EVERY = 100
 SEARCHES = (1, 10, 100)  # a search for wrappers looks at all objects of the process
@@ -75,6 +83,23 @@ CERTAIN_HELD = 50  # under no_sync(), as local SGD averages the weights every fe
 SAME_STEPS = 10
 SAME = 1e-5  # relative: rounding makes 1e-6 at most, different batches seldom less than 1e-3
 SAMPLED_TENSORS, SAMPLED_ELEMENTS = 16, 64
+
+
+P = ParamSpec("P")
+
+
+def _never_raises(method: Callable[Concatenate[Replicas, P], None]) -> Callable[..., None]:
+    """Ends the observation after an error, which must not stop a training that clips, either."""
+
+    @wraps(method)
+    def safe(self: Replicas, *args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except Exception as error:
+            self.active = self.watching = False
+            warn_safely(BROKEN.format(error=error))
+
+    return safe
 
 
 class Replicas:
@@ -122,6 +147,7 @@ class Replicas:
 
     # -- in the backward ---------------------------------------------------------------------------
 
+    @_never_raises
     def note_arrivals(self) -> None:
         """Notes which wrappers reduce, when all gradients of a backward have arrived."""
         arrived = set(self._hooks.arriving())
@@ -137,8 +163,11 @@ class Replicas:
             else:
                 part.ends_reduced = False
                 part.is_held = not part.wrapper.require_backward_grad_sync
-                gradients = map(attrgetter("grad"), self._tensors(mine))
-                part.gradients = _Sample([one for one in gradients if one is not None])
+                # A micro-batch that is not reduced is nothing special: only after a first step on
+                # such gradients they are sampled.
+                if part.in_a_row:
+                    gradients = map(attrgetter("grad"), self._tensors(mine))
+                    part.gradients = _Sample([one for one in gradients if one is not None])
 
     def note_reduced(self) -> None:
         """Notes that gradwatch itself has averaged the gradients, in a managed loop."""
@@ -147,6 +176,7 @@ class Replicas:
 
     # -- in the step -------------------------------------------------------------------------------
 
+    @_never_raises
     def before_step(self, window: Window, weights: WindowWeights, step: int) -> None:
         """Judges the gradients that an optimizer is about to use.
 
@@ -158,7 +188,7 @@ class Replicas:
         self._steps += 1
         if not self._known and self._steps in SEARCHES:
             self._search(window, step)
-        if self._found is not None and window.divisor is None:
+        if self._found is not None and window.divisor is None and not weights.by_noise:
             weights.data_parallel = self._found
         if not self.watching or inside_backward():
             self.watching = self._looks_next
@@ -179,25 +209,32 @@ class Replicas:
         due = self._looks < FIRST_STEPS or self._steps % EVERY == EVERY - 1
         return bool(self._parts) and (due or any(part.in_a_row for part in self._parts))
 
+    @_never_raises
     def after_step(self) -> None:
         """Samples the weights after a step, to see whether anything else changes them."""
         for part in self._parts:
             if part.is_held and part.in_a_row:
                 part.weights = _Sample(self._tensors(part.indices))
 
+    @_never_raises
     def end(self) -> None:
         """Judges what was left open, at the end of the run."""
         self._ended = True
+        self._warn_if_unwritten()
         for part in list(self._parts):
             if part.in_a_row >= CERTAIN and not part.reduced_before and not self._rewrapped(part):
-                self._accuse(part, self._steps)
+                self._accuse(part, part.step)
 
     def _judge(self, part: _Part, step: int) -> None:
+        part.step = step
         if part.reduced:
             part.in_a_row, part.reduced_before = 0, True
             return
+        if part.gradients is None:
+            part.in_a_row = max(part.in_a_row, 1)
+            return
         change = part.gradients.change()
-        if change is Change.OTHER or part.weights.change() is Change.OTHER:
+        if change is Change.OTHER or part.weights_moved:
             self._parts.remove(part)  # the loop averages gradients or weights by itself
         elif part.is_suspect(change):
             part.in_a_row += 1
@@ -233,9 +270,7 @@ class Replicas:
 
     def _search(self, window: Window, step: int) -> None:
         """Looks for a wrapper that was made after ``watch()``."""
-        if self._unwritten and not (is_distributed() and rank()):
-            warn_safely(f"gradwatch: {NOT_WRITTEN.format(rank=self._unwritten)}")
-        self._unwritten = 0
+        self._warn_if_unwritten()
         if not is_distributed() or group_size() < 2:
             self.active = False
             return
@@ -243,11 +278,17 @@ class Replicas:
         self._add(found)
         if self._parts:
             self._hooks.measure_local(found)
-            self._found = DataParallel.of(None, found)
+            with suppress(ValueError):  # not of the same ranks
+                self._found = DataParallel.of(None, found)
             managed = window.divisor is not None
             text = WRAPPED_LATER.format(but=NOT_MANAGED if managed else "")
             self._tell(loop_event("changed", text, step), managed)
         self.active = bool(self._parts) or self._steps < SEARCHES[-1]
+
+    def _warn_if_unwritten(self) -> None:
+        unwritten, self._unwritten = self._unwritten, 0
+        if unwritten and not (is_distributed() and rank()):
+            warn_safely(f"gradwatch: {NOT_WRITTEN.format(rank=unwritten)}")
 
     def _rewrapped(self, part: _Part) -> bool:
         """Whether a newer wrapper has taken the place of one; it is judged from now on."""
@@ -299,9 +340,12 @@ class _Part:
         reduced: Whether any backward since then was reduced.
         ends_reduced: Whether the newest one was.
         is_held: Whether the newest backward ran under ``no_sync()``.
-        gradients: A sample of the gradients of the newest backward that was not reduced.
-        weights: A sample of the weights after the last step.
-        in_a_row: Steps in a row on gradients that nobody has averaged.
+        gradients: A sample of the gradients of the newest backward that was not reduced; None if
+            there was no such step before.
+        weights: A sample of the weights after the last step; None likewise.
+        step: The newest step that was judged.
+        in_a_row: Steps in a row on gradients that DDP has not reduced; all but the first of them
+            are known to be on gradients that nobody has averaged.
         reduced_before: Whether any step was on averaged gradients.
     """
 
@@ -313,15 +357,16 @@ class _Part:
     reduced: bool = False
     ends_reduced: bool = False
     is_held: bool = False
-    gradients: _Sample = field(default_factory=lambda: _Sample([]))
-    weights: _Sample = field(default_factory=lambda: _Sample([]))
+    gradients: _Sample | None = None
+    weights: _Sample | None = None
+    step: int = 0
     in_a_row: int = 0
     reduced_before: bool = False
     _begun: bool = False
 
     def begin(self) -> None:
         """Begins a new window."""
-        self.arrived, self.reduced = set(), False
+        self.arrived, self.reduced, self.gradients = set(), False, None
 
     def reduces(self) -> bool:
         """Returns whether the backward that is running is reduced, or torch does not tell."""
@@ -332,6 +377,11 @@ class _Part:
         return is_reducing(self.wrapper) is not False or (
             self._begun and not before and self.static
         )
+
+    @property
+    def weights_moved(self) -> bool:
+        """Whether something other than the optimizer has changed the weights since the step."""
+        return self.weights is not None and self.weights.change() is Change.OTHER
 
     @property
     def static(self) -> bool:

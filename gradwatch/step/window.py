@@ -408,7 +408,7 @@ class WindowWeights:
         self.weight: FloatOrDeferred | None = None
         self._hooks = hooks
         self.data_parallel = data_parallel
-        self._by_noise = by_noise
+        self.by_noise = by_noise
         self._reduced = 0
 
     def note(
@@ -468,7 +468,7 @@ class WindowWeights:
             The losses and weights; only their mean if the sums were taken over the ranks.
         """
         self.sample = self.weight = ranks = None
-        if window.divisor is not None or self._by_noise:
+        if window.divisor is not None or self.by_noise:
             ranks = self.data_parallel  # a loop that is only watched gets no collective of ours
         alone = len(window.noise_norms) < 2 and self.data_parallel is None
         if not window.noise_norms or (alone and window.divisor is None):
