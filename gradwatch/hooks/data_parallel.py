@@ -193,6 +193,11 @@ def wrappers_that_hold(tensors: Iterable[Tensor]) -> list[DistributedDataParalle
     ]
 
 
+def takes_the_mean(wrapper: DistributedDataParallel) -> bool:
+    """Returns whether a wrapper averages over all its ranks, and has no communication hook."""
+    return not getattr(wrapper, "_comm_hooks", ())
+
+
 def is_reducing(wrapper: DistributedDataParallel) -> bool | None:
     """Returns whether a wrapper is reducing the gradients of the backward that is running.
 

@@ -30,6 +30,7 @@ from gradwatch.hooks.data_parallel import (
     is_reducing,
     rank,
     reduced_by,
+    takes_the_mean,
     wrappers_that_hold,
 )
 from gradwatch.hooks.model import ModelHooks
@@ -313,6 +314,9 @@ class Replicas:
             self._equal.get(record.optimizer, 0) + 1 if same else 0
         )
         if count != SAME_STEPS or not self._parts:
+            return
+        # A hook may leave gradients as they are on purpose, as that of local SGD does.
+        if not all(takes_the_mean(part.wrapper) for part in self._parts):
             return
         ranks = max(part.ranks for part in self._parts)
         self._same = same_data_event(record, count, ranks)
