@@ -407,6 +407,7 @@ class ManagedLoop:
             return
         self._sync.reduce_()
         self._communicated = True
+        self._run.replicas.note_reduced()
         for one in self._optimizers:
             one.window.remeasure_reduced()
 

@@ -26,7 +26,7 @@ from gradwatch.guard import Overhead, Shield
 from gradwatch.hessian.every import CurvatureEvery, sampler_of
 from gradwatch.history import History
 from gradwatch.hooks.backward import Backward, FirstBackward, expect_no_first
-from gradwatch.hooks.data_parallel import DataParallel, GradientSync, rank
+from gradwatch.hooks.data_parallel import DataParallel, GradientSync, rank, wrappers_of
 from gradwatch.hooks.model import ModelHooks
 from gradwatch.hooks.optimizer import stepped_by
 from gradwatch.managed import BatchRunner, Closure, ManagedLoop
@@ -102,8 +102,9 @@ class Watcher:
         self._model = model
         self._optimizers = list(optimizers)
         self._names = list(names)
-        self._hooks = ModelHooks(model, table, self._on_backward, self._on_arrived)
-        ranks = DataParallel.of(model)
+        wrappers = wrappers_of(model)
+        self._hooks = ModelHooks(model, table, self._on_backward, self._on_arrived, wrappers)
+        ranks = DataParallel.of(model, wrappers)
         self._run = Run(table, options, self._hooks, ranks, self._global_step_of)
         check_noise_scale_exists(options.accumulate, single_process=ranks is None)
         self._sync = GradientSync.of(model, self._run.data_parallel)
@@ -497,6 +498,8 @@ class Watcher:
         if local is not None and not (self._curvature and self._curvature.busy):
             with self._shield:
                 local.take()
+                if self._run.replicas.watching:
+                    self._run.replicas.note_arrivals()
 
     def _before_forward(self, module: nn.Module, args: object) -> None:
         if torch.is_grad_enabled() and not (self._curvature and self._curvature.busy):

@@ -125,6 +125,10 @@ class Arrivals(dict[int, Tensor]):
         """Whether a backward has begun and not ended yet."""
         return self.__class__ is Arrivals
 
+    def call_when_arrived(self, on_arrived: Callable[[], None]) -> None:
+        """Calls ``on_arrived`` in later backwards, as if it had been given from the start."""
+        self._on_arrived = on_arrived
+
     def begin(self) -> None:
         """Begins a backward, before its first arrival; does nothing if one is under way."""
         if self.__class__ is Arrivals:

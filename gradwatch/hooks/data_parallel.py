@@ -13,6 +13,7 @@ holding back and reducing afterwards are written once for each (:class:`_Wrapped
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,8 +57,27 @@ def is_distributed() -> bool:
 
 
 def rank() -> int:
-    """Returns the rank of this process; 0 if there is no process group."""
-    return dist.get_rank() if is_distributed() else 0
+    """Returns the rank of this process; 0 if it is the only one.
+
+    Before a process group is set up, it is the rank that the launcher has announced in the
+    environment.
+    """
+    return dist.get_rank() if is_distributed() else _announced_rank()
+
+
+def _announced_rank() -> int:
+    # torchrun sets all three. Lightning's launcher of processes sets no RANK. RANK alone says
+    # nothing: a job array may set it for its own purposes.
+    ranks = _number("WORLD_SIZE", 1)
+    announced = _number("RANK", _number("LOCAL_RANK", 0))
+    return announced if 0 <= announced < ranks else 0
+
+
+def _number(variable: str, default: int) -> int:
+    try:
+        return int(os.environ.get(variable, ""))
+    except ValueError:  # not set, or set for something else
+        return default
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,12 +96,14 @@ class DataParallel:
     groups: list[Any]
 
     @classmethod
-    def of(cls, model: object) -> DataParallel | None:
+    def of(
+        cls, model: object, wrappers: Sequence[DistributedDataParallel] | None = None
+    ) -> DataParallel | None:
         """Finds the ranks over which a model's gradients are averaged.
 
         Under tensor parallelism the ranks that share one copy of the data count once. If some
         parameters are averaged over fewer ranks than others, as experts may be, the largest set
-        of ranks counts.
+        of ranks counts. Without ``wrappers`` they are searched for.
 
         Returns:
             The ranks; None without data parallelism, or if it has only one rank.
@@ -89,7 +111,7 @@ class DataParallel:
         Raises:
             ValueError: If no set of ranks contains all the others.
         """
-        wrappers = wrappers_of(model)
+        wrappers = wrappers_of(model) if wrappers is None else list(wrappers)
         # Sets of ranks that average some of the parameters, and the process groups that reach them.
         found: list[tuple[frozenset[int], list[Any]]] = [
             (frozenset(dist.get_process_group_ranks(w.process_group)), [w.process_group])
@@ -158,6 +180,49 @@ def all_wrappers() -> list[DistributedDataParallel]:
     # torch keeps no list of them. Not isinstance(), which reads __class__: on a proxy object this
     # may raise an error.
     return [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
+
+
+def wrappers_that_hold(tensors: Iterable[Tensor]) -> list[DistributedDataParallel]:
+    """Searches the process for the wrappers that average any of some parameters."""
+    wanted = set(map(id, tensors))
+    return [
+        wrapper
+        for wrapper in all_wrappers()
+        if getattr(wrapper, "module", None) is not None
+        and not wanted.isdisjoint(map(id, wrapper.module.parameters()))
+    ]
+
+
+def takes_the_mean(wrapper: DistributedDataParallel) -> bool:
+    """Returns whether a wrapper averages over all its ranks, and has no communication hook."""
+    return not getattr(wrapper, "_comm_hooks", ())
+
+
+def is_reducing(wrapper: DistributedDataParallel) -> bool | None:
+    """Returns whether a wrapper is reducing the gradients of the backward that is running.
+
+    To be called when all gradients have arrived, and before the end of the backward. A wrapper
+    reduces only what its own forward has announced: not a backward of the module inside it, nor one
+    under ``no_sync()``.
+
+    Returns:
+        None if torch does not tell, as under compiled autograd. The very first reduction of a
+        static graph is over by then, so the answer is False.
+    """
+    state: Any = wrapper
+    if getattr(state, "_use_python_reducer", True):
+        return None
+    if getattr(state, "_delay_all_reduce_all_params", False):
+        return None
+    try:
+        # Nothing else tells the state of the reducer. The method raises while a reduction is under
+        # way, which takes some 0.1 ms.
+        state._check_reducer_finalized()
+    except RuntimeError:
+        return True
+    except AttributeError:
+        return None
+    return False
 
 
 def can_hold(wrapper: DistributedDataParallel) -> bool:
@@ -356,7 +421,7 @@ class _Wrapped:
         for wrapper in self._held:
             # An unused wrapper of the same parameters may still be in memory on some ranks only.
             # Each parameter is averaged once, by the first wrapper that has it.
-            parameters = [p for p in _reduced_by(wrapper) if id(p) not in done]
+            parameters = [p for p in reduced_by(wrapper) if id(p) not in done]
             done.update(map(id, parameters))
             if parameters and dist.get_world_size(wrapper.process_group) > 1:
                 _average_(wrapper, parameters)
@@ -444,10 +509,22 @@ def _keeps_gradients(group: Any) -> bool:
     return False
 
 
-def _reduced_by(wrapper: DistributedDataParallel) -> list[Tensor]:
+def reduced_by(wrapper: DistributedDataParallel, *, frozen: bool = False) -> list[Tensor]:
+    """Lists the parameters that a wrapper reduces, or those that it would if they weren't frozen.
+
+    A wrapper reduces what required a gradient when it was made.
+    """
     ignored = wrapper.parameters_to_ignore
     named = wrapper.module.named_parameters()
-    return [p for name, p in named if p.requires_grad and name not in ignored]
+    return [p for name, p in named if p.requires_grad is not frozen and name not in ignored]
+
+
+def group_size(wrapper: DistributedDataParallel | None = None) -> int:
+    """Returns the number of ranks of a wrapper, or of the whole world; 1 if its group is gone."""
+    try:
+        return dist.get_world_size(None if wrapper is None else wrapper.process_group)
+    except (RuntimeError, ValueError):
+        return 1
 
 
 def _average_(wrapper: DistributedDataParallel, parameters: Sequence[Tensor]) -> None:

@@ -46,20 +46,24 @@ class ModelHooks:
         table: ParameterTable,
         on_backward: Callable[[Backward], None],
         on_arrived: Callable[[], None],
+        wrappers: Sequence[DistributedDataParallel] = (),
     ) -> None:
         """Registers no hook yet.
 
         ``on_backward`` is called at the end of each backward, when every ``.grad`` is final.
         ``on_arrived`` is called before it, when DistributedDataParallel has not yet written reduced
-        gradients back; it is used only if :attr:`local` is not None.
+        gradients back; it is used only if :attr:`local` is not None. ``wrappers`` are those that
+        reduce the model's gradients.
         """
         self.unhooked: set[int] = set()
-        self.local = LocalNorms.of(model, table)
+        self.local = LocalNorms(wrappers, table) if wrappers else None
         self.added = MicroBatchNorms(table.tensors)
         self.freed = FreedGradients(table.tensors)
         self._model = model
         self._table = table
         self.arrivals = Arrivals(on_backward, None if self.local is None else on_arrived)
+        self._on_arrived = on_arrived
+        self._norm_type = 2.0
         self._watches_added = False
         self._output_hook: RemovableHandle | None = None
 
@@ -76,6 +80,7 @@ class ModelHooks:
             owned: Whether the optimizers were named. If not, one may turn up that steps inside the
                 backward, so gradients that are freed there are measured.
         """
+        self._norm_type = norm_type
         if not owned:
             # Before the arrival hooks, so that any hook found on a parameter is not ours.
             self.freed.attach(indices, norm_type)
@@ -84,6 +89,16 @@ class ModelHooks:
             self._output_hook = self._model.register_forward_hook(self._hook_output)
         if self.local is not None:
             self.local.attach(norm_type)
+
+    def measure_local(self, wrappers: Sequence[DistributedDataParallel]) -> None:
+        """Measures this rank's own gradients from now on, as the model was wrapped only lately."""
+        self.local = LocalNorms(wrappers, self._table)
+        self.local.attach(self._norm_type)
+        self.arrivals.call_when_arrived(self._on_arrived)
+
+    def arriving(self) -> list[int]:
+        """Lists the parameters that have received a gradient in the backward that is running."""
+        return list(self.arrivals)
 
     def detach(self) -> None:
         """Removes every hook; safe to call again."""
@@ -292,23 +307,18 @@ class LocalNorms(_TensorHooks):
         # reduced early must be measured one by one as they arrive.
         self._at_end: list[tuple[DistributedDataParallel, list[int]]] = []
         self._early: dict[int, list[DistributedDataParallel]] = {}
+        taken: set[int] = set()
         for ddp in wrappers:
             early = table.indices_of(_reduced_early(ddp))
             rest = set(table.indices_of(ddp.module.parameters())).difference(early)
-            self._at_end.append((ddp, sorted(rest)))
+            # An unused wrapper of the same parameters may still be in memory.
+            self._at_end.append((ddp, sorted(rest - taken)))
+            taken |= rest
             for index in early:
                 self._early.setdefault(index, []).append(ddp)
         self._parts: Parts = []
+        self._unsettled: list[tuple[tuple[list[int], Tensor], list[Tensor], list[int]]] = []
         self._arriving: dict[int, Tensor] = {}
-
-    @classmethod
-    def of(
-        cls, model: nn.Module | Mapping[str, Tensor], table: ParameterTable
-    ) -> LocalNorms | None:
-        """Makes them for a model; None if it contains no DistributedDataParallel."""
-        modules = model.modules() if isinstance(model, nn.Module) else ()
-        wrappers = [module for module in modules if isinstance(module, DistributedDataParallel)]
-        return cls(wrappers, table) if wrappers else None
 
     def attach(self, norm_type: float) -> None:
         """Registers hooks on the parameters whose gradients must be measured as they arrive."""
@@ -319,13 +329,19 @@ class LocalNorms(_TensorHooks):
         """Measures at the end of a backward, before DDP writes reduced gradients back."""
         arrived, self._arriving = self._arriving, {}
         self._parts = [(list(arrived), torch.stack(list(arrived.values())))] if arrived else []
+        self._unsettled = []
         for ddp, indices in self._at_end:
             found = [(i, g) for i in indices if (g := self._tensors[i].grad) is not None]
             # Under no_sync() nothing is reduced, and later the gradients are sums of several
             # micro-batches.
             if found and ddp.require_backward_grad_sync:
                 norms = gradient_norms([gradient for _, gradient in found], self._norm_type)
-                self._parts.append(([index for index, _ in found], norms))
+                part = ([index for index, _ in found], norms)
+                self._parts.append(part)
+                # DDP leaves the gradient of a parameter alone that no rank has used.
+                if not ddp.find_unused_parameters:
+                    some = [grad for _, grad in found[:: len(found) // _SEEN_GRADIENTS + 1]]
+                    self._unsettled.append((part, some, _versions(some)))
 
     def total(self, indices: Sequence[int]) -> Tensor | None:
         """Returns this rank's norm of some gradients before the newest reduction.
@@ -333,13 +349,30 @@ class LocalNorms(_TensorHooks):
         Returns:
             Tensor ``[]``, in the unit of the gradients; None if nothing was reduced.
         """
+        if self._unsettled:
+            self._drop_what_was_not_reduced()
         return _total(self._parts, indices, self._norm_type)
+
+    def _drop_what_was_not_reduced(self) -> None:
+        """Drops norms of gradients that nobody has written to, as the wrapper was not called."""
+        # To be called at the end of the backward, before any code of the user runs. A loss that the
+        # wrapper has not computed is not reduced, and .grad may be a sum with reduced gradients.
+        unreduced = [part for part, some, before in self._unsettled if _versions(some) == before]
+        self._parts = [one for one in self._parts if not any(one is part for part in unreduced)]
+        self._unsettled = []
 
     @torch.no_grad()
     def _see(self, index: int, tensor: Tensor) -> None:
         reduces = any(ddp.require_backward_grad_sync for ddp in self._early[index])
         if reduces and tensor.grad is not None:
             self._arriving[index] = gradient_norms([tensor.grad], self._norm_type)[0]
+
+
+_SEEN_GRADIENTS = 16
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[int]:
+    return [tensor._version for tensor in tensors]
 
 
 def _reduced_early(ddp: DistributedDataParallel) -> list[Tensor]:

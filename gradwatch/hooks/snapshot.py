@@ -142,9 +142,9 @@ class WeightSnapshot:
 
     __slots__ = ("_addresses", "_bytes", "_plain", "_tensors", "_values", "_versions")
 
-    # A perturbation (SAM) or an update by hand moves all weights, so a sample is enough. It is taken
-    # at the end of every backward: the loops run in C, and values are read through NumPy, which
-    # starts no operation of torch.
+    # A perturbation (SAM) or an update by hand moves all weights, so a sample is enough. As it is
+    # taken at the end of every backward, the loops run in C, and values are read through NumPy,
+    # which starts no operation of torch.
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         """Chooses the sample; :meth:`take` takes the first snapshot."""

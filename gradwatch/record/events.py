@@ -45,8 +45,14 @@ OUT_OF_MEMORY = (
     "again in micro-batches of at most {new}, and later ones will be."
 )
 DISCARDED = (
-    "{what} with norm {norm:.4g}{loss} would have been step {record.step} of {record.optimizer}, but "
-    "{why} before any step: they were thrown away."
+    "{what} with norm {norm:.4g}{loss} would have been step {record.step} of {record.optimizer}, "
+    "but {why} before any step: thrown away."
+)
+SAME_DATA = (
+    "The ranks see the same data: for {steps} steps in a row the mean gradient over {ranks} ranks "
+    "was this rank's own, so the ranks repeat each other's work. Unless this is intended, give "
+    "each rank its own part of the data (DistributedSampler, with set_epoch() in every epoch), and "
+    "seed by the rank what is random about the data."
 )
 RAISED = (
     '{story} on_nonfinite="raise" stopped the training before any weight changed. Look at the '
@@ -209,6 +215,22 @@ def counted_names(names: Sequence[str], most: int = 3) -> str:
     """Names some parameters: ``"2 parameters (a, b)"``, with at most ``most`` names."""
     shown = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
     return f"{len(names)} parameter{'' if len(names) == 1 else 's'} ({shown})"
+
+
+def same_data_event(record: StepRecord, steps: int, ranks: int) -> Event:
+    """Makes the event of ranks whose gradients are equal: they see the same data.
+
+    Args:
+        record: The newest of the steps.
+        steps: Number of steps in a row.
+        ranks: Number of ranks.
+    """
+    return _event(record, "mistake", 0.0, SAME_DATA.format(steps=steps, ranks=ranks))
+
+
+def tells_of_same_data(message: str) -> bool:
+    """Returns whether the message of an event is that of :func:`same_data_event`."""
+    return message.startswith(SAME_DATA[: SAME_DATA.index(":")])
 
 
 def nonfinite_error(record: StepRecord, events: Sequence[Event]) -> NonFiniteGradientError:

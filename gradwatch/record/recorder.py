@@ -273,10 +273,16 @@ class Recorder:
         spoken: What was logged: ``"nonfinite"``, ``"skipped"``; each once.
     """
 
-    def __init__(self, buffer: RingBuffer, hub: SinkHub) -> None:
-        """Starts empty."""
+    def __init__(
+        self,
+        buffer: RingBuffer,
+        hub: SinkHub,
+        on_record: Callable[[StepRecord], None] = lambda record: None,
+    ) -> None:
+        """Starts empty; ``on_record`` is called with each record, once it is complete."""
         self._buffer = buffer
         self._hub = hub
+        self._on_record = on_record
         self._first_events: list[Event] = []
         self._events: deque[Event] = deque(maxlen=NEWEST_EVENTS)
         self._undelivered: list[Event] = []
@@ -372,6 +378,7 @@ class Recorder:
         self._buffer.append(entry)
         self._last = entry.record
         self.skipped += entry.record.outcome != "applied"
+        self._on_record(entry.record)
         if self._hub.add(urgent=any(event.nonfinite for event in entry.events)):
             if not self._hub.full:
                 self.receive(wait=True)  # whatever is ready goes into the same batch

@@ -603,6 +603,8 @@ class OptimizerSteps(Steps):
     def gradients_ready(self, optimizer: Optimizer, loss: object) -> bool:
         """Measures the gradients, decides about the step, and clips; see :class:`StepListener`."""
         try:
+            if self._run.replicas.active:
+                self._run.replicas.before_step(self.window, self.weights, self.step + 1)
             return self._settle(optimizer, loss)
         except BaseException:
             self._withdraw()
@@ -685,6 +687,8 @@ class OptimizerSteps(Steps):
             pending.join(joint.of(self.label, self.step))
             joint.close_if_complete()
         self._run.recorder.expect(pending)
+        if self._run.replicas.active:
+            self._run.replicas.after_step()
         self.window.reset()
         self.weights.sample = self.weights.weight = None
         self._losses = []

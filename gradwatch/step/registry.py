@@ -79,7 +79,7 @@ class BackwardSteps(Steps):
         return self._found_scale
 
     def ended_of(self, indices: Sequence[int]) -> list[_EndedWindow]:
-        """Returns the windows without a step, with the parameters of an optimizer that was found."""
+        """Returns the windows without a step, with some of the parameters only."""
         parts = [one._replace(window=one.window.part(indices)) for one in self._ended]
         return [one for one in parts if one.window.arrivals]
 
@@ -299,6 +299,7 @@ class OptimizerRegistry:
         self.commit_backwards()
         with self._shield:
             self._silence.end(self.followed, self._run.hooks.arrivals.ended)
+            self._run.replicas.end()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs: for each optimizer steps, policies and noise scale."""

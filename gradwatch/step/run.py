@@ -17,6 +17,7 @@ from gradwatch.options import Options
 from gradwatch.record.events import changed_event
 from gradwatch.record.recorder import Recorder, RingBuffer, SinkHub
 from gradwatch.record.records import Event, Layout
+from gradwatch.step.replicas import Replicas
 from gradwatch.step.together import JointSteps
 
 
@@ -38,6 +39,7 @@ class Run:
         told: What was told about the training loop.
         other_steps: The number of steps of optimizers that hold no watched parameter.
         joint_steps: Which optimizers step together.
+        replicas: Sees whether the ranks train one model together.
     """
 
     def __init__(
@@ -68,7 +70,16 @@ class Run:
         layout = Layout(table.names, table.modules, shapes, aliases=table.aliases)
         sinks = options.sinks if rank() == 0 else ()  # all ranks would write the same numbers
         hub = SinkHub(sinks, options.buffer_size)
-        self.recorder = Recorder(RingBuffer(layout, options.buffer_size), hub)
+        self.replicas = Replicas(
+            table,
+            hooks,
+            data_parallel,
+            self.tell,
+            sharded=self.shards is not None,
+            writes=options.run_dir is not None or bool(options.sinks),
+        )
+        ring = RingBuffer(layout, options.buffer_size)
+        self.recorder = Recorder(ring, hub, self.replicas.note_record)
 
     def tell(self, event: Event, key: str = "", warn: bool = True) -> None:
         """Records an event about the training loop, and warns; once in a run.

@@ -244,7 +244,7 @@ class Window:
         if added_to < len(indices) and indices[added_to] == first:
             del rest[added_to], gradients[added_to]
         self._looked = bool(rest)
-        # A loop throws all of them away, or clips all. If only some differ, other code has set them.
+        # A loop throws all of them away, or clips all. If only some differ, other code set them.
         if not rest or not snapshot.all_moved(rest, gradients):
             return 1.0
         there = [gradient for gradient in gradients if gradient is not None]
@@ -564,6 +564,7 @@ class WindowWeights:
         noise: The estimator of the gradient noise scale.
         silent: Why the newest window gave no sample; empty if it gave one.
         sample: The sample of the newest window; None if it gave none.
+        data_parallel: The ranks that average their gradients; None if there is only one.
         weight: The weight of the newest window, over all ranks if these were summed; None if it
             was not computed.
     """
@@ -584,8 +585,8 @@ class WindowWeights:
         self.sample: NoiseSample | None = None
         self.weight: FloatOrDeferred | None = None
         self._hooks = hooks
-        self._data_parallel = data_parallel
-        self._by_noise = by_noise
+        self.data_parallel = data_parallel
+        self.by_noise = by_noise
         self._reduced = 0
 
     def note(
@@ -645,9 +646,9 @@ class WindowWeights:
             The losses and weights; only their mean if the sums were taken over the ranks.
         """
         self.sample = self.weight = ranks = None
-        if window.divisor is not None or self._by_noise:
-            ranks = self._data_parallel  # a loop that is only watched gets no collective of ours
-        alone = len(window.noise_norms) < 2 and self._data_parallel is None
+        if window.divisor is not None or self.by_noise:
+            ranks = self.data_parallel  # a loop that is only watched gets no collective of ours
+        alone = len(window.noise_norms) < 2 and self.data_parallel is None
         if not window.noise_norms or (alone and window.divisor is None):
             self.silent = ONE_MICRO_BATCH
             return losses
@@ -673,8 +674,8 @@ class WindowWeights:
         if window.shards is not None:
             return None, SHARDED
         units = added.units or len(window.noise_norms)
-        if added.ranks is None and self._data_parallel is not None:
-            return self._sample_of_rank(window, self._data_parallel, added.scale, units)
+        if added.ranks is None and self.data_parallel is not None:
+            return self._sample_of_rank(window, self.data_parallel, added.scale, units)
         if added.ranks is None and len(window.noise_norms) < 2:
             return None, ONE_MICRO_BATCH
         sample = sample_of_all(added.sums, added.divisor, added.scale, units)

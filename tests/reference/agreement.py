@@ -96,7 +96,7 @@ def _of_micro_batches(setting: Row, recorded: int) -> Iterator[str]:
 
 
 def _of_local_norm(setting: Row, recorded: float, own: float) -> Iterator[str]:
-    wrapped = setting.get("layout", "").startswith("ddp") and setting.get("watched") != "module"
+    wrapped = setting.get("layout", "").startswith("ddp")
     wanted = own if wrapped else math.nan
     if not near(recorded, wanted, tolerance_of(setting)):
         yield f"grad_norm_local: {recorded}, not {wanted}"

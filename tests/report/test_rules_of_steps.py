@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from gradwatch.record.records import Event
+from gradwatch.record.events import same_data_event
+from gradwatch.record.records import Event, StepRecord
 
 NAN = math.nan
 
@@ -218,6 +219,25 @@ def test_noise_scale_far_from_the_batch(kinds, scale, error, found):
 def test_mean_over_ranks_above_this_ranks_own(kinds, local, found):
     """Twice as large cannot come from ranks that are alike."""
     assert kinds(100, grad_norm_local=local) == found
+
+
+def _same_data(step=10):
+    return same_data_event(StepRecord(step, "SGD"), 10, 2)
+
+
+@pytest.mark.parametrize("newest", [1.0, 0.99])
+def test_ranks_with_the_same_data_are_no_batch_too_large(history, newest):
+    """The noise scale of equal gradients is 0, and says nothing; different data end it."""
+    local = np.r_[np.ones(99), newest]
+    columns = {"noise_scale": 0.1, "noise_scale_stderr": 0.01, "weight": 61.0}
+    found = history(100, grad_norm_local=local, events=[_same_data()], **columns).report()
+    expected = ["same_data"] if newest == 1.0 else ["batch_large"]
+    assert [finding.kind for finding in found.findings] == expected
+
+
+def test_equal_norms_alone_do_not_show_the_same_data(kinds):
+    """They are equal where nobody averages, too."""
+    assert kinds(100, grad_norm_local=1.0) == ()
 
 
 def test_norm_on_a_line_from_step_one_is_a_forgotten_zero_grad(kinds):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gradwatch.errors import warn_safely
+from gradwatch.hooks.data_parallel import rank
 from gradwatch.pickles import stable_name
 from gradwatch.record.columns import Array
 from gradwatch.record.folder.event_log import EventLog, event_files, lines_of, read_events
@@ -138,8 +139,9 @@ class RunFolder:
         weakref.finalize(self, self._lock.release)
         self._attempt(lambda: self._path.mkdir(parents=True, exist_ok=True))
         self._retry_at = 0.0  # try again at the first steps, whether this worked or not
-        with suppress(OSError):  # reported once there is something to write
-            self._lock.acquire()
+        if rank() == 0:  # the other ranks make the same object, and never write to it
+            with suppress(OSError):  # reported once there is something to write
+                self._lock.acquire()
 
     @property
     def path(self) -> Path:

@@ -80,6 +80,7 @@ KINDS = (
     "vanishing",
     "no_gradient",
     "rank",
+    "same_data",
     "update_large",
     "update_small",
     "unstable_start",

@@ -26,13 +26,13 @@ STANDS = (
 MOVES = "The run took further steps after it."
 POISONED = (
     "{count} of them held a NaN or an Inf{where}: look at the batches and at what this report says "
-    'about the norms before them. watch(..., on_nonfinite="skip") leaves such steps out as well, and '
-    "keeps their record."
+    'about the norms before them. watch(..., on_nonfinite="skip") leaves such steps out as well, '
+    "and keeps their record."
 )
 FINITE = (
     "All of them were finite. Look for a zero_grad() between backward() and step(), or inside of a "
-    "loop over micro-batches, and for a condition that leaves step() out. A gradient that is wanted "
-    "for another purpose comes from torch.autograd.grad(), which leaves .grad alone."
+    "loop over micro-batches, and for a condition that leaves step() out. Take a gradient for "
+    "another purpose with torch.autograd.grad(), which leaves .grad alone."
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from gradwatch.record.events import tells_of_same_data
 from gradwatch.report.finding import Evidence, Finding, Severity
 from gradwatch.report.run_data import RunData
 from gradwatch.report.thresholds import Thresholds
@@ -23,6 +24,8 @@ def loop(run: RunData, limits: Thresholds) -> Iterator[Finding]:
     """Repeats every event of kind ``mistake`` or ``changed``; each was told once in the run."""
     events = run.events[run.events["kind"].isin(list(SEVERITY))]
     for event in events.to_dict("records"):
+        if tells_of_same_data(str(event["message"])):
+            continue  # the rule about ranks says how many steps it lasted
         kind, name = str(event["kind"]), str(event["parameter"])
         # The message says first what was seen, and then what to do.
         title, _, advice = str(event["message"]).partition(". ")

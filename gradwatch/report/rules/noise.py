@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gradwatch.report.finding import Evidence, Finding
+from gradwatch.report.rules.ranks import same_data
 from gradwatch.report.run_data import RunData
 from gradwatch.report.thresholds import Thresholds
 
@@ -26,7 +27,7 @@ def noise(run: RunData, limits: Thresholds) -> Iterator[Finding]:
     """Compares the newest noise scale with the batch size, both in units of ``weight``."""
     for steps in run.optimizers:
         rows = np.flatnonzero(np.isfinite(steps["noise_scale"]))
-        if not len(rows):
+        if not len(rows) or same_data(run, steps):  # batches that repeat each other show no noise
             continue
         # Only the newest: the noise scale rises while the loss falls, and the next batch matters.
         row = int(rows[-1])

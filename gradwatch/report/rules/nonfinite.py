@@ -23,8 +23,9 @@ WHY = (
     "{fate}"
 )
 WHY_OVERFLOW = (
-    "The squares of the elements overflow, so clip_grad_norm_ meets an infinite norm and multiplies "
-    "all gradients by 0: such a step teaches nothing. gradwatch's own clip takes the true norm."
+    "The squares of the elements overflow, so clip_grad_norm_ meets an infinite norm and "
+    "multiplies all gradients by 0: such a step teaches nothing. gradwatch's own clip takes the "
+    "true norm."
 )
 ADVICE_OVERFLOW = (
     "Gradients of this size mean that training has diverged, or that the loss is not scaled to its "

@@ -1,4 +1,4 @@
-"""Ranks: the gradients of one process are unlike those of the others."""
+"""Ranks: the gradients of one process are unlike those of the others, or just the same."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gradwatch.record.events import tells_of_same_data
 from gradwatch.report.finding import Evidence, Finding
-from gradwatch.report.run_data import RunData
+from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
 
 WHY = (
@@ -20,10 +21,53 @@ ADVICE = (
     "grad_norm_local on each rank."
 )
 
+SAME = 1e-5  # relative; as in step/replicas.py
+SAME_STEPS = 10
+SAME_TITLE = (
+    "The ranks see the same data: in the last {steps:,} steps the mean gradient over the ranks was "
+    "this rank's own."
+)
+SAME_WHY = (
+    "The mean of gradients of different data is shorter than they are. With the same data the "
+    "ranks repeat each other's work, and the batch counts once."
+)
+SAME_ADVICE = (
+    "Unless this is intended, give each rank its own part of the data (DistributedSampler, with "
+    "set_epoch() in every epoch), and seed by the rank what is random about the data."
+)
+
+
+def same_data(run: RunData, steps: OptimizerArrays) -> int:
+    """Returns in how many of the newest steps in a row all ranks had one gradient.
+
+    Returns:
+        The number of steps; 0 if it is too small, or no event says that the data are the same:
+        equal norms alone do not show that anybody has averaged the gradients.
+    """
+    told = run.events_of(steps.optimizer, ("mistake",))["message"]
+    if not any(map(tells_of_same_data, told)):
+        return 0
+    total, local = steps["grad_norm"], steps["grad_norm_local"]
+    with np.errstate(invalid="ignore"):  # Inf - Inf
+        equal = np.abs(total - local) <= SAME * local
+    other = np.flatnonzero(~(equal & (local > 0) & np.isfinite(local)))
+    count = len(total) - (int(other[-1]) + 1 if len(other) else 0)
+    return count if count >= SAME_STEPS else 0
+
+
+def _same_data(run: RunData, steps: OptimizerArrays) -> Iterator[Finding]:
+    count = same_data(run, steps)
+    if count:
+        step = int(steps.step[-count])
+        seen = Evidence((step,), (), {"steps": float(count)}, steps.optimizer)
+        title = SAME_TITLE.format(steps=count)
+        yield Finding("same_data", "warning", title, seen, SAME_WHY, SAME_ADVICE)
+
 
 def ranks(run: RunData, limits: Thresholds) -> Iterator[Finding]:
-    """Finds that the gradient over all ranks is larger than this rank's own gradient."""
+    """Finds that this rank's own gradients are smaller than those over all ranks, or the same."""
     for steps in run.optimizers:
+        yield from _same_data(run, steps)
         total, local = steps["grad_norm"], steps["grad_norm_local"]
         rows = np.flatnonzero(np.isfinite(total) & np.isfinite(local) & (local > 0))
         if len(rows) < limits.few_steps:
