@@ -24,9 +24,9 @@ from gradwatch.measure.deferred import (
 )
 from gradwatch.out_of_memory import Rollback, forget, is_out_of_memory, release_memory
 from gradwatch.record.events import loop_event, out_of_memory_event
+from gradwatch.step.mistakes import NO_STEPS
 from gradwatch.step.optimizer_steps import OptimizerSteps
 from gradwatch.step.run import Run
-from gradwatch.step.silence import NO_STEPS
 
 TWICE = (
     "watcher.backward() was called again before the loop over watcher.micro_batches() had gone on "

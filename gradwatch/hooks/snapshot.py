@@ -1,8 +1,9 @@
 """Tells whether gradients, or weights, have changed since an earlier moment.
 
 :class:`GradientSnapshot` decides whether a step must measure the gradients again, and it does so
-without holding a reference to them or reading their elements. :class:`WeightSnapshot` tells whether
-gradients that nobody stepped with were used nevertheless: something has moved the weights.
+without holding a reference to them or reading their elements. :class:`Looks` says when to measure
+them although nothing is known to have changed. :class:`WeightSnapshot` tells whether gradients that
+nobody stepped with were used nevertheless, because something has moved the weights.
 """
 
 from __future__ import annotations
@@ -10,16 +11,20 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import compress
-from operator import attrgetter, eq, methodcaller
+from itertools import compress, repeat
+from operator import attrgetter, eq, is_, methodcaller
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gradwatch.measure.deferred import Deferred
+from gradwatch.measure.norms import StepNorms
+
 _WITNESSES = 16
 _version = attrgetter("_version")
+_referent = methodcaller("__call__")
 
 
 class GradientSnapshot:
@@ -68,7 +73,7 @@ class GradientSnapshot:
         return (
             self._ids == list(map(id, gradients))
             and self._versions == list(map(_version, gradients))
-            and self._alive()
+            and not any(map(is_, map(_referent, self._references), repeat(None)))
         )
 
     def all_moved(self, positions: Sequence[int], gradients: Sequence[Tensor | None]) -> bool:
@@ -128,10 +133,7 @@ class GradientSnapshot:
         )
 
     def _alive(self) -> bool:
-        for reference in self._references:  # noqa: SIM110 - a generator costs more than the loop
-            if reference() is None:
-                return False
-        return True
+        return not any(map(is_, map(_referent, self._references), repeat(None)))
 
 
 _MOST_ELEMENTS = 16
@@ -189,3 +191,61 @@ def _memory_of(tensor: Tensor) -> NDArray[np.uint8] | None:
     flat = tensor.detach().view(-1)[:_MOST_ELEMENTS]
     memory: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return memory
+
+
+EARLY = 64
+EVERY = 128
+
+
+class Looks:
+    """Finds out whether a loop changes its gradients in ways that no version counter shows.
+
+    ``p.grad.data.mul_()``, a NumPy view and DLPack write past the counter that a
+    :class:`GradientSnapshot` compares, and several frameworks clip like
+    that. So the gradients are measured once more in some steps: in steps 1, 2, 4 and so on up to
+    64, where a loop shows what it does, and in every 128th. A loop that was seen to change them is
+    looked at in every step from then on.
+    """
+
+    __slots__ = ("_found", "_late", "_steps")
+
+    def __init__(self) -> None:
+        """Starts before the first step."""
+        self._steps = 0
+        self._found = False
+        self._late: list[StepNorms] = []
+
+    def due(self) -> bool:
+        """Counts a step whose gradients seem unchanged; returns whether to measure them again."""
+        self._steps += 1
+        if self._late:
+            self._compare_arrived()
+        if self._found:
+            return True
+        steps = self._steps
+        return steps & (steps - 1) == 0 if steps <= EARLY else steps % EVERY == 0
+
+    def found(self) -> None:
+        """Notes that a look has found other gradients than those of the last backward."""
+        self._found = True
+        self._late = []
+
+    def compare_later(self, norms: StepNorms) -> None:
+        """Keeps the norms of a look whose numbers are still on a device."""
+        if not self._found:
+            self._late.append(norms)
+
+    def _compare_arrived(self) -> None:
+        waiting = []
+        for norms in self._late:
+            if not _is_at_hand(norms):
+                waiting.append(norms)
+            elif not norms.untouched:
+                self.found()
+                return
+        self._late = waiting
+
+
+def _is_at_hand(norms: StepNorms) -> bool:
+    needed = (norms.before.norms, norms.after.norms, norms.unit_before, norms.unit_after)
+    return all(not isinstance(one, Deferred) or one.at_hand for one in needed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -81,7 +82,13 @@ def measure(
     total = total_norm(norms, norm_type)
     if not is_at_hand(total):
         return Measurement(indices, Deferred(norms), Deferred(total))
-    value, each = total.item(), Deferred(norms)
+    value, each, values = total.item(), Deferred(norms), norms.numpy()
+    # One comparison in NumPy, which costs no ATen call. A NaN and an Inf are below no bound.
+    if (
+        np.minimum.reduce(values, initial=math.inf) >= underflow_bound(norm_type)
+        and value < math.inf
+    ):
+        return Measurement(indices, each, Deferred(total, value))
     # The elements are checked only if the norm is not finite: isfinite() is a second pass.
     if math.isfinite(value) or not _all_finite(gradients):
         # A total above the bound keeps its bits, which are those of clip_grad_norm_.
@@ -93,6 +100,7 @@ def measure(
     return Measurement(indices, Deferred(norms), Deferred(total), overflowed=True)
 
 
+@lru_cache
 def underflow_bound(norm_type: float) -> float:
     """Returns the norm below which a float32 p-norm may have lost digits; 0 where none is lost.
 
@@ -120,7 +128,6 @@ def mend_underflow_(norms: Deferred, gradients: Sequence[Tensor], norm_type: flo
     """
     if not norms.at_hand:
         return False
-    # One comparison in NumPy, which costs no ATen call, finds nothing in nearly every backward.
     values = norms.array()
     tiny = values < underflow_bound(norm_type)
     if not tiny.any():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -27,60 +26,22 @@ from gradwatch.hooks.optimizer import (
     restore_learning_rates,
     scale_learning_rates,
 )
-from gradwatch.hooks.scaler import LossScale
-from gradwatch.hooks.snapshot import WeightSnapshot
-from gradwatch.measure.deferred import Deferred, FloatOrDeferred, defer_copy
+from gradwatch.measure.deferred import FloatOrDeferred, defer_copy
 from gradwatch.measure.norms import StepNorms
 from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.measure.sharded import PackedAllReduce
-from gradwatch.measure.statistics import NO_SAMPLE, StatisticsSampler
-from gradwatch.record.events import (
-    counted_names,
-    loop_event,
-    nonfinite_error,
-    too_many_skips_error,
-)
+from gradwatch.measure.statistics import StatisticsSampler
+from gradwatch.record.events import nonfinite_error, too_many_skips_error
 from gradwatch.record.records import Event, ParameterGroups, StepRecord
 from gradwatch.step.clipping import Clipping
+from gradwatch.step.mistakes import tell_foreign, tell_lost, tell_no_gradient, tell_stale
 from gradwatch.step.pending import PendingStep
 from gradwatch.step.run import Run
 from gradwatch.step.skip_rule import APPLIED, SkipRule, StepOutcome, TooManySkipsError
-from gradwatch.step.window import Losses, Window, WindowWeights
+from gradwatch.step.stale import StaleGradients
+from gradwatch.step.steps import Steps
+from gradwatch.step.window import Window
 
-CLIPPED_BELOW = 1e-6  # a clip that multiplies by 1 changes a norm by less
-AT_ZERO_GRAD = "zero_grad() came"
-AT_END = "the run ended"
-EARLY_CLIP = (
-    "The gradients of {optimizer} were clipped between two micro-batches of step {step}, to "
-    "{left:.3g} of their norm, and the next backward added to what was left: micro-batches then "
-    "count for more the later they come. Clip once, after the last backward of a step."
-)
-
-
-ENOUGH = 50  # steps without any gradient
-NO_GRADIENT = (
-    "{optimizer} has taken {steps} steps, and none of its parameters has ever received a gradient: "
-    "the loss does not depend on them. Look for detach(), no_grad(), .item() or .data between the "
-    "model and the loss."
-)
-STALE = (
-    "The last {steps} steps of {optimizer} (up to step {step}) began with the gradients of the step "
-    "before, and added to them: zero_grad() is missing. Call optimizer.zero_grad() after each "
-    "optimizer.step()."
-)
-FROZEN = (
-    "{parameters} of {optimizer} no longer require a gradient, from step {step} on: they keep their "
-    "values. Some functions that save or merge a model leave requires_grad off."
-)
-LOST = (
-    "{optimizer} no longer holds {parameters}, from step {step} on: what it holds no longer, it does "
-    "not train."
-)
-FOREIGN = (
-    "{optimizer} holds {count} parameter(s), from step {step} on, that are not those of the watched "
-    "model as it was when watch() was called: their gradients are not in the norms, nor in the clip. "
-    "Call watch() after the model has all its parameters."
-)
 MOST_IN_DOUBT = 64  # windows that were thrown away since the last step
 
 
@@ -92,253 +53,6 @@ class MeasureCurvature(Protocol):
 
     def __call__(self, step: int, outcome: str) -> tuple[float, float]:
         """Returns the largest eigenvalue and the trace of the Hessian; NaN if none is due."""
-
-
-class Steps:
-    """The steps of a set of parameters: adds backwards to a window, and records each step.
-
-    Attributes:
-        label: Name of the optimizer in the records.
-        window: The backwards since the last step.
-        weights: The weights of its windows, and its gradient noise scale.
-        step: The number of steps so far.
-        discarded: Windows that were thrown away since the last step.
-        weights_then: Tells whether the weights have moved since the newest backward.
-    """
-
-    def __init__(self, label: str, window: Window, run: Run, scale: LossScale) -> None:
-        """Starts with a window, which may already contain backwards.
-
-        ``scale`` is the loss scale by which the gradients are multiplied.
-        """
-        self.label = label
-        self.window = window
-        self.weights = WindowWeights(run.hooks, run.data_parallel, run.accumulation.by_noise)
-        self.step = 0
-        self._run = run
-        self._options = run.options
-        self._scale = scale
-        self._sampler = StatisticsSampler.of(
-            run.options.statistics, run.options.every, len(run.table), run.shards
-        )
-        self._losses: Losses = []
-        self._outcome = APPLIED
-        self._lr: FloatOrDeferred = math.nan
-        self._group_lr: Sequence[FloatOrDeferred] = ()
-        self._scale_at_backward: FloatOrDeferred = 1.0
-        self._generation: object = None
-        self._told_missing: set[int] = set()
-        self.discarded = 0
-        self.weights_then: WeightSnapshot | None = None
-        self._other_steps_then = 0
-
-    def begin_backward(self, first: int) -> None:
-        """Looks, when a backward begins, at what became of the gradients of the window.
-
-        ``first`` is the index of the parameter that has just received a gradient.
-        """
-        left = self.window.left_before(first)
-        if left == 0.0:
-            self.discard(together=True)
-        elif left < 1.0 - CLIPPED_BELOW:
-            self._tell_early_clip(left)
-
-    def add(self, backward: Backward, weight: FloatOrDeferred) -> bool:
-        """Adds a backward that has ended; returns whether it gave any gradient to measure."""
-        # Not self._scale: a scaler that is found later was already in use for these gradients.
-        found = self._run.scale
-        self._generation = None if found.scaler is None else found.generation()
-        window = self.window
-        if window.arrivals and window.discarded_before(backward):
-            self.discard()
-        count = len(window.arrivals)
-        measurement = window.add(backward, weight)
-        if measurement is not None or len(window.arrivals) > count:
-            self.weights.note(window, weight, measurement)
-        if measurement is None:
-            return False
-        self._scale_at_backward = 1.0 if self._scale.scaler is None else self._scale.value()
-        if self._sampler is not None and self._sampler.due(self.step + 1):
-            self._sampler.measure_gradients(*window.gradients())
-        if self.weights_then is not None:
-            self.weights_then.take()
-        else:
-            self.weights_then = WeightSnapshot(self._parameters())
-        self._other_steps_then = self._run.other_steps
-        return True
-
-    @property
-    def scale_at_backward(self) -> FloatOrDeferred:
-        """The loss scale at the newest backward."""
-        return self._scale_at_backward
-
-    def discard(self, at_end: bool = False, unused: bool = False, together: bool = False) -> None:
-        """Empties the window, whose gradients were thrown away; records it if nothing used them.
-
-        Args:
-            at_end: Whether the run has ended before its step.
-            unused: Whether it is known that nothing has used them.
-            together: Whether all ranks call this at once, so that they may communicate.
-        """
-        norms = self.window.unused_norms(self._scale_at_backward, together)
-        if norms is not None and (unused or not self._used_otherwise(norms)):
-            self.discarded += 1
-            self._record_discard(
-                self._pending(norms, self.step + 1, discarded=AT_END if at_end else AT_ZERO_GRAD)
-            )
-        self.window.reset()
-        self._losses = []
-
-    def _record_discard(self, pending: PendingStep) -> None:
-        self._run.recorder.expect(pending)
-
-    def _used_otherwise(self, norms: StepNorms) -> bool:
-        """Returns whether something but this optimizer has used the gradients of the window."""
-        run, window = self._run, self.window
-        # Another optimizer has stepped with all of these backwards: that of a GAN's generator
-        # leaves gradients in the discriminator as well.
-        if run.used.issuperset(window.backwards) or run.other_steps != self._other_steps_then:
-            return True
-        # Poisoned gradients are told in any case: loops also put a checkpoint back after them.
-        total = norms.before.total.if_known()
-        if total is not None and not math.isfinite(total):
-            return False
-        # SAM moves the weights along the first gradient, other loops update them by hand.
-        return self.weights_then is not None and self.weights_then.moved()
-
-    def _tell_early_clip(self, left: float) -> None:
-        message = EARLY_CLIP.format(optimizer=self.label, step=self.step + 1, left=left)
-        event = loop_event("mistake", message, self.step + 1, self.label)
-        self._run.tell(event, key=f"early clip of {self.label}")
-
-    def _scaler_has_updated(self) -> bool:
-        before = self._generation
-        return before is not None and before is not self._run.scale.generation()
-
-    def _pending(
-        self,
-        norms: StepNorms,
-        step: int,
-        estimates: bool = False,
-        discarded: str = "",
-    ) -> PendingStep:
-        """Collects everything that is known of a step.
-
-        Args:
-            norms: Its norms.
-            step: Its number.
-            estimates: Whether the step is added to the noise scale estimate.
-            discarded: Why the step will never come; empty for a step.
-        """
-        window, weights, statistics = self.window, self.weights, NO_SAMPLE
-        if self._sampler is not None and not discarded and self._sampler.due(step):
-            parameters = self._parameters()
-            statistics = self._sampler.after_step(window.indices, parameters, norms.unit_before)
-        own = None if self._run.hooks.local is None else weights.own_norm(window)
-        # In nearly every window the first micro-batch reaches all parameters.
-        complete = not window.arrivals or len(window.arrivals[0][0]) >= len(window.indices)
-        complete = complete or bool(discarded)
-        return PendingStep(
-            step=step,
-            optimizer=self.label,
-            time_s=self._run.stopwatch.elapsed(),
-            global_step=self._run.global_step(step),
-            micro_batches=len(window.arrivals),
-            weight=window.weight if weights.weight is None else weights.weight,
-            norms=norms,
-            outcome=self._outcome,
-            first_nonfinite=window.first_nonfinite,
-            nonfinite_count=window.nonfinite_count,
-            late_checks=window.late_checks,
-            losses=self._losses,
-            lr=self._lr,
-            group_lr=self._group_lr,
-            missing=() if complete else self._newly_missing(),
-            local=None if own is None else Deferred(own),
-            noise=weights.sample,
-            table=self._run.table,
-            exploding_norm=self._options.exploding_norm,
-            estimator=weights.noise if estimates else None,
-            statistics=statistics,
-            thrown_away=discarded,
-        )
-
-    def _newly_missing(self) -> list[int]:
-        """Lists the parameters that received no gradient; each is reported once in a run."""
-        arrived, tensors = self.window.arrived, self._run.table.tensors
-        missing = [
-            index
-            for index in self.window.indices
-            if index not in arrived
-            and index not in self._told_missing
-            and self._run.hooks.hooked(index)
-        ]
-        self._told_missing.update(missing)
-        frozen = [index for index in missing if not tensors[index].requires_grad]
-        if frozen:
-            self._tell_frozen(frozen)
-        return [index for index in missing if tensors[index].requires_grad]
-
-    def _tell_frozen(self, frozen: Sequence[int]) -> None:
-        table, step = self._run.table, self.step
-        names = [table.names[index] for index in frozen]
-        text = FROZEN.format(optimizer=self.label, parameters=counted_names(names), step=step)
-        owner = (names[0], table.modules[frozen[0]])
-        event = loop_event("changed", text, step, self.label, owner, float(len(names)))
-        self._run.tell(event, warn=False)
-
-    def _parameters(self) -> list[Tensor]:
-        return [self._run.table.tensors[index] for index in self.window.indices]
-
-
-class StaleGradients:
-    """Notices steps whose window begins with the gradients of the step before.
-
-    It compares one gradient, at the first :attr:`ENOUGH` windows and as long as they are stale.
-
-    Attributes:
-        looks: Whether it is still looking.
-    """
-
-    ENOUGH = 10
-
-    def __init__(self) -> None:
-        """Starts with no step."""
-        self.looks = True
-        self._spent: tuple[int, weakref.ref[Tensor], int] | None = None
-        self._seen = self._is_stale = False
-        self._stale = self._fresh = 0
-
-    def look(self, tensors: Sequence[Tensor], first: int) -> None:
-        """Looks at the first arrival of a backward, which is that of the parameter ``first``."""
-        self._seen = False
-        if self._spent is None or self._spent[0] == first:
-            return
-        index, then, version = self._spent
-        gradient = tensors[index].grad
-        untouched = gradient is not None and then() is gradient and gradient._version == version
-        # A write through .data may have zeroed it all the same.
-        self._seen = untouched and gradient is not None and bool(gradient.any())
-
-    def begin_window(self) -> None:
-        """Notes that the backward that was looked at is the first one of a window."""
-        self._is_stale, self._seen, self._spent = self._seen, False, None
-
-    def forget(self) -> None:
-        """Forgets the window, whose gradients were thrown away."""
-        self._is_stale = self._seen = False
-
-    def note_step(self, tensors: Sequence[Tensor], indices: Sequence[int]) -> bool:
-        """Notes the end of a step; returns whether enough steps in a row were stale."""
-        self._stale = self._stale + 1 if self._is_stale else 0
-        self._fresh += not self._is_stale
-        self._is_stale = False
-        self.looks = max(self._stale, self._fresh) < self.ENOUGH
-        gradient = tensors[indices[0]].grad if indices else None
-        self._spent = None
-        if gradient is not None:
-            self._spent = (indices[0], weakref.ref(gradient), gradient._version)
-        return self._stale == self.ENOUGH
 
 
 class OptimizerSteps(Steps):
@@ -540,27 +254,18 @@ class OptimizerSteps(Steps):
         self.note_groups(from_step=self.step + 1)
         then = self.window.indices
         self.window.indices = self._run.table.indices_of(optimizer_parameters(self.members[-1]))
-        self._tell_changed_groups(set(then), set(self.window.indices), held)
         self.weights_then = None
+        lost = sorted(set(then).difference(self.window.indices))
+        if lost:
+            tell_lost(self._run, self.label, self.step + 1, lost)
+        foreign, self._foreign = self._foreign, held - len(self.window.indices)
+        if self._foreign > foreign:
+            tell_foreign(self._run, self.label, self.step + 1, self._foreign)
         self._clipping.refresh()
         self._on_joined(self.window.indices)
         self._run.hooks.watch_also(self.window.indices)
         joined, tensors = sorted(set(self.window.indices).difference(then)), self._run.table.tensors
         return [index for index in joined if tensors[index].grad is not None]
-
-    def _tell_changed_groups(self, then: set[int], now: set[int], held: int) -> None:
-        """Tells if the optimizer has lost parameters, or holds further ones that are not watched."""
-        names, step = self._run.table.names, self.step + 1
-        lost = [names[index] for index in sorted(then - now)]
-        if lost:
-            text = LOST.format(optimizer=self.label, parameters=counted_names(lost), step=step)
-            event = loop_event("changed", text, step, self.label, (lost[0], ""), float(len(lost)))
-            self._run.tell(event)
-        foreign = held - len(now)
-        if foreign > self._foreign:
-            text = FOREIGN.format(optimizer=self.label, count=foreign, step=step)
-            self._run.tell(loop_event("changed", text, step, self.label, value=float(foreign)))
-        self._foreign = foreign
 
     def note_groups(self, from_step: int) -> None:
         """Notes which parameters are in which group of the optimizer, from one of its steps on."""
@@ -585,6 +290,8 @@ class OptimizerSteps(Steps):
         if late:
             self.window.widen(late)
         self.stepping = optimizer
+        if self._scale.candidates:
+            self._scale.keep_scaler_of(optimizer)
         if self._rates or self._fused is not None:
             self._withdraw()  # left over if the last step raised
         self._norms = None
@@ -611,40 +318,18 @@ class OptimizerSteps(Steps):
             raise
 
     def _settle(self, optimizer: Optimizer, loss: object) -> bool:
-        if inside_backward():
+        if not inside_backward():
+            self._makes_state = not self.window.arrivals and self._only_makes_state(optimizer)
+            if self._makes_state:
+                return True
+        else:
             self._step_inside_backward()
-        elif not self.window.arrivals and self._only_makes_state(optimizer):
-            self._makes_state = True
-            return True
-        if self._scale.candidates:
-            self._scale.keep_scaler_of(optimizer)
-        if self._run.accumulation.checked and not self.ends_window:
-            self._check_window()
-        if loss is not None:
-            self._losses = [(_loss(loss), 1.0)]
-        units = (self.units or 0) if self.ends_window else 0
-        self._losses = self.weights.weigh(
-            self.window,
-            self._losses,
-            self._scale_at_backward,
-            units,
-            self._run.accumulation.micro_batches,
-        )
+        self._weigh(loss)
         sampler = self._sampler
         if sampler is not None and not sampler.due(self.step + 1):
             sampler = None
-        if sampler is not None and not self.window.arrivals:  # gradients that were set by hand
-            sampler.measure_gradients(*self.window.gradients())
-        extra: Callable[[PackedAllReduce], None] | None = None
-        if sampler is not None:
-            sampler.measure_weights(self.window.indices, self._parameters())
-            extra = sampler.add_to
         left, found_inf = carried_by(optimizer)
-        norms = self._norms = self.window.step_norms(self._scale, left, extra)
-        if self.window.zeroed:
-            self.discard()
-        if self._doubted:
-            norms = self._norms = self._settle_doubts_of(norms)
+        norms = self._norms = self._measured(left, sampler)
         if found_inf != 0.0 or not self.skip_rule.takes_all:
             self._outcome = self._decide(norms, found_inf)
             if self._outcome.outcome != "applied":
@@ -654,6 +339,39 @@ class OptimizerSteps(Steps):
         if sampler is not None:
             sampler.before_step(self._parameters())
         return True
+
+    def _weigh(self, loss: object) -> None:
+        """Checks the number of micro-batches, and weighs them against each other."""
+        wanted = self._run.accumulation.micro_batches
+        if self._run.accumulation.checked and not self.ends_window:
+            found = len(self.window.arrivals) if self.units is None else self.units
+            if found != wanted:
+                check_window(self.label, found, wanted)
+        if loss is not None:
+            self._losses = [(_loss(loss), 1.0)]
+        units = (self.units or 0) if self.ends_window else 0
+        self._losses = self.weights.weigh(
+            self.window,
+            self._losses,
+            self._scale_at_backward,
+            units,
+            wanted,
+        )
+
+    def _measured(self, left: FloatOrDeferred, sampler: StatisticsSampler | None) -> StepNorms:
+        """Returns the norms before and after the loop's own clip; takes statistics if due."""
+        extra: Callable[[PackedAllReduce], None] | None = None
+        if sampler is not None:
+            if not self.window.arrivals:  # gradients that were set by hand
+                sampler.measure_gradients(*self.window.gradients())
+            sampler.measure_weights(self.window.indices, self._parameters())
+            extra = sampler.add_to
+        norms = self.window.step_norms(self._scale, left, extra)
+        if self.window.clipped_early:
+            norms = norms._replace(clip_known=False)
+        if self.window.zeroed:
+            self.discard()
+        return self._settle_doubts_of(norms) if self._doubted else norms
 
     def finish(self, optimizer: Optimizer) -> None:
         """Records a step that is over."""
@@ -674,10 +392,8 @@ class OptimizerSteps(Steps):
         pending = self._pending(norms, self.step, estimates=True)
         pending.discarded, self.discarded = self.discarded, 0
         self._run.used.update(self.window.backwards)
-        if self.stale.looks and self.stale.note_step(self._run.table.tensors, self.window.indices):
-            self._tell_stale()
-        if not (norms.before.indices or self._run.hooks.arrivals.ended):
-            self._tell_no_gradient()
+        if self.stale.looks or not norms.before.indices:
+            self._look_for_mistakes(norms)
         if self._curvature is not None:
             pending.curvature = self._curvature(self.step, self._outcome.outcome)
         if late:  # only the device knows the outcome: the rule is told once it has arrived
@@ -695,6 +411,13 @@ class OptimizerSteps(Steps):
         self._norms = self.units = None
         self._on_finished(self)
 
+    def _look_for_mistakes(self, norms: StepNorms) -> None:
+        run = self._run
+        if self.stale.looks and self.stale.note_step(run.table.tensors, self.window.indices):
+            tell_stale(run, self.label, self.step, StaleGradients.ENOUGH)
+        if not (norms.before.indices or run.hooks.arrivals.ended):
+            tell_no_gradient(run, self.label, self.step)
+
     def end(self) -> None:
         """Closes the open window at the end of the run."""
         self._withdraw()  # the last step may have raised
@@ -704,16 +427,6 @@ class OptimizerSteps(Steps):
             self.discard(at_end=True)
         if self._doubted:
             self._settle_doubts(true=True)
-
-    def _tell_stale(self) -> None:
-        step = self.step
-        text = STALE.format(optimizer=self.label, steps=StaleGradients.ENOUGH, step=step)
-        self._run.tell(loop_event("mistake", text, step, self.label))
-
-    def _tell_no_gradient(self) -> None:
-        if self.step == ENOUGH:
-            text = NO_GRADIENT.format(optimizer=self.label, steps=ENOUGH)
-            self._run.tell(loop_event("mistake", text, self.step, self.label))
 
     def _only_makes_state(self, optimizer: Optimizer) -> bool:
         """Returns whether a step changes nothing: all rates and all gradients are zero.
@@ -729,12 +442,6 @@ class OptimizerSteps(Steps):
     def applied(self) -> bool:
         """Whether the last step was applied; waits if only the device knows."""
         return self._outcome.final() == "applied"
-
-    def _check_window(self) -> None:
-        wanted = self._run.accumulation.micro_batches
-        found = len(self.window.arrivals) if self.units is None else self.units
-        if found != wanted:
-            check_window(self.label, found, wanted)
 
     def _step_inside_backward(self) -> None:
         refuse_what_needs_all_gradients(self._options.deciding, f", as {self.label} does")
@@ -763,6 +470,8 @@ class OptimizerSteps(Steps):
         events = [event for event in entry.events if event.nonfinite]
         self._run.recorder.note(tuple(events))
         self._run.recorder.flush()
+        # Should the loop catch the error and throw the gradients away, this is not told again.
+        self.window.first_nonfinite, self.window.late_checks = None, []
         return entry.record, events
 
     def _left_out_cleanly(self) -> bool:

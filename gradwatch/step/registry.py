@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, count, repeat
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch.optim import Optimizer
 
@@ -23,142 +22,16 @@ from gradwatch.hooks.optimizer import (
     refuse_what_needs_all_gradients,
     stepped_by,
 )
-from gradwatch.hooks.scaler import LossScale
 from gradwatch.measure.deferred import FloatOrDeferred, resolve
 from gradwatch.measure.parameters import optimizer_parameters
-from gradwatch.record.events import dropped_event, nonfinite_error
-from gradwatch.step.optimizer_steps import MeasureCurvature, OptimizerSteps, Steps
-from gradwatch.step.pending import PendingStep
+from gradwatch.record.events import dropped_event
+from gradwatch.step.backward_steps import BackwardSteps, EndedWindow
+from gradwatch.step.mistakes import CERTAIN, MANY, Silence
+from gradwatch.step.optimizer_steps import MeasureCurvature, OptimizerSteps
 from gradwatch.step.run import Run
-from gradwatch.step.silence import CERTAIN, MANY, Silence
+from gradwatch.step.steps import Steps
 from gradwatch.step.window import Window
 
-
-class BackwardSteps(Steps):
-    """The backwards of parameters of which it is not known yet which optimizer steps them.
-
-    If no optimizer ever steps, each backward counts as a step. This is known when the weights have
-    changed :data:`MOVES` times without an optimizer step, or at the end of the run. Until then the
-    backwards are held. So are windows that ended without a step: an optimizer that is found later
-    would have stepped with them, so they are recorded as its own (:meth:`ended_of`).
-
-    Attributes:
-        moved: Whether the weights have ever moved between two backwards.
-    """
-
-    def __init__(self, run: Run, window: Window) -> None:
-        """Starts with an empty window over all watched parameters."""
-        # Only a scaler that the user named: without an optimizer step nothing shows whether one
-        # that was found is in use.
-        super().__init__("none", window, run, LossScale(run.options.scaler))
-        # Not with a scaler: it provokes overflows while it searches for its scale, and skips those
-        # steps.
-        self._raises = run.options.on_nonfinite == "raise" and run.options.scaler is None
-        self._are_steps = False
-        self.moved = False
-        self._versions, self._moves = -1, 0
-        self._ended: deque[_EndedWindow] = deque(maxlen=run.options.buffer_size)
-        self._found_scale: FloatOrDeferred = 1.0
-
-    def begin_backward(self, first: int) -> None:
-        """Looks, when a backward begins, whether the window has ended without a step."""
-        if self._are_steps:
-            return
-        if self._scaler_has_updated():
-            self._end_window(by_scaler=self._run.scale.lowered_since(self._found_scale))
-        elif self.window.left_before(first) == 0.0:
-            self._end_window(by_scaler=False)
-
-    def discard(self, at_end: bool = False, unused: bool = False, together: bool = False) -> None:
-        """Notes that the gradients of the window were thrown away."""
-        self._end_window(by_scaler=False)
-
-    @property
-    def scale_at_backward(self) -> FloatOrDeferred:
-        """The loss scale at the newest backward, if it is that of the optimizer to be found."""
-        return self._found_scale
-
-    def ended_of(self, indices: Sequence[int]) -> list[_EndedWindow]:
-        """Returns the windows without a step, with some of the parameters only."""
-        parts = [one._replace(window=one.window.part(indices)) for one in self._ended]
-        return [one for one in parts if one.window.arrivals]
-
-    def _end_window(self, by_scaler: bool) -> None:
-        norms = self.window.unused_norms(1.0, together=False)
-        if norms is not None and (by_scaler or not self._used_otherwise(norms)):
-            self._ended.append(_EndedWindow(self.window.copy(), self._found_scale, by_scaler))
-        self.window.reset()
-
-    def add_alone(self, backward: Backward, weight: FloatOrDeferred, alone: bool) -> None:
-        """Adds a backward that has ended.
-
-        ``alone`` says that no optimizer has been found at all, so the backward may be a step.
-        """
-        if not self.moved:
-            self.moved = self.weights_then is not None and self.weights_then.moved()
-        if self._are_steps or backward.freed:
-            self.window.reset()  # an optimizer inside the backward has used what was there before
-        measured = self.add(backward, weight)
-        if not self._are_steps and self._run.scale.scaler is not None:
-            self._found_scale = self._run.scale.value()
-        if not measured or not alone:
-            return
-        self._find_out_what_steps_are()
-        pending = self._step_of_newest()
-        if self._are_steps:
-            self._run.recorder.expect(pending)
-        elif self._run.recorder.hold(pending) >= self._options.buffer_size:
-            self.commit()
-        if self._raises and pending.entry().record.nonfinite_parameters:
-            raise nonfinite_error(pending.entry().record, pending.entry().events)
-
-    def release(self, indices: Sequence[int]) -> None:
-        """Leaves parameters to an optimizer that has been found and is about to step them."""
-        if not self._are_steps:
-            self._run.recorder.retract()
-            self.step = 0
-        self.window.leave(indices)
-
-    def commit(self) -> None:
-        """Decides that each backward was a step."""
-        self._are_steps = True
-        self._ended.clear()
-        self._run.recorder.commit()
-
-    def _step_of_newest(self) -> PendingStep:
-        whole, self.window = self.window, self.window.latest()
-        self.step += 1
-        # Whatever the loop does with the gradients from here on is not seen.
-        norms = self.window.step_norms(self._scale, 1.0)._replace(clip_known=False)
-        pending = self._pending(norms, self.step)
-        self.window = whole
-        return pending
-
-    def _find_out_what_steps_are(self) -> None:
-        versions = sum(tensor._version for tensor in self._run.table.tensors)
-        if not self._are_steps and 0 <= self._versions < versions:
-            # Once is no proof: SAM moves the weights before its optimizer takes the first step.
-            self._moves += 1
-            if self._moves >= MOVES:
-                self.commit()
-        self._versions = versions
-
-
-class _EndedWindow(NamedTuple):
-    """A window that ended without a step, while no optimizer was known.
-
-    Attributes:
-        window: The backwards and their measurement.
-        scale: The loss scale at its last backward.
-        by_scaler: Whether a scaler has skipped the step; if not, the gradients were thrown away.
-    """
-
-    window: Window
-    scale: FloatOrDeferred
-    by_scaler: bool
-
-
-MOVES = 16
 MOST_USED = 10_000  # backwards that are remembered: far more than the windows of a loop can hold
 LOOK_EVERY, LOOK_AT = 100, (1, 10)  # steps after which the parameters of the model are compared
 NO_STEP = "no optimizer has stepped yet"
@@ -376,7 +249,7 @@ class OptimizerRegistry:
         if self._named and not any(one.step for one in before):
             self._silence.tell_another(before[0], found)
 
-    def _replay(self, found: OptimizerSteps, ended: Sequence[_EndedWindow]) -> None:
+    def _replay(self, found: OptimizerSteps, ended: Sequence[EndedWindow]) -> None:
         # These steps are over: none of them belongs together with the one that is about to begin.
         joint = self._run.joint_steps
         now, joint.current = joint.current, None

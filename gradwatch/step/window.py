@@ -4,6 +4,7 @@ A :class:`Window` measures the gradients at the end of each backward, in one bat
 a snapshot of them. When the step begins and the snapshot still matches, that measurement is the
 norm before and after the user's clip; otherwise the gradients are measured once more. In some steps
 they are measured once more in any case (:class:`~gradwatch.step.looks.Looks`).
+
 :class:`WindowWeights` then works out the mean over the window, and a sample of the noise.
 """
 
@@ -32,7 +33,7 @@ from gradwatch.hooks.backward import Backward
 from gradwatch.hooks.data_parallel import DataParallel, is_distributed
 from gradwatch.hooks.model import ModelHooks, with_freed
 from gradwatch.hooks.scaler import LossScale
-from gradwatch.hooks.snapshot import GradientSnapshot
+from gradwatch.hooks.snapshot import GradientSnapshot, Looks
 from gradwatch.measure.deferred import FloatOrDeferred, as_operand, defer, resolve
 from gradwatch.measure.norms import (
     FirstNonFinite,
@@ -47,7 +48,6 @@ from gradwatch.measure.norms import (
 )
 from gradwatch.measure.parameters import ParameterTable, is_partial, local_part
 from gradwatch.measure.sharded import ClipSides, PackedAllReduce, Shards, all_reduce_norms
-from gradwatch.step.looks import Looks
 
 _grad = attrgetter("grad")
 
@@ -70,6 +70,7 @@ class Window:
         divisor: What the weighted losses were divided by; None if the loop weights its losses
             itself.
         correction: The factor that turns the gradients into the weighted mean.
+        clipped_early: Whether a clip came between two of its backwards.
         zeroed: Whether the gradients were thrown away between the last backward and the step.
         looks: When to measure again although nothing is known to have changed; None for never.
     """
@@ -86,6 +87,7 @@ class Window:
     late_checks: list[LateCheck] = field(default_factory=list)
     divisor: FloatOrDeferred | None = None
     correction: FloatOrDeferred = 1.0
+    clipped_early: bool = False
     zeroed: bool = False
     _measured: list[Measurement | None] = field(default_factory=list)
     looks: Looks | None = field(default_factory=Looks)
@@ -280,7 +282,7 @@ class Window:
         """Empties the window, after a step or after the gradients were reset."""
         self.arrivals, self.noise_norms, self.late_checks = [], [], []
         self.backwards, self._measured = [], []
-        self.zeroed = self._looked = False
+        self.clipped_early = self.zeroed = self._looked = False
         self.first_nonfinite, self.nonfinite_count = None, 0
         self.divisor, self.correction = None, 1.0
         self._before = self._snapshot = None

@@ -1,15 +1,16 @@
-"""Silence: notices training loops in which gradwatch sees less than its user believes.
+"""What a loop does that was most likely not meant, and what changes under the watch.
 
-Such loops step another optimizer than the watched one, or none, or train another model. Each is
-told once, when it is certain.
+Each is told once, when it is certain. :class:`Silence` notices loops in which gradwatch sees less
+than its user believes: they step another optimizer than the watched one, or none, or train another
+model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from gradwatch.record.events import counted_names, loop_event
-from gradwatch.step.optimizer_steps import OptimizerSteps
 from gradwatch.step.run import Run
 
 CERTAIN = 50
@@ -48,9 +49,9 @@ HOLDS_NONE = (
     "the optimizer was built? Build the optimizer after that, and call watch() last."
 )
 NOT_TRAINED = (
-    "{other} has made {count} steps without a backward of the watched model: another model is being "
-    "trained, such as a copy of it, or parameters that were added or replaced after watch(). Pass "
-    "the model that the loop trains."
+    "{other} has made {count} steps without a backward of the watched model: another model is "
+    "being trained, such as a copy of it, or parameters that were added or replaced after watch(). "
+    "Pass the model that the loop trains."
 )
 ANOTHER = (
     "watch() was given {named}, which has never stepped, but {found} steps its parameters: it is "
@@ -62,20 +63,100 @@ LEFT_OUT = (
     "watch(model, [first, second]), or none, to have them found."
 )
 UNSTEPPED = (
-    "{parameters} received a gradient in {count} steps, but no optimizer that steps holds them: they "
-    "keep their values. A layer that is replaced after the optimizer was built is not in it. Build "
-    "the optimizer last, or call requires_grad_(False) on what must not be trained."
+    "{parameters} received a gradient in {count} steps, but no optimizer that steps holds them: "
+    "they keep their values. A layer that is replaced after the optimizer was built is not in it. "
+    "Build the optimizer last, or call requires_grad_(False) on what must not be trained."
 )
 REPLACED = (
-    "The watched model has {gained} that it did not have when watch() was called, and no longer has "
-    "{lost}: layers were replaced, or the model was moved or sharded. The new ones are not watched. "
-    "Call watch() when the model is complete."
+    "The watched model has {gained} that it did not have when watch() was called, and no longer "
+    "has {lost}: layers were replaced, or the model was moved or sharded. The new ones are not "
+    "watched. Call watch() when the model is complete."
 )
 GAINED = (
     "The watched model has {gained} that it did not have when watch() was called: they are not "
     "watched. Call watch() when the model is complete."
 )
 REMOVED = "The watched model no longer has {lost}, which it had when watch() was called."
+
+
+EARLY_CLIP = (
+    "The gradients of {optimizer} were clipped between two micro-batches of step {step}, to "
+    "{left:.3g} of their norm, and the next backward added to what was left: micro-batches then "
+    "count for more the later they come. Clip once, after the last backward of a step."
+)
+NO_GRADIENT = (
+    "{optimizer} has taken {steps} steps, and none of its parameters has ever received a gradient: "
+    "the loss does not depend on them. Look for detach(), no_grad(), .item() or .data between the "
+    "model and the loss."
+)
+STALE = (
+    "The last {steps} steps of {optimizer} (up to step {step}) began with the gradients of the "
+    "step before, and added to them: zero_grad() is missing. Call optimizer.zero_grad() after each "
+    "optimizer.step()."
+)
+FROZEN = (
+    "{parameters} of {optimizer} no longer require a gradient, from step {step} on: they keep "
+    "their values. Some functions that save or merge a model leave requires_grad off."
+)
+LOST = (
+    "{optimizer} no longer holds {parameters}, from step {step} on, and does not train what it "
+    "does not hold."
+)
+FOREIGN = (
+    "{optimizer} holds {count} parameter(s), from step {step} on, that are not those of the model "
+    "as it was when watch() was called: their gradients are in no norm and in no clip. Call "
+    "watch() when the model has all its parameters."
+)
+
+
+def tell_early_clip(run: Run, optimizer: str, step: int, left: float) -> None:
+    """Tells of a clip between two micro-batches, which left this share of the norm."""
+    text = EARLY_CLIP.format(optimizer=optimizer, step=step, left=left)
+    run.tell(loop_event("mistake", text, step, optimizer), key=f"early clip of {optimizer}")
+
+
+def tell_stale(run: Run, optimizer: str, step: int, steps: int) -> None:
+    """Tells of this many steps in a row that began with the gradients of the step before."""
+    text = STALE.format(optimizer=optimizer, steps=steps, step=step)
+    run.tell(loop_event("mistake", text, step, optimizer))
+
+
+def tell_no_gradient(run: Run, optimizer: str, step: int) -> None:
+    """Tells of an optimizer none of whose parameters has ever received a gradient."""
+    if step == CERTAIN:
+        text = NO_GRADIENT.format(optimizer=optimizer, steps=step)
+        run.tell(loop_event("mistake", text, step, optimizer))
+
+
+def tell_frozen(run: Run, optimizer: str, step: int, frozen: Sequence[int]) -> None:
+    """Tells of parameters, given by their indices, that no longer require a gradient."""
+    names = [run.table.names[index] for index in frozen]
+    text = FROZEN.format(optimizer=optimizer, parameters=counted_names(names), step=step)
+    owner = (names[0], run.table.modules[frozen[0]])
+    event = loop_event("changed", text, step, optimizer, owner, float(len(names)))
+    run.tell(event, warn=False)
+
+
+def tell_lost(run: Run, optimizer: str, step: int, lost: Sequence[int]) -> None:
+    """Tells of parameters, given by their indices, that an optimizer no longer holds."""
+    names = [run.table.names[index] for index in lost]
+    text = LOST.format(optimizer=optimizer, parameters=counted_names(names), step=step)
+    owner = (names[0], run.table.modules[lost[0]])
+    run.tell(loop_event("changed", text, step, optimizer, owner, float(len(names))))
+
+
+def tell_foreign(run: Run, optimizer: str, step: int, count: int) -> None:
+    """Tells that an optimizer holds parameters that are not watched."""
+    text = FOREIGN.format(optimizer=optimizer, count=count, step=step)
+    run.tell(loop_event("changed", text, step, optimizer, value=float(count)))
+
+
+class Followed(Protocol):
+    """The steps of an optimizer of the watched model."""
+
+    label: str
+    step: int
+    discarded: int
 
 
 class Silence:
@@ -95,7 +176,7 @@ class Silence:
         self._unstepped = 0
         self._known_change: tuple[object, ...] = ((), ())
 
-    def note_other_step(self, name: str, followed: Sequence[OptimizerSteps]) -> None:
+    def note_other_step(self, name: str, followed: Sequence[Followed]) -> None:
         """Notes a step of an optimizer that holds no watched parameter.
 
         Args:
@@ -126,7 +207,7 @@ class Silence:
             owner = (names[0], self._run.table.modules[arrived[0]])
             self._run.tell(loop_event("mistake", text, step, "none", owner, float(len(names))))
 
-    def tell_another(self, named: OptimizerSteps, found: OptimizerSteps) -> None:
+    def tell_another(self, named: Followed, found: Followed) -> None:
         """Tells that another optimizer than the named one steps its parameters."""
         text = ANOTHER.format(named=named.label, found=found.label)
         self._run.tell(loop_event("mistake", text, found.step + 1, found.label), key=NO_STEPS)
@@ -150,7 +231,7 @@ class Silence:
         owner = ((gained or lost)[0], "")
         self._run.tell(loop_event("changed", text, step, "none", owner, number))
 
-    def end(self, followed: Sequence[OptimizerSteps], backwards: int) -> None:
+    def end(self, followed: Sequence[Followed], backwards: int) -> None:
         """Tells at the end of a run what never happened.
 
         Args:
@@ -169,7 +250,7 @@ class Silence:
             self._tell(NEVER_TAKEN.format(asked=", ".join(options.of_steps)))
 
     def look_for_steps(
-        self, followed: Sequence[OptimizerSteps], moved: bool, at_end: bool = False
+        self, followed: Sequence[Followed], moved: bool, at_end: bool = False
     ) -> None:
         """Tells if no step has come after many backwards, or until the end.
 
@@ -198,5 +279,5 @@ class Silence:
         self._run.tell(loop_event("mistake", text, 1), key)
 
     @staticmethod
-    def _step_of(followed: Sequence[OptimizerSteps]) -> int:
+    def _step_of(followed: Sequence[Followed]) -> int:
         return max((one.step for one in followed), default=0) + 1

@@ -1,0 +1,209 @@
+"""Steps: adds backwards to a window, notices what is thrown away, and collects what a step was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from gradwatch.hooks.backward import Backward
+from gradwatch.hooks.scaler import LossScale
+from gradwatch.hooks.snapshot import WeightSnapshot
+from gradwatch.measure.deferred import Deferred, FloatOrDeferred
+from gradwatch.measure.norms import StepNorms
+from gradwatch.measure.statistics import NO_SAMPLE, StatisticsSampler
+from gradwatch.step.mistakes import tell_early_clip, tell_frozen
+from gradwatch.step.pending import PendingStep
+from gradwatch.step.run import Run
+from gradwatch.step.skip_rule import APPLIED
+from gradwatch.step.window import Losses, Window, WindowWeights
+
+CLIPPED_BELOW = 1e-6  # a clip that multiplies by 1 changes a norm by less
+AT_ZERO_GRAD = "zero_grad() came"
+AT_END = "the run ended"
+
+
+class Steps:
+    """The steps of a set of parameters: adds backwards to a window, and records each step.
+
+    Attributes:
+        label: Name of the optimizer in the records.
+        window: The backwards since the last step.
+        weights: The weights of its windows, and its gradient noise scale.
+        step: The number of steps so far.
+        discarded: Windows that were thrown away since the last step.
+        weights_then: Tells whether the weights have moved since the newest backward.
+    """
+
+    def __init__(self, label: str, window: Window, run: Run, scale: LossScale) -> None:
+        """Starts with a window, which may already contain backwards.
+
+        ``scale`` is the loss scale by which the gradients are multiplied.
+        """
+        self.label = label
+        self.window = window
+        self.weights = WindowWeights(run.hooks, run.data_parallel, run.accumulation.by_noise)
+        self.step = 0
+        self._run = run
+        self._options = run.options
+        self._scale = scale
+        self._sampler = StatisticsSampler.of(
+            run.options.statistics, run.options.every, len(run.table), run.shards
+        )
+        self._losses: Losses = []
+        self._outcome = APPLIED
+        self._lr: FloatOrDeferred = math.nan
+        self._group_lr: Sequence[FloatOrDeferred] = ()
+        self._scale_at_backward: FloatOrDeferred = 1.0
+        self._generation: object = None
+        self._told_missing: set[int] = set()
+        self.discarded = 0
+        self.weights_then: WeightSnapshot | None = None
+        self._other_steps_then = 0
+
+    def begin_backward(self, first: int) -> None:
+        """Looks, when a backward begins, at what became of the gradients of the window.
+
+        ``first`` is the index of the parameter that has just received a gradient.
+        """
+        left = self.window.left_before(first)
+        if left == 0.0:
+            self.discard(together=True)
+        elif left < 1.0 - CLIPPED_BELOW:
+            self.window.clipped_early = True
+            tell_early_clip(self._run, self.label, self.step + 1, left)
+
+    def add(self, backward: Backward, weight: FloatOrDeferred) -> bool:
+        """Adds a backward that has ended; returns whether it gave any gradient to measure."""
+        # Not self._scale: a scaler that is found later was already in use for these gradients.
+        found = self._run.scale
+        self._generation = None if found.scaler is None else found.generation()
+        window = self.window
+        if window.arrivals and window.discarded_before(backward):
+            self.discard()
+        count = len(window.arrivals)
+        measurement = window.add(backward, weight)
+        if measurement is not None or len(window.arrivals) > count:
+            self.weights.note(window, weight, measurement)
+        if measurement is None:
+            return False
+        self._scale_at_backward = 1.0 if self._scale.scaler is None else self._scale.value()
+        if self._sampler is not None and self._sampler.due(self.step + 1):
+            self._sampler.measure_gradients(*window.gradients())
+        if self.weights_then is not None:
+            self.weights_then.take()
+        else:
+            self.weights_then = WeightSnapshot(self._parameters())
+        self._other_steps_then = self._run.other_steps
+        return True
+
+    @property
+    def scale_at_backward(self) -> FloatOrDeferred:
+        """The loss scale at the newest backward."""
+        return self._scale_at_backward
+
+    def discard(self, at_end: bool = False, unused: bool = False, together: bool = False) -> None:
+        """Empties the window, whose gradients were thrown away; records it if nothing used them.
+
+        Args:
+            at_end: Whether the run has ended before its step.
+            unused: Whether it is known that nothing has used them.
+            together: Whether all ranks call this at once, so that they may communicate.
+        """
+        norms = self.window.unused_norms(self._scale_at_backward, together)
+        if norms is not None and (unused or not self._used_otherwise(norms)):
+            self.discarded += 1
+            self._record_discard(
+                self._pending(norms, self.step + 1, discarded=AT_END if at_end else AT_ZERO_GRAD)
+            )
+        self.window.reset()
+        self._losses = []
+
+    def _record_discard(self, pending: PendingStep) -> None:
+        self._run.recorder.expect(pending)
+
+    def _used_otherwise(self, norms: StepNorms) -> bool:
+        """Returns whether something but this optimizer has used the gradients of the window."""
+        run, window = self._run, self.window
+        # Another optimizer has stepped with all of these backwards: that of a GAN's generator
+        # leaves gradients in the discriminator as well.
+        if run.used.issuperset(window.backwards) or run.other_steps != self._other_steps_then:
+            return True
+        # Poisoned gradients are told in any case: loops also put a checkpoint back after them.
+        total = norms.before.total.if_known()
+        if total is not None and not math.isfinite(total):
+            return False
+        # SAM moves the weights along the first gradient, other loops update them by hand.
+        return self.weights_then is not None and self.weights_then.moved()
+
+    def _scaler_has_updated(self) -> bool:
+        before = self._generation
+        return before is not None and before is not self._run.scale.generation()
+
+    def _pending(
+        self,
+        norms: StepNorms,
+        step: int,
+        estimates: bool = False,
+        discarded: str = "",
+    ) -> PendingStep:
+        """Collects everything that is known of a step.
+
+        Args:
+            norms: Its norms.
+            step: Its number.
+            estimates: Whether the step is added to the noise scale estimate.
+            discarded: Why the step will never come; empty for a step.
+        """
+        window, weights, statistics = self.window, self.weights, NO_SAMPLE
+        if self._sampler is not None and not discarded and self._sampler.due(step):
+            parameters = self._parameters()
+            statistics = self._sampler.after_step(window.indices, parameters, norms.unit_before)
+        own = None if self._run.hooks.local is None else weights.own_norm(window)
+        # In nearly every window the first micro-batch reaches all parameters.
+        complete = not window.arrivals or len(window.arrivals[0][0]) >= len(window.indices)
+        complete = complete or bool(discarded)
+        return PendingStep(
+            step=step,
+            optimizer=self.label,
+            time_s=self._run.stopwatch.elapsed(),
+            global_step=self._run.global_step(step),
+            micro_batches=len(window.arrivals),
+            weight=window.weight if weights.weight is None else weights.weight,
+            norms=norms,
+            outcome=self._outcome,
+            first_nonfinite=window.first_nonfinite,
+            nonfinite_count=window.nonfinite_count,
+            late_checks=window.late_checks,
+            losses=self._losses,
+            lr=self._lr,
+            group_lr=self._group_lr,
+            missing=() if complete else self._newly_missing(),
+            local=None if own is None else Deferred(own),
+            noise=weights.sample,
+            table=self._run.table,
+            exploding_norm=self._options.exploding_norm,
+            estimator=weights.noise if estimates else None,
+            statistics=statistics,
+            thrown_away=discarded,
+        )
+
+    def _newly_missing(self) -> list[int]:
+        """Lists the parameters that received no gradient; each is reported once in a run."""
+        arrived, tensors = self.window.arrived, self._run.table.tensors
+        missing = [
+            index
+            for index in self.window.indices
+            if index not in arrived
+            and index not in self._told_missing
+            and self._run.hooks.hooked(index)
+        ]
+        self._told_missing.update(missing)
+        frozen = [index for index in missing if not tensors[index].requires_grad]
+        if frozen:
+            tell_frozen(self._run, self.label, self.step, frozen)
+        return [index for index in missing if tensors[index].requires_grad]
+
+    def _parameters(self) -> list[Tensor]:
+        return [self._run.table.tensors[index] for index in self.window.indices]
