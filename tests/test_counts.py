@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gradwatch
-from gradwatch.step.looks import EARLY, EVERY
+from gradwatch.hooks.snapshot import EARLY, EVERY
 from tests.support.calls import CountCalls
 
 WITHOUT_A_LOOK = 3
@@ -20,6 +20,7 @@ def _calls(parameters, watched, **options):
     watcher = gradwatch.watch(tensors, optimizer, **options)
 
     def step():
+        optimizer.zero_grad()
         torch.stack(torch._foreach_norm(list(tensors.values()))).sum().backward()
         optimizer.step()
 
@@ -56,6 +57,7 @@ def _python_calls(parameters, watched, **options):
     calls = Counter()
 
     def step():
+        optimizer.zero_grad()
         torch.stack(torch._foreach_norm(list(tensors.values()))).sum().backward()
         optimizer.step()
 

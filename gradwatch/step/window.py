@@ -3,7 +3,7 @@
 A :class:`Window` measures the gradients at the end of each backward, in one batched pass, and takes
 a snapshot of them. When the step begins and the snapshot still matches, that measurement is the
 norm before and after the user's clip; otherwise the gradients are measured once more. In some steps
-they are measured once more in any case (:class:`~gradwatch.step.looks.Looks`).
+they are measured once more in any case (:class:`~gradwatch.hooks.snapshot.Looks`).
 
 :class:`WindowWeights` then works out the mean over the window, and a sample of the noise.
 """
