@@ -50,15 +50,18 @@ class Deferred:
 
     __slots__ = ("_array", "_value", "tensor")
 
-    def __init__(self, tensor: Tensor, value: float | None = None) -> None:
+    def __init__(
+        self, tensor: Tensor, value: float | None = None, array: Array | None = None
+    ) -> None:
         """Keeps a tensor.
 
         Args:
             tensor: Tensor of any shape and floating dtype, on any device.
             value: The number in a tensor of one element, if it has already been read.
+            array: The numbers of the tensor, if they have already been read.
         """
         self.tensor = tensor
-        self._array: Array | None = None
+        self._array = array
         self._value = value
 
     @property

@@ -82,7 +82,8 @@ def measure(
     total = total_norm(norms, norm_type)
     if not is_at_hand(total):
         return Measurement(indices, Deferred(norms), Deferred(total))
-    value, each, values = total.item(), Deferred(norms), norms.numpy()
+    value, values = total.item(), norms.numpy()
+    each = Deferred(norms, array=values)
     # One comparison in NumPy, which costs no ATen call. A NaN and an Inf are below no bound.
     if (
         np.minimum.reduce(values, initial=math.inf) >= underflow_bound(norm_type)
