@@ -97,6 +97,7 @@ class OptimizerSteps(Steps):
         inner = members[-1]
         self.skip_rule = SkipRule(options.on_nonfinite, spikes, options.max_consecutive_skips)
         self.stepping: Optimizer | None = None
+        self._has_closure = False
         self.units: int | None = None
         self.ends_window = False
         self._curvature = curvature
@@ -186,6 +187,8 @@ class OptimizerSteps(Steps):
 
     def add(self, backward: Backward, weight: FloatOrDeferred) -> bool:
         """Adds a backward that has ended; see :meth:`Steps.add`."""
+        if not self._has_closure:
+            self.stepping = None  # a step that has raised: a backward runs in a closure only
         late = self._refresh()
         if late:
             late = [index for index in late if index not in backward.arrived]
@@ -289,7 +292,7 @@ class OptimizerSteps(Steps):
         late = self._refresh()
         if late:
             self.window.widen(late)
-        self.stepping = optimizer
+        self.stepping, self._has_closure = optimizer, has_closure
         if self._scale.candidates:
             self._scale.keep_scaler_of(optimizer)
         if self._rates or self._fused is not None:
