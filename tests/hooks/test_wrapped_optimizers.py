@@ -112,7 +112,7 @@ def test_a_scheduler_is_no_optimizer():
     model = _model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
-    with pytest.raises(TypeError, match="must be a torch.optim.Optimizer"):
+    with pytest.raises(TypeError, match=r"must be a torch\.optim\.Optimizer"):
         gradwatch.watch(model, scheduler)
 
 
