@@ -57,6 +57,11 @@ STATE_VERSION = 3
 SUMMARY = "gradwatch: the run has ended with findings ({found}). See {asked}."
 SUMMARY_STEPS = 20  # in a shorter run most rules of the report find nothing
 
+BEFORE_ENTERED = (
+    "A backward of the watched model came before the watcher was entered, so it was not recorded: "
+    "write the loop inside of with gradwatch.watch(...) as watcher: or call watcher.attach() before "
+    "it and watcher.close() after it."
+)
 ATTACHED_BEFORE = (
     "This watcher was attached before and holds the history of that run. Make a new one with "
     "watch(...), and give it load_state_dict() of the old one to go on counting."
@@ -115,7 +120,7 @@ class Watcher:
         self._managed = ManagedLoop(self._run, self._sync, managed)
         self._batches = BatchRunner(self._run, self._managed, model, managed)
         run = weakref.ref(self._run)
-        FirstBackward(table.tensors, lambda: _tell_never_entered(run()))
+        FirstBackward(table.tensors, lambda: _tell_not_entered(run()))
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -462,8 +467,8 @@ class Watcher:
         self._batches.size = state["micro_batch_size"]
 
     def _expect_entered(self) -> None:
-        if self._state == "new" and not self._is_copy:
-            _tell_never_entered(self._run)
+        if self._state == "new" and not self._is_copy and BEFORE_ENTERED not in self._run.told:
+            warn_safely(f"gradwatch: {NEVER_ENTERED}")
 
     def _global_step_of(self, step: int) -> int:
         return step if self.global_step is None else self.global_step()
@@ -516,11 +521,11 @@ class Watcher:
             self._registry.add(backward, self._managed.weight)
 
 
-def _tell_never_entered(run: Run | None) -> None:
+def _tell_not_entered(run: Run | None) -> None:
     if run is None:  # the watcher was dropped, as by watch(model) without a name
-        warn_safely(f"gradwatch: {NEVER_ENTERED}")
+        warn_safely(f"gradwatch: {BEFORE_ENTERED}")
     else:
-        run.tell(loop_event("mistake", NEVER_ENTERED, 1))
+        run.tell(loop_event("mistake", BEFORE_ENTERED, 1))
 
 
 @stable_name

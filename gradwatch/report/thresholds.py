@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass, fields
 
 from gradwatch.pickles import stable_name
+from gradwatch.record.schema import loads_older
 
 
 @stable_name
+@loads_older
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thresholds:
     """What a report calls too much, too little or too often.
@@ -47,8 +49,6 @@ class Thresholds:
             in ten were off for a batch.
         skipped: Share of skipped steps above which the finding is a warning: one in a hundred
             costs little.
-        discarded: Share of gradients that were thrown away, of these and of all steps, above which
-            it is a finding although they were finite: a loop now and then leaves one over.
         scaler_skips: Steps that a ``GradScaler`` may skip besides that share while it searches
             for its scale: it takes ten from 65,536 down to 64.
         scaler_halvings: Halvings of the loss scale below its largest value. Ten more than that
@@ -79,6 +79,8 @@ class Thresholds:
             parameter are read.
         sample_steps: Number of steps in each range; fewer if ``sample_rows`` allows no more.
         sample_rows: About how many rows to read at most; a row is one parameter at one step.
+        discarded: Share of gradients that were thrown away, of these and of all steps, above which
+            it is a finding although they were finite: a loop now and then leaves one over.
     """
 
     few_steps: int = 20
@@ -94,7 +96,6 @@ class Thresholds:
     zero_share: float = 0.5
     dead_units: float = 0.7
     skipped: float = 0.01
-    discarded: float = 0.05
     scaler_skips: int = 10
     scaler_halvings: int = 20
     clip_steps: int = 1_000
@@ -112,6 +113,8 @@ class Thresholds:
     sample_blocks: int = 8
     sample_steps: int = 64
     sample_rows: int = 400_000
+    # Pickles of earlier versions hold the values in this order: a new field goes to the end.
+    discarded: float = 0.05
 
     def __post_init__(self) -> None:
         """Checks every number.

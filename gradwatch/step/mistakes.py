@@ -242,8 +242,9 @@ class Silence:
         if not backwards or any(one.step for one in followed):
             return
         options = self._run.options
-        if followed and backwards >= SHORT:
-            self.look_for_steps(followed, moved=True, at_end=True)
+        if followed:
+            if backwards >= SHORT or options.acting:
+                self.look_for_steps(followed, moved=True, at_end=True)
         elif options.acting:
             self._tell(NEVER_ACTED.format(asked=" and ".join(options.acting)), NO_STEPS)
         if options.of_steps:

@@ -394,7 +394,6 @@ class OptimizerSteps(Steps):
             self.skip_rule.note(self._outcome.outcome)
         pending = self._pending(norms, self.step, estimates=True)
         pending.discarded, self.discarded = self.discarded, 0
-        self._run.used.update(self.window.backwards)
         if self.stale.looks or not norms.before.indices:
             self._look_for_mistakes(norms)
         if self._curvature is not None:
@@ -403,6 +402,7 @@ class OptimizerSteps(Steps):
             pending.on_outcome = self.skip_rule.note
         joint = self._run.joint_steps
         if joint.several:
+            self._run.used.update(self.window.backwards)
             pending.join(joint.of(self.label, self.step))
             joint.close_if_complete()
         self._run.recorder.expect(pending)

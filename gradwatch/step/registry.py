@@ -32,7 +32,7 @@ from gradwatch.step.run import Run
 from gradwatch.step.steps import Steps
 from gradwatch.step.window import Window
 
-MOST_USED = 10_000  # backwards that are remembered: far more than the windows of a loop can hold
+MOST_USED = 1_000  # backwards that are remembered: more than a window is likely to hold
 LOOK_EVERY, LOOK_AT = 100, (1, 10)  # steps after which the parameters of the model are compared
 NO_STEP = "no optimizer has stepped yet"
 

@@ -124,8 +124,10 @@ import sys, torch, gradwatch
 heavy = {"pandas", "lightning", "pytorch_lightning", "tensorboard", "matplotlib", "gradwatch_lightning", "gradwatch_tensorboard"}
 print(sorted(heavy & set(sys.modules)))
 w = torch.ones(2, requires_grad=True)
-with gradwatch.watch({"w": w}, torch.optim.SGD([w], lr=0.1), clip=1.0) as watcher:
+optimizer = torch.optim.SGD([w], lr=0.1)
+with gradwatch.watch({"w": w}, optimizer, clip=1.0) as watcher:
     w.sum().backward()
+    optimizer.step()
 print(sorted(heavy & set(sys.modules)))
 """
     assert _python(code, tmp_path).split("\n")[:2] == ["[]", "[]"]

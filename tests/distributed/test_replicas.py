@@ -27,12 +27,15 @@ def _loss(model, step, part=0, same=False):
     return model(_data(step, part, same)).square().mean()
 
 
-def _train(watched, optimizer, backward, steps=STEPS, after=None, stepped=None, agree=True):
+def _train(
+    watched, optimizer, backward, steps=STEPS, after=None, stepped=None, agree=True, others=()
+):
     """Train, and return what was told: kinds of events, texts of warnings, whether ranks agree.
 
-    `stepped` steps in place of the optimizer; not `agree` if this must not be looked at.
+    `stepped` steps in place of the optimizer; not `agree` if this must not be looked at; `others`
+    are further optimizers, which `backward` steps.
     """
-    watched_optimizer, optimizer = optimizer, stepped or optimizer
+    watched_optimizer, optimizer = [optimizer, *others], stepped or optimizer
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", gradwatch.GradwatchWarning)
         with gradwatch.watch(watched, watched_optimizer) as watcher:
@@ -242,7 +245,7 @@ def adversaries():
         other.step()
         critic.module(generator(_data(step, 1))).square().mean().backward()
 
-    return _train(both, optimizer, backward)
+    return _train(both, optimizer, backward, others=[other])
 
 
 def checkpointed(reentrant=True):
@@ -298,7 +301,7 @@ def managed():
         with gradwatch.watch(wrapper, optimizer, accumulate=3) as watcher:
             for step in range(STEPS):
                 watcher.backward(_loss(wrapper, step, same=True))
-                watcher.step(last=step % 3 == 1)
+                watcher.step(last=step % 3 == 1 or step == STEPS - 1)
     return {
         "events": [(one.kind, one.step) for one in watcher.events],
         "warnings": [str(one.message) for one in caught],

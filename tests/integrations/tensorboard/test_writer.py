@@ -36,7 +36,7 @@ def test_scalars_of_a_step(run, read, tmp_path):
     record = run.record(
         1, grad_norm=4.0, clip_coef=0.25, loss=2.5, lr=0.1, loss_scale=8.0, global_step=7,
         micro_batches=4, weight=32.0, noise_scale=50.0, noise_scale_stderr=5.0,
-        hessian_eigenvalue=20.0, hessian_trace=90.0, grad_norm_all=5.0,
+        hessian_eigenvalue=20.0, hessian_trace=90.0, grad_norm_all=5.0, discarded=2,
     )  # fmt: skip
     write(tmp_path, run.batch([record], norms=[[1.0, 3.0, 2.0]]))
     found = {tag: read(tmp_path).series(tag) for tag in read(tmp_path).tags()}
@@ -45,7 +45,7 @@ def test_scalars_of_a_step(run, read, tmp_path):
         "norm_p50": 2.0, "norm_p95": 2.9, "norm_max": 3.0, "nonfinite_steps_total": 0.0,
         "skipped_steps_total": 0.0, "loss": 2.5, "lr": 0.1, "loss_scale": 8.0,
         "noise_scale": 50.0, "weight": 32.0, "micro_batches": 4.0,
-        "hessian_eigenvalue": 20.0, "hessian_trace": 90.0, "grad_norm_all": 5.0,
+        "hessian_eigenvalue": 20.0, "hessian_trace": 90.0, "grad_norm_all": 5.0, "discarded": 2.0,
     }  # fmt: skip
     columns = {name for name, scalar in SCALARS.items() if scalar.tensorboard}
     assert expected.keys() == columns | DERIVED_SCALARS.keys()
