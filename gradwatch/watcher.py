@@ -59,8 +59,8 @@ SUMMARY_STEPS = 20  # in a shorter run most rules of the report find nothing
 
 BEFORE_ENTERED = (
     "A backward of the watched model came before the watcher was entered, so it was not recorded: "
-    "write the loop inside of with gradwatch.watch(...) as watcher: or call watcher.attach() before "
-    "it and watcher.close() after it."
+    "write the loop inside of with gradwatch.watch(...) as watcher: or call watcher.attach() "
+    "before it and watcher.close() after it."
 )
 ATTACHED_BEFORE = (
     "This watcher was attached before and holds the history of that run. Make a new one with "

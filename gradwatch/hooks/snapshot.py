@@ -51,13 +51,21 @@ class GradientSnapshot:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def subset(self, keep: Sequence[bool]) -> GradientSnapshot:
-        """Returns the snapshot of the gradients for which ``keep`` is true."""
+    def subset(self, keep: Sequence[bool], gradients: Sequence[Tensor | None]) -> GradientSnapshot:
+        """Returns the snapshot of the gradients for which ``keep`` is true.
+
+        Args:
+            keep: For each gradient whether to keep it.
+            gradients: What those that are kept are now; None for one without.
+        """
         part = GradientSnapshot(())
-        # The sampled weak references need not be of these gradients, but all are freed together.
-        part._references = list(self._references)
         part._ids = list(compress(self._ids, keep))
         part._versions = list(compress(self._versions, keep))
+        # The sampled gradients need not be among them. Others of their own show when they go.
+        there = [one for one, i in zip(gradients, part._ids, strict=True) if id(one) == i]
+        sampled = [one for one in there[:: 1 + len(there) // _WITNESSES] if one is not None]
+        whole = len(there) == len(part._ids)
+        part._references = list(map(weakref.ref, sampled)) if whole else list(self._references)
         return part
 
     def matches(self, gradients: Sequence[Tensor | None]) -> bool:

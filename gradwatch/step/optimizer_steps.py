@@ -140,6 +140,7 @@ class OptimizerSteps(Steps):
     def _record_discard(self, pending: PendingStep) -> None:
         total = pending.norms.before.total.if_known()
         if total is not None and not math.isfinite(total):
+            self._settle_doubts(true=True)  # in the order in which they came
             self._run.recorder.expect(pending)
             return
         # The loop may have copied the gradients, to set those of the next step by hand.

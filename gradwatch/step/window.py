@@ -14,7 +14,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import repeat
+from itertools import compress, repeat
 from operator import attrgetter, is_
 
 import torch
@@ -489,7 +489,7 @@ class Window:
             ]
             part._before = self._before.subset(indices, self.norm_type)
             if self._snapshot is not None:
-                part._snapshot = self._snapshot.subset([i in mine for i in self._before.indices])
+                part._snapshot = self._kept_snapshot([i in mine for i in self._before.indices])
         return part
 
     def _noise_norms_of(self, kept: Sequence[int], mine: set[int]) -> list[MicroBatch]:
@@ -509,6 +509,12 @@ class Window:
         norms += [None] * (len(kept) - 1)
         return [MicroBatch(self.arrivals[i][1], n) for i, n in zip(kept, norms, strict=False)]
 
+    def _kept_snapshot(self, keep: Sequence[bool]) -> GradientSnapshot | None:
+        if self._before is None or self._snapshot is None:
+            return None
+        kept = compress(self._before.indices, keep)
+        return self._snapshot.subset(keep, [self.table.tensors[index].grad for index in kept])
+
     def leave(self, indices: Sequence[int]) -> None:
         """Removes parameters that belong to another window from now on."""
         others = set(indices)
@@ -523,9 +529,9 @@ class Window:
             self.first_nonfinite = None
         if self._before is not None:
             keep = [index not in others for index in self._before.indices]
-            self._before = self._before.subset(self.indices, self.norm_type)
             if self._snapshot is not None:
-                self._snapshot = self._snapshot.subset(keep)
+                self._snapshot = self._kept_snapshot(keep)
+            self._before = self._before.subset(self.indices, self.norm_type)
         if not self.arrivals:
             self.reset()
 

@@ -35,7 +35,8 @@ def _train(
     `stepped` steps in place of the optimizer; not `agree` if this must not be looked at; `others`
     are further optimizers, which `backward` steps.
     """
-    watched_optimizer, optimizer = [optimizer, *others], stepped or optimizer
+    watched_optimizer = [optimizer, *others] if others else optimizer
+    optimizer = stepped or optimizer
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", gradwatch.GradwatchWarning)
         with gradwatch.watch(watched, watched_optimizer) as watcher:
