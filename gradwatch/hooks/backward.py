@@ -44,8 +44,8 @@ class Backward(NamedTuple):
             then accumulated into new tensors, not in place.
         freed: Norms ``[]``, by index, of gradients that an optimizer has used and freed inside the
             backward.
-        number: Which backward of the run it is. Windows of several optimizers that hold the same
-            number hold gradients of the same backward.
+        number: Which micro-batch of the run it belongs to. Windows of several optimizers that hold
+            the same number hold gradients of the same loss.
     """
 
     arrived: Sequence[int]
@@ -55,6 +55,11 @@ class Backward(NamedTuple):
     number: int = 0
 
 
+# A function without a Python frame. Not None: Dynamo, if it traces the hook as a part of a compiled
+# step, would not notice that it must be asked for again.
+NOT_NEEDED: Callable[[int], object] = bool
+
+
 class Arrivals(dict[int, Tensor]):
     """The parameters that received a gradient in the current backward, by index, in its order.
 
@@ -62,10 +67,10 @@ class Arrivals(dict[int, Tensor]):
     keep it in memory.
 
     Attributes:
-        ended: The number of backwards that have ended.
+        ended: The number of micro-batches whose backward has ended.
         on_begin: Called at the first arrival of a backward with the index of that parameter, when
-            all other gradients still are what they were before the backward; None if it is not
-            needed.
+            all other gradients still are what they were before the backward; :data:`NOT_NEEDED` if
+            nobody wants to know.
     """
 
     __slots__ = (
@@ -91,7 +96,7 @@ class Arrivals(dict[int, Tensor]):
         self._on_arrived = on_arrived
         self._on_end = on_end
         self.ended = 0
-        self.on_begin: Callable[[int], None] | None = None
+        self.on_begin: Callable[[int], object] = NOT_NEEDED
         self._open: set[int] = set()
         self._open_task = -1
         self._token = 0
@@ -168,8 +173,7 @@ class _ArmedArrivals(Arrivals):
     def __setitem__(self, index: int, tensor: Tensor) -> None:
         # FSDP2 calls the hook outside of a backward, too, when held-back gradients are reduced.
         if torch._C._current_graph_task_id() != -1:  # inside_backward() without its frame
-            if self.on_begin is not None:
-                self.on_begin(index)
+            self.on_begin(index)
             self.begin()
             self[index] = tensor
 
@@ -203,7 +207,7 @@ class _BackwardEnd:
         continues = False
         if self.nested or arrivals._open:
             continues = arrivals._continues(arrived, self.task, self.nested)
-        arrivals.ended += 1
+        arrivals.ended += not continues
         arrivals._on_end(Backward(arrived, continues, self.create_graph, number=arrivals.ended))
 
     def __del__(self) -> None:

@@ -176,7 +176,7 @@ class ModelHooks:
     def _begin_backward(self, gradient: Tensor) -> None:
         # Removing the hook from the model does not remove it from graphs built before.
         if self._output_hook is not None:
-            if self.arrivals.on_begin is not None and not self.arrivals.under_way:
+            if not self.arrivals.under_way:
                 self.arrivals.on_begin(NO_PARAMETER)
             self.arrivals.begin()
 

@@ -315,22 +315,30 @@ def learning_rate(optimizer: Optimizer) -> FloatOrDeferred:
     """Returns the learning rate of the first parameter group; NaN if it has none."""
     groups = optimizer.param_groups
     value = groups[0].get("lr", math.nan) if groups else math.nan
-    if isinstance(value, Tensor):
-        return defer_copy(value)
+    return _rate(value)
+
+
+def _rate(value: object) -> FloatOrDeferred:
     # Some optimizers find their rate by themselves, and have None or a function here.
+    if isinstance(value, Tensor):
+        return defer_copy(value.reshape(())) if value.numel() == 1 else math.nan
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def has_no_rate(optimizer: Optimizer) -> bool:
     """Returns whether the learning rate of each parameter group is a number, and 0."""
     rates = [group.get("lr") for group in optimizer.param_groups]
-    return bool(rates) and all(isinstance(one, (int, float, Tensor)) and one == 0 for one in rates)
+    numbers = (int, float, Tensor)
+    return bool(rates) and all(isinstance(one, numbers) and _is_zero(one) for one in rates)
+
+
+def _is_zero(rate: Any) -> bool:
+    return not bool(rate.any()) if isinstance(rate, Tensor) else bool(rate == 0)
 
 
 def group_learning_rates(optimizer: Optimizer) -> list[FloatOrDeferred]:
     """Returns the learning rate of each parameter group; NaN where a group has none."""
-    rates = [group.get("lr", math.nan) for group in optimizer.param_groups]
-    return [defer_copy(rate) if isinstance(rate, Tensor) else float(rate) for rate in rates]
+    return [_rate(group.get("lr")) for group in optimizer.param_groups]
 
 
 def group_names(optimizer: Optimizer) -> list[str | int]:

@@ -104,6 +104,23 @@ class GradientSnapshot:
             for position, identity, gradient in zip(positions, ids, gradients, strict=True)
         )
 
+    def moved(self, gradients: Sequence[Tensor | None]) -> dict[int, int]:
+        """Finds the gradients that were replaced, written to or removed since.
+
+        Returns:
+            Their positions, each with the number of writes; 2 for one that was replaced or removed.
+        """
+        if self.matches(gradients):
+            return {}
+        moved = {}
+        then_and_now = zip(self._ids, self._versions, gradients, strict=True)
+        for position, (identity, version, gradient) in enumerate(then_and_now):
+            kept = gradient is not None and identity == id(gradient)
+            writes = gradient._version - version if gradient is not None and kept else 2
+            if writes:
+                moved[position] = writes
+        return moved
+
     def replaced(self, gradients: Sequence[Tensor]) -> bool:
         """Returns whether each of the gradients is another tensor than it was."""
         return not self._alive() or not set(self._ids).intersection(map(id, gradients))
@@ -158,6 +175,7 @@ class WeightSnapshot:
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         """Chooses the sample; :meth:`take` takes the first snapshot."""
+        weights = [weight for weight in weights if not weight.is_inference()]  # without a version
         small = sorted(weights, key=Tensor.numel)[: _WITNESSES // 2]
         self._tensors = [*small, *weights[:: 1 + len(weights) // (_WITNESSES // 2)]]
         # Tensors of other classes, such as quantized ones, may have no address.
@@ -195,6 +213,8 @@ def _is_plain(tensor: Tensor) -> bool:
 def _memory_of(tensor: Tensor) -> NDArray[np.uint8] | None:
     """Returns the first bytes of a tensor as an array that shares its memory; None off the CPU."""
     if not (_is_plain(tensor) and tensor.is_cpu and tensor.is_contiguous() and tensor.numel()):
+        return None
+    if tensor.is_conj() or tensor.is_neg():  # a view whose bytes are not its values
         return None
     flat = tensor.detach().view(-1)[:_MOST_ELEMENTS]
     memory: NDArray[np.uint8] = flat.view(torch.uint8).numpy()

@@ -203,6 +203,7 @@ def read_sample(source: Source, columns: Sequence[str], ranges: Iterable[Range])
 
 
 STEP_NUMBERS = (
+    "micro_batches",
     "weight",
     "grad_norm",
     "grad_norm_clipped",

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from gradwatch.hooks.backward import Backward
 from gradwatch.hooks.scaler import LossScale
+from gradwatch.hooks.snapshot import WeightSnapshot
 from gradwatch.measure.deferred import FloatOrDeferred
 from gradwatch.record.events import nonfinite_error
 from gradwatch.step.pending import PendingStep
@@ -66,6 +67,8 @@ class BackwardSteps(Steps):
             self._end_window(by_scaler=self._run.scale.lowered_since(self._found_scale))
         elif self.window.left_before(first) == 0.0:
             self._end_window(by_scaler=False)
+        elif gone := self.window.thrown_before(first):
+            self._end_part(gone)
 
     def discard(self, at_end: bool = False, unused: bool = False, together: bool = False) -> None:
         """Notes that the gradients of the window were thrown away."""
@@ -78,8 +81,21 @@ class BackwardSteps(Steps):
 
     def ended_of(self, indices: Sequence[int]) -> list[EndedWindow]:
         """Returns the windows without a step, with some of the parameters only."""
-        parts = [one._replace(window=one.window.part(indices)) for one in self._ended]
+        parts = [
+            one._replace(window=one.window.part(sorted(set(indices) & set(one.window.indices))))
+            for one in self._ended
+        ]
         return [one for one in parts if one.window.arrivals]
+
+    def _end_part(self, indices: Sequence[int]) -> None:
+        """Notes that the gradients of some parameters were thrown away, as of one optimizer.
+
+        Which parameters an optimizer has is not known before its first step.
+        """
+        part = self.window.part(sorted(indices))
+        if part.arrivals and not self._run.used.issuperset(part.backwards):
+            self._ended.append(EndedWindow(part, self._found_scale, by_scaler=False))
+        self.window.forget(indices)
 
     def _end_window(self, by_scaler: bool) -> None:
         norms = self.window.unused_norms(1.0, together=False)
@@ -116,6 +132,9 @@ class BackwardSteps(Steps):
             self._run.recorder.retract()
             self.step = 0
         self.window.leave(indices)
+        self.weights_then = None  # the optimizer moves the weights of its own
+        if self.window.arrivals:
+            self.weights_then = WeightSnapshot(self._parameters())
 
     def commit(self) -> None:
         """Decides that each backward was a step."""
@@ -133,7 +152,8 @@ class BackwardSteps(Steps):
         return pending
 
     def _find_out_what_steps_are(self) -> None:
-        versions = sum(tensor._version for tensor in self._run.table.tensors)
+        tensors = self._run.table.tensors
+        versions = sum(tensor._version for tensor in tensors if not tensor.is_inference())
         if not self._are_steps and 0 <= self._versions < versions:
             # Once is no proof: SAM moves the weights before its optimizer takes the first step.
             self._moves += 1

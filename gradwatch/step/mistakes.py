@@ -187,8 +187,11 @@ class Silence:
         self._other = name
         if self.others in (1, CERTAIN):
             self.look_at_model(self._step_of(followed))
-        if self.others == CERTAIN and not any(self._known_change):
-            text = NOT_TRAINED.format(other=name, count=CERTAIN)
+        # A model that takes turns with another one, of many steps each, is trained.
+        seen = self._run.hooks.arrivals.ended or any(one.step for one in followed)
+        certain = MANY if seen else CERTAIN
+        if self.others == certain and not any(self._known_change):
+            text = NOT_TRAINED.format(other=name, count=certain)
             self._run.tell(loop_event("mistake", text, self._step_of(followed)))
 
     def note_unowned(self, backwards: Sequence[int], arrived: Sequence[int], step: int) -> None:
@@ -266,7 +269,8 @@ class Silence:
         asked = f", and watch({' and '.join(acting)}) did nothing" if acting else ""
         # A window may be long; one whose gradients were thrown away has ended.
         thrown_away = sum(one.discarded for one in followed)
-        if self._run.other_steps and not thrown_away:
+        outside = moved and not followed  # the weights are written back, as from master weights
+        if self._run.other_steps and not thrown_away and not outside:
             self._tell(HOLDS_NONE.format(other=self._other, count=count, asked=asked), NO_STEPS)
         elif followed and (thrown_away >= CERTAIN // 2 or count >= MANY or at_end):
             label = followed[0].label

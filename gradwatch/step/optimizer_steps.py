@@ -26,6 +26,7 @@ from gradwatch.hooks.optimizer import (
     restore_learning_rates,
     scale_learning_rates,
 )
+from gradwatch.hooks.snapshot import WeightSnapshot
 from gradwatch.measure.deferred import FloatOrDeferred, defer_copy
 from gradwatch.measure.norms import StepNorms
 from gradwatch.measure.parameters import optimizer_parameters
@@ -239,7 +240,12 @@ class OptimizerSteps(Steps):
             other: The steps that its parameters belonged to.
         """
         self.window.widen(late)
-        self.weights_then = copy.copy(other.weights_then)
+        then = other.weights_then
+        if then is not None:
+            # A snapshot of its own parameters, if nothing has moved these or others since.
+            self.weights_then = (
+                copy.copy(then) if then.moved() else WeightSnapshot(self._parameters())
+            )
         self._other_steps_then, self._generation = other._other_steps_then, other._generation
         self._scale_at_backward = other.scale_at_backward
 
@@ -254,10 +260,13 @@ class OptimizerSteps(Steps):
             held += len(group["params"])
         if held == self._held_parameters and len(groups) == self._held_groups:
             return []
+        then, unchanged = self.window.indices, len(groups) == self._held_groups
         self._held_parameters, self._held_groups = held, len(groups)
+        now = self._run.table.indices_of(optimizer_parameters(self.members[-1]))
+        if unchanged and now == then and held - len(now) == self._foreign:
+            return []
         self.note_groups(from_step=self.step + 1)
-        then = self.window.indices
-        self.window.indices = self._run.table.indices_of(optimizer_parameters(self.members[-1]))
+        self.window.own(now)
         self.weights_then = None
         lost = sorted(set(then).difference(self.window.indices))
         if lost:
@@ -270,6 +279,10 @@ class OptimizerSteps(Steps):
         self._run.hooks.watch_also(self.window.indices)
         joined, tensors = sorted(set(self.window.indices).difference(then)), self._run.table.tensors
         return [index for index in joined if tensors[index].grad is not None]
+
+    def forget_groups(self) -> None:
+        """Has the parameter groups read again: parameters may have been exchanged in place."""
+        self._held_parameters = -1
 
     def note_groups(self, from_step: int) -> None:
         """Notes which parameters are in which group of the optimizer, from one of its steps on."""

@@ -14,7 +14,7 @@ from gradwatch.accumulate.noise_scale import NoiseScale, NoiseScaleEstimator
 from gradwatch.clip.policy import ClipPolicy
 from gradwatch.errors import warn_safely
 from gradwatch.guard import Shield
-from gradwatch.hooks.backward import Backward
+from gradwatch.hooks.backward import NOT_NEEDED, Backward
 from gradwatch.hooks.optimizer import (
     OptimizerDiscovery,
     StepBoundary,
@@ -117,8 +117,7 @@ class OptimizerRegistry:
         silence.backwards += 1
         silence.others = 0
         if silence.backwards in (CERTAIN, MANY):
-            moved = self._unowned is None or self._unowned.moved
-            silence.look_for_steps(self.followed, moved)
+            self._look_for_steps()
         if run.hooks.unhooked:
             backward = backward._replace(arrived=[*backward.arrived, *run.hooks.hook_thawed()])
         for one in self.followed:
@@ -142,6 +141,14 @@ class OptimizerRegistry:
                     one.begin_backward(first)
             if self._unowned is not None and self._unowned.window.arrivals:
                 self._unowned.begin_backward(first)
+
+    def _look_for_steps(self) -> None:
+        unowned = self._unowned
+        windows = [one.window for one in (*self.followed, unowned) if one is not None]
+        longest = max(window.micro_batches for window in windows)
+        # One long window may be a large batch: then the step is still to come.
+        if longest < CERTAIN // 2 or self._silence.backwards >= MANY:
+            self._silence.look_for_steps(self.followed, unowned is None or unowned.moved)
 
     def _watch_what_is_added(self) -> None:
         """Measures what the next backward adds, if there is already something to add to."""
@@ -301,9 +308,10 @@ class OptimizerRegistry:
             self._unowned.window.leave(indices)
 
     def _on_finished(self, steps: OptimizerSteps) -> None:
-        self._silence.backwards = 0
+        self._silence.backwards = self._silence.others = 0
         if steps.step % LOOK_EVERY in LOOK_AT:
             self._silence.look_at_model(steps.step)
+            steps.forget_groups()
             newest = self._run.hooks.arrivals.ended
             self._run.used = {number for number in self._run.used if number > newest - MOST_USED}
         unowned = self._unowned
@@ -311,7 +319,7 @@ class OptimizerRegistry:
             arrived = sorted(unowned.window.arrived)
             self._silence.note_unowned(unowned.window.backwards, arrived, steps.step)
         if len(self.followed) == 1 and not steps.stale.looks and unowned is None:
-            self._run.hooks.arrivals.on_begin = None
+            self._run.hooks.arrivals.on_begin = NOT_NEEDED
         if self._run.hooks.added.watching:
             self._watch_what_is_added()
         if steps is self.followed[0] and not self._run.accumulation.fixed:

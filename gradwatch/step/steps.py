@@ -19,7 +19,7 @@ from gradwatch.step.run import Run
 from gradwatch.step.skip_rule import APPLIED
 from gradwatch.step.window import Losses, Window, WindowWeights
 
-CLIPPED_BELOW = 1e-6  # a clip that multiplies by 1 changes a norm by less
+CLIPPED_BELOW = 0.99  # what is left of a norm after a clip; noise on gradients changes it less
 AT_ZERO_GRAD = "zero_grad() came"
 AT_END = "the run ended"
 
@@ -70,9 +70,14 @@ class Steps:
         left = self.window.left_before(first)
         if left == 0.0:
             self.discard(together=True)
-        elif left < 1.0 - CLIPPED_BELOW:
+        elif left < CLIPPED_BELOW and not self._is_running_mean(left):
             self.window.clipped_early = True
             tell_early_clip(self._run, self.label, self.step + 1, left)
+
+    def _is_running_mean(self, left: float) -> bool:
+        """Returns whether the loop keeps a running mean: it multiplies by j / (j + 1)."""
+        count = len(self.window.arrivals)
+        return math.isclose(left, count / (count + 1), rel_tol=1e-3)
 
     def add(self, backward: Backward, weight: FloatOrDeferred) -> bool:
         """Adds a backward that has ended; returns whether it gave any gradient to measure."""
@@ -126,14 +131,14 @@ class Steps:
     def _used_otherwise(self, norms: StepNorms) -> bool:
         """Returns whether something but this optimizer has used the gradients of the window."""
         run, window = self._run, self.window
-        # Another optimizer has stepped with all of these backwards: that of a GAN's generator
-        # leaves gradients in the discriminator as well.
-        if run.used.issuperset(window.backwards) or run.other_steps != self._other_steps_then:
-            return True
         # Poisoned gradients are told in any case: loops also put a checkpoint back after them.
         total = norms.before.total.if_known()
         if total is not None and not math.isfinite(total):
             return False
+        # Another optimizer has stepped with all of these backwards: that of a GAN's generator
+        # leaves gradients in the discriminator as well.
+        if run.used.issuperset(window.backwards) or run.other_steps != self._other_steps_then:
+            return True
         # SAM moves the weights along the first gradient, other loops update them by hand.
         return self.weights_then is not None and self.weights_then.moved()
 
@@ -201,7 +206,7 @@ class Steps:
         ]
         self._told_missing.update(missing)
         frozen = [index for index in missing if not tensors[index].requires_grad]
-        if frozen:
+        if frozen and self.label != "none":  # in a backward that is held nothing is certain yet
             tell_frozen(self._run, self.label, self.step, frozen)
         return [index for index in missing if tensors[index].requires_grad]
 

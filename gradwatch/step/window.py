@@ -62,7 +62,7 @@ class Window:
         norm_type: The p of the norms.
         shards: The sharded parameters; None if no gradient is sharded.
         arrivals: For each micro-batch the indices that received a gradient in it, and its weight.
-        backwards: The numbers of its backwards (:attr:`Backward.number`).
+        backwards: For each micro-batch its number in the run (:attr:`Backward.number`).
         noise_norms: For each micro-batch its weight and norm, for the noise scale.
         first_nonfinite: The first parameter whose gradient was not finite; None if there is none.
         nonfinite_count: The largest number of such parameters in any one measurement.
@@ -95,6 +95,7 @@ class Window:
     _snapshot: GradientSnapshot | None = None
     _looked: bool = False
     _tensors: list[Tensor] = field(default_factory=list)
+    _own: set[int] = field(default_factory=set)
     _dtype: torch.dtype | None = None
 
     # -- contents ----------------------------------------------------------------------------------
@@ -123,6 +124,7 @@ class Window:
         """
         if len(self._tensors) != len(self.indices):
             self._tensors = [self.table.tensors[index] for index in self.indices]
+            self._own = set(self.indices)
             dtypes = {tensor.dtype for tensor in self._tensors}
             self._dtype = dtypes.pop() if len(dtypes) == 1 else None
         # Loops in C over all parameters: a Python loop here would cost more than the norms.
@@ -147,9 +149,11 @@ class Window:
             self.backwards.append(backward.number)
             self._measured.append(None)
             return None
-        if arrived.isdisjoint(self.indices):
-            return None
         indices, gradients = self.gradients()
+        if not arrived.issubset(self._own):  # it has reached parameters of other optimizers, too
+            arrived &= self._own
+            if not arrived:
+                return None
         freed = backward.freed
         if freed:
             freed = {i: norm for i, norm in freed.items() if i in self.indices}
@@ -160,7 +164,7 @@ class Window:
             self._measured.pop()
         else:
             self.arrivals.append((arrived, weight))
-        self.backwards.append(backward.number)
+            self.backwards.append(backward.number)
         self._looked = False
         self._before = measure(indices, gradients, self.norm_type, self._dtype)
         if freed:
@@ -174,6 +178,10 @@ class Window:
         if total is None or not math.isfinite(total):
             self._check(self._before, None if freed else gradients, backward.arrived)
         return self._before
+
+    def own(self, indices: list[int]) -> None:
+        """Sets the parameters of the optimizer, as they have changed."""
+        self.indices, self._tensors = indices, []
 
     def widen(self, late: Sequence[int]) -> None:
         """Adds gradients of parameters that joined the optimizer after the last backward."""
@@ -256,7 +264,32 @@ class Window:
         was = before.subset([indices[i] for i in rest], self.norm_type).total.value()
         if left == 0 != was:
             return 0.0
+        if was == 0:
+            self._looked = False  # zeros that stay zeros say nothing: only the first one can tell
         return left / was if 0 < was < math.inf else 1.0
+
+    def thrown_before(self, first: int) -> list[int]:
+        """Lists the parameters whose gradients were thrown away, though others are left.
+
+        As for :meth:`left_before`, this must be called at the first arrival of the next backward.
+        """
+        before, snapshot = self._before, self._snapshot
+        if before is None or snapshot is None or len(snapshot) != len(before.indices):
+            return []
+        gradients = [self.table.tensors[index].grad for index in before.indices]
+        moved = snapshot.moved(gradients)
+        norms = before.norms.array() if moved else ()
+        gone = []
+        for position in moved:
+            index, gradient = before.indices[position], gradients[position]
+            if index == first:
+                # It has its new gradient already. Written to besides, or replaced, it was reset.
+                lost = moved[position] > 1
+            else:
+                lost = gradient is None or not bool(gradient.any())
+            if lost and norms[position] != 0:
+                gone.append(index)
+        return gone
 
     def discarded_before(self, backward: Backward) -> bool:
         """Returns whether the gradients were thrown away before a backward that has ended.
@@ -475,7 +508,7 @@ class Window:
         part = Window(self.table, list(indices), self.norm_type, self.shards)
         kept = [i for i, (there, _) in enumerate(self.arrivals) if there & mine or not there]
         part.arrivals = [(self.arrivals[i][0] & mine, self.arrivals[i][1]) for i in kept]
-        part.backwards = list(self.backwards)
+        part.backwards = [self.backwards[i] for i in kept]
         part._measured = [self._measured[i] for i in kept]
         part.noise_norms = self._noise_norms_of(kept, mine)
         if first is not None and first.index in mine:
@@ -509,6 +542,12 @@ class Window:
         norms += [None] * (len(kept) - 1)
         return [MicroBatch(self.arrivals[i][1], n) for i, n in zip(kept, norms, strict=False)]
 
+    def forget(self, indices: Sequence[int]) -> None:
+        """Removes what has arrived of some parameters, which stay in this window."""
+        all_indices = self.indices
+        self.leave(indices)
+        self.indices, self._tensors = all_indices, []
+
     def _kept_snapshot(self, keep: Sequence[bool]) -> GradientSnapshot | None:
         if self._before is None or self._snapshot is None:
             return None
@@ -522,6 +561,7 @@ class Window:
         kept = [i for i, (there, _) in enumerate(self.arrivals) if there - others]
         self.noise_norms = self._noise_norms_of(kept, set(rest))
         self._measured = [self._measured[i] for i in kept]
+        self.backwards = [self.backwards[i] for i in kept]
         self.indices = rest
         self._tensors = []
         self.arrivals = [(arrived - others, w) for arrived, w in self.arrivals if arrived - others]

@@ -120,6 +120,10 @@ def _do(sequence: list[Any], way: str) -> tuple[Loop, Any, list[str]]:
         warnings_of_gradwatch() as told,
         watched(way, loop.leaves, *loop.optimizers.values()) as watcher,
     ):
+        if way == "found":  # before, nothing tells whose parameters belong together
+            for label in OWNED:
+                loop.backward(label, 7, 1.0, False)
+                loop.end("step", label, True, False)
         for kind, label, *arguments in sequence:
             if kind == "backward":
                 loop.backward(label, *arguments)

@@ -43,7 +43,8 @@ def discarded(run: RunData, limits: Thresholds) -> Iterator[Finding]:
         steps = next((one for one in run.optimizers if one.optimizer == optimizer), None)
         rows, last, before = 0, 0, 0
         if steps is not None:
-            rows, last = len(steps), int(steps.step[-1])
+            # A step without a backward has used none of the gradients.
+            rows, last = int((steps["micro_batches"] > 0).sum()), int(steps.step[-1])
             before = int(steps["discarded"].sum())
         at_the_end = int((mine["step"] > last).sum())
         # Of events only the first and the newest are kept, of steps those in the buffer.
