@@ -234,22 +234,20 @@ class Silence:
         owner = ((gained or lost)[0], "")
         self._run.tell(loop_event("changed", text, step, "none", owner, number))
 
-    def end(self, followed: Sequence[Followed], backwards: int) -> None:
+    def end(self, followed: Sequence[Followed], backwards: int, moved: bool) -> None:
         """Tells at the end of a run what never happened.
 
         Args:
             followed: The optimizers of the watched model.
             backwards: The backwards of the whole run that were noticed.
+            moved: Whether something else may have moved the weights.
         """
         self.look_at_model(self._step_of(followed))
         if not backwards or any(one.step for one in followed):
             return
         options = self._run.options
-        if followed:
-            if backwards >= SHORT or options.acting:
-                self.look_for_steps(followed, moved=True, at_end=True)
-        elif options.acting:
-            self._tell(NEVER_ACTED.format(asked=" and ".join(options.acting)), NO_STEPS)
+        if backwards >= (SHORT if followed else CERTAIN) or options.acting:
+            self.look_for_steps(followed, moved, at_end=True)
         if options.of_steps:
             self._tell(NEVER_TAKEN.format(asked=", ".join(options.of_steps)))
 

@@ -178,7 +178,8 @@ class OptimizerRegistry:
         self._run.joint_steps.close()
         self.commit_backwards()
         with self._shield:
-            self._silence.end(self.followed, self._run.hooks.arrivals.ended)
+            moved = self._unowned is None or self._unowned.moved
+            self._silence.end(self.followed, self._run.hooks.arrivals.ended, moved)
             self._run.replicas.end()
 
     def state_dict(self) -> dict[str, Any]:
