@@ -71,6 +71,7 @@ def test_a_sink_gets_them_though_no_step_ever_comes():
     assert not sink.steps
 
 
+@pytest.mark.slow
 def test_the_count_is_exact_where_memory_keeps_a_part_of_the_events():
     """Of 12,000 events memory keeps 10,000; the steps count all that was thrown away."""
     x = torch.ones(2, requires_grad=True)

@@ -2137,6 +2137,7 @@ def test_a_healthy_loop_is_recorded_and_nothing_is_told(name: str, way: str) -> 
     assert not wrong, "\n".join([f"{name}, optimizers {way}:", *wrong])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "way"), ALL)
 def test_a_healthy_loop_trains_as_if_unwatched(name: str, way: str) -> None:
     """The weights are bit-identical to those of the same loop without a watcher."""

@@ -54,10 +54,16 @@ elif how == "fork":
     "how",
     [
         "normal",
-        "exit",
-        "error",
-        "closed",
-        pytest.param("fork", marks=pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork()")),
+        pytest.param("exit", marks=pytest.mark.slow),
+        pytest.param("error", marks=pytest.mark.slow),
+        pytest.param("closed", marks=pytest.mark.slow),
+        pytest.param(
+            "fork",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork()"),
+            ],
+        ),
     ],
 )
 def test_what_nobody_closes_is_delivered_at_the_exit(how: str, tmp_path: Any) -> None:
@@ -69,14 +75,10 @@ def test_what_nobody_closes_is_delivered_at_the_exit(how: str, tmp_path: Any) ->
     assert list(gradwatch.load(tmp_path / "run").steps().index) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("entered", [True, False])
-def test_a_watcher_is_not_kept_for_the_exit(entered: bool) -> None:
-    """One that was closed, or never attached, goes when the last name to it goes."""
+def test_a_watcher_is_not_kept_for_the_exit() -> None:
+    """One that was never attached goes when the last name to it goes."""
     case, optimizer = model_and_optimizer()
     watcher = gradwatch.watch(case.model, optimizer)
-    if entered:
-        with watcher:
-            train(case, optimizer, 2)
     gone = weakref.ref(watcher)
     del watcher
     gc.collect()

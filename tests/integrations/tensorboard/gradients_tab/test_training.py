@@ -107,8 +107,9 @@ def test_a_disk_that_fails_leaves_the_training_alone(tmp_path, full_disk, failur
     assert "may be missing in TensorBoard" in ours[0]
     assert "TensorBoardWriter failed in write() with" in ours[1]
     assert "The training and the other sinks go on." in ours[1]
-    # The limit is one for each file: a new one has room again. A deleted folder stays deleted.
-    assert ("is given up. Lost: " if failure == "deleted" else "works again") in ours[2]
+    # The limit is one for each file: a new one has room again, unless it fills up as well before the
+    # writer's own thread tells. A deleted folder stays deleted.
+    assert "is given up. Lost: " in ours[2] or (failure == "full" and "works again" in ours[2])
     assert folder.exists() == (failure == "full")
     assert torch.equal(weights(plain), weights(watched))
     assert len(other.steps) == 300
