@@ -85,7 +85,7 @@ def test_script_measures_and_writes(tiny, tmp_path, capsys):
             float(inside[name].split()[0]) > 0 for name in (f"{CLIP}, nothing clipped", WATCH)
         )
         assert inside["a loop of .norm().item()"] == "-"
-        assert calls[WATCH] == ("+4" if "one" in heading else "+8")
+        assert calls[WATCH] == ("+5" if "one" in heading else "+10")
         assert all((name in names) != (f"- {name}: not measured" in text) for name in PEERS)
     targets = tables["Targets"]
     assert {row[3] for row in targets[2:]} <= {"**reached**", "**not reached**", "**not measured**"}
