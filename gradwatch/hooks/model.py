@@ -133,7 +133,7 @@ class ModelHooks:
             self.arrivals.hook(index, tensors[index])
         if self._watches_added:
             self.added.watch(thawed)
-        self.unhooked.difference_update(thawed)
+        self.unhooked = self.unhooked.difference(thawed)  # anew, as a set never gives back memory
         return [index for index in thawed if tensors[index].grad is not None]
 
     def changed_parameters(self) -> tuple[tuple[str, ...], tuple[str, ...]]:

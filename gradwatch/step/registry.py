@@ -283,6 +283,10 @@ class OptimizerRegistry:
             self._on_first if not name else None,
         )
         self.followed.append(steps)
+        filling = [one.window for one in (*self.followed, self._unowned) if one is not None]
+        if len(filling) > 1:
+            for part in filling:
+                part.share()
         if not (self._named and self._run.hooks.arrivals.hooked_indices()):
             self.managed.append(steps)
         self._run.joint_steps.follow_one_more()

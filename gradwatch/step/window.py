@@ -70,6 +70,7 @@ class Window:
         divisor: What the weighted losses were divided by; None if the loop weights its losses
             itself.
         correction: The factor that turns the gradients into the weighted mean.
+        shares: Whether other parameters than those of this window are hooked.
         clipped_early: Whether a clip came between two of its backwards.
         zeroed: Whether the gradients were thrown away between the last backward and the step.
         looks: When to measure again although nothing is known to have changed; None for never.
@@ -87,6 +88,7 @@ class Window:
     late_checks: list[LateCheck] = field(default_factory=list)
     divisor: FloatOrDeferred | None = None
     correction: FloatOrDeferred = 1.0
+    shares: bool = False
     clipped_early: bool = False
     zeroed: bool = False
     _measured: list[Measurement | None] = field(default_factory=list)
@@ -124,7 +126,7 @@ class Window:
         """
         if len(self._tensors) != len(self.indices):
             self._tensors = [self.table.tensors[index] for index in self.indices]
-            self._own = set(self.indices)
+            self._own = set(self.indices) if self.shares else set()
             dtypes = {tensor.dtype for tensor in self._tensors}
             self._dtype = dtypes.pop() if len(dtypes) == 1 else None
         # Loops in C over all parameters: a Python loop here would cost more than the norms.
@@ -150,7 +152,7 @@ class Window:
             self._measured.append(None)
             return None
         indices, gradients = self.gradients()
-        if not arrived.issubset(self._own):  # it has reached parameters of other optimizers, too
+        if self.shares and not arrived.issubset(self._own):  # it has reached other windows, too
             arrived &= self._own
             if not arrived:
                 return None
@@ -179,9 +181,14 @@ class Window:
             self._check(self._before, None if freed else gradients, backward.arrived)
         return self._before
 
+    def share(self) -> None:
+        """Notes that a backward may reach parameters that are in other windows."""
+        self.shares, self._own = True, set(self.indices)
+
     def own(self, indices: list[int]) -> None:
         """Sets the parameters of the optimizer, as they have changed."""
         self.indices, self._tensors = indices, []
+        self.share()
 
     def widen(self, late: Sequence[int]) -> None:
         """Adds gradients of parameters that joined the optimizer after the last backward."""
