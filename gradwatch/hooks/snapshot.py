@@ -78,6 +78,7 @@ class GradientSnapshot:
             False if any gradient was replaced, written to, added or removed.
         """
         # The ids are compared first: if they are equal, no gradient is None (which has no version).
+        # The last line is _alive() without its frame, as this runs in every step.
         return (
             self._ids == list(map(id, gradients))
             and self._versions == list(map(_version, gradients))
@@ -229,10 +230,10 @@ class Looks:
     """Finds out whether a loop changes its gradients in ways that no version counter shows.
 
     ``p.grad.data.mul_()``, a NumPy view and DLPack write past the counter that a
-    :class:`GradientSnapshot` compares, and several frameworks clip like
-    that. So the gradients are measured once more in some steps: in steps 1, 2, 4 and so on up to
-    64, where a loop shows what it does, and in every 128th. A loop that was seen to change them is
-    looked at in every step from then on.
+    :class:`GradientSnapshot` compares, and several frameworks clip like that. So the gradients are
+    measured once more in some steps: in steps 1, 2, 4 and so on up to 64, where a loop shows what
+    it does, and in every 128th. A loop that was seen to change them is looked at in every step from
+    then on.
     """
 
     __slots__ = ("_found", "_late", "_steps")

@@ -70,7 +70,7 @@ class BackwardSteps(Steps):
         elif gone := self.window.thrown_before(first):
             self._end_part(gone)
 
-    def discard(self, at_end: bool = False, unused: bool = False, together: bool = False) -> None:
+    def discard(self) -> None:
         """Notes that the gradients of the window were thrown away."""
         self._end_window(by_scaler=False)
 

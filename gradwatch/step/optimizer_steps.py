@@ -35,7 +35,13 @@ from gradwatch.measure.statistics import StatisticsSampler
 from gradwatch.record.events import nonfinite_error, too_many_skips_error
 from gradwatch.record.records import Event, ParameterGroups, StepRecord
 from gradwatch.step.clipping import Clipping
-from gradwatch.step.mistakes import tell_foreign, tell_lost, tell_no_gradient, tell_stale
+from gradwatch.step.mistakes import (
+    tell_early_clip,
+    tell_foreign,
+    tell_lost,
+    tell_no_gradient,
+    tell_stale,
+)
 from gradwatch.step.pending import PendingStep
 from gradwatch.step.run import Run
 from gradwatch.step.skip_rule import APPLIED, SkipRule, StepOutcome, TooManySkipsError
@@ -43,6 +49,9 @@ from gradwatch.step.stale import StaleGradients
 from gradwatch.step.steps import Steps
 from gradwatch.step.window import Window
 
+CLIPPED_BELOW = 0.99  # what is left of a norm after a clip; noise on gradients changes it less
+AT_ZERO_GRAD = "zero_grad() came"
+AT_END = "the run ended"
 MOST_IN_DOUBT = 64  # windows that were thrown away since the last step
 
 
@@ -127,7 +136,10 @@ class OptimizerSteps(Steps):
         return self.stale.looks or bool(self.window.arrivals)
 
     def begin_backward(self, first: int) -> None:
-        """Looks, when a backward begins, at the gradients; see :meth:`Steps.begin_backward`."""
+        """Looks, when a backward begins, at what became of the gradients of the window.
+
+        ``first`` is the index of the parameter that has just received a gradient.
+        """
         if not self.window.arrivals:
             self.stale.look(self._run.table.tensors, first)
             return
@@ -135,8 +147,18 @@ class OptimizerSteps(Steps):
         updated = self._scale.scaler is not None and self._scaler_has_updated()
         if updated and self.left_out_by_scaler:
             self.abandon_window()
-        else:
-            super().begin_backward(first)
+            return
+        left = self.window.left_before(first)
+        if left == 0.0:
+            self.discard(together=True)
+        elif left < CLIPPED_BELOW and not self._is_running_mean(left):
+            self.window.clipped_early = True
+            tell_early_clip(self._run, self.label, self.step + 1, left)
+
+    def _is_running_mean(self, left: float) -> bool:
+        """Returns whether the loop keeps a running mean: it multiplies by j / (j + 1)."""
+        count = len(self.window.arrivals)
+        return math.isclose(left, count / (count + 1), rel_tol=1e-3)
 
     def _record_discard(self, pending: PendingStep) -> None:
         total = pending.norms.before.total.if_known()
@@ -167,8 +189,21 @@ class OptimizerSteps(Steps):
         self._doubted = []
 
     def discard(self, at_end: bool = False, unused: bool = False, together: bool = False) -> None:
-        """Empties the window; see :meth:`Steps.discard`."""
-        super().discard(at_end, unused, together)
+        """Empties the window, whose gradients were thrown away; records it if nothing used them.
+
+        Args:
+            at_end: Whether the run has ended before its step.
+            unused: Whether it is known that nothing has used them.
+            together: Whether all ranks call this at once, so that they may communicate.
+        """
+        norms = self.window.unused_norms(self._scale_at_backward, together)
+        if norms is not None and (unused or not self._used_otherwise(norms)):
+            self.discarded += 1
+            self._record_discard(
+                self._pending(norms, self.step + 1, discarded=AT_END if at_end else AT_ZERO_GRAD)
+            )
+        self.window.reset()
+        self._losses = []
         self.stale.forget()
 
     def replay(self, window: Window, scale: FloatOrDeferred, by_scaler: bool) -> None:

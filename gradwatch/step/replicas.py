@@ -127,7 +127,7 @@ class Replicas:
             table: The watched parameters.
             hooks: Tell which gradients have arrived, and measure those of this rank.
             data_parallel: The ranks that are known to average the gradients.
-            tell: Records an event; warns of it if its second argument is True.
+            tell: Records an event, and warns of it unless ``warn=False``.
             sharded: Whether FSDP2 averages the gradients.
             writes: Whether the run has a folder or sinks, of which only rank 0 keeps any.
         """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -13,18 +14,14 @@ from gradwatch.hooks.snapshot import WeightSnapshot
 from gradwatch.measure.deferred import Deferred, FloatOrDeferred
 from gradwatch.measure.norms import StepNorms
 from gradwatch.measure.statistics import NO_SAMPLE, StatisticsSampler
-from gradwatch.step.mistakes import tell_early_clip, tell_frozen
+from gradwatch.step.mistakes import tell_frozen
 from gradwatch.step.pending import PendingStep
 from gradwatch.step.run import Run
 from gradwatch.step.skip_rule import APPLIED
 from gradwatch.step.window import Losses, Window, WindowWeights
 
-CLIPPED_BELOW = 0.99  # what is left of a norm after a clip; noise on gradients changes it less
-AT_ZERO_GRAD = "zero_grad() came"
-AT_END = "the run ended"
 
-
-class Steps:
+class Steps(ABC):
     """The steps of a set of parameters: adds backwards to a window, and records each step.
 
     Attributes:
@@ -62,23 +59,6 @@ class Steps:
         self.weights_then: WeightSnapshot | None = None
         self._other_steps_then = 0
 
-    def begin_backward(self, first: int) -> None:
-        """Looks, when a backward begins, at what became of the gradients of the window.
-
-        ``first`` is the index of the parameter that has just received a gradient.
-        """
-        left = self.window.left_before(first)
-        if left == 0.0:
-            self.discard(together=True)
-        elif left < CLIPPED_BELOW and not self._is_running_mean(left):
-            self.window.clipped_early = True
-            tell_early_clip(self._run, self.label, self.step + 1, left)
-
-    def _is_running_mean(self, left: float) -> bool:
-        """Returns whether the loop keeps a running mean: it multiplies by j / (j + 1)."""
-        count = len(self.window.arrivals)
-        return math.isclose(left, count / (count + 1), rel_tol=1e-3)
-
     def add(self, backward: Backward, weight: FloatOrDeferred) -> bool:
         """Adds a backward that has ended; returns whether it gave any gradient to measure."""
         # Not self._scale: a scaler that is found later was already in use for these gradients.
@@ -108,25 +88,9 @@ class Steps:
         """The loss scale at the newest backward."""
         return self._scale_at_backward
 
-    def discard(self, at_end: bool = False, unused: bool = False, together: bool = False) -> None:
-        """Empties the window, whose gradients were thrown away; records it if nothing used them.
-
-        Args:
-            at_end: Whether the run has ended before its step.
-            unused: Whether it is known that nothing has used them.
-            together: Whether all ranks call this at once, so that they may communicate.
-        """
-        norms = self.window.unused_norms(self._scale_at_backward, together)
-        if norms is not None and (unused or not self._used_otherwise(norms)):
-            self.discarded += 1
-            self._record_discard(
-                self._pending(norms, self.step + 1, discarded=AT_END if at_end else AT_ZERO_GRAD)
-            )
-        self.window.reset()
-        self._losses = []
-
-    def _record_discard(self, pending: PendingStep) -> None:
-        self._run.recorder.expect(pending)
+    @abstractmethod
+    def discard(self) -> None:
+        """Empties the window, whose gradients were thrown away; records it if nothing used them."""
 
     def _used_otherwise(self, norms: StepNorms) -> bool:
         """Returns whether something but this optimizer has used the gradients of the window."""
