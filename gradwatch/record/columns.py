@@ -220,6 +220,10 @@ class Span:
         )
 
 
+ROWS_AT_ONCE = 2_000_000
+"""Rows of :meth:`Source.parameters` that a reader of a whole run holds in memory at once."""
+
+
 class Source(Protocol):
     """Records that can be read by column and by range of steps, oldest first."""
 

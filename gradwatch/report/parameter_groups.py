@@ -12,6 +12,7 @@ import numpy as np
 from gradwatch.errors import warn_safely
 from gradwatch.record.columns import (
     NORM_COLUMNS,
+    ROWS_AT_ONCE,
     Array,
     Labels,
     Source,
@@ -27,9 +28,6 @@ from gradwatch.report.finding import counted
 
 if TYPE_CHECKING:
     import pandas as pd
-
-ROWS_AT_ONCE = 2_000_000
-"""Rows of ``History.parameters()`` that are held in memory at once."""
 
 NOT_RECORDED = (
     "history.groups() needs to know which parameters are in which group, but the version of "

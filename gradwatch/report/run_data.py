@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.record.columns import (
+    ROWS_AT_ONCE,
     Array,
     Column,
     Source,
@@ -133,9 +134,6 @@ class ParameterSample:
     def __getitem__(self, name: str) -> Array:
         return self.columns[name]
 
-
-ROWS_AT_ONCE = 2_000_000
-"""Rows of ``History.parameters()`` that are held in memory at once."""
 
 Range = tuple[int, int]
 """The first step, and the step after the last one."""
