@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import compress, repeat
-from operator import attrgetter, eq, is_, methodcaller
+from operator import attrgetter, is_, methodcaller, ne
 
 import numpy as np
 import torch
@@ -85,25 +85,31 @@ class GradientSnapshot:
             and not any(map(is_, map(_referent, self._references), repeat(None)))
         )
 
-    def all_moved(self, positions: Sequence[int], gradients: Sequence[Tensor | None]) -> bool:
-        """Returns whether each of some gradients was replaced, written to or removed since.
+    def moved_among(
+        self, positions: Sequence[int], gradients: Sequence[Tensor | None]
+    ) -> Sequence[int]:
+        """Lists those of some gradients that were replaced, written to or removed since.
 
         Args:
             positions: Their positions in the snapshot.
             gradients: What they are now; None for one without.
         """
         ids = list(map(self._ids.__getitem__, positions))
+        versions = map(self._versions.__getitem__, positions)
         alive = self._alive()
         if alive and ids == list(map(id, gradients)):
-            versions = map(self._versions.__getitem__, positions)
-            return not any(map(eq, versions, map(_version, gradients)))
-        return all(
-            gradient is None
+            # In C: a loop that accumulates comes here in every backward but the first of a step.
+            return list(compress(positions, map(ne, versions, map(_version, gradients))))
+        return [
+            position
+            for position, identity, version, gradient in zip(
+                positions, ids, versions, gradients, strict=True
+            )
+            if gradient is None
             or not alive
             or identity != id(gradient)
-            or self._versions[position] != gradient._version
-            for position, identity, gradient in zip(positions, ids, gradients, strict=True)
-        )
+            or version != gradient._version
+        ]
 
     def moved(self, gradients: Sequence[Tensor | None]) -> dict[int, int]:
         """Finds the gradients that were replaced, written to or removed since.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from functools import lru_cache
 from operator import attrgetter
 from typing import NamedTuple
@@ -443,17 +444,42 @@ def count_nonfinite(gradient: Tensor) -> NonFiniteCount:
     return NonFiniteCount(int(nan.sum()), int(inf.sum()))
 
 
+class Origin(IntEnum):
+    """Where a gradient became NaN or Inf, as far as it is known."""
+
+    BACKWARD = 0
+    """In the backward of a micro-batch, and the order in which gradients arrived is known."""
+
+    NO_ORDER = 1
+    """In the backward of a micro-batch; no order is known."""
+
+    SEVERAL = 2
+    """In one of several micro-batches, whose gradients were reduced over the ranks together."""
+
+    AFTER = 3
+    """After the backward of a micro-batch, or before any: the loop has written to ``.grad``."""
+
+    STALE = 4
+    """In an earlier step: nothing has zeroed the gradient since."""
+
+    WEIGHTS = 5
+    """In the backward of a micro-batch, before which weights were NaN or Inf already."""
+
+
 @dataclass(frozen=True, slots=True)
 class FirstNonFinite:
-    """The first parameter in backward order whose gradient was not finite in a window.
+    """The first parameter whose gradient was not finite in a window.
 
     Attributes:
         index: Its index in the parameter table.
-        micro_batch: The micro-batch in which this was seen, counted from 1.
+        micro_batch: The newest micro-batch when this was seen, counted from 1; 0 if the window had
+            none.
         norm: The norm of its gradient, NaN or Inf.
         counts: The number of NaN and Inf elements; None if the gradient no longer existed when its
             norm arrived from the device.
         position: Its position in backward order, counted from 0.
+        origin: Where its gradient became NaN or Inf.
+        weights: Indices of parameters that were NaN or Inf themselves before the backward.
     """
 
     index: int
@@ -461,6 +487,8 @@ class FirstNonFinite:
     norm: float
     counts: NonFiniteCount | None
     position: int = 0
+    origin: Origin = Origin.BACKWARD
+    weights: Sequence[int] = ()
 
     @property
     def is_nan(self) -> bool:
@@ -474,15 +502,19 @@ class LateCheck(NamedTuple):
     Attributes:
         micro_batch: Micro-batches in the window at the time of the measurement.
         measurement: The norms at the end of a backward, or at the start of the step.
-        order: Indices of the parameters in the order in which their gradients arrived.
+        order: Indices of the parameters in the order in which their gradients arrived; empty if it
+            is not known.
+        origin: Where a gradient became NaN or Inf if it is so in this measurement, and in none
+            before.
     """
 
     micro_batch: int
     measurement: Measurement
     order: Sequence[int]
+    origin: Origin = Origin.BACKWARD
 
     def nonfinite(self, gradients: Sequence[Tensor] | None) -> list[FirstNonFinite]:
-        """Lists the parameters whose gradient is not finite, in backward order.
+        """Lists the parameters whose gradient is not finite, in backward order if it is known.
 
         Args:
             gradients: The gradients that were measured; None if they no longer exist.
@@ -499,5 +531,6 @@ class LateCheck(NamedTuple):
             if counts is None or counts:
                 norm = float(self.measurement.norms.array()[column])
                 position = positions.get(index, len(positions) + column)
-                found.append(FirstNonFinite(index, self.micro_batch, norm, counts, position))
+                first = FirstNonFinite(index, self.micro_batch, norm, counts, position, self.origin)
+                found.append(first)
         return sorted(found, key=lambda first: first.position)

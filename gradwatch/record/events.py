@@ -4,20 +4,52 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from gradwatch.accumulate.noise_scale import NoiseScale
 from gradwatch.errors import NonFiniteGradientError
 from gradwatch.hooks.data_parallel import rank
-from gradwatch.measure.norms import FirstNonFinite, Measurement
+from gradwatch.measure.norms import FirstNonFinite, Measurement, Origin
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.record.records import Event, EventKind, StepRecord
 
+ToldCause = Literal["weights", "loop", "overflow", "after"]
+
 NONFINITE = (
-    "{what} in the gradient of {parameter} ({counts}), the "
-    "first in backward order, in micro-batch {micro_batch} of step {step}; {affected} parameter(s) "
-    "affected."
+    "{what} in the gradient of {parameter} ({counts}), {where}; {affected} parameter(s) "
+    "affected.{more}"
+)
+MADE_AFTER = "made after the last backward"
+MADE_BETWEEN = "made between micro-batches"
+MADE_BY_LOOP = "where no backward was seen to make it"
+LEFT_STALE = "left in it since an earlier step"
+WEIGHTS_FIRST = " Weights were NaN or Inf before that:"
+WHERE = {
+    Origin.BACKWARD: "the first in backward order, in micro-batch {batch} of step {step}",
+    Origin.NO_ORDER: "in micro-batch {batch} of step {step}",
+    Origin.SEVERAL: (
+        "in one of micro-batches 1 to {batch} of step {step}, which were reduced together"
+    ),
+    Origin.AFTER: f"{MADE_AFTER} of step {{step}}",
+    Origin.STALE: f"{LEFT_STALE}, at the beginning of step {{step}}",
+    Origin.WEIGHTS: "in micro-batch {batch} of step {step}",
+}
+BETWEEN = f"{MADE_BETWEEN} {{batch}} and {{next}} of step {{step}}"
+BY_LOOP = f"in step {{step}}, {MADE_BY_LOOP}"
+FINITE_UNTIL = (
+    " It was finite when the backward ended, so look at what the loop does with gradients after "
+    "that: a clip, a division, a write to .grad."
+)
+OVERFLOWED = "was beyond float32: a clip that computes it in float32 multiplies by 0 or by NaN."
+OVERFLOWED_UNTIL = (
+    f" Its elements were finite when the backward ended, but their norm {{norm:.3g}} {OVERFLOWED}"
+)
+SET_BY_LOOP = " The loop has set it itself, or has not zeroed it since an earlier step."
+NOT_ZEROED = " Nothing has zeroed it since: call zero_grad() after a step that is bad, too."
+BAD_WEIGHTS = (
+    "{first} {names}. Look for what wrote to them last: the update of the step before, or the loop."
 )
 COUNTS = "{nan} NaN and {inf} Inf of {total} elements"
 NOT_COUNTED = "not counted: it was gone when its norm arrived from the device"
@@ -70,8 +102,13 @@ TOO_MANY_SKIPS = (
 NO_STORY = "The gradient norm of step {step} is {norm:.4g}."
 
 
-def nonfinite_event(record: StepRecord, first: FirstNonFinite, table: ParameterTable) -> Event:
+def nonfinite_event(
+    record: StepRecord, first: FirstNonFinite, table: ParameterTable, overflowed: bool = False
+) -> Event:
     """Makes the event that names the parameter that went bad first.
+
+    ``overflowed`` says that the gradients were finite at the end of the backward, but not their
+    norm.
 
     Returns:
         An event of kind ``nan``, or ``inf`` if the parameter had no NaN.
@@ -84,24 +121,60 @@ def nonfinite_event(record: StepRecord, first: FirstNonFinite, table: ParameterT
         nan, inf = first.counts
         value = float(nan or inf)
         counts = COUNTS.format(nan=nan, inf=inf, total=table.tensors[first.index].numel())
+    where, more = _origin(record, first, table, overflowed)
     message = NONFINITE.format(
         what="NaN" if first.is_nan else "Inf",
         parameter=name,
         counts=counts,
-        micro_batch=first.micro_batch,
-        step=record.step,
+        where=where,
         affected=record.nonfinite_parameters,
+        more=more,
     )
+    in_backward = first.origin in (Origin.BACKWARD, Origin.NO_ORDER, Origin.WEIGHTS)
     return _event(
         record,
         "nan" if first.is_nan else "inf",
         value,
         message,
         (name, table.modules[first.index]),
-        micro_batch=first.micro_batch,
+        micro_batch=first.micro_batch if in_backward else 0,
         nan_count=nan,
         inf_count=inf,
     )
+
+
+def _origin(
+    record: StepRecord, first: FirstNonFinite, table: ParameterTable, overflowed: bool
+) -> tuple[str, str]:
+    """Says where a gradient went bad, and what follows from that."""
+    origin, batch = first.origin, first.micro_batch
+    where, more = WHERE[origin], ""
+    if origin is Origin.WEIGHTS:
+        where = where if batch else "in step {step}"
+        names = counted_names([table.names[index] for index in first.weights])
+        more = BAD_WEIGHTS.format(first=WEIGHTS_FIRST, names=names)
+    elif origin is Origin.STALE:
+        more = NOT_ZEROED
+    elif origin is Origin.AFTER and not batch:
+        where, more = BY_LOOP, SET_BY_LOOP
+    elif origin is Origin.AFTER:
+        where = where if batch == record.micro_batches else BETWEEN
+        more = OVERFLOWED_UNTIL.format(norm=record.grad_norm) if overflowed else FINITE_UNTIL
+    return where.format(batch=batch, next=batch + 1, step=record.step), more
+
+
+def told_cause(message: str) -> ToldCause | None:
+    """Returns what made a gradient bad other than its backward, by the message of its event.
+
+    None if the backward did, as far as it is known.
+    """
+    if WEIGHTS_FIRST in message:
+        return "weights"
+    if MADE_BY_LOOP in message or LEFT_STALE in message:
+        return "loop"
+    if MADE_AFTER in message or MADE_BETWEEN in message:
+        return "overflow" if OVERFLOWED in message else "after"
+    return None
 
 
 def overflow_event(record: StepRecord, measurement: Measurement, table: ParameterTable) -> Event:

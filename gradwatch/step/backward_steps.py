@@ -43,6 +43,7 @@ class BackwardSteps(Steps):
 
     Attributes:
         moved: Whether the weights have ever moved between two backwards.
+        are_steps: Whether it is certain that each backward is a step.
     """
 
     def __init__(self, run: Run, window: Window) -> None:
@@ -53,7 +54,7 @@ class BackwardSteps(Steps):
         # Not with a scaler: it provokes overflows while it searches for its scale, and skips those
         # steps.
         self._raises = run.options.on_nonfinite == "raise" and run.options.scaler is None
-        self._are_steps = False
+        self.are_steps = False
         self.moved = False
         self._versions, self._moves = -1, 0
         self._ended: deque[EndedWindow] = deque(maxlen=run.options.buffer_size)
@@ -61,7 +62,7 @@ class BackwardSteps(Steps):
 
     def begin_backward(self, first: int) -> None:
         """Looks, when a backward begins, whether the window has ended without a step."""
-        if self._are_steps:
+        if self.are_steps:
             return
         if self._scaler_has_updated():
             self._end_window(by_scaler=self._run.scale.lowered_since(self._found_scale))
@@ -110,16 +111,16 @@ class BackwardSteps(Steps):
         """
         if not self.moved:
             self.moved = self.weights_then is not None and self.weights_then.moved()
-        if self._are_steps or backward.freed:
+        if self.are_steps or backward.freed:
             self.window.reset()  # an optimizer inside the backward has used what was there before
         measured = self.add(backward, weight)
-        if not self._are_steps and self._run.scale.scaler is not None:
+        if not self.are_steps and self._run.scale.scaler is not None:
             self._found_scale = self._run.scale.value()
         if not measured or not alone:
             return
         self._find_out_what_steps_are()
         pending = self._step_of_newest()
-        if self._are_steps:
+        if self.are_steps:
             self._run.recorder.expect(pending)
         elif self._run.recorder.hold(pending) >= self._options.buffer_size:
             self.commit()
@@ -128,7 +129,7 @@ class BackwardSteps(Steps):
 
     def release(self, indices: Sequence[int]) -> None:
         """Leaves parameters to an optimizer that has been found and is about to step them."""
-        if not self._are_steps:
+        if not self.are_steps:
             self._run.recorder.retract()
             self.step = 0
         self.window.leave(indices)
@@ -136,9 +137,14 @@ class BackwardSteps(Steps):
         if self.window.arrivals:
             self.weights_then = WeightSnapshot(self._parameters())
 
+    @property
+    def seem_steps(self) -> bool:
+        """Whether the weights have moved more than once, as they do in a loop without optimizer."""
+        return self._moves > 1
+
     def commit(self) -> None:
         """Decides that each backward was a step."""
-        self._are_steps = True
+        self.are_steps = True
         self._ended.clear()
         self._run.recorder.commit()
 
@@ -154,7 +160,7 @@ class BackwardSteps(Steps):
     def _find_out_what_steps_are(self) -> None:
         tensors = self._run.table.tensors
         versions = sum(tensor._version for tensor in tensors if not tensor.is_inference())
-        if not self._are_steps and 0 <= self._versions < versions:
+        if not self.are_steps and 0 <= self._versions < versions:
             # Once is no proof: SAM moves the weights before its optimizer takes the first step.
             self._moves += 1
             if self._moves >= MOVES:

@@ -142,6 +142,7 @@ class OptimizerSteps(Steps):
         """
         if not self.window.arrivals:
             self.stale.look(self._run.table.tensors, first)
+            self.window.stale = self.stale.bad
             return
         # A scaler that has found an overflow may have left out a step since the last backward.
         updated = self._scale.scaler is not None and self._scaler_has_updated()
@@ -443,7 +444,7 @@ class OptimizerSteps(Steps):
             self.skip_rule.note(self._outcome.outcome)
         pending = self._pending(norms, self.step, estimates=True)
         pending.discarded, self.discarded = self.discarded, 0
-        if self.stale.looks or not norms.before.indices:
+        if self.stale.looks or self.window.nonfinite_count or not norms.before.indices:
             self._look_for_mistakes(norms)
         if self._curvature is not None:
             pending.curvature = self._curvature(self.step, self._outcome.outcome)
@@ -465,8 +466,11 @@ class OptimizerSteps(Steps):
 
     def _look_for_mistakes(self, norms: StepNorms) -> None:
         run = self._run
-        if self.stale.looks and self.stale.note_step(run.table.tensors, self.window.indices):
+        tensors = run.table.tensors
+        if self.stale.looks and self.stale.note_step(tensors, self.window.indices):
             tell_stale(run, self.label, self.step, StaleGradients.ENOUGH)
+        if self.window.nonfinite_count and norms.after.norms.at_hand:
+            self.stale.note_bad(tensors, norms.after.nonfinite_indices())
         if not (norms.before.indices or run.hooks.arrivals.ended):
             tell_no_gradient(run, self.label, self.step)
 

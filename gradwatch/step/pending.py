@@ -14,7 +14,7 @@ from itertools import chain
 
 from gradwatch.accumulate.noise_scale import NoiseSample, NoiseScaleEstimator
 from gradwatch.measure.deferred import Deferred, FloatOrDeferred, Transfer, resolve
-from gradwatch.measure.norms import FirstNonFinite, LateCheck, StepNorms
+from gradwatch.measure.norms import FirstNonFinite, LateCheck, Origin, StepNorms
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.measure.statistics import NO_SAMPLE, StatisticsSample
 from gradwatch.record.events import (
@@ -182,7 +182,9 @@ class PendingStep:
         """Checks the measurements that were still on a device before; all have arrived now."""
         if not self.late_checks:
             return self.first_nonfinite, self.nonfinite_count
-        checks = [*self.late_checks, LateCheck(self.micro_batches, self.norms.before, ())]
+        count = self.micro_batches
+        origin = (Origin.AFTER, Origin.NO_ORDER, Origin.SEVERAL)[min(count, 2)]
+        checks = [*self.late_checks, LateCheck(count, self.norms.before, (), origin)]
         bad = [found for check in checks if (found := check.nonfinite(None))]
         first = self.first_nonfinite or (bad[0][0] if bad else None)
         return first, max(self.nonfinite_count, *map(len, bad), 0)
@@ -229,9 +231,10 @@ class PendingStep:
         before, table, limit = self.norms.before, self.table, self.exploding_norm
         events = []
         if first is not None:
-            events.append(nonfinite_event(record, first, table))
-        if before.overflowed:
-            events.append(overflow_event(record, before, table))
+            events.append(nonfinite_event(record, first, table, before.overflowed))
+        if before.overflowed:  # it was so at the end of the backward: what came after is later
+            late = first is not None and first.origin is Origin.AFTER
+            events.insert(0 if late else len(events), overflow_event(record, before, table))
         if self.thrown_away:
             return (*events, discarded_event(record, self.thrown_away))
         if limit is not None and record.grad_norm > limit:

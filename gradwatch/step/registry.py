@@ -165,10 +165,14 @@ class OptimizerRegistry:
         silent = weights.silent if not noise.updates else ""
         return replace(noise, reason=silent) if silent else noise
 
-    def commit_backwards(self) -> None:
-        """Decides that each backward was a step, if no optimizer has been found."""
-        if self._unowned is not None and not self.followed:
-            self._unowned.commit()
+    def commit_backwards(self, at_end: bool = False) -> None:
+        """Decides that each backward was a step, if no optimizer has been found.
+
+        Before the end of the run this must have shown: an optimizer may still take its first step.
+        """
+        unowned = self._unowned
+        if unowned is not None and not self.followed and (at_end or unowned.seem_steps):
+            unowned.commit()
 
     def end(self) -> None:
         """Closes the open windows at the end of the run; warns if an option had no effect."""
@@ -176,7 +180,7 @@ class OptimizerRegistry:
             with self._shield:
                 one.end()
         self._run.joint_steps.close()
-        self.commit_backwards()
+        self.commit_backwards(at_end=True)
         with self._shield:
             moved = self._unowned is None or self._unowned.moved
             self._silence.end(self.followed, self._run.hooks.arrivals.ended, moved)
@@ -185,7 +189,7 @@ class OptimizerRegistry:
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs: for each optimizer steps, policies and noise scale."""
         steps = {**self._steps, **{one.label: one.step for one in self.followed}}
-        if self._unowned is not None and self._unowned.step:
+        if self._unowned is not None and self._unowned.are_steps and self._unowned.step:
             steps["none"] = self._unowned.step
         self._run.recorder.receive(wait=True)
         controls = {one.label: one.state_dict() for one in self.followed}

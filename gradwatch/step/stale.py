@@ -1,20 +1,25 @@
-"""StaleGradients: notices that zero_grad() is missing."""
+"""StaleGradients: notices gradients that zero_grad() should have removed before a step."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
+
+from gradwatch.hooks.snapshot import GradientSnapshot
 
 
 class StaleGradients:
     """Notices steps whose window begins with the gradients of the step before.
 
-    It compares one gradient, at the first :attr:`ENOUGH` windows and as long as they are stale.
+    It compares one gradient, at the first :attr:`ENOUGH` windows and as long as they are stale; and
+    those that were NaN or Inf in the step before.
 
     Attributes:
         looks: Whether it is still looking.
+        bad: Indices of parameters whose gradient was NaN or Inf in the step before, and still is
+            the same when the next window begins.
     """
 
     ENOUGH = 10
@@ -25,10 +30,14 @@ class StaleGradients:
         self._spent: tuple[int, weakref.ref[Tensor], int] | None = None
         self._seen = self._is_stale = False
         self._stale = self._fresh = 0
+        self._was_bad: tuple[Sequence[int], GradientSnapshot] | None = None
+        self.bad: Collection[int] = ()
 
     def look(self, tensors: Sequence[Tensor], first: int) -> None:
         """Looks at the first arrival of a backward, which is that of the parameter ``first``."""
         self._seen = False
+        self.bad = () if self._was_bad is None else self._still_bad(tensors, first, *self._was_bad)
+        self._was_bad = None
         if self._spent is None or self._spent[0] == first:
             return
         index, then, version = self._spent
@@ -36,6 +45,24 @@ class StaleGradients:
         untouched = gradient is not None and then() is gradient and gradient._version == version
         # A write through .data may have zeroed it all the same.
         self._seen = untouched and gradient is not None and bool(gradient.any())
+
+    def note_bad(self, tensors: Sequence[Tensor], indices: Sequence[int]) -> None:
+        """Notes the parameters whose gradient was NaN or Inf in a step that is over."""
+        indices = [index for index in indices if tensors[index].grad is not None]
+        gradients = [g for index in indices if (g := tensors[index].grad) is not None]
+        self._was_bad, self.looks = (indices, GradientSnapshot(gradients)), True
+
+    @staticmethod
+    def _still_bad(
+        tensors: Sequence[Tensor], first: int, indices: Sequence[int], then: GradientSnapshot
+    ) -> Collection[int]:
+        moved = then.moved([tensors[index].grad for index in indices])
+        # The first one has its new gradient already: added in place, which is one write.
+        return {
+            index
+            for position, index in enumerate(indices)
+            if moved.get(position, 0) <= (index == first)
+        }
 
     def begin_window(self) -> None:
         """Notes that the backward that was looked at is the first one of a window."""

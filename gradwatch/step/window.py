@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress, repeat
 from operator import attrgetter, is_
@@ -39,6 +39,7 @@ from gradwatch.measure.norms import (
     FirstNonFinite,
     LateCheck,
     Measurement,
+    Origin,
     StepNorms,
     gradient_norms,
     has_negative_zero,
@@ -50,6 +51,10 @@ from gradwatch.measure.parameters import ParameterTable, is_partial, local_part
 from gradwatch.measure.sharded import ClipSides, PackedAllReduce, Shards, all_reduce_norms
 
 _grad = attrgetter("grad")
+_MEASURABLE = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex64, torch.complex128),
+}
 
 
 @dataclass(slots=True)
@@ -65,6 +70,8 @@ class Window:
         backwards: For each micro-batch its number in the run (:attr:`Backward.number`).
         noise_norms: For each micro-batch its weight and norm, for the noise scale.
         first_nonfinite: The first parameter whose gradient was not finite; None if there is none.
+        stale: Indices of parameters whose gradient was NaN or Inf in the step before, and has not
+            been zeroed since.
         nonfinite_count: The largest number of such parameters in any one measurement.
         late_checks: Measurements that are still on a device, and so not checked yet.
         divisor: What the weighted losses were divided by; None if the loop weights its losses
@@ -84,6 +91,7 @@ class Window:
     backwards: list[int] = field(default_factory=list)
     noise_norms: list[MicroBatch] = field(default_factory=list)
     first_nonfinite: FirstNonFinite | None = None
+    stale: Collection[int] = ()
     nonfinite_count: int = 0
     late_checks: list[LateCheck] = field(default_factory=list)
     divisor: FloatOrDeferred | None = None
@@ -178,7 +186,8 @@ class Window:
             self._snapshot = GradientSnapshot(gradients)
         total = self._before.total.if_known()
         if total is None or not math.isfinite(total):
-            self._check(self._before, None if freed else gradients, backward.arrived)
+            origin = self._origin(backward.arrived)
+            self._check(self._before, None if freed else gradients, origin, backward.arrived)
         return self._before
 
     def share(self) -> None:
@@ -261,19 +270,38 @@ class Window:
         if added_to < len(indices) and indices[added_to] == first:
             del rest[added_to], gradients[added_to]
         self._looked = bool(rest)
-        # A loop throws all of them away, or clips all. If only some differ, other code set them.
-        if not rest or not snapshot.all_moved(rest, gradients):
+        moved = snapshot.moved_among(rest, gradients)
+        if not moved:
             return 1.0
-        there = [gradient for gradient in gradients if gradient is not None]
-        if not there:
-            return 0.0
+        written = [(indices[i], g) for i in moved if (g := self._gradient(indices[i])) is not None]
+        # A loop throws all of them away, or clips all. If only some differ, other code set them.
+        if len(moved) < len(rest):
+            self._check_written(written)
+            return 1.0
+        return self._left_of(before, [indices[i] for i in rest], written) if written else 0.0
+
+    def _left_of(
+        self, before: Measurement, rest: Sequence[int], written: Sequence[tuple[int, Tensor]]
+    ) -> float:
+        was = before.subset(rest, self.norm_type).total.value()
+        there = [gradient for _, gradient in written]
         left = total_norm(gradient_norms(there, self.norm_type, self._dtype), self.norm_type).item()
-        was = before.subset([indices[i] for i in rest], self.norm_type).total.value()
+        if not math.isfinite(left):
+            self._check_written(written)
         if left == 0 != was:
             return 0.0
         if was == 0:
             self._looked = False  # zeros that stay zeros say nothing: only the first one can tell
         return left / was if 0 < was < math.inf else 1.0
+
+    def _gradient(self, index: int) -> Tensor | None:
+        return self.table.tensors[index].grad
+
+    def _check_written(self, written: Sequence[tuple[int, Tensor]]) -> None:
+        """Checks gradients that the loop has written to since the last backward."""
+        if written:
+            indices, gradients = map(list, zip(*written, strict=True))
+            self._check(measure(indices, gradients, self.norm_type), gradients, Origin.AFTER)
 
     def thrown_before(self, first: int) -> list[int]:
         """Lists the parameters whose gradients were thrown away, though others are left.
@@ -323,7 +351,7 @@ class Window:
         self.arrivals, self.noise_norms, self.late_checks = [], [], []
         self.backwards, self._measured = [], []
         self.clipped_early = self.zeroed = self._looked = False
-        self.first_nonfinite, self.nonfinite_count = None, 0
+        self.first_nonfinite, self.nonfinite_count, self.stale = None, 0, ()
         self.divisor, self.correction = None, 1.0
         self._before = self._snapshot = None
 
@@ -334,7 +362,7 @@ class Window:
         self._before = measure(indices, gradients, self.norm_type)
         if self.shards is None:
             self._snapshot = GradientSnapshot(gradients)
-        self._check(self._before, gradients, ())
+        self._check(self._before, gradients, self._origin(()))
 
     def accept_restored_gradients(self) -> None:
         """Renews the snapshot, as gradients were changed and then written back unchanged."""
@@ -452,21 +480,64 @@ class Window:
         if self._before is not None and _zeroed(self._before, after, gradients):
             self.zeroed = True  # zero_grad() came after the last backward
             return after, after
-        self._check(after, gradients, ())
+        measured = self._before is not None or not self.arrivals
+        self._check(after, gradients, Origin.AFTER if measured else self._origin(()))
         return self._before or after, after
 
+    def _origin(self, order: Sequence[int]) -> Origin:
+        """Returns where a gradient became bad that is seen for the first time after a backward.
+
+        ``order`` is that of the arrivals; empty if it is not known.
+        """
+        if not order or (len(self._measured) > 1 and self._measured[-2] is None):
+            return Origin.SEVERAL if self.micro_batches > 1 else Origin.NO_ORDER
+        return Origin.BACKWARD
+
     def _check(
-        self, measurement: Measurement, gradients: list[Tensor] | None, order: Sequence[int]
+        self,
+        measurement: Measurement,
+        gradients: list[Tensor] | None,
+        origin: Origin,
+        order: Sequence[int] = (),
     ) -> None:
         """Finds the first gradient that is not finite: now, or once the norms have arrived."""
-        check = LateCheck(self.micro_batches, measurement, order)
+        check = LateCheck(self.micro_batches, measurement, order, origin)
         if not measurement.total.at_hand:
             self.late_checks.append(check)
             return
         bad = check.nonfinite(gradients)
         self.nonfinite_count = max(self.nonfinite_count, len(bad))
         if bad and self.first_nonfinite is None:
-            self.first_nonfinite = bad[0]
+            self.first_nonfinite = self._traced(bad) if gradients else bad[0]
+
+    def _traced(self, bad: Sequence[FirstNonFinite]) -> FirstNonFinite:
+        """Returns the first of the bad gradients, with an origin outside of its backward if so."""
+        first = bad[0]
+        if first.origin is not Origin.BACKWARD and self.arrivals:
+            return first
+        weights = self._bad_weights()
+        if weights:
+            return replace(first, origin=Origin.WEIGHTS, weights=weights)
+        if not self.arrivals:
+            return first
+        stale = [one for one in bad if one.index in self.stale]
+        if stale and self.micro_batches == 1:
+            return replace(stale[0], origin=Origin.STALE)
+        # A reduction over ranks also writes into gradients that nothing has arrived at here.
+        if first.index in self.arrivals[-1][0] or is_distributed():
+            return first
+        return replace(first, origin=Origin.AFTER, micro_batch=first.micro_batch - 1)
+
+    def _bad_weights(self) -> list[int]:
+        """Lists the parameters that are NaN or Inf themselves, of those that can be measured."""
+        weights = {
+            index: local_part(tensor.detach())
+            for index, tensor in enumerate(self.table.tensors)
+            if tensor.dtype in _MEASURABLE and not tensor.is_meta
+        }
+        norms = measure(list(weights), list(weights.values()), 2.0)
+        found = LateCheck(0, norms, ()).nonfinite(list(weights.values()))
+        return [one.index for one in found]
 
     def _all_reduce(
         self,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.record.columns import Array
+from gradwatch.record.events import ToldCause, told_cause
 from gradwatch.report.finding import Evidence, Finding, counted, first_steps
 from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
@@ -50,6 +51,29 @@ SUDDEN = (
     "edge of its domain (log(0), sqrt(0), 0/0) in or after {module}. Check the data of micro-batch "
     "{micro_batch} in step {step}{else_skip}."
 )
+OF_CAUSE: dict[ToldCause, str] = {
+    "weights": (
+        "The weights were bad before the gradients were, so the batch is not the cause. Look at "
+        "what wrote to the weights before step {step}: an update whose learning rate, eps or "
+        "division made NaN or Inf of them, a checkpoint, or code of the loop."
+    ),
+    "after": (
+        "The backward had left it finite, so neither the batch nor the model is the cause. Look at "
+        "what the loop does with gradients between backward() and step(): a clip, a division by a "
+        "count or norm that can be 0 or Inf, a write to .grad."
+    ),
+    "overflow": (
+        "The backward had left finite gradients, but their norm was beyond float32, and what came "
+        "between backward() and step(), such as a clip, made NaN of them. gradwatch's own clip "
+        "takes the true norm: watch(..., clip=...). Gradients of this size mean that training has "
+        "diverged: lower the learning rate."
+    ),
+    "loop": (
+        "No backward was seen to make it, so the micro-batch is not known. Look at the loss and "
+        "the data of step {step}, at what sets .grad in the loop, and whether zero_grad() comes "
+        "after every step, also after one that was bad or left out."
+    ),
+}
 SKIP = '; watch(..., on_nonfinite="skip") skips such steps'
 
 
@@ -82,13 +106,18 @@ def _overflow(events: pd.DataFrame, optimizer: str) -> Finding:
 
 def _finding(run: RunData, steps: OptimizerArrays, bad: Array, limits: Thresholds) -> Finding:
     lost = steps.step[bad & steps.applied]
-    event = _first_event(run.events_of(steps.optimizer, tuple(WORDS)), steps.step[bad][0])
+    first = steps.step[bad][0]
+    event = _first_event(run.events_of(steps.optimizer, ("nan", "inf")), first)
+    if event is None:
+        event = _first_event(run.events_of(steps.optimizer, ("overflow",)), first)
     kind = "nan" if event is None else str(event["kind"])
     name = "" if event is None else str(event["parameter"])
     where = f", first in {name}{_where(event)}" if event is not None and name else ""
     numbers = {"steps": float(bad.sum()), "applied": float(len(lost))}
     if event is not None:
-        numbers |= {key: float(event[key]) for key in ("micro_batch", "rank")}
+        if event["micro_batch"]:
+            numbers["micro_batch"] = float(event["micro_batch"])
+        numbers["rank"] = float(event["rank"])
         # The counts are -1 if the gradient was gone before its elements could be counted.
         numbers |= {key: float(event[key]) for key in ("nan_count", "inf_count") if event[key] >= 0}
     fate = LOST.format(count=len(lost), step=int(lost[0])) if len(lost) else SPARED
@@ -111,7 +140,9 @@ def _first_event(events: pd.DataFrame, step: int) -> pd.Series | None:
 
 def _where(event: pd.Series) -> str:
     batch, rank = int(event["micro_batch"]), int(event["rank"])
-    return (f", micro-batch {batch}" if batch else "") + (f", rank {rank}" if rank else "")
+    outside = told_cause(str(event["message"])) in ("after", "overflow", "loop")
+    place = f", micro-batch {batch}" if batch else ", outside of the backward" if outside else ""
+    return place + (f", rank {rank}" if rank else "")
 
 
 def _advice(steps: OptimizerArrays, bad: Array, event: pd.Series | None, limits: Thresholds) -> str:
@@ -124,7 +155,10 @@ def _advice(steps: OptimizerArrays, bad: Array, event: pd.Series | None, limits:
         "step": int(steps.step[row]),
         "else_skip": SKIP if (bad & steps.applied).any() else "",
     }
-    # The most certain cause first: a loss scale, then rising norms, then only the step itself.
+    # The most certain cause first: what was seen, a loss scale, rising norms, the step itself.
+    cause = None if event is None else told_cause(str(event["message"]))
+    if cause is not None:
+        return OF_CAUSE[cause].format(**facts)
     scale = float(steps["loss_scale"][row])
     if scale > 1:
         return SCALED.format(scale=scale)
