@@ -53,6 +53,7 @@ BAD_WEIGHTS = (
 )
 COUNTS = "{nan} NaN and {inf} Inf of {total} elements"
 NOT_COUNTED = "not counted: it was gone when its norm arrived from the device"
+INF_OR_LARGE = "Inf, or a norm beyond float32,"
 OVERFLOW = (
     "The gradients of step {step} are finite, but their norm {value:.3g} is beyond float32; the "
     "largest is that of {parameter}."
@@ -123,7 +124,7 @@ def nonfinite_event(
         counts = COUNTS.format(nan=nan, inf=inf, total=table.tensors[first.index].numel())
     where, more = _origin(record, first, table, overflowed)
     message = NONFINITE.format(
-        what="NaN" if first.is_nan else "Inf",
+        what="NaN" if first.is_nan else "Inf" if first.counts else INF_OR_LARGE,
         parameter=name,
         counts=counts,
         where=where,

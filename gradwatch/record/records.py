@@ -291,8 +291,8 @@ _MAGENTA, _PURPLE, _GRAY, _ORANGE, _BLUE, _GREEN, _YELLOW = (
 
 EVENT_KINDS: dict[str, Kind] = {
     "nan": Kind(
-        "a gradient holds a NaN; names the first parameter in backward order, over ranks the first "
-        "of any, with exact counts",
+        "a gradient holds a NaN; names the first parameter in backward order where that is known, "
+        "with exact counts, and what made it if that was not the backward",
         "NaN elements of that parameter",
         _MAGENTA,
         "triangle",
@@ -369,15 +369,15 @@ class Event:
     step: int = field(metadata=column("optimizer step, counted from 1 per optimizer"))
     micro_batch: int = field(
         metadata=column(
-            "micro-batch of the step in which it was first seen, counted from 1; 0 where the event "
-            "belongs to the step as a whole"
+            "micro-batch of the step whose backward made it, counted from 1; 0 where none did or "
+            "where it is not known which, and where the event belongs to the step as a whole"
         )
     )
     kind: EventKind = field(metadata=column("see the kinds of events"))
     parameter: str = field(
         metadata=column(
-            "the parameter; for `nan` and `inf` the first in backward order that went bad; empty "
-            "where the event belongs to none"
+            "the parameter; for `nan` and `inf` the first that went bad, in backward order where "
+            "that is known; empty where the event belongs to none"
         )
     )
     module: str = field(metadata=column("module that owns the parameter"))
