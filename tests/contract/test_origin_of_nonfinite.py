@@ -41,23 +41,28 @@ def advice(watcher: gradwatch.Watcher) -> str:
 
 
 def write_element(model: nn.Sequential) -> None:
+    """Write a NaN into one gradient, in place."""
     model[0].bias.grad[2] = math.nan
 
 
 def write_through_data(model: nn.Sequential) -> None:
+    """Write it past the version counter."""
     model[0].bias.grad.data[2] = math.nan
 
 
 def clip_by_infinity(model: nn.Sequential) -> None:
+    """Clip by infinity, as people do to log the norm."""
     nn.utils.clip_grad_norm_(model.parameters(), math.inf)
 
 
 def divide_by_zero(model: nn.Sequential) -> None:
+    """Divide every gradient by a count of 0."""
     for parameter in model.parameters():
         parameter.grad.div_(0.0)
 
 
 def replace(model: nn.Sequential) -> None:
+    """Set another tensor as the gradient."""
     model[0].bias.grad = torch.full((8,), math.inf)
 
 
@@ -283,7 +288,7 @@ def test_a_flush_delivers_the_steps_of_a_loop_without_an_optimizer() -> None:
             model(torch.ones(4, 3)).square().sum().backward()
             with torch.no_grad():
                 for parameter in model.parameters():
-                    parameter -= 0.01 * parameter.grad
+                    parameter.sub_(parameter.grad, alpha=0.01)
                     parameter.grad = None
         watcher.flush()
         assert [record.step for record in sink.steps] == [1, 2, 3, 4, 5]
