@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from gradwatch.measure.deferred import FloatOrDeferred, defer_copy
+from gradwatch.measure.deferred import FloatOrDeferred, defer_copy, number_or_nan
 from gradwatch.measure.parameters import is_sharded, optimizer_parameters
 
 
@@ -314,31 +314,24 @@ class OptimizerCheckpoint:
 def learning_rate(optimizer: Optimizer) -> FloatOrDeferred:
     """Returns the learning rate of the first parameter group; NaN if it has none."""
     groups = optimizer.param_groups
-    value = groups[0].get("lr", math.nan) if groups else math.nan
-    return _rate(value)
-
-
-def _rate(value: object) -> FloatOrDeferred:
-    # Some optimizers find their rate by themselves, and have None or a function here.
-    if isinstance(value, Tensor):
-        return defer_copy(value.reshape(())) if value.numel() == 1 else math.nan
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    return number_or_nan(groups[0].get("lr")) if groups else math.nan
 
 
 def has_no_rate(optimizer: Optimizer) -> bool:
     """Returns whether the learning rate of each parameter group is a number, and 0."""
     rates = [group.get("lr") for group in optimizer.param_groups]
-    numbers = (int, float, Tensor)
-    return bool(rates) and all(isinstance(one, numbers) and _is_zero(one) for one in rates)
+    return bool(rates) and all(map(_is_zero, rates))
 
 
 def _is_zero(rate: Any) -> bool:
-    return not bool(rate.any()) if isinstance(rate, Tensor) else bool(rate == 0)
+    if isinstance(rate, Tensor):
+        return not rate.is_meta and not bool(rate.any())
+    return number_or_nan(rate) == 0
 
 
 def group_learning_rates(optimizer: Optimizer) -> list[FloatOrDeferred]:
     """Returns the learning rate of each parameter group; NaN where a group has none."""
-    return [_rate(group.get("lr")) for group in optimizer.param_groups]
+    return [number_or_nan(group.get("lr")) for group in optimizer.param_groups]
 
 
 def group_names(optimizer: Optimizer) -> list[str | int]:
@@ -357,15 +350,31 @@ LearningRates = list[tuple[dict[str, Any], Any]]
 def scale_learning_rates(optimizer: Optimizer, factor: float) -> LearningRates:
     """Multiplies the learning rates of an optimizer, numbers or tensors, for one step.
 
+    A rate that is neither is left as it is: the optimizer finds its rate by itself.
+
     Returns:
         The parameter groups and their original rates, for :func:`restore_learning_rates`.
     """
     # The rates are restored after the step. Otherwise the factors would accumulate, and a scheduler
     # that computes the next rate from the last one would go wrong.
-    saved = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group]
+    saved = [(g, g["lr"]) for g in optimizer.param_groups if _can_be_scaled(g.get("lr"))]
     for group, rate in saved:
-        group["lr"] = rate * factor  # not in place: groups and schedulers may share the tensor
+        # Not in place: groups and schedulers may share the tensor.
+        group["lr"] = rate * factor if isinstance(rate, Tensor) else float(rate) * factor
     return saved
+
+
+def _can_be_scaled(rate: object) -> bool:
+    if isinstance(rate, Tensor):
+        return rate.is_floating_point() or rate.is_complex()
+    number = number_or_nan(rate)
+    return isinstance(number, float) and not math.isnan(number)
+
+
+def unscalable_rates(optimizer: Optimizer) -> list[Any]:
+    """Lists the learning rates of an optimizer that no factor can be applied to."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return [rate for rate in rates if not _can_be_scaled(rate)]
 
 
 def restore_learning_rates(saved: LearningRates) -> None:
@@ -483,7 +492,8 @@ def _lacks_momentum_buffer(optimizer: Optimizer) -> bool:
     # get(), as ``state`` is a defaultdict: indexing would put empty entries into the user's
     # checkpoints.
     return isinstance(optimizer, torch.optim.SGD) and any(
-        group["momentum"] != 0 and optimizer.state.get(parameter, {}).get("momentum_buffer") is None
+        group.get("momentum") != 0
+        and optimizer.state.get(parameter, {}).get("momentum_buffer") is None
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.grad is not None

@@ -60,8 +60,8 @@ RAISED = (
 )
 TOO_MANY_SKIPS = (
     "{steps} steps in a row were left out, and the next one would be too (step {record.step} of "
-    "{record.optimizer}, gradient norm {record.grad_norm:.4g}, loss {record.loss:.4g}, learning "
-    "rate {record.lr:.4g}). {story} "
+    "{record.optimizer}, gradient norm {record.grad_norm:.4g}, loss {record.loss:.4g}{rate}). "
+    "{story} "
     "Weights and optimizer state are those of the last good step. A run that meets nothing but bad "
     "steps does not recover by itself: go back to an earlier checkpoint, lower the learning rate "
     "or leave out the data that it meets here; watch(max_consecutive_skips=...) sets how many are "
@@ -248,7 +248,9 @@ def too_many_skips_error(
         events: What was found in it.
         steps: Number of steps skipped in a row before it.
     """
-    text = TOO_MANY_SKIPS.format(steps=steps, record=record, story=_story(record, events))
+    rate = "" if math.isnan(record.lr) else f", learning rate {record.lr:.4g}"
+    story = _story(record, events)
+    text = TOO_MANY_SKIPS.format(steps=steps, record=record, story=story, rate=rate)
     return _error(text, record, events)
 
 

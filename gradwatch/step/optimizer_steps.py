@@ -25,9 +25,10 @@ from gradwatch.hooks.optimizer import (
     refuse_what_needs_all_gradients,
     restore_learning_rates,
     scale_learning_rates,
+    unscalable_rates,
 )
 from gradwatch.hooks.snapshot import WeightSnapshot
-from gradwatch.measure.deferred import FloatOrDeferred, defer_copy
+from gradwatch.measure.deferred import FloatOrDeferred, number_or_nan
 from gradwatch.measure.norms import StepNorms
 from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.measure.sharded import PackedAllReduce
@@ -41,6 +42,7 @@ from gradwatch.step.mistakes import (
     tell_lost,
     tell_no_gradient,
     tell_stale,
+    tell_unscaled,
 )
 from gradwatch.step.pending import PendingStep
 from gradwatch.step.run import Run
@@ -250,7 +252,7 @@ class OptimizerSteps(Steps):
             weight: Weight of the micro-batch.
             divisor: What the weighted loss was divided by; None if the loss was used as it is.
         """
-        self._losses.append((_loss(loss), weight))
+        self._losses.append((number_or_nan(loss), weight))
         self.window.divisor = divisor
 
     def drop_discarded_window(self) -> None:
@@ -351,6 +353,8 @@ class OptimizerSteps(Steps):
         factor = self._run.accumulation.lr_factor
         if factor != 1.0:
             self._rates = scale_learning_rates(optimizer, factor)
+            if len(self._rates) < len(optimizer.param_groups):
+                tell_unscaled(self._run, self.label, self.step + 1, unscalable_rates(optimizer)[0])
         if len(optimizer.param_groups) > 1:
             self._group_lr = group_learning_rates(optimizer)
             self._lr = self._group_lr[0]
@@ -400,7 +404,7 @@ class OptimizerSteps(Steps):
             if found != wanted:
                 check_window(self.label, found, wanted)
         if loss is not None:
-            self._losses = [(_loss(loss), 1.0)]
+            self._losses = [(number_or_nan(loss), 1.0)]
         units = (self.units or 0) if self.ends_window else 0
         self._losses = self.weights.weigh(
             self.window,
@@ -585,9 +589,3 @@ class OptimizerSteps(Steps):
         self.skip_rule.load_state_dict(state["judge"])
         if self._clipping.policy is not None:
             self._clipping.policy.load_state_dict(state["clip"])
-
-
-def _loss(loss: object) -> FloatOrDeferred:
-    if isinstance(loss, Tensor):
-        return defer_copy(loss.reshape(())) if loss.numel() == 1 else math.nan
-    return float(loss) if isinstance(loss, (int, float)) else math.nan
