@@ -34,6 +34,13 @@ NO_GRADIENT = (
     "takes no part in the loss, or its branch is detached."
 )
 SKIPPED = "Step {step} was not applied ({outcome}): weights and optimizer state are as before."
+# A fused SGD that a scaler makes skip its first step keeps momentum buffers without a value.
+SKIPPED_BY_SCALER = "Step {step} was not applied (skipped_scaler): the weights are as before."
+SKIPPED_MIDWAY = (
+    "Step {step} was left out ({outcome}), but {optimizer} had moved the weights in it, and they "
+    "are not as before: it moves them between two evaluations of its closure, or without a "
+    "gradient, and has not done so in the steps before. Go back to a checkpoint if it matters."
+)
 CHANGED = "From step {step} on a step has {new} micro-batches instead of {old}{why}."
 WHY = ": the noise scale is {noise} \N{PLUS-MINUS SIGN} {stderr} at a batch of {batch}"
 DROPPED = (
@@ -55,9 +62,11 @@ SAME_DATA = (
     "seed by the rank what is random about the data."
 )
 RAISED = (
-    '{story} on_nonfinite="raise" stopped the training before any weight changed. Look at the '
+    '{story} on_nonfinite="raise" stopped the training before this step: {weights}. Look at the '
     'batch and at the loss of this step; with on_nonfinite="skip" the step is left out instead.'
 )
+AS_BEFORE = "weights and optimizer state are as before it"
+MOVED = "but not before the optimizer had moved the weights between two evaluations of its closure"
 TOO_MANY_SKIPS = (
     "{steps} steps in a row were left out, and the next one would be too (step {record.step} of "
     "{record.optimizer}, gradient norm {record.grad_norm:.4g}, loss {record.loss:.4g}{rate}). "
@@ -120,9 +129,11 @@ def exploding_event(
     return _event(record, "exploding", norm, message, (name, module))
 
 
-def skipped_event(record: StepRecord) -> Event:
-    """Makes the event of a step that was not applied."""
-    message = SKIPPED.format(step=record.step, outcome=record.outcome)
+def skipped_event(record: StepRecord, moved: bool = False) -> Event:
+    """Makes the event of a step that was not applied; ``moved`` if it has changed the weights."""
+    text = SKIPPED_BY_SCALER if record.outcome == "skipped_scaler" else SKIPPED
+    text = SKIPPED_MIDWAY if moved else text
+    message = text.format(step=record.step, outcome=record.outcome, optimizer=record.optimizer)
     return _event(record, "skipped", record.grad_norm, message)
 
 
@@ -233,9 +244,15 @@ def tells_of_same_data(message: str) -> bool:
     return message.startswith(SAME_DATA[: SAME_DATA.index(":")])
 
 
-def nonfinite_error(record: StepRecord, events: Sequence[Event]) -> NonFiniteGradientError:
-    """Makes the error that ``on_nonfinite="raise"`` raises, from what was found in the step."""
-    return _error(RAISED.format(story=_story(record, events)), record, events)
+def nonfinite_error(
+    record: StepRecord, events: Sequence[Event], moved: bool = False
+) -> NonFiniteGradientError:
+    """Makes the error that ``on_nonfinite="raise"`` raises, from what was found in the step.
+
+    ``moved`` says whether the step has changed the weights already.
+    """
+    weights = MOVED if moved else AS_BEFORE
+    return _error(RAISED.format(story=_story(record, events), weights=weights), record, events)
 
 
 def too_many_skips_error(

@@ -75,6 +75,8 @@ class OptimizerSteps(Steps):
         members: The optimizers whose steps are its steps: itself, or those that it wraps.
         skip_rule: Decides which steps are skipped.
         stepping: The optimizer whose step is running: this one or one in it; None between steps.
+        passed_over: Whether the step is refused, and the backwards in the rest of it do not count.
+        beyond_undo: Whether the step has moved the weights, and nothing can put them back.
         units: The number of batches that a managed loop has counted in the window; None if the loop
             is the user's own.
         ends_window: Set by a managed loop to step a window of any length.
@@ -109,6 +111,7 @@ class OptimizerSteps(Steps):
         inner = members[-1]
         self.skip_rule = SkipRule(options.on_nonfinite, spikes, options.max_consecutive_skips)
         self.stepping: Optimizer | None = None
+        self.passed_over = self.beyond_undo = False
         self._has_closure = False
         self.units: int | None = None
         self.ends_window = False
@@ -135,7 +138,7 @@ class OptimizerSteps(Steps):
     @property
     def looks_ahead(self) -> bool:
         """Whether :meth:`begin_backward` must be called before the next backward."""
-        return self.stale.looks or bool(self.window.arrivals)
+        return not self.passed_over and (self.stale.looks or bool(self.window.arrivals))
 
     def begin_backward(self, first: int) -> None:
         """Looks, when a backward begins, at what became of the gradients of the window.
@@ -198,6 +201,11 @@ class OptimizerSteps(Steps):
             unused: Whether it is known that nothing has used them.
             together: Whether all ranks call this at once, so that they may communicate.
         """
+        if self._has_closure and self.stepping is not None:
+            # The optimizer has used them, and evaluates its closure again: in a line search, say.
+            self.window.begin_again()
+            self._losses = []
+            return
         norms = self.window.unused_norms(self._scale_at_backward, together)
         if norms is not None and (unused or not self._used_otherwise(norms)):
             self.discarded += 1
@@ -226,6 +234,8 @@ class OptimizerSteps(Steps):
 
     def add(self, backward: Backward, weight: FloatOrDeferred) -> bool:
         """Adds a backward that has ended; see :meth:`Steps.add`."""
+        if self.passed_over:
+            return False
         if not self._has_closure:
             self.stepping = None  # a step that has raised: a backward runs in a closure only
         late = self._refresh()
@@ -344,6 +354,7 @@ class OptimizerSteps(Steps):
         if late:
             self.window.widen(late)
         self.stepping, self._has_closure = optimizer, has_closure
+        self.passed_over = self.beyond_undo = False
         if self._scale.candidates:
             self._scale.keep_scaler_of(optimizer)
         if self._rates or self._fused is not None:
@@ -447,6 +458,7 @@ class OptimizerSteps(Steps):
             self.skip_rule.note(self._outcome.outcome)
         pending = self._pending(norms, self.step, estimates=True)
         pending.discarded, self.discarded = self.discarded, 0
+        pending.beyond_undo, self.passed_over = self.beyond_undo, False
         if self.stale.looks or not norms.before.indices:
             self._look_for_mistakes(norms)
         if self._curvature is not None:
@@ -517,7 +529,7 @@ class OptimizerSteps(Steps):
         if self._fused is not None and refusal is not None:
             self._fused.refuse(refusal)
         if outcome.outcome == "skipped_nonfinite" and self._options.on_nonfinite == "raise":
-            raise nonfinite_error(*self._story(norms))
+            raise nonfinite_error(*self._story(norms), moved=self.beyond_undo)
         return outcome
 
     def _story(self, norms: StepNorms) -> tuple[StepRecord, list[Event]]:

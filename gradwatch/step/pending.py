@@ -66,6 +66,7 @@ class PendingStep:
         estimator: The noise scale estimator that ``noise`` is added to; None for none.
         on_outcome: Called with the outcome once it has arrived, if only the device knew it; else
             None.
+        beyond_undo: Whether a skipped step has moved the weights nevertheless.
         can_wait: Whether the record may be made later, together with those of other steps: all
             numbers are on the host and finite.
     """
@@ -95,6 +96,7 @@ class PendingStep:
     thrown_away: str = ""
     discarded: int = 0
     group_lr: Sequence[FloatOrDeferred] = ()
+    beyond_undo: bool = False
     can_wait: bool = field(init=False)
     _transfer: Transfer | None = field(init=False)
     _entry: Entry | None = field(init=False, default=None)
@@ -237,7 +239,7 @@ class PendingStep:
         if limit is not None and record.grad_norm > limit:
             events.append(exploding_event(record, before, table, limit))
         if record.outcome != "applied":
-            events.append(skipped_event(record))
+            events.append(skipped_event(record, self.beyond_undo))
         return (*events, *no_gradient_events(record, self.missing, table))
 
 
