@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -244,8 +244,7 @@ def _clip_policy(name: str, clip: object) -> ClipPolicy | None:
             _must_be(name, wanted, clip, CLIP_ADVICE)
         )
     check_policy(name, clip)
-    policy: ClipPolicy = clip
-    return policy
+    return cast(ClipPolicy, clip)
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:

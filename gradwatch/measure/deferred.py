@@ -151,10 +151,10 @@ def number_or_nan(value: object) -> FloatOrDeferred:
         plain = value.layout is torch.strided and not (value.is_complex() or value.is_meta)
         return defer_copy(value.reshape(())) if plain and value.numel() == 1 else math.nan
     # float() reads the text of a string, and warns of an array of several dimensions.
-    if isinstance(value, (str, bytes)) or getattr(value, "ndim", 0):
+    number: Any = value
+    if isinstance(number, (str, bytes)) or getattr(number, "ndim", 0):
         return math.nan
     try:
-        number: Any = value
         return float(number)
     except Exception:  # no number, or one beyond float64
         return math.nan

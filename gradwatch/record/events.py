@@ -21,6 +21,17 @@ NONFINITE = (
 )
 COUNTS = "{nan} NaN and {inf} Inf of {total} elements"
 NOT_COUNTED = "not counted: it was gone when its norm arrived from the device"
+POISONED = (
+    "{buffers} of the model hold NaN or Inf since step {step}, whose gradients did, too: its "
+    "forward has written them there. Running statistics do not recover from that, so eval() gives "
+    "NaN. Load these buffers from a checkpoint, or call reset_running_stats() on the layers; "
+    'watch(..., on_nonfinite="skip") puts buffers back with the step.'
+)
+NOT_PUT_BACK = (
+    "Step {step} was skipped, but its forward had changed {buffers} of the model, and they stay "
+    "so: buffers are copied before a step up to {most} MiB in all, and the largest are left out. "
+    "Keep such a buffer in evaluation mode, or reload it from a checkpoint if it matters."
+)
 OVERFLOW = (
     "The gradients of step {step} are finite, but their norm {value:.3g} is beyond float32; the "
     "largest is that of {parameter}."
@@ -148,6 +159,19 @@ def discarded_event(record: StepRecord, why: str) -> Event:
     return _event(record, "discarded", record.grad_norm, text)
 
 
+def poisoned_event(record: StepRecord, names: Sequence[str]) -> Event:
+    """Makes the event of buffers that hold a NaN or Inf after a step whose gradients did."""
+    text = POISONED.format(buffers=counted_names(names, of="buffer"), step=record.step)
+    return _event(record, "poisoned", float(len(names)), text)
+
+
+def not_put_back_event(step: int, optimizer: str, names: Sequence[str], most: int) -> Event:
+    """Makes the event of buffers that a skipped step has changed; ``most`` bytes are copied."""
+    buffers = counted_names(names, of="buffer")
+    text = NOT_PUT_BACK.format(buffers=buffers, step=step, most=most // 2**20)
+    return _event(StepRecord(step, optimizer), "poisoned", float(len(names)), text)
+
+
 def no_gradient_events(
     record: StepRecord, missing: Sequence[int], table: ParameterTable
 ) -> list[Event]:
@@ -222,10 +246,10 @@ def loop_event(
     return _event(StepRecord(step, optimizer), kind, value, message, parameter_and_module)
 
 
-def counted_names(names: Sequence[str], most: int = 3) -> str:
+def counted_names(names: Sequence[str], most: int = 3, of: str = "parameter") -> str:
     """Names some parameters: ``"2 parameters (a, b)"``, with at most ``most`` names."""
     shown = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-    return f"{len(names)} parameter{'' if len(names) == 1 else 's'} ({shown})"
+    return f"{len(names)} {of}{'' if len(names) == 1 else 's'} ({shown})"
 
 
 def same_data_event(record: StepRecord, steps: int, ranks: int) -> Event:

@@ -14,6 +14,7 @@ from gradwatch.accumulate.policies import check_window
 from gradwatch.clip.policy import ClipPolicy
 from gradwatch.clip.spikes import SpikeRule
 from gradwatch.hooks.backward import Backward, inside_backward
+from gradwatch.hooks.buffers import MOST_BYTES, ModelBuffers
 from gradwatch.hooks.optimizer import (
     FusedStep,
     LearningRates,
@@ -33,7 +34,11 @@ from gradwatch.measure.norms import StepNorms
 from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.measure.sharded import PackedAllReduce
 from gradwatch.measure.statistics import StatisticsSampler
-from gradwatch.record.events import nonfinite_error, too_many_skips_error
+from gradwatch.record.events import (
+    nonfinite_error,
+    not_put_back_event,
+    too_many_skips_error,
+)
 from gradwatch.record.records import Event, ParameterGroups, StepRecord
 from gradwatch.step.clipping import Clipping
 from gradwatch.step.mistakes import (
@@ -80,6 +85,8 @@ class OptimizerSteps(Steps):
         units: The number of batches that a managed loop has counted in the window; None if the loop
             is the user's own.
         ends_window: Set by a managed loop to step a window of any length.
+        in_time: Whether the last step was over before the next forward began; one that a scaler
+            has left out may be noticed later.
         stale: Notices windows that begin with the gradients of the step before.
     """
 
@@ -112,6 +119,7 @@ class OptimizerSteps(Steps):
         self.skip_rule = SkipRule(options.on_nonfinite, spikes, options.max_consecutive_skips)
         self.stepping: Optimizer | None = None
         self.passed_over = self.beyond_undo = False
+        self.in_time = True
         self._has_closure = False
         self.units: int | None = None
         self.ends_window = False
@@ -440,8 +448,8 @@ class OptimizerSteps(Steps):
             self.discard()
         return self._settle_doubts_of(norms) if self._doubted else norms
 
-    def finish(self, optimizer: Optimizer) -> None:
-        """Records a step that is over."""
+    def finish(self, optimizer: Optimizer, in_time: bool = True) -> None:
+        """Records a step that is over; ``in_time`` if no forward has begun since."""
         if self._makes_state:
             self._makes_state, self.stepping = False, None
             self._withdraw()
@@ -450,10 +458,12 @@ class OptimizerSteps(Steps):
         if norms is None:  # the optimizer never called its closure
             norms = self.window.step_norms(self._scale, carried_by(optimizer)[0])
         self.step += 1
-        self.stepping = None
+        self.stepping, self.in_time = None, in_time
         if self._rates or self._fused is not None:
             self._withdraw()
         late = self._outcome is not APPLIED and self._outcome.late
+        if self._run.hooks.buffers.restores:
+            self._put_back_buffers()
         if not late and (self.skip_rule.in_a_row or self._outcome is not APPLIED):
             self.skip_rule.note(self._outcome.outcome)
         pending = self._pending(norms, self.step, estimates=True)
@@ -478,6 +488,24 @@ class OptimizerSteps(Steps):
         self._losses = []
         self._norms = self.units = None
         self._on_finished(self)
+
+    def _put_back_buffers(self) -> None:
+        """Restores the model's buffers if the step was skipped, so that it leaves no trace."""
+        buffers, outcome = self._run.hooks.buffers, self._outcome
+        if outcome is APPLIED or not self.in_time:
+            return
+        with_scaler = self._options.on_nonfinite == "skip"
+        flag = outcome.skips(with_scaler)
+        if outcome.refused or (with_scaler and outcome.outcome == "skipped_scaler"):
+            self._put_back(buffers)
+        elif flag is not None:
+            buffers.put_back_where(flag)
+
+    def _put_back(self, buffers: ModelBuffers) -> None:
+        changed = buffers.put_back()
+        if changed:
+            event = not_put_back_event(self.step, self.label, changed, MOST_BYTES)
+            self._run.tell(event, key="not put back")
 
     def _look_for_mistakes(self, norms: StepNorms) -> None:
         run = self._run
@@ -524,6 +552,8 @@ class OptimizerSteps(Steps):
             outcome = self.skip_rule.decide(norms, found_inf, by_flag)
         except TooManySkipsError:
             skipped = self.skip_rule.in_a_row
+            if self._run.hooks.buffers.restores:
+                self._put_back(self._run.hooks.buffers)
             raise too_many_skips_error(*self._story(norms), skipped) from None
         refusal = outcome.refusal if outcome.late else None
         if self._fused is not None and refusal is not None:
@@ -538,6 +568,7 @@ class OptimizerSteps(Steps):
         events = [event for event in entry.events if event.nonfinite]
         self._run.recorder.note(tuple(events))
         self._run.recorder.flush()
+        self._run.tell_poisoned()
         # Should the loop catch the error and throw the gradients away, this is not told again.
         self.window.first_nonfinite, self.window.late_checks = None, []
         return entry.record, events
@@ -568,16 +599,23 @@ class OptimizerSteps(Steps):
         """Whether a scaler skipped the step: it has lowered its scale since the last backward."""
         return self._scale.lowered_since(self._scale_at_backward)
 
-    def abandon_window(self, together: bool = True) -> None:
+    def abandon_window(self, together: bool = True, at_once: bool = False) -> None:
         """Records the step of a window that a scaler skipped without calling the optimizer.
 
-        ``together`` says whether all ranks call this at once, so that they may communicate.
+        Args:
+            together: Whether all ranks call this at once, so that they may communicate.
+            at_once: Whether no forward has begun since the step was skipped.
         """
         norms = self.window.unused_norms(self._scale_at_backward, together)
         if norms is not None and (self._run.shards is not None or not norms.before.finite):
             self._norms = norms
             self._outcome = StepOutcome("skipped_scaler")
-            self.finish(self.optimizer)
+            self.finish(self.optimizer, in_time=at_once)
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether the scaler has updated since the last backward, without a step; never waits."""
+        return bool(self.window.arrivals) and self._scaler_has_updated()
 
     def _may_be_left_out(self, backward: Backward) -> bool:
         """Whether the scaler may have skipped a step: it has updated, or gradients were reset.
