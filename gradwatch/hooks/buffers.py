@@ -71,7 +71,7 @@ class ModelBuffers:
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
         """Reads nothing yet."""
-        self.restores = False
+        self.restores = self._wanted = False
         self._model = model if isinstance(model, nn.Module) else None
         self._handles: list[RemovableHandle] = []
         self._slots: list[Slot] = []
@@ -114,18 +114,28 @@ class ModelBuffers:
                 id(one): (weakref.ref(one), torch.isfinite(local_part(one)).all())
                 for _, one in self._floating()
             }
-            self.restores = restores and bool(self._slots)
-            if self.restores:
-                self._shield, self._left_out, self._busy = shield, left_out, busy
-                self._plan()
-                self._hook([self._model])
+            self._wanted = restores
+            self._shield, self._left_out, self._busy = shield, left_out, busy
+            self._start()
+
+    def _start(self) -> None:
+        self.restores = self._wanted and bool(self._slots)
+        if self.restores and self._model is not None:
+            self._plan()
+            self._hook([self._model])
+
+    def look_again(self) -> None:
+        """Begins to copy if the model has buffers by now, and had none before."""
+        if self._wanted and not self.restores and self._model is not None:
+            self._slots = list(_slots(self._model))
+            self._start()
 
     def detach(self) -> None:
         """Removes the hooks, and drops the copies; safe to call again."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._always, self._seldom, self._held = [], [], [], []
-        self._part_of, self.restores = {}, False
+        self._part_of, self.restores, self._wanted = {}, False, False
 
     # -- the copy before a window ------------------------------------------------------------------
 

@@ -152,7 +152,7 @@ def number_or_nan(value: object) -> FloatOrDeferred:
         return defer_copy(value.reshape(())) if plain and value.numel() == 1 else math.nan
     # float() reads the text of a string, and warns of an array of several dimensions.
     number: Any = value
-    if isinstance(number, (str, bytes)) or getattr(number, "ndim", 0):
+    if isinstance(number, (str, bytes)) or getattr(number, "ndim", None):
         return math.nan
     try:
         return float(number)

@@ -22,11 +22,11 @@ NONFINITE = (
 COUNTS = "{nan} NaN and {inf} Inf of {total} elements"
 NOT_COUNTED = "not counted: it was gone when its norm arrived from the device"
 POISONED = (
-    "{buffers} of the model hold NaN or Inf since step {step}, whose gradients did, too: its "
-    "forward has written them there. Running statistics do not recover from that, so eval() gives "
-    "NaN. Load these buffers from a checkpoint, or call reset_running_stats() on the layers; "
-    'watch(..., on_nonfinite="skip") puts buffers back with the step.'
+    "NaN or Inf in {buffers} of the model since step {step}, whose gradients had it too: its "
+    "forward has written it there. Running statistics do not recover from that, so eval() gives "
+    "NaN. Load these buffers from a checkpoint, or call reset_running_stats() on the layers{advice}."
 )
+PUTS_BACK = '; watch(..., on_nonfinite="skip") puts buffers back with the step'
 NOT_PUT_BACK = (
     "Step {step} was skipped, but its forward had changed {buffers} of the model, and they stay "
     "so: buffers are copied before a step up to {most} MiB in all, and the largest are left out. "
@@ -159,9 +159,13 @@ def discarded_event(record: StepRecord, why: str) -> Event:
     return _event(record, "discarded", record.grad_norm, text)
 
 
-def poisoned_event(record: StepRecord, names: Sequence[str]) -> Event:
-    """Makes the event of buffers that hold a NaN or Inf after a step whose gradients did."""
-    text = POISONED.format(buffers=counted_names(names, of="buffer"), step=record.step)
+def poisoned_event(record: StepRecord, names: Sequence[str], skips: bool) -> Event:
+    """Makes the event of buffers that hold a NaN or Inf after a step whose gradients did.
+
+    ``skips`` says whether such steps are skipped in this run.
+    """
+    buffers, advice = counted_names(names, of="buffer"), "" if skips else PUTS_BACK
+    text = POISONED.format(buffers=buffers, step=record.step, advice=advice)
     return _event(record, "poisoned", float(len(names)), text)
 
 

@@ -50,7 +50,7 @@ from gradwatch.step.mistakes import (
     tell_unscaled,
 )
 from gradwatch.step.pending import PendingStep
-from gradwatch.step.run import Run
+from gradwatch.step.run import POISONED, Run
 from gradwatch.step.skip_rule import APPLIED, SkipRule, StepOutcome, TooManySkipsError
 from gradwatch.step.stale import StaleGradients
 from gradwatch.step.steps import Steps
@@ -454,9 +454,8 @@ class OptimizerSteps(Steps):
             self._makes_state, self.stepping = False, None
             self._withdraw()
             return
-        norms = self._norms
-        if norms is None:  # the optimizer never called its closure
-            norms = self.window.step_norms(self._scale, carried_by(optimizer)[0])
+        # Without norms the optimizer never called its closure.
+        norms = self._norms or self.window.step_norms(self._scale, carried_by(optimizer)[0])
         self.step += 1
         self.stepping, self.in_time = None, in_time
         if self._rates or self._fused is not None:
@@ -505,7 +504,7 @@ class OptimizerSteps(Steps):
         changed = buffers.put_back()
         if changed:
             event = not_put_back_event(self.step, self.label, changed, MOST_BYTES)
-            self._run.tell(event, key="not put back")
+            self._run.tell(event, key=POISONED)
 
     def _look_for_mistakes(self, norms: StepNorms) -> None:
         run = self._run

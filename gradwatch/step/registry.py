@@ -337,6 +337,7 @@ class OptimizerRegistry:
         self._silence.backwards = self._silence.others = 0
         if steps.step % LOOK_EVERY in LOOK_AT:
             self._silence.look_at_model(steps.step)
+            self._run.hooks.buffers.look_again()
             steps.forget_groups()
             newest = self._run.hooks.arrivals.ended
             self._run.used = {number for number in self._run.used if number > newest - MOST_USED}

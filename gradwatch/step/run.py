@@ -114,7 +114,8 @@ class Run:
         for record in suspects:
             names = self.hooks.buffers.poisoned()
             if names:
-                self.tell(poisoned_event(record, names), key=POISONED)
+                skips = self.options.on_nonfinite == "skip"
+                self.tell(poisoned_event(record, names, skips), key=POISONED)
                 return
 
     def note(self, event: Event) -> None:
