@@ -22,9 +22,9 @@ NONFINITE = (
 COUNTS = "{nan} NaN and {inf} Inf of {total} elements"
 NOT_COUNTED = "not counted: it was gone when its norm arrived from the device"
 POISONED = (
-    "NaN or Inf in {buffers} of the model since step {step}, whose gradients had it too: its "
-    "forward has written it there. Running statistics do not recover from that, so eval() gives "
-    "NaN. Load these buffers from a checkpoint, or call reset_running_stats() on the layers{advice}."
+    "NaN or Inf in {buffers} of the model after step {step}, whose gradients had it too: a forward "
+    "has written it there. Running statistics do not recover from that, so eval() gives NaN. Load "
+    "these buffers from a checkpoint, or call reset_running_stats() on the layers{advice}."
 )
 PUTS_BACK = '; watch(..., on_nonfinite="skip") puts buffers back with the step'
 NOT_PUT_BACK = (

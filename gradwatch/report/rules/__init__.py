@@ -59,6 +59,7 @@ ALWAYS: tuple[Rule, ...] = (
     loop,
     nonfinite,
     poisoned,
+    poisoned,
     discarded,
     no_gradient,
     loss_scale,
