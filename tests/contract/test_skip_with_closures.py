@@ -244,4 +244,4 @@ def test_evaluations_of_a_closure_are_not_thrown_away(line_search):
     run = _Run(lambda p: torch.optim.LBFGS(p, lr=0.5, max_iter=4, line_search_fn=line_search), 1, 3)
     assert not run.events
     assert run.watcher.history.steps()["discarded"].eq(0).all()
-    assert [event.step for event in run.watcher.events][0] == 2
+    assert run.watcher.events[0].step == 2
