@@ -424,7 +424,7 @@ class ManagedLoop:
             steps.ends_window = False
         if steps.step == before:  # the scaler found an overflow and did not call the optimizer
             with torch.no_grad():
-                steps.abandon_window()
+                steps.abandon_window(at_once=True)
         return steps.applied
 
     def _given(self, weight: float | Tensor | None) -> FloatOrDeferred | None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 from gradwatch.accumulate.policies import AccumulatePolicy, accumulate_policy
 from gradwatch.checks import check_positive
 from gradwatch.clip.fixed import ClipByNorm, ClipByValue
-from gradwatch.clip.policy import ClipPolicy
+from gradwatch.clip.policy import ClipPolicy, check_policy
 from gradwatch.clip.robust import RobustClip
 from gradwatch.clip.spikes import AUTO_Z
+from gradwatch.contracts import Contract
 from gradwatch.hessian.every import CurvatureEvery
 from gradwatch.hooks.backward import is_watched
 from gradwatch.hooks.data_parallel import refuse_fsdp1, reshard
@@ -237,12 +238,13 @@ def _clip_policy(name: str, clip: object) -> ClipPolicy | None:
         check_positive(name, clip)
         return ClipByNorm(float(clip))
     # clip=ClipByNorm, without parentheses, is a class; it has the methods of a policy too.
-    if isinstance(clip, type) or not isinstance(clip, ClipPolicy):
+    if isinstance(clip, type) or not hasattr(clip, "decide"):
         wanted = 'a positive number, "auto" or a clipping policy'
         raise (ValueError if isinstance(clip, str) else TypeError)(
             _must_be(name, wanted, clip, CLIP_ADVICE)
         )
-    return clip
+    check_policy(name, clip)
+    return cast(ClipPolicy, clip)
 
 
 def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
@@ -287,6 +289,9 @@ def _sinks(name: str, sinks: object) -> tuple[Sink, ...]:
                 f"{name} takes objects with the methods write(batch) and close(), got "
                 f"{described(sink)}."
             )
+        contract = Contract(name, sink, "a sink")
+        contract.takes("write", "batch")
+        contract.takes("close")
     return chosen
 
 

@@ -665,7 +665,8 @@ def _plain(value: object) -> Any:
         return value
     # The learning rate of a capturable optimizer is a tensor; a large one is no setting.
     if isinstance(value, Tensor):
-        return value.tolist() if value.numel() <= 8 else f"tensor {tuple(value.shape)}"
+        small = value.numel() <= 8 and not value.is_meta
+        return value.tolist() if small else f"tensor {tuple(value.shape)}"
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return repr(value)

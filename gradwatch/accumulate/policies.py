@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field
 from functools import partial
-from typing import Any, Protocol, SupportsIndex, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, cast, runtime_checkable
 
 from gradwatch.accumulate.noise_scale import NoiseScale
 from gradwatch.checks import (
@@ -17,6 +18,7 @@ from gradwatch.checks import (
     check_power_of_two,
     whole_number,
 )
+from gradwatch.contracts import Contract, check_result, is_builtin
 from gradwatch.errors import AccumulationError
 from gradwatch.pickles import stable_name
 
@@ -63,6 +65,56 @@ class AccumulatePolicy(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state that :meth:`state_dict` returned."""
+
+
+MEMBERS = {
+    "micro_batches": "",
+    "most": "",
+    "lr_factor": "",
+    "looks_at": "(step)",
+    "decide": "(step, noise)",
+    "state_dict": "()",
+    "load_state_dict": "(state)",
+}
+NUMBER = "the micro-batches of the window that begins: an integer of at least 1"
+WITHIN = "at most {most} micro-batches, as its attribute most says"
+FACTOR = "a positive number; 1.0 to leave the learning rate unchanged"
+
+
+def check_policy(argument: str, policy: AccumulatePolicy) -> None:
+    """Refuses a rule that does not keep to :class:`AccumulatePolicy`.
+
+    Args:
+        argument: How error messages call the argument, as the user wrote it.
+        policy: The rule; one of gradwatch's own is not looked at.
+
+    Raises:
+        ContractError: If a member is missing, or is not what it must be.
+    """
+    if is_builtin(policy):
+        return
+    contract = Contract(argument, policy, "gradwatch.AccumulatePolicy")
+    contract.has(MEMBERS)
+    contract.takes("looks_at", "step")
+    contract.takes("decide", "step", "noise")
+    contract.takes("state_dict")
+    contract.takes("load_state_dict", "state")
+    contract.attribute("micro_batches", "an integer of at least 1", _is_count)
+    most = "an integer of at least 1, or None for no limit"
+    contract.attribute("most", most, lambda value: value is None or _is_count(value))
+    contract.attribute("lr_factor", FACTOR, _is_factor)
+    contract.gives_state()
+
+
+def _is_count(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        return False
+    return operator.index(value) >= 1
+
+
+def _is_factor(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and 0 < float(value) < math.inf  # type: ignore[arg-type]
 
 
 class _WithoutNoise:
@@ -406,8 +458,10 @@ def accumulate_policy(name: str, value: object) -> AccumulatePolicy:
         return AccumulateByNoiseScale()
     # A class has the methods of a policy and is callable, and True is an integer; both are errors.
     if not isinstance(value, (str, bool, type)):
-        if isinstance(value, AccumulatePolicy):  # first, as a user's policy may also be callable
-            return value
+        if hasattr(value, "decide"):  # first, as a user's policy may also be callable
+            policy: Any = value
+            check_policy(name, policy)
+            return cast(AccumulatePolicy, policy)
         if isinstance(value, SupportsIndex):
             return FixedAccumulation(value, name=name)
         if isinstance(value, Mapping) or callable(value):
@@ -456,10 +510,8 @@ class AccumulationPlan:
         self.fixed = isinstance(policy, FixedAccumulation)
         self._policy = policy
         self._on_change = on_change
-        self._read()
-
-    def _read(self) -> None:
-        self.micro_batches, self.lr_factor = self._policy.micro_batches, self._policy.lr_factor
+        self._trusted = is_builtin(policy)
+        self.micro_batches, self.lr_factor = policy.micro_batches, policy.lr_factor
 
     @property
     def accumulates(self) -> bool:
@@ -471,19 +523,41 @@ class AccumulationPlan:
         # noise() waits for numbers from the device, so it is called only if the policy needs it.
         looked = noise() if self._policy.looks_at(step) else None
         old, new = self.micro_batches, self._policy.decide(step, looked or UNKNOWN)
-        self._read()
+        factor = self._policy.lr_factor
+        if not self._trusted:
+            new = self._checked(new, factor)
+        self.micro_batches, self.lr_factor = new, factor
         if new != old:
             self._on_change(step + 1, old, new, looked)
 
+    def _checked(self, number: int, factor: float) -> int:
+        """Refuses what a user's policy has decided, if no window can have it."""
+        policy, most = self._policy, self._policy.most
+        check_result(policy, "decide()", number, NUMBER, _is_count(number))
+        within = most is None or number <= most
+        check_result(policy, "decide()", number, WITHIN.format(most=most), within)
+        check_result(policy, "lr_factor", factor, FACTOR, _is_factor(factor))
+        return operator.index(number)
+
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs to make the same decisions."""
-        return {"policy": type(self._policy).__name__, "state": self._policy.state_dict()}
+        # A policy need not keep what it has decided: its attribute may be that of the first window.
+        return {
+            "policy": type(self._policy).__name__,
+            "state": self._policy.state_dict(),
+            "micro_batches": self.micro_batches,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state that :meth:`state_dict` returned; ignored if the policy is another."""
         if state["policy"] == type(self._policy).__name__:
             self._policy.load_state_dict(state["state"])
-            self._read()
+            self.micro_batches = self._policy.micro_batches
+            if (
+                not self._trusted
+            ):  # gradwatch's own keep within their bounds, which may have changed
+                self.micro_batches = int(state.get("micro_batches", self.micro_batches))
+            self.lr_factor = self._policy.lr_factor
 
 
 TOO_EARLY = (

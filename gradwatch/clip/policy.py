@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from gradwatch.contracts import Contract, check_result, is_builtin
 from gradwatch.pickles import stable_name
 
 SCOPES = ("global", "group", "parameter")
@@ -82,6 +83,82 @@ class ClipDecision:
     threshold: float | Tensor = math.nan
     clip_value: float | None = None
     units: UnitRule | None = None
+
+
+MEMBERS = {
+    "norm_type": "",
+    "decide": "(total_norm)",
+    "state_dict": "()",
+    "load_state_dict": "(state)",
+}
+DECISION = (
+    "a gradwatch.ClipDecision, such as gradwatch.ClipDecision(coefficient, threshold=limit) with a "
+    "tensor as coefficient, or gradwatch.ClipDecision() to leave the gradients alone"
+)
+COEFFICIENT = "a ClipDecision whose coefficient is None or a real tensor of shape {shape}"
+THRESHOLD = "a ClipDecision whose threshold is a number or a tensor of one"
+CLIP_VALUE = "a ClipDecision whose clip_value is None or a positive number"
+UNITS = "a ClipDecision whose units is None or has coefficient(name, gradient, weight)"
+FACTORS = "None, or a tensor of factors that can be broadcast to the gradient"
+
+
+def check_policy(argument: str, policy: object) -> None:
+    """Refuses a clipping rule that does not keep to :class:`ClipPolicy`.
+
+    Args:
+        argument: How error messages call the argument, as the user wrote it.
+        policy: The rule; one of gradwatch's own is not looked at.
+
+    Raises:
+        ContractError: If a member is missing, or is not what it must be.
+    """
+    if is_builtin(policy):
+        return
+    contract = Contract(argument, policy, "gradwatch.ClipPolicy")
+    contract.has(MEMBERS)
+    contract.takes("decide", "total_norm")
+    contract.takes("state_dict")
+    contract.takes("load_state_dict", "state")
+    contract.attribute("norm_type", "a positive number, or math.inf", _is_positive)
+    if hasattr(policy, "scope"):
+        contract.attribute("scope", f"one of {SCOPES}", lambda scope: scope in SCOPES)
+    contract.gives_state()
+
+
+def check_decision(policy: object, decision: object, norms: Tensor) -> ClipDecision:
+    """Returns what a user's rule has decided; ``norms`` are those that it was given.
+
+    Raises:
+        ContractError: If it is no :class:`ClipDecision` that can be carried out.
+    """
+    if not isinstance(decision, ClipDecision):
+        check_result(policy, "decide()", decision, DECISION, fits=False)
+        return ClipDecision()
+    coefficient, shape = decision.coefficient, tuple(norms.shape)
+    fits = coefficient is None or _are_factors(coefficient, shape)
+    check_result(policy, "decide()", decision, COEFFICIENT.format(shape=shape), fits)
+    check_result(policy, "decide()", decision, THRESHOLD, _is_one_number(decision.threshold))
+    clip_value, units = decision.clip_value, decision.units
+    check_result(
+        policy, "decide", decision, CLIP_VALUE, clip_value is None or _is_positive(clip_value)
+    )
+    fits = units is None or callable(getattr(units, "coefficient", None))
+    check_result(policy, "decide()", decision, UNITS, fits)
+    return decision
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
+
+
+def _are_factors(value: object, shape: tuple[int, ...]) -> bool:
+    return isinstance(value, Tensor) and not value.is_complex() and tuple(value.shape) == shape
+
+
+def _is_one_number(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    return isinstance(value, (int, float))
 
 
 class Stateless:

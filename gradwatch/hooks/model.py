@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from gradwatch.hooks.backward import Arrivals, Backward, on_accumulated, on_incoming
+from gradwatch.hooks.buffers import ModelBuffers
 from gradwatch.hooks.data_parallel import fully_sharded
 from gradwatch.measure.deferred import Deferred
 from gradwatch.measure.norms import (
@@ -35,6 +36,7 @@ class ModelHooks:
         local: This rank's norms before the reduction; None if no DistributedDataParallel is used.
         added: Norms of what each backward adds to the gradients; :meth:`watch_added` switches
             them on.
+        buffers: The model's buffers, such as running statistics.
         freed: Norms of gradients that no longer exist at the end of a backward.
         unhooked: Indices of watched parameters that require no gradient yet, and so have no
             arrival hook.
@@ -59,6 +61,7 @@ class ModelHooks:
         self.local = LocalNorms(wrappers, table) if wrappers else None
         self.added = MicroBatchNorms(table.tensors)
         self.freed = FreedGradients(table.tensors)
+        self.buffers = ModelBuffers(model)
         self._model = model
         self._table = table
         self.arrivals = Arrivals(on_backward, None if self.local is None else on_arrived)
@@ -105,6 +108,7 @@ class ModelHooks:
         self.arrivals.unhook()
         self.freed.detach()
         self.added.detach()
+        self.buffers.detach()
         self.unhooked = set()
         if self._output_hook is not None:
             self._output_hook.remove()

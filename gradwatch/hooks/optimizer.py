@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +14,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
-from gradwatch.measure.deferred import FloatOrDeferred, defer_copy
+from gradwatch.hooks.checkpoint import OptimizerCheckpoint
+from gradwatch.hooks.snapshot import WeightSnapshot
+from gradwatch.measure.deferred import FloatOrDeferred, defer_copy, number_or_nan
 from gradwatch.measure.parameters import is_sharded, optimizer_parameters
 
 
@@ -24,6 +25,13 @@ class StepListener(Protocol):
 
     stepping: Optimizer | None
     """The optimizer whose step is running: this one, or a wrapper around it; None between steps."""
+
+    passed_over: bool
+    """Whether the step is refused, but its optimizer goes on evaluating the closure: it is undone
+    at its end, and these backwards belong to no window."""
+
+    beyond_undo: bool
+    """Whether the step has moved the weights, and nothing was kept to put them back."""
 
     def begin(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Called when a step begins; a closure, if there is one, has not run yet."""
@@ -64,7 +72,7 @@ class StepBoundary:
             listener: Receives the events.
             shield: Context in which the listener is called; it may suppress the listener's errors.
             may_refuse: Whether the listener may refuse a step or raise. Only then is an optimizer
-                that evaluates its closure several times (LBFGS) copied before each step.
+                that moves the weights between two evaluations of a closure copied before its steps.
             wrappers: Optimizers around this one, which have the same listener.
         """
         self._wrappers = wrappers
@@ -76,6 +84,11 @@ class StepBoundary:
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._checkpoint: OptimizerCheckpoint | None = None
         self._refused = False
+        self._evaluations = 0
+        self._moved_first = False
+        self._weights: WeightSnapshot | None = None
+        # None while it is not known: until the first step with a closure has shown it.
+        self._evaluates_once = _evaluates_once(optimizer)
         self._handles: tuple[RemovableHandle, ...] = (
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -106,9 +119,11 @@ class StepBoundary:
                 self._gradients_ready(None)
         if closure is None:
             return None
-        # By the time a later evaluation of the closure is refused, LBFGS has moved the parameters.
-        if self._may_refuse and isinstance(optimizer, torch.optim.LBFGS):
-            self._checkpoint = OptimizerCheckpoint(optimizer, optimizer_parameters(optimizer))
+        self._evaluations, self._moved_first = 0, False
+        if self._may_refuse and not self._evaluates_once:
+            # By the time an evaluation is refused, the optimizer may have moved the parameters.
+            self._checkpoint = OptimizerCheckpoint(self._members())
+            self._weights = WeightSnapshot(parameters_held(optimizer))
         return _with_closure(args, kwargs, self._wrap(closure))
 
     def _wrap(self, closure: Closure) -> Closure:
@@ -118,6 +133,11 @@ class StepBoundary:
 
         def evaluate() -> Any:
             nonlocal last
+            self._evaluations += 1
+            if self._weights is not None and self._evaluations == 1:
+                self._moved_first = self._weights.moved()
+            if self._listener.passed_over:
+                return closure()  # the step goes on as it would have, and is undone at its end
             # Refused gradients are hidden; calling the closure again would produce new ones.
             if not self._refused:
                 last = closure()
@@ -128,30 +148,74 @@ class StepBoundary:
         return evaluate
 
     def _gradients_ready(self, loss: object) -> None:
+        listener = self._listener
+        if self._evaluations > 1 and self._checkpoint is None:
+            listener.beyond_undo = True
         try:
-            self._refused = not self._listener.gradients_ready(self._optimizer, loss)
+            self._refused = not listener.gradients_ready(self._optimizer, loss)
         except BaseException:
             self._restore_checkpoint()
             raise
-        if self._refused:
-            # Appended, as a closure may be evaluated several times in one step.
-            self._hidden += hide_gradients(optimizer_parameters(self._optimizer))
+        if not self._refused:
+            return
+        if self._checkpoint is not None and not self._stops_without_gradients():
+            listener.passed_over = True
+            return
+        if self._checkpoint is None and not is_of_torch(self._optimizer):
+            # It may do something even so: count, or move its weights to a mean of earlier ones.
+            self._checkpoint = OptimizerCheckpoint(self._members(), len(self._members()) > 1)
+            self._weights = WeightSnapshot(parameters_held(self._optimizer))
+        # Appended, as a closure may be evaluated several times in one step.
+        self._hidden += hide_gradients(optimizer_parameters(self._optimizer))
+
+    def _stops_without_gradients(self) -> bool:
+        # Without a gradient at its first evaluation, LBFGS ends. In a line search it would go on
+        # with the zeros that it takes for them, which some of its branches are not made for.
+        return self._evaluations == 1 and type(self._optimizer) is torch.optim.LBFGS
+
+    def _members(self) -> list[Optimizer]:
+        return [self._optimizer, *wrapped_in(self._optimizer)]
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._nested:
             self._nested = False
             return
+        if self._evaluations:
+            self._learn()
         if self._refused:
+            whole = self._checkpoint is not None and self._checkpoint.whole
+            if not whole and self._weights is not None and self._weights.moved():
+                self._listener.beyond_undo = True
             self._restore_checkpoint()
             restore_gradients(self._hidden)
-        self._checkpoint = None
+        self._checkpoint = self._weights = None
         with self._shield:
             self._listener.finish(optimizer)
+
+    def _learn(self) -> None:
+        """Learns from a step with a closure whether the next one must be copied."""
+        if self._evaluations > 1 or self._moved_first:
+            self._evaluates_once = False
+        elif self._evaluates_once is None and not self._refused:
+            self._evaluates_once = True
+        self._evaluations = 0
 
     def _restore_checkpoint(self) -> None:
         if self._checkpoint is not None:
             self._checkpoint.restore()
             self._checkpoint = None
+
+
+def _evaluates_once(optimizer: Optimizer) -> bool | None:
+    """Returns whether a step evaluates its closure once, and first; None if it is not known."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        return False
+    return True if is_of_torch(optimizer) and not wrapped_in(optimizer) else None
+
+
+def is_of_torch(optimizer: Optimizer) -> bool:
+    """Returns whether an optimizer is of a class of ``torch.optim`` itself, not derived from it."""
+    return type(optimizer).__module__.startswith("torch.optim.")
 
 
 def _closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:
@@ -285,60 +349,27 @@ def restore_gradients(hidden: list[tuple[Tensor, Tensor]]) -> None:
     hidden.clear()
 
 
-class OptimizerCheckpoint:
-    """A copy of parameters and optimizer state, to undo a step that was refused midway.
-
-    Only optimizers that evaluate their closure several times need one, as it costs memory.
-    """
-
-    def __init__(self, optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
-        """Copies the parameters, and the state of an optimizer that is about to step."""
-        self._optimizer = optimizer
-        self._values = [(p, p.detach().clone()) for p in parameters]
-        self._state = {p: copy.deepcopy(dict(s)) for p, s in optimizer.state.items()}
-
-    def restore(self) -> None:
-        """Restores the parameters, in place, and the state."""
-        with torch.no_grad():
-            for parameter, value in self._values:
-                parameter.copy_(value)
-        # Not with load_state_dict(), which casts the state to the dtype of the parameters.
-        state: dict[Any, Any] = self._optimizer.state
-        for key in [key for key in state if key not in self._state]:
-            del state[key]
-        for key, saved in self._state.items():
-            state[key].clear()
-            state[key].update(saved)
-
-
 def learning_rate(optimizer: Optimizer) -> FloatOrDeferred:
     """Returns the learning rate of the first parameter group; NaN if it has none."""
     groups = optimizer.param_groups
-    value = groups[0].get("lr", math.nan) if groups else math.nan
-    return _rate(value)
-
-
-def _rate(value: object) -> FloatOrDeferred:
-    # Some optimizers find their rate by themselves, and have None or a function here.
-    if isinstance(value, Tensor):
-        return defer_copy(value.reshape(())) if value.numel() == 1 else math.nan
-    return float(value) if isinstance(value, (int, float)) else math.nan
+    return number_or_nan(groups[0].get("lr")) if groups else math.nan
 
 
 def has_no_rate(optimizer: Optimizer) -> bool:
     """Returns whether the learning rate of each parameter group is a number, and 0."""
     rates = [group.get("lr") for group in optimizer.param_groups]
-    numbers = (int, float, Tensor)
-    return bool(rates) and all(isinstance(one, numbers) and _is_zero(one) for one in rates)
+    return bool(rates) and all(map(_is_zero, rates))
 
 
 def _is_zero(rate: Any) -> bool:
-    return not bool(rate.any()) if isinstance(rate, Tensor) else bool(rate == 0)
+    if isinstance(rate, Tensor):
+        return not rate.is_meta and not bool(rate.any())
+    return number_or_nan(rate) == 0
 
 
 def group_learning_rates(optimizer: Optimizer) -> list[FloatOrDeferred]:
     """Returns the learning rate of each parameter group; NaN where a group has none."""
-    return [_rate(group.get("lr")) for group in optimizer.param_groups]
+    return [number_or_nan(group.get("lr")) for group in optimizer.param_groups]
 
 
 def group_names(optimizer: Optimizer) -> list[str | int]:
@@ -357,15 +388,31 @@ LearningRates = list[tuple[dict[str, Any], Any]]
 def scale_learning_rates(optimizer: Optimizer, factor: float) -> LearningRates:
     """Multiplies the learning rates of an optimizer, numbers or tensors, for one step.
 
+    A rate that is neither is left as it is: the optimizer finds its rate by itself.
+
     Returns:
         The parameter groups and their original rates, for :func:`restore_learning_rates`.
     """
     # The rates are restored after the step. Otherwise the factors would accumulate, and a scheduler
     # that computes the next rate from the last one would go wrong.
-    saved = [(group, group["lr"]) for group in optimizer.param_groups if "lr" in group]
+    saved = [(g, g["lr"]) for g in optimizer.param_groups if _can_be_scaled(g.get("lr"))]
     for group, rate in saved:
-        group["lr"] = rate * factor  # not in place: groups and schedulers may share the tensor
+        # Not in place: groups and schedulers may share the tensor.
+        group["lr"] = rate * factor if isinstance(rate, Tensor) else float(rate) * factor
     return saved
+
+
+def _can_be_scaled(rate: object) -> bool:
+    if isinstance(rate, Tensor):
+        return rate.is_floating_point() or rate.is_complex()
+    number = number_or_nan(rate)
+    return isinstance(number, float) and not math.isnan(number)
+
+
+def unscalable_rates(optimizer: Optimizer) -> list[Any]:
+    """Lists the learning rates of an optimizer that no factor can be applied to."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return [rate for rate in rates if not _can_be_scaled(rate)]
 
 
 def restore_learning_rates(saved: LearningRates) -> None:
@@ -483,7 +530,8 @@ def _lacks_momentum_buffer(optimizer: Optimizer) -> bool:
     # get(), as ``state`` is a defaultdict: indexing would put empty entries into the user's
     # checkpoints.
     return isinstance(optimizer, torch.optim.SGD) and any(
-        group["momentum"] != 0 and optimizer.state.get(parameter, {}).get("momentum_buffer") is None
+        group.get("momentum") != 0
+        and optimizer.state.get(parameter, {}).get("momentum_buffer") is None
         for group in optimizer.param_groups
         for parameter in group["params"]
         if parameter.grad is not None

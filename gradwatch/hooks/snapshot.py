@@ -232,6 +232,14 @@ EARLY = 64
 EVERY = 128
 
 
+def is_looked_at(count: int) -> bool:
+    """Returns whether something that happens in every step is looked at now: 1, 2, 4, ..., 64, 128.
+
+    After that it is every 128th time.
+    """
+    return count & (count - 1) == 0 if count <= EARLY else count % EVERY == 0
+
+
 class Looks:
     """Finds out whether a loop changes its gradients in ways that no version counter shows.
 
@@ -257,8 +265,7 @@ class Looks:
             self._compare_arrived()
         if self._found:
             return True
-        steps = self._steps
-        return steps & (steps - 1) == 0 if steps <= EARLY else steps % EVERY == 0
+        return is_looked_at(self._steps)
 
     def found(self) -> None:
         """Notes that a look has found other gradients than those of the last backward."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -133,6 +134,30 @@ def defer_copy(tensor: Tensor) -> FloatOrDeferred:
     """
     tensor = tensor.detach()
     return float(tensor) if is_at_hand(tensor) else Deferred(tensor.clone())
+
+
+def number_or_nan(value: object) -> FloatOrDeferred:
+    """Reads a value of the user's that is meant to be a number: a learning rate, a loss.
+
+    Args:
+        value: A number of any library, or a real tensor of one element.
+
+    Returns:
+        The number; NaN for anything else: None, a string, a function, several numbers.
+    """
+    if type(value) is float:  # nearly always
+        return value
+    if isinstance(value, Tensor):
+        plain = value.layout is torch.strided and not (value.is_complex() or value.is_meta)
+        return defer_copy(value.reshape(())) if plain and value.numel() == 1 else math.nan
+    # float() reads the text of a string, and warns of an array of several dimensions.
+    number: Any = value
+    if isinstance(number, (str, bytes)) or getattr(number, "ndim", None):
+        return math.nan
+    try:
+        return float(number)
+    except Exception:  # no number, or one beyond float64
+        return math.nan
 
 
 class Transfer:

@@ -54,6 +54,17 @@ BAD_WEIGHTS = (
 COUNTS = "{nan} NaN and {inf} Inf of {total} elements"
 NOT_COUNTED = "not counted: it was gone when its norm arrived from the device"
 INF_OR_LARGE = "Inf, or a norm beyond float32,"
+POISONED = (
+    "NaN or Inf in {buffers} of the model after step {step}, whose gradients had it too: a forward "
+    "has written it there. Running statistics do not recover from that, so eval() gives NaN. Load "
+    "these buffers from a checkpoint, or call reset_running_stats() on the layers{advice}."
+)
+PUTS_BACK = '; watch(..., on_nonfinite="skip") puts buffers back with the step'
+NOT_PUT_BACK = (
+    "Step {step} was skipped, but its forward had changed {buffers} of the model, and they stay "
+    "so: buffers are copied before a step up to {most} MiB in all, and the largest are left out. "
+    "Keep such a buffer in evaluation mode, or reload it from a checkpoint if it matters."
+)
 OVERFLOW = (
     "The gradients of step {step} are finite, but their norm {value:.3g} is beyond float32; the "
     "largest is that of {parameter}."
@@ -67,6 +78,13 @@ NO_GRADIENT = (
     "takes no part in the loss, or its branch is detached."
 )
 SKIPPED = "Step {step} was not applied ({outcome}): weights and optimizer state are as before."
+# A fused SGD that a scaler makes skip its first step keeps momentum buffers without a value.
+SKIPPED_BY_SCALER = "Step {step} was not applied (skipped_scaler): the weights are as before."
+SKIPPED_MIDWAY = (
+    "Step {step} was left out ({outcome}), but {optimizer} had moved the weights in it, and they "
+    "are not as before: it moves them between two evaluations of its closure, or without a "
+    "gradient, and has not done so in the steps before. Go back to a checkpoint if it matters."
+)
 CHANGED = "From step {step} on a step has {new} micro-batches instead of {old}{why}."
 WHY = ": the noise scale is {noise} \N{PLUS-MINUS SIGN} {stderr} at a batch of {batch}"
 DROPPED = (
@@ -88,13 +106,15 @@ SAME_DATA = (
     "seed by the rank what is random about the data."
 )
 RAISED = (
-    '{story} on_nonfinite="raise" stopped the training before any weight changed. Look at the '
+    '{story} on_nonfinite="raise" stopped the training before this step: {weights}. Look at the '
     'batch and at the loss of this step; with on_nonfinite="skip" the step is left out instead.'
 )
+AS_BEFORE = "weights and optimizer state are as before it"
+MOVED = "but not before the optimizer had moved the weights between two evaluations of its closure"
 TOO_MANY_SKIPS = (
     "{steps} steps in a row were left out, and the next one would be too (step {record.step} of "
-    "{record.optimizer}, gradient norm {record.grad_norm:.4g}, loss {record.loss:.4g}, learning "
-    "rate {record.lr:.4g}). {story} "
+    "{record.optimizer}, gradient norm {record.grad_norm:.4g}, loss {record.loss:.4g}{rate}). "
+    "{story} "
     "Weights and optimizer state are those of the last good step. A run that meets nothing but bad "
     "steps does not recover by itself: go back to an earlier checkpoint, lower the learning rate "
     "or leave out the data that it meets here; watch(max_consecutive_skips=...) sets how many are "
@@ -194,9 +214,11 @@ def exploding_event(
     return _event(record, "exploding", norm, message, (name, module))
 
 
-def skipped_event(record: StepRecord) -> Event:
-    """Makes the event of a step that was not applied."""
-    message = SKIPPED.format(step=record.step, outcome=record.outcome)
+def skipped_event(record: StepRecord, moved: bool = False) -> Event:
+    """Makes the event of a step that was not applied; ``moved`` if it has changed the weights."""
+    text = SKIPPED_BY_SCALER if record.outcome == "skipped_scaler" else SKIPPED
+    text = SKIPPED_MIDWAY if moved else text
+    message = text.format(step=record.step, outcome=record.outcome, optimizer=record.optimizer)
     return _event(record, "skipped", record.grad_norm, message)
 
 
@@ -209,6 +231,23 @@ def discarded_event(record: StepRecord, why: str) -> Event:
     loss = "" if math.isnan(record.loss) else f" and loss {record.loss:.4g}"
     text = DISCARDED.format(what=what, norm=record.grad_norm, loss=loss, record=record, why=why)
     return _event(record, "discarded", record.grad_norm, text)
+
+
+def poisoned_event(record: StepRecord, names: Sequence[str], skips: bool) -> Event:
+    """Makes the event of buffers that hold a NaN or Inf after a step whose gradients did.
+
+    ``skips`` says whether such steps are skipped in this run.
+    """
+    buffers, advice = counted_names(names, of="buffer"), "" if skips else PUTS_BACK
+    text = POISONED.format(buffers=buffers, step=record.step, advice=advice)
+    return _event(record, "poisoned", float(len(names)), text)
+
+
+def not_put_back_event(step: int, optimizer: str, names: Sequence[str], most: int) -> Event:
+    """Makes the event of buffers that a skipped step has changed; ``most`` bytes are copied."""
+    buffers = counted_names(names, of="buffer")
+    text = NOT_PUT_BACK.format(buffers=buffers, step=step, most=most // 2**20)
+    return _event(StepRecord(step, optimizer), "poisoned", float(len(names)), text)
 
 
 def no_gradient_events(
@@ -285,10 +324,10 @@ def loop_event(
     return _event(StepRecord(step, optimizer), kind, value, message, parameter_and_module)
 
 
-def counted_names(names: Sequence[str], most: int = 3) -> str:
+def counted_names(names: Sequence[str], most: int = 3, of: str = "parameter") -> str:
     """Names some parameters: ``"2 parameters (a, b)"``, with at most ``most`` names."""
     shown = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-    return f"{len(names)} parameter{'' if len(names) == 1 else 's'} ({shown})"
+    return f"{len(names)} {of}{'' if len(names) == 1 else 's'} ({shown})"
 
 
 def same_data_event(record: StepRecord, steps: int, ranks: int) -> Event:
@@ -307,9 +346,15 @@ def tells_of_same_data(message: str) -> bool:
     return message.startswith(SAME_DATA[: SAME_DATA.index(":")])
 
 
-def nonfinite_error(record: StepRecord, events: Sequence[Event]) -> NonFiniteGradientError:
-    """Makes the error that ``on_nonfinite="raise"`` raises, from what was found in the step."""
-    return _error(RAISED.format(story=_story(record, events)), record, events)
+def nonfinite_error(
+    record: StepRecord, events: Sequence[Event], moved: bool = False
+) -> NonFiniteGradientError:
+    """Makes the error that ``on_nonfinite="raise"`` raises, from what was found in the step.
+
+    ``moved`` says whether the step has changed the weights already.
+    """
+    weights = MOVED if moved else AS_BEFORE
+    return _error(RAISED.format(story=_story(record, events), weights=weights), record, events)
 
 
 def too_many_skips_error(
@@ -322,7 +367,9 @@ def too_many_skips_error(
         events: What was found in it.
         steps: Number of steps skipped in a row before it.
     """
-    text = TOO_MANY_SKIPS.format(steps=steps, record=record, story=_story(record, events))
+    rate = "" if math.isnan(record.lr) else f", learning rate {record.lr:.4g}"
+    story = _story(record, events)
+    text = TOO_MANY_SKIPS.format(steps=steps, record=record, story=story, rate=rate)
     return _error(text, record, events)
 
 

@@ -283,6 +283,7 @@ EventKind = Literal[
     "discarded",
     "changed",
     "mistake",
+    "poisoned",
 ]
 
 _MAGENTA, _PURPLE, _GRAY, _ORANGE, _BLUE, _GREEN, _YELLOW = (
@@ -350,6 +351,13 @@ EVENT_KINDS: dict[str, Kind] = {
         "`zero_grad()`; told once, with what to change",
         "0",
         _YELLOW,
+        "square",
+    ),
+    "poisoned": Kind(
+        "buffers of the model, such as running statistics, hold a NaN or Inf since a step whose "
+        "gradients did, or were changed by a step that was skipped; told once, with their names",
+        "buffers",
+        _MAGENTA,
         "square",
     ),
 }

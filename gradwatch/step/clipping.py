@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradwatch.clip.apply import clamp_, scale_, scale_each_
-from gradwatch.clip.policy import ClipDecision, ClipPolicy, UnitRule
+from gradwatch.clip.policy import (
+    FACTORS,
+    ClipDecision,
+    ClipPolicy,
+    UnitRule,
+    check_decision,
+)
+from gradwatch.contracts import check_result, is_builtin
 from gradwatch.hooks.optimizer import FusedStep
 from gradwatch.measure.deferred import Deferred, FloatOrDeferred, as_operand, defer, resolve
 from gradwatch.measure.norms import Measurement, StepNorms, total_norm
@@ -118,6 +125,7 @@ class Clipping:
                 use this.
         """
         self.policy = policy
+        self._trusted = is_builtin(policy)
         self._optimizer = optimizer
         self._table = table
         self._fused = fused
@@ -159,6 +167,8 @@ class Clipping:
         else:
             given = self._scopes.norms(norms, self._scope, self.policy.norm_type)
         decision = self.policy.decide(given)
+        if not self._trusted:
+            decision = check_decision(self.policy, decision, given)
         return decision, norms._replace(threshold=defer(decision.threshold))
 
     def _carry_out_(
@@ -226,6 +236,7 @@ class Clipping:
             true = gradient if left == 1.0 else gradient / left
             factors = rule.coefficient(name, true, local_part(weight.detach()))
             if factors is not None:
+                check_result(rule, "coefficient()", factors, FACTORS, isinstance(factors, Tensor))
                 gradient.mul_(factors)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from gradwatch.contracts import shown
 from gradwatch.record.events import counted_names, loop_event
 from gradwatch.step.run import Run
 
@@ -107,6 +108,16 @@ FOREIGN = (
     "as it was when watch() was called: their gradients are in no norm and in no clip. Call "
     "watch() when the model has all its parameters."
 )
+UNSCALED = (
+    "The accumulation policy multiplies the learning rate, but a rate of {optimizer} is {rate}, "
+    "which is no number: it stays as it is. Give the optimizer a rate, or the policy no lr_factor."
+)
+
+
+def tell_unscaled(run: Run, optimizer: str, step: int, rate: object) -> None:
+    """Tells of a learning rate that the factor of the accumulation policy cannot be applied to."""
+    text = UNSCALED.format(optimizer=optimizer, rate=shown(rate))
+    run.tell(loop_event("mistake", text, step, optimizer), key=f"unscaled rate of {optimizer}")
 
 
 def tell_early_clip(run: Run, optimizer: str, step: int, left: float) -> None:

@@ -14,6 +14,7 @@ from gradwatch.accumulate.policies import check_window
 from gradwatch.clip.policy import ClipPolicy
 from gradwatch.clip.spikes import SpikeRule
 from gradwatch.hooks.backward import Backward, inside_backward
+from gradwatch.hooks.buffers import MOST_BYTES, ModelBuffers
 from gradwatch.hooks.optimizer import (
     FusedStep,
     LearningRates,
@@ -25,14 +26,19 @@ from gradwatch.hooks.optimizer import (
     refuse_what_needs_all_gradients,
     restore_learning_rates,
     scale_learning_rates,
+    unscalable_rates,
 )
 from gradwatch.hooks.snapshot import WeightSnapshot
-from gradwatch.measure.deferred import FloatOrDeferred, defer_copy
+from gradwatch.measure.deferred import FloatOrDeferred, number_or_nan
 from gradwatch.measure.norms import StepNorms
 from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.measure.sharded import PackedAllReduce
 from gradwatch.measure.statistics import StatisticsSampler
-from gradwatch.record.events import nonfinite_error, too_many_skips_error
+from gradwatch.record.events import (
+    nonfinite_error,
+    not_put_back_event,
+    too_many_skips_error,
+)
 from gradwatch.record.records import Event, ParameterGroups, StepRecord
 from gradwatch.step.clipping import Clipping
 from gradwatch.step.mistakes import (
@@ -41,9 +47,10 @@ from gradwatch.step.mistakes import (
     tell_lost,
     tell_no_gradient,
     tell_stale,
+    tell_unscaled,
 )
 from gradwatch.step.pending import PendingStep
-from gradwatch.step.run import Run
+from gradwatch.step.run import POISONED, Run
 from gradwatch.step.skip_rule import APPLIED, SkipRule, StepOutcome, TooManySkipsError
 from gradwatch.step.stale import StaleGradients
 from gradwatch.step.steps import Steps
@@ -73,9 +80,13 @@ class OptimizerSteps(Steps):
         members: The optimizers whose steps are its steps: itself, or those that it wraps.
         skip_rule: Decides which steps are skipped.
         stepping: The optimizer whose step is running: this one or one in it; None between steps.
+        passed_over: Whether the step is refused, and the backwards in the rest of it do not count.
+        beyond_undo: Whether the step has moved the weights, and nothing can put them back.
         units: The number of batches that a managed loop has counted in the window; None if the loop
             is the user's own.
         ends_window: Set by a managed loop to step a window of any length.
+        in_time: Whether the last step was over before the next forward began; one that a scaler
+            has left out may be noticed later.
         stale: Notices windows that begin with the gradients of the step before.
     """
 
@@ -107,6 +118,8 @@ class OptimizerSteps(Steps):
         inner = members[-1]
         self.skip_rule = SkipRule(options.on_nonfinite, spikes, options.max_consecutive_skips)
         self.stepping: Optimizer | None = None
+        self.passed_over = self.beyond_undo = False
+        self.in_time = True
         self._has_closure = False
         self.units: int | None = None
         self.ends_window = False
@@ -133,7 +146,7 @@ class OptimizerSteps(Steps):
     @property
     def looks_ahead(self) -> bool:
         """Whether :meth:`begin_backward` must be called before the next backward."""
-        return self.stale.looks or bool(self.window.arrivals)
+        return not self.passed_over and (self.stale.looks or bool(self.window.arrivals))
 
     def begin_backward(self, first: int) -> None:
         """Looks, when a backward begins, at what became of the gradients of the window.
@@ -197,6 +210,11 @@ class OptimizerSteps(Steps):
             unused: Whether it is known that nothing has used them.
             together: Whether all ranks call this at once, so that they may communicate.
         """
+        if self._has_closure and self.stepping is not None:
+            # The optimizer has used them, and evaluates its closure again: in a line search, say.
+            self.window.begin_again()
+            self._losses = []
+            return
         norms = self.window.unused_norms(self._scale_at_backward, together)
         if norms is not None and (unused or not self._used_otherwise(norms)):
             self.discarded += 1
@@ -225,6 +243,8 @@ class OptimizerSteps(Steps):
 
     def add(self, backward: Backward, weight: FloatOrDeferred) -> bool:
         """Adds a backward that has ended; see :meth:`Steps.add`."""
+        if self.passed_over:
+            return False
         if not self._has_closure:
             self.stepping = None  # a step that has raised: a backward runs in a closure only
         late = self._refresh()
@@ -251,7 +271,7 @@ class OptimizerSteps(Steps):
             weight: Weight of the micro-batch.
             divisor: What the weighted loss was divided by; None if the loss was used as it is.
         """
-        self._losses.append((_loss(loss), weight))
+        self._losses.append((number_or_nan(loss), weight))
         self.window.divisor = divisor
 
     def drop_discarded_window(self) -> None:
@@ -343,6 +363,7 @@ class OptimizerSteps(Steps):
         if late:
             self.window.widen(late)
         self.stepping, self._has_closure = optimizer, has_closure
+        self.passed_over = self.beyond_undo = False
         if self._scale.candidates:
             self._scale.keep_scaler_of(optimizer)
         if self._rates or self._fused is not None:
@@ -352,6 +373,8 @@ class OptimizerSteps(Steps):
         factor = self._run.accumulation.lr_factor
         if factor != 1.0:
             self._rates = scale_learning_rates(optimizer, factor)
+            if len(self._rates) < len(optimizer.param_groups):
+                tell_unscaled(self._run, self.label, self.step + 1, unscalable_rates(optimizer)[0])
         if len(optimizer.param_groups) > 1:
             self._group_lr = group_learning_rates(optimizer)
             self._lr = self._group_lr[0]
@@ -401,7 +424,7 @@ class OptimizerSteps(Steps):
             if found != wanted:
                 check_window(self.label, found, wanted)
         if loss is not None:
-            self._losses = [(_loss(loss), 1.0)]
+            self._losses = [(number_or_nan(loss), 1.0)]
         units = (self.units or 0) if self.ends_window else 0
         self._losses = self.weights.weigh(
             self.window,
@@ -426,24 +449,26 @@ class OptimizerSteps(Steps):
             self.discard()
         return self._settle_doubts_of(norms) if self._doubted else norms
 
-    def finish(self, optimizer: Optimizer) -> None:
-        """Records a step that is over."""
+    def finish(self, optimizer: Optimizer, in_time: bool = True) -> None:
+        """Records a step that is over; ``in_time`` if no forward has begun since."""
         if self._makes_state:
             self._makes_state, self.stepping = False, None
             self._withdraw()
             return
-        norms = self._norms
-        if norms is None:  # the optimizer never called its closure
-            norms = self.window.step_norms(self._scale, carried_by(optimizer)[0])
+        # Without norms the optimizer never called its closure.
+        norms = self._norms or self.window.step_norms(self._scale, carried_by(optimizer)[0])
         self.step += 1
-        self.stepping = None
+        self.stepping, self.in_time = None, in_time
         if self._rates or self._fused is not None:
             self._withdraw()
         late = self._outcome is not APPLIED and self._outcome.late
+        if self._run.hooks.buffers.restores:
+            self._put_back_buffers()
         if not late and (self.skip_rule.in_a_row or self._outcome is not APPLIED):
             self.skip_rule.note(self._outcome.outcome)
         pending = self._pending(norms, self.step, estimates=True)
         pending.discarded, self.discarded = self.discarded, 0
+        pending.beyond_undo, self.passed_over = self.beyond_undo, False
         if self.stale.looks or self.window.nonfinite_count or not norms.before.indices:
             self._look_for_mistakes(norms)
         if self._curvature is not None:
@@ -463,6 +488,24 @@ class OptimizerSteps(Steps):
         self._losses = []
         self._norms = self.units = None
         self._on_finished(self)
+
+    def _put_back_buffers(self) -> None:
+        """Restores the model's buffers if the step was skipped, so that it leaves no trace."""
+        buffers, outcome = self._run.hooks.buffers, self._outcome
+        if outcome is APPLIED or not self.in_time:
+            return
+        with_scaler = self._options.on_nonfinite == "skip"
+        flag = outcome.skips(with_scaler)
+        if outcome.refused or (with_scaler and outcome.outcome == "skipped_scaler"):
+            self._put_back(buffers)
+        elif flag is not None:
+            buffers.put_back_where(flag)
+
+    def _put_back(self, buffers: ModelBuffers) -> None:
+        changed = buffers.put_back()
+        if changed:
+            event = not_put_back_event(self.step, self.label, changed, MOST_BYTES)
+            self._run.tell(event, key=POISONED)
 
     def _look_for_mistakes(self, norms: StepNorms) -> None:
         run = self._run
@@ -512,12 +555,14 @@ class OptimizerSteps(Steps):
             outcome = self.skip_rule.decide(norms, found_inf, by_flag)
         except TooManySkipsError:
             skipped = self.skip_rule.in_a_row
+            if self._run.hooks.buffers.restores:
+                self._put_back(self._run.hooks.buffers)
             raise too_many_skips_error(*self._story(norms), skipped) from None
         refusal = outcome.refusal if outcome.late else None
         if self._fused is not None and refusal is not None:
             self._fused.refuse(refusal)
         if outcome.outcome == "skipped_nonfinite" and self._options.on_nonfinite == "raise":
-            raise nonfinite_error(*self._story(norms))
+            raise nonfinite_error(*self._story(norms), moved=self.beyond_undo)
         return outcome
 
     def _story(self, norms: StepNorms) -> tuple[StepRecord, list[Event]]:
@@ -526,6 +571,7 @@ class OptimizerSteps(Steps):
         events = [event for event in entry.events if event.nonfinite]
         self._run.recorder.note(tuple(events))
         self._run.recorder.flush()
+        self._run.tell_poisoned()
         # Should the loop catch the error and throw the gradients away, this is not told again.
         self.window.first_nonfinite, self.window.late_checks = None, []
         return entry.record, events
@@ -556,16 +602,23 @@ class OptimizerSteps(Steps):
         """Whether a scaler skipped the step: it has lowered its scale since the last backward."""
         return self._scale.lowered_since(self._scale_at_backward)
 
-    def abandon_window(self, together: bool = True) -> None:
+    def abandon_window(self, together: bool = True, at_once: bool = False) -> None:
         """Records the step of a window that a scaler skipped without calling the optimizer.
 
-        ``together`` says whether all ranks call this at once, so that they may communicate.
+        Args:
+            together: Whether all ranks call this at once, so that they may communicate.
+            at_once: Whether no forward has begun since the step was skipped.
         """
         norms = self.window.unused_norms(self._scale_at_backward, together)
         if norms is not None and (self._run.shards is not None or not norms.before.finite):
             self._norms = norms
             self._outcome = StepOutcome("skipped_scaler")
-            self.finish(self.optimizer)
+            self.finish(self.optimizer, in_time=at_once)
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether the scaler has updated since the last backward, without a step; never waits."""
+        return bool(self.window.arrivals) and self._scaler_has_updated()
 
     def _may_be_left_out(self, backward: Backward) -> bool:
         """Whether the scaler may have skipped a step: it has updated, or gradients were reset.
@@ -589,9 +642,3 @@ class OptimizerSteps(Steps):
         self.skip_rule.load_state_dict(state["judge"])
         if self._clipping.policy is not None:
             self._clipping.policy.load_state_dict(state["clip"])
-
-
-def _loss(loss: object) -> FloatOrDeferred:
-    if isinstance(loss, Tensor):
-        return defer_copy(loss.reshape(())) if loss.numel() == 1 else math.nan
-    return float(loss) if isinstance(loss, (int, float)) else math.nan

@@ -66,6 +66,8 @@ class PendingStep:
         estimator: The noise scale estimator that ``noise`` is added to; None for none.
         on_outcome: Called with the outcome once it has arrived, if only the device knew it; else
             None.
+        beyond_undo: Whether a skipped step has moved the weights nevertheless.
+        on_nonfinite: Called with the record if a gradient held a NaN or an Inf; None for nobody.
         can_wait: Whether the record may be made later, together with those of other steps: all
             numbers are on the host and finite.
     """
@@ -95,6 +97,8 @@ class PendingStep:
     thrown_away: str = ""
     discarded: int = 0
     group_lr: Sequence[FloatOrDeferred] = ()
+    beyond_undo: bool = False
+    on_nonfinite: Callable[[StepRecord], None] | None = None
     can_wait: bool = field(init=False)
     _transfer: Transfer | None = field(init=False)
     _entry: Entry | None = field(init=False, default=None)
@@ -130,6 +134,8 @@ class PendingStep:
             self._entry = self._make_entry()
             if self.on_outcome is not None:
                 self.on_outcome(self._entry.record.outcome)
+            if self.on_nonfinite is not None and self._entry.record.nonfinite_parameters:
+                self.on_nonfinite(self._entry.record)
         elif self._joint is not None:
             self._joint.fill(self._entry.record)  # others may have joined since it was made
         return self._entry
@@ -240,7 +246,7 @@ class PendingStep:
         if limit is not None and record.grad_norm > limit:
             events.append(exploding_event(record, before, table, limit))
         if record.outcome != "applied":
-            events.append(skipped_event(record))
+            events.append(skipped_event(record, self.beyond_undo))
         return (*events, *no_gradient_events(record, self.missing, table))
 
 

@@ -60,6 +60,7 @@ class OptimizerRegistry:
         self._silence = Silence(run)
         self._unowned: BackwardSteps | None = None
         self._discovery: OptimizerDiscovery | None = None
+        self._generation: object = None
         self._steps: dict[str, int] = {}
         self._controls: dict[str, Any] = {}
         self._noise: dict[str, Any] = {}
@@ -99,6 +100,24 @@ class OptimizerRegistry:
         self._run.hooks.attach(watched, self._norm_type, owned=bool(optimizers))
         if accumulates:
             self._run.hooks.watch_added()
+        may_skip = self._options.on_nonfinite == "skip" or self._options.skip_spikes is not None
+        self._run.hooks.buffers.attach(may_skip, self._shield, self._is_left_out, self._is_busy)
+
+    def _is_busy(self) -> bool:
+        return self._curvature is not None and self._curvature.busy
+
+    def _is_left_out(self) -> bool:
+        """Returns, once, whether a scaler has left out a step since the last backward.
+
+        Nothing waits: it has updated, and has not called the optimizer.
+        """
+        if self._options.on_nonfinite != "skip" or self._run.scale.scaler is None:
+            return False
+        generation = self._run.scale.generation()
+        if generation is self._generation:
+            return False
+        self._generation = generation
+        return any(one.is_left_out for one in self.followed)
 
     def detach(self) -> None:
         """Removes every hook; safe to call again."""
@@ -185,6 +204,8 @@ class OptimizerRegistry:
             moved = self._unowned is None or self._unowned.moved
             self._silence.end(self.followed, self._run.hooks.arrivals.ended, moved)
             self._run.replicas.end()
+            self._run.recorder.receive(wait=True)
+            self._run.tell_poisoned()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs: for each optimizer steps, policies and noise scale."""
@@ -320,6 +341,7 @@ class OptimizerRegistry:
         self._silence.backwards = self._silence.others = 0
         if steps.step % LOOK_EVERY in LOOK_AT:
             self._silence.look_at_model(steps.step)
+            self._run.hooks.buffers.look_again()
             steps.forget_groups()
             newest = self._run.hooks.arrivals.ended
             self._run.used = {number for number in self._run.used if number > newest - MOST_USED}
@@ -327,6 +349,11 @@ class OptimizerRegistry:
         if unowned is not None and unowned.window.backwards:
             arrived = sorted(unowned.window.arrived)
             self._silence.note_unowned(unowned.window.backwards, arrived, steps.step)
+        if self._run.suspects:
+            self._run.tell_poisoned()
+        if self._run.hooks.buffers.restores and steps.in_time:
+            others = (one for one in self.followed if one is not steps)
+            self._run.hooks.buffers.end_step(any(one.window.arrivals for one in others))
         if len(self.followed) == 1 and not steps.stale.looks and unowned is None:
             self._run.hooks.arrivals.on_begin = NOT_NEEDED
         if self._run.hooks.added.watching:

@@ -14,11 +14,14 @@ from gradwatch.hooks.scaler import LossScale
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.measure.sharded import Shards
 from gradwatch.options import Options
-from gradwatch.record.events import changed_event
+from gradwatch.record.events import changed_event, poisoned_event
 from gradwatch.record.recorder import Recorder, RingBuffer, SinkHub
-from gradwatch.record.records import Event, Layout
+from gradwatch.record.records import Event, Layout, StepRecord
 from gradwatch.step.replicas import Replicas
 from gradwatch.step.together import JointSteps
+
+POISONED = "poisoned"
+"""What is told once in a run: that buffers hold a NaN."""
 
 
 class Run:
@@ -39,6 +42,7 @@ class Run:
         told: What was told about the training loop.
         other_steps: The number of steps of optimizers that hold no watched parameter.
         joint_steps: Which optimizers step together.
+        suspects: Records of steps that held a NaN or Inf, after which no buffer was looked at yet.
         replicas: Sees whether the ranks train one model together.
     """
 
@@ -61,6 +65,7 @@ class Run:
         self.stopwatch = Stopwatch()
         self.used: set[int] = set()
         self.other_steps = 0
+        self.suspects: list[StepRecord] = []
         self.told: set[str] = set()
         self.joint_steps = JointSteps(2.0 if options.clip is None else options.clip.norm_type)
         self.accumulation = AccumulationPlan(
@@ -96,6 +101,22 @@ class Run:
         self.note(event)
         if warn:
             warn_safely(f"gradwatch: {event.message}")
+
+    def suspect(self, record: StepRecord) -> None:
+        """Notes a step that held a NaN or Inf, for :meth:`tell_poisoned`."""
+        self.suspects.append(record)
+
+    def tell_poisoned(self) -> None:
+        """Tells, once, of buffers that hold a NaN or Inf after a step whose gradients did."""
+        suspects, self.suspects = self.suspects, []
+        if POISONED in self.told:
+            return
+        for record in suspects:
+            names = self.hooks.buffers.poisoned()
+            if names:
+                skips = self.options.on_nonfinite == "skip"
+                self.tell(poisoned_event(record, names, skips), key=POISONED)
+                return
 
     def note(self, event: Event) -> None:
         """Records an event that belongs to no finished step."""

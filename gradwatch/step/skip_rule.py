@@ -47,6 +47,15 @@ class StepOutcome(NamedTuple):
         flags = [one.tensor for one in (self.nonfinite, self.spike) if isinstance(one, Deferred)]
         return torch.stack(flags).amax() if flags else None
 
+    def skips(self, with_scaler: bool) -> Tensor | None:
+        """Tensor ``[]``: above 0 if the device skips the step; None if the host knows.
+
+        ``with_scaler`` says whether a scaler's skip counts.
+        """
+        flags = [*self[2:], self.found_inf] if with_scaler else self[2:]
+        late = [one.tensor.reshape(()).float() for one in flags if isinstance(one, Deferred)]
+        return torch.stack(late).amax() if late else None
+
     @property
     def late(self) -> bool:
         """Whether a number must be read before :meth:`final` can answer."""

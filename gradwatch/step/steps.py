@@ -156,6 +156,7 @@ class Steps(ABC):
             estimator=weights.noise if estimates else None,
             statistics=statistics,
             thrown_away=discarded,
+            on_nonfinite=self._run.suspect,
         )
 
     def _newly_missing(self) -> list[int]:

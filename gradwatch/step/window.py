@@ -355,6 +355,15 @@ class Window:
         self.divisor, self.correction = None, 1.0
         self._before = self._snapshot = None
 
+    def begin_again(self) -> None:
+        """Empties the window, for the next evaluation of a closure inside the same step.
+
+        What was not finite in this one still belongs to the step.
+        """
+        first, count, late = self.first_nonfinite, self.nonfinite_count, self.late_checks
+        self.reset()
+        self.first_nonfinite, self.nonfinite_count, self.late_checks = first, count, late
+
     def remeasure_reduced(self) -> None:
         """Measures the gradients again, after they were reduced over the ranks."""
         indices, gradients = self.gradients()

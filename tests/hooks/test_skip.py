@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from gradwatch.hooks.optimizer import OptimizerCheckpoint, hide_gradients, restore_gradients
+from gradwatch.hooks.checkpoint import OptimizerCheckpoint
+from gradwatch.hooks.optimizer import hide_gradients, restore_gradients
 
 
 def _same(a, b):
@@ -52,7 +53,7 @@ def test_checkpoint_restores_what_lbfgs_moved():
 
     optimizer.step(closure)
     before = copy.deepcopy(optimizer.state_dict()), weight.detach().clone()
-    checkpoint = OptimizerCheckpoint(optimizer, [weight])
+    checkpoint = OptimizerCheckpoint([optimizer])
     optimizer.step(closure)
     assert not torch.equal(weight, before[1])
     checkpoint.restore()

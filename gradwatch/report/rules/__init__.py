@@ -19,6 +19,7 @@ from gradwatch.report.rules.loss_scale import loss_scale
 from gradwatch.report.rules.no_gradient import no_gradient
 from gradwatch.report.rules.noise import noise
 from gradwatch.report.rules.nonfinite import nonfinite
+from gradwatch.report.rules.poisoned import poisoned
 from gradwatch.report.rules.ranks import ranks
 from gradwatch.report.rules.skipped import skipped
 from gradwatch.report.rules.spikes import spikes
@@ -36,6 +37,7 @@ RULES: tuple[Rule, ...] = (
     accumulating,
     half,
     nonfinite,
+    poisoned,
     discarded,
     loss_scale,
     exploding,
@@ -56,6 +58,8 @@ RULES: tuple[Rule, ...] = (
 ALWAYS: tuple[Rule, ...] = (
     loop,
     nonfinite,
+    poisoned,
+    poisoned,
     discarded,
     no_gradient,
     loss_scale,
@@ -73,6 +77,7 @@ KINDS = (
     "nan",
     "inf",
     "overflow",
+    "poisoned",
     "discarded",
     "loss_scale",
     "exploding",

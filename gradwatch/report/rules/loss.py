@@ -14,7 +14,7 @@ _ENDS = 10
 
 WHY = "A model that is worse than an untrained one has not learned: its steps overshoot."
 ADVICE = (
-    "Lower the learning rate ({lr:.3g}), at first by a factor of ten, and warm it up. If that does "
+    "Lower the learning rate ({lr}), at first by a factor of ten, and warm it up. If that does "
     "not help, check the sign of the loss, and custom gradients with "
     "gradwatch.check_gradients(function)."
 )
@@ -30,7 +30,7 @@ def rising_loss(run: RunData, limits: Thresholds) -> Iterator[Finding]:
         start, end = float(np.median(losses[:_ENDS])), float(np.median(losses[-_ENDS:]))
         # A factor means something only for positive numbers; log-likelihoods may cross zero.
         if 0 < limits.loss_rise * min(start, losses[0]) < end:
-            start = min(start, float(losses[0]))
+            start, lr = min(start, float(losses[0])), float(steps["lr"][rows[-1]])
             yield Finding(
                 "loss_rising",
                 "critical",
@@ -42,5 +42,5 @@ def rising_loss(run: RunData, limits: Thresholds) -> Iterator[Finding]:
                     steps.optimizer,
                 ),
                 WHY,
-                ADVICE.format(lr=float(steps["lr"][rows[-1]])),
+                ADVICE.format(lr=f"{lr:.3g}" if np.isfinite(lr) else "not recorded"),
             )

@@ -1,0 +1,25 @@
+"""Poisoned: buffers, such as running statistics, that hold a NaN or Inf."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gradwatch.report.finding import Evidence, Finding
+from gradwatch.report.run_data import RunData
+from gradwatch.report.thresholds import Thresholds
+
+WHY = (
+    "A forward writes into buffers before anybody knows what its gradients will be. A moving mean "
+    "that has taken in a NaN stays NaN, whatever batches follow: the model trains on, and is lost "
+    "for eval()."
+)
+
+
+def poisoned(run: RunData, limits: Thresholds) -> Iterator[Finding]:
+    """Repeats every event of kind ``poisoned``; each was told once in the run."""
+    for event in run.events[run.events["kind"] == "poisoned"].to_dict("records"):
+        # The message says first what was seen, and last what to do.
+        *seen, advice = str(event["message"]).split(". ")
+        numbers = {"buffers": float(event["value"])}
+        where = Evidence((int(event["step"]),), (), numbers, str(event["optimizer"]))
+        yield Finding("poisoned", "critical", f"{'. '.join(seen)}.", where, WHY, advice)
