@@ -65,6 +65,11 @@ def rank() -> int:
     return dist.get_rank() if is_distributed() else _announced_rank()
 
 
+def several_ranks() -> bool:
+    """Returns whether this process is one of several, as :func:`rank` knows."""
+    return group_size() > 1 if is_distributed() else _number("WORLD_SIZE", 1) > 1
+
+
 def _announced_rank() -> int:
     # torchrun sets all three. Lightning's launcher of processes sets no RANK. RANK alone says
     # nothing: a job array may set it for its own purposes.

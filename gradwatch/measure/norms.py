@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
@@ -443,6 +443,36 @@ def count_nonfinite(gradient: Tensor) -> NonFiniteCount:
     return NonFiniteCount(int(nan.sum()), int(inf.sum()))
 
 
+class OwnNorm(NamedTuple):
+    """The norm of what a rank has computed by itself, before gradients were reduced over ranks.
+
+    It tells whether a gradient that is not finite came from this rank.
+
+    Attributes:
+        norm: The norm ``[]``; None if it is not known.
+        indices: The parameters that it is the norm of.
+        rank: The rank.
+    """
+
+    norm: Deferred | None = None
+    indices: Container[int] = ()
+    rank: int = 0
+
+    def rank_of(self, index: int) -> int | None:
+        """Returns the rank that made the gradient of a parameter bad; waits for the norm.
+
+        Returns:
+            This rank if its own gradients were not finite; -1 if they were; None if it is not
+            known.
+        """
+        if self.norm is None or index not in self.indices:
+            return None
+        return -1 if math.isfinite(self.norm.value()) else self.rank
+
+
+NOT_KNOWN = OwnNorm()
+
+
 @dataclass(frozen=True, slots=True)
 class FirstNonFinite:
     """The first parameter in backward order whose gradient was not finite in a window.
@@ -454,6 +484,8 @@ class FirstNonFinite:
         counts: The number of NaN and Inf elements; None if the gradient no longer existed when its
             norm arrived from the device.
         position: Its position in backward order, counted from 0.
+        rank: The rank whose own gradient was not finite; -1 if this rank's was finite before the
+            gradients were reduced over the ranks; None if it is not known.
     """
 
     index: int
@@ -461,6 +493,7 @@ class FirstNonFinite:
     norm: float
     counts: NonFiniteCount | None
     position: int = 0
+    rank: int | None = None
 
     @property
     def is_nan(self) -> bool:
@@ -475,11 +508,13 @@ class LateCheck(NamedTuple):
         micro_batch: Micro-batches in the window at the time of the measurement.
         measurement: The norms at the end of a backward, or at the start of the step.
         order: Indices of the parameters in the order in which their gradients arrived.
+        own: The norm of this rank's own gradients.
     """
 
     micro_batch: int
     measurement: Measurement
     order: Sequence[int]
+    own: OwnNorm = NOT_KNOWN
 
     def nonfinite(self, gradients: Sequence[Tensor] | None) -> list[FirstNonFinite]:
         """Lists the parameters whose gradient is not finite, in backward order.
@@ -499,5 +534,6 @@ class LateCheck(NamedTuple):
             if counts is None or counts:
                 norm = float(self.measurement.norms.array()[column])
                 position = positions.get(index, len(positions) + column)
-                found.append(FirstNonFinite(index, self.micro_batch, norm, counts, position))
+                rank = self.own.rank_of(index)
+                found.append(FirstNonFinite(index, self.micro_batch, norm, counts, position, rank))
         return sorted(found, key=lambda first: first.position)

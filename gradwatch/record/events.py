@@ -9,7 +9,7 @@ import numpy as np
 
 from gradwatch.accumulate.noise_scale import NoiseScale
 from gradwatch.errors import NonFiniteGradientError
-from gradwatch.hooks.data_parallel import rank
+from gradwatch.hooks.data_parallel import rank, several_ranks
 from gradwatch.measure.norms import FirstNonFinite, Measurement
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.record.records import Event, EventKind, StepRecord
@@ -19,6 +19,10 @@ NONFINITE = (
     "first in backward order, in micro-batch {micro_batch} of step {step}; {affected} parameter(s) "
     "affected."
 )
+CAME_WITH_REDUCTION = (
+    " It came with the reduction over the ranks: this rank's own gradient was finite."
+)
+RANK_NOT_KNOWN = " Which rank it came from is not known."
 COUNTS = "{nan} NaN and {inf} Inf of {total} elements"
 NOT_COUNTED = "not counted: it was gone when its norm arrived from the device"
 OVERFLOW = (
@@ -67,6 +71,7 @@ TOO_MANY_SKIPS = (
     "or leave out the data that it meets here; watch(max_consecutive_skips=...) sets how many are "
     "let pass."
 )
+FLOAT32 = float(np.finfo(np.float32).max)
 NO_STORY = "The gradient norm of step {step} is {norm:.4g}."
 
 
@@ -92,12 +97,16 @@ def nonfinite_event(record: StepRecord, first: FirstNonFinite, table: ParameterT
         step=record.step,
         affected=record.nonfinite_parameters,
     )
+    origin = _rank_or_unknown(first.rank)
+    if origin < 0:
+        message += RANK_NOT_KNOWN if first.rank is None else CAME_WITH_REDUCTION
     return _event(
         record,
         "nan" if first.is_nan else "inf",
         value,
         message,
         (name, table.modules[first.index]),
+        origin,
         micro_batch=first.micro_batch,
         nan_count=nan,
         inf_count=inf,
@@ -108,7 +117,8 @@ def overflow_event(record: StepRecord, measurement: Measurement, table: Paramete
     """Makes the event of finite gradients whose norm is beyond float32."""
     name, module = _largest(measurement, table)
     message = OVERFLOW.format(step=record.step, value=record.grad_norm, parameter=name)
-    return _event(record, "overflow", record.grad_norm, message, (name, module))
+    origin = _rank_or_unknown(_rank_above(record, FLOAT32))
+    return _event(record, "overflow", record.grad_norm, message, (name, module), origin)
 
 
 def exploding_event(
@@ -117,13 +127,15 @@ def exploding_event(
     """Makes the event of a norm above ``limit``, which is ``watch(exploding_norm=)``."""
     norm, (name, module) = record.grad_norm, _largest(measurement, table)
     message = EXPLODING.format(step=record.step, value=norm, limit=limit, parameter=name)
-    return _event(record, "exploding", norm, message, (name, module))
+    origin = _rank_or_unknown(_rank_above(record, limit))
+    return _event(record, "exploding", norm, message, (name, module), origin)
 
 
-def skipped_event(record: StepRecord) -> Event:
-    """Makes the event of a step that was not applied."""
+def skipped_event(record: StepRecord, because: Sequence[Event] = ()) -> Event:
+    """Makes the event of a step that was not applied; ``because`` are the events before it."""
     message = SKIPPED.format(step=record.step, outcome=record.outcome)
-    return _event(record, "skipped", record.grad_norm, message)
+    origin = because[0].rank if because else _rank_or_unknown(None)
+    return _event(record, "skipped", record.grad_norm, message, origin=origin)
 
 
 def discarded_event(record: StepRecord, why: str) -> Event:
@@ -258,6 +270,7 @@ def _event(
     value: float,
     message: str,
     parameter_and_module: tuple[str, str] = ("", ""),
+    origin: int | None = None,
     *,
     micro_batch: int = 0,
     nan_count: int = 0,
@@ -273,13 +286,28 @@ def _event(
         parameter=parameter,
         module=module,
         value=value,
-        rank=rank(),
+        rank=rank() if origin is None else origin,
         message=message,
         nan_count=nan_count,
         inf_count=inf_count,
         optimizer=record.optimizer,
         global_step=record.global_step,
     )
+
+
+def _rank_or_unknown(origin: int | None) -> int:
+    """Returns the rank that an average over ranks was spoiled by; -1 if it is not known."""
+    if origin is None:
+        return -1 if several_ranks() else rank()
+    return origin
+
+
+def _rank_above(record: StepRecord, limit: float) -> int | None:
+    """Returns this rank if its own norm was above a limit too, -1 if not; None if not known."""
+    own = record.grad_norm_local
+    if math.isnan(own):
+        return None
+    return rank() if own > limit else -1
 
 
 def _largest(measurement: Measurement, table: ParameterTable) -> tuple[str, str]:

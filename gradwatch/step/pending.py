@@ -143,9 +143,10 @@ class PendingStep:
         if before.total.at_hand and not more and Deferred not in map(type, numbers):
             return []
         measured = [before, after, *(check.measurement for check in self.late_checks)]
+        own = [check.own.norm for check in self.late_checks]
         deferred = [
             *(norms for one in measured for norms in (one.norms, one.total)),
-            *(one for one in (*numbers, self.local) if isinstance(one, Deferred)),
+            *(one for one in (*numbers, *own, self.local) if isinstance(one, Deferred)),
             *(() if self.noise is None else self.noise.deferred()),
             *self.statistics.deferred(),
         ]
@@ -237,7 +238,7 @@ class PendingStep:
         if limit is not None and record.grad_norm > limit:
             events.append(exploding_event(record, before, table, limit))
         if record.outcome != "applied":
-            events.append(skipped_event(record))
+            events.append(skipped_event(record, events))
         return (*events, *no_gradient_events(record, self.missing, table))
 
 

@@ -68,7 +68,12 @@ class Steps(ABC):
         if window.arrivals and window.discarded_before(backward):
             self.discard()
         count = len(window.arrivals)
-        measurement = window.add(backward, weight)
+        hooks = self._run.hooks
+        # Nothing tells what sharded gradients were before they were reduced. On an accelerator it
+        # is asked in every backward, so only where a wrapper reduces.
+        tells = hooks.local is not None or window.table.tensors[0].is_cpu
+        own = hooks.own_norm if tells and self._run.shards is None else None
+        measurement = window.add(backward, weight, own)
         if measurement is not None or len(window.arrivals) > count:
             self.weights.note(window, weight, measurement)
         if measurement is None:

@@ -30,15 +30,17 @@ from gradwatch.accumulate.noise_scale import (
     sample_of_rank,
 )
 from gradwatch.hooks.backward import Backward
-from gradwatch.hooks.data_parallel import DataParallel, is_distributed
+from gradwatch.hooks.data_parallel import DataParallel, is_distributed, rank
 from gradwatch.hooks.model import ModelHooks, with_freed
 from gradwatch.hooks.scaler import LossScale
 from gradwatch.hooks.snapshot import GradientSnapshot, Looks
 from gradwatch.measure.deferred import FloatOrDeferred, as_operand, defer, resolve
 from gradwatch.measure.norms import (
+    NOT_KNOWN,
     FirstNonFinite,
     LateCheck,
     Measurement,
+    OwnNorm,
     StepNorms,
     gradient_norms,
     has_negative_zero,
@@ -138,8 +140,18 @@ class Window:
 
     # -- adding backwards --------------------------------------------------------------------------
 
-    def add(self, backward: Backward, weight: FloatOrDeferred = 1.0) -> Measurement | None:
+    def add(
+        self,
+        backward: Backward,
+        weight: FloatOrDeferred = 1.0,
+        own: Callable[[Measurement], OwnNorm] | None = None,
+    ) -> Measurement | None:
         """Adds a backward that has ended, and measures the gradients in one batched pass.
+
+        Args:
+            backward: The backward.
+            weight: The weight of its micro-batch.
+            own: Returns the norm of this rank's own gradients in it; None if nothing tells.
 
         Returns:
             The norms, in the units of the gradients; None if none of the window's parameters
@@ -178,7 +190,8 @@ class Window:
             self._snapshot = GradientSnapshot(gradients)
         total = self._before.total.if_known()
         if total is None or not math.isfinite(total):
-            self._check(self._before, None if freed else gradients, backward.arrived)
+            here = NOT_KNOWN if own is None else own(self._before)
+            self._check(self._before, None if freed else gradients, backward.arrived, here)
         return self._before
 
     def share(self) -> None:
@@ -331,10 +344,13 @@ class Window:
         """Measures the gradients again, after they were reduced over the ranks."""
         indices, gradients = self.gradients()
         self.arrivals[-1][0].update(indices)  # FSDP2 may have kept all of them back until now
+        own, held = NOT_KNOWN, self._before
+        if held is not None and self.shards is None:  # DDP had not communicated until now
+            own = OwnNorm(held.total, held.indices, rank())
         self._before = measure(indices, gradients, self.norm_type)
         if self.shards is None:
             self._snapshot = GradientSnapshot(gradients)
-        self._check(self._before, gradients, ())
+        self._check(self._before, gradients, (), own)
 
     def accept_restored_gradients(self) -> None:
         """Renews the snapshot, as gradients were changed and then written back unchanged."""
@@ -456,10 +472,14 @@ class Window:
         return self._before or after, after
 
     def _check(
-        self, measurement: Measurement, gradients: list[Tensor] | None, order: Sequence[int]
+        self,
+        measurement: Measurement,
+        gradients: list[Tensor] | None,
+        order: Sequence[int],
+        own: OwnNorm = NOT_KNOWN,
     ) -> None:
         """Finds the first gradient that is not finite: now, or once the norms have arrived."""
-        check = LateCheck(self.micro_batches, measurement, order)
+        check = LateCheck(self.micro_batches, measurement, order, own)
         if not measurement.total.at_hand:
             self.late_checks.append(check)
             return

@@ -48,8 +48,10 @@ FROM_START = (
 SUDDEN = (
     "The norms before that were ordinary, so look for a single bad batch, or a function at the "
     "edge of its domain (log(0), sqrt(0), 0/0) in or after {module}. Check the data of micro-batch "
-    "{micro_batch} in step {step}{else_skip}."
+    "{micro_batch} in step {step}{on_rank}{else_skip}."
 )
+ON_RANK = " on rank {rank}"
+ON_ANY_RANK = ", on every rank: the record does not tell which of them it came from"
 SKIP = '; watch(..., on_nonfinite="skip") skips such steps'
 
 
@@ -111,7 +113,12 @@ def _first_event(events: pd.DataFrame, step: int) -> pd.Series | None:
 
 def _where(event: pd.Series) -> str:
     batch, rank = int(event["micro_batch"]), int(event["rank"])
-    return (f", micro-batch {batch}" if batch else "") + (f", rank {rank}" if rank else "")
+    on_rank = ", rank not known" if rank < 0 else f", rank {rank}" if rank else ""
+    return (f", micro-batch {batch}" if batch else "") + on_rank
+
+
+def _on_rank(rank: int) -> str:
+    return ON_ANY_RANK if rank < 0 else ON_RANK.format(rank=rank) if rank else ""
 
 
 def _advice(steps: OptimizerArrays, bad: Array, event: pd.Series | None, limits: Thresholds) -> str:
@@ -122,6 +129,7 @@ def _advice(steps: OptimizerArrays, bad: Array, event: pd.Series | None, limits:
         "module": "the model" if event is None else str(event["module"]) or "the model",
         "micro_batch": 1 if event is None else int(event["micro_batch"]) or 1,
         "step": int(steps.step[row]),
+        "on_rank": "" if event is None else _on_rank(int(event["rank"])),
         "else_skip": SKIP if (bad & steps.applied).any() else "",
     }
     # The most certain cause first: a loss scale, then rising norms, then only the step itself.
