@@ -45,6 +45,10 @@ class AccumulationError(RuntimeError):
     """A step or a backward does not fit the number of micro-batches set by ``accumulate=``."""
 
 
+class ContractError(TypeError):
+    """An object of the user's (a policy, a sink) does not do what its interface asks for."""
+
+
 logger = logging.getLogger("gradwatch")
 
 

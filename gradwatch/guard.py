@@ -13,6 +13,7 @@ import torch
 
 from gradwatch.errors import (
     AccumulationError,
+    ContractError,
     NonFiniteGradientError,
     described_error,
     logger,
@@ -145,8 +146,9 @@ class Shield:
         if meant or self._acts or not isinstance(error, Exception):
             return False
         self._on_failure()
-        # NotImplementedError is how gradwatch refuses a set-up that it does not support.
-        unsupported = isinstance(error, NotImplementedError)
+        # NotImplementedError is how gradwatch refuses a set-up that it does not support, and an
+        # object of the user's that breaks its contract is no error of gradwatch either.
+        unsupported = isinstance(error, (NotImplementedError, ContractError))
         text = UNSUPPORTED if unsupported else STOPPED
         text = text.format(error=error if unsupported else described_error(error))
         warn_safely(text)

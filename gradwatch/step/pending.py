@@ -12,7 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
+import numpy as np
+
 from gradwatch.accumulate.noise_scale import NoiseSample, NoiseScaleEstimator
+from gradwatch.hooks.data_parallel import several_ranks
 from gradwatch.measure.deferred import Deferred, FloatOrDeferred, Transfer, resolve
 from gradwatch.measure.norms import FirstNonFinite, LateCheck, StepNorms
 from gradwatch.measure.parameters import ParameterTable
@@ -52,7 +55,8 @@ class PendingStep:
         losses: Losses and weights of the micro-batches.
         lr: Learning rate of the first parameter group.
         group_lr: Those of all groups; empty if there is only one.
-        missing: Indices of the parameters that received no gradient, unless reported before.
+        missing: Indices of the parameters in which no gradient has arrived.
+        told_missing: Indices of those of which it was told already; it is told once in a run.
         local: The norm of this rank's own gradients before the reduction, in the unit of the
             measurement before the clip; None if there is none.
         noise: What the micro-batches tell about the noise; None if nothing.
@@ -84,6 +88,7 @@ class PendingStep:
     losses: Sequence[tuple[FloatOrDeferred, FloatOrDeferred]]
     lr: FloatOrDeferred
     missing: Sequence[int]
+    told_missing: set[int]
     local: Deferred | None
     noise: NoiseSample | None
     table: ParameterTable
@@ -239,7 +244,28 @@ class PendingStep:
             events.append(exploding_event(record, before, table, limit))
         if record.outcome != "applied":
             events.append(skipped_event(record, events))
-        return (*events, *no_gradient_events(record, self.missing, table))
+        missing = self._missing() if self.missing else ()
+        return (*events, *no_gradient_events(record, missing, table))
+
+    def _missing(self) -> list[int]:
+        """Lists the parameters without a gradient of which nothing was told yet; each once."""
+        received = self._received()
+        missing = [i for i in self.missing if i not in received and i not in self.told_missing]
+        self.told_missing.update(missing)
+        return missing
+
+    def _received(self) -> set[int]:
+        """Returns the parameters that have a gradient, though no backward of this rank gave it."""
+        # The other ranks did: under find_unused_parameters, and in experts that saw no token here,
+        # the reduction is all that writes it. Or the loop has set it by hand.
+        before, after = self.norms.before, self.norms.after
+        received = set() if after is before else set(after.indices).difference(before.indices)
+        sides = (before, after) if several_ranks() else ()
+        return by_hand.union(
+            side.indices[column]
+            for side in sides
+            for column in np.flatnonzero(side.norms.array() != 0).tolist()
+        )
 
 
 def _mean(losses: Sequence[tuple[FloatOrDeferred, FloatOrDeferred]]) -> float:

@@ -154,6 +154,7 @@ class Steps(ABC):
             lr=self._lr,
             group_lr=self._group_lr,
             missing=() if complete else self._newly_missing(),
+            told_missing=self._told_missing,
             local=None if own is None else Deferred(own),
             noise=weights.sample,
             table=self._run.table,
@@ -164,7 +165,7 @@ class Steps(ABC):
         )
 
     def _newly_missing(self) -> list[int]:
-        """Lists the parameters that received no gradient; each is reported once in a run."""
+        """Lists the parameters in which no gradient has arrived, unless it was told of them."""
         arrived, tensors = self.window.arrived, self._run.table.tensors
         missing = [
             index
@@ -173,8 +174,8 @@ class Steps(ABC):
             and index not in self._told_missing
             and self._run.hooks.hooked(index)
         ]
-        self._told_missing.update(missing)
         frozen = [index for index in missing if not tensors[index].requires_grad]
+        self._told_missing.update(frozen)
         if frozen and self.label != "none":  # in a backward that is held nothing is certain yet
             tell_frozen(self._run, self.label, self.step, frozen)
         return [index for index in missing if tensors[index].requires_grad]
