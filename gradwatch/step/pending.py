@@ -260,12 +260,13 @@ class PendingStep:
         # the reduction is all that writes it. Or the loop has set it by hand.
         before, after = self.norms.before, self.norms.after
         received = set() if after is before else set(after.indices).difference(before.indices)
-        sides = (before, after) if several_ranks() else ()
-        return by_hand.union(
-            side.indices[column]
-            for side in sides
-            for column in np.flatnonzero(side.norms.array() != 0).tolist()
-        )
+        if self.local is not None:  # a wrapper leaves what no rank has used without a gradient
+            return received.union(before.indices)
+        # Zeros may be what zero_grad(set_to_none=False) has left.
+        for side in (before, after) if several_ranks() else ():
+            columns = np.flatnonzero(side.norms.array()).tolist()
+            received.update(side.indices[column] for column in columns)
+        return received
 
 
 def _mean(losses: Sequence[tuple[FloatOrDeferred, FloatOrDeferred]]) -> float:
