@@ -48,8 +48,16 @@ from gradwatch.measure.norms import (
     same_norms,
     total_norm,
 )
-from gradwatch.measure.parameters import ParameterTable, is_partial, local_part
-from gradwatch.measure.sharded import ClipSides, PackedAllReduce, Shards, all_reduce_norms
+from gradwatch.measure.parameters import ParameterTable, local_part
+from gradwatch.measure.sharded import (
+    ClipSides,
+    PackedAllReduce,
+    Placements,
+    Shards,
+    all_reduce_norms,
+    pending_sums,
+    placements_of,
+)
 
 _grad = attrgetter("grad")
 
@@ -101,6 +109,7 @@ class Window:
     _tensors: list[Tensor] = field(default_factory=list)
     _own: set[int] = field(default_factory=set)
     _dtype: torch.dtype | None = None
+    _placed: dict[int, Placements] = field(default_factory=dict)
 
     # -- contents ----------------------------------------------------------------------------------
 
@@ -188,6 +197,8 @@ class Window:
             # local_part() makes a new tensor of a sharded gradient at each call, so a snapshot,
             # which compares ids, would never match.
             self._snapshot = GradientSnapshot(gradients)
+        else:
+            self._place(indices)
         total = self._before.total.if_known()
         if total is None or not math.isfinite(total):
             here = NOT_KNOWN if own is None else own(self._before)
@@ -500,12 +511,19 @@ class Window:
 
         ``gradients`` is False if the gradients may be gone or changed, so only norms are used.
         """
-        there = {i: self.table.tensors[i].grad for i in after.indices} if gradients else {}
-        partial = {i: local_part(g) for i, g in there.items() if g is not None and is_partial(g)}
+        partial = {}
+        if gradients:
+            self._place(after.indices)
+            there = {i: self.table.tensors[i].grad for i in pending_sums(self._placed)}
+            partial = {i: local_part(g) for i, g in there.items() if g is not None}
         local = ClipSides(before, after, self.first_nonfinite, self.nonfinite_count)
-        whole = all_reduce_norms(shards, local, partial, self.norm_type, extra)
+        whole = all_reduce_norms(shards, local, self._placed, partial, self.norm_type, extra)
         self.first_nonfinite, self.nonfinite_count = whole.first_nonfinite, whole.nonfinite_count
         return whole.before, whole.after
+
+    def _place(self, indices: Sequence[int]) -> None:
+        """Notes how the gradients lie on their mesh, which a step may change."""
+        self._placed = placements_of({i: self.table.tensors[i].grad for i in indices})
 
     # -- windows derived from it -------------------------------------------------------------------
 
