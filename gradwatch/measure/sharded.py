@@ -111,7 +111,7 @@ def all_reduce_norms(
     reduced = replace(local, before=sides[0], after=sides[1])
     if not after.total.at_hand:
         return reduced
-    return _with_first_nonfinite(reduced, packed.gathered[first])
+    return _with_first_nonfinite(reduced, packed, packed.gathered[first])
 
 
 def _measurement(
@@ -149,15 +149,22 @@ def _encode_first_nonfinite(local: ClipSides, like: Tensor) -> Tensor:
     return like.new_tensor(numbers)
 
 
-def _with_first_nonfinite(reduced: ClipSides, encoded: Tensor) -> ClipSides:
-    """Adds the first bad parameter of any rank, with its NaN and Inf elements summed over ranks."""
+def _with_first_nonfinite(
+    reduced: ClipSides, packed: PackedAllReduce, encoded: Tensor
+) -> ClipSides:
+    """Adds the first bad parameter of any rank, with its NaN and Inf elements summed over ranks.
+
+    Which rank it came from is not known: gradients were reduced over the ranks, or the ranks have
+    computed them together.
+    """
     rows = [row for row in encoded.tolist() if row[0] > 0]  # micro-batches count from 1
     bad = {i for m in (reduced.before, reduced.after) for i in m.nonfinite_indices()}
     if not rows:
         return replace(reduced, nonfinite_count=len(bad))
     micro_batch, position, index, norm, *_ = min(rows)
-    same = [row for row in rows if (row[0], row[2]) == (micro_batch, index)]
-    counts = NonFiniteCount(int(sum(r[4] for r in same)), int(sum(r[5] for r in same)))
+    about, weight = packed.rows_about(int(index), encoded)
+    same = [row for row in about.tolist() if (row[0], row[2]) == (micro_batch, index)]
+    counts = NonFiniteCount(*(round(weight * sum(row[i] for row in same)) for i in (4, 5)))
     first = FirstNonFinite(int(index), int(micro_batch), norm, counts, int(position))
     return replace(reduced, first_nonfinite=first, nonfinite_count=max(len(bad), 1))
 
@@ -203,6 +210,21 @@ class PackedAllReduce:
         """Adds values ``[n]``, float64, to be gathered from every rank; returns their slot."""
         self._own.append(values)
         return len(self._own) - 1
+
+    def rows_about(self, index: int, gathered: Tensor) -> tuple[Tensor, float]:
+        """Returns the gathered rows of the ranks that hold a part of a gradient, and their weight.
+
+        Ranks that hold the same part count the same elements: the weight says how often each counts
+        in a sum. All ranks hold a gradient that is not sharded, and one row tells of it.
+        """
+        start = 0
+        for group in self.shards.groups:
+            if index in group.indices:
+                weight = group.weights_of(self.placed)[group.indices.index(index)]
+                return gathered[start : start + group.size], weight
+            start += group.size
+        bad = gathered[(gathered[:, 0] > 0) & (gathered[:, 2] == index)]
+        return bad[:1], 1.0
 
     def run(self) -> None:
         """Runs the all-reduce and fills ``sums``, ``gathered`` and ``partial``."""

@@ -11,7 +11,7 @@ import gradwatch
 from tests.support import float64
 from tests.support.launch import on_ranks
 
-STEPS, LIMIT, WORDS, WIDTH, LENGTH = 4, 0.4, 12, 8, 8
+STEPS, LIMIT, WORDS, WIDTH, LENGTH = 4, 0.2, 12, 8, 8
 CLOSE = 3e-4
 
 pytestmark = pytest.mark.skipif(
@@ -97,15 +97,30 @@ def _train(sequence, data):
             _loss(model, _words(step, part)).backward()
             optimizer.step()
             optimizer.zero_grad()
-    table = watcher.history.parameters()
+        weights = {name: _whole(p).tolist() for name, p in model.named_parameters()}
+        nan = _poisoned_step(model, optimizer, _words(STEPS, part))
+    table = watcher.history.parameters().query(f"step <= {STEPS}")
+    events = watcher.history.events()
     return {
-        "steps": watcher.history.steps().drop(columns="time_s").to_dict("list"),
-        "weights": {name: _whole(p).tolist() for name, p in model.named_parameters()},
+        "steps": watcher.history.steps().head(STEPS).drop(columns="time_s").to_dict("list"),
+        "weights": weights,
+        "nan": nan,
+        "events": events[["parameter", "nan_count", "rank"]].to_numpy().tolist(),
         **{
             name: table.pivot_table(index="step", columns="parameter", values=name).to_dict("list")
             for name in ("grad_norm", "mean", "weight_norm")
         },
     }
+
+
+def _poisoned_step(model, optimizer, words):
+    """Steps with a NaN in each rank's part of a gradient; returns how many are in the whole."""
+    _loss(model, words).backward()
+    gradient = model.embed.weight.grad
+    gradient.to_local().view(-1)[0] = math.nan
+    count = gradient.full_tensor().isnan().sum().item()
+    optimizer.step()
+    return count
 
 
 def _reference(data):
@@ -175,3 +190,10 @@ def test_the_clip_takes_the_factor_of_one_process(trained):
         for name, values in seen["weights"].items():
             weights = right["weights"][name]
             assert torch.allclose(torch.tensor(values).double(), weights, rtol=CLOSE, atol=1e-5)
+
+
+def test_nan_elements_are_counted_once(trained):
+    """However many ranks hold them; which of the ranks they came from is not known."""
+    ranks, _ = trained
+    for seen in ranks:
+        assert seen["events"] == [["embed.weight", seen["nan"], -1]]
