@@ -254,6 +254,10 @@ class Looks:
         steps = self._steps
         return steps & (steps - 1) == 0 if steps <= EARLY else steps % EVERY == 0
 
+    def each_step(self) -> None:
+        """Has each step looked at from now on."""
+        self._found = True
+
     def found(self) -> None:
         """Notes that a look has found other gradients than those of the last backward."""
         self._found = True

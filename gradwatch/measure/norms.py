@@ -320,6 +320,20 @@ class StepNorms(NamedTuple):
     looked: bool = False
     clip_known: bool = True
 
+    def averaged(self, clip_known: bool) -> StepNorms:
+        """Returns the norms of gradients that a loop may have averaged over ranks by itself.
+
+        A clip multiplies all gradients by one factor, and an average over ranks does not. What the
+        gradients were before it is not what the step is about. May wait for the numbers.
+
+        Args:
+            clip_known: Whether the loop surely clips nothing after that.
+        """
+        before, after = self.before, self.after
+        if self.untouched or _multiplied(before, after):
+            return self
+        return self._replace(before=after, unit_before=self.unit_after, clip_known=clip_known)
+
     def true_norm(self) -> Tensor:
         """Returns the total norm at the start of the step, in true units: tensor ``[]``."""
         return self._in_true_units(self.after.total.tensor)
@@ -392,6 +406,24 @@ class StepNorms(NamedTuple):
         return self.looked and same_norms(
             self.before, self.after, resolve(self.unit_before), resolve(self.unit_after)
         )
+
+
+_ONE_FACTOR = 1e-3  # relative; bfloat16 gradients are rounded by more, but their norms are not
+
+
+def _multiplied(before: Measurement, after: Measurement) -> bool:
+    """Returns whether one factor makes some norms of others, as a clip does."""
+    if list(before.indices) != list(after.indices):
+        return False
+    old, new = (one.norms.array().astype(np.float64) for one in (before, after))
+    if not np.isfinite(old).all():
+        return True
+    if not np.isfinite(new).all():  # the NaN of another rank
+        return False
+    there = old > 0
+    ratios = new[there] / old[there]
+    same = not len(ratios) or float(np.ptp(ratios)) <= _ONE_FACTOR * float(ratios.max())
+    return same and not new[~there].any()
 
 
 _OF_UNITS = 1e-5

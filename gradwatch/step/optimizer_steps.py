@@ -419,6 +419,8 @@ class OptimizerSteps(Steps):
             sampler.measure_weights(self.window.indices, self._parameters())
             extra = sampler.add_to
         norms = self.window.step_norms(self._scale, left, extra)
+        if self._run.replicas.by_hand and norms.after.total.at_hand:
+            norms = norms.averaged(clip_known=self._clipping.policy is not None)
         if self.window.clipped_early:
             norms = norms._replace(clip_known=False)
         if self.window.zeroed:
@@ -443,6 +445,7 @@ class OptimizerSteps(Steps):
             self.skip_rule.note(self._outcome.outcome)
         pending = self._pending(norms, self.step, estimates=True)
         pending.discarded, self.discarded = self.discarded, 0
+        pending.by_hand = self._run.replicas.by_hand
         if self.stale.looks or not norms.before.indices:
             self._look_for_mistakes(norms)
         if self._curvature is not None:

@@ -70,6 +70,7 @@ class PendingStep:
         estimator: The noise scale estimator that ``noise`` is added to; None for none.
         on_outcome: Called with the outcome once it has arrived, if only the device knew it; else
             None.
+        by_hand: Whether the loop may have averaged the gradients over ranks by itself.
         can_wait: Whether the record may be made later, together with those of other steps: all
             numbers are on the host and finite.
     """
@@ -100,6 +101,7 @@ class PendingStep:
     thrown_away: str = ""
     discarded: int = 0
     group_lr: Sequence[FloatOrDeferred] = ()
+    by_hand: bool = False
     can_wait: bool = field(init=False)
     _transfer: Transfer | None = field(init=False)
     _entry: Entry | None = field(init=False, default=None)
@@ -159,6 +161,8 @@ class PendingStep:
         return [one for one in each_once if not one.at_hand]
 
     def _make_entry(self) -> Entry:
+        if self.by_hand:  # only now have the numbers arrived that tell
+            self.norms = self.norms.averaged(clip_known=self.norms.coefficient != 1.0)
         norms, before, after = self.norms, self.norms.before, self.norms.after
         first, count = self._check_late()
         record = self._record(count)

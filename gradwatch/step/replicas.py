@@ -109,6 +109,8 @@ class Replicas:
     Attributes:
         watching: Whether to call :meth:`note_arrivals` in the next backward.
         active: Whether to call :meth:`before_step` and :meth:`after_step`.
+        by_hand: Whether the ranks have a process group, and no wrapper that averages gradients: the
+            loop may do it by itself.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class Replicas:
         self._add(() if data_parallel is None else data_parallel.wrappers)
         self.watching = bool(self._parts)
         self.active = not sharded
+        self.by_hand = False
 
     # -- in the backward ---------------------------------------------------------------------------
 
@@ -189,6 +192,8 @@ class Replicas:
         self._steps += 1
         if not self._known and self._steps in SEARCHES:
             self._search(window, step)
+        if self.by_hand and window.looks is not None:  # all_reduce(p.grad) moves no version counter
+            window.looks.each_step()
         if self._found is not None and window.divisor is None and not weights.by_noise:
             weights.data_parallel = self._found
         if not self.watching or inside_backward():
@@ -277,6 +282,7 @@ class Replicas:
             return
         found = wrappers_that_hold(self._table.tensors)
         self._add(found)
+        self.by_hand = not found
         if self._parts:
             self._hooks.measure_local(found)
             with suppress(ValueError):  # not of the same ranks
