@@ -340,7 +340,8 @@ EVENT_KINDS: dict[str, Kind] = {
     ),
     "changed": Kind(
         "the model or an optimizer is no longer what was watched: parameters were frozen, "
-        "replaced, added or removed; the message says which",
+        "replaced, added or removed; or one rank's gradients are not those of the whole model; the "
+        "message says which",
         "parameters",
         _BLUE,
         "square",
