@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,6 +24,7 @@ CAME_WITH_REDUCTION = (
     " It came with the reduction over the ranks: this rank's own gradient was finite."
 )
 RANK_NOT_KNOWN = " Which rank it came from is not known."
+CAME_FROM = " It came from rank {rank}."
 COUNTS = "{nan} NaN and {inf} Inf of {total} elements"
 NOT_COUNTED = "not counted: it was gone when its norm arrived from the device"
 OVERFLOW = (
@@ -111,6 +113,14 @@ def nonfinite_event(record: StepRecord, first: FirstNonFinite, table: ParameterT
         nan_count=nan,
         inf_count=inf,
     )
+
+
+def with_rank(event: Event, rank: int) -> Event:
+    """Returns an event of reduced gradients with the rank that made them bad, found out later."""
+    message = event.message
+    for unknown in (CAME_WITH_REDUCTION, RANK_NOT_KNOWN):
+        message = message.replace(unknown, CAME_FROM.format(rank=rank))
+    return replace(event, rank=rank, message=message)
 
 
 def overflow_event(record: StepRecord, measurement: Measurement, table: ParameterTable) -> Event:

@@ -52,11 +52,11 @@ def _scaled(model, step):
 WAYS = {"plain": _plain, "held": _held, "each_reduced": _each_reduced, "scaled": _scaled}
 
 
-def _rank_of_nan(way, late, **settings):
+def _rank_of_nan(way, late, run_dir=None, **settings):
     model = DistributedDataParallel(zoo.small(), **settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     sink = CapturingSink()
-    watcher = gradwatch.watch(model, optimizer, on_nonfinite="skip", sinks=[sink])
+    watcher = gradwatch.watch(model, optimizer, on_nonfinite="skip", sinks=[sink], run_dir=run_dir)
     with late_readings(1) if late else contextlib.nullcontext(), watcher, CountCalls() as counter:
         for step in range(1, STEPS + 1):
             optimizer.zero_grad()
@@ -86,9 +86,10 @@ def _raised():
     return ""
 
 
-def _all():
+def _all(folder):
     """Everything that is read below, from one launch."""
     warnings.simplefilter("ignore")
+    _rank_of_nan("plain", False, run_dir=folder)
     seen = {(way, late): _rank_of_nan(way, late) for way in WAYS for late in (False, True)}
     for name in ("gradient_as_bucket_view", "static_graph", "find_unused_parameters"):
         seen[name, False] = _rank_of_nan("plain", False, **{name: True})
@@ -96,9 +97,15 @@ def _all():
 
 
 @pytest.fixture(scope="module")
-def ranks():
+def folder(tmp_path_factory):
+    """The run folder of one of the runs."""
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
     """What each rank saw."""
-    return on_ranks(_all, RANKS)
+    return on_ranks(_all, RANKS, folder=str(folder))
 
 
 def test_only_the_rank_that_made_it_names_itself(ranks):
@@ -142,3 +149,12 @@ def test_nothing_is_sent_for_it(ranks):
     """Neither while all is well nor afterwards: DDP's own collectives are all there are."""
     for of_rank in ranks:
         assert not any(seen["sent"].get("allgather") for seen in of_rank["seen"].values())
+
+
+def test_the_run_folder_names_the_rank(ranks, folder):
+    """Each rank notes its own beside it, so that a reader can say more than the first rank saw."""
+    history = gradwatch.load(folder)
+    events = history.events()
+    assert events["rank"].tolist() == [CULPRIT, CULPRIT]
+    assert "It came from rank 1." in events["message"][0]
+    assert [one.title for one in history.report().findings if ", rank 1" in one.title]
