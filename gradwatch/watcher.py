@@ -27,6 +27,7 @@ from gradwatch.hessian.every import CurvatureEvery, sampler_of
 from gradwatch.history import History
 from gradwatch.hooks.backward import Backward, FirstBackward, expect_no_first
 from gradwatch.hooks.data_parallel import DataParallel, GradientSync, rank, wrappers_of
+from gradwatch.hooks.engines import engines_of
 from gradwatch.hooks.model import ModelHooks
 from gradwatch.hooks.optimizer import stepped_by
 from gradwatch.managed import BatchRunner, Closure, ManagedLoop
@@ -144,6 +145,8 @@ class Watcher:
         lifetime.opened(self)
         self._run.stopwatch.start()
         self._registry.attach(self._optimizers, self._names)
+        for text in engines_of(self._run.table.tensors):
+            self._run.tell(loop_event("changed", text, 1))
         if self._sync is not None:
             self._sync.before_forwards(self._model, self._before_forward)
         return self

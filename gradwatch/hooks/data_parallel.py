@@ -29,9 +29,10 @@ from gradwatch.measure.parameters import is_sharded, local_part
 
 FSDP1 = (
     "watch(model=) got a model with FullyShardedDataParallel in it (FSDP1), whose flattened "
-    "parameters show each rank a different part of the gradients: norms would be wrong, and each "
-    "rank would clip by its own. Shard it with torch.distributed.fsdp.fully_shard() instead, or "
-    "with ShardingStrategy.NO_SHARD or DistributedDataParallel if it fits on one device."
+    "parameters show each rank a different part of the gradients, or none of their names, and only "
+    "after its own clip: norms would be wrong, and each rank would clip by its own. Shard it with "
+    "torch.distributed.fsdp.fully_shard() instead, or use DistributedDataParallel if it fits on "
+    "one device, in place of ShardingStrategy.NO_SHARD."
 )
 DIFFERENT_RANKS = (
     "The model's gradients are averaged over different ranks: some over {first}, others over "
@@ -63,6 +64,11 @@ def rank() -> int:
     environment.
     """
     return dist.get_rank() if is_distributed() else _announced_rank()
+
+
+def several_ranks() -> bool:
+    """Returns whether this process is one of several, as :func:`rank` knows."""
+    return group_size() > 1 if is_distributed() else _number("WORLD_SIZE", 1) > 1
 
 
 def _announced_rank() -> int:
@@ -260,12 +266,11 @@ def refuse_fsdp1(model: object) -> None:
     """Refuses FSDP1, whose flattened parameters show no rank the norms of real parameters.
 
     Raises:
-        ValueError: If the model contains a ``FullyShardedDataParallel`` that shards anything.
+        ValueError: If the model contains a ``FullyShardedDataParallel``.
     """
-    for module in _modules_of_kind(model, "FullyShardedDataParallel"):
-        strategy: Any = getattr(module, "sharding_strategy", None)
-        if getattr(strategy, "name", "") != "NO_SHARD":
-            raise ValueError(FSDP1)
+    # NO_SHARD as well: the reduced gradients appear only after the backward has ended.
+    if next(_modules_of_kind(model, "FullyShardedDataParallel"), None) is not None:
+        raise ValueError(FSDP1)
 
 
 def _modules_of_kind(model: object, name: str) -> Iterator[nn.Module]:
@@ -517,6 +522,13 @@ def reduced_by(wrapper: DistributedDataParallel, *, frozen: bool = False) -> lis
     ignored = wrapper.parameters_to_ignore
     named = wrapper.module.named_parameters()
     return [p for name, p in named if p.requires_grad is not frozen and name not in ignored]
+
+
+def ignored_by(wrapper: DistributedDataParallel) -> list[Tensor]:
+    """Lists the parameters that a wrapper was told to ignore, and that require a gradient."""
+    ignored = wrapper.parameters_to_ignore
+    named = wrapper.module.named_parameters()
+    return [p for name, p in named if p.requires_grad and name in ignored]
 
 
 def group_size(wrapper: DistributedDataParallel | None = None) -> int:

@@ -12,12 +12,19 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from gradwatch.hooks.backward import Arrivals, Backward, on_accumulated, on_incoming
+from gradwatch.hooks.backward import (
+    Arrivals,
+    Backward,
+    FirstBackward,
+    on_accumulated,
+    on_incoming,
+)
 from gradwatch.hooks.buffers import ModelBuffers
-from gradwatch.hooks.data_parallel import fully_sharded
+from gradwatch.hooks.data_parallel import fully_sharded, rank, reduced_by
 from gradwatch.measure.deferred import Deferred
 from gradwatch.measure.norms import (
     Measurement,
+    OwnNorm,
     combined,
     gradient_norms,
     mend_underflow_,
@@ -98,6 +105,19 @@ class ModelHooks:
         self.local = LocalNorms(wrappers, self._table)
         self.local.attach(self._norm_type)
         self.arrivals.call_when_arrived(self._on_arrived)
+
+    def own_norm(self, measurement: Measurement) -> OwnNorm:
+        """Returns the norm of this rank's own gradients in the backward that has just ended.
+
+        Args:
+            measurement: The gradients at its end, which the ranks may have reduced by then.
+        """
+        local = self.local
+        own = None if local is None else local.total(measurement.indices)
+        if local is not None and own is not None:
+            return OwnNorm(Deferred(own), local.indices, rank())
+        # No wrapper has reduced them. A hook may have.
+        return OwnNorm(measurement.total, Unhooked(self._table.tensors), rank())
 
     def arriving(self) -> list[int]:
         """Lists the parameters that have received a gradient in the backward that is running."""
@@ -224,6 +244,29 @@ class _TensorHooks:
         self._handles = {}
 
 
+class Unhooked:
+    """The indices of the tensors on which nobody but gradwatch has a hook."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """Looks at no tensor yet."""
+        self._tensors = tensors
+
+    def __contains__(self, index: object) -> bool:
+        """Returns whether a tensor has no hook that could have communicated in a backward."""
+        tensor: Any = self._tensors[index] if isinstance(index, int) else None
+        # Private, as torch has no public way to list hooks (torch 2.4 to 2.13).
+        kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
+        hooks = [one for kind in kinds for one in (getattr(tensor, kind, None) or {}).values()]
+        return all(map(_is_ours, hooks))
+
+
+def _is_ours(hook: object) -> bool:
+    if not isinstance(hook, partial):
+        return isinstance(getattr(hook, "__self__", None), FirstBackward)
+    owner = getattr(hook.func, "__self__", None)
+    return isinstance(owner, _TensorHooks) or isinstance(next(iter(hook.args), None), Arrivals)
+
+
 Parts = list[tuple[list[int], Tensor]]
 
 
@@ -301,6 +344,9 @@ class LocalNorms(_TensorHooks):
     """Measures this rank's own gradients just before they are reduced over ranks.
 
     It does not communicate.
+
+    Attributes:
+        indices: The parameters whose gradients the wrappers reduce.
     """
 
     def __init__(self, wrappers: Sequence[DistributedDataParallel], table: ParameterTable) -> None:
@@ -312,7 +358,10 @@ class LocalNorms(_TensorHooks):
         self._at_end: list[tuple[DistributedDataParallel, list[int]]] = []
         self._early: dict[int, list[DistributedDataParallel]] = {}
         taken: set[int] = set()
+        self.indices: set[int] = set()
+        self._total: tuple[Sequence[int], Tensor | None] | None = None
         for ddp in wrappers:
+            self.indices.update(table.indices_of(reduced_by(ddp)))
             early = table.indices_of(_reduced_early(ddp))
             rest = set(table.indices_of(ddp.module.parameters())).difference(early)
             # An unused wrapper of the same parameters may still be in memory.
@@ -332,6 +381,7 @@ class LocalNorms(_TensorHooks):
     def take(self) -> None:
         """Measures at the end of a backward, before DDP writes reduced gradients back."""
         arrived, self._arriving = self._arriving, {}
+        self._total = None
         self._parts = [(list(arrived), torch.stack(list(arrived.values())))] if arrived else []
         self._unsettled = []
         for ddp, indices in self._at_end:
@@ -355,7 +405,9 @@ class LocalNorms(_TensorHooks):
         """
         if self._unsettled:
             self._drop_what_was_not_reduced()
-        return _total(self._parts, indices, self._norm_type)
+        if self._total is None or self._total[0] is not indices:
+            self._total = (indices, _total(self._parts, indices, self._norm_type))
+        return self._total[1]
 
     def _drop_what_was_not_reduced(self) -> None:
         """Drops norms of gradients that nobody has written to, as the wrapper was not called."""

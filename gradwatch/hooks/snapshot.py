@@ -267,6 +267,10 @@ class Looks:
             return True
         return is_looked_at(self._steps)
 
+    def each_step(self) -> None:
+        """Has each step looked at from now on."""
+        self._found = True
+
     def found(self) -> None:
         """Notes that a look has found other gradients than those of the last backward."""
         self._found = True

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
 from operator import attrgetter
@@ -321,6 +321,20 @@ class StepNorms(NamedTuple):
     looked: bool = False
     clip_known: bool = True
 
+    def averaged(self, clip_known: bool) -> StepNorms:
+        """Returns the norms of gradients that a loop may have averaged over ranks by itself.
+
+        A clip multiplies all gradients by one factor, and an average over ranks does not. What the
+        gradients were before it is not what the step is about. May wait for the numbers.
+
+        Args:
+            clip_known: Whether the loop surely clips nothing after that.
+        """
+        before, after = self.before, self.after
+        if self.untouched or _multiplied(before, after):
+            return self
+        return self._replace(before=after, unit_before=self.unit_after, clip_known=clip_known)
+
     def true_norm(self) -> Tensor:
         """Returns the total norm at the start of the step, in true units: tensor ``[]``."""
         return self._in_true_units(self.after.total.tensor)
@@ -395,6 +409,24 @@ class StepNorms(NamedTuple):
         )
 
 
+_ONE_FACTOR = 1e-3  # relative; bfloat16 gradients are rounded by more, but their norms are not
+
+
+def _multiplied(before: Measurement, after: Measurement) -> bool:
+    """Returns whether one factor makes some norms of others, as a clip does."""
+    if list(before.indices) != list(after.indices):
+        return False
+    old, new = (one.norms.array().astype(np.float64) for one in (before, after))
+    if not np.isfinite(old).all():
+        return True
+    if not np.isfinite(new).all():  # the NaN of another rank
+        return False
+    there = old > 0
+    ratios = new[there] / old[there]
+    same = not len(ratios) or float(np.ptp(ratios)) <= _ONE_FACTOR * float(ratios.max())
+    return same and not new[~there].any()
+
+
 _OF_UNITS = 1e-5
 
 
@@ -466,6 +498,36 @@ class Origin(IntEnum):
     """In the backward of a micro-batch, before which weights were NaN or Inf already."""
 
 
+class OwnNorm(NamedTuple):
+    """The norm of what a rank has computed by itself, before gradients were reduced over ranks.
+
+    It tells whether a gradient that is not finite came from this rank.
+
+    Attributes:
+        norm: The norm ``[]``; None if it is not known.
+        indices: The parameters that it is the norm of.
+        rank: The rank.
+    """
+
+    norm: Deferred | None = None
+    indices: Container[int] = ()
+    rank: int = 0
+
+    def rank_of(self, index: int) -> int | None:
+        """Returns the rank that made the gradient of a parameter bad; waits for the norm.
+
+        Returns:
+            This rank if its own gradients were not finite; -1 if they were; None if it is not
+            known.
+        """
+        if self.norm is None or index not in self.indices:
+            return None
+        return -1 if math.isfinite(self.norm.value()) else self.rank
+
+
+NOT_KNOWN = OwnNorm()
+
+
 @dataclass(frozen=True, slots=True)
 class FirstNonFinite:
     """The first parameter whose gradient was not finite in a window.
@@ -480,6 +542,8 @@ class FirstNonFinite:
         position: Its position in backward order, counted from 0.
         origin: Where its gradient became NaN or Inf.
         weights: Indices of parameters that were NaN or Inf themselves before the backward.
+        rank: The rank whose own gradient was not finite; -1 if this rank's was finite before the
+            gradients were reduced over the ranks; None if it is not known.
     """
 
     index: int
@@ -489,6 +553,7 @@ class FirstNonFinite:
     position: int = 0
     origin: Origin = Origin.BACKWARD
     weights: Sequence[int] = ()
+    rank: int | None = None
 
     @property
     def is_nan(self) -> bool:
@@ -506,12 +571,14 @@ class LateCheck(NamedTuple):
             is not known.
         origin: Where a gradient became NaN or Inf if it is so in this measurement, and in none
             before.
+        own: The norm of this rank's own gradients.
     """
 
     micro_batch: int
     measurement: Measurement
     order: Sequence[int]
     origin: Origin = Origin.BACKWARD
+    own: OwnNorm = NOT_KNOWN
 
     def nonfinite(self, gradients: Sequence[Tensor] | None) -> list[FirstNonFinite]:
         """Lists the parameters whose gradient is not finite, in backward order if it is known.
@@ -532,5 +599,5 @@ class LateCheck(NamedTuple):
                 norm = float(self.measurement.norms.array()[column])
                 position = positions.get(index, len(positions) + column)
                 first = FirstNonFinite(index, self.micro_batch, norm, counts, position, self.origin)
-                found.append(first)
+                found.append(replace(first, rank=self.own.rank_of(index)))
         return sorted(found, key=lambda first: first.position)

@@ -105,8 +105,3 @@ def local_part(tensor: Tensor) -> Tensor:
     """Returns this rank's part of a tensor, as a plain tensor that shares its memory."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return part
-
-
-def is_partial(gradient: Tensor | None) -> bool:
-    """Returns whether a gradient still has to be summed over ranks (a Partial placement)."""
-    return is_sharded(gradient) and any(p.is_partial() for p in gradient.placements)

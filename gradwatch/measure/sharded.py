@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +13,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradwatch.measure.deferred import Deferred
-from gradwatch.measure.norms import FirstNonFinite, Measurement, NonFiniteCount, total_norm
+from gradwatch.measure.norms import FirstNonFinite, Measurement, NonFiniteCount, Origin, total_norm
 from gradwatch.measure.parameters import is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+Placements = tuple[Any, ...]
+"""How a tensor lies on its mesh: one ``Placement`` of torch for each dimension."""
+
+SPLIT_OTHERWISE = (
+    "{count} gradient(s) are sharded over a dimension of their mesh over which no parameter is, "
+    "and gradwatch does not add up norms along it. Redistribute them as their parameters are."
+)
 PARTIAL_ON_MANY_DIMENSIONS = (
     "{count} gradient(s) are sums that are still pending (Partial) on a mesh of {dimensions} "
     "dimensions, which gradwatch cannot add up. Apply fully_shard() to the modules too, so that "
@@ -46,6 +54,7 @@ class ClipSides:
 def all_reduce_norms(
     shards: Shards,
     local: ClipSides,
+    placed: Mapping[int, Placements],
     partial: dict[int, Tensor],
     norm_type: float,
     extra: Callable[[PackedAllReduce], None] | None = None,
@@ -57,6 +66,8 @@ def all_reduce_norms(
     Args:
         shards: All sharded parameters, in the same order on every rank.
         local: This rank's norms, of the parts that it holds.
+        placed: How the gradients lie on their mesh, by parameter index: not always as their
+            parameters do.
         partial: This rank's term of each gradient that is still to be summed over ranks (Partial),
             by parameter index.
         norm_type: The p of the norms, positive or ``math.inf``.
@@ -66,7 +77,7 @@ def all_reduce_norms(
         The norms of the whole gradients, the same on every rank.
     """
     before, after = local.before, local.after
-    packed = PackedAllReduce(shards, after.total.tensor.device, partial)
+    packed = PackedAllReduce(shards, after.total.tensor.device, partial, placed)
     rows = [shards.full_row(m.indices, m.norms.tensor) for m in (before, after)]
     # The p-th powers of norms can be summed. Largest magnitudes cannot, and a MAX reduction would
     # be a second all-reduce. They are gathered instead, in the same all-reduce, at a cost of one
@@ -91,14 +102,16 @@ def all_reduce_norms(
     for index in partial:
         # The norm of a sum does not follow from the norms of its terms: compute it from the sum.
         norm = total_norm(packed.partial[index], norm_type)
+        ratio = _ratio(before, after, index)
         whole[1][index] = norm
-        whole[0][index] = norm * _ratio(before, after, index)
+        whole[0][index] = norm * ratio
+        packed.partial[index] = packed.partial[index] * ratio
     overflowed = before.overflowed or after.overflowed
     sides = [_measurement(shards, indices, row, norm_type, overflowed) for row in whole]
     reduced = replace(local, before=sides[0], after=sides[1])
     if not after.total.at_hand:
         return reduced
-    return _with_first_nonfinite(reduced, packed.gathered[first])
+    return _with_first_nonfinite(reduced, packed, packed.gathered[first])
 
 
 def _measurement(
@@ -125,27 +138,47 @@ def _ratio(before: Measurement, after: Measurement, index: int) -> Tensor:
 
 
 def _encode_first_nonfinite(local: ClipSides, like: Tensor) -> Tensor:
-    """Encodes this rank's first bad parameter as six numbers, all 0 if it has none.
+    """Encodes this rank's first bad parameter as nine numbers, all 0 if it has none.
 
-    Their order makes the lexicographically smallest row of all ranks the first in backward order.
+    Their order makes the lexicographically smallest row of all ranks the first one in time, and in
+    backward order.
     """
     first = local.first_nonfinite
     if first is None or first.counts is None:
-        return like.new_zeros(6)
-    numbers = [first.micro_batch, first.position, first.index, first.norm, *first.counts]
-    return like.new_tensor(numbers)
+        return like.new_zeros(9)
+    # What came after a backward came before the next one; and 0 is for a rank that has none.
+    moment = first.micro_batch + 0.5 * (first.origin in (Origin.AFTER, Origin.STALE))
+    where = [max(moment, 0.5), first.position, first.index, first.norm, *first.counts]
+    weight = first.weights[0] if first.weights else -1
+    return like.new_tensor([*where, first.micro_batch, first.origin, weight])
 
 
-def _with_first_nonfinite(reduced: ClipSides, encoded: Tensor) -> ClipSides:
-    """Adds the first bad parameter of any rank, with its NaN and Inf elements summed over ranks."""
-    rows = [row for row in encoded.tolist() if row[0] > 0]  # micro-batches count from 1
+def _with_first_nonfinite(
+    reduced: ClipSides, packed: PackedAllReduce, encoded: Tensor
+) -> ClipSides:
+    """Adds the first bad parameter of any rank, with its NaN and Inf elements summed over ranks.
+
+    Which rank it came from is not known: gradients were reduced over the ranks, or the ranks have
+    computed them together.
+    """
+    rows = [row for row in encoded.tolist() if row[0] > 0]
     bad = {i for m in (reduced.before, reduced.after) for i in m.nonfinite_indices()}
     if not rows:
         return replace(reduced, nonfinite_count=len(bad))
-    micro_batch, position, index, norm, *_ = min(rows)
-    same = [row for row in rows if (row[0], row[2]) == (micro_batch, index)]
-    counts = NonFiniteCount(int(sum(r[4] for r in same)), int(sum(r[5] for r in same)))
-    first = FirstNonFinite(int(index), int(micro_batch), norm, counts, int(position))
+    moment, position, index, norm, _, _, micro_batch, origin, _ = min(rows)
+    about, weight = packed.rows_about(int(index), encoded)
+    same = [row for row in about.tolist() if (row[0], row[2]) == (moment, index)]
+    counts = NonFiniteCount(*(round(weight * sum(row[i] for row in same)) for i in (4, 5)))
+    weights = sorted({int(row[8]) for row in rows if row[8] >= 0})
+    first = FirstNonFinite(
+        int(index),
+        int(micro_batch),
+        norm,
+        counts,
+        int(position),
+        Origin(int(origin)),
+        weights if origin == Origin.WEIGHTS else (),
+    )
     return replace(reduced, first_nonfinite=first, nonfinite_count=max(len(bad), 1))
 
 
@@ -161,6 +194,8 @@ class PackedAllReduce:
         device: The device of the numbers.
         partial: Gradients that are still to be summed over ranks, by parameter index: before
             :meth:`run` this rank's term of each, afterwards the sum, float64 and flat.
+        placed: How the gradients lie on their mesh, by parameter index; a parameter that is missing
+            has a gradient that lies as itself does.
         sums: For each slot of :meth:`add_sum` the sum over the ranks ``[columns]``, float64.
         gathered: For each slot of :meth:`add_gather` the values of all ranks ``[ranks, n]``.
     """
@@ -168,20 +203,41 @@ class PackedAllReduce:
     shards: Shards
     device: torch.device
     partial: dict[int, Tensor] = field(default_factory=dict)
+    placed: Mapping[int, Placements] = field(default_factory=dict)
     sums: list[Tensor] = field(default_factory=list)
     gathered: list[Tensor] = field(default_factory=list)
     _rows: list[Tensor] = field(default_factory=list)
+    _of_gradients: list[bool] = field(default_factory=list)
     _own: list[Tensor] = field(default_factory=list)
 
-    def add_sum(self, row: Tensor) -> int:
-        """Adds a row ``[columns]``, float64, to be summed; returns its slot."""
+    def add_sum(self, row: Tensor, of_gradients: bool = True) -> int:
+        """Adds a row ``[columns]``, float64, to be summed; returns its slot.
+
+        ``of_gradients`` says whether its numbers are of gradients, or of parameters.
+        """
         self._rows.append(row)
+        self._of_gradients.append(of_gradients)
         return len(self._rows) - 1
 
     def add_gather(self, values: Tensor) -> int:
         """Adds values ``[n]``, float64, to be gathered from every rank; returns their slot."""
         self._own.append(values)
         return len(self._own) - 1
+
+    def rows_about(self, index: int, gathered: Tensor) -> tuple[Tensor, float]:
+        """Returns the gathered rows of the ranks that hold a part of a gradient, and their weight.
+
+        Ranks that hold the same part count the same elements: the weight says how often each counts
+        in a sum. All ranks hold a gradient that is not sharded, and one row tells of it.
+        """
+        start = 0
+        for group in self.shards.groups:
+            if index in group.indices:
+                weight = group.weights_of(self.placed)[group.indices.index(index)]
+                return gathered[start : start + group.size], weight
+            start += group.size
+        bad = gathered[(gathered[:, 0] > 0) & (gathered[:, 2] == index)]
+        return bad[:1], 1.0
 
     def run(self) -> None:
         """Runs the all-reduce and fills ``sums``, ``gathered`` and ``partial``."""
@@ -193,14 +249,17 @@ class PackedAllReduce:
 
     def _run(self, group: MeshGroup, gathered: list[list[Tensor]]) -> None:
         columns = self.shards.index_tensor(group.indices, self.device)
-        weights = self.shards.weights(group, self.device)
+        weights = [self.shards.weights(group, self.device, placed) for placed in ({}, self.placed)]
         partial = [index for index in group.indices if index in self.partial]
         if partial and group.dimensions > 1:
             raise NotImplementedError(
                 PARTIAL_ON_MANY_DIMENSIONS.format(count=len(partial), dimensions=group.dimensions)
             )
         parts = [
-            *(row[columns] * weights for row in self._rows),
+            *(
+                row[columns] * weights[of_gradients]
+                for row, of_gradients in zip(self._rows, self._of_gradients, strict=True)
+            ),
             *(_at_own_rank(values, group) for values in self._own),
             *(self.partial[index].reshape(-1).double() for index in partial),
         ]
@@ -247,7 +306,7 @@ class Shards:
         self.groups = [MeshGroup.of(mesh, tensors) for mesh, tensors in members.items()]
         # Each is made only once: a copy from the host to a device waits for the device.
         self._indices: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
-        self._weights: dict[tuple[torch.device, int], Tensor] = {}
+        self._weights: dict[tuple[torch.device, int, tuple[float, ...]], Tensor] = {}
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Shards | None:
@@ -266,11 +325,17 @@ class Shards:
             self._indices[key] = torch.tensor(list(indices), dtype=torch.int64, device=device)
         return self._indices[key]
 
-    def weights(self, group: MeshGroup, device: torch.device) -> Tensor:
-        """Returns the weights of a group on a device: tensor ``[len(group.indices)]``, float64."""
-        key = (device, id(group))
+    def weights(
+        self, group: MeshGroup, device: torch.device, placed: Mapping[int, Placements]
+    ) -> Tensor:
+        """Returns the weights of a group on a device: tensor ``[len(group.indices)]``, float64.
+
+        ``placed`` says of some tensors how they lie on the mesh; others lie as the parameters do.
+        """
+        weights = group.weights_of(placed)
+        key = (device, id(group), weights)
         if key not in self._weights:
-            self._weights[key] = torch.tensor(group.weights, dtype=torch.float64, device=device)
+            self._weights[key] = torch.tensor(weights, dtype=torch.float64, device=device)
         return self._weights[key]
 
 
@@ -280,21 +345,22 @@ class MeshGroup:
 
     Attributes:
         indices: Their indices in the parameter table.
-        weights: For each parameter the weight of one rank's number in the sum: ``1 / n`` if ``n``
-            ranks hold the same part, so that the part counts once.
+        placements: For each parameter how it lies on the mesh.
         groups: Process groups to reduce over, one after the other; nearly always one. None stands
             for the whole world.
         rank: The position of this rank among those that take part.
         size: How many ranks take part.
         dimensions: The number of dimensions of the mesh.
+        sizes: The number of ranks along each of its dimensions that are summed over.
     """
 
     indices: list[int]
-    weights: list[float]
+    placements: list[Placements]
     groups: list[Any]
     rank: int
     size: int
     dimensions: int
+    sizes: dict[int, int]
 
     @classmethod
     def of(cls, mesh: Any, members: dict[int, DTensor]) -> MeshGroup:
@@ -304,7 +370,8 @@ class MeshGroup:
         """
         # Reduce only along dimensions that split a tensor; along the others all ranks hold the
         # same numbers.
-        split = {d for tensor in members.values() for d in _split_dimensions(tensor)}
+        placements = [tensor.placements for tensor in members.values()]
+        split = {d for one in placements for d in _split_dimensions(one)}
         dimensions = sorted(split) or list(range(mesh.ndim))
         sizes = [mesh.size(d) for d in dimensions]
         coordinate = mesh.get_coordinate()
@@ -316,20 +383,49 @@ class MeshGroup:
         whole_world = len(dimensions) > 1 and math.prod(sizes) == dist.get_world_size()
         return cls(
             indices=list(members),
-            weights=[_weight(tensor, mesh, dimensions) for tensor in members.values()],
+            placements=placements,
             groups=[None] if whole_world else [mesh.get_group(d) for d in dimensions],
             rank=rank,
             size=math.prod(sizes),
             dimensions=mesh.ndim,
+            sizes=dict(zip(dimensions, sizes, strict=True)),
         )
 
+    def weights_of(self, placed: Mapping[int, Placements]) -> tuple[float, ...]:
+        """Returns the weight of one rank's number in the sum, for each parameter.
 
-def _split_dimensions(tensor: DTensor) -> list[int]:
+        It is ``1 / n`` if ``n`` ranks hold the same part, so that the part counts once. A gradient
+        need not lie on the mesh as its parameter does: that of an embedding that is split by rows
+        is whole on each rank if the output was. ``placed`` is as for :meth:`Shards.weights`.
+
+        Raises:
+            NotImplementedError: If a tensor is split along a dimension that is not summed over.
+        """
+        found = list(map(placed.get, self.indices, self.placements))
+        split = list(map(_split_dimensions, found))
+        others = sum(not self.sizes.keys() >= set(one) for one in split)
+        if others:
+            raise NotImplementedError(SPLIT_OTHERWISE.format(count=others))
+        sizes = self.sizes.items()
+        return tuple(1.0 / math.prod(n for d, n in sizes if d not in one) for one in split)
+
+
+@lru_cache(maxsize=256)
+def _split_dimensions(placements: Placements) -> list[int]:
     """Lists the mesh dimensions along which the ranks hold different parts of a tensor."""
-    return [d for d, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    return [d for d, placement in enumerate(placements) if not placement.is_replicate()]
 
 
-def _weight(tensor: DTensor, mesh: Any, dimensions: Sequence[int]) -> float:
-    split = _split_dimensions(tensor)
-    copies: int = math.prod(mesh.size(d) for d in dimensions if d not in split)
-    return 1.0 / copies
+@lru_cache(maxsize=256)
+def _is_partial(placements: Placements) -> bool:
+    return any(placement.is_partial() for placement in placements)
+
+
+def placements_of(gradients: Mapping[int, Tensor | None]) -> dict[int, Placements]:
+    """Returns how gradients lie on their mesh, by parameter index; without those on none."""
+    return {index: one.placements for index, one in gradients.items() if is_sharded(one)}
+
+
+def pending_sums(placed: Mapping[int, Placements]) -> list[int]:
+    """Lists the gradients that still have to be summed over ranks (a Partial placement)."""
+    return [index for index, placements in placed.items() if _is_partial(placements)]

@@ -400,10 +400,13 @@ class StatisticsSampler:
         """Adds the rows of sharded parameters to the all-reduce of the norms."""
         # Anew at each call: a closure that is evaluated several times reduces as often.
         for part in (self._gradients, self._weights):
+            of_gradients = part is self._gradients
             for name, values in part.rows.items():
                 row = packed.shards.full_row(part.indices, values)
                 part.slots[name] = (
-                    packed.add_gather(row) if name in self._maxima else packed.add_sum(row)
+                    packed.add_gather(row)
+                    if name in self._maxima
+                    else packed.add_sum(row, of_gradients)
                 )
         self._packed = packed
 
@@ -426,6 +429,7 @@ class StatisticsSampler:
             for part in (self._gradients, self._weights):
                 for name, slot in part.slots.items():
                     part.rows[name] = self._reduced(self._packed, part.indices, name, slot)
+            self._measure_sums(self._packed.partial)
         if self._weights_before:
             update = update_row(self._weights_before, list(map(local_part, parameters)))
             self._weights.rows["squared_update"] = self._summed(indices, update)
@@ -437,12 +441,22 @@ class StatisticsSampler:
         self._forget()
         return StatisticsSample(self._names, self._columns, parts, unit)
 
+    def _measure_sums(self, sums: Mapping[int, Tensor]) -> None:
+        """Measures gradients that were sums still pending, of which each rank had one term.
+
+        ``sums`` are these gradients before the clip, by index, known since the all-reduce.
+        """
+        for column, index in enumerate(self._gradients.indices):
+            if index in sums:
+                for name, value in gradient_rows([sums[index]], self._of_gradients).items():
+                    self._gradients.rows[name][column] = value[0]
+
     def _summed(self, indices: Sequence[int], row: Tensor) -> Tensor:
         """Sums the row of an update over the ranks, in an all-reduce of its own after the step."""
         if self._shards is None:
             return row
         packed = PackedAllReduce(self._shards, row.device)
-        slot = packed.add_sum(self._shards.full_row(indices, row))
+        slot = packed.add_sum(self._shards.full_row(indices, row), of_gradients=False)
         packed.run()
         return self._reduced(packed, indices, "squared_update", slot)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 
 from gradwatch.accumulate.noise_scale import NoiseScale
 from gradwatch.errors import NonFiniteGradientError
-from gradwatch.hooks.data_parallel import rank
+from gradwatch.hooks.data_parallel import rank, several_ranks
 from gradwatch.measure.norms import FirstNonFinite, Measurement, Origin
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.record.records import Event, EventKind, StepRecord
@@ -29,9 +30,7 @@ WEIGHTS_FIRST = " Weights were NaN or Inf before that:"
 WHERE = {
     Origin.BACKWARD: "the first in backward order, in micro-batch {batch} of step {step}",
     Origin.NO_ORDER: "in micro-batch {batch} of step {step}",
-    Origin.SEVERAL: (
-        "in one of micro-batches 1 to {batch} of step {step}, which were reduced together"
-    ),
+    Origin.SEVERAL: "in one of micro-batches 1 to {batch} of step {step}",
     Origin.AFTER: f"{MADE_AFTER} of step {{step}}",
     Origin.STALE: f"{LEFT_STALE}, at the beginning of step {{step}}",
     Origin.WEIGHTS: "in micro-batch {batch} of step {step}",
@@ -42,6 +41,10 @@ FINITE_UNTIL = (
     " It was finite when the backward ended, so look at what the loop does with gradients after "
     "that: a clip, a division, a write to .grad."
 )
+FINITE_UNTIL_REDUCED = (
+    " It was finite on this rank when the backward ended: it came from another rank, where the "
+    "loop averages gradients over ranks by itself, or from what else the loop does with them."
+)
 OVERFLOWED = "was beyond float32: a clip that computes it in float32 multiplies by 0 or by NaN."
 OVERFLOWED_UNTIL = (
     f" Its elements were finite when the backward ended, but their norm {{norm:.3g}} {OVERFLOWED}"
@@ -51,6 +54,11 @@ NOT_ZEROED = " Nothing has zeroed it since: call zero_grad() after a step that i
 BAD_WEIGHTS = (
     "{first} {names}. Look for what wrote to them last: the update of the step before, or the loop."
 )
+CAME_WITH_REDUCTION = (
+    " It came with the reduction over the ranks: this rank's own gradient was finite."
+)
+RANK_NOT_KNOWN = " Which rank it came from is not known."
+CAME_FROM = " It came from rank {rank}."
 COUNTS = "{nan} NaN and {inf} Inf of {total} elements"
 NOT_COUNTED = "not counted: it was gone when its norm arrived from the device"
 INF_OR_LARGE = "Inf, or a norm beyond float32,"
@@ -120,16 +128,26 @@ TOO_MANY_SKIPS = (
     "or leave out the data that it meets here; watch(max_consecutive_skips=...) sets how many are "
     "let pass."
 )
+FLOAT32 = float(np.finfo(np.float32).max)
 NO_STORY = "The gradient norm of step {step} is {norm:.4g}."
 
 
 def nonfinite_event(
-    record: StepRecord, first: FirstNonFinite, table: ParameterTable, overflowed: bool = False
+    record: StepRecord,
+    first: FirstNonFinite,
+    table: ParameterTable,
+    overflowed: bool = False,
+    by_hand: bool = False,
 ) -> Event:
     """Makes the event that names the parameter that went bad first.
 
-    ``overflowed`` says that the gradients were finite at the end of the backward, but not their
-    norm.
+    Args:
+        record: The step.
+        first: The parameter.
+        table: All watched parameters.
+        overflowed: Whether the gradients were finite at the end of the backward, but not their
+            norm.
+        by_hand: Whether the loop may have averaged the gradients over ranks by itself.
 
     Returns:
         An event of kind ``nan``, or ``inf`` if the parameter had no NaN.
@@ -143,6 +161,8 @@ def nonfinite_event(
         value = float(nan or inf)
         counts = COUNTS.format(nan=nan, inf=inf, total=table.tensors[first.index].numel())
     where, more = _origin(record, first, table, overflowed)
+    if by_hand and first.origin is Origin.AFTER:
+        first, more = replace(first, rank=None), FINITE_UNTIL_REDUCED
     message = NONFINITE.format(
         what="NaN" if first.is_nan else "Inf" if first.counts else INF_OR_LARGE,
         parameter=name,
@@ -152,12 +172,16 @@ def nonfinite_event(
         more=more,
     )
     in_backward = first.origin in (Origin.BACKWARD, Origin.NO_ORDER, Origin.WEIGHTS)
+    origin = _rank_or_unknown(first.rank)
+    if origin < 0:
+        message += RANK_NOT_KNOWN if first.rank is None else CAME_WITH_REDUCTION
     return _event(
         record,
         "nan" if first.is_nan else "inf",
         value,
         message,
         (name, table.modules[first.index]),
+        origin,
         micro_batch=first.micro_batch if in_backward else 0,
         nan_count=nan,
         inf_count=inf,
@@ -172,7 +196,7 @@ def _origin(
     where, more = WHERE[origin], ""
     if origin is Origin.WEIGHTS:
         where = where if batch else "in step {step}"
-        names = counted_names([table.names[index] for index in first.weights])
+        names = some_names([table.names[index] for index in first.weights])
         more = BAD_WEIGHTS.format(first=WEIGHTS_FIRST, names=names)
     elif origin is Origin.STALE:
         more = NOT_ZEROED
@@ -198,11 +222,20 @@ def told_cause(message: str) -> ToldCause | None:
     return None
 
 
+def with_rank(event: Event, rank: int) -> Event:
+    """Returns an event of reduced gradients with the rank that made them bad, found out later."""
+    message = event.message
+    for unknown in (CAME_WITH_REDUCTION, RANK_NOT_KNOWN):
+        message = message.replace(unknown, CAME_FROM.format(rank=rank))
+    return replace(event, rank=rank, message=message)
+
+
 def overflow_event(record: StepRecord, measurement: Measurement, table: ParameterTable) -> Event:
     """Makes the event of finite gradients whose norm is beyond float32."""
     name, module = _largest(measurement, table)
     message = OVERFLOW.format(step=record.step, value=record.grad_norm, parameter=name)
-    return _event(record, "overflow", record.grad_norm, message, (name, module))
+    origin = _rank_or_unknown(_rank_above(record, FLOAT32))
+    return _event(record, "overflow", record.grad_norm, message, (name, module), origin)
 
 
 def exploding_event(
@@ -211,15 +244,23 @@ def exploding_event(
     """Makes the event of a norm above ``limit``, which is ``watch(exploding_norm=)``."""
     norm, (name, module) = record.grad_norm, _largest(measurement, table)
     message = EXPLODING.format(step=record.step, value=norm, limit=limit, parameter=name)
-    return _event(record, "exploding", norm, message, (name, module))
+    origin = _rank_or_unknown(_rank_above(record, limit))
+    return _event(record, "exploding", norm, message, (name, module), origin)
 
 
-def skipped_event(record: StepRecord, moved: bool = False) -> Event:
-    """Makes the event of a step that was not applied; ``moved`` if it has changed the weights."""
+def skipped_event(record: StepRecord, moved: bool = False, because: Sequence[Event] = ()) -> Event:
+    """Makes the event of a step that was not applied.
+
+    Args:
+        record: The step.
+        moved: Whether it has changed the weights nevertheless.
+        because: The events before it.
+    """
     text = SKIPPED_BY_SCALER if record.outcome == "skipped_scaler" else SKIPPED
     text = SKIPPED_MIDWAY if moved else text
     message = text.format(step=record.step, outcome=record.outcome, optimizer=record.optimizer)
-    return _event(record, "skipped", record.grad_norm, message)
+    origin = because[0].rank if because else _rank_or_unknown(None)
+    return _event(record, "skipped", record.grad_norm, message, origin=origin)
 
 
 def discarded_event(record: StepRecord, why: str) -> Event:
@@ -324,10 +365,14 @@ def loop_event(
     return _event(StepRecord(step, optimizer), kind, value, message, parameter_and_module)
 
 
-def counted_names(names: Sequence[str], most: int = 3, of: str = "parameter") -> str:
+def counted_names(names: Sequence[str], most: int = 3) -> str:
     """Names some parameters: ``"2 parameters (a, b)"``, with at most ``most`` names."""
-    shown = ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-    return f"{len(names)} {of}{'' if len(names) == 1 else 's'} ({shown})"
+    return f"{len(names)} parameter{'' if len(names) == 1 else 's'} ({some_names(names, most)})"
+
+
+def some_names(names: Sequence[str], most: int = 3) -> str:
+    """Names some parameters: ``"a, b, c, ..."``, with at most ``most`` names."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def same_data_event(record: StepRecord, steps: int, ranks: int) -> Event:
@@ -379,6 +424,7 @@ def _event(
     value: float,
     message: str,
     parameter_and_module: tuple[str, str] = ("", ""),
+    origin: int | None = None,
     *,
     micro_batch: int = 0,
     nan_count: int = 0,
@@ -394,13 +440,28 @@ def _event(
         parameter=parameter,
         module=module,
         value=value,
-        rank=rank(),
+        rank=rank() if origin is None else origin,
         message=message,
         nan_count=nan_count,
         inf_count=inf_count,
         optimizer=record.optimizer,
         global_step=record.global_step,
     )
+
+
+def _rank_or_unknown(origin: int | None) -> int:
+    """Returns the rank that an average over ranks was spoiled by; -1 if it is not known."""
+    if origin is None:
+        return -1 if several_ranks() else rank()
+    return origin
+
+
+def _rank_above(record: StepRecord, limit: float) -> int | None:
+    """Returns this rank if its own norm was above a limit too, -1 if not; None if not known."""
+    own = record.grad_norm_local
+    if math.isnan(own):
+        return None
+    return rank() if own > limit else -1
 
 
 def _largest(measurement: Measurement, table: ParameterTable) -> tuple[str, str]:

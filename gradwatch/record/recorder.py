@@ -278,11 +278,20 @@ class Recorder:
         buffer: RingBuffer,
         hub: SinkHub,
         on_record: Callable[[StepRecord], None] = lambda record: None,
+        on_events: Callable[[Sequence[Event]], None] | None = None,
     ) -> None:
-        """Starts empty; ``on_record`` is called with each record, once it is complete."""
+        """Starts empty.
+
+        Args:
+            buffer: The memory of the newest steps.
+            hub: The sinks.
+            on_record: Called with each record, once it is complete.
+            on_events: Called with events, at once; None if nobody wants to know.
+        """
         self._buffer = buffer
         self._hub = hub
         self._on_record = on_record
+        self._on_events = on_events
         self._first_events: list[Event] = []
         self._events: deque[Event] = deque(maxlen=NEWEST_EVENTS)
         self._undelivered: list[Event] = []
@@ -400,6 +409,8 @@ class Recorder:
 
     def note(self, events: tuple[Event, ...]) -> None:
         """Keeps events, of a step or of none: the first 1,000 and the newest 9,000 of the rest."""
+        if self._on_events is not None:
+            self._on_events(events)
         room = FIRST_EVENTS - len(self._first_events)
         self._first_events.extend(events[:room])
         self._events.extend(events[room:])

@@ -341,7 +341,8 @@ EVENT_KINDS: dict[str, Kind] = {
     ),
     "changed": Kind(
         "the model or an optimizer is no longer what was watched: parameters were frozen, "
-        "replaced, added or removed; the message says which",
+        "replaced, added or removed; or one rank's gradients are not those of the whole model; the "
+        "message says which",
         "parameters",
         _BLUE,
         "square",
@@ -390,7 +391,13 @@ class Event:
     )
     module: str = field(metadata=column("module that owns the parameter"))
     value: float = field(metadata=column("the number behind the event; see the kinds of events"))
-    rank: int = field(metadata=column("rank of the process that saw it"))
+    rank: int = field(
+        metadata=column(
+            "rank of the process that saw it; for what is wrong with gradients that were reduced "
+            "over ranks (`nan`, `inf`, `overflow`, `exploding`, `skipped`) the rank that it came "
+            "from, or -1 where that is not this one, or not known"
+        )
+    )
     message: str = field(metadata=column("one sentence for people"))
     nan_count: int = field(
         default=0,

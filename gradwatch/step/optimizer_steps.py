@@ -443,6 +443,8 @@ class OptimizerSteps(Steps):
             sampler.measure_weights(self.window.indices, self._parameters())
             extra = sampler.add_to
         norms = self.window.step_norms(self._scale, left, extra)
+        if self._run.replicas.by_hand and norms.after.total.at_hand:
+            norms = norms.averaged(clip_known=self._clipping.policy is not None)
         if self.window.clipped_early:
             norms = norms._replace(clip_known=False)
         if self.window.zeroed:

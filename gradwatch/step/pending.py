@@ -12,7 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
+import numpy as np
+
 from gradwatch.accumulate.noise_scale import NoiseSample, NoiseScaleEstimator
+from gradwatch.hooks.data_parallel import several_ranks
 from gradwatch.measure.deferred import Deferred, FloatOrDeferred, Transfer, resolve
 from gradwatch.measure.norms import FirstNonFinite, LateCheck, Origin, StepNorms
 from gradwatch.measure.parameters import ParameterTable
@@ -52,7 +55,8 @@ class PendingStep:
         losses: Losses and weights of the micro-batches.
         lr: Learning rate of the first parameter group.
         group_lr: Those of all groups; empty if there is only one.
-        missing: Indices of the parameters that received no gradient, unless reported before.
+        missing: Indices of the parameters in which no gradient has arrived.
+        told_missing: Indices of those of which it was told already; it is told once in a run.
         local: The norm of this rank's own gradients before the reduction, in the unit of the
             measurement before the clip; None if there is none.
         noise: What the micro-batches tell about the noise; None if nothing.
@@ -68,6 +72,7 @@ class PendingStep:
             None.
         beyond_undo: Whether a skipped step has moved the weights nevertheless.
         on_nonfinite: Called with the record if a gradient held a NaN or an Inf; None for nobody.
+        by_hand: Whether the loop may have averaged the gradients over ranks by itself.
         can_wait: Whether the record may be made later, together with those of other steps: all
             numbers are on the host and finite.
     """
@@ -86,6 +91,7 @@ class PendingStep:
     losses: Sequence[tuple[FloatOrDeferred, FloatOrDeferred]]
     lr: FloatOrDeferred
     missing: Sequence[int]
+    told_missing: set[int]
     local: Deferred | None
     noise: NoiseSample | None
     table: ParameterTable
@@ -99,6 +105,7 @@ class PendingStep:
     group_lr: Sequence[FloatOrDeferred] = ()
     beyond_undo: bool = False
     on_nonfinite: Callable[[StepRecord], None] | None = None
+    by_hand: bool = False
     can_wait: bool = field(init=False)
     _transfer: Transfer | None = field(init=False)
     _entry: Entry | None = field(init=False, default=None)
@@ -149,9 +156,10 @@ class PendingStep:
         if before.total.at_hand and not more and Deferred not in map(type, numbers):
             return []
         measured = [before, after, *(check.measurement for check in self.late_checks)]
+        own = [check.own.norm for check in self.late_checks]
         deferred = [
             *(norms for one in measured for norms in (one.norms, one.total)),
-            *(one for one in (*numbers, self.local) if isinstance(one, Deferred)),
+            *(one for one in (*numbers, *own, self.local) if isinstance(one, Deferred)),
             *(() if self.noise is None else self.noise.deferred()),
             *self.statistics.deferred(),
         ]
@@ -159,6 +167,8 @@ class PendingStep:
         return [one for one in each_once if not one.at_hand]
 
     def _make_entry(self) -> Entry:
+        if self.by_hand:  # only now have the numbers arrived that tell
+            self.norms = self.norms.averaged(clip_known=self.norms.coefficient != 1.0)
         norms, before, after = self.norms, self.norms.before, self.norms.after
         first, count = self._check_late()
         record = self._record(count)
@@ -237,7 +247,7 @@ class PendingStep:
         before, table, limit = self.norms.before, self.table, self.exploding_norm
         events = []
         if first is not None:
-            events.append(nonfinite_event(record, first, table, before.overflowed))
+            events.append(nonfinite_event(record, first, table, before.overflowed, self.by_hand))
         if before.overflowed:  # it was so at the end of the backward: what came after is later
             late = first is not None and first.origin is Origin.AFTER
             events.insert(0 if late else len(events), overflow_event(record, before, table))
@@ -246,8 +256,30 @@ class PendingStep:
         if limit is not None and record.grad_norm > limit:
             events.append(exploding_event(record, before, table, limit))
         if record.outcome != "applied":
-            events.append(skipped_event(record, self.beyond_undo))
-        return (*events, *no_gradient_events(record, self.missing, table))
+            events.append(skipped_event(record, self.beyond_undo, events))
+        missing = self._missing() if self.missing else ()
+        return (*events, *no_gradient_events(record, missing, table))
+
+    def _missing(self) -> list[int]:
+        """Lists the parameters without a gradient of which nothing was told yet; each once."""
+        received = self._received()
+        missing = [i for i in self.missing if i not in received and i not in self.told_missing]
+        self.told_missing.update(missing)
+        return missing
+
+    def _received(self) -> set[int]:
+        """Returns the parameters that have a gradient, though no backward of this rank gave it."""
+        # The other ranks did: under find_unused_parameters, and in experts that saw no token here,
+        # the reduction is all that writes it. Or the loop has set it by hand.
+        before, after = self.norms.before, self.norms.after
+        received = set() if after is before else set(after.indices).difference(before.indices)
+        if self.local is not None:  # a wrapper leaves what no rank has used without a gradient
+            return received.union(before.indices)
+        # Zeros may be what zero_grad(set_to_none=False) has left.
+        for side in (before, after) if several_ranks() else ():
+            columns = np.flatnonzero(side.norms.array()).tolist()
+            received.update(side.indices[column] for column in columns)
+        return received
 
 
 def _mean(losses: Sequence[tuple[FloatOrDeferred, FloatOrDeferred]]) -> float:

@@ -26,6 +26,7 @@ from gradwatch.hooks.data_parallel import (
     DataParallel,
     can_hold,
     group_size,
+    ignored_by,
     is_distributed,
     is_reducing,
     rank,
@@ -33,10 +34,10 @@ from gradwatch.hooks.data_parallel import (
     takes_the_mean,
     wrappers_that_hold,
 )
-from gradwatch.hooks.model import ModelHooks
+from gradwatch.hooks.model import ModelHooks, Unhooked
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.record.events import loop_event, same_data_event
-from gradwatch.record.records import Event, StepRecord
+from gradwatch.record.records import Event, EventKind, StepRecord
 from gradwatch.step.window import Window, WindowWeights
 
 NOT_REDUCED = (
@@ -54,6 +55,12 @@ THAWED = (
     "Nobody has averaged the gradients of {parameters} over the {ranks} ranks, as of step {step}: "
     "they required no gradient when DistributedDataParallel wrapped the model, and it averages "
     "only what did, so the replicas drift apart. Wrap the model again after thawing parameters."
+)
+IGNORED = (
+    "The gradients of {parameters} are this rank's own, as of step {step}: "
+    "DistributedDataParallel was told to ignore them, and nobody else has averaged them over the "
+    "{ranks} ranks. So the total norm, and the factor of a clip by it, differ between the ranks. "
+    "Name the parameters to ignore only if they differ between the ranks, as experts do."
 )
 WRAPPED_LATER = (
     "The model was wrapped in DistributedDataParallel after watch(). The norms are those of the "
@@ -109,6 +116,8 @@ class Replicas:
     Attributes:
         watching: Whether to call :meth:`note_arrivals` in the next backward.
         active: Whether to call :meth:`before_step` and :meth:`after_step`.
+        by_hand: Whether the ranks have a process group, and no wrapper that averages gradients: the
+            loop may do it by itself.
     """
 
     def __init__(
@@ -145,6 +154,7 @@ class Replicas:
         self._add(() if data_parallel is None else data_parallel.wrappers)
         self.watching = bool(self._parts)
         self.active = not sharded
+        self.by_hand = False
 
     # -- in the backward ---------------------------------------------------------------------------
 
@@ -189,6 +199,8 @@ class Replicas:
         self._steps += 1
         if not self._known and self._steps in SEARCHES:
             self._search(window, step)
+        if self.by_hand and window.looks is not None:  # all_reduce(p.grad) moves no version counter
+            window.looks.each_step()
         if self._found is not None and window.divisor is None and not weights.by_noise:
             weights.data_parallel = self._found
         if not self.watching or inside_backward():
@@ -198,7 +210,8 @@ class Replicas:
         judged = [part for part in self._parts if not part.arrived.isdisjoint(mine)]
         for part in judged:
             self._judge(part, step)
-        if judged and all(part.ends_reduced for part in judged):
+        shared = [part for part in judged if not part.ignored]
+        if shared and all(part.ends_reduced for part in shared):
             self._tell_same()
         for part in judged:
             part.begin()
@@ -248,7 +261,8 @@ class Replicas:
         name, module = self._table.names[first], self._table.modules[first]
         names = f"{name} and {len(others):,} more parameters" if others else name
         text = part.text.format(parameters=names, ranks=part.ranks, step=step)
-        self._tell(loop_event("mistake", text, step, parameter_and_module=(name, module)))
+        kind: EventKind = "changed" if part.ignored else "mistake"
+        self._tell(loop_event(kind, text, step, parameter_and_module=(name, module)))
 
     def _tensors(self, indices: Iterable[int]) -> list[Tensor]:
         return [self._table.tensors[index] for index in sorted(indices)]
@@ -262,9 +276,12 @@ class Replicas:
             ranks, of = group_size(wrapper), self._table.indices_of
             reduced = set(of(reduced_by(wrapper)))
             thawed = set(of(reduced_by(wrapper, frozen=True)))
+            unhooked = Unhooked(self._table.tensors)  # a hook may average what the wrapper ignores
+            ignored = {index for index in of(ignored_by(wrapper)) if index in unhooked}
             for part in (
                 _Part(wrapper, reduced, ranks),
                 _Part(wrapper, thawed, ranks, thawed=True),
+                _Part(wrapper, ignored, ranks, ignored=True),
             ):
                 if part.indices and ranks > 1:
                     self._parts.append(part)
@@ -277,6 +294,7 @@ class Replicas:
             return
         found = wrappers_that_hold(self._table.tensors)
         self._add(found)
+        self.by_hand = not found
         if self._parts:
             self._hooks.measure_local(found)
             with suppress(ValueError):  # not of the same ranks
@@ -321,7 +339,8 @@ class Replicas:
         ranks = max(part.ranks for part in self._parts)
         self._same = same_data_event(record, count, ranks)
         self.watching = True  # they are equal as well where nobody averages
-        seen = [part for part in self._parts if part.reduced_before or part.in_a_row]
+        shared = [part for part in self._parts if not part.ignored]
+        seen = [part for part in shared if part.reduced_before or part.in_a_row]
         if self._ended and all(part.ends_reduced for part in seen):
             self._tell_same()
 
@@ -340,6 +359,7 @@ class _Part:
         indices: The indices of the parameters.
         ranks: The number of ranks that it averages over.
         thawed: Whether the parameters required no gradient when they were first seen.
+        ignored: Whether the wrapper was told to ignore them.
         arrived: Those that received a gradient since the last step.
         reduced: Whether any backward since then was reduced.
         ends_reduced: Whether the newest one was.
@@ -357,6 +377,7 @@ class _Part:
     indices: set[int]
     ranks: int
     thawed: bool = False
+    ignored: bool = False
     arrived: set[int] = field(default_factory=set)
     reduced: bool = False
     ends_reduced: bool = False
@@ -374,7 +395,7 @@ class _Part:
 
     def reduces(self) -> bool:
         """Returns whether the backward that is running is reduced, or torch does not tell."""
-        if self.thawed:
+        if self.thawed or self.ignored:
             return False
         before, self._begun = self._begun, can_hold(self.wrapper)
         # The first reduction of a static graph does not show.
@@ -402,13 +423,15 @@ class _Part:
     @property
     def text(self) -> str:
         """What is told about it."""
+        if self.ignored:
+            return IGNORED
         return THAWED if self.thawed else HELD_BACK if self.is_held else NOT_REDUCED
 
     def is_suspect(self, change: Change) -> bool:
         """Returns whether a change of the gradients before the step was no mean over ranks."""
         # A mean over ranks with equal gradients writes the same values, and so does a clip by a
         # coefficient of 1. Someone who calls no_sync() may well take means by hand.
-        careful = self.is_held or self.thawed
+        careful = self.is_held or self.thawed or self.ignored
         return change in (Change.NONE, Change.SCALED) or (change is Change.SAME and not careful)
 
 

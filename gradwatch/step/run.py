@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from gradwatch.accumulate.policies import AccumulationPlan
@@ -15,6 +15,8 @@ from gradwatch.measure.parameters import ParameterTable
 from gradwatch.measure.sharded import Shards
 from gradwatch.options import Options
 from gradwatch.record.events import changed_event, poisoned_event
+from gradwatch.record.folder.ranks import RankLog
+from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.recorder import Recorder, RingBuffer, SinkHub
 from gradwatch.record.records import Event, Layout, StepRecord
 from gradwatch.step.replicas import Replicas
@@ -84,7 +86,7 @@ class Run:
             writes=options.run_dir is not None or bool(options.sinks),
         )
         ring = RingBuffer(layout, options.buffer_size)
-        self.recorder = Recorder(ring, hub, self.replicas.note_record)
+        self.recorder = Recorder(ring, hub, self.replicas.note_record, _log_of_rank(options))
 
     def tell(self, event: Event, key: str = "", warn: bool = True) -> None:
         """Records an event about the training loop, and warns; once in a run.
@@ -121,3 +123,10 @@ class Run:
     def note(self, event: Event) -> None:
         """Records an event that belongs to no finished step."""
         self.recorder.note((replace(event, global_step=self.global_step(event.step)),))
+
+
+def _log_of_rank(options: Options) -> Callable[[Sequence[Event]], None] | None:
+    """Returns what notes the NaN of this rank beside the run folder; None on the first rank."""
+    mine, folders = rank(), [one.path for one in options.sinks if isinstance(one, RunFolder)]
+    folder = next(iter(folders), options.run_dir)
+    return RankLog(folder, mine).note if mine and folder is not None else None

@@ -68,7 +68,12 @@ class Steps(ABC):
         if window.arrivals and window.discarded_before(backward):
             self.discard()
         count = len(window.arrivals)
-        measurement = window.add(backward, weight)
+        hooks = self._run.hooks
+        # Nothing tells what sharded gradients were before they were reduced. On an accelerator it
+        # is asked in every backward, so only where a wrapper reduces.
+        tells = hooks.local is not None or window.table.tensors[0].is_cpu
+        own = hooks.own_norm if tells and self._run.shards is None else None
+        measurement = window.add(backward, weight, own)
         if measurement is not None or len(window.arrivals) > count:
             self.weights.note(window, weight, measurement)
         if measurement is None:
@@ -149,6 +154,7 @@ class Steps(ABC):
             lr=self._lr,
             group_lr=self._group_lr,
             missing=() if complete else self._newly_missing(),
+            told_missing=self._told_missing,
             local=None if own is None else Deferred(own),
             noise=weights.sample,
             table=self._run.table,
@@ -156,11 +162,12 @@ class Steps(ABC):
             estimator=weights.noise if estimates else None,
             statistics=statistics,
             thrown_away=discarded,
+            by_hand=self._run.replicas.by_hand,
             on_nonfinite=self._run.suspect,
         )
 
     def _newly_missing(self) -> list[int]:
-        """Lists the parameters that received no gradient; each is reported once in a run."""
+        """Lists the parameters in which no gradient has arrived, unless it was told of them."""
         arrived, tensors = self.window.arrived, self._run.table.tensors
         missing = [
             index
@@ -169,8 +176,8 @@ class Steps(ABC):
             and index not in self._told_missing
             and self._run.hooks.hooked(index)
         ]
-        self._told_missing.update(missing)
         frozen = [index for index in missing if not tensors[index].requires_grad]
+        self._told_missing.update(frozen)
         if frozen and self.label != "none":  # in a backward that is held nothing is certain yet
             tell_frozen(self._run, self.label, self.step, frozen)
         return [index for index in missing if tensors[index].requires_grad]

@@ -30,16 +30,18 @@ from gradwatch.accumulate.noise_scale import (
     sample_of_rank,
 )
 from gradwatch.hooks.backward import Backward
-from gradwatch.hooks.data_parallel import DataParallel, is_distributed
+from gradwatch.hooks.data_parallel import DataParallel, is_distributed, rank
 from gradwatch.hooks.model import ModelHooks, with_freed
 from gradwatch.hooks.scaler import LossScale
 from gradwatch.hooks.snapshot import GradientSnapshot, Looks
 from gradwatch.measure.deferred import FloatOrDeferred, as_operand, defer, resolve
 from gradwatch.measure.norms import (
+    NOT_KNOWN,
     FirstNonFinite,
     LateCheck,
     Measurement,
     Origin,
+    OwnNorm,
     StepNorms,
     gradient_norms,
     has_negative_zero,
@@ -47,8 +49,16 @@ from gradwatch.measure.norms import (
     same_norms,
     total_norm,
 )
-from gradwatch.measure.parameters import ParameterTable, is_partial, local_part
-from gradwatch.measure.sharded import ClipSides, PackedAllReduce, Shards, all_reduce_norms
+from gradwatch.measure.parameters import ParameterTable, local_part
+from gradwatch.measure.sharded import (
+    ClipSides,
+    PackedAllReduce,
+    Placements,
+    Shards,
+    all_reduce_norms,
+    pending_sums,
+    placements_of,
+)
 
 _grad = attrgetter("grad")
 _MEASURABLE = {
@@ -107,6 +117,7 @@ class Window:
     _tensors: list[Tensor] = field(default_factory=list)
     _own: set[int] = field(default_factory=set)
     _dtype: torch.dtype | None = None
+    _placed: dict[int, Placements] = field(default_factory=dict)
 
     # -- contents ----------------------------------------------------------------------------------
 
@@ -146,8 +157,18 @@ class Window:
 
     # -- adding backwards --------------------------------------------------------------------------
 
-    def add(self, backward: Backward, weight: FloatOrDeferred = 1.0) -> Measurement | None:
+    def add(
+        self,
+        backward: Backward,
+        weight: FloatOrDeferred = 1.0,
+        own: Callable[[Measurement], OwnNorm] | None = None,
+    ) -> Measurement | None:
         """Adds a backward that has ended, and measures the gradients in one batched pass.
+
+        Args:
+            backward: The backward.
+            weight: The weight of its micro-batch.
+            own: Returns the norm of this rank's own gradients in it; None if nothing tells.
 
         Returns:
             The norms, in the units of the gradients; None if none of the window's parameters
@@ -184,10 +205,13 @@ class Window:
             # local_part() makes a new tensor of a sharded gradient at each call, so a snapshot,
             # which compares ids, would never match.
             self._snapshot = GradientSnapshot(gradients)
+        else:
+            self._place(indices)
         total = self._before.total.if_known()
         if total is None or not math.isfinite(total):
             origin = self._origin(backward.arrived)
-            self._check(self._before, None if freed else gradients, origin, backward.arrived)
+            here = NOT_KNOWN if own is None else own(self._before)
+            self._check(self._before, None if freed else gradients, origin, backward.arrived, here)
         return self._before
 
     def share(self) -> None:
@@ -368,10 +392,13 @@ class Window:
         """Measures the gradients again, after they were reduced over the ranks."""
         indices, gradients = self.gradients()
         self.arrivals[-1][0].update(indices)  # FSDP2 may have kept all of them back until now
+        own, held = NOT_KNOWN, self._before
+        if held is not None and self.shards is None:  # DDP had not communicated until now
+            own = OwnNorm(held.total, held.indices, rank())
         self._before = measure(indices, gradients, self.norm_type)
         if self.shards is None:
             self._snapshot = GradientSnapshot(gradients)
-        self._check(self._before, gradients, self._origin(()))
+        self._check(self._before, gradients, self._origin(()), own=own)
 
     def accept_restored_gradients(self) -> None:
         """Renews the snapshot, as gradients were changed and then written back unchanged."""
@@ -508,9 +535,10 @@ class Window:
         gradients: list[Tensor] | None,
         origin: Origin,
         order: Sequence[int] = (),
+        own: OwnNorm = NOT_KNOWN,
     ) -> None:
         """Finds the first gradient that is not finite: now, or once the norms have arrived."""
-        check = LateCheck(self.micro_batches, measurement, order, origin)
+        check = LateCheck(self.micro_batches, measurement, order, origin, own)
         if not measurement.total.at_hand:
             self.late_checks.append(check)
             return
@@ -521,21 +549,26 @@ class Window:
 
     def _traced(self, bad: Sequence[FirstNonFinite]) -> FirstNonFinite:
         """Returns the first of the bad gradients, with an origin outside of its backward if so."""
-        first = bad[0]
+        first, here = bad[0], rank() if self.shards is None else None
+        if first.origin is Origin.AFTER and self.arrivals:
+            return replace(first, rank=here)
         if first.origin is not Origin.BACKWARD and self.arrivals:
             return first
         weights = self._bad_weights()
         if weights:
             return replace(first, origin=Origin.WEIGHTS, weights=weights)
         if not self.arrivals:
-            return first
+            return replace(first, rank=here)
         stale = [one for one in bad if one.index in self.stale]
         if stale and self.micro_batches == 1:
-            return replace(stale[0], origin=Origin.STALE)
+            return replace(stale[0], origin=Origin.STALE, rank=here)
+        if first.rank == -1:  # the order here, and the micro-batch, need not be that of its rank
+            several = self.micro_batches > 1
+            return replace(first, origin=Origin.SEVERAL if several else Origin.NO_ORDER)
         # A reduction over ranks also writes into gradients that nothing has arrived at here.
         if first.index in self.arrivals[-1][0] or is_distributed():
             return first
-        return replace(first, origin=Origin.AFTER, micro_batch=first.micro_batch - 1)
+        return replace(first, origin=Origin.AFTER, micro_batch=first.micro_batch - 1, rank=here)
 
     def _bad_weights(self) -> list[int]:
         """Lists the parameters that are NaN or Inf themselves, of those that can be measured."""
@@ -560,12 +593,19 @@ class Window:
 
         ``gradients`` is False if the gradients may be gone or changed, so only norms are used.
         """
-        there = {i: self.table.tensors[i].grad for i in after.indices} if gradients else {}
-        partial = {i: local_part(g) for i, g in there.items() if g is not None and is_partial(g)}
+        partial = {}
+        if gradients:
+            self._place(after.indices)
+            there = {i: self.table.tensors[i].grad for i in pending_sums(self._placed)}
+            partial = {i: local_part(g) for i, g in there.items() if g is not None}
         local = ClipSides(before, after, self.first_nonfinite, self.nonfinite_count)
-        whole = all_reduce_norms(shards, local, partial, self.norm_type, extra)
+        whole = all_reduce_norms(shards, local, self._placed, partial, self.norm_type, extra)
         self.first_nonfinite, self.nonfinite_count = whole.first_nonfinite, whole.nonfinite_count
         return whole.before, whole.after
+
+    def _place(self, indices: Sequence[int]) -> None:
+        """Notes how the gradients lie on their mesh, which a step may change."""
+        self._placed = placements_of({i: self.table.tensors[i].grad for i in indices})
 
     # -- windows derived from it -------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ from gradwatch.record.columns import (
 from gradwatch.record.folder.event_log import event_files, read_events
 from gradwatch.record.folder.meta import EVENTS, PARAMETERS, STEPS, check_whole, read_meta
 from gradwatch.record.folder.parts import Part, list_parts, uncovered
+from gradwatch.record.folder.ranks import RankNotes
 from gradwatch.record.folder.tables import (
     EVERY_RUN_HAS,
     KEYS,
@@ -219,14 +220,18 @@ class FolderSource:
                 in place.
         """
         last = {part.session: part.last for part in listing.parts}
+        notes: RankNotes | None = None
         for session, path in event_files(self._folder / EVENTS):
             for logged, end in read_events(path, offsets.get(session, 0)):
                 # Rows never decrease along a file, so all later events must wait too.
                 if logged.row > last.get(session, -1):
                     break
                 offsets[session] = end
-                if listing.rule.keeps(session, logged.event):
-                    yield logged.event
+                if not listing.rule.keeps(session, logged.event):
+                    continue
+                if logged.event.rank < 0 and notes is None:
+                    notes = RankNotes(self._folder, read_meta(self._folder).sessions)
+                yield logged.event if notes is None else notes.traced(session, logged.event)
 
     def _steps(self, columns: Sequence[str], span: Span) -> dict[str, Column]:
         listing = self.listing()

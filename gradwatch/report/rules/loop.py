@@ -15,7 +15,10 @@ WHY = {
         "The training does something else than what was most likely meant, so its numbers may not "
         "mean what they seem to."
     ),
-    "changed": "From there on a part of the model is not watched any more, or does not learn.",
+    "changed": (
+        "From there on a part of the model is not watched any more, or does not learn, or the "
+        "numbers are those of one rank alone."
+    ),
 }
 ADVICE = "If this is intended, there is nothing to do."
 

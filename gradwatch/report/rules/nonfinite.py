@@ -49,7 +49,7 @@ FROM_START = (
 SUDDEN = (
     "The norms before that were ordinary, so look for a single bad batch, or a function at the "
     "edge of its domain (log(0), sqrt(0), 0/0) in or after {module}. Check the data of micro-batch "
-    "{micro_batch} in step {step}{else_skip}."
+    "{micro_batch} in step {step}{on_rank}{else_skip}."
 )
 OF_CAUSE: dict[ToldCause, str] = {
     "weights": (
@@ -74,6 +74,8 @@ OF_CAUSE: dict[ToldCause, str] = {
         "after every step, also after one that was bad or left out."
     ),
 }
+ON_RANK = " on rank {rank}"
+ON_ANY_RANK = ", on every rank: the record does not tell which of them it came from"
 SKIP = '; watch(..., on_nonfinite="skip") skips such steps'
 
 
@@ -142,7 +144,11 @@ def _where(event: pd.Series) -> str:
     batch, rank = int(event["micro_batch"]), int(event["rank"])
     outside = told_cause(str(event["message"])) in ("after", "overflow", "loop")
     place = f", micro-batch {batch}" if batch else ", outside of the backward" if outside else ""
-    return place + (f", rank {rank}" if rank else "")
+    return place + (", rank not known" if rank < 0 else f", rank {rank}" if rank else "")
+
+
+def _on_rank(rank: int) -> str:
+    return ON_ANY_RANK if rank < 0 else ON_RANK.format(rank=rank) if rank else ""
 
 
 def _advice(steps: OptimizerArrays, bad: Array, event: pd.Series | None, limits: Thresholds) -> str:
@@ -153,6 +159,7 @@ def _advice(steps: OptimizerArrays, bad: Array, event: pd.Series | None, limits:
         "module": "the model" if event is None else str(event["module"]) or "the model",
         "micro_batch": 1 if event is None else int(event["micro_batch"]) or 1,
         "step": int(steps.step[row]),
+        "on_rank": "" if event is None else _on_rank(int(event["rank"])),
         "else_skip": SKIP if (bad & steps.applied).any() else "",
     }
     # The most certain cause first: what was seen, a loss scale, rising norms, the step itself.
