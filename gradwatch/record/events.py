@@ -365,9 +365,9 @@ def loop_event(
     return _event(StepRecord(step, optimizer), kind, value, message, parameter_and_module)
 
 
-def counted_names(names: Sequence[str], most: int = 3) -> str:
+def counted_names(names: Sequence[str], most: int = 3, of: str = "parameter") -> str:
     """Names some parameters: ``"2 parameters (a, b)"``, with at most ``most`` names."""
-    return f"{len(names)} parameter{'' if len(names) == 1 else 's'} ({some_names(names, most)})"
+    return f"{len(names)} {of}{'' if len(names) == 1 else 's'} ({some_names(names, most)})"
 
 
 def some_names(names: Sequence[str], most: int = 3) -> str:
