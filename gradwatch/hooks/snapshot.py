@@ -265,7 +265,8 @@ class Looks:
             self._compare_arrived()
         if self._found:
             return True
-        return is_looked_at(self._steps)
+        steps = self._steps  # below is is_looked_at() without its frame, as this runs in every step
+        return steps & (steps - 1) == 0 if steps <= EARLY else steps % EVERY == 0
 
     def each_step(self) -> None:
         """Has each step looked at from now on."""
