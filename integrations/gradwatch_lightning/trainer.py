@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from gradwatch import AccumulatePolicy, ClipPolicy
@@ -20,12 +21,22 @@ from gradwatch.adapters import accumulate_policy, described, optimizer_parameter
 def optimizers_of(trainer: Trainer, module: LightningModule) -> list[Optimizer] | None:
     """Lists the Trainer's optimizers, or returns None to find them at their first step.
 
-    If ``configure_optimizers`` returns None, Lightning installs a mock optimizer, which holds a
-    tensor that is not in the module. The result is None then.
+    They are found where one holds a tensor that is not a parameter of the module, where one is not
+    torch's, and where ``configure_optimizers`` returns None: Lightning installs a mock then.
     """
     owned = {id(parameter) for parameter in module.parameters()}
-    held = [p for optimizer in trainer.optimizers for p in optimizer_parameters(optimizer)]
-    return trainer.optimizers if any(id(parameter) in owned for parameter in held) else None
+    optimizers = list({id(one): one for one in trainer.optimizers}.values())
+    if not all(isinstance(one, Optimizer) for one in optimizers):
+        return None
+    held = [p for optimizer in optimizers for p in optimizer_parameters(optimizer)]
+    all_owned = all(id(parameter) in owned for parameter in held)
+    return optimizers if held and all_owned else None
+
+
+def is_watchable(module: LightningModule) -> bool:
+    """Returns whether the module has something to watch, and the shapes of all of it are known."""
+    parameters = list(module.parameters())
+    return any(p.requires_grad for p in parameters) and not any(map(is_lazy, parameters))
 
 
 def wrapped_of(trainer: Trainer, module: LightningModule) -> nn.Module:
@@ -51,6 +62,14 @@ def logged_step_of(trainer: Trainer) -> Callable[[], int]:
     if not hasattr(loop, "_batches_that_stepped"):  # private: a later Lightning may rename it
         return lambda: trainer.global_step
     return lambda: int(loop._batches_that_stepped)
+
+
+def loss_divisor_of(trainer: Trainer, module: LightningModule) -> float | None:
+    """Returns what Lightning has divided the newest loss by; None if the module may have done it.
+
+    In automatic optimization it is the full number of batches, also in a short last window.
+    """
+    return float(trainer.accumulate_grad_batches) if module.automatic_optimization else None
 
 
 def accumulates(trainer: Trainer) -> bool:
