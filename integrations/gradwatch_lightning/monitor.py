@@ -33,7 +33,7 @@ from gradwatch_lightning.trainer import (
     refuse_two_clips,
     refuse_two_numbers,
     scaler_of,
-    wrapped_of,
+    watched_of,
 )
 
 if TYPE_CHECKING:
@@ -46,8 +46,7 @@ NOTHING_YET = (
 )
 NOTHING_TO_WATCH = (
     "GradientMonitor.{name} was read, but in the latest fit there was nothing to watch: no "
-    "parameter required a gradient, or one had no shape yet, as in a lazy module that was never "
-    "called."
+    "parameter of the module required a gradient."
 )
 NOT_WATCHED = (
     "GradientMonitor does not watch this fit, because of {kind}: {error} The fit goes on as it "
@@ -177,7 +176,8 @@ class GradientMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches a watcher, after the checkpoint is restored and the sanity check has run."""
         self._waits = True
-        self._attach(trainer, pl_module)
+        # A lazy module gets its parameters inside the first step, when it is too late to act.
+        self._attach(trainer, pl_module, with_lazy=self._options.acts)
         if self._watcher is not None:
             self._accumulation.start(trainer, self._state.get(NUMBER), self._watcher.accumulate)
 
@@ -186,14 +186,14 @@ class GradientMonitor(Callback):
     ) -> None:
         """Attaches a watcher if there was nothing to watch before: all was frozen, or lazy."""
         if self._waits:
-            self._attach(trainer, pl_module)
+            self._attach(trainer, pl_module, with_lazy=self._options.acts)
 
     def on_before_backward(
         self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
     ) -> None:
         """Keeps the loss until its backward has ended."""
-        if self._waits:  # a lazy module gets its parameters in the first forward
-            self._attach(trainer, pl_module)
+        if self._waits:
+            self._attach(trainer, pl_module, with_lazy=True)
         self._loss = loss.detach()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -259,9 +259,9 @@ class GradientMonitor(Callback):
             raise RuntimeError(text.format(name=name))
         return self._watcher
 
-    def _attach(self, trainer: Trainer, module: LightningModule) -> None:
+    def _attach(self, trainer: Trainer, module: LightningModule, with_lazy: bool) -> None:
         """Attaches a watcher, unless there is nothing to watch yet."""
-        if not is_watchable(module):
+        if not is_watchable(module, with_lazy):
             return
         self._waits = False
         try:
@@ -280,9 +280,10 @@ class GradientMonitor(Callback):
     def _made(self, trainer: Trainer, module: LightningModule) -> Watcher:
         sinks = [*self._options.sinks, *(tensorboard_sinks(trainer) if self._log else ())]
         options = replace(self._options, scaler=scaler_of(trainer), sinks=tuple(sinks))
-        watcher = build_watcher(
-            wrapped_of(trainer, module), optimizers_of(trainer, module), options
-        )
+        watched = watched_of(trainer, module, with_lazy=self._options.acts)
+        tensors = watched.values() if isinstance(watched, Mapping) else watched.parameters()
+        optimizers = optimizers_of(trainer, set(map(id, tensors)), self._options.acts)
+        watcher = build_watcher(watched, optimizers, options)
         may_accumulate = self._accumulation.policy is not None or accumulates(trainer)
         self._logged = LoggedSteps(accumulates=may_accumulate)
         watcher.leave_windows(may_accumulate)
