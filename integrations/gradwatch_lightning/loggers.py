@@ -8,10 +8,16 @@ from functools import partial
 from lightning.pytorch import LightningModule, Trainer
 
 from gradwatch import StepRecord
-from gradwatch.adapters import GROUP, LoggerScalars
+from gradwatch.adapters import GROUP, LoggerScalars, warn_safely
 
 NORM_TAG = "gradwatch/grad_norm"
 """The one scalar that the progress bar shows."""
+
+
+NOT_LOGGED = (
+    "GradientMonitor logs nothing any more in this fit, because log_dict() of the module failed "
+    "with {kind}: {error} Its history goes on. Turn its logging off: GradientMonitor(log=False)."
+)
 
 
 class LoggedSteps:
@@ -22,6 +28,7 @@ class LoggedSteps:
         self._scalars = LoggerScalars(accumulates=accumulates)
         self._newest: dict[str, dict[str, float]] = {}
         self._last: StepRecord | None = None
+        self._failed = False
 
     def keep(self, record: StepRecord | None) -> None:
         """Keeps a record; to be given that of the watcher after every step."""
@@ -38,7 +45,8 @@ class LoggedSteps:
         To be called in ``on_train_batch_end``.
         """
         # Lightning spends about 0.1 ms on each logged number, even if it then discards it.
-        if not trainer._logger_connector.should_update_logs or trainer.barebones:
+        due = trainer._logger_connector.should_update_logs
+        if not due or trainer.barebones or self._failed:
             return
         scalars = {tag: value for one in self._newest.values() for tag, value in one.items()}
         self._newest = {}
@@ -47,8 +55,12 @@ class LoggedSteps:
         # The size says nothing here, but without one Lightning looks for it in the batch, and
         # raises for a training_step(dataloader_iter), which has none.
         log = partial(module.log_dict, on_step=True, on_epoch=False, batch_size=1)
-        log(in_bar, prog_bar=True)
-        log(scalars)
+        try:
+            log(in_bar, prog_bar=True)
+            log(scalars)
+        except Exception as error:  # the module may have a log_dict() of its own
+            self._failed = True
+            warn_safely(NOT_LOGGED.format(kind=type(error).__name__, error=error))
 
 
 def _retire(trainer: Trainer, fresh: Collection[str]) -> None:

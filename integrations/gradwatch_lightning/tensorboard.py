@@ -11,9 +11,16 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from gradwatch import RecordBatch, Sink
+from gradwatch.adapters import warn_safely
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+
+NO_SINK = (
+    "GradientMonitor writes nothing to a TensorBoardLogger, because of {kind}: {error} The fit "
+    "and its other loggers go on."
+)
 
 
 def tensorboard_sinks(trainer: Trainer) -> list[Sink]:
@@ -35,8 +42,17 @@ def tensorboard_sinks(trainer: Trainer) -> list[Sink]:
         if exc.name not in ("tensorboard", "gradwatch_tensorboard"):
             raise
         return []
-    experiments = [logger.experiment for logger in loggers]
-    return [LoggerSink(one) for one in experiments if isinstance(one, SummaryWriter)]
+    writers = [logger.experiment for logger in loggers]
+    sinks = [_sink_of(one) for one in writers if isinstance(one, SummaryWriter)]
+    return [sink for sink in sinks if sink is not None]
+
+
+def _sink_of(writer: SummaryWriter) -> Sink | None:
+    try:
+        return LoggerSink(writer)
+    except Exception as error:  # a disk that is full, say: the fit goes through all the same
+        warn_safely(NO_SINK.format(kind=type(error).__name__, error=error))
+        return None
 
 
 class LoggerSink:
