@@ -166,6 +166,21 @@ class Watcher:
         self._run.accumulation.by_framework = accumulates
         self._managed.after_other_backward()
 
+    def note_loss(self, loss: Tensor, divisor: float | None) -> None:
+        """Notes the loss of the backward that has just ended.
+
+        To be called by an adapter whose framework runs the backwards. The column ``loss`` of a step
+        is the mean over the losses that were noted in its window.
+
+        Args:
+            loss: Tensor ``[]``, as its backward was run: times the loss scale.
+            divisor: What the framework has divided it by. None if user code may have done so: then
+                only the loss of a step with one backward is recorded.
+        """
+        if self._state == "attached":
+            with self._shield:
+                self._registry.note_loss(loss, divisor)
+
     def close(self) -> None:
         """Removes every hook, delivers outstanding records to the sinks and closes these.
 

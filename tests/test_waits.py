@@ -107,6 +107,36 @@ def test_a_step_arrives_while_the_next_ones_run():
     assert [record.step for record in sink.steps] == [1, 2, 3]
 
 
+def _noted(divisor):
+    """Trains with a scaler and two micro-batches a step, whose losses an adapter notes."""
+    x = torch.ones(1, requires_grad=True)
+    optimizer, scaler = torch.optim.SGD([x], lr=0.0), torch.amp.GradScaler("cpu", init_scale=8.0)
+    with gradwatch.watch({"x": x}, optimizer, scaler=scaler) as watcher, CountCalls() as calls:
+        for value in range(4):
+            loss = scaler.scale((value * x).sum() / 2)
+            loss.backward()
+            watcher.note_loss(loss, divisor)
+            if value % 2:
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+    return calls.waits, watcher.history.steps().loss.tolist()
+
+
+def test_a_noted_loss_comes_late():
+    """It is not waited for, and is the mean of what was noted, undivided and without the scale."""
+    with late_readings(polls=3):
+        waits, losses = _noted(2.0)
+    assert waits == 2  # those of scaler.step() itself
+    assert losses == _noted(2.0)[1] == [0.5, 2.5]
+
+
+def test_a_noted_loss_that_may_be_divided():
+    """Of several backwards with an unknown divisor nothing is known."""
+    _, losses = _noted(None)
+    assert all(map(math.isnan, losses))
+
+
 @pytest.mark.parametrize(("fused", "looks"), [(True, 0), (False, STEPS)])
 def test_skipping_looks_once_per_step(fused, looks):
     """A fused optimizer is told on the device; for others the host has to look at the norm."""

@@ -153,8 +153,8 @@ class StepRecord:
     loss: float = field(
         default=math.nan,
         metadata=column(
-            "weighted mean loss of the step, where gradwatch saw it: managed loops and closures; "
-            "else NaN",
+            "weighted mean loss of the step, where gradwatch saw it: managed loops, closures and "
+            "Lightning; else NaN",
             unit="loss",
             scalar=Scalar(when=is_finite("loss"), condition="where it is known"),
             tail="loss",

@@ -29,7 +29,7 @@ from gradwatch.hooks.optimizer import (
     unscalable_rates,
 )
 from gradwatch.hooks.snapshot import WeightSnapshot
-from gradwatch.measure.deferred import FloatOrDeferred, number_or_nan
+from gradwatch.measure.deferred import FloatOrDeferred, as_operand, defer, number_or_nan
 from gradwatch.measure.norms import StepNorms
 from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.measure.sharded import PackedAllReduce
@@ -54,7 +54,7 @@ from gradwatch.step.run import POISONED, Run
 from gradwatch.step.skip_rule import APPLIED, SkipRule, StepOutcome, TooManySkipsError
 from gradwatch.step.stale import StaleGradients
 from gradwatch.step.steps import Steps
-from gradwatch.step.window import Window
+from gradwatch.step.window import Losses, Window
 
 CLIPPED_BELOW = 0.99  # what is left of a norm after a clip; noise on gradients changes it less
 AT_ZERO_GRAD = "zero_grad() came"
@@ -121,6 +121,9 @@ class OptimizerSteps(Steps):
         self.passed_over = self.beyond_undo = False
         self.in_time = True
         self._has_closure = False
+        self._older: list[int] = []  # the first backward of the window, if before the closure
+        self._of_closure: Losses = []
+        self._divisor_is_known = True
         self.units: int | None = None
         self.ends_window = False
         self._curvature = curvature
@@ -216,6 +219,7 @@ class OptimizerSteps(Steps):
             self._losses = []
             return
         norms = self.window.unused_norms(self._scale_at_backward, together)
+        self._check_losses()
         if norms is not None and (unused or not self._used_otherwise(norms)):
             self.discarded += 1
             self._record_discard(
@@ -273,6 +277,20 @@ class OptimizerSteps(Steps):
         """
         self._losses.append((number_or_nan(loss), weight))
         self.window.divisor = divisor
+
+    def note_loss(self, loss: Tensor, divisor: float | None) -> None:
+        """Notes the loss of the backward that has just been added; see ``Watcher.note_loss``."""
+        value = number_or_nan(loss)
+        factor = (1.0 if divisor is None else divisor) / as_operand(self._scale.value())
+        if isinstance(factor, Tensor) or factor != 1.0:  # a multiplication launches a kernel
+            value = defer(as_operand(value) * factor)
+        self._losses.append((value, 1.0))
+        self._divisor_is_known = divisor is not None
+
+    def _check_losses(self) -> None:
+        """Forgets the losses if they may be divided by a number that is not known."""
+        if not self._divisor_is_known and len(self.window.arrivals) != 1:
+            self._losses = []
 
     def drop_discarded_window(self) -> None:
         """Empties the window if no gradient is left; not with shards, which FSDP2 may keep back."""
@@ -380,8 +398,8 @@ class OptimizerSteps(Steps):
             self._lr = self._group_lr[0]
         else:
             self._group_lr, self._lr = (), learning_rate(optimizer)
-        if has_closure:
-            self._losses = []
+        self._older = self.window.backwards[:1] if has_closure else []
+        self._of_closure = []
 
     def gradients_ready(self, optimizer: Optimizer, loss: object) -> bool:
         """Measures the gradients, decides about the step, and clips; see :class:`StepListener`."""
@@ -423,16 +441,25 @@ class OptimizerSteps(Steps):
             found = len(self.window.arrivals) if self.units is None else self.units
             if found != wanted:
                 check_window(self.label, found, wanted)
-        if loss is not None:
-            self._losses = [(number_or_nan(loss), 1.0)]
+        self._of_closure = self._loss_of_closure(loss)
+        losses = self._losses or self._of_closure
         units = (self.units or 0) if self.ends_window else 0
-        self._losses = self.weights.weigh(
-            self.window,
-            self._losses,
-            self._scale_at_backward,
-            units,
-            wanted,
-        )
+        weighed = self.weights.weigh(self.window, losses, self._scale_at_backward, units, wanted)
+        if self._losses:
+            self._losses = weighed
+        else:
+            self._of_closure = weighed
+
+    def _loss_of_closure(self, loss: object) -> Losses:
+        """Returns what the closure returned, if that is the loss of the whole window."""
+        self._check_losses()
+        if self._losses or loss is None:
+            return []
+        # With backwards before the closure's, it is the loss of the last micro-batch, and nothing
+        # tells whether the loop has divided it.
+        if self._older and self._older == self.window.backwards[:1]:
+            return []
+        return [(number_or_nan(loss), self.window.weight)]
 
     def _measured(self, left: FloatOrDeferred, sampler: StatisticsSampler | None) -> StepNorms:
         """Returns the norms before and after the loop's own clip; takes statistics if due."""
@@ -468,6 +495,7 @@ class OptimizerSteps(Steps):
             self._put_back_buffers()
         if not late and (self.skip_rule.in_a_row or self._outcome is not APPLIED):
             self.skip_rule.note(self._outcome.outcome)
+        self._losses = self._losses or self._of_closure
         pending = self._pending(norms, self.step, estimates=True)
         pending.discarded, self.discarded = self.discarded, 0
         pending.beyond_undo, self.passed_over = self.beyond_undo, False

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import chain, count, repeat
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gradwatch.accumulate.noise_scale import NoiseScale, NoiseScaleEstimator
@@ -61,6 +62,7 @@ class OptimizerRegistry:
         self._unowned: BackwardSteps | None = None
         self._discovery: OptimizerDiscovery | None = None
         self._generation: object = None
+        self._newest_loss = 0  # the number of its backward
         self._steps: dict[str, int] = {}
         self._controls: dict[str, Any] = {}
         self._noise: dict[str, Any] = {}
@@ -149,6 +151,16 @@ class OptimizerRegistry:
         if run.hooks.added.watching:
             self._watch_what_is_added()
         run.hooks.arrivals.on_begin = self._begin_backward
+
+    def note_loss(self, loss: Tensor, divisor: float | None) -> None:
+        """Notes the loss of the newest backward in the windows that it was added to, once."""
+        newest = self._run.hooks.arrivals.ended
+        if newest == self._newest_loss:
+            return  # it reached none of the parameters
+        self._newest_loss = newest
+        for one in self.followed:
+            if one.window.backwards[-1:] == [newest]:
+                one.note_loss(loss, divisor)
 
     def _begin_backward(self, first: int) -> None:
         """Looks at the open windows when a backward begins; see :class:`Arrivals`."""

@@ -8,32 +8,32 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 
-from gradwatch import AccumulatePolicy, Event, History, NoiseScale, StepRecord, Watcher
+from gradwatch import AccumulatePolicy, Event, History, NoiseScale, Watcher
 from gradwatch.adapters import (
-    LoggerScalars,
     SharedOptions,
     build_watcher,
     check_options,
     shown,
+    warn_safely,
     with_watch_options,
 )
-from gradwatch_lightning.tensorboard import (
-    NORM_TAG,
-    retire_scalars,
-    tensorboard_sinks,
-)
+from gradwatch_lightning.loggers import LoggedSteps
+from gradwatch_lightning.tensorboard import tensorboard_sinks
 from gradwatch_lightning.trainer import (
     TrainerAccumulation,
     accumulate_policy_of,
     accumulates,
+    is_watchable,
     logged_step_of,
+    loss_divisor_of,
     optimizers_of,
     refuse_two_clips,
     refuse_two_numbers,
     scaler_of,
-    wrapped_of,
+    watched_of,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +43,14 @@ NUMBER = "accumulate_grad_batches"
 NOTHING_YET = (
     "GradientMonitor.{name} was read, but the monitor has not watched a fit yet. Pass the "
     "monitor to Trainer(callbacks=[...]) and read it after trainer.fit(...)."
+)
+NOTHING_TO_WATCH = (
+    "GradientMonitor.{name} was read, but in the latest fit there was nothing to watch: no "
+    "parameter of the module required a gradient."
+)
+NOT_WATCHED = (
+    "GradientMonitor does not watch this fit, because of {kind}: {error} The fit goes on as it "
+    "would without the monitor."
 )
 
 
@@ -89,6 +97,10 @@ class GradientMonitor(Callback):
         >>> monitor.history.steps()  # doctest: +SKIP
     """
 
+    # On the class, as pickles of earlier versions do not have them.
+    _loss: Tensor | None = None
+    _waits = False  # for something to watch
+
     @with_watch_options
     def __init__(
         self,
@@ -110,9 +122,7 @@ class GradientMonitor(Callback):
         self._state: dict[str, Any] = {}
         # Weak: a monitor kept for its history must not keep the Trainer and its model alive.
         self._trainer: weakref.ref[Trainer] | None = None
-        self._newest: dict[str, dict[str, float]] = {}
-        self._last_record: StepRecord | None = None
-        self._scalars = LoggerScalars()
+        self._logged = LoggedSteps()
 
     @property
     def watcher(self) -> Watcher | None:
@@ -154,53 +164,61 @@ class GradientMonitor(Callback):
             return
         refuse_two_clips(self._options.clip, trainer, pl_module)
         refuse_two_numbers(self._accumulation.policy, trainer, pl_module)
+        if self._watcher is not None:
+            self._watcher.close()  # the end of the previous fit may have failed in another callback
         goes_on = self._trainer is not None and self._trainer() is trainer
         self._state = self.state_dict() if goes_on else {}
         self._accumulation.prepare(trainer, goes_on)
         self._trainer = weakref.ref(trainer)
-        self._watcher = self._last_record = None
-        self._newest = {}
+        self._watcher = self._loss = None
+        self._waits = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attaches a watcher, after the checkpoint is restored and the sanity check has run."""
-        sinks = [*self._options.sinks, *(tensorboard_sinks(trainer) if self._log else ())]
-        options = replace(self._options, scaler=scaler_of(trainer), sinks=tuple(sinks))
-        watcher = build_watcher(
-            wrapped_of(trainer, pl_module), optimizers_of(trainer, pl_module), options
-        )
-        may_accumulate = self._accumulation.policy is not None or accumulates(trainer)
-        self._scalars = LoggerScalars(accumulates=may_accumulate)
-        # Restore before attach(): from then on each backward is counted, on top of this state.
-        watcher.leave_windows(may_accumulate)
-        if self._state:
-            watcher.load_state_dict(self._state)
-        self._accumulation.start(trainer, self._state.get(NUMBER), watcher.accumulate)
-        watcher.global_step = logged_step_of(trainer)
-        watcher.attach()
-        self._watcher = watcher
+        self._waits = True
+        # A lazy module gets its parameters inside the first step, when it is too late to act.
+        self._attach(trainer, pl_module, with_lazy=self._options.acts)
+        if self._watcher is not None:
+            self._accumulation.start(trainer, self._state.get(NUMBER), self._watcher.accumulate)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Attaches a watcher if there was nothing to watch before: all was frozen, or lazy."""
+        if self._waits:
+            self._attach(trainer, pl_module, with_lazy=self._options.acts)
+
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
+        """Keeps the loss until its backward has ended."""
+        if self._waits:
+            self._attach(trainer, pl_module, with_lazy=True)
+        self._loss = loss.detach()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes the loss of the backward, as ``training_step`` returned it."""
+        loss, self._loss = self._loss, None
+        if self._watcher is not None and loss is not None:
+            self._watcher.note_loss(loss, loss_divisor_of(trainer, pl_module))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Keeps the record of an optimizer that stepped earlier in the same batch."""
-        self._keep_newest()
+        if self._watcher is not None:
+            self._logged.keep(self._watcher.last)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs the latest step of each optimizer, at the batches where Lightning writes logs."""
-        self._keep_newest()
-        if self._watcher is not None:
-            self._accumulation.follow(trainer, self._watcher.accumulate)
-        # Lightning spends about 0.1 ms on each logged number, even if it then discards it.
-        due = trainer._logger_connector.should_update_logs
-        if self._log and due and not trainer.barebones:
-            scalars = {tag: value for one in self._newest.values() for tag, value in one.items()}
-            self._newest = {}
-            retire_scalars(trainer, scalars)
-            in_bar = {NORM_TAG: scalars.pop(NORM_TAG)} if NORM_TAG in scalars else {}
-            pl_module.log_dict(in_bar, on_step=True, on_epoch=False, prog_bar=True)
-            pl_module.log_dict(scalars, on_step=True, on_epoch=False)
+        if self._watcher is None:
+            return
+        self._logged.keep(self._watcher.last)
+        self._accumulation.follow(trainer, self._watcher.accumulate)
+        if self._log:
+            self._logged.log(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Detaches the watcher."""
@@ -214,7 +232,8 @@ class GradientMonitor(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Detaches the watcher if neither of the hooks above was called."""
-        self._detach(trainer)
+        if stage == "fit":
+            self._detach(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state for a checkpoint: that of the watcher, and the accumulation number."""
@@ -229,31 +248,52 @@ class GradientMonitor(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # A copy, or the monitor in a spawned process, watches nothing yet. Lightning sets `log` and
         # `log_dict`, which are methods of the module, on each callback; a copy must not keep them.
-        fresh: dict[str, Any] = {
-            "_watcher": None,
-            "_trainer": None,
-            "_last_record": None,
-            "_newest": {},
-        }
-        left_out = ("log", "log_dict", "_scalars")  # the last is made anew when a training starts
+        fresh = {"_watcher": None, "_trainer": None, "_loss": None, "_waits": False}
+        left_out = ("log", "log_dict", "_logged")  # the last is made anew when a training starts
         kept = {key: self.__dict__[key] for key in self.__dict__ if key not in left_out}
         return {**kept, **fresh}
 
-    def _keep_newest(self) -> None:
-        record = None if self._watcher is None else self._watcher.last
-        # Compared by identity: after a rewind, another record may have the same step. The label
-        # "none" means backwards without a known optimizer: Lightning's x-axis has no step for them.
-        if record is None or record is self._last_record or record.optimizer == "none":
-            return
-        self._last_record = record
-        self._newest[record.optimizer] = self._scalars.of(record)
-
     def _watched(self, name: str) -> Watcher:
         if self._watcher is None:
-            raise RuntimeError(NOTHING_YET.format(name=name))
+            text = NOTHING_TO_WATCH if self._waits else NOTHING_YET
+            raise RuntimeError(text.format(name=name))
         return self._watcher
 
+    def _attach(self, trainer: Trainer, module: LightningModule, with_lazy: bool) -> None:
+        """Attaches a watcher, unless there is nothing to watch yet."""
+        if not is_watchable(module, with_lazy):
+            return
+        self._waits = False
+        try:
+            self._watcher = self._made(trainer, module)
+            # Restore before attach(): from then on each backward is counted, on top of this state.
+            if self._state:
+                self._watcher.load_state_dict(self._state)
+            self._watcher.attach()
+        except Exception as error:
+            self._detach(trainer)
+            self._watcher = None
+            if self._options.acts:  # without its clip, it would silently be another training
+                raise
+            warn_safely(NOT_WATCHED.format(kind=type(error).__name__, error=error))
+
+    def _made(self, trainer: Trainer, module: LightningModule) -> Watcher:
+        sinks = [*self._options.sinks, *(tensorboard_sinks(trainer) if self._log else ())]
+        options = replace(self._options, scaler=scaler_of(trainer), sinks=tuple(sinks))
+        watched = watched_of(trainer, module, with_lazy=self._options.acts)
+        tensors = watched.values() if isinstance(watched, Mapping) else watched.parameters()
+        optimizers = optimizers_of(trainer, set(map(id, tensors)), self._options.acts)
+        watcher = build_watcher(watched, optimizers, options)
+        may_accumulate = self._accumulation.policy is not None or accumulates(trainer)
+        self._logged = LoggedSteps(accumulates=may_accumulate)
+        watcher.leave_windows(may_accumulate)
+        watcher.global_step = logged_step_of(trainer)
+        return watcher
+
     def _detach(self, trainer: Trainer) -> None:
+        # A Trainer that only validates may have the same callbacks, in the middle of a fit.
+        if self._trainer is None or self._trainer() is not trainer:
+            return
         if self._watcher is not None:
             self._watcher.close()
         self._accumulation.give_back(trainer)

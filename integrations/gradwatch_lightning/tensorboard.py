@@ -1,17 +1,26 @@
-"""What goes to the Trainer's loggers: scalars for all of them, more for TensorBoard.
+"""What goes to the Trainer's TensorBoardLoggers, besides the scalars that all loggers get.
 
 The module's name does not shadow the ``tensorboard`` package, because imports are absolute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from gradwatch import Sink
-from gradwatch.adapters import GROUP
+from gradwatch import RecordBatch, Sink
+from gradwatch.adapters import warn_safely
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+NO_SINK = (
+    "GradientMonitor writes nothing to a TensorBoardLogger, because of {kind}: {error} The fit "
+    "and its other loggers go on."
+)
 
 
 def tensorboard_sinks(trainer: Trainer) -> list[Sink]:
@@ -28,32 +37,50 @@ def tensorboard_sinks(trainer: Trainer) -> list[Sink]:
     try:
         from torch.utils.tensorboard import SummaryWriter
 
-        from gradwatch_tensorboard import TensorBoardWriter
+        import gradwatch_tensorboard  # noqa: F401 - whether it can be
     except ModuleNotFoundError as exc:
         if exc.name not in ("tensorboard", "gradwatch_tensorboard"):
             raise
         return []
-    experiments = [logger.experiment for logger in loggers]
-    return [
-        TensorBoardWriter(experiment, step_scalars=False)
-        for experiment in experiments
-        if isinstance(experiment, SummaryWriter)
-    ]
+    writers = [logger.experiment for logger in loggers]
+    sinks = [_sink_of(one) for one in writers if isinstance(one, SummaryWriter)]
+    return [sink for sink in sinks if sink is not None]
 
 
-NORM_TAG = "gradwatch/grad_norm"
-"""The one scalar that the progress bar shows."""
+def _sink_of(writer: SummaryWriter) -> Sink | None:
+    try:
+        return LoggerSink(writer)
+    except Exception as error:  # a disk that is full, say: the fit goes through all the same
+        warn_safely(NO_SINK.format(kind=type(error).__name__, error=error))
+        return None
 
 
-def retire_scalars(trainer: Trainer, fresh: Collection[str]) -> None:
-    """Keeps Lightning from repeating an old value at a batch that logs no new one.
+class LoggerSink:
+    """Writes into the event file of a TensorBoardLogger, which opens and closes it as it likes.
 
-    Lightning repeats a value, once logged, at each later batch of the epoch. In manual optimization
-    every batch is a step on the x-axis, so norms would appear at batches without an optimizer step.
-    Call this in ``on_train_batch_end``, with the tags that this batch logs as ``fresh``.
+    Lightning closes it at the end of each fit, validation, test and prediction, those of other
+    Trainers with the same logger among them, and goes on logging into a new file of the same run.
     """
-    # `_results` is private. Should a later Lightning rename it, old values are repeated.
-    results = getattr(trainer, "_results", None) or {}
-    for metric in results.values():
-        if metric.meta.name.startswith(GROUP) and metric.meta.name not in fresh:
-            metric.reset()
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        """Starts with the ``SummaryWriter`` of the logger, open or closed."""
+        from gradwatch_tensorboard import TensorBoardWriter
+
+        self._shared = writer
+        self._open()
+        self._writer = TensorBoardWriter(writer, step_scalars=False)
+
+    def write(self, batch: RecordBatch) -> None:
+        """Writes a batch of steps."""
+        self._open()
+        self._writer.write(batch)
+
+    def close(self) -> None:
+        """Writes the rest; closing the file is left to the logger."""
+        self._open()
+        self._writer.close()
+
+    def _open(self) -> None:
+        if self._shared.file_writer is None:
+            # What each of torch's own add_...() methods begins with (private, torch 2.4 to 2.13).
+            self._shared._get_file_writer()  # type: ignore[no-untyped-call]  # torch's

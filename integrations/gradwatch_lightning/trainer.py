@@ -11,28 +11,60 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from gradwatch import AccumulatePolicy, ClipPolicy
 from gradwatch.adapters import accumulate_policy, described, optimizer_parameters, shown
 
 
-def optimizers_of(trainer: Trainer, module: LightningModule) -> list[Optimizer] | None:
+def optimizers_of(trainer: Trainer, watched: set[int], acts: bool) -> list[Optimizer] | None:
     """Lists the Trainer's optimizers, or returns None to find them at their first step.
 
-    If ``configure_optimizers`` returns None, Lightning installs a mock optimizer, which holds a
-    tensor that is not in the module. The result is None then.
+    They are found where one holds a tensor that is not watched, where ``configure_optimizers``
+    returns None, as Lightning installs a mock then, and where one is not torch's: nothing tells of
+    its steps, so a monitor that acts refuses it.
+
+    Args:
+        trainer: The Trainer.
+        watched: The ids of the tensors that are watched.
+        acts: Whether the monitor changes the training.
     """
-    owned = {id(parameter) for parameter in module.parameters()}
-    held = [p for optimizer in trainer.optimizers for p in optimizer_parameters(optimizer)]
-    return trainer.optimizers if any(id(parameter) in owned for parameter in held) else None
+    optimizers = list({id(one): one for one in trainer.optimizers}.values())
+    if not all(isinstance(one, Optimizer) for one in optimizers):
+        return optimizers if acts else None
+    held = [p for optimizer in optimizers for p in optimizer_parameters(optimizer)]
+    return optimizers if held and watched.issuperset(map(id, held)) else None
 
 
-def wrapped_of(trainer: Trainer, module: LightningModule) -> nn.Module:
+def is_watchable(module: LightningModule, with_lazy: bool) -> bool:
+    """Returns whether a parameter requires a gradient.
+
+    While one has no shape, it returns False, unless ``with_lazy`` says that this does not matter.
+    """
+    parameters = list(module.parameters())
+    return (with_lazy or not any(map(is_lazy, parameters))) and any(
+        parameter.requires_grad for parameter in parameters
+    )
+
+
+def watched_of(
+    trainer: Trainer, module: LightningModule, with_lazy: bool
+) -> nn.Module | dict[str, nn.Parameter]:
     """Returns the DDP wrapper if there is one, else the module.
 
     The watcher needs the wrapper to see the gradients of a single rank before their reduction.
+
+    Args:
+        trainer: The Trainer.
+        module: Its module.
+        with_lazy: Whether a parameter without a shape is to be refused. If not, the other ones are
+            returned by name: the lazy module was not called in the first forward.
     """
+    named = dict(module.named_parameters())
+    lazy = [name for name in named if is_lazy(named[name])]
+    if lazy and not with_lazy:
+        return {name: named[name] for name in named if name not in lazy}
     model = trainer.strategy.model
     return model if isinstance(model, DistributedDataParallel) else module
 
@@ -51,6 +83,14 @@ def logged_step_of(trainer: Trainer) -> Callable[[], int]:
     if not hasattr(loop, "_batches_that_stepped"):  # private: a later Lightning may rename it
         return lambda: trainer.global_step
     return lambda: int(loop._batches_that_stepped)
+
+
+def loss_divisor_of(trainer: Trainer, module: LightningModule) -> float | None:
+    """Returns what Lightning has divided the newest loss by; None if the module may have done it.
+
+    In automatic optimization it is the full number of batches, also in a short last window.
+    """
+    return float(trainer.accumulate_grad_batches) if module.automatic_optimization else None
 
 
 def accumulates(trainer: Trainer) -> bool:

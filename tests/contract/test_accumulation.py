@@ -1,6 +1,7 @@
 """The managed loop's windows, and steps with a closure."""
 
 import copy
+import math
 import threading
 
 import pytest
@@ -220,6 +221,51 @@ def test_an_ordinary_closure(found: bool) -> None:
     assert recorded == pytest.approx(expected, rel=1e-5)
     assert counted == [1, 2, 1]
     assert list(watcher.history.steps().index) == [1, 2, 3]
+
+
+@found_or_named
+def test_the_loss_of_a_closure(found: bool) -> None:
+    """It is that of the step if all backwards ran inside; else nothing tells that of the others."""
+    case = zoo.mlp()
+    optimizer = torch.optim.SGD(case.model.parameters(), lr=0.1)
+    expected = []
+    with gradwatch.watch(case.model, None if found else optimizer) as watcher:
+        for before in (0, 2, 0):
+            optimizer.zero_grad()
+            for index in range(before):
+                (case.loss(case.model, case.batch(index)) / (before + 1)).backward()
+
+            def closure(before: int = before) -> Tensor:
+                loss = case.loss(case.model, case.batch(before)) / (before + 1)
+                loss.backward()
+                expected.append(math.nan if before else loss.item())
+                return loss
+
+            optimizer.step(closure)
+    steps = watcher.history.steps()
+    assert steps.micro_batches.tolist() == [1, 3, 1]
+    assert steps.loss.tolist() == pytest.approx(expected, nan_ok=True)
+
+
+@found_or_named
+def test_the_loss_of_a_closure_after_zero_grad(found: bool) -> None:
+    """A closure that throws earlier gradients away returns the loss of the step."""
+    case = zoo.mlp()
+    optimizer = torch.optim.SGD(case.model.parameters(), lr=0.1)
+    expected = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = case.loss(case.model, case.batch(1))
+        loss.backward()
+        expected.append(loss.item())
+        return loss
+
+    with gradwatch.watch(case.model, None if found else optimizer) as watcher:
+        for _ in range(3):
+            case.loss(case.model, case.batch(0)).backward()
+            optimizer.step(closure)
+    assert watcher.history.steps().loss.tolist() == pytest.approx(expected)
 
 
 @found_or_named

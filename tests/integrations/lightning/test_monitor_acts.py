@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import gradwatch
 from gradwatch import AccumulateByNoiseScale, NonFiniteGradientError
 from gradwatch.testing import CapturingSink
 from gradwatch_lightning import GradientMonitor
@@ -151,16 +152,27 @@ def test_a_trainer_that_does_not_clip_is_no_conflict(kit, value):
     assert monitor.history.steps().clipped.all()
 
 
-def test_watching_a_module_that_a_plain_watcher_watches_is_refused(kit):
-    """Two watchers on one module are an error that says what to do."""
-    import gradwatch
+def test_a_module_that_a_plain_watcher_watches_goes_unwatched(kit, caplog):
+    """A monitor that only watches says why it does not, and the fit goes on."""
+    monitor, module = GradientMonitor(), kit.Net()
+    with gradwatch.watch(module) as watcher:
+        trainer = kit.trainer(monitor)
+        trainer.fit(module, kit.loader(2))
 
+    assert trainer.global_step == len(watcher.history) == 2
+    assert monitor.watcher is None
+    assert "does not watch this fit" in caplog.text
+    assert "another watcher is attached" in caplog.text
+
+
+def test_clipping_a_module_that_a_plain_watcher_watches_is_refused(kit):
+    """A monitor that clips raises: without its clip it would be another training."""
     module = kit.Net()
     with (
         gradwatch.watch(module),
         pytest.raises(RuntimeError, match="another watcher is attached"),
     ):
-        kit.trainer(GradientMonitor()).fit(module, kit.loader(1))
+        kit.trainer(GradientMonitor(clip=1.0)).fit(module, kit.loader(1))
 
 
 @pytest.mark.parametrize(

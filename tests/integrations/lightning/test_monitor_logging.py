@@ -237,3 +237,46 @@ def test_without_a_logger(kit):
 
     value = float(trainer.callback_metrics["gradwatch/grad_norm"])
     assert value == pytest.approx(monitor.history.steps().grad_norm.iloc[-1], rel=1e-6)
+
+
+def test_a_module_with_a_log_dict_of_its_own(kit, caplog):
+    """If it takes none of Lightning's arguments, nothing is logged, and the fit goes on."""
+
+    class Own(kit.Net):
+        def log_dict(self, metrics):
+            raise AssertionError("never reached")
+
+    monitor = GradientMonitor()
+    kit.trainer(monitor, logger=kit.CapturingLogger()).fit(Own(), kit.loader(3))
+
+    assert len(monitor.history) == 3
+    assert caplog.text.count("logs nothing any more in this fit") == 1
+
+
+def test_a_tensorboard_logger_that_cannot_write(kit, tmp_path, caplog, monkeypatch):
+    """The monitor does without it, and the fit goes on."""
+
+    def fail(*args, **kwargs):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("gradwatch_tensorboard.TensorBoardWriter", fail)
+    monitor = GradientMonitor()
+    kit.trainer(monitor, logger=TensorBoardLogger(tmp_path)).fit(kit.Net(), kit.loader(2))
+
+    assert len(monitor.history) == 2
+    assert "writes nothing to a TensorBoardLogger" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader_iter")
+def test_a_training_step_that_takes_the_iterator(kit):
+    """It has no batch whose size Lightning could look for: the norms are logged all the same."""
+
+    class Iterates(kit.Net):
+        def training_step(self, dataloader_iter):
+            batch, _, _ = next(dataloader_iter)
+            return self.loss(batch)
+
+    monitor, logger = GradientMonitor(), kit.CapturingLogger()
+    kit.trainer(monitor, logger=logger).fit(Iterates(), kit.loader(3))
+
+    assert len(logger.of("gradwatch/grad_norm")) == len(monitor.history) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import warnings
@@ -41,9 +42,12 @@ class Known(Net):
     def __init__(self):
         super().__init__()
         self.body = torch.nn.Linear(64, 1, bias=False)
+        self.told = []
 
     def training_step(self, batch, batch_idx):
-        return self.body(batch[0]).mean()
+        loss = self.body(batch[0]).mean()
+        self.told.append(loss.item())
+        return loss
 
 
 def draws(batches):
@@ -72,6 +76,8 @@ def fit(accumulate, batches, trainer_accumulates=1):
         "numbers": watch.numbers,
         "communicating": watch.communicating,
         "windows": steps.micro_batches.tolist(),
+        "told": module.told,
+        "loss": steps.loss.tolist(),
         "noise_scale": steps.noise_scale.tolist(),
         "noise": float(monitor.noise_scale),
         "events": [(event.kind, event.step, event.value) for event in monitor.events],
@@ -116,6 +122,23 @@ def test_the_flags_of_the_wrapper_are_lightnings(ranks):
 
     assert first["windows"] == [2, 2, 4, 1, 1]
     assert [i + 1 for i, on in enumerate(first["communicating"]) if on] == [2, 4, 8, 9, 10]
+
+
+def test_the_loss_of_a_step(ranks):
+    """It is the mean over this rank's batches; over those of all ranks where these communicate."""
+    for one in (rank["trainer"] for rank in ranks):
+        wanted = [sum(one["told"][i : i + 4]) / 4 for i in range(0, 200, 4)]
+        assert one["loss"] == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+    both = [rank["auto"] for rank in ranks]
+    told = [(a + b) / 2 for a, b in zip(*(one["told"] for one in both), strict=True)]
+    ends = itertools.accumulate(both[0]["windows"])
+    wanted = [
+        sum(told[end - size : end]) / size
+        for size, end in zip(both[0]["windows"], ends, strict=True)
+    ]
+    for one in both:
+        assert one["loss"] == pytest.approx(wanted, rel=1e-4, abs=1e-6)
 
 
 def test_what_the_trainer_accumulates_has_a_noise_scale_too(ranks):
