@@ -552,13 +552,17 @@ class Window:
         first, here = bad[0], rank() if self.shards is None else None
         if first.origin is Origin.AFTER and self.arrivals:
             return replace(first, rank=here)
-        if first.origin is not Origin.BACKWARD and self.arrivals:
-            return first
-        weights = self._bad_weights()
+        # While a backward still runs, other optimizers may have spoiled their weights by now.
+        ended = len(self.backwards) == len(self.arrivals)
+        weights = self._bad_weights() if ended else ()
         if weights:
-            return replace(first, origin=Origin.WEIGHTS, weights=weights)
+            known = first.origin is Origin.BACKWARD
+            number = first.micro_batch if known else 0
+            return replace(first, origin=Origin.WEIGHTS, micro_batch=number, weights=weights)
         if not self.arrivals:
             return replace(first, rank=here)
+        if first.origin is not Origin.BACKWARD:
+            return first
         stale = [one for one in bad if one.index in self.stale]
         if stale and self.micro_batches == 1:
             return replace(stale[0], origin=Origin.STALE, rank=here)
