@@ -25,7 +25,11 @@ def _told(model, step, optimizer):
                 optimizer.step()
     events = watcher.history.events()
     told = [one for one in caught if issubclass(one.category, gradwatch.GradwatchWarning)]
-    return {"events": events[["kind", "message"]].to_numpy().tolist(), "warnings": len(told)}
+    return {
+        "events": events[["kind", "message"]].to_numpy().tolist(),
+        "warnings": len(told),
+        "clip_coef": watcher.history.steps()["clip_coef"].tolist(),
+    }
 
 
 def _pipeline():
@@ -106,4 +110,11 @@ def test_it_is_said_once_that_the_norms_are_those_of_one_rank(ranks, engine, wor
 def test_what_a_hook_averages_is_not_one_ranks_own(ranks):
     """Nothing is told then."""
     for seen in ranks:
-        assert seen["averaging"] == {"events": [], "warnings": 0}
+        assert seen["averaging"]["events"] == []
+        assert seen["averaging"]["warnings"] == 0
+
+
+def test_a_mean_over_micro_batches_is_no_clip(ranks):
+    """A schedule divides the gradients by their number after the last backward."""
+    for seen in ranks:
+        assert seen["pipeline"]["clip_coef"] == [1.0] * STEPS
