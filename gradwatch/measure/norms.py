@@ -321,19 +321,28 @@ class StepNorms(NamedTuple):
     looked: bool = False
     clip_known: bool = True
 
-    def averaged(self, clip_known: bool) -> StepNorms:
-        """Returns the norms of gradients that a loop may have averaged over ranks by itself.
+    def averaged(self, micro_batches: int, clip_known: bool) -> StepNorms:
+        """Returns the norms of gradients that a loop may have averaged by itself.
 
-        A clip multiplies all gradients by one factor, and an average over ranks does not. What the
-        gradients were before it is not what the step is about. May wait for the numbers.
+        A clip multiplies all gradients by one factor, and an average over ranks does not; one over
+        micro-batches does, by a factor that is known. What the gradients were before it is not what
+        the step is about. May wait for the numbers.
 
         Args:
-            clip_known: Whether the loop surely clips nothing after that.
+            micro_batches: The number of micro-batches.
+            clip_known: Whether the loop surely clips nothing after an average over ranks.
         """
         before, after = self.before, self.after
-        if self.untouched or _multiplied(before, after):
+        if self.untouched:
             return self
-        return self._replace(before=after, unit_before=self.unit_after, clip_known=clip_known)
+        factor = _factor(before, after) * (resolve(self.unit_before) / resolve(self.unit_after))
+        of_micro_batches = math.isclose(factor * micro_batches, 1.0, rel_tol=_OF_UNITS)
+        if not (math.isnan(factor) or of_micro_batches):
+            return self
+        known = clip_known or of_micro_batches
+        return self._replace(
+            before=after, unit_before=self.unit_after, clip_known=self.clip_known and known
+        )
 
     def true_norm(self) -> Tensor:
         """Returns the total norm at the start of the step, in true units: tensor ``[]``."""
@@ -412,19 +421,19 @@ class StepNorms(NamedTuple):
 _ONE_FACTOR = 1e-3  # relative; bfloat16 gradients are rounded by more, but their norms are not
 
 
-def _multiplied(before: Measurement, after: Measurement) -> bool:
-    """Returns whether one factor makes some norms of others, as a clip does."""
+def _factor(before: Measurement, after: Measurement) -> float:
+    """Returns the factor that makes norms of others, as a clip does; NaN if there is none."""
     if list(before.indices) != list(after.indices):
-        return False
+        return math.nan
     old, new = (one.norms.array().astype(np.float64) for one in (before, after))
     if not np.isfinite(old).all():
-        return True
-    if not np.isfinite(new).all():  # the NaN of another rank
-        return False
+        return 1.0  # whatever has happened since, they are lost
     there = old > 0
     ratios = new[there] / old[there]
-    same = not len(ratios) or float(np.ptp(ratios)) <= _ONE_FACTOR * float(ratios.max())
-    return same and not new[~there].any()
+    if not np.isfinite(new).all() or new[~there].any() or not len(ratios):
+        return math.nan  # the gradient of another rank, or its NaN
+    one_factor = float(np.ptp(ratios)) <= _ONE_FACTOR * float(ratios.max())
+    return float(np.median(ratios)) if one_factor else math.nan
 
 
 _OF_UNITS = 1e-5

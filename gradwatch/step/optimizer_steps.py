@@ -471,7 +471,8 @@ class OptimizerSteps(Steps):
             extra = sampler.add_to
         norms = self.window.step_norms(self._scale, left, extra)
         if self._run.replicas.by_hand and norms.after.total.at_hand:
-            norms = norms.averaged(clip_known=self._clipping.policy is not None)
+            clips = self._clipping.policy is not None
+            norms = norms.averaged(self.window.micro_batches, clip_known=clips)
         if self.window.clipped_early:
             norms = norms._replace(clip_known=False)
         if self.window.zeroed:

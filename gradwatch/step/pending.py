@@ -168,7 +168,8 @@ class PendingStep:
 
     def _make_entry(self) -> Entry:
         if self.by_hand:  # only now have the numbers arrived that tell
-            self.norms = self.norms.averaged(clip_known=self.norms.coefficient != 1.0)
+            clips = self.norms.coefficient != 1.0
+            self.norms = self.norms.averaged(self.micro_batches, clip_known=clips)
         norms, before, after = self.norms, self.norms.before, self.norms.after
         first, count = self._check_late()
         record = self._record(count)

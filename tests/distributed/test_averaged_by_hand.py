@@ -60,29 +60,44 @@ def _reference(clips):
     return norms, [p.tolist() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["host", "late"])
-def test_norms_are_those_of_the_average(late):
+def _all():
+    return {
+        "host": _train(False),
+        "late": _train(True),
+        "clip": _train(False, clip=LIMIT),
+        "own_clip": _train(False, own_clip=True),
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """What each rank saw."""
+    return on_ranks(_all, RANKS)
+
+
+def test_norms_are_those_of_the_average(ranks):
     """In every step, with the numbers at hand and late; whether it clipped is not known."""
     norms, _ = _reference(clips=False)
-    for seen in on_ranks(_train, RANKS, late=late):
+    for seen in [of_rank[how] for of_rank in ranks for how in ("host", "late")]:
         assert seen["norms"] == pytest.approx(norms, rel=3e-4)
         assert all(map(math.isnan, seen["clip_coef"]))
         assert seen["events"] == []
 
 
-def test_a_clip_takes_the_factor_of_the_average():
+def test_a_clip_takes_the_factor_of_the_average(ranks):
     """gradwatch's own clip is that of one process with the data of all ranks."""
     norms, weights = _reference(clips=True)
-    for seen in on_ranks(_train, RANKS, late=False, clip=LIMIT):
+    factors = [min(1, LIMIT / one) for one in norms]
+    for seen in [of_rank["clip"] for of_rank in ranks]:
         assert seen["norms"] == pytest.approx(norms, rel=3e-4)
-        assert seen["clip_coef"] == pytest.approx([min(1, LIMIT / one) for one in norms], rel=3e-4)
+        assert seen["clip_coef"] == pytest.approx(factors, rel=3e-4)
         for mine, right in zip(seen["weights"], weights, strict=True):
             assert torch.allclose(torch.tensor(mine).double(), torch.tensor(right).double(), 3e-4)
 
 
-def test_what_the_loop_clips_itself_is_not_taken_for_a_norm_of_one_rank():
+def test_what_the_loop_clips_itself_is_not_taken_for_a_norm_of_one_rank(ranks):
     """The norm before its clip is seen nowhere: that of the step is recorded."""
     norms, _ = _reference(clips=True)
-    for seen in on_ranks(_train, RANKS, late=False, own_clip=True):
+    for seen in [of_rank["own_clip"] for of_rank in ranks]:
         assert seen["norms"] == pytest.approx([min(LIMIT, one) for one in norms], rel=3e-4)
         assert all(map(math.isnan, seen["clip_coef"]))

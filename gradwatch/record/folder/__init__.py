@@ -8,6 +8,7 @@
       steps/0001-0000000000-0000000063.parquet   one row per optimizer step
       parameters/0001-0000000000-0000000063.parquet   one row per step and parameter
       events/0001.jsonl                          one line of JSON per event
+      ranks/1.jsonl                              where another rank made a NaN (see ``ranks.py``)
       .lock                                      only while a process writes: names that process
 
 Each process that writes to the folder is a *session*. A *row* is one step of a session, counted
