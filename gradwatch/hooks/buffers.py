@@ -41,6 +41,7 @@ class _Copies:
     tensors: list[Tensor]
     flat: Tensor
     parts: list[Tensor]
+    chosen: tuple[Tensor, list[Tensor]] | None = None
 
     @classmethod
     def of(cls, tensors: list[Tensor]) -> _Copies:
@@ -54,10 +55,14 @@ class _Copies:
         torch._foreach_copy_(self.tensors, self.parts)
 
     def put_back_where(self, flag: Tensor) -> None:
+        if self.chosen is None:
+            flat = torch.empty_like(self.flat)
+            self.chosen = flat, _parts(flat, self.tensors)
+        flat, parts = self.chosen
+        torch._foreach_copy_(parts, self.tensors)
         # Not with arithmetic: NaN times 0 is NaN.
-        now = torch.cat([tensor.reshape(-1) for tensor in self.tensors])
-        chosen = torch.where(flag.to(now.device) > 0, self.flat, now)
-        torch._foreach_copy_(self.tensors, _parts(chosen, self.tensors))
+        torch.where(flag.to(flat.device), self.flat, flat, out=flat)
+        torch._foreach_copy_(self.tensors, parts)
 
 
 class ModelBuffers:
@@ -239,13 +244,14 @@ class ModelBuffers:
         Args:
             flag: Tensor ``[]``: above 0 if the step is skipped.
         """
+        flag = flag > 0
         for copies in (*self._always, *self._seldom):
             copies.put_back_where(flag)
         for then, now in zip(self._held, self._current(), strict=True):
             part = self._part_of.get(id(then))
             if now is then or part is None or not _can_be_copied(now) or now.shape != part.shape:
                 continue
-            now.copy_(torch.where(flag.to(now.device) > 0, part.to(now.dtype), now))
+            now.copy_(torch.where(flag.to(now.device), part.to(now.dtype), now))
 
     def _changed_without_copy(self) -> list[str]:
         moved = {
