@@ -12,7 +12,7 @@ from gradwatch.pickles import stable_name
 class NonFiniteGradientError(RuntimeError):
     """A gradient contained a NaN or an Inf, and ``on_nonfinite="raise"`` was set.
 
-    It is raised before any weight changes.
+    Weights and optimizer state are as before the step, unless the message says otherwise.
 
     Attributes:
         step: The optimizer step that was not taken, counted from 1.

@@ -579,8 +579,8 @@ def watch(
             a policy such as :class:`~gradwatch.AccumulateByNoiseScale`, which is what ``"auto"``
             stands for.
         on_nonfinite: What to do about a gradient with NaN or Inf: ``"record"`` it, ``"skip"`` the
-            step (weights and optimizer state stay as they were) or ``"raise"``
-            :class:`~gradwatch.NonFiniteGradientError` before any weight changes.
+            step (weights, optimizer state and buffers stay as they were) or ``"raise"``
+            :class:`~gradwatch.NonFiniteGradientError` with weights and optimizer state as before.
         statistics: What to record per parameter besides ``"norm"``: ``"max"``, ``"mean"``,
             ``"std"``, ``"zeros"``, ``"weight_norm"``, ``"update_ratio"``, or a statistic of your
             own that was given to :func:`~gradwatch.adapters.register_statistic`.

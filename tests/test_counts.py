@@ -2,12 +2,14 @@
 
 import sys
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import gradwatch
 from gradwatch.hooks.snapshot import EARLY, EVERY
+from gradwatch.testing import late_readings
 from tests.support.calls import CountCalls
 
 WITHOUT_A_LOOK = 3
@@ -49,6 +51,45 @@ def _added(parameters, **options):
 def test_calls_do_not_grow_with_the_model(options, limit):
     """10 and 1,000 parameters cost the same number of ATen calls, at most 12."""
     assert _added(10, **options) == _added(1_000, **options) == limit <= 12
+
+
+def _calls_with_buffers(layers, late, **options):
+    torch.manual_seed(0)
+    blocks = [
+        torch.nn.Sequential(torch.nn.Linear(8, 8, bias=False), torch.nn.BatchNorm1d(8))
+        for _ in range(layers)
+    ]
+    model = torch.nn.Sequential(*blocks)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, fused=late)
+
+    def step():
+        (model(torch.randn(16, 8)) * torch.arange(8.0)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with (
+        late_readings() if late else nullcontext(),
+        gradwatch.watch(model, optimizer, **options) as watcher,
+    ):
+        for _ in range(WITHOUT_A_LOOK - 1):
+            step()
+        watcher.flush()
+        with CountCalls() as counter:
+            step()
+    return sum(counter.calls.values()), counter.waits
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at hand", "late"])
+def test_buffers_are_copied_in_as_many_calls_as_they_have_dtypes(late):
+    """Skipping adds 2 calls with BatchNorm's two dtypes, however many layers; recording adds none."""
+    added = []
+    for layers in (5, 50):
+        skips, waits = _calls_with_buffers(layers, late, on_nonfinite="skip")
+        records, fewer_waits = _calls_with_buffers(layers, late)
+        assert waits == fewer_waits
+        added.append(skips - records)
+    assert added[0] == added[1]
+    assert added[0] == 2 or late
 
 
 def _python_calls(parameters, watched, **options):

@@ -30,8 +30,8 @@ SMALL_BYTES = 2**20
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
-Slot = tuple[nn.Module, str, str]
-"""The module that owns a buffer, its name there, and its name in the model."""
+Slot = tuple[Any, str, str]
+"""Where a module keeps a buffer: a mapping, its name there, and its name in the model."""
 
 
 @dataclass(slots=True)
@@ -41,6 +41,7 @@ class _Copies:
     tensors: list[Tensor]
     flat: Tensor
     parts: list[Tensor]
+    chosen: tuple[Tensor, list[Tensor]] | None = None
 
     @classmethod
     def of(cls, tensors: list[Tensor]) -> _Copies:
@@ -54,10 +55,14 @@ class _Copies:
         torch._foreach_copy_(self.tensors, self.parts)
 
     def put_back_where(self, flag: Tensor) -> None:
+        if self.chosen is None:
+            flat = torch.empty_like(self.flat)
+            self.chosen = flat, _parts(flat, self.tensors)
+        flat, parts = self.chosen
+        torch._foreach_copy_(parts, self.tensors)
         # Not with arithmetic: NaN times 0 is NaN.
-        now = torch.cat([tensor.reshape(-1) for tensor in self.tensors])
-        chosen = torch.where(flag.to(now.device) > 0, self.flat, now)
-        torch._foreach_copy_(self.tensors, _parts(chosen, self.tensors))
+        torch.where(flag.to(flat.device), self.flat, flat, out=flat)
+        torch._foreach_copy_(self.tensors, parts)
 
 
 class ModelBuffers:
@@ -214,7 +219,7 @@ class ModelBuffers:
         }
 
     def _current(self) -> list[Tensor | None]:
-        return [module._buffers.get(key) for module, key, _ in self._slots]
+        return [place.get(key) for place, key, _ in self._slots]
 
     # -- a step that is skipped --------------------------------------------------------------------
 
@@ -227,9 +232,9 @@ class ModelBuffers:
         changed = self._changed_without_copy()
         for copies in (*self._always, *self._seldom):
             copies.put_back()
-        for (module, key, _), tensor in zip(self._slots, self._held, strict=True):
-            if key in module._buffers and module._buffers[key] is not tensor:
-                module._buffers[key] = tensor
+        for (place, key, _), tensor in zip(self._slots, self._held, strict=True):
+            if place.get(key) is not tensor and key in place:
+                place[key] = tensor
         self._versions = list(map(_version, self._large))
         return changed
 
@@ -239,13 +244,14 @@ class ModelBuffers:
         Args:
             flag: Tensor ``[]``: above 0 if the step is skipped.
         """
+        flag = flag > 0
         for copies in (*self._always, *self._seldom):
             copies.put_back_where(flag)
         for then, now in zip(self._held, self._current(), strict=True):
             part = self._part_of.get(id(then))
             if now is then or part is None or not _can_be_copied(now) or now.shape != part.shape:
                 continue
-            now.copy_(torch.where(flag.to(now.device) > 0, part.to(now.dtype), now))
+            now.copy_(torch.where(flag.to(now.device), part.to(now.dtype), now))
 
     def _changed_without_copy(self) -> list[str]:
         moved = {
@@ -316,6 +322,22 @@ class _BeforeForward:
         return getattr, ({}, "get")
 
 
+class _Scripted:
+    """The buffers of a scripted module, which has no dict of them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __contains__(self, key: str) -> bool:
+        return hasattr(self._module, key)
+
+    def __setitem__(self, key: str, tensor: Tensor) -> None:
+        setattr(self._module, key, tensor)
+
+    def get(self, key: str) -> Any:
+        return getattr(self._module, key, None)
+
+
 _version = attrgetter("_version")
 
 
@@ -324,8 +346,12 @@ def _slots(model: nn.Module) -> Iterator[Slot]:
         model = model.module
     for path, module in model.named_modules():
         prefix = f"{path}.".replace("_orig_mod.", "") if path else ""
-        for key in module._buffers:
-            yield module, key, f"{prefix}{key}"
+        if isinstance(module._buffers, dict):
+            place: Any = module._buffers
+        else:
+            place = _Scripted(module)
+        for key in list(module._buffers.keys()):
+            yield place, key, f"{prefix}{key}"
 
 
 def _is_wrapped(model: nn.Module) -> bool:
@@ -354,6 +380,8 @@ def _can_be_copied(tensor: Tensor | None) -> TypeGuard[Tensor]:
     if not _has_version(tensor) or type(tensor) not in (Tensor, nn.Parameter):
         return False
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+        return False
+    if tensor.is_conj() or tensor.is_neg():  # a view that batched copies do not write to
         return False
     # Elements of an expanded tensor share their memory, so it cannot be written to.
     pairs = zip(tensor.shape, tensor.stride(), strict=True)

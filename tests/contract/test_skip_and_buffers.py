@@ -385,3 +385,20 @@ def test_a_copy_of_the_model_has_no_hook_of_ours():
         twin = copy.deepcopy(model)
         assert torch.equal(twin(_batch(1)), model(_batch(1)))
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_scripted_model():
+    """A scripted module has no dict of buffers: they are read and put back as its attributes."""
+    results = []
+    for poisoned, steps in ((3, range(BATCHES)), (None, [0, 1, 2, 4, 5])):
+        model = torch.jit.script(_model("BatchNorm"))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with gradwatch.watch(model, optimizer, on_nonfinite="skip"):
+            for step in steps:
+                x = _batch(step)
+                if step == poisoned:
+                    x[1, 2] = math.nan
+                _plain(model, optimizer, None, x)
+        results.append(_state(model, optimizer))
+    assert identical(*results)
