@@ -15,11 +15,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradwatch.hessian.spectrum import NotFiniteError
 from gradwatch.hooks.data_parallel import all_wrappers, is_distributed
-from gradwatch.measure.parameters import ParameterTable
+from gradwatch.measure.parameters import ParameterTable, wraps
 
 Loss: TypeAlias = Tensor | Callable[[], Tensor] | Callable[[Any], Tensor]
-
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 _NOT_A_LOSS = (
     "curvature(loss=) was given {given}, but needs the loss or a way to compute it. Write "
@@ -170,8 +168,8 @@ def _call(model: nn.Module | Mapping[str, Tensor], loss: Callable[..., Any]) -> 
 def unwrapped(model: Any) -> Any:
     """Returns the module inside data-parallel wrappers and wrappers of torch.compile."""
     # In any order and more than once: a compiled DDP of a compiled module is common.
-    while isinstance(model, _WRAPPERS) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, _WRAPPERS) else model._orig_mod
+    while found := [name for name in ("module", "_orig_mod") if wraps(model, name)]:
+        model = getattr(model, found[0])
     return model
 
 

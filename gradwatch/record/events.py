@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 
@@ -61,7 +62,7 @@ RAISED = (
 TOO_MANY_SKIPS = (
     "{steps} steps in a row were left out, and the next one would be too (step {record.step} of "
     "{record.optimizer}, gradient norm {record.grad_norm:.4g}, loss {record.loss:.4g}, learning "
-    "rate {record.lr:.4g}). {story} "
+    "rate {rates}). {story} "
     "Weights and optimizer state are those of the last good step. A run that meets nothing but bad "
     "steps does not recover by itself: go back to an earlier checkpoint, lower the learning rate "
     "or leave out the data that it meets here; watch(max_consecutive_skips=...) sets how many are "
@@ -235,7 +236,7 @@ def tells_of_same_data(message: str) -> bool:
 
 def nonfinite_error(record: StepRecord, events: Sequence[Event]) -> NonFiniteGradientError:
     """Makes the error that ``on_nonfinite="raise"`` raises, from what was found in the step."""
-    return _error(RAISED.format(story=_story(record, events)), record, events)
+    return _error(RAISED.format(story=_story(record, events), rates=_rates(record)), record, events)
 
 
 def too_many_skips_error(
@@ -248,7 +249,9 @@ def too_many_skips_error(
         events: What was found in it.
         steps: Number of steps skipped in a row before it.
     """
-    text = TOO_MANY_SKIPS.format(steps=steps, record=record, story=_story(record, events))
+    text = TOO_MANY_SKIPS.format(
+        steps=steps, record=record, story=_story(record, events), rates=_rates(record)
+    )
     return _error(text, record, events)
 
 
@@ -292,6 +295,12 @@ def _largest(measurement: Measurement, table: ParameterTable) -> tuple[str, str]
 
 def _short(size: float) -> str:
     return f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
+
+
+def _rates(record: StepRecord) -> str:
+    rates = json.loads(record.group_lr) if record.group_lr else [record.lr]
+    texts = list(dict.fromkeys(f"{rate:.4g}" for rate in rates))
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts)} in its parameter groups"
 
 
 def _story(record: StepRecord, events: Sequence[Event]) -> str:

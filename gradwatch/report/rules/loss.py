@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gradwatch.report.finding import Evidence, Finding
+from gradwatch.report.rates import rate_at
 from gradwatch.report.run_data import RunData
 from gradwatch.report.thresholds import Thresholds
 
@@ -14,7 +15,7 @@ _ENDS = 10
 
 WHY = "A model that is worse than an untrained one has not learned: its steps overshoot."
 ADVICE = (
-    "Lower the learning rate ({lr:.3g}), at first by a factor of ten, and warm it up. If that does "
+    "Lower the learning rate ({lr}), at first by a factor of ten, and warm it up. If that does "
     "not help, check the sign of the loss, and custom gradients with "
     "gradwatch.check_gradients(function)."
 )
@@ -42,5 +43,5 @@ def rising_loss(run: RunData, limits: Thresholds) -> Iterator[Finding]:
                     steps.optimizer,
                 ),
                 WHY,
-                ADVICE.format(lr=float(steps["lr"][rows[-1]])),
+                ADVICE.format(lr=rate_at(run, steps, int(rows[-1]))),
             )
