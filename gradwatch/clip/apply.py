@@ -72,7 +72,7 @@ def clamp_(gradients: Sequence[Tensor], limit: float) -> None:
 
 def _clamp_sparse_(gradient: Tensor, limit: float) -> None:
     # Entries with the same index add up, so the limit applies to their sum.
-    coalesced = gradient.coalesce()
+    coalesced = gradient.coalesce() if gradient.layout is torch.sparse_coo else gradient
     coalesced.values().clamp_(-limit, limit)
     if coalesced is not gradient:
         gradient.copy_(coalesced)

@@ -55,7 +55,7 @@ def test_tables_and_reports_take_any_name(history):
     """flow() has a row for each, and the report can be shown in every way."""
     assert len(history.flow()) == len(NAMES)
     report = history.report()
-    assert str(report) and report._repr_html_() and report.to_dict()
+    assert all((str(report), report._repr_html_(), report.to_dict()))
     for name in NAMES:
         assert len(history.parameters(name)) == 21
 
