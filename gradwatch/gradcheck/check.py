@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 
-from gradwatch.checks import check_between
+from gradwatch.checks import check_between, shown
 from gradwatch.gradcheck.culprits import Culprit, find_culprits, first_calls, functions_between
 from gradwatch.gradcheck.function import Leaf, Repeatable, evaluate_first
 from gradwatch.gradcheck.result import GradientCheck, GradientMismatch, WrongGradientError
@@ -39,7 +39,7 @@ _NO_FORWARD_AD = (
     "{precision}. Leave the argument out, or the casts to a lower precision in the function."
 )
 _BAD_SAMPLES = (
-    "check_gradients(samples=) must be a whole number of at least 0, got {samples!r}. "
+    "check_gradients(samples=) must be a whole number of at least 0, got {samples}. "
     "Write 8, or more to compare more elements of each tensor."
 )
 
@@ -140,7 +140,7 @@ def check_gradients(
 def _check_options(samples: object, eps: float, rtol: float, atol: float) -> None:
     # bool is an int in Python: samples=True would mean one.
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
-        raise ValueError(_BAD_SAMPLES.format(samples=samples))
+        raise ValueError(_BAD_SAMPLES.format(samples=shown(samples)))
     check_between("check_gradients(eps=)", eps, 0.0, 1e-2, "Write 1e-6.")
     check_between("check_gradients(rtol=)", rtol, 0.0, 1.0, "Write 1e-4.")
     check_between("check_gradients(atol=)", atol, 0.0, 1.0, "Write 1e-8.")

@@ -13,12 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gradwatch.checks import described
 from gradwatch.hessian.spectrum import NotFiniteError
 from gradwatch.hooks.data_parallel import all_wrappers, is_distributed
 from gradwatch.measure.parameters import ParameterTable, wraps
 
 Loss: TypeAlias = Tensor | Callable[[], Tensor] | Callable[[Any], Tensor]
 
+_NOT_A_MODEL = (
+    "curvature(model=) got {value}. Write curvature(model, loss) with a torch.nn.Module, or a "
+    'mapping from names to leaf tensors: {{"x": x}}.'
+)
 _NOT_A_LOSS = (
     "curvature(loss=) was given {given}, but needs the loss or a way to compute it. Write "
     "curvature(model, lambda: criterion(model(x), y)), or pass the tensor itself."
@@ -115,9 +120,11 @@ def trainable(model: nn.Module | Mapping[str, Tensor]) -> tuple[list[str], list[
     """Returns the names and tensors of the parameters that require a gradient.
 
     Raises:
-        TypeError: If a parameter is in half precision, or sharded.
+        TypeError: If a parameter is in half precision, or sharded, or this is no model.
         ValueError: If no parameter requires a gradient.
     """
+    if not isinstance(model, (nn.Module, Mapping)):
+        raise TypeError(_NOT_A_MODEL.format(value=described(model)))
     table = ParameterTable.of(model)
     pairs = [(n, t) for n, t in zip(table.names, table.tensors, strict=True) if t.requires_grad]
     for name, tensor in pairs:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradwatch.checks import shown
 from gradwatch.errors import warn_safely
 from gradwatch.measure.deferred import Array, Deferred, FloatOrDeferred, resolve
 from gradwatch.measure.norms import gradient_norms, gradient_values
@@ -177,7 +178,7 @@ _NOT_A_NAME = (
     "are: {taken}."
 )
 _NOT_A_STATISTIC = (
-    "register_statistic(statistic=) must be a Statistic, got {value!r}. Write Statistic("
+    "register_statistic(statistic=) must be a Statistic, got {value}. Write Statistic("
     'meaning="...", sums={{"name": measure}}, formula=...).'
 )
 _NOTHING_MEASURED = (
@@ -203,7 +204,7 @@ def register_statistic(name: str, statistic: Statistic) -> None:
             or if a measure has the name of another statistic's.
     """
     if not isinstance(statistic, Statistic):
-        raise TypeError(_NOT_A_STATISTIC.format(value=statistic))
+        raise TypeError(_NOT_A_STATISTIC.format(value=shown(statistic)))
     taken = (*_TAKEN_NAMES, *STATISTICS)
     if not str(name).isidentifier() or name in taken:
         raise ValueError(_NOT_A_NAME.format(name=name, taken=", ".join(taken)))

@@ -469,6 +469,12 @@ class RecordBatch:
     events: Sequence[Event] = ()
     groups: Sequence[ParameterGroups] = ()
 
+    def __repr__(self) -> str:
+        return (
+            f"RecordBatch({len(self.steps)} steps, {len(self.layout.names)} parameters, "
+            f"{len(self.events)} events)"
+        )
+
 
 @stable_name
 @runtime_checkable

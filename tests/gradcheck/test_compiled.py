@@ -9,7 +9,6 @@ from torch.utils.checkpoint import checkpoint
 
 from gradwatch import check_gradients
 
-
 # Dynamo itself warns, once in a process.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
