@@ -23,7 +23,7 @@ def shown(value: object) -> str:
     """
     if isinstance(value, Tensor) and value.ndim:
         return f"a {type(value).__name__} of shape {list(value.shape)}"
-    if type(value) in (list, tuple) and any(isinstance(one, Tensor) for one in value):
+    if isinstance(value, (list, tuple)) and any(isinstance(one, Tensor) for one in value):
         first = ", ".join(map(shown, value[:2]))
         return f"[{first}{', ...' if len(value) > 2 else ''}]"
     text = repr(value)

@@ -410,7 +410,7 @@ def chosen_columns(
         raise TypeError(NOT_COLUMNS.format(what=what, value=shown(columns), example=example))
     chosen = tuple(dict.fromkeys(columns))
     for name in chosen:
-        if not isinstance(name, str) or name not in known:
+        if name not in known:
             words = ", ".join(known)
             raise ValueError(UNKNOWN_COLUMN.format(what=what, known=words, name=shown(name)))
     return chosen
@@ -433,7 +433,7 @@ def chosen_parameters(names: Names, known: Sequence[str]) -> list[int]:
     """Returns the indices of parameters in ascending order: rows come in model order."""
     if isinstance(names, re.Pattern):
         return [index for index, name in enumerate(known) if names.search(name)]
-    several = [names] if isinstance(names, str) else names
+    several: object = [names] if isinstance(names, str) else names
     if isinstance(names, Tensor) or not isinstance(several, Iterable):
         raise TypeError(NOT_NAMES.format(value=shown(names), example=next(iter(known), "")))
     wanted = set(several)
