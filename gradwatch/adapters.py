@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from gradwatch.accumulate.policies import accumulate_policy
+from gradwatch.checks import described, shown
 from gradwatch.errors import warn_safely
 from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.measure.statistics import STATISTICS, Statistic, register_statistic
-from gradwatch.options import Options, SharedOptions, described, shown
+from gradwatch.options import Options, SharedOptions
 from gradwatch.pickles import add_aliases
 from gradwatch.record.records import EVENT_KINDS, NO_GRADIENT, StepRecord, accumulates
 from gradwatch.record.schema import REDUCTIONS, Column, Kind, Reduction, Scalar, columns_of

@@ -9,7 +9,9 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
+from gradwatch.checks import described, shown, whole_number
 from gradwatch.pickles import stable_name
 from gradwatch.plots import need_matplotlib
 from gradwatch.record.columns import (
@@ -179,9 +181,14 @@ class History:
 
         Returns:
             A number from 0 to 1; NaN before the first step.
+
+        Raises:
+            TypeError: If ``window`` is not an integer.
+            ValueError: If it is below 1.
         """
         from gradwatch.report.rules.clipping import clip_rate
 
+        window = whole_number("clip_rate(window=)", window, 1, "Write clip_rate(window=1000).")
         return clip_rate(self._source, window)
 
     def advice(self) -> list[str]:
@@ -360,20 +367,29 @@ def load(path: str | os.PathLike[str]) -> History:
         The history of the run. A run that was resumed reads as one run.
 
     Raises:
+        TypeError: If it is not a path.
         FileNotFoundError: If there is no such folder.
         ValueError: If it is not a run folder, is in a newer format, or parts are missing.
         ModuleNotFoundError: If pyarrow is not installed.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(NOT_A_PATH.format(value=described(path)))
     return History(FolderSource(path))
 
 
 # A run may have 100,000 names, and comparing with each of them takes seconds.
 MOST_COMPARED = 5_000
 
-NOT_COLUMNS = '{what} must be a sequence of names, got {value!r}. Write ["{example}"].'
-UNKNOWN_COLUMN = "{what} must be names among {known}, got {name!r}."
-NOT_A_STEP = "{what} must be a step number or None, got {value!r}."
-NOT_NAMES = "parameters(names=) must be names or a compiled pattern, got {value!r}."
+NOT_A_PATH = (
+    'load(path=) must be a run folder (str or PathLike), got {value}. Write load("runs/a").'
+)
+NOT_COLUMNS = '{what} must be a sequence of names, got {value}. Write ["{example}"].'
+UNKNOWN_COLUMN = "{what} must be names among {known}, got {name}."
+NOT_A_STEP = "{what} must be a step number or None, got {value}."
+NOT_NAMES = (
+    "parameters(names=) must be names or a compiled pattern, got {value}. Write "
+    'history.parameters("{example}"); history.names lists them.'
+)
 UNKNOWN_PARAMETER = (
     "parameters(names=) got {name!r}, which is not a parameter of this run.{hint} "
     "history.names lists them; re.compile(...) finds names by a pattern."
@@ -387,13 +403,16 @@ def chosen_columns(
     if columns is None:
         return tuple(known)
     # A string is iterable too: "lr" would ask for the columns "l" and "r", where ["lr"] is meant.
-    if isinstance(columns, str) or not isinstance(columns, Iterable):
-        example = columns if columns in known else known[0]
-        raise TypeError(NOT_COLUMNS.format(what=what, value=columns, example=example))
+    if isinstance(columns, (str, Tensor)) or not isinstance(columns, Iterable):
+        # A tensor compares its elements, so only strings are looked up.
+        close = get_close_matches(columns, known, n=1) if isinstance(columns, str) else []
+        example = close[0] if close else "grad_norm"
+        raise TypeError(NOT_COLUMNS.format(what=what, value=shown(columns), example=example))
     chosen = tuple(dict.fromkeys(columns))
     for name in chosen:
         if name not in known:
-            raise ValueError(UNKNOWN_COLUMN.format(what=what, known=", ".join(known), name=name))
+            words = ", ".join(known)
+            raise ValueError(UNKNOWN_COLUMN.format(what=what, known=words, name=shown(name)))
     return chosen
 
 
@@ -406,7 +425,7 @@ def _bound(value: object, what: str) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(NOT_A_STEP.format(what=what, value=value))
+        raise TypeError(NOT_A_STEP.format(what=what, value=shown(value)))
     return int(value)
 
 
@@ -414,9 +433,13 @@ def chosen_parameters(names: Names, known: Sequence[str]) -> list[int]:
     """Returns the indices of parameters in ascending order: rows come in model order."""
     if isinstance(names, re.Pattern):
         return [index for index, name in enumerate(known) if names.search(name)]
-    if not isinstance(names, Iterable):
-        raise TypeError(NOT_NAMES.format(value=names))
-    wanted = {names} if isinstance(names, str) else set(names)
+    several: object = [names] if isinstance(names, str) else names
+    if isinstance(names, Tensor) or not isinstance(several, Iterable):
+        raise TypeError(NOT_NAMES.format(value=shown(names), example=next(iter(known), "")))
+    wanted = set(several)
+    for name in wanted:
+        if not isinstance(name, str):
+            raise TypeError(NOT_NAMES.format(value=shown(name), example=next(iter(known), "")))
     for unknown in map(str, wanted.difference(known)):
         close = get_close_matches(unknown, known[:MOST_COMPARED], n=3, cutoff=0.5)
         hint = f" Did you mean {', '.join(map(repr, close))}?" if close else ""

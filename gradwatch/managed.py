@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.accumulate.splitting import batch_length, largest_part, split_batch
+from gradwatch.checks import described, shown
 from gradwatch.errors import AccumulationError
 from gradwatch.hooks.data_parallel import GradientSync, broadcast_buffers, can_hold
 from gradwatch.measure.deferred import (
@@ -165,9 +166,13 @@ class WindowProgress:
         return put_back
 
 
+NO_CLOSURE = (
+    "watcher.run_batch(closure=) must be a function of a micro-batch that returns its loss, got "
+    "{value}. Write watcher.run_batch(lambda part: criterion(model(part[0]), part[1]), batch)."
+)
 WEIGHT = (
     "watcher.backward(weight=) must be a finite number of at least 0, or a tensor of one, got "
-    "{weight!r}. Pass the number of examples, or tokens, that the loss is the mean of."
+    "{weight}. Pass the number of examples, or tokens, that the loss is the mean of."
 )
 
 
@@ -183,19 +188,19 @@ def checked_weight(weight: float | Tensor) -> FloatOrDeferred:
     """
     if isinstance(weight, Tensor):
         if weight.numel() != 1 or weight.is_complex() or weight.dtype == torch.bool:
-            raise TypeError(WEIGHT.format(weight=weight))
+            raise TypeError(WEIGHT.format(weight=shown(weight)))
         if not is_at_hand(weight):  # checking the value would wait for the device
             # Converted, because dividing integers would give the default dtype, float32.
             return defer_copy(weight.reshape(()).to(exact_dtype(weight.device)))
         weight = weight.item()
     if isinstance(weight, bool) or not isinstance(weight, Real):  # NumPy's numbers are Real, too
-        raise TypeError(WEIGHT.format(weight=weight))
+        raise TypeError(WEIGHT.format(weight=shown(weight)))
     try:
         number = float(weight)
     except OverflowError:
         number = math.inf
     if not (math.isfinite(number) and number >= 0):
-        raise ValueError(WEIGHT.format(weight=weight))
+        raise ValueError(WEIGHT.format(weight=shown(weight)))
     return number
 
 
@@ -517,6 +522,8 @@ class BatchRunner:
 
     def run(self, closure: Closure, batch: Any) -> Tensor:
         """Runs a batch; see :meth:`gradwatch.watcher.Watcher.run_batch`."""
+        if not callable(closure):
+            raise TypeError(NO_CLOSURE.format(value=described(closure)))
         length = batch_length(batch, CALL)
         if not self._may_run_again:
             return self._run_parts(closure, batch, self._size(length))

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from gradwatch.accumulate.policies import AccumulatePolicy, accumulate_policy
-from gradwatch.checks import check_positive
+from gradwatch.checks import check_positive, described, shown
 from gradwatch.clip.fixed import ClipByNorm, ClipByValue
 from gradwatch.clip.policy import ClipPolicy, check_policy
 from gradwatch.clip.robust import RobustClip
@@ -36,8 +36,6 @@ Optimizers = Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer] | None
 """The type of ``watch(optimizer=)``."""
 
 ON_NONFINITE = ("record", "skip", "raise")
-SHOWN_CHARACTERS = 200
-"""The cut for a value in an error message: the repr of a parameter list can be very long."""
 
 
 class SharedOptions(TypedDict, total=False):
@@ -151,8 +149,8 @@ CURVATURE_ADVICE = (
     "gradwatch.curvature(model, loss) to take it once."
 )
 NOT_A_MODEL = (
-    "watch(model=) got {value}. It watches a torch.nn.Module, or a mapping "
-    'from names to leaf tensors: watch({{"x": x}}).'
+    "watch(model=) got {value}. Write watch(model) with the torch.nn.Module, or a mapping "
+    'from names to leaf tensors: watch({{"x": x}}).{several}'
 )
 NOT_A_LEAF = (
     'watch(model=) got "{name}", which is the result of an operation, so backward() sets no .grad '
@@ -200,17 +198,6 @@ FOREIGN_PARAMETERS = (
     "watch(nn.ModuleList([model, ...]), optimizer), or build the optimizer after the model was "
     "moved or wrapped."
 )
-
-
-def shown(value: object) -> str:
-    """Returns the ``repr`` of a value, cut to a length that fits in an error message."""
-    text = repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
-
-
-def described(value: object) -> str:
-    """Returns the ``repr`` of a value and the name of its type, for an error message."""
-    return f"{shown(value)} of type {type(value).__name__}"
 
 
 def _must_be(name: str, wanted: str, value: object, advice: str = "") -> str:
@@ -358,7 +345,7 @@ def parameter_table(model: nn.Module | Mapping[str, Tensor]) -> ParameterTable:
             or if the model uses FSDP1, which hides the parameters.
     """
     if not isinstance(model, (nn.Module, Mapping)):
-        raise TypeError(NOT_A_MODEL.format(value=described(model)))
+        raise TypeError(NOT_A_MODEL.format(value=described(model), several=_several(model)))
     if isinstance(model, Mapping):
         for name, tensor in model.items():
             _check_entry(name, tensor)
@@ -376,11 +363,20 @@ def parameter_table(model: nn.Module | Mapping[str, Tensor]) -> ParameterTable:
     return table
 
 
+def _several(model: object) -> str:
+    if isinstance(model, (list, tuple)) and any(isinstance(one, nn.Module) for one in model):
+        return " Several modules: watch(torch.nn.ModuleList([first, second]))."
+    return ""
+
+
 def _check_entry(name: object, tensor: object) -> None:
     if not isinstance(name, str):
         raise TypeError(f"watch(model=) takes names that are strings, got {shown(name)} as a key.")
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f'watch(model=) got {described(tensor)} under "{name}".')
+        module = " Put modules into a torch.nn.ModuleDict." if isinstance(tensor, nn.Module) else ""
+        raise TypeError(
+            f'watch(model=) takes leaf tensors, got {described(tensor)} under "{name}".{module}'
+        )
     if not tensor.is_leaf:
         raise ValueError(NOT_A_LEAF.format(name=name))
 

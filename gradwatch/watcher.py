@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from gradwatch import lifetime
 from gradwatch.accumulate.noise_scale import NoiseScale
 from gradwatch.accumulate.policies import check_noise_scale_exists
+from gradwatch.checks import described
 from gradwatch.clip.policy import ClipPolicy
 from gradwatch.copied import parts_of_copy, refuse_copy
 from gradwatch.errors import described_error, logger, warn_safely
@@ -67,6 +68,8 @@ ATTACHED_BEFORE = (
     "This watcher was attached before and holds the history of that run. Make a new one with "
     "watch(...), and give it load_state_dict() of the old one to go on counting."
 )
+
+_STATES = {"new": "not entered", "forked": "in a fork"}
 
 NEVER_ENTERED = (
     "Nothing was recorded, for the watcher was never entered: write the loop inside of "
@@ -122,6 +125,17 @@ class Watcher:
         self._batches = BatchRunner(self._run, self._managed, model, managed)
         run = weakref.ref(self._run)
         FirstBackward(table.tensors, lambda: _tell_not_entered(run()))
+
+    def __repr__(self) -> str:
+        # Reads only, and works at any time: records that are still held back are not made for it.
+        if self._is_copy:
+            return f"Watcher(a copy with {len(self._run.recorder.batch().steps)} steps)"
+        followed = [f"{one.label} at step {one.step}" for one in self._registry.followed]
+        model, parameters = type(self._model).__name__, len(self._run.table)
+        return (
+            f"Watcher({model} of {parameters} parameter{'s' * (parameters != 1)}, "
+            f"{', '.join(followed) or 'no optimizer yet'}, {_STATES.get(self._state, self._state)})"
+        )
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -471,8 +485,7 @@ class Watcher:
         """
         if not isinstance(state, Mapping):
             raise TypeError(
-                f"load_state_dict() takes what state_dict() returned, got {state!r} of type "
-                f"{type(state).__name__}."
+                f"load_state_dict() takes what state_dict() returned, got {described(state)}."
             )
         if state.get("version") != STATE_VERSION:
             raise ValueError(

@@ -16,6 +16,7 @@ from gradwatch.checks import (
     check_choice,
     check_count,
     check_power_of_two,
+    described,
     whole_number,
 )
 from gradwatch.contracts import Contract, check_result, is_builtin
@@ -219,7 +220,7 @@ class AccumulationSchedule(_WithoutNoise):
         else:
             raise TypeError(
                 f"{name} must be a mapping {{step: micro-batches}} or a function of the step, got "
-                f"{schedule!r} of type {type(schedule).__name__}. Write {{0: 1, 1000: 4}}."
+                f"{described(schedule)}. Write {{0: 1, 1000: 4}}."
             )
         self.decide(0)  # checks what a function returns for the first window
 
@@ -468,8 +469,8 @@ def accumulate_policy(name: str, value: object) -> AccumulatePolicy:
             return AccumulationSchedule(value, name=name)
     raise (ValueError if isinstance(value, str) else TypeError)(
         f"{name} must be an integer of at least 1, a mapping {{step: micro-batches}}, a function "
-        f'of the step, "auto" or an accumulation policy, got {value!r} of type '
-        f"{type(value).__name__}. Write accumulate=4 for four micro-batches per step, accumulate="
+        f'of the step, "auto" or an accumulation policy, got {described(value)}. '
+        "Write accumulate=4 for four micro-batches per step, accumulate="
         '{0: 1, 1000: 4} to change it at a step, or accumulate="auto" (or an object, '
         "AccumulateByNoiseScale(min=2, max=32)) to have it follow the gradient noise."
     )

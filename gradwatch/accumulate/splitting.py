@@ -15,11 +15,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from gradwatch.checks import described
+
 CALL = "watcher.micro_batches"
-SIZE = (
-    "{name}(size=) must be a whole number of examples, at least 1, got {size!r} of type {kind}. "
-    "Write 1 or more."
-)
+SIZE = "{name}(size=) must be a whole number of examples, at least 1, got {size}. Write 1 or more."
 UNEQUAL = (
     "{name}() got a batch in which {first} has {first_length} examples and {other} has "
     "{other_length}, so it is not clear where to cut it. Put the examples on dimension 0 of every "
@@ -74,7 +73,7 @@ def split_batch(batch: Any, size: int, name: str = CALL) -> list[tuple[Any, int]
         [5, 4]
     """
     if type(size) is not int or size < 1:  # a bool is an int too
-        text = SIZE.format(name=name, size=size, kind=type(size).__name__)
+        text = SIZE.format(name=name, size=described(size))
         raise ValueError(text) if type(size) is int else TypeError(text)
     length = batch_length(batch, name)
     cut, count = _Cut(name, length), _count(length, size)

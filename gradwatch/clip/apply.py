@@ -28,9 +28,12 @@ def scale_(gradients: list[Tensor], coefficient: float | Tensor) -> None:
     if set(map(_layout, gradients)) != {torch.strided}:
         dense = [gradient for gradient in gradients if gradient.layout is torch.strided]
     dtypes = set(map(_dtype, dense))
-    if isinstance(coefficient, Tensor) and not dtypes <= _EXACT and is_at_hand(coefficient):
-        # A tensor as the factor is faster, but would be rounded to the dtype of the gradients.
-        coefficient = coefficient.item()
+    if dense and not dtypes <= _EXACT:
+        if dense[0].is_cpu:
+            # A number would be rounded to the dtype of the gradients, a tensor is not (torch 2.13).
+            coefficient = torch.as_tensor(coefficient, dtype=torch.float64)
+        elif isinstance(coefficient, Tensor) and is_at_hand(coefficient):
+            coefficient = coefficient.item()  # on an accelerator it is the other way round
     if dense:
         torch._foreach_mul_(dense, coefficient)
     if dense is gradients:
@@ -72,7 +75,7 @@ def clamp_(gradients: Sequence[Tensor], limit: float) -> None:
 
 def _clamp_sparse_(gradient: Tensor, limit: float) -> None:
     # Entries with the same index add up, so the limit applies to their sum.
-    coalesced = gradient.coalesce()
+    coalesced = gradient.coalesce() if gradient.layout is torch.sparse_coo else gradient
     coalesced.values().clamp_(-limit, limit)
     if coalesced is not gradient:
         gradient.copy_(coalesced)

@@ -20,9 +20,10 @@ class ClipByNorm(Stateless):
     r"""Scales gradients down when their norm exceeds a limit: all together, or in parts.
 
     The factor is :math:`c = \min(1, m / (n + 10^{-6}))` for the norm :math:`n` and the limit
-    :math:`m`, computed as in ``torch.nn.utils.clip_grad_norm_``, so that finite float32 gradients
-    come out bit for bit the same. Unlike there, gradients are not changed if the norm is not
-    finite: no NaN spreads, and no finite gradient is zeroed because another is Inf.
+    :math:`m`, computed as in ``torch.nn.utils.clip_grad_norm_``, so that finite float32 or
+    float64 gradients come out bit for bit the same, unless the optimizer is fused. Unlike there,
+    gradients are not changed if the norm is not finite: no NaN spreads, and no finite gradient is
+    zeroed because another is Inf.
 
     Attributes:
         max_norm: The limit m, positive; with ``math.inf`` nothing is ever clipped.

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradwatch.checks import check_positive
+from gradwatch.checks import check_positive, shown
 from gradwatch.clip.norm_history import MAD_TO_DEVIATION, Backend, Flag, HistoryRule, Scalar
 from gradwatch.pickles import stable_name
 
@@ -52,8 +52,8 @@ class SpikeRule(HistoryRule):
     def __post_init__(self) -> None:
         if isinstance(self.z, str) and self.z != "auto":
             raise ValueError(
-                f"skip_spikes must be a number, 'auto' or None, got {self.z!r}. Write 'auto' to "
-                "skip at six deviations above the median."
+                f"skip_spikes must be a number, 'auto' or None, got {shown(self.z)}. Write "
+                "'auto' to skip at six deviations above the median."
             )
         if self.z != "auto":
             check_positive("skip_spikes", self.z)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from gradwatch.gradcheck.function import Repeatable, is_continuous, map_tensors, repeatable
-from gradwatch.gradcheck.slopes import Line, Slopes, Tolerance, compare, is_wrong
+from gradwatch.gradcheck.slopes import Slopes, Tolerance, compare, is_wrong, whole_lines
+from gradwatch.measure.parameters import wraps
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +99,27 @@ def first_calls(function: Repeatable) -> list[Call]:
     """Evaluates the function once; returns the first call of each module inside, in order."""
     calls: dict[str, Call] = {}
     handles = []
-    root = function.module
-    for name, module in [] if root is None else root.named_modules():
-        if module is not root:
-            record = partial(_record, calls, name)
-            handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
+    for name, module in _modules_in(function.module):
+        record = partial(_record, calls, name)
+        handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
     try:
         function.outputs()
     finally:
         for handle in handles:
             handle.remove()
     return list(calls.values())
+
+
+def _modules_in(root: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules inside, but none of those in compiled code: it would take the hooks in."""
+    closed: list[str] = []
+    for name, module in [] if root is None else root.named_modules():
+        if any(name.startswith(start) for start in closed):
+            continue
+        if wraps(module, "_orig_mod") or isinstance(module, torch.jit.ScriptModule):
+            closed.append(f"{name}." if name else "")
+        if module is not root:
+            yield name, module
 
 
 def _record(calls: dict[str, Call], name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -137,11 +148,12 @@ def _fault(part: Repeatable, tolerance: Tolerance, seed: int) -> tuple[str, ...]
 
 
 def _wrong_leaves(slopes: Slopes, generator: torch.Generator) -> Iterator[int]:
-    for number, leaf in enumerate(slopes.function.leaves):
-        line = Line.random(number, leaf.flat, generator)
-        found = compare(slopes, line)
-        if not found.agrees and is_wrong(slopes, line, found):
-            yield number
+    for number in range(len(slopes.function.leaves)):
+        for line in whole_lines(slopes, number, generator):
+            found = compare(slopes, line)
+            if not found.agrees and is_wrong(slopes, line, found):
+                yield number
+                break
 
 
 def functions_between(function: Repeatable, leaves: Iterable[int]) -> tuple[str, ...]:

@@ -1,16 +1,16 @@
-"""The function that is checked: named tensors in float64, and exactly repeatable evaluations."""
+"""The function that is checked: named tensors, and exactly repeatable evaluations."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import inspect
-import traceback
+import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,35 +18,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradwatch.hessian.of_model import RandomState, unwrapped
-from gradwatch.measure.parameters import ParameterTable
+from gradwatch.hessian.of_model import RandomState
+from gradwatch.measure.parameters import ParameterTable, wraps
 
-_WIDE = (torch.float64, torch.complex128)
 _EQUAL = 1e-12  # relative; a GPU may sum in another order each time, and differ by that much
-_OURS = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
 
 _NO_COPY = (
-    "check_gradients works on a copy of the module in float64, and {kind} cannot be copied: "
+    "check_gradients works on a copy of the module, and {kind} cannot be copied: "
     "{reason}. Write a __deepcopy__ for the part that refuses, or check a function of tensors."
 )
-_NO_DOUBLE_COPY = (
-    "check_gradients compares in float64, which the device {device} does not have. Write "
-    "check_gradients(model.cpu(), inputs) with the inputs on the CPU."
+_COMPILED_IN_PLACE = (
+    "check_gradients works on a copy of the module, and copies of {name}, which was compiled by "
+    "its own compile(), run no compiled code. Write torch.compile(module) there instead of "
+    "module.compile()."
 )
 _SHARDED = (
     "check_gradients was given a DTensor, of which this rank holds only a part. Call it with an "
     "unsharded copy of the model."
-)
-_NO_DOUBLES = (
-    "check_gradients computes in float64, which this function does not: {reason}. It works in the "
-    "precision of its inputs. Pass the module itself instead of a lambda around it, so that its "
-    "weights are converted, and create constants with the dtype of an input (torch.ones_like(x), "
-    "x.new_tensor(...))."
-)
-_NARROWS = (
-    "check_gradients computes in float64, and this function continues in a lower precision: "
-    "{where}. Differences of 1e-6 are lost in its rounding. Leave out the cast, or write it as "
-    ".to(x.dtype)."
 )
 _NO_OUTPUT = (
     "check_gradients was given a function that returns no floating or complex tensor, so there is "
@@ -73,60 +61,77 @@ _NOT_CALLABLE = (
 )
 
 
-def evaluate_first(function: Callable[..., Any], inputs: Any) -> Repeatable:
-    """Copies a function and its inputs to float64, and checks that it can be differentiated.
+def evaluate_first(function: Callable[..., Any], inputs: Any) -> tuple[Repeatable, torch.dtype]:
+    """Copies a function and its inputs to the highest precision that it computes in.
+
+    That is float64; float32 if a kernel, a constant or a weight that the function holds cannot do
+    that; or else its own.
+
+    Returns:
+        The function, and the coarsest dtype on the way from a varied tensor to the outputs.
 
     Raises:
-        TypeError: If it does not compute in float64, or has no input or output to differentiate.
+        TypeError: If it has no input or output to differentiate, or cannot be copied.
         ValueError: If it is not deterministic, or has no finite output.
     """
     if not callable(function):
         raise TypeError(_NOT_CALLABLE.format(kind=type(function).__name__))
-    subject = _repeatable_copy(function, inputs, widen=True)
-    try:
-        if not subject.leaves:
-            raise TypeError(_NO_INPUT)
-        # Evaluate before comparing anything, so that a failure can be explained to the user.
-        _check_outputs(subject, _evaluate(subject, function, inputs))
-    finally:
-        subject.close()
-    return subject
+    failed: Exception | None = None
+    for wide in (torch.float64, torch.float32, None):
+        try:
+            subject = _repeatable_copy(function, inputs, wide)
+            precision = _coarsest(subject) if subject.leaves else torch.float64
+        except Exception as error:  # whatever a user's function raises
+            failed = failed or error
+            continue
+        try:
+            if not subject.leaves:
+                raise TypeError(_NO_INPUT)
+            # Evaluate before comparing anything, so that a failure can be explained to the user.
+            _check_outputs(subject, subject.outputs())
+        finally:
+            subject.close()
+        return subject, precision
+    raise failed or AssertionError("no precision was tried")
 
 
-def _repeatable_copy(function: Callable[..., Any], inputs: Any, *, widen: bool) -> Repeatable:
+def _repeatable_copy(
+    function: Callable[..., Any], inputs: Any, wide: torch.dtype | None
+) -> Repeatable:
     """Makes a function repeatable, copying the module if it is one or a method of one."""
     module: nn.Module | None = None
     if isinstance(function, nn.Module):
-        function = module = float64_copy(function, widen=widen)
+        function = module = wide_copy(function, wide)
     elif inspect.ismethod(function) and isinstance(function.__self__, nn.Module):
-        module = float64_copy(function.__self__, widen=widen)
+        module = wide_copy(function.__self__, wide)
         function = types.MethodType(function.__func__, module)
-    return repeatable(function, module, inputs, only_marked=False, widen=widen)
+    return repeatable(function, module, inputs, only_marked=False, wide=wide)
 
 
-def _evaluate(
-    subject: Repeatable, function: Callable[..., Any], inputs: Any
-) -> list[tuple[str, Tensor]]:
-    narrowing = Narrowing()
+def _coarsest(subject: Repeatable) -> torch.dtype:
+    """Evaluates a function once, without compiled code; returns the coarsest dtype on the way."""
+    dtypes = [_real_dtype(leaf.tensor) for leaf in subject.leaves]
+    watched = Narrowing()
     try:
-        with narrowing:
+        # Under a dispatch mode torch runs no compiled code, and might never do so again.
+        with _uncompiled(), watched:
             outputs = subject.outputs()
-    except Exception as error:  # whatever a user's function raises
-        if _works_as_it_is(function, inputs):
-            raise TypeError(_NO_DOUBLES.format(reason=str(error).rstrip("."))) from error
-        raise
-    if narrowing.found:
-        raise TypeError(_NARROWS.format(where=narrowing.found))
-    return outputs
+    finally:
+        subject.close()
+    dtypes += [_real_dtype(tensor) for _, tensor in outputs if tensor.requires_grad]
+    return max([*dtypes, *watched.found], key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def _works_as_it_is(function: Callable[..., Any], inputs: Any) -> bool:
-    subject = _repeatable_copy(function, inputs, widen=False)
-    try:
-        subject.outputs()
-    except Exception:  # it fails in its own precision too, so precision is not the cause
-        return False
-    return True
+def _uncompiled() -> AbstractContextManager[Any]:
+    set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
+    if set_stance is None or "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = set_stance("force_eager")
+    return stance
+
+
+def _real_dtype(tensor: Tensor) -> torch.dtype:
+    return tensor.dtype.to_real() if tensor.dtype.is_complex else tensor.dtype
 
 
 def _check_outputs(subject: Repeatable, outputs: Sequence[tuple[str, Tensor]]) -> None:
@@ -159,9 +164,9 @@ def repeatable(
     inputs: Any,
     *,
     only_marked: bool,
-    widen: bool = True,
+    wide: torch.dtype | None = None,
 ) -> Repeatable:
-    """Makes a function repeatable, with its inputs copied to float64.
+    """Makes a function repeatable, with copies of its inputs.
 
     Args:
         function: Called with the copied inputs.
@@ -169,7 +174,7 @@ def repeatable(
         inputs: A tensor, a tuple of arguments or a mapping of keyword arguments.
         only_marked: Whether only inputs that require a gradient are varied. If False, all floating
             inputs are varied when none of them requires a gradient.
-        widen: False to keep the precision.
+        wide: float64 or float32, for inputs of that precision; None to keep theirs.
 
     Returns:
         The function; its leaves are the inputs, and then the parameters.
@@ -179,7 +184,7 @@ def repeatable(
     leaves: list[Leaf] = []
 
     def prepare(path: str, tensor: Tensor) -> Tensor:
-        fresh = widened(tensor, widen=widen)
+        fresh = widened(tensor, wide)
         if is_continuous(tensor) and tensor.numel() and (tensor.requires_grad or not chosen):
             leaves.append(Leaf.of(path, fresh.requires_grad_()))
         return fresh
@@ -205,8 +210,8 @@ class Leaf:
 
     Attributes:
         name: The parameter's name, or the path of the input, such as ``inputs[0]``.
-        tensor: The leaf, float64 or complex128, contiguous.
-        flat: A view of its memory as float64 ``[n]``, two numbers per complex element; no graph.
+        tensor: The leaf, floating or complex, contiguous.
+        flat: A view of its memory as real numbers ``[n]``, two per complex element; no graph.
     """
 
     name: str
@@ -234,6 +239,7 @@ class Repeatable:
         leaves: The tensors that can be varied, by writing to their ``flat``.
         evaluations: How often the function has been evaluated.
         module: The module whose buffers are restored each time; None without one.
+        compiled: Whether the function, or a part of the module, is compiled or scripted.
     """
 
     def __init__(
@@ -247,6 +253,9 @@ class Repeatable:
         self.leaves = leaves
         self.evaluations = 0
         self.module = module
+        self.compiled = _is_compiled(function) or (
+            module is not None and any(map(_is_compiled, module.modules()))
+        )
         self._function = function
         self._arguments = arguments
         tensors = [tensor for _, tensor in tensors_in(arguments, "")]
@@ -297,32 +306,64 @@ class Repeatable:
         return map_tensors(self._arguments, lambda _, t: given.get(id(t), t).clone(), "")
 
 
-def float64_copy(module: nn.Module, *, widen: bool = True) -> nn.Module:
-    """Copies a module with its parameters, buffers and tensor attributes in float64.
+def _is_compiled(function: Callable[..., Any]) -> bool:
+    script = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
+    # torch.compile() of a function leaves the original there (private, torch 2.4 to 2.13).
+    by_dynamo = hasattr(function, "_torchdynamo_orig_callable")
+    return by_dynamo or wraps(function, "_orig_mod") or isinstance(function, script)
+
+
+def wide_copy(module: nn.Module, wide: torch.dtype | None) -> nn.Module:
+    """Copies a module with its parameters, buffers and tensor attributes in another precision.
 
     The copy has no ``.grad`` and no tensor hooks. Of the module hooks it keeps only those of torch
     itself that belong to the computation, such as ``weight_norm``. Tied weights stay tied. Wrappers
-    of data parallelism and ``torch.compile`` are removed.
+    of data parallelism are removed; what is compiled is compiled again, by the same backend.
 
     Args:
         module: Stays unchanged.
-        widen: False for a copy in the module's own precision.
+        wide: float64 or float32; None for a copy in the module's own precision.
 
     Raises:
-        TypeError: If it cannot be copied, is sharded, or is on a device without float64.
+        TypeError: If it cannot be copied, is sharded, or is on a device without that precision.
     """
-    module = unwrapped(module)
+    if wraps(module, "module"):
+        return wide_copy(module.get_submodule("module"), wide)
+    if wraps(module, "_orig_mod"):
+        return _compiled_like(module, wide_copy(module.get_submodule("_orig_mod"), wide))
+    if isinstance(module, torch.jit.ScriptModule):
+        return _script_copy(module, wide)
     # deepcopy takes whatever is in its memo as already copied. Filling the memo avoids a first copy
     # in the old precision, and one entry per tensor keeps tied weights tied.
     memo: dict[int, Any] = {}
-    for part in module.modules():
+    for name, part in module.named_modules():
+        if part._compiled_call_impl is not None:
+            raise TypeError(_COMPILED_IN_PLACE.format(name=name or type(part).__name__))
         _replace_hooks(part, memo)
-        _replace_tensors(part, memo, widen)
+        _replace_tensors(part, memo, wide)
     try:
+        for part in reversed(list(module.modules())):  # the innermost first
+            if wraps(part, "_orig_mod"):
+                inner = copy.deepcopy(part.get_submodule("_orig_mod"), memo)
+                memo[id(part)] = _compiled_like(part, inner)
+            elif isinstance(part, torch.jit.ScriptModule):
+                memo[id(part)] = _script_copy(part, wide)
         return copy.deepcopy(module, memo)
     except (TypeError, RuntimeError, ValueError, AttributeError) as error:
         text = _NO_COPY.format(kind=type(module).__name__, reason=error)
         raise TypeError(text) from error
+
+
+def _compiled_like(compiled: nn.Module, inner: nn.Module) -> nn.Module:
+    """Compiles a module as another one was: with its backend, mode and options."""
+    kind: Any = type(compiled)  # torch._dynamo.OptimizedModule (private, torch 2.4 to 2.13)
+    fresh: nn.Module = kind(inner, compiled.dynamo_ctx)
+    return fresh
+
+
+def _script_copy(module: nn.Module, wide: torch.dtype | None) -> nn.Module:
+    script = copy.deepcopy(module)  # not by a memo: its tensors are not in Python's hands
+    return script if wide is None else script.to(wide)
 
 
 def _replace_hooks(module: nn.Module, memo: dict[int, Any]) -> None:
@@ -339,30 +380,31 @@ def _is_of_torch(hook: Any) -> bool:
     return home.startswith("torch.nn.utils")
 
 
-def _replace_tensors(module: nn.Module, memo: dict[int, Any], widen: bool) -> None:
+def _replace_tensors(module: nn.Module, memo: dict[int, Any], wide: torch.dtype | None) -> None:
     # vars() too: weight_norm and many users keep tensors as plain attributes, which .double() does
     # not convert.
     for owner in (module._parameters, module._buffers, vars(module)):
         for tensor in owner.values():
             if isinstance(tensor, Tensor) and id(tensor) not in memo:
-                fresh = widened(tensor, widen=widen)
+                fresh = widened(tensor, wide)
                 if isinstance(tensor, nn.Parameter):
                     fresh = nn.Parameter(fresh, requires_grad=tensor.requires_grad)
                 memo[id(tensor)] = fresh
 
 
-def widened(tensor: Tensor, *, widen: bool = True) -> Tensor:
-    """Copies a tensor: floating to float64, complex to complex128, other dtypes unchanged.
+def widened(tensor: Tensor, wide: torch.dtype | None) -> Tensor:
+    """Copies a tensor: floating or complex ones in a given precision, others unchanged.
 
     Args:
         tensor: Of any dtype and layout.
-        widen: False to keep its dtype.
+        wide: float64 or float32, for complex tensors the complex dtype of it; None to keep the
+            dtype.
 
     Returns:
         A copy without a graph; floating and complex ones are dense and contiguous.
 
     Raises:
-        TypeError: If it is sharded, or on a device without float64.
+        TypeError: If it is sharded, or on a device without the precision.
     """
     if hasattr(tensor, "to_local"):
         raise TypeError(_SHARDED)
@@ -371,28 +413,25 @@ def widened(tensor: Tensor, *, widen: bool = True) -> Tensor:
         return source.clone()
     if source.layout is not torch.strided:
         source = source.to_dense()
-    if source.device.type == "mps" and widen:
-        raise TypeError(_NO_DOUBLE_COPY.format(device=source.device))
-    wide = torch.complex128 if source.is_complex() else torch.float64
-    kept = source.to(wide if widen else source.dtype)
+    if wide is not None:
+        source = source.to(wide.to_complex() if source.is_complex() else wide)
     # Contiguous, because Leaf needs a flat view; this also gives expanded tensors their own memory.
-    return kept.clone(memory_format=torch.contiguous_format).as_subclass(Tensor)
+    return source.clone(memory_format=torch.contiguous_format).as_subclass(Tensor)
 
 
 class Narrowing(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Finds the first operation that casts a float64 tensor with a gradient to lower precision.
+    """Finds the dtypes in which an operation computes that a gradient flows through.
 
-    The result would be rounded to 1e-7 of its size, and differences with a step of 1e-6 would mean
-    nothing. Masks, noise and detached copies in float32 do no harm.
+    Masks, noise and detached copies in a lower precision do no harm.
 
     Attributes:
-        found: The operation and where it was called, in words; empty if there was none.
+        found: The real floating dtypes of their results.
     """
 
     def __init__(self) -> None:
         """Makes a mode that has found nothing yet."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.found = ""
+        self.found: set[torch.dtype] = set()
 
     def __torch_dispatch__(
         self,
@@ -401,21 +440,12 @@ class Narrowing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Runs an operation, and compares the dtypes of its inputs and outputs."""
+        """Runs an operation, and notes the dtypes of its outputs."""
         result = func(*args, **(kwargs or {}))
-        if not self.found:
-            fine = any(t.requires_grad and t.dtype in _WIDE for _, t in tensors_in(args, ""))
-            made = [t.dtype for _, t in tensors_in(result, "") if is_continuous(t)]
-            if fine and not set(made) <= set(_WIDE):
-                self.found = f"{func} {_users_line()}"
+        if any(t.requires_grad for _, t in tensors_in((args, kwargs or {}), "")):
+            made = [tensor for _, tensor in tensors_in(result, "") if is_continuous(tensor)]
+            self.found.update(map(_real_dtype, made))
         return result
-
-
-def _users_line() -> str:
-    for frame in reversed(traceback.extract_stack()):
-        if not frame.filename.startswith(_OURS):
-            return f"at {Path(frame.filename).name}:{frame.lineno}: {(frame.line or '')[:80]}"
-    return "inside torch"
 
 
 def map_tensors(value: Any, change: Callable[[str, Tensor], Any], path: str) -> Any:

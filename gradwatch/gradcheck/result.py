@@ -101,6 +101,8 @@ class GradientCheck:
         culprits: Where the error is, in words: the innermost modules whose own check fails, with
             the custom functions in them, or only such functions.
         evaluations: How often the function, or a part of it, was evaluated.
+        precision: Name of the dtype that was compared in: ``"float64"``, or the coarsest one that
+            the function computes in, with steps and tolerances that fit it.
     """
 
     subject: str
@@ -110,6 +112,7 @@ class GradientCheck:
     checked: tuple[str, ...]
     culprits: tuple[str, ...]
     evaluations: int
+    precision: str = "float64"
 
     @property
     def ok(self) -> bool:
@@ -127,7 +130,7 @@ class GradientCheck:
 
     def __str__(self) -> str:
         """Says what is wrong; the lines with the place to look at come first."""
-        effort = f"({self.evaluations} evaluations in float64)"
+        effort = f"({self.evaluations} evaluations in {self.precision})"
         tensors = f"{len(self.checked)} tensor" + "s" * (len(self.checked) != 1)
         verdict = "right for" if self.ok else f"WRONG for {len(self.failures)} of"
         lines = [f"Gradients of {self.subject}: {verdict} {tensors} {effort}."]

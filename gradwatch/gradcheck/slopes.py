@@ -13,11 +13,16 @@ from torch import Tensor
 
 from gradwatch.gradcheck.function import Leaf, Repeatable
 
+_REENTRANT = (
+    "check_gradients was given a function with a reentrant checkpoint, which writes into the .grad "
+    "of everything that it holds. Write checkpoint(..., use_reentrant=False) in it, or pass the "
+    "module itself, of which a copy is checked."
+)
 _LEAST_SCALE = 1e-2
-_ROUNDING = 16 * torch.finfo(torch.float64).eps
-_JITTER = 1e-4  # a hundred usual steps: far enough from a kink, too near to meet another one
+_JITTER = 100  # usual steps: far enough from a kink, too near to meet another one
+_COARSE_JITTER = 2
 _STEPS = (1.0, 1 / 16, 16.0, 1 / 256, 256.0)  # the usual step, then those that help most often
-_BY_SIZE = (3, 1, 0, 2, 4)  # indices that sort _STEPS by size
+_COARSE_STEPS = (1.0, 1 / 4, 4.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +54,12 @@ class Line:
         return cls(leaf, position, torch.ones(1, dtype=torch.float64, device=like.device))
 
     @classmethod
+    def along(cls, leaf: int, gradient: Tensor) -> Line:
+        """Makes the line along a gradient ``[n]``, where the derivative is largest."""
+        size = float(torch.linalg.vector_norm(gradient)) / math.sqrt(gradient.numel())
+        return cls(leaf, 0, gradient / size)
+
+    @classmethod
     def random(cls, leaf: int, like: Tensor, generator: torch.Generator) -> Line:
         """Makes a line that moves every element of ``like`` ``[n]`` by ±0.5 to 1.5."""
         values = torch.rand(like.shape, generator=generator, dtype=torch.float64) + 0.5
@@ -64,11 +75,37 @@ class Tolerance:
         eps: Step of the differences, as a multiple of the leaf's root mean square.
         rtol: Allowed difference as a share of the larger derivative.
         atol: Allowed absolute difference, in addition to ``rtol``.
+        precision: The coarsest dtype that the function computes in.
     """
 
     eps: float
     rtol: float
     atol: float
+    precision: torch.dtype = torch.float64
+
+    @classmethod
+    def of(cls, eps: float, rtol: float, atol: float, precision: torch.dtype) -> Tolerance:
+        """Widens what the user asked for to what a precision allows.
+
+        The step that balances rounding and curvature is the third root of the rounding unit. Below
+        float64 a step may cross kinks, and gradients are themselves rounded.
+        """
+        if precision is torch.float64:
+            return cls(eps, rtol, atol)
+        unit = torch.finfo(precision).eps
+        least = 5e-3 if unit < 1e-6 else 0.1  # float32, or half precision
+        return cls(max(eps, unit ** (1 / 3)), max(rtol, least), atol, precision)
+
+    @property
+    def coarse(self) -> bool:
+        """Whether the function computes in less than float64."""
+        return self.precision is not torch.float64
+
+    @property
+    def rounding(self) -> float:
+        """By how much outputs may be rounded, as a share of their size."""
+        unit = torch.finfo(self.precision).eps
+        return (16 if unit < 1e-6 else 4) * unit
 
 
 class Slopes:
@@ -86,6 +123,7 @@ class Slopes:
         paths: Path of each output in what the function returns, such as ``output['loss']``.
         weights: The w of each output, with its shape and dtype.
         sparse: Whether a gradient came as a sparse tensor.
+        reentrant: Whether the function has a reentrant checkpoint, which only ``backward()`` runs.
         gradients: For each leaf the gradient of L, float64 ``[n]``; None if no graph leads to it.
         scales: For each leaf the unit of its step.
 
@@ -99,12 +137,12 @@ class Slopes:
         """Evaluates the function, which must have outputs, and computes its gradient."""
         self.function = function
         self.tolerance = tolerance
-        self.sparse = False
+        self.sparse = self.reentrant = False
         outputs = function.outputs()
         generator = torch.Generator().manual_seed(seed)
         self.weights = [_weights(tensor, generator, len(outputs) == 1) for _, tensor in outputs]
         self.paths = [path for path, _ in outputs]
-        self._rounding = _ROUNDING * _size(self.weights, outputs)
+        self._rounding = tolerance.rounding * _size(self.weights, outputs)
         self.gradients = self.differentiate(self.weights, outputs)
         self.scales = [_scale(leaf) for leaf in function.leaves]
 
@@ -127,11 +165,28 @@ class Slopes:
         if not ends:
             return [None] * len(leaves)
         heads, seeds = [y for y, _ in ends], [w for _, w in ends]
-        found: Sequence[Tensor | None] = torch.autograd.grad(
-            heads, leaves, seeds, allow_unused=True
-        )
+        found = self._gradients(heads, leaves, seeds)
         self.sparse |= any(g is not None and g.layout is not torch.strided for g in found)
         return [None if g is None else _flat(g) for g in found]
+
+    def _gradients(
+        self, heads: list[Tensor], leaves: list[Tensor], seeds: list[Tensor]
+    ) -> Sequence[Tensor | None]:
+        if not self.reentrant:
+            try:
+                return torch.autograd.grad(heads, leaves, seeds, allow_unused=True)
+            except RuntimeError as error:
+                if "use_reentrant" not in str(error):
+                    raise
+        if self.function.module is None:  # backward() would write to the .grad of whatever it holds
+            raise TypeError(_REENTRANT)
+        self.reentrant = True
+        heads = [y for _, y in self.function.outputs() if y.requires_grad]
+        torch.autograd.backward(heads, seeds)
+        found = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        return found
 
     def analytic(self, line: Line) -> float:
         """Computes the derivative along a line from the gradient."""
@@ -155,9 +210,11 @@ class Slopes:
             above, below = self._moved(line, step), self._moved(line, -step)
             pairs = zip(above, below, self.weights, strict=True)
             # A weight of 0 marks an output that is not finite, where Inf - Inf would give NaN.
-            return [torch.where(w != 0, (a - b) / (2 * step), 0.0) for a, b, w in pairs]
+            return [
+                torch.where(w != 0, (_wide(a) - _wide(b)) / (2 * step), 0.0) for a, b, w in pairs
+            ]
         except (RuntimeError, ValueError):  # outside the domain of the function
-            return [torch.full_like(w, math.nan) for w in self.weights]
+            return [torch.full_like(_wide(w), math.nan) for w in self.weights]
 
     def numeric(self, line: Line, factor: float = 1.0) -> float:
         """Computes the derivative along a line by central differences; see :meth:`changes`."""
@@ -172,12 +229,13 @@ class Slopes:
             sign: 1 or -1, for two points on opposite sides.
         """
         generator = torch.Generator().manual_seed(0)
+        jitter = self.tolerance.eps * (_COARSE_JITTER if self.tolerance.coarse else _JITTER)
         saved = [leaf.flat.clone() for leaf in self.function.leaves]
         try:
             for leaf, scale in zip(self.function.leaves, self.scales, strict=True):
                 # Each element by another amount: otherwise a tie of two would stay a tie.
                 moves = Line.random(0, leaf.flat, generator).values
-                leaf.flat.add_(moves, alpha=sign * _JITTER * scale)
+                leaf.flat.add_(moves, alpha=sign * jitter * scale)
             # The gradient differs at that point, so it needs Slopes of its own.
             yield Slopes(self.function, self.tolerance, 0)
         finally:
@@ -185,10 +243,13 @@ class Slopes:
             for leaf, values in zip(self.function.leaves, saved, strict=True):
                 leaf.flat.copy_(values)
 
-    def allowed(self, line: Line, analytic: float, numeric: float) -> float:
-        """Returns the difference up to which two derivatives count as equal."""
+    def allowed(self, line: Line, analytic: float, numeric: float, factor: float = 1.0) -> float:
+        """Returns the difference up to which two derivatives count as equal.
+
+        ``factor`` multiplies the usual step.
+        """
         # Outputs are rounded in proportion to their size; dividing by the step amplifies that.
-        rounding = self._rounding / (self.tolerance.eps * self.scales[line.leaf])
+        rounding = self._rounding / (factor * self.tolerance.eps * self.scales[line.leaf])
         relative = self.tolerance.rtol * max(abs(analytic), abs(numeric))
         return relative + self.tolerance.atol + rounding
 
@@ -200,6 +261,21 @@ class Slopes:
             return [tensor.detach() for _, tensor in self.function.outputs()]
         finally:
             part.copy_(saved)
+
+
+def whole_lines(slopes: Slopes, number: int, generator: torch.Generator) -> list[Line]:
+    """Makes the lines along which all elements of a leaf are varied at once.
+
+    A random one in float64. In a lower precision one along the gradient too, in which rounding
+    matters least, and two more random ones.
+    """
+    flat, gradient = slopes.function.leaves[number].flat, slopes.gradients[number]
+    lines = [Line.random(number, flat, generator)]
+    if slopes.tolerance.coarse:
+        lines += [Line.random(number, flat, generator) for _ in range(2)]
+        if gradient is not None and bool(gradient.any()):
+            lines.append(Line.along(number, gradient))
+    return lines
 
 
 def _scale(leaf: Leaf) -> float:
@@ -223,7 +299,8 @@ def _weights(output: Tensor, generator: torch.Generator, alone: bool) -> Tensor:
 def _size(weights: Sequence[Tensor], outputs: Sequence[tuple[str, Tensor]]) -> float:
     # The root of the sum of squares: independent rounding errors add up like that.
     products = [
-        torch.where(w != 0, w * y.detach(), 0.0) for w, (_, y) in zip(weights, outputs, strict=True)
+        torch.where(w != 0, _wide(w) * _wide(y.detach()), 0.0)
+        for w, (_, y) in zip(weights, outputs, strict=True)
     ]
     return math.sqrt(sum(float(product.abs().square().sum()) for product in products))
 
@@ -235,9 +312,14 @@ def _flat(gradient: Tensor) -> Tensor:
     return real.reshape(-1).to(torch.float64)
 
 
+def _wide(values: Tensor) -> Tensor:
+    # Differences of outputs in half precision would be rounded once more.
+    return values.to(torch.complex128 if values.is_complex() else torch.float64)
+
+
 def _inner(weights: Tensor, changes: Tensor) -> Tensor:
     # torch's convention: the gradient of a real number by a complex one is conjugated.
-    product = weights.conj() * changes
+    product = _wide(weights).conj() * changes
     return product.real.sum() if product.is_complex() else product.sum()
 
 
@@ -261,6 +343,10 @@ class Comparison:
     traceable: bool = True
 
 
+def _steps_to_try(tolerance: Tolerance) -> Sequence[float]:
+    return _COARSE_STEPS if tolerance.coarse else _STEPS
+
+
 def compare(slopes: Slopes, line: Line) -> Comparison:
     """Compares the derivatives along a line; if they differ, tries other steps.
 
@@ -269,14 +355,18 @@ def compare(slopes: Slopes, line: Line) -> Comparison:
     """
     analytic = slopes.analytic(line)
     tried: list[float] = []
-    for factor in _STEPS:
+    factors = _steps_to_try(slopes.tolerance)
+    for factor in factors:
         numeric = slopes.numeric(line, factor)
         tried.append(numeric)
-        allowed = slopes.allowed(line, analytic, numeric)
+        # Of a step that was chosen for float32 the rounding is known; a smaller one has more of it.
+        smaller = min(factor, 1.0) if slopes.tolerance.coarse else 1.0
+        allowed = slopes.allowed(line, analytic, numeric, smaller)
         if abs(analytic - numeric) <= allowed:
             traceable = max(abs(analytic), abs(numeric)) > allowed
             return Comparison(analytic, numeric, True, traceable=traceable)
-    return _disagreement(analytic, [tried[i] for i in _BY_SIZE])
+    order = sorted(range(len(factors)), key=factors.__getitem__)
+    return _disagreement(analytic, [tried[i] for i in order])
 
 
 def _disagreement(analytic: float, numeric: list[float]) -> Comparison:
@@ -298,12 +388,13 @@ def is_wrong(slopes: Slopes, line: Line, found: Comparison) -> bool:
     """
     if not math.isfinite(found.analytic):
         return math.isfinite(slopes.numeric(line))
+    verdicts = []
     for sign in (1.0, -1.0):
         try:
             with slopes.nearby(sign) as moved:
                 again = compare(moved, line)
         except (RuntimeError, ValueError):  # outside the domain of the function
             continue
-        if not again.agrees and again.stable:
-            return True
-    return False
+        verdicts.append(not again.agrees and again.stable)
+    # Coarse steps are as long as the way to the next kink: one such point can be the odd one.
+    return bool(verdicts) and (all if slopes.tolerance.coarse else any)(verdicts)

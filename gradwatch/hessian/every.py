@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradwatch.checks import check_between, check_count
+from gradwatch.checks import check_between, check_count, described
 from gradwatch.errors import warn_safely
 from gradwatch.hessian.of_model import arguments, hessian_of, trainable
 from gradwatch.hessian.spectrum import Eigenpair, NotFiniteError, estimate_trace, largest_eigenpair
@@ -20,7 +20,7 @@ from gradwatch.pickles import stable_name
 
 _NOT_A_FUNCTION = (
     "CurvatureEvery(loss=) must be a function without arguments, or of the model, that returns the "
-    "loss, got {loss!r} of type {kind}. Write CurvatureEvery(200, lambda: criterion(model(x), y)) "
+    "loss, got {loss}. Write CurvatureEvery(200, lambda: criterion(model(x), y)) "
     "with a batch x, y that stays the same."
 )
 _STOPPED = (
@@ -116,8 +116,7 @@ class CurvatureEvery:
         check_count("CurvatureEvery(every=)", self.every, 1)
         given: object = self.loss
         if not callable(given) or arguments(given) not in (0, 1):
-            kind = type(given).__name__
-            raise TypeError(_NOT_A_FUNCTION.format(loss=given, kind=kind))
+            raise TypeError(_NOT_A_FUNCTION.format(loss=described(given)))
         check_count("CurvatureEvery(iterations=)", self.iterations, 1)
         check_between("CurvatureEvery(tolerance=)", self.tolerance, 0.0, 1.0, "Write 1e-2.")
         check_count("CurvatureEvery(probes=)", self.probes, 0)

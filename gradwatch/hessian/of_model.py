@@ -13,14 +13,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gradwatch.checks import described
 from gradwatch.hessian.spectrum import NotFiniteError
 from gradwatch.hooks.data_parallel import all_wrappers, is_distributed
-from gradwatch.measure.parameters import ParameterTable
+from gradwatch.measure.parameters import ParameterTable, wraps
 
 Loss: TypeAlias = Tensor | Callable[[], Tensor] | Callable[[Any], Tensor]
 
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-
+_NOT_A_MODEL = (
+    "curvature(model=) got {value}. Write curvature(model, loss) with a torch.nn.Module, or a "
+    'mapping from names to leaf tensors: {{"x": x}}.'
+)
 _NOT_A_LOSS = (
     "curvature(loss=) was given {given}, but needs the loss or a way to compute it. Write "
     "curvature(model, lambda: criterion(model(x), y)), or pass the tensor itself."
@@ -117,9 +120,11 @@ def trainable(model: nn.Module | Mapping[str, Tensor]) -> tuple[list[str], list[
     """Returns the names and tensors of the parameters that require a gradient.
 
     Raises:
-        TypeError: If a parameter is in half precision, or sharded.
+        TypeError: If a parameter is in half precision, or sharded, or this is no model.
         ValueError: If no parameter requires a gradient.
     """
+    if not isinstance(model, (nn.Module, Mapping)):
+        raise TypeError(_NOT_A_MODEL.format(value=described(model)))
     table = ParameterTable.of(model)
     pairs = [(n, t) for n, t in zip(table.names, table.tensors, strict=True) if t.requires_grad]
     for name, tensor in pairs:
@@ -170,8 +175,8 @@ def _call(model: nn.Module | Mapping[str, Tensor], loss: Callable[..., Any]) -> 
 def unwrapped(model: Any) -> Any:
     """Returns the module inside data-parallel wrappers and wrappers of torch.compile."""
     # In any order and more than once: a compiled DDP of a compiled module is common.
-    while isinstance(model, _WRAPPERS) or hasattr(model, "_orig_mod"):
-        model = model.module if isinstance(model, _WRAPPERS) else model._orig_mod
+    while found := [name for name in ("module", "_orig_mod") if wraps(model, name)]:
+        model = getattr(model, found[0])
     return model
 
 

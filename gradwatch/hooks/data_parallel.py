@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
-from gradwatch.measure.parameters import is_sharded, local_part
+from gradwatch.measure.parameters import is_sharded, local_part, wraps
 
 FSDP1 = (
     "watch(model=) got a model with FullyShardedDataParallel in it (FSDP1), whose flattened "
@@ -351,7 +351,7 @@ class GradientSync:
         """
         modules = self.modules
         # On the inner module of a torch.compile() wrapper, the hook would be compiled as well.
-        if modules and isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):
+        if modules and isinstance(model, nn.Module) and wraps(model, "_orig_mod"):
             modules = [model]
         for module in modules:
             if module._compiled_call_impl is None:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradwatch.measure.deferred import Deferred
+from gradwatch.measure.deferred import Deferred, FloatOrDeferred, defer
 from gradwatch.measure.norms import StepNorms
 
 _WITNESSES = 16
@@ -168,6 +168,54 @@ class GradientSnapshot:
         return not any(map(is_, map(_referent, self._references), repeat(None)))
 
 
+_PROBED = 64  # elements of a gradient
+
+
+class Direction:
+    """Some elements of gradients at one moment, to tell whether they have been turned round since.
+
+    Norms have no sign. At most 64 elements of at most 16 gradients are copied, which for small
+    models are all; empty and sparse gradients are left out.
+    """
+
+    __slots__ = ("_elements", "_indices")
+
+    def __init__(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> None:
+        """Copies the elements; ``indices`` say which parameters the gradients belong to."""
+        self._indices = list(indices)
+        self._elements = _probe(gradients)
+
+    def sign(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> FloatOrDeferred:
+        """Returns -1.0 if the same gradients, as they are now, point the other way; else 1.0.
+
+        They do if the cosine between the elements is below -0.5: noise that was added turns no
+        gradient round. Never waits.
+        """
+        before = self._elements
+        now = _probe(gradients) if before is not None and self._indices == list(indices) else None
+        if before is None or now is None or now.shape != before.shape:
+            return 1.0
+        before, now = _of_size_one(before), _of_size_one(now)
+        cosine = torch.nn.functional.cosine_similarity(before, now, dim=0)
+        return defer(torch.where(cosine < -0.5, -1.0, 1.0))
+
+
+def _probe(gradients: Sequence[Tensor]) -> Tensor | None:
+    parts = []
+    for gradient in gradients[:: 1 + len(gradients) // _WITNESSES]:
+        if gradient.layout is torch.strided and gradient.numel():
+            flat = gradient.detach().reshape(-1)
+            few = flat[:: -(-len(flat) // _PROBED)]
+            parts.append((torch.view_as_real(few).reshape(-1) if few.is_complex() else few).float())
+    return torch.cat([part.to(parts[0].device) for part in parts]) if parts else None
+
+
+def _of_size_one(elements: Tensor) -> Tensor:
+    # The squares of large or tiny elements would not fit into float32.
+    finite = elements.nan_to_num(0.0, 0.0, 0.0)
+    return finite / finite.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+
+
 _MOST_ELEMENTS = 16
 
 
@@ -248,29 +296,53 @@ class Looks:
     measured once more in some steps: in steps 1, 2, 4 and so on up to 64, where a loop shows what
     it does, and in every 128th. A loop that was seen to change them is looked at in every step from
     then on.
+
+    In the same steps some elements tell whether the gradients were turned round
+    (:class:`Direction`), also in the step after one that is the first to change them, and in every
+    step once they were turned.
+
+    Attributes:
+        turns: Whether to look at the direction in the coming step.
     """
 
-    __slots__ = ("_found", "_late", "_steps")
+    __slots__ = ("_found", "_late", "_quiet", "_sign", "_steps", "turns")
 
     def __init__(self) -> None:
         """Starts before the first step."""
+        self.turns = True
         self._steps = 0
         self._found = False
+        self._quiet = True
         self._late: list[StepNorms] = []
+        self._sign: FloatOrDeferred = 1.0
 
-    def due(self) -> bool:
-        """Counts a step whose gradients seem unchanged; returns whether to measure them again."""
-        self._steps += 1
+    def due(self, unchanged: bool) -> bool:
+        """Counts a step; returns whether to measure gradients again that seem unchanged."""
+        self._steps = steps = self._steps + 1
+        after = steps + 1
         if self._late:
             self._compare_arrived()
+        sign = self._sign
+        if type(sign) is Deferred and sign.at_hand:
+            sign = self._sign = sign.value()
+        # In one function, and without calls of others, as it runs in every step.
+        soon = after & steps == 0 if after <= EARLY else after % EVERY == 0
+        self.turns = soon or sign == -1.0 or (self._quiet and not unchanged)
+        self._quiet = unchanged
         if self._found:
             return True
-        steps = self._steps  # below is is_looked_at() without its frame, as this runs in every step
+        # This is is_looked_at() without its frame.
         return steps & (steps - 1) == 0 if steps <= EARLY else steps % EVERY == 0
 
     def each_step(self) -> None:
         """Has each step looked at from now on."""
         self._found = True
+
+    def turned(self, sign: FloatOrDeferred) -> None:
+        """Notes the sign that was found in a step."""
+        if self._sign != -1.0:
+            self._sign = sign
+        self.turns = self.turns or sign == -1.0
 
     def found(self) -> None:
         """Notes that a look has found other gradients than those of the last backward."""
@@ -294,5 +366,11 @@ class Looks:
 
 
 def _is_at_hand(norms: StepNorms) -> bool:
-    needed = (norms.before.norms, norms.after.norms, norms.unit_before, norms.unit_after)
+    needed = (
+        norms.before.norms,
+        norms.after.norms,
+        norms.unit_before,
+        norms.unit_after,
+        norms.sign,
+    )
     return all(not isinstance(one, Deferred) or one.at_hand for one in needed)

@@ -283,9 +283,13 @@ def has_negative_zero(gradients: Sequence[Tensor]) -> bool:
 
 
 def gradient_values(gradient: Tensor) -> Tensor:
-    """Returns a dense gradient itself, or the coalesced values of a sparse one."""
+    """Returns a dense gradient itself, or the stored values of a sparse one."""
+    if gradient.layout is torch.strided:
+        return gradient
+    if gradient.layout is not torch.sparse_coo:  # CSR and its like
+        return gradient.detach().values().clone()  # a view of them has no real and imaginary parts
     # An embedding's gradient lists a row once for each use of it; the norm is that of the sums.
-    return gradient if gradient.layout is torch.strided else gradient.coalesce().values()
+    return gradient.coalesce().values()
 
 
 class StepNorms(NamedTuple):
@@ -308,6 +312,8 @@ class StepNorms(NamedTuple):
             changed, whose numbers had not arrived yet: whether they are the same is seen later.
         clip_known: Whether the gradients were measured after the last clip. If not, every number
             after the clip is NaN.
+        sign: -1.0 if ``after`` is of gradients that were turned round; 1.0 also where that is not
+            known.
     """
 
     before: Measurement
@@ -320,6 +326,7 @@ class StepNorms(NamedTuple):
     loss_scale: FloatOrDeferred = 1.0
     looked: bool = False
     clip_known: bool = True
+    sign: FloatOrDeferred = 1.0
 
     def averaged(self, micro_batches: int, clip_known: bool) -> StepNorms:
         """Returns the norms of gradients that a loop may have averaged by itself.
@@ -379,13 +386,15 @@ class StepNorms(NamedTuple):
     def clip_coef(self) -> float:
         """The ratio of the total norm after the clip to that before; 1.0 without a gradient.
 
-        NaN if it is not known.
+        Negative if the gradients were turned round, NaN if it is not known.
         """
         if not self.clip_known:
             return math.nan
+        own = resolve(self.coefficient)
         if self.untouched or self.grad_norm == 0:
-            return resolve(self.coefficient)
-        return self.grad_norm_clipped / self.grad_norm
+            return own
+        ratio = self.grad_norm_clipped / self.grad_norm
+        return -ratio if ratio > 0 > own * resolve(self.sign) else ratio
 
     @property
     def grad_norm_clipped(self) -> float:
@@ -393,19 +402,21 @@ class StepNorms(NamedTuple):
         if not self.clip_known:
             return math.nan
         if self.untouched:
-            return self.grad_norm * resolve(self.coefficient)
-        return self.after.total.value() * self.after_scale * resolve(self.coefficient)
+            return self.grad_norm * abs(resolve(self.coefficient))
+        return self.after.total.value() * self.after_scale * abs(resolve(self.coefficient))
 
     @property
     def clipped(self) -> bool | None:
         """Whether a clip changed the gradients: gradwatch's own, or one that lowered the norm.
+
+        Turning them round counts as well.
 
         None if it is not known.
         """
         if not self.clip_known:
             return None
         return resolve(self.coefficient) < 1.0 or (
-            not self.untouched and self.clip_coef < 1.0 - 1e-6
+            not self.untouched and (abs(self.clip_coef) < 1.0 - 1e-6 or resolve(self.sign) < 0)
         )
 
     @property
@@ -413,8 +424,12 @@ class StepNorms(NamedTuple):
         """Whether nothing but gradwatch has changed the gradients since the last backward."""
         if self.after is self.before:
             return True
-        return self.looked and same_norms(
-            self.before, self.after, resolve(self.unit_before), resolve(self.unit_after)
+        return (
+            self.looked
+            and same_norms(
+                self.before, self.after, resolve(self.unit_before), resolve(self.unit_after)
+            )
+            and resolve(self.sign) > 0
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -13,9 +13,23 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-# Prefixes that torch.compile(), FSDP and activation checkpointing add to parameter names.
-_WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+# By the attribute under which a wrapper of torch's holds the user's module: home and name of the
+# wrapper's class. Only there it is cut out of names: a user may call a submodule "module".
+_WRAPPERS = {
+    "module": (
+        ("torch.nn.parallel.data_parallel", "DataParallel"),
+        ("torch.nn.parallel.distributed", "DistributedDataParallel"),
+    ),
+    "_orig_mod": (("torch._dynamo.eval_frame", "OptimizedModule"),),
+    "_fsdp_wrapped_module": (
+        ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"),
+    ),
+    "_checkpoint_wrapped_module": (
+        ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"),
+    ),
+}
+# In a mapping nobody can tell whose these are. No user calls a module like that.
+_PREFIXES = tuple(f"{name}." for name in _WRAPPERS if name.startswith("_"))
 
 # torch 2.4 already has a package with the public name, but without the class.
 _DTENSOR_MODULE = (
@@ -29,7 +43,8 @@ class ParameterTable:
 
     Attributes:
         tensors: The leaf tensors, frozen ones included, in model order, each once.
-        names: Their names in the user's model, free of wrapper prefixes.
+        names: Their names in the user's model, free of wrapper prefixes, each different. Where two
+            would be the same without the prefixes, these stay.
         modules: For each tensor the name of the module that owns it.
         aliases: For each tensor its further names, if several modules share it (tied weights).
     """
@@ -46,9 +61,9 @@ class ParameterTable:
         Tied tensors are listed once, under their first name.
         """
         named: dict[int, tuple[Tensor, list[str]]] = {}
-        for name, tensor in _named_tensors(model):
+        for name, tensor in _each_different(list(_named_tensors(model))):
             # By id, not by the tensor: ``==`` between tensors compares their elements.
-            named.setdefault(id(tensor), (tensor, []))[1].append(_clean(name))
+            named.setdefault(id(tensor), (tensor, []))[1].append(name)
         entries = list(named.values())
         return cls(
             tensors=tuple(tensor for tensor, _ in entries),
@@ -70,23 +85,76 @@ class ParameterTable:
         return sorted({position[id(t)] for t in tensors if id(t) in position})
 
 
-def _named_tensors(model: nn.Module | Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def wraps(module: object, attribute: str) -> bool:
+    """Returns whether a module is a wrapper of torch's that holds the user's as that attribute.
+
+    Args:
+        module: Any object.
+        attribute: ``"module"`` (data parallel), ``"_orig_mod"`` (``torch.compile``),
+            ``"_fsdp_wrapped_module"`` or ``"_checkpoint_wrapped_module"``; False for any other.
+    """
+    # Importing torch's modules takes long. If nobody has imported one, no such wrapper exists.
+    classes = (
+        getattr(sys.modules.get(home), name, None) for home, name in _WRAPPERS.get(attribute, ())
+    )
+    return any(one is not None and isinstance(module, one) for one in classes)
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Yields ``(name, full name, module)`` of each module inside, parents first.
+
+    The full name is that of ``model.named_modules()``; the name leaves out what torch's wrappers
+    add to it. A module that is used in several places comes several times.
+    """
+    waiting = [("", "", model)]
+    while waiting:
+        name, full, module = waiting.pop()
+        yield name, full, module
+        children = [(key, child) for key, child in module._modules.items() if child is not None]
+        waiting += [
+            (name if wraps(module, key) else _join(name, key), _join(full, key), child)
+            for key, child in reversed(children)
+        ]
+
+
+def _join(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _named_tensors(
+    model: nn.Module | Mapping[str, Tensor],
+) -> Iterator[tuple[str, str, Tensor]]:
+    """Yields each tensor under every name of it, free of prefixes and in full."""
     if isinstance(model, Mapping):
-        yield from model.items()
+        yield from ((_without_prefixes(name), name, tensor) for name, tensor in model.items())
         return
-    module: nn.Module = model
-    # Unwrapped here, as the prefix "module." cannot be removed from a name afterwards: the user
-    # may have a submodule of that name.
-    while isinstance(module, _WRAPPERS):
-        module = module.module
-    # With duplicates, to collect every name of a tied tensor.
-    yield from module.named_parameters(remove_duplicate=False)
+    for name, full, module in named_modules(model):
+        for key, tensor in module._parameters.items():
+            if tensor is not None:
+                yield _join(name, key), _join(full, key), tensor
 
 
-def _clean(name: str) -> str:
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name
+def _without_prefixes(name: str) -> str:
+    short = name
+    for prefix in _PREFIXES:
+        short = short.replace(prefix, "")
+    return short or name
+
+
+def _each_different(named: Sequence[tuple[str, str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yields names of which none stands for two tensors: the full ones where short ones would."""
+    owners: dict[str, set[int]] = {}
+    for name, _, tensor in named:
+        owners.setdefault(name, set()).add(id(tensor))
+    taken: dict[str, int] = {}
+    for name, full, tensor in named:
+        chosen = candidate = name if len(owners[name]) == 1 else full
+        copy = 1
+        # Only names with dots of their own can still be the same, as in a mapping.
+        while taken.setdefault(chosen, id(tensor)) != id(tensor):
+            copy += 1
+            chosen = f"{candidate}#{copy}"
+        yield chosen, tensor
 
 
 def optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradwatch.checks import shown
 from gradwatch.errors import warn_safely
 from gradwatch.measure.deferred import Array, Deferred, FloatOrDeferred, resolve
 from gradwatch.measure.norms import gradient_norms, gradient_values
@@ -16,7 +18,11 @@ from gradwatch.measure.parameters import local_part
 from gradwatch.measure.sharded import PackedAllReduce, Shards
 
 Measure = Callable[[Tensor], Tensor]
-"""Given the elements of a gradient, a float tensor with at least one, returns a tensor ``[]``."""
+"""Given the elements of a gradient, a float tensor with at least one, returns a tensor ``[]``.
+
+Those of a complex gradient are its real and imaginary parts; those of a sparse one are all, unset
+ones as zeros.
+"""
 
 Totals = Mapping[str, Array]
 """The combined value of each measure, by name: a float64 array ``[parameters]``."""
@@ -62,23 +68,52 @@ class Statistic:
         return (*self.measures, *self.weights)
 
 
+# The measures of this module get complex gradients as they are, and of sparse ones the stored
+# values: elements that are not stored are zeros, which only change the two counts.
+
+
 def _count(values: Tensor) -> Tensor:
     return torch.full((), values.numel(), dtype=torch.float64, device=values.device)
 
 
+def _zeros(values: Tensor) -> Tensor:
+    return values.numel() - torch.count_nonzero(values)
+
+
 def _sum(values: Tensor) -> Tensor:
-    return values.mean().double() * values.numel()
+    parts = torch.view_as_real(values) if values.is_complex() else values
+    return parts.mean().double() * values.numel()
+
+
+def _in_phase(values: Tensor) -> Tensor:
+    """Of complex numbers returns their :func:`_sum` again, of real ones 0."""
+    return _sum(values) if values.is_complex() else values.new_zeros(())
+
+
+def _out_of_phase(values: Tensor) -> Tensor:
+    """Returns what the magnitude of a complex sum needs besides: 0 for real numbers."""
+    if not values.is_complex():
+        return values.new_zeros(())
+    total = values.mean().to(torch.complex128) * values.numel()
+    return (total.real - total.imag) / math.sqrt(2)
 
 
 def _max(values: Tensor) -> Tensor:
+    if values.is_complex():
+        return values.to(torch.complex128).abs().amax()
     low, high = torch.aminmax(values)  # on a CPU ten times as fast as a norm of p = inf
     return torch.maximum(-low, high)
 
 
 def _std(totals: Totals, unit: float) -> Array:
-    """Adds up the deviations within parts and between them (Chan, Golub, LeVeque 1983)."""
+    """Adds up the deviations within parts and between them (Chan, Golub, LeVeque 1983).
+
+    Of a complex sum ``a + bi`` the squared magnitude is ``2 s^2 + 2 d^2`` with the half sum ``s``
+    and the half difference ``d`` of its parts.
+    """
     count = np.maximum(totals["count"], 1)
-    between = np.maximum(totals["sum_squared_over_count"] - totals["sum"] ** 2 / count, 0)
+    squared = totals["sum"] ** 2 + totals["in_phase"] ** 2 + totals["out_of_phase"] ** 2
+    between = np.maximum(totals["sum_squared_over_count"] - squared / count, 0)
     std: Array = np.sqrt((totals["squared_deviations"] + between) / count) / unit
     return std
 
@@ -96,7 +131,8 @@ STATISTICS: dict[str, Statistic] = {
         formula=lambda totals, unit: totals["max"] / unit,
     ),
     "mean": Statistic(
-        meaning="mean of the elements of the gradient",
+        meaning="mean of the elements of the gradient, of complex ones that of their real and "
+        "imaginary parts",
         unit="gradient",
         sums={"count": _count, "sum": _sum},
         formula=lambda totals, unit: totals["sum"] / np.maximum(totals["count"], 1) / unit,
@@ -108,14 +144,16 @@ STATISTICS: dict[str, Statistic] = {
         sums={
             "count": _count,
             "sum": _sum,
-            "sum_squared_over_count": lambda v: v.mean().double().square() * v.numel(),
+            "in_phase": _in_phase,
+            "out_of_phase": _out_of_phase,
+            "sum_squared_over_count": lambda v: v.mean().abs().double().square() * v.numel(),
             "squared_deviations": lambda v: torch.var(v, correction=0).double() * v.numel(),
         },
         formula=_std,
     ),
     "zeros": Statistic(
         meaning="share of the elements of the gradient that are exactly zero",
-        sums={"count": _count, "zeros": lambda v: v.numel() - torch.count_nonzero(v)},
+        sums={"count": _count, "zeros": _zeros},
         formula=lambda totals, unit: totals["zeros"] / np.maximum(totals["count"], 1),
     ),
     "weight_norm": Statistic(
@@ -140,7 +178,7 @@ _NOT_A_NAME = (
     "are: {taken}."
 )
 _NOT_A_STATISTIC = (
-    "register_statistic(statistic=) must be a Statistic, got {value!r}. Write Statistic("
+    "register_statistic(statistic=) must be a Statistic, got {value}. Write Statistic("
     'meaning="...", sums={{"name": measure}}, formula=...).'
 )
 _NOTHING_MEASURED = (
@@ -166,7 +204,7 @@ def register_statistic(name: str, statistic: Statistic) -> None:
             or if a measure has the name of another statistic's.
     """
     if not isinstance(statistic, Statistic):
-        raise TypeError(_NOT_A_STATISTIC.format(value=statistic))
+        raise TypeError(_NOT_A_STATISTIC.format(value=shown(statistic)))
     taken = (*_TAKEN_NAMES, *STATISTICS)
     if not str(name).isidentifier() or name in taken:
         raise ValueError(_NOT_A_NAME.format(name=name, taken=", ".join(taken)))
@@ -237,8 +275,7 @@ def gradient_rows(gradients: Sequence[Tensor], names: Sequence[str]) -> dict[str
 
     Args:
         gradients: Tensors of any shape, real or complex, dense or sparse, or parts of such. The
-            elements of a complex one are its real and imaginary parts, those of a sparse one its
-            stored values.
+            elements of a sparse one are all, unset ones as zeros.
         names: The statistics; those of weights are passed over.
 
     Returns:
@@ -246,8 +283,13 @@ def gradient_rows(gradients: Sequence[Tensor], names: Sequence[str]) -> dict[str
         first gradient.
     """
     measures = {row: one for name in names for row, one in STATISTICS[name].measures.items()}
-    values = [_elements(gradient) for gradient in gradients]
-    return {row: _row(measures[row], values) for row in sorted(measures)}
+    if not gradients:
+        return {row: torch.zeros(0, dtype=torch.float64) for row in sorted(measures)}
+    taken = [_measured(gradient.detach(), measures) for gradient in gradients]
+    device = gradients[0].device
+    return {
+        row: torch.stack([numbers[row].to(device) for numbers in taken]) for row in sorted(measures)
+    }
 
 
 def weight_row(parameters: Sequence[Tensor]) -> Tensor:
@@ -284,19 +326,30 @@ def statistics_of(names: Sequence[str], rows: Totals, unit: float) -> dict[str, 
         return {name: STATISTICS[name].formula(rows, unit) for name in there}
 
 
-def _row(measure: Measure, values: list[Tensor]) -> Tensor:
-    if not values:
-        return torch.zeros(0, dtype=torch.float64)
-    # An empty part has no mean and no largest element; it counts as 0.
-    numbers = [(measure(v) if v.numel() else v.new_zeros(())).double() for v in values]
-    return torch.stack([one.to(numbers[0].device) for one in numbers])
+def _measured(gradient: Tensor, measures: Mapping[str, Measure]) -> dict[str, Tensor]:
+    """Takes the measures of one gradient: tensors ``[]``, float64."""
+    stored = _in_full_precision(gradient_values(gradient))
+    unset = gradient.numel() - stored.numel()
+    # A measure of the user's may need the zeros. Few ask for one of a sparse gradient, which is
+    # made dense for it, one at a time.
+    own = any(isinstance(measure, _GuardedMeasure) for measure in measures.values())
+    whole = _in_full_precision(gradient.to_dense()) if own and unset else stored
+    parts = torch.view_as_real(whole) if own and whole.is_complex() else whole
+    found = {}
+    for row, measure in measures.items():
+        values = parts if isinstance(measure, _GuardedMeasure) else stored
+        # An empty part has no mean and no largest element; it counts as 0.
+        number = measure(values) if values.numel() else torch.zeros((), device=values.device)
+        number = number.double()
+        found[row] = number + unset if unset and _bare(measure) in (_count, _zeros) else number
+    return found
 
 
-def _elements(gradient: Tensor) -> Tensor:
-    values = gradient_values(gradient.detach())
-    values = torch.view_as_real(values) if values.is_complex() else values
+def _in_full_precision(values: Tensor) -> Tensor:
     # Every result would be rounded to their 8 or 11 bits, and those of float16 overflow.
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    if values.dtype in (torch.float16, torch.bfloat16):
+        return values.float()
+    return values.to(torch.complex64) if values.dtype is torch.complex32 else values
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -121,7 +122,7 @@ AS_BEFORE = "weights and optimizer state are as before it"
 MOVED = "but not before the optimizer had moved the weights between two evaluations of its closure"
 TOO_MANY_SKIPS = (
     "{steps} steps in a row were left out, and the next one would be too (step {record.step} of "
-    "{record.optimizer}, gradient norm {record.grad_norm:.4g}, loss {record.loss:.4g}{rate}). "
+    "{record.optimizer}, gradient norm {record.grad_norm:.4g}, loss {record.loss:.4g}{rates}). "
     "{story} "
     "Weights and optimizer state are those of the last good step. A run that meets nothing but bad "
     "steps does not recover by itself: go back to an earlier checkpoint, lower the learning rate "
@@ -412,9 +413,9 @@ def too_many_skips_error(
         events: What was found in it.
         steps: Number of steps skipped in a row before it.
     """
-    rate = "" if math.isnan(record.lr) else f", learning rate {record.lr:.4g}"
-    story = _story(record, events)
-    text = TOO_MANY_SKIPS.format(steps=steps, record=record, story=story, rate=rate)
+    text = TOO_MANY_SKIPS.format(
+        steps=steps, record=record, story=_story(record, events), rates=_rates(record)
+    )
     return _error(text, record, events)
 
 
@@ -474,6 +475,15 @@ def _largest(measurement: Measurement, table: ParameterTable) -> tuple[str, str]
 
 def _short(size: float) -> str:
     return f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
+
+
+def _rates(record: StepRecord) -> str:
+    rates = json.loads(record.group_lr) if record.group_lr else [record.lr]
+    texts = list(dict.fromkeys(f"{rate:.4g}" for rate in rates if math.isfinite(rate)))
+    if not texts:  # None, or what an optimizer of its own computes
+        return ""
+    of_groups = " in its parameter groups" if len(texts) > 1 else ""
+    return f", learning rate {', '.join(texts)}{of_groups}"
 
 
 def _story(record: StepRecord, events: Sequence[Event]) -> str:

@@ -97,7 +97,7 @@ class StepRecord:
         default=0.0,
         metadata=column(
             "total gradient norm **after** every clip, gradwatch's or your own: "
-            "`clip_coef * grad_norm`; NaN where it is not known",
+            "`abs(clip_coef) * grad_norm`; NaN where it is not known",
             unit="gradient",
             scalar=Scalar("largest", when=knows_clip, condition=CLIP_KNOWN, loggers=True),
         ),
@@ -113,8 +113,8 @@ class StepRecord:
     clip_coef: float = field(
         default=1.0,
         metadata=column(
-            "factor that the gradients were multiplied with; 1 where nothing was clipped, NaN "
-            "where that is not known",
+            "factor that the gradients were multiplied with, negative where they were turned "
+            "round; 1 where nothing was clipped, NaN where that is not known",
             repeats=True,
             scalar=Scalar("smallest", when=knows_clip, condition=CLIP_KNOWN, loggers=True),
         ),
@@ -484,6 +484,12 @@ class RecordBatch:
     events: Sequence[Event] = ()
     groups: Sequence[ParameterGroups] = ()
 
+    def __repr__(self) -> str:
+        return (
+            f"RecordBatch({len(self.steps)} steps, {len(self.layout.names)} parameters, "
+            f"{len(self.events)} events)"
+        )
+
 
 @stable_name
 @runtime_checkable
@@ -516,10 +522,10 @@ def clipped_by(
 
     Args:
         norms: float array: norms before it; :data:`NO_GRADIENT` stays.
-        coefficients: float64 array that fits ``norms``: the factors.
+        coefficients: float64 array that fits ``norms``: the factors, of which the magnitude counts.
     """
     # The live history, the writer and the reader of a run folder all come here, so that their bits
     # agree: the folder stores only what differs from this.
     with np.errstate(invalid="ignore", over="ignore"):
-        scaled = (norms * coefficients).astype(norms.dtype)
+        scaled = (norms * np.abs(coefficients)).astype(norms.dtype)
     return np.where(norms == NO_GRADIENT, NO_GRADIENT, scaled).astype(norms.dtype, copy=False)

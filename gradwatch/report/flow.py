@@ -61,7 +61,9 @@ def quantiles(matrix: Array, shares: tuple[float, ...]) -> Array:
 
     # pandas skips NaN in C; np.nanquantile loops over the columns in Python.
     frame = pd.DataFrame(matrix)
-    return np.stack([frame.quantile(share).to_numpy(float) for share in shares])
+    # Between Inf and a finite number there is no point to interpolate at.
+    with np.errstate(invalid="ignore"):
+        return np.stack([frame.quantile(share).to_numpy(float) for share in shares])
 
 
 def _sample(source: Source, steps: Array, parameters: int) -> ParameterSample:

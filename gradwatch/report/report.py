@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from html import escape
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradwatch.checks import described
 from gradwatch.pickles import stable_name
 from gradwatch.record.columns import Source
 from gradwatch.record.folder.files import plain_data
@@ -25,8 +26,9 @@ WIDTH = 100
 STYLES = {"critical": "bold red", "warning": "bold yellow", "note": "bold cyan"}
 COLORS = {"critical": "#c62828", "warning": "#b26a00", "note": "#1565c0"}
 
+UNKNOWN_THRESHOLD = "report() got a limit {name!r}, which is none of: {known}."
 NO_THRESHOLDS = (
-    "report(thresholds=) must be gradwatch.Thresholds, got {value!r} of type {kind}. "
+    "report(thresholds=) must be gradwatch.Thresholds, got {value}. "
     "Write thresholds=gradwatch.Thresholds(spike=20.0)."
 )
 
@@ -82,6 +84,13 @@ class Report:
     def __iter__(self) -> Iterator[Finding]:
         return iter(self.findings)
 
+    def __repr__(self) -> str:
+        kinds = f": {', '.join(self.kinds)}" if self.findings else ""
+        return (
+            f"Report({counted(self.steps, 'step')}, {counted(self.parameters, 'parameter')}, "
+            f"{counted(len(self), 'finding')}{kinds})"
+        )
+
     def __str__(self) -> str:
         return _as_text(self)
 
@@ -131,8 +140,11 @@ def make_report(source: Source, thresholds: Thresholds | None = None, **changes:
         ValueError: If a threshold is out of bounds.
     """
     if thresholds is not None and not isinstance(thresholds, Thresholds):
-        kind = type(thresholds).__name__
-        raise TypeError(NO_THRESHOLDS.format(value=thresholds, kind=kind))
+        raise TypeError(NO_THRESHOLDS.format(value=described(thresholds)))
+    known = [field.name for field in fields(Thresholds)]
+    for name in changes:
+        if name not in known:
+            raise TypeError(UNKNOWN_THRESHOLD.format(name=name, known=", ".join(known)))
     limits = replace(thresholds or Thresholds(), **changes)
     parameters = len(source.layout().names)
     run = read_run(source, limits)

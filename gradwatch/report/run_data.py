@@ -13,6 +13,7 @@ from gradwatch.record.columns import (
     ROWS_AT_ONCE,
     Array,
     Column,
+    Labels,
     Source,
     Span,
     Table,
@@ -41,6 +42,8 @@ class OptimizerArrays:
             ``clipped`` is 1, 0, or NaN where it is not known.
         applied: bool ``[steps]``.
         by_scaler: bool ``[steps]``: whether a ``GradScaler`` skipped the step.
+        group_lr: The learning rates of all parameter groups as JSON, one text per step, empty where
+            there is one group; None if they were not read.
     """
 
     optimizer: str
@@ -48,6 +51,7 @@ class OptimizerArrays:
     columns: Mapping[str, Array]
     applied: Array
     by_scaler: Array
+    group_lr: Labels | None = None
 
     def __len__(self) -> int:
         return len(self.step)
@@ -67,6 +71,9 @@ class OptimizerArrays:
         return (self["nonfinite_parameters"] > 0) | ~np.isfinite(self["grad_norm"])
 
 
+_NO_NUMBERS = ("step", "optimizer", "outcome", "group_lr")
+
+
 def read_steps(
     source: Source, columns: Iterable[str], span: Span | None = None
 ) -> list[OptimizerArrays]:
@@ -74,7 +81,7 @@ def read_steps(
 
     Returns:
         One entry per optimizer, in the order of their first steps; ``columns`` are number columns
-        of ``History.steps()``.
+        of ``History.steps()``, or ``group_lr``.
     """
     return by_optimizer(source.steps(("step", "optimizer", "outcome", *columns), span or Span()))
 
@@ -83,14 +90,15 @@ def by_optimizer(table: Table) -> list[OptimizerArrays]:
     """Splits steps by optimizer, in the order in which the optimizers first appear.
 
     Args:
-        table: ``step``, ``optimizer``, ``outcome`` and number columns.
+        table: ``step``, ``optimizer``, ``outcome``, number columns and perhaps ``group_lr``.
     """
     optimizer = labels_in(table["optimizer"])
     codes, first = np.unique(optimizer.codes, return_index=True)
     applied, by_scaler = (
         equals(table["outcome"], outcome) for outcome in ("applied", "skipped_scaler")
     )
-    numbers = {n: numbers_of(table[n]) for n in table if n not in ("step", "optimizer", "outcome")}
+    numbers = {n: numbers_of(table[n]) for n in table if n not in _NO_NUMBERS}
+    rates = labels_in(table["group_lr"]) if "group_lr" in table else None
     parts = []
     # Sort by first row: a folder numbers the labels in the order of its parts, not of the steps.
     for code in codes[np.argsort(first)]:
@@ -103,6 +111,7 @@ def by_optimizer(table: Table) -> list[OptimizerArrays]:
                 {name: array[mine] for name, array in numbers.items()},
                 applied[mine],
                 by_scaler[mine],
+                None if rates is None else Labels(rates.values, rates.codes[mine]),
             )
         )
     return parts
@@ -271,7 +280,9 @@ def read_run(source: Source, limits: Thresholds) -> RunData | None:
 
     The ``sample_*`` limits say how many numbers per parameter are read.
     """
-    optimizers, events = read_steps(source, STEP_NUMBERS), source.events()
+    several = any(len(one.names) > 1 for one in source.groups())
+    columns = (*STEP_NUMBERS, "group_lr") if several else STEP_NUMBERS
+    optimizers, events = read_steps(source, columns), source.events()
     if optimizers:
         sample = _sample(source, *first_and_last(optimizers), limits)
     elif events:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from gradwatch.checks import shown
 from gradwatch.pickles import stable_name
 from gradwatch.record.schema import loads_older
 
@@ -142,8 +143,10 @@ SHARES = (
 def _check(name: str, value: object, *, whole: bool) -> None:
     wanted = "an integer" if whole else "a number"
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise TypeError(f"Thresholds({name}=) must be {wanted}, got {value!r}.")
+        raise TypeError(f"Thresholds({name}=) must be {wanted}, got {shown(value)}.")
     if not 0 < value < math.inf:
-        raise ValueError(f"Thresholds({name}=) must be positive and finite, got {value!r}.")
+        raise ValueError(f"Thresholds({name}=) must be positive and finite, got {shown(value)}.")
     if name in SHARES and value > 1:
-        raise ValueError(f"Thresholds({name}=) is a share and must be at most 1, got {value!r}.")
+        raise ValueError(
+            f"Thresholds({name}=) is a share and must be at most 1, got {shown(value)}."
+        )

@@ -24,7 +24,14 @@ from gradwatch.clip.policy import (
 )
 from gradwatch.contracts import check_result, is_builtin
 from gradwatch.hooks.optimizer import FusedStep
-from gradwatch.measure.deferred import Deferred, FloatOrDeferred, as_operand, defer, resolve
+from gradwatch.measure.deferred import (
+    Deferred,
+    FloatOrDeferred,
+    as_operand,
+    defer,
+    is_at_hand,
+    resolve,
+)
 from gradwatch.measure.norms import Measurement, StepNorms, total_norm
 from gradwatch.measure.parameters import ParameterTable, is_sharded, local_part
 from gradwatch.step.window import Window
@@ -258,6 +265,11 @@ def _with_factors(step: StepNorms, factors: Tensor, policy: ClipPolicy | None) -
     """Computes the norms after a clip from those before it and each gradient's own factor."""
     after = step.after
     norms = after.norms.tensor * factors
+    sign = step.sign
+    if is_at_hand(factors) and bool((factors.numpy() < 0).any()):
+        # Their sum is the inner product of the gradients before and after, but for a factor.
+        whole = float((norms * after.norms.tensor).sum())
+        norms, sign = norms.abs(), -resolve(sign) if whole < 0 else sign
     total = total_norm(norms, 2.0 if policy is None else policy.norm_type)
     scaled = Measurement(after.indices, Deferred(norms), Deferred(total), after.overflowed)
-    return step._replace(after=scaled, looked=False)
+    return step._replace(after=scaled, looked=False, sign=sign)

@@ -181,7 +181,8 @@ class PendingStep:
             rows = rows * norms.before_scale
         clipped = None
         if not norms.untouched:
-            clipped = after.norms.array() * (norms.after_scale * resolve(norms.coefficient))
+            factor = norms.after_scale * abs(resolve(norms.coefficient))
+            clipped = after.norms.array() * factor
         events = self._events(record, first)
         statistics = self.statistics.rows()
         return Entry(

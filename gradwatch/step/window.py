@@ -33,7 +33,7 @@ from gradwatch.hooks.backward import Backward
 from gradwatch.hooks.data_parallel import DataParallel, is_distributed, rank
 from gradwatch.hooks.model import ModelHooks, with_freed
 from gradwatch.hooks.scaler import LossScale
-from gradwatch.hooks.snapshot import GradientSnapshot, Looks
+from gradwatch.hooks.snapshot import Direction, GradientSnapshot, Looks
 from gradwatch.measure.deferred import FloatOrDeferred, as_operand, defer, resolve
 from gradwatch.measure.norms import (
     NOT_KNOWN,
@@ -113,6 +113,7 @@ class Window:
     looks: Looks | None = field(default_factory=Looks)
     _before: Measurement | None = None
     _snapshot: GradientSnapshot | None = None
+    _direction: Direction | None = None
     _looked: bool = False
     _tensors: list[Tensor] = field(default_factory=list)
     _own: set[int] = field(default_factory=set)
@@ -207,6 +208,8 @@ class Window:
             self._snapshot = GradientSnapshot(gradients)
         else:
             self._place(indices)
+        turns = self.looks is not None and self.looks.turns
+        self._direction = Direction(indices, gradients) if turns else None
         total = self._before.total.if_known()
         if total is None or not math.isfinite(total):
             origin = self._origin(backward.arrived)
@@ -377,7 +380,7 @@ class Window:
         self.clipped_early = self.zeroed = self._looked = False
         self.first_nonfinite, self.nonfinite_count, self.stale = None, 0, ()
         self.divisor, self.correction = None, 1.0
-        self._before = self._snapshot = None
+        self._before = self._snapshot = self._direction = None
 
     def begin_again(self) -> None:
         """Empties the window, for the next evaluation of a closure inside the same step.
@@ -398,6 +401,8 @@ class Window:
         self._before = measure(indices, gradients, self.norm_type)
         if self.shards is None:
             self._snapshot = GradientSnapshot(gradients)
+        if self._direction is not None:
+            self._direction = Direction(indices, gradients)
         self._check(self._before, gradients, self._origin(()), own=own)
 
     def accept_restored_gradients(self) -> None:
@@ -431,13 +436,15 @@ class Window:
         # measured at the end of the backward are those of the scaled loss in any case.
         unit_before = left if self._before is None else loss_scale
         unchanged = self._before is not None and self._is_unchanged(self._before)
-        if self._before is not None and unchanged and not (self.looks and self.looks.due()):
+        due = self.looks is not None and self.looks.due(unchanged)
+        if self._before is not None and unchanged and not due:
             before = after = self._before
         elif unchanged:
             before, after = self._look(unit_before, left)
         else:
             before, after = self._measure_again()
         unit_after = unit_before if after is before else left
+        sign = self._sign() if after is not before and self._direction is not None else 1.0
         if self.shards is not None:
             before, after = self._all_reduce(self.shards, before, after, extra)
         looked = unchanged and after is not before and not after.total.at_hand
@@ -449,6 +456,7 @@ class Window:
             self.correction,
             loss_scale=loss_scale,
             looked=looked,
+            sign=sign,
         )
         if looked and self.looks is not None:
             self.looks.compare_later(norms)
@@ -500,10 +508,19 @@ class Window:
             return before, before
         after = measure(indices, gradients, self.norm_type, self._dtype)
         if after.total.at_hand:
-            if same_norms(before, after, resolve(unit_before), resolve(unit_after)):
+            units = resolve(unit_before), resolve(unit_after)
+            if same_norms(before, after, *units) and self._sign() == 1.0:
                 return before, before
             self.looks.found()
         return self._settle_change(after, gradients)
+
+    def _sign(self) -> FloatOrDeferred:
+        """Returns -1.0 if the gradients were turned round since the last backward, else 1.0."""
+        if self._direction is None or self.looks is None:
+            return 1.0
+        sign = self._direction.sign(*self.gradients())
+        self.looks.turned(sign)
+        return sign
 
     def _measure_again(self) -> tuple[Measurement, Measurement]:
         indices, gradients = self.gradients()

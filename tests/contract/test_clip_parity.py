@@ -135,6 +135,69 @@ def test_other_options_do_not_change_the_bits(options: dict[str, Any], p: float)
     assert identical(left, _torch_leaves(gradients, 0.7, p))
 
 
+def _random(dtypes: Sequence[torch.dtype], seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (3, 150, 41, 7, 190, 64)
+    return [
+        torch.randn(size, generator=generator, dtype=torch.float64).to(dtypes[i % len(dtypes)])
+        for i, size in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_float64_has_the_bits_too(seed: int) -> None:
+    """Gradients in float64 are left with torch's bits."""
+    gradients = _random([torch.float64], seed)
+    left, _ = _gradwatch_leaves(gradients, 0.7)
+    assert identical(left, _torch_leaves(gradients, 0.7, 2.0))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_mixed_float32_and_float64_differ_in_the_last_digit(seed: int) -> None:
+    """Torch adds the norms up by dtype; the difference is that of another order of summation."""
+    gradients = _random([torch.float64, torch.float32], seed)
+    left, _ = _gradwatch_leaves(gradients, 0.7)
+    for one, other in zip(left, _torch_leaves(gradients, 0.7, 2.0), strict=True):
+        rtol = 1e-15 if one.dtype is torch.float64 else 2e-7
+        torch.testing.assert_close(one, other, rtol=rtol, atol=0.0)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_nearer_to_the_limit_than_torch(dtype: torch.dtype, mixed: bool) -> None:
+    """Norm and factor are float32: each element is what float64 says, rounded once, which torch's is not."""
+    off: list[float] = []
+    for seed in range(8):
+        gradients = _random([dtype, torch.float32] if mixed else [dtype], seed)
+        left, watcher = _gradwatch_leaves(gradients, 0.7)
+        norm = float64.total({str(i): float64.norm(one) for i, one in enumerate(gradients)})
+        assert watcher.last is not None
+        assert watcher.last.clip_coef == pytest.approx(0.7 / (norm + 1e-6), rel=1e-6)
+        for one, before in zip(left, gradients, strict=True):
+            exact = (before.double() * (0.7 / (norm + 1e-6))).to(one.dtype)
+            torch.testing.assert_close(one, exact, rtol=4 * torch.finfo(one.dtype).eps, atol=0.0)
+            if one.dtype is dtype:
+                assert (one != exact).double().mean() < 0.01
+        half = [i for i, one in enumerate(gradients) if one.dtype is dtype]
+        torchs = _torch_leaves(gradients, 0.7, 2.0)
+        factors = [torchs[i].double().norm() / gradients[i].double().norm() for i in half]
+        off.append(max(abs(float(f) * norm / 0.7 - 1) for f in factors))
+    assert max(off) > 1e-4
+
+
+def test_a_scope_is_a_call_for_each_part() -> None:
+    """By parameter the bits are those of a call each; by group the difference is some 1e-7."""
+    gradients = _random([torch.float32], 0)
+    left, _ = _gradwatch_leaves(gradients, gradwatch.ClipByNorm(0.7, scope="parameter"))
+    each = [_torch_leaves([one], 0.7, 2.0)[0] for one in gradients]
+    assert identical(left, each)
+    left, _ = _gradwatch_leaves(gradients, gradwatch.ClipByNorm(0.7, scope="group"), groups=2)
+    for start in (0, 1):
+        expected = _torch_leaves(gradients[start::2], 0.7, 2.0)
+        for one, other in zip(left[start::2], expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=5e-7, atol=0.0)
+
+
 def test_zero_gradients_stay_zero() -> None:
     """All-zero gradients are left zero, with coefficient 1 and nothing clipped."""
     left, watcher = _gradwatch_leaves([torch.zeros(3), torch.zeros(2, 2)], 1.0)

@@ -1,7 +1,9 @@
 """Names of parameters: the user's own, wrappers taken off."""
 
+import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from gradwatch.measure.parameters import ParameterTable
 
@@ -49,3 +51,55 @@ def test_indices_are_in_model_order():
     parameters = list(model.parameters())
     table = ParameterTable.of(model)
     assert table.indices_of([parameters[3], parameters[1], parameters[3], torch.ones(1)]) == [1, 3]
+
+
+def test_every_wrapper_of_torch_is_cut_out_wherever_it_is():
+    """Compiled and checkpointed parts inside, and a compiled data-parallel model, keep the user's names."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    plain = ParameterTable.of(model).names
+    inside = nn.Sequential(
+        torch.compile(model[0], backend="eager"), nn.Sequential(checkpoint_wrapper(model[1][0]))
+    )
+    assert ParameterTable.of(inside).names == plain
+    assert ParameterTable.of(torch.compile(nn.DataParallel(model), backend="eager")).names == plain
+    assert ParameterTable.of(nn.ModuleDict({"a": nn.DataParallel(model)})).names == tuple(
+        f"a.{name}" for name in plain
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"]
+)
+def test_a_users_submodule_with_the_name_of_a_wrapper_is_one(name: str):
+    """A name is cut only where a wrapper of that class put it, so that two parameters stay two."""
+    model = nn.Module()
+    model.head = nn.Linear(2, 1, bias=False)
+    model.add_module(name, nn.Module())
+    model.get_submodule(name).head = nn.Linear(2, 1, bias=False)
+    names = ("head.weight", f"{name}.head.weight")
+    assert ParameterTable.of(model).names == names
+    assert ParameterTable.of(torch.compile(model, backend="eager")).names == names
+    assert ParameterTable.of(dict(model.named_parameters())).names == names
+
+
+def test_no_two_parameters_have_one_name():
+    """Where two names would be the same without what a wrapper adds, both stay in full."""
+    wrapped = nn.DataParallel(nn.Linear(2, 2, bias=False))
+    wrapped.weight = nn.Parameter(torch.ones(2))
+    assert ParameterTable.of(wrapped).names == ("weight", "module.weight")
+    x, y = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+    table = ParameterTable.of({"_orig_mod.x": x, "x": y})
+    assert table.names == ("_orig_mod.x", "x")
+    assert ParameterTable.of({"_orig_mod.x": x}).names == ("x",)
+
+
+def test_names_are_those_of_named_parameters():
+    """Without wrappers names, aliases and order are those of torch."""
+    model = nn.ModuleList([_Tied(), nn.LSTM(2, 3), nn.TransformerEncoderLayer(4, 2)])
+    nn.utils.parametrizations.weight_norm(model[0].head)
+    table = ParameterTable.of(model)
+    named = list(model.named_parameters(remove_duplicate=False))
+    assert list(table.names) == [name for name, _ in model.named_parameters()]
+    ids = {name: id(tensor) for name, tensor in named}
+    for name, tensor, aliases in zip(table.names, table.tensors, table.aliases, strict=True):
+        assert {ids[one] for one in (name, *aliases)} == {id(tensor)}

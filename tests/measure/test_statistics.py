@@ -1,14 +1,20 @@
 """Statistics per parameter against numpy in float64."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gradwatch.measure import statistics
 from gradwatch.measure.statistics import (
+    STATISTICS,
+    Statistic,
     StatisticsSampler,
     gradient_rows,
+    register_statistic,
     statistics_of,
     update_row,
     weight_row,
@@ -41,7 +47,7 @@ def test_half_precision_and_empty_and_complex():
         [torch.ones(70_000, dtype=torch.float16), torch.zeros(0), torch.tensor([3 - 4j])]
     )
     assert taken["mean"].tolist() == [1.0, 0.0, -0.5]
-    assert taken["max"].tolist() == [1.0, 0.0, 4.0]
+    assert taken["max"].tolist() == [1.0, 0.0, 5.0]
 
 
 def test_update_ratio():
@@ -90,3 +96,72 @@ def test_sampler_fills_rows_over_all_columns():
     assert rows["weight_norm"][1] == 5.0
     assert np.isnan(rows["max"][[0, 2]]).all()
     assert sampler.after_step([1], [], unit=1.0).rows() == {}
+
+
+def _reference(gradient):
+    """The statistics of a gradient that is whole, dense and in float64."""
+    dense = gradient.to_dense()
+    wide = dense.to(torch.complex128 if dense.is_complex() else torch.float64)
+    parts = torch.view_as_real(wide) if wide.is_complex() else wide
+    return [
+        float(value)
+        for value in (
+            wide.abs().max(),
+            parts.mean(),
+            wide.std(correction=0),
+            (wide == 0).double().mean(),
+            parts.min(),
+        )
+    ]
+
+
+def _gradients(dtype):
+    torch.manual_seed(0)
+    dense = torch.randn(6, 8, dtype=dtype) * (torch.rand(6, 8) > 0.5)
+    indices = torch.tensor([[0, 3, 3, 9], [1, 2, 2, 0]])
+    coo = torch.sparse_coo_tensor(
+        indices, torch.randn(4, dtype=dtype), (10, 5), check_invariants=True
+    )
+    rows = torch.sparse_coo_tensor(
+        torch.tensor([[1, 1, 4]]), torch.randn(3, 5, dtype=dtype), (10, 5), check_invariants=True
+    )
+    none = torch.zeros(10, 5, dtype=dtype).to_sparse()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its CSR support beta
+        compressed = dense.to_sparse_csr()
+    return {
+        "dense": dense,
+        "coo": coo,
+        "coalesced": coo.coalesce(),
+        "rows": rows,
+        "none": none,
+        "csr": compressed,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", ["dense", "coo", "coalesced", "rows", "none", "csr"])
+def test_unset_elements_and_complex_numbers(layout, dtype, monkeypatch):
+    """Those of a dense float64 copy: unset elements are zeros, a complex number is one element."""
+    monkeypatch.setattr(statistics, "STATISTICS", dict(STATISTICS))
+    smallest = Statistic(
+        meaning="smallest element",
+        maxima={"negative": lambda values: (-values).max()},
+        formula=lambda totals, unit: -totals["negative"] / unit,
+    )
+    register_statistic("smallest", smallest)
+    gradient, names = _gradients(dtype)[layout], (*NAMES, "smallest")
+    rows = {name: row.numpy() for name, row in gradient_rows([gradient], names).items()}
+    taken = statistics_of(names, rows, 1.0)
+    found = [float(taken[name][0]) for name in names]
+    assert found == pytest.approx(_reference(gradient), rel=1e-5, abs=1e-7)
+
+
+def test_complex_parts_add_up():
+    """The deviation of complex numbers over several parts is that of the whole."""
+    whole = torch.randn(9, dtype=torch.complex128) + (3 - 1j)
+    rows = [gradient_rows([part], NAMES) for part in whole.split([2, 3, 4])]
+    added = {name: sum(row[name].numpy() for row in rows) for name in rows[0]}
+    assert statistics_of(NAMES, added, 1.0)["std"][0] == pytest.approx(
+        float(whole.std(correction=0))
+    )

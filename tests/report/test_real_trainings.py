@@ -126,3 +126,24 @@ def test_float16_weights_without_a_scaler():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     report = _train(model, optimizer, scale=1e-4, dtype=torch.float16)
     assert report.kinds[0] == "half_precision"
+
+
+def test_rates_are_those_of_the_groups():
+    """A group at 300 times the rate of the first is named with its own rate, and first."""
+    model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
+    groups = [
+        {"params": model[0].parameters(), "lr": 1e-3},
+        {"params": model[2].parameters(), "lr": 0.3, "name": "head"},
+    ]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    watch = gradwatch.watch(model, optimizer, statistics=("update_ratio",), exploding_norm=1.0)
+    with watch as watcher:
+        for _ in range(30):
+            inputs = torch.randn(16, 8) * 4
+            (model(inputs) - inputs.sum(1, keepdim=True)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    advice = {finding.kind: finding.advice for finding in watcher.report()}
+    assert "(0.3 in parameter group 'head', 0.001 in 0)" in advice["exploding"]
+    assert "(0.3 in parameter group 'head', 0.001 in 0)" in advice["unstable_start"]
+    assert "(0.3 in parameter group 'head' of SGD)" in advice["update_large"]

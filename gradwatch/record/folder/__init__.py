@@ -38,8 +38,9 @@ column                type               meaning
 ``parameter``         string             name; parameters without a gradient have no row
 ``grad_norm``         float32 (float64)  before the clip; float64 from the first norm that does not
                                          fit into a float32
-``grad_norm_clipped`` the same           after the clip; null if it equals the step's ``clip_coef``
-                                         times ``grad_norm``, as it nearly always does
+``grad_norm_clipped`` the same           after the clip; null if it equals the magnitude of the
+                                         step's ``clip_coef`` times ``grad_norm``, as it nearly
+                                         always does
 statistics            float64            as ``watch(statistics=)`` says; null if not measured
 ===================== ================== ==========================================================
 

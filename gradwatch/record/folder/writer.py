@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from gradwatch.checks import described
 from gradwatch.errors import warn_safely
 from gradwatch.hooks.data_parallel import rank
 from gradwatch.pickles import stable_name
@@ -49,7 +50,7 @@ HELD_BATCHES = 64
 """Limits on what is held in memory while the disk fails; beyond them the oldest batch is lost."""
 
 _NOT_A_PATH = (
-    "RunFolder(path=) must be a folder (str or PathLike), got {value!r} of type {kind}. "
+    "RunFolder(path=) must be a folder (str or PathLike), got {value}. "
     "Write RunFolder('runs/my_run')."
 )
 _EMPTY = "RunFolder(path=) must name a folder, got an empty path. Write RunFolder('runs/my_run')."
@@ -147,6 +148,9 @@ class RunFolder:
     def path(self) -> Path:
         """The folder."""
         return self._path
+
+    def __repr__(self) -> str:
+        return f"RunFolder({str(self._path)!r})"
 
     def write(self, batch: RecordBatch) -> None:
         """Writes a batch, after those that a failing disk has not taken yet.
@@ -410,7 +414,7 @@ def _checked(path: object) -> Path:
     # A PathLike may return bytes, which cannot go into meta.json or a message as text.
     name = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(name, str):
-        raise TypeError(_NOT_A_PATH.format(value=path, kind=type(path).__name__))
+        raise TypeError(_NOT_A_PATH.format(value=described(path)))
     if not name:
         raise ValueError(_EMPTY)
     folder = Path(name)

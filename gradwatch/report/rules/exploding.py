@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gradwatch.report.finding import Evidence, Finding, counted, first_steps
+from gradwatch.report.rates import rate_at
 from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
 
@@ -35,7 +36,7 @@ def exploding(run: RunData, limits: Thresholds) -> Iterator[Finding]:
         start, peak, row = growth(steps)
         # Growth from 0 has no factor; the rule zero_gradient reports such a start.
         if peak > limits.exploding * start > 0:
-            yield _grown(steps, start, peak, row, limits)
+            yield _grown(run, steps, start, peak, row, limits)
         else:
             yield from _over_limit(run, steps)
 
@@ -67,7 +68,12 @@ def growth(steps: OptimizerArrays) -> tuple[float, float, int]:
 
 
 def _grown(
-    steps: OptimizerArrays, start: float, peak: float, row: int, limits: Thresholds
+    run: RunData,
+    steps: OptimizerArrays,
+    start: float,
+    peak: float,
+    row: int,
+    limits: Thresholds,
 ) -> Finding:
     step = int(steps.step[row])
     numbers = {"start": start, "largest": peak, "growth": peak / start, "limit": limits.exploding}
@@ -76,7 +82,8 @@ def _grown(
         f"{peak:.3g} around step {step}."
     )
     seen = Evidence((step,), (), numbers, steps.optimizer)
-    return Finding("exploding", "critical", title, seen, WHY, _advice(steps, row))
+    advice = ADVICE.format(lr=rate_at(run, steps, row))
+    return Finding("exploding", "critical", title, seen, WHY, advice)
 
 
 def _over_limit(run: RunData, steps: OptimizerArrays) -> Iterator[Finding]:
@@ -93,9 +100,5 @@ def _over_limit(run: RunData, steps: OptimizerArrays) -> Iterator[Finding]:
     name = str(worst["parameter"])
     numbers = {"steps": float(len(events)), "largest": float(worst["value"])}
     seen = Evidence(first_steps(events["step"]), (name,) if name else (), numbers, steps.optimizer)
-    yield Finding("exploding", "warning", title, seen, WHY, _advice(steps, -1))
-
-
-def _advice(steps: OptimizerArrays, row: int) -> str:
-    lr = float(steps["lr"][row])
-    return ADVICE.format(lr=f"{lr:.3g}" if np.isfinite(lr) else "not recorded")
+    advice = ADVICE.format(lr=rate_at(run, steps, -1, name))
+    yield Finding("exploding", "warning", title, seen, WHY, advice)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gradwatch.report.finding import Evidence, Finding
+from gradwatch.report.rates import rate_at
 from gradwatch.report.run_data import RunData
 from gradwatch.report.thresholds import Thresholds
 
@@ -30,7 +31,7 @@ def rising_loss(run: RunData, limits: Thresholds) -> Iterator[Finding]:
         start, end = float(np.median(losses[:_ENDS])), float(np.median(losses[-_ENDS:]))
         # A factor means something only for positive numbers; log-likelihoods may cross zero.
         if 0 < limits.loss_rise * min(start, losses[0]) < end:
-            start, lr = min(start, float(losses[0])), float(steps["lr"][rows[-1]])
+            start = min(start, float(losses[0]))
             yield Finding(
                 "loss_rising",
                 "critical",
@@ -42,5 +43,5 @@ def rising_loss(run: RunData, limits: Thresholds) -> Iterator[Finding]:
                     steps.optimizer,
                 ),
                 WHY,
-                ADVICE.format(lr=f"{lr:.3g}" if np.isfinite(lr) else "not recorded"),
+                ADVICE.format(lr=rate_at(run, steps, int(rows[-1]))),
             )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gradwatch.report.finding import Evidence, Finding, Severity
+from gradwatch.report.rates import rate_at
 from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
 
@@ -31,14 +32,16 @@ def unstable_start(run: RunData, limits: Thresholds) -> Iterator[Finding]:
         # Gradients that begin at exactly 0, behind a zero-initialized layer, jump by design.
         growth = float(norms.max() / norms[0]) if norms[0] > 0 else 0.0
         if growth > limits.start_leap:
-            yield _finding(steps, growth, int(norms.argmax()), limits)
+            yield _finding(run, steps, growth, int(norms.argmax()), limits)
 
 
-def _finding(steps: OptimizerArrays, growth: float, row: int, limits: Thresholds) -> Finding:
-    step, lr = int(steps.step[row]), float(steps["lr"][row])
+def _finding(
+    run: RunData, steps: OptimizerArrays, growth: float, row: int, limits: Thresholds
+) -> Finding:
+    step = int(steps.step[row])
     title = f"The gradient norm grew {growth:.3g} times within the first {step} steps."
     numbers = {"growth": growth, "limit": limits.start_leap}
-    advice = ADVICE.format(lr=f"{lr:.3g}" if np.isfinite(lr) else "not recorded")
+    advice = ADVICE.format(lr=rate_at(run, steps, row))
     seen = Evidence((step,), (), numbers, steps.optimizer)
     severity: Severity = "critical" if growth > limits.exploding else "warning"
     return Finding("unstable_start", severity, title, seen, WHY, advice)

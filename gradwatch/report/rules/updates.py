@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from gradwatch.report.finding import Evidence, Finding, named
+from gradwatch.report.rates import usual_rate
 from gradwatch.report.run_data import RunData, medians
 from gradwatch.report.thresholds import Thresholds
 
@@ -57,23 +58,12 @@ def _large(
     numbers = {"update_ratio": ratio, "limit": limits.update_large}
     numbers |= {"largest": leap, "limit_of_one": limits.update_leap}
     seen = Evidence((), tuple(names), numbers)
-    advice = LARGE.format(lr=_rate(run, names[0]))
+    advice = LARGE.format(lr=usual_rate(run, names[0]))
     return Finding("update_large", "warning", title, seen, LARGE_WHY, advice)
 
 
 def _small(run: RunData, ratio: float, names: list[str], limits: Thresholds) -> Finding:
     title = f"A step changes the weights by at most {ratio:.2g} of their size."
     seen = Evidence((), tuple(names), {"update_ratio": ratio, "limit": limits.update_small})
-    advice = SMALL.format(lr=_rate(run, names[0]))
+    advice = SMALL.format(lr=usual_rate(run, names[0]))
     return Finding("update_small", "warning", title, seen, SMALL_WHY, advice)
-
-
-def _rate(run: RunData, name: str) -> str:
-    """Names the rate of the parameter group that a parameter is in."""
-    for group in run.group_rates:
-        if run.layout.names.index(name) in group.members:
-            where = f" in parameter group {group.name!r} of {group.optimizer}"
-            return f"{group.rate:.3g}{where}" if np.isfinite(group.rate) else "not recorded"
-    rates = run.optimizers[0]["lr"]
-    rates = rates[np.isfinite(rates)]
-    return f"{np.median(rates):.3g}" if len(rates) else "not recorded"

@@ -148,7 +148,7 @@ function hanging(context, xs, values, top, colour) {
     // Rounded to whole pixels, to avoid seams between neighbors.
     const left = Math.round(xs[c]);
     const width = Math.max(1, Math.round(xs[c + 1]) - left);
-    context.fillRect(left, top, width, (1 - values[c]) * COEFFICIENT);
+    context.fillRect(left, top, width, (1 - Math.max(values[c], 0)) * COEFFICIENT);
   }
 }
 
