@@ -16,7 +16,7 @@ from gradwatch.record.records import Event, EventKind, StepRecord
 
 NONFINITE = (
     "{what} in the gradient of {parameter} ({counts}), the "
-    "first in backward order, in micro-batch {micro_batch} of step {step}; {affected} parameter(s) "
+    "first in backward order, in {place} {micro_batch} of step {step}; {affected} parameter(s) "
     "affected."
 )
 COUNTS = "{nan} NaN and {inf} Inf of {total} elements"
@@ -70,8 +70,12 @@ TOO_MANY_SKIPS = (
 NO_STORY = "The gradient norm of step {step} is {norm:.4g}."
 
 
-def nonfinite_event(record: StepRecord, first: FirstNonFinite, table: ParameterTable) -> Event:
+def nonfinite_event(
+    record: StepRecord, first: FirstNonFinite, table: ParameterTable, backwards: int = 1
+) -> Event:
     """Makes the event that names the parameter that went bad first.
+
+    ``backwards`` is the number of backwards in the step, which may be more than its micro-batches.
 
     Returns:
         An event of kind ``nan``, or ``inf`` if the parameter had no NaN.
@@ -88,6 +92,7 @@ def nonfinite_event(record: StepRecord, first: FirstNonFinite, table: ParameterT
         what="NaN" if first.is_nan else "Inf",
         parameter=name,
         counts=counts,
+        place="backward" if backwards > record.micro_batches else "micro-batch",
         micro_batch=first.micro_batch,
         step=record.step,
         affected=record.nonfinite_parameters,

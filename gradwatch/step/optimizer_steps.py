@@ -395,8 +395,8 @@ class OptimizerSteps(Steps):
     def _weigh(self, loss: object) -> None:
         """Checks the number of micro-batches, and weighs them against each other."""
         wanted = self._run.accumulation.micro_batches
-        if self._run.accumulation.checked and not self.ends_window:
-            found = len(self.window.arrivals) if self.units is None else self.units
+        if wanted > 1 and self._run.accumulation.checked and not self.ends_window:
+            found = self.window.micro_batches if self.units is None else self.units
             if found != wanted:
                 check_window(self.label, found, wanted)
         if loss is not None:

@@ -61,6 +61,7 @@ class PendingStep:
         thrown_away: Why the step will never come, if its gradients were thrown away; empty for a
             step that has been taken or skipped.
         discarded: Windows that were thrown away since the step before.
+        backwards: Backwards in its window, which may be more than its micro-batches.
         table: The watched parameters, for their names in events.
         exploding_norm: A norm above this limit is an event; None for no limit.
         estimator: The noise scale estimator that ``noise`` is added to; None for none.
@@ -94,6 +95,7 @@ class PendingStep:
     curvature: tuple[float, float] = NO_CURVATURE
     thrown_away: str = ""
     discarded: int = 0
+    backwards: int = 0
     group_lr: Sequence[FloatOrDeferred] = ()
     can_wait: bool = field(init=False)
     _transfer: Transfer | None = field(init=False)
@@ -182,7 +184,7 @@ class PendingStep:
         """Checks the measurements that were still on a device before; all have arrived now."""
         if not self.late_checks:
             return self.first_nonfinite, self.nonfinite_count
-        checks = [*self.late_checks, LateCheck(self.micro_batches, self.norms.before, ())]
+        checks = [*self.late_checks, LateCheck(self.backwards, self.norms.before, ())]
         bad = [found for check in checks if (found := check.nonfinite(None))]
         first = self.first_nonfinite or (bad[0][0] if bad else None)
         return first, max(self.nonfinite_count, *map(len, bad), 0)
@@ -229,7 +231,7 @@ class PendingStep:
         before, table, limit = self.norms.before, self.table, self.exploding_norm
         events = []
         if first is not None:
-            events.append(nonfinite_event(record, first, table))
+            events.append(nonfinite_event(record, first, table, self.backwards))
         if before.overflowed:
             events.append(overflow_event(record, before, table))
         if self.thrown_away:

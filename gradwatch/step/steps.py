@@ -129,6 +129,12 @@ class Steps(ABC):
         if self._sampler is not None and not discarded and self._sampler.due(step):
             parameters = self._parameters()
             statistics = self._sampler.after_step(window.indices, parameters, norms.unit_before)
+        backwards = micro_batches = len(window.arrivals)
+        weight = window.weight if weights.weight is None else weights.weight
+        if window.partial and backwards > 1:
+            micro_batches = window.micro_batches
+            if micro_batches < backwards and window.divisor is None:  # no weight was given
+                weight = float(micro_batches)
         own = None if self._run.hooks.local is None else weights.own_norm(window)
         # In nearly every window the first micro-batch reaches all parameters.
         complete = not window.arrivals or len(window.arrivals[0][0]) >= len(window.indices)
@@ -138,8 +144,8 @@ class Steps(ABC):
             optimizer=self.label,
             time_s=self._run.stopwatch.elapsed(),
             global_step=self._run.global_step(step),
-            micro_batches=len(window.arrivals),
-            weight=window.weight if weights.weight is None else weights.weight,
+            micro_batches=micro_batches,
+            weight=weight,
             norms=norms,
             outcome=self._outcome,
             first_nonfinite=window.first_nonfinite,
@@ -156,6 +162,7 @@ class Steps(ABC):
             estimator=weights.noise if estimates else None,
             statistics=statistics,
             thrown_away=discarded,
+            backwards=backwards,
         )
 
     def _newly_missing(self) -> list[int]:

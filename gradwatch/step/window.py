@@ -20,6 +20,7 @@ from operator import attrgetter, is_
 import torch
 from torch import Tensor
 
+from gradwatch.accumulate.counting import count_micro_batches
 from gradwatch.accumulate.noise_scale import (
     MicroBatch,
     NoiseSample,
@@ -61,9 +62,9 @@ class Window:
         indices: Indices of this optimizer's parameters, in model order.
         norm_type: The p of the norms.
         shards: The sharded parameters; None if no gradient is sharded.
-        arrivals: For each micro-batch the indices that received a gradient in it, and its weight.
-        backwards: For each micro-batch its number in the run (:attr:`Backward.number`).
-        noise_norms: For each micro-batch its weight and norm, for the noise scale.
+        arrivals: For each backward the indices that received a gradient in it, and its weight.
+        backwards: For each backward its number in the run (:attr:`Backward.number`).
+        noise_norms: For each backward its weight and norm, for the noise scale.
         first_nonfinite: The first parameter whose gradient was not finite; None if there is none.
         nonfinite_count: The largest number of such parameters in any one measurement.
         late_checks: Measurements that are still on a device, and so not checked yet.
@@ -71,6 +72,7 @@ class Window:
             itself.
         correction: The factor that turns the gradients into the weighted mean.
         shares: Whether other parameters than those of this window are hooked.
+        partial: Whether a backward may have reached only some of its parameters.
         clipped_early: Whether a clip came between two of its backwards.
         zeroed: Whether the gradients were thrown away between the last backward and the step.
         looks: When to measure again although nothing is known to have changed; None for never.
@@ -89,6 +91,7 @@ class Window:
     divisor: FloatOrDeferred | None = None
     correction: FloatOrDeferred = 1.0
     shares: bool = False
+    partial: bool = False
     clipped_early: bool = False
     zeroed: bool = False
     _measured: list[Measurement | None] = field(default_factory=list)
@@ -103,9 +106,16 @@ class Window:
     # -- contents ----------------------------------------------------------------------------------
 
     @property
-    def micro_batches(self) -> int:
-        """The number of micro-batches whose gradients are in the window."""
+    def backward_count(self) -> int:
+        """The number of backwards whose gradients are in the window."""
         return len(self.arrivals)
+
+    @property
+    def micro_batches(self) -> int:
+        """The number of micro-batches that these are (:func:`count_micro_batches`)."""
+        if not self.partial:
+            return len(self.arrivals)
+        return count_micro_batches([arrived for arrived, _ in self.arrivals])
 
     @property
     def weight(self) -> FloatOrDeferred:
@@ -167,6 +177,8 @@ class Window:
         else:
             self.arrivals.append((arrived, weight))
             self.backwards.append(backward.number)
+        if len(arrived) < len(self.indices):
+            self.partial = True
         self._looked = False
         self._before = measure(indices, gradients, self.norm_type, self._dtype)
         if freed:
@@ -322,7 +334,7 @@ class Window:
         """Empties the window, after a step or after the gradients were reset."""
         self.arrivals, self.noise_norms, self.late_checks = [], [], []
         self.backwards, self._measured = [], []
-        self.clipped_early = self.zeroed = self._looked = False
+        self.partial = self.clipped_early = self.zeroed = self._looked = False
         self.first_nonfinite, self.nonfinite_count = None, 0
         self.divisor, self.correction = None, 1.0
         self._before = self._snapshot = None
@@ -459,7 +471,7 @@ class Window:
         self, measurement: Measurement, gradients: list[Tensor] | None, order: Sequence[int]
     ) -> None:
         """Finds the first gradient that is not finite: now, or once the norms have arrived."""
-        check = LateCheck(self.micro_batches, measurement, order)
+        check = LateCheck(self.backward_count, measurement, order)
         if not measurement.total.at_hand:
             self.late_checks.append(check)
             return
@@ -512,7 +524,7 @@ class Window:
         their measurement only if this window contains all of them; otherwise the step will measure.
         """
         mine, first = set(indices), self.first_nonfinite
-        part = Window(self.table, list(indices), self.norm_type, self.shards)
+        part = Window(self.table, list(indices), self.norm_type, self.shards, partial=True)
         kept = [i for i, (there, _) in enumerate(self.arrivals) if there & mine or not there]
         part.arrivals = [(self.arrivals[i][0] & mine, self.arrivals[i][1]) for i in kept]
         part.backwards = [self.backwards[i] for i in kept]
@@ -569,7 +581,7 @@ class Window:
         self.noise_norms = self._noise_norms_of(kept, set(rest))
         self._measured = [self._measured[i] for i in kept]
         self.backwards = [self.backwards[i] for i in kept]
-        self.indices = rest
+        self.indices, self.partial = rest, True
         self._tensors = []
         self.arrivals = [(arrived - others, w) for arrived, w in self.arrivals if arrived - others]
         if self.first_nonfinite is not None and self.first_nonfinite.index in others:

@@ -35,7 +35,7 @@ def test_a_steady_run_is_silent(kinds):
 def test_nan_names_the_first_offender(history):
     """Step, parameter, micro-batch and rank are those of the first bad step's event."""
     events = [_event(150, rank=3), _event(151, parameter="a.weight")]
-    (finding,) = history(200, **_bad(200, 150), events=events).report()
+    (finding,) = history(200, **_bad(200, 150), micro_batches=2, events=events).report()
     assert (finding.kind, finding.severity) == ("nan", "critical")
     assert finding.seen.parameters == ("b.weight",)
     assert finding.seen.steps[0] == 150
