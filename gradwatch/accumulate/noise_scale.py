@@ -30,6 +30,14 @@ LEAST_SIGNIFICANCE = 2.0
 MOST_BATCHES = 4.0
 """A noise scale above this many batches is too far away to be measured with such batches."""
 
+NOT_COMPARABLE = -math.inf
+"""Stands for the spread of a window whose backwards are no micro-batches of one loss.
+
+In a sum over ranks it reaches every rank.
+"""
+
+DIFFERENT = "the backwards of a step, on one of the ranks, are no micro-batches of one loss"
+
 _LARGEST = 1e300  # the difference of two such numbers is still a float
 
 
@@ -322,26 +330,33 @@ class NoiseScaleEstimator:
         (16, True, 2)
     """
 
-    __slots__ = ("_averages", "_batch", "_per_micro_batch", "updates")
+    __slots__ = ("_averages", "_batch", "_beta", "_per_micro_batch", "_refused", "updates")
 
     def __init__(self, beta: float = 0.99) -> None:
         advice = "Write 0.99 for averages over about 200 windows."
         check_between("NoiseScaleEstimator(beta=)", beta, 0.0, 1.0, advice)
-        self._averages = PairAverage(beta)
+        self._beta, self._averages = beta, PairAverage(beta)
         self._batch = self._per_micro_batch = 0.0
+        self._refused = False
         self.updates = 0
         """The number of windows so far."""
 
     def add(self, sample: NoiseSample, norm_sq: float) -> None:
         """Adds a window; waits for numbers that have not arrived from the device.
 
+        A window that is :data:`NOT_COMPARABLE` throws away what was estimated before: those were
+        windows of the same loop.
+
         Args:
             sample: What its micro-batches tell.
             norm_sq: Squared norm of the window's mean gradient, in true units.
         """
         small, large, each = map(resolve, (sample.small, sample.large, sample.per_micro_batch))
-        if 0 < small < large:  # false if only one micro-batch has a weight
-            small_sq = resolve(sample.small_sq) / resolve(sample.scale) ** 2
+        small_sq = resolve(sample.small_sq)
+        if small_sq == NOT_COMPARABLE:
+            self._averages, self.updates, self._refused = PairAverage(self._beta), 0, True
+        elif 0 < small < large:  # false if only one micro-batch has a weight
+            small_sq /= resolve(sample.scale) ** 2
             full = sample.micro_batches
             batch = large if full is None else each * full
             self.update(*noise_terms(small_sq, small, norm_sq, large), batch, each)
@@ -358,7 +373,7 @@ class NoiseScaleEstimator:
         sizes, terms = (batch, per_micro_batch), (tr_sigma, grad_sq)
         sized = all(0 < size < math.inf for size in sizes)
         if sized and all(abs(term) <= _LARGEST for term in terms):
-            self.updates += 1
+            self.updates, self._refused = self.updates + 1, False
             self._batch, self._per_micro_batch = sizes
             self._averages.push(*terms)
 
@@ -370,6 +385,8 @@ class NoiseScaleEstimator:
         b_simple = over(max(tr_sigma, 0.0), grad_sq) if grad_sq > 0 else math.nan
         significance = over(grad_sq, averages.error_y)
         reason = _reason(self.updates, significance, b_simple, batch)
+        if self._refused:
+            reason = DIFFERENT
         micro_batches = b_simple / (self._per_micro_batch or math.nan)
         return NoiseScale(
             b_simple=b_simple,

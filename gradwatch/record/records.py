@@ -371,8 +371,8 @@ class Event:
     step: int = field(metadata=column("optimizer step, counted from 1 per optimizer"))
     micro_batch: int = field(
         metadata=column(
-            "micro-batch of the step in which it was first seen, counted from 1 (the backward pass, "
-            "where a micro-batch has several); 0 where the event belongs to the step as a whole"
+            "micro-batch of the step in which it was first seen, counted from 1; the backward pass "
+            "where a micro-batch has several; 0 where the event belongs to the step as a whole"
         )
     )
     kind: EventKind = field(metadata=column("see the kinds of events"))

@@ -151,9 +151,11 @@ class OptimizerSteps(Steps):
         left = self.window.left_before(first)
         if left == 0.0:
             self.discard(together=True)
-        elif left < CLIPPED_BELOW and not self._is_running_mean(left):
-            self.window.clipped_early = True
-            tell_early_clip(self._run, self.label, self.step + 1, left)
+        elif left < CLIPPED_BELOW:
+            self.window.rescaled = True
+            if not self._is_running_mean(left):
+                self.window.clipped_early = True
+                tell_early_clip(self._run, self.label, self.step + 1, left)
 
     def _is_running_mean(self, left: float) -> bool:
         """Returns whether the loop keeps a running mean: it multiplies by j / (j + 1)."""

@@ -70,7 +70,7 @@ class Steps(ABC):
         count = len(window.arrivals)
         measurement = window.add(backward, weight)
         if measurement is not None or len(window.arrivals) > count:
-            self.weights.note(window, weight, measurement)
+            self.weights.note(window, weight, measurement, backward.graph)
         if measurement is None:
             return False
         self._scale_at_backward = 1.0 if self._scale.scaler is None else self._scale.value()
