@@ -34,7 +34,8 @@ class Graph(NamedTuple):
 
     Attributes:
         shape: A hash of the names of the nodes, in the order of a walk from the loss.
-        nodes: The sequence numbers of the nodes. Each operation of the forward has its own.
+        nodes: The sequence numbers of the nodes. Each operation of the forward has its own. Nodes
+            through which nothing but a parameter comes in are left out.
         data: Hashes of the tensors that the first layers were given; empty where these cannot be
             read without a wait or a side effect.
     """
@@ -78,10 +79,11 @@ def _describe(roots: list[Any]) -> Graph:
     for node in _walk(roots):
         name = node.name()
         names.append(_SCALED if name == "DivBackward0" else name)
-        if name != _PARAMETER:
+        # Casts of weights are shared by all forwards in one autocast, and say nothing.
+        if not _is_parameter(node):
             numbers.add(node._sequence_nr())
-            if _is_first(node):
-                data.update(_data_of(node))
+        if name != _PARAMETER and _is_first(node):
+            data.update(_data_of(node))
     return Graph(hash(tuple(names)), frozenset(numbers), frozenset(data))
 
 
