@@ -9,7 +9,8 @@ different losses, this measures something else, and looks like any other number.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence, Set
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence, Set
 from itertools import pairwise
 
 import numpy as np
@@ -77,24 +78,25 @@ class Exchangeability:
         Returns:
             Why the backwards are not exchangeable; empty if they are.
         """
-        usual = self._parameters.is_usual(frozenset(map(frozenset, reached)))
-        if usual or count_micro_batches(reached) < len(reached):
+        sets = Counter(map(frozenset, reached))
+        if self._parameters.is_usual(sets) or count_micro_batches(reached) < len(reached):
             return PARTS
         known = [graph for graph in graphs if graph is not None]
         if known and len(known) == len(graphs):
-            self._graphs = self._judge_graphs(known)
+            # Where chance decides which parameters are reached, it decides about the graph, too.
+            self._graphs = self._judge_graphs(known, by_chance=len(sets) > 1)
         return self._graphs or self._judge_numbers(sketches, weights)
 
-    def _judge_graphs(self, graphs: Sequence[Graph]) -> str:
+    def _judge_graphs(self, graphs: Sequence[Graph], by_chance: bool) -> str:
         if any(one.nodes & other.nodes for one, other in pairwise(graphs)):
             return ONE_FORWARD
         # Positions and masks are the same in all windows, data are not.
-        common = set().union(*(one.data & other.data for one, other in pairwise(graphs)))
+        common: set[int] = set().union(*(one.data & other.data for one, other in pairwise(graphs)))
         before, self._common = self._common, common
         if before is not None and common - before:
             return SAME_DATA
-        different = self._shapes.is_usual(frozenset(graph.shape for graph in graphs))
-        return OTHER_LOSSES if different else ""
+        shapes = Counter(graph.shape for graph in graphs[: 1 if by_chance else None])
+        return OTHER_LOSSES if self._shapes.is_usual(shapes) else ""
 
     def _judge_numbers(self, sketches: Sequence[Sketch | None], weights: Sequence[float]) -> str:
         added = _added(sketches, weights)
@@ -126,10 +128,10 @@ class _Habit:
 
     def __init__(self) -> None:
         self._windows = self._alike = 0.0
-        self._before: Set[Hashable] | None = None
+        self._before: Mapping[Hashable, int] | None = None
 
-    def is_usual(self, kinds: Set[Hashable]) -> bool:
-        """Adds a window with the different kinds of backwards in it."""
+    def is_usual(self, kinds: Mapping[Hashable, int]) -> bool:
+        """Adds a window: how many of its backwards are of each kind."""
         self._windows = 1.0 + _BETA * self._windows
         self._alike *= _BETA
         if len(kinds) > 1:
