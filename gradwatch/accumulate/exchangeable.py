@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,9 +129,9 @@ class _Habit:
 
     def __init__(self) -> None:
         self._windows = self._alike = 0.0
-        self._before: Mapping[Hashable, int] | None = None
+        self._before: Mapping[Any, int] | None = None
 
-    def is_usual(self, kinds: Mapping[Hashable, int]) -> bool:
+    def is_usual(self, kinds: Mapping[Any, int]) -> bool:
         """Adds a window: how many of its backwards are of each kind."""
         self._windows = 1.0 + _BETA * self._windows
         self._alike *= _BETA

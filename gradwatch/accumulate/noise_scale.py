@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -108,8 +107,10 @@ class NoiseScale:
 
     def __setstate__(self, state: list[float]) -> None:
         # In pickles of earlier versions the last fields are missing.
-        for one, value in zip_longest(fields(self), state, fillvalue=math.nan):
-            object.__setattr__(self, one.name, value)
+        names = [one.name for one in fields(self)]
+        values = [*state, *[math.nan] * (len(names) - len(state))]
+        for name, value in zip(names, values, strict=True):
+            object.__setattr__(self, name, value)
 
 
 class MicroBatch(NamedTuple):
@@ -565,10 +566,8 @@ class PairAverage:
         quadratic, linear, constant = y * y - b * b - c * c, x * y - a * b, x * x - a * a
         root = math.sqrt(max(linear * linear - quadratic * constant, 0.0))
         unit = over(unit_x, unit_y)
-        if quadratic > 0 and y > 0:
-            high = max(linear + root, 0.0) / quadratic
-        else:
-            high = math.inf
+        bounded = quadratic > 0 and y > 0
+        high = max(linear + root, 0.0) / quadratic if bounded else math.inf
         if constant <= 0 or x <= 0:
             low = 0.0
         elif linear + root > 0:

@@ -215,7 +215,9 @@ class _BackwardEnd:
             continues = arrivals._continues(arrived, self.task, self.nested)
         arrivals.ended += not continues
         number, graph = arrivals.ended, self.graph
-        arrivals._on_end(Backward(arrived, continues, self.create_graph, number=number, graph=graph))
+        arrivals._on_end(
+            Backward(arrived, continues, self.create_graph, number=number, graph=graph)
+        )
 
     def __del__(self) -> None:
         # A backward that raises runs no callback: the engine only drops this object. Nothing else

@@ -75,7 +75,9 @@ def _roots(frame: FrameType | None) -> list[Any] | None:
 
 
 def _describe(roots: list[Any]) -> Graph:
-    names, numbers, data = [], set(), set()
+    names: list[str] = []
+    numbers: set[int] = set()
+    data: set[int] = set()
     for node in _walk(roots):
         name = node.name()
         names.append(_SCALED if name == "DivBackward0" else name)
@@ -114,13 +116,13 @@ def _is_parameter(node: Any) -> bool:
 
 
 @lru_cache(maxsize=1_000)
-def _saved_by(kind: type) -> tuple[str, ...]:
+def _saved_by(kind: Any) -> tuple[str, ...]:
     prefix = "_raw_saved_"
     return tuple(name.removeprefix(prefix) for name in dir(kind) if name.startswith(prefix))
 
 
 def _data_of(node: Any) -> Iterator[int]:
-    for name in _saved_by(type(node)):
+    for name in _saved_by(node.__class__):
         try:
             # Unpacking runs the hooks of saved tensors, which recompute a checkpointed forward.
             # Without this attribute (before torch 2.6, say) nothing tells whether there are any.

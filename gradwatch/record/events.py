@@ -36,6 +36,7 @@ NO_GRADIENT = (
 SKIPPED = "Step {step} was not applied ({outcome}): weights and optimizer state are as before."
 CHANGED = "From step {step} on a step has {new} micro-batches instead of {old}{why}."
 WHY = ": the noise scale is {noise} \N{PLUS-MINUS SIGN} {stderr} at a batch of {batch}"
+WHY_AT_LEAST = ": the noise scale is at least {low} at a batch of {batch}"
 DROPPED = (
     "{count} micro-batch(es) of weight {weight:g} were in the window of step {step} when its state "
     "was saved. Their gradients are not in a checkpoint: the window begins anew, and they are lost."
@@ -166,7 +167,9 @@ def changed_event(step: int, old: int, new: int, noise: NoiseScale | None) -> Ev
     why = ""
     if noise is not None and math.isfinite(noise.b_simple):
         sizes = {"noise": noise.b_simple, "stderr": noise.stderr, "batch": noise.batch}
-        why = WHY.format(**{name: _short(size) for name, size in sizes.items()})
+        sizes["low"] = noise.low
+        text = WHY_AT_LEAST if noise.out_of_range and noise.low > 0 else WHY
+        why = text.format(**{name: _short(size) for name, size in sizes.items()})
     text = CHANGED.format(step=step, new=new, old=old, why=why)
     return _event(StepRecord(step), "accumulate", float(new), text)
 

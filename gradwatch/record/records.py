@@ -270,6 +270,23 @@ class StepRecord:
             repeats=True,
         ),
     )
+    noise_scale_low: float = field(
+        default=math.nan,
+        metadata=column(
+            "lower end of the interval that holds the noise scale in about 95 % of runs; NaN until "
+            "20 steps have told about the noise",
+            unit="as `weight`",
+            page="accumulation.md",
+        ),
+    )
+    noise_scale_high: float = field(
+        default=math.nan,
+        metadata=column(
+            "upper end of that interval; infinite where all that is known is that the noise scale "
+            "is at least `noise_scale_low`",
+            unit="as `weight`",
+        ),
+    )
 
 
 EventKind = Literal[

@@ -226,6 +226,7 @@ class PendingStep:
         if estimator.updates:
             noise = estimator.read()
             record.noise_scale, record.noise_scale_stderr = noise.b_simple, noise.stderr
+            record.noise_scale_low, record.noise_scale_high = noise.low, noise.high
 
     def _events(self, record: StepRecord, first: FirstNonFinite | None) -> tuple[Event, ...]:
         before, table, limit = self.norms.before, self.table, self.exploding_norm

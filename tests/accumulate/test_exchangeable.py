@@ -241,7 +241,9 @@ def test_what_is_no_micro_batch_gives_no_noise_scale(name):
 # -- what must give one ---------------------------------------------------------------------------
 
 
-def _plain(model: nn.Module, count: int = 2, sizes: Callable[[int, int], int] | None = None) -> Loop:
+def _plain(
+    model: nn.Module, count: int = 2, sizes: Callable[[int, int], int] | None = None
+) -> Loop:
     batches = Batches()
 
     def window(number: int) -> None:
@@ -261,7 +263,9 @@ def _with_batch_norm() -> Loop:
 
 
 def _ragged() -> Loop:
-    return _plain(perceptron(), sizes=lambda number, index: 3 if (number % 5, index) == (4, 1) else 8)
+    return _plain(
+        perceptron(), sizes=lambda number, index: 3 if (number % 5, index) == (4, 1) else 8
+    )
 
 
 def _lengths() -> Loop:

@@ -280,7 +280,9 @@ def test_the_interval_is_that_of_fieller():
     terms = _windows(64, 4, (60,))
     noise = _estimate(terms, 4, beta=1 - 1e-12)
     mean, covariance = terms.mean(0), np.cov(terms.T) / len(terms)
-    quantile = 2.2558  # of Student's distribution with 59 degrees of freedom, where 2.2 is the normal's
+    quantile = (
+        2.2558  # of Student's distribution with 59 degrees of freedom, where 2.2 is the normal's
+    )
 
     def far(ratio):
         slope = np.array([1.0, -ratio])

@@ -215,6 +215,22 @@ def test_noise_scale_far_from_the_batch(kinds, scale, error, found):
     assert kinds(100, **columns) == found
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "title"),
+    [
+        (640.0, 900.0, "a noise scale of 700 ± 40."),
+        (640.0, math.inf, "a noise scale of at least 640."),
+        (600.0, math.inf, None),
+    ],
+)
+def test_noise_scale_that_is_at_least_far_from_the_batch(history, low, high, title):
+    """Its whole interval is far from the batch; where the upper end is not known, it says so."""
+    columns = {"noise_scale": 700.0, "noise_scale_stderr": 40.0, "weight": 61.0}
+    ends = {"noise_scale_low": low, "noise_scale_high": high}
+    found = history(100, **columns, **ends).report().findings
+    assert [one.title.partition("with ")[2] for one in found] == ([title] if title else [])
+
+
 @pytest.mark.parametrize(("local", "found"), [(0.55, ()), (0.45, ("rank",))])
 def test_mean_over_ranks_above_this_ranks_own(kinds, local, found):
     """Twice as large cannot come from ranks that are alike."""
