@@ -87,8 +87,9 @@ class NoiseScale:
     micro_batches: float = math.nan
     significance: float = math.nan
     batch: float = math.nan
-    low: float = field(default=math.nan, repr=False)
-    high: float = field(default=math.nan, repr=False)
+    # Follow from the rest; NaN at first, which equals nothing, not even itself on another rank.
+    low: float = field(default=math.nan, repr=False, compare=False)
+    high: float = field(default=math.nan, repr=False, compare=False)
 
     @property
     def out_of_range(self) -> bool:
