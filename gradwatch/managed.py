@@ -283,7 +283,7 @@ class ManagedLoop:
         self.weight = self.newest_weight = 1.0 if given is None else given
         if before == 0:
             self._divisor = self._expected(given) if weighs else 1.0
-        was = [(one.window.arrivals, one.window.micro_batches) for one in self._optimizers]
+        was = [(one.window.arrivals, one.window.backward_count) for one in self._optimizers]
         self._run_backward(self._shared(loss) if weighs else loss)
         self._note(was, loss, weighs)
 
@@ -298,7 +298,7 @@ class ManagedLoop:
                 self._run.tell(event, key=NO_STEPS)
             return False
         self._communicate()
-        stepped = [self._step(one) for one in self._optimizers if one.window.micro_batches]
+        stepped = [self._step(one) for one in self._optimizers if one.window.backward_count]
         self._progress.end()
         if self._run.options.scaler is not None:
             self._run.options.scaler.update()
@@ -398,7 +398,7 @@ class ManagedLoop:
         if now > before or any(again):
             self._progress.count(restarted=now <= before)
         for restarted, (one, (_, count)) in zip(again, windows, strict=True):
-            if restarted or one.window.micro_batches > count:
+            if restarted or one.window.backward_count > count:
                 one.note_managed(loss, self.newest_weight, self._divisor if weighs else None)
             one.units = self._progress.units
 
@@ -471,7 +471,7 @@ class ManagedLoop:
     def _check_room(self, call: str) -> None:
         wanted, units = self._run.accumulation.micro_batches, self._progress.units
         # With one loss per optimizer, the window of one optimizer is full before that of another.
-        full = all(one.window.micro_batches >= units for one in self._optimizers)
+        full = all(one.window.backward_count >= units for one in self._optimizers)
         if wanted > 1 and units >= wanted and full:
             text = WINDOW_FULL.format(call=call, next=units + 1, wanted=wanted)
             raise AccumulationError(text)
@@ -482,7 +482,7 @@ class ManagedLoop:
         if call != "step":
             for one in self._optimizers:
                 one.drop_discarded_window()
-        return max(one.window.micro_batches for one in self._optimizers)
+        return max(one.window.backward_count for one in self._optimizers)
 
 
 Closure = Callable[[Any], "Tensor | tuple[Tensor, float | Tensor]"]
@@ -650,7 +650,7 @@ class _Start:
         for one in self._optimizers:
             one.window.accept_restored_gradients()
         self._added.begin()  # drops gradients of the backward that failed
-        self._added.active = any(one.window.micro_batches for one in self._optimizers)
+        self._added.active = any(one.window.backward_count for one in self._optimizers)
 
 
 def _last_error(error: Exception | None, size: int) -> Exception:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +24,26 @@ from gradwatch.pickles import stable_name
 MIN_UPDATES = 20
 """The fewest windows for an estimate and its standard error to mean anything."""
 
-LEAST_SIGNIFICANCE = 2.0
-"""How many standard errors above 0 the squared gradient must be."""
+LEAST_SIGNIFICANCE = 3.0
+"""How many standard errors above 0 the squared gradient must be.
+
+With 2, one reading in 15 passes where the scale is far above the batch: those that are far too low.
+"""
 
 MOST_BATCHES = 4.0
 """A noise scale above this many batches is too far away to be measured with such batches."""
+
+NOT_COMPARABLE = -math.inf
+"""Stands for the spread of a window whose backwards are no micro-batches of one loss.
+
+In a sum over ranks it reaches every rank.
+"""
+
+DIFFERENT = "the backwards of a step, on one of the ranks, are no micro-batches of one loss"
+
+_RECENT = 0.9  # averages over about 20 windows, to tell whether anything has changed
+_CHANGED = 3.0  # standard errors by which these must differ from the averages over all
+_QUANTILE = 2.2  # of the normal distribution: for 97 %, as what is averaged is skewed
 
 _LARGEST = 1e300  # the difference of two such numbers is still a float
 
@@ -55,6 +70,10 @@ class NoiseScale:
         micro_batches: ``b_simple`` as a number of micro-batches per step, not rounded.
         significance: How many standard errors ``grad_sq`` is above 0.
         batch: The size of the last window, over all ranks.
+        low: The lower end of an interval that holds the noise scale in about 95 % of runs; NaN
+            before 20 windows.
+        high: Its upper end; infinite if the windows do not tell how large the noise scale is, only
+            that it is at least ``low``.
     """
 
     b_simple: float
@@ -68,6 +87,9 @@ class NoiseScale:
     micro_batches: float = math.nan
     significance: float = math.nan
     batch: float = math.nan
+    # Follow from the rest; NaN at first, which equals nothing, not even itself on another rank.
+    low: float = field(default=math.nan, repr=False, compare=False)
+    high: float = field(default=math.nan, repr=False, compare=False)
 
     @property
     def out_of_range(self) -> bool:
@@ -76,6 +98,20 @@ class NoiseScale:
 
     def __float__(self) -> float:
         return self.b_simple
+
+    def __str__(self) -> str:
+        if self.valid:
+            between = f" ({_short(self.low)} to {_short(self.high)})" if self.low >= 0 else ""
+            return f"{_short(self.b_simple)}{between}"
+        least = f"at least {_short(self.low)}" if self.low > 0 else "unknown"
+        return f"{least} ({self.reason})" if self.reason else least
+
+    def __setstate__(self, state: list[float]) -> None:
+        # In pickles of earlier versions the last fields are missing.
+        names = [one.name for one in fields(self)]
+        values = [*state, *[math.nan] * (len(names) - len(state))]
+        for name, value in zip(names, values, strict=True):
+            object.__setattr__(self, name, value)
 
 
 class MicroBatch(NamedTuple):
@@ -322,12 +358,21 @@ class NoiseScaleEstimator:
         (16, True, 2)
     """
 
-    __slots__ = ("_averages", "_batch", "_per_micro_batch", "updates")
+    __slots__ = (
+        *("_averages", "_batch", "_beta", "_per_micro_batch", "_recent", "_refused"),
+        "updates",
+    )
 
     def __init__(self, beta: float = 0.99) -> None:
         advice = "Write 0.99 for averages over about 200 windows."
         check_between("NoiseScaleEstimator(beta=)", beta, 0.0, 1.0, advice)
-        self._averages = PairAverage(beta)
+        self._beta = beta
+        self._refused = False
+        self._clear()
+
+    def _clear(self) -> None:
+        self._averages = PairAverage(self._beta)
+        self._recent = PairAverage(min(self._beta, _RECENT))
         self._batch = self._per_micro_batch = 0.0
         self.updates = 0
         """The number of windows so far."""
@@ -335,13 +380,20 @@ class NoiseScaleEstimator:
     def add(self, sample: NoiseSample, norm_sq: float) -> None:
         """Adds a window; waits for numbers that have not arrived from the device.
 
+        A window that is :data:`NOT_COMPARABLE` throws away what was estimated before: those were
+        windows of the same loop.
+
         Args:
             sample: What its micro-batches tell.
             norm_sq: Squared norm of the window's mean gradient, in true units.
         """
         small, large, each = map(resolve, (sample.small, sample.large, sample.per_micro_batch))
-        if 0 < small < large:  # false if only one micro-batch has a weight
-            small_sq = resolve(sample.small_sq) / resolve(sample.scale) ** 2
+        small_sq = resolve(sample.small_sq)
+        if small_sq == NOT_COMPARABLE:
+            self._clear()
+            self._refused = True
+        elif 0 < small < large:  # false if only one micro-batch has a weight
+            small_sq /= resolve(sample.scale) ** 2
             full = sample.micro_batches
             batch = large if full is None else each * full
             self.update(*noise_terms(small_sq, small, norm_sq, large), batch, each)
@@ -358,9 +410,10 @@ class NoiseScaleEstimator:
         sizes, terms = (batch, per_micro_batch), (tr_sigma, grad_sq)
         sized = all(0 < size < math.inf for size in sizes)
         if sized and all(abs(term) <= _LARGEST for term in terms):
-            self.updates += 1
+            self.updates, self._refused = self.updates + 1, False
             self._batch, self._per_micro_batch = sizes
             self._averages.push(*terms)
+            self._recent.push(*terms)
 
     def read(self) -> NoiseScale:
         """Returns the estimate after the windows so far."""
@@ -369,7 +422,10 @@ class NoiseScaleEstimator:
         # Without noise, rounding can make the mean of tr(Sigma) slightly negative.
         b_simple = over(max(tr_sigma, 0.0), grad_sq) if grad_sq > 0 else math.nan
         significance = over(grad_sq, averages.error_y)
-        reason = _reason(self.updates, significance, b_simple, batch)
+        low, high = self._interval()
+        reason = _reason(self.updates, significance, b_simple, batch, low)
+        if self._refused:
+            reason = DIFFERENT
         micro_batches = b_simple / (self._per_micro_batch or math.nan)
         return NoiseScale(
             b_simple=b_simple,
@@ -383,12 +439,25 @@ class NoiseScaleEstimator:
             micro_batches=micro_batches,
             significance=significance,
             batch=batch,
+            low=low,
+            high=high,
         )
+
+    def _interval(self) -> tuple[float, float]:
+        """Returns the interval of the ratio; a wider one if it has changed over the windows."""
+        if self.updates < MIN_UPDATES:
+            return math.nan, math.nan
+        low, high = self._averages.interval_of_ratio()
+        if self._recent.differs_from(self._averages):
+            recent = self._recent.interval_of_ratio()
+            return min(low, recent[0]), max(high, recent[1])
+        return low, high
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the averages as plain finite numbers; ``beta`` is not among them."""
         sizes = {"batch": self._batch, "per_micro_batch": self._per_micro_batch}
-        return {"updates": self.updates, **sizes, **self._averages.state_dict()}
+        recent = {"recent": self._recent.state_dict()}
+        return {"updates": self.updates, **sizes, **self._averages.state_dict(), **recent}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state that :meth:`state_dict` returned, so that estimates go on exactly."""
@@ -396,27 +465,34 @@ class NoiseScaleEstimator:
         self._batch = float(state["batch"])
         self._per_micro_batch = float(state["per_micro_batch"])
         self._averages.load_state_dict(state)
+        # Earlier versions did not have it.
+        self._recent.load_state_dict(state.get("recent", PairAverage(0.5).state_dict()))
 
 
 def _nearest_power(number: float) -> int:
     return 1 << round(math.log2(number)) if 1 < number < math.inf else 1
 
 
-def _reason(updates: int, significance: float, b_simple: float, batch: float) -> str:
+def _reason(updates: int, significance: float, b_simple: float, batch: float, low: float) -> str:
     if updates < MIN_UPDATES:
         return f"{MIN_UPDATES} windows are needed, {updates} were seen"
     if not significance > LEAST_SIGNIFICANCE:
         least = f"{LEAST_SIGNIFICANCE:g} standard errors"
-        return f"the noise drowns the gradient: |G|^2 is not above {least}"
+        return f"the noise drowns the gradient: |G|^2 is not above {least}{_at_least(low)}"
     if not b_simple <= MOST_BATCHES * batch:
         return (
             f"b_simple {_short(b_simple)} is above {MOST_BATCHES:g} times the batch of "
-            f"{_short(batch)}, beyond what micro-batches of this size can tell"
+            f"{_short(batch)}, beyond what micro-batches of this size can tell{_at_least(low)}"
         )
     return ""
 
 
+def _at_least(low: float) -> str:
+    return f"; the noise scale is at least {_short(low)}" if 0 < low < math.inf else ""
+
+
 def _short(number: float) -> str:
+    """Writes a number with three digits or more."""
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
@@ -467,6 +543,46 @@ class PairAverage:
         # gradient of the ratio, (1, -ratio) / mean_y.
         return over(self._error(math.hypot(a - ratio * b, ratio * c)), abs(self.mean_y))
 
+    def interval_of_ratio(self) -> tuple[float, float]:
+        """Returns the ends of an interval that holds the ratio x / y in at least 95 % of cases.
+
+        x is a variance and y a squared length, so both are at least 0 in truth, and so is the
+        ratio. The interval holds each ratio r for which the average of x - r y is not significantly
+        different from 0. Its upper end is infinite if y may be 0.
+
+        References:
+            Fieller: Some Problems in Interval Estimation. Journal of the Royal Statistical Society
+            B 16, 1954.
+        """
+        quantile = _student(1.0 / self._share - 1.0) if self._count > 1 else math.inf
+        if not math.isfinite(quantile):
+            return 0.0, math.inf
+        # In units of x and y in which no square overflows.
+        a, b, c = (quantile * self._error(one) for one in self._root)
+        unit_x = max(abs(self.mean_x), abs(a)) or 1.0
+        unit_y = max(abs(self.mean_y), abs(b), abs(c)) or 1.0
+        x, a = self.mean_x / unit_x, a / unit_x
+        y, b, c = self.mean_y / unit_y, b / unit_y, c / unit_y
+        # (x - r y)^2 <= a^2 - 2 r a b + r^2 (b^2 + c^2), as a quadratic in r.
+        quadratic, linear, constant = y * y - b * b - c * c, x * y - a * b, x * x - a * a
+        root = math.sqrt(max(linear * linear - quadratic * constant, 0.0))
+        unit = over(unit_x, unit_y)
+        bounded = quadratic > 0 and y > 0
+        high = max(linear + root, 0.0) / quadratic if bounded else math.inf
+        if constant <= 0 or x <= 0:
+            low = 0.0
+        elif linear + root > 0:
+            low = constant / (linear + root)
+        else:  # y is significantly below 0: what it would tell if it were 0
+            low = over(x - abs(a), math.hypot(b, c))
+        return low * unit, high * unit
+
+    def differs_from(self, other: PairAverage) -> bool:
+        """Returns whether an average of x or y is significantly different from another one."""
+        apart = abs(self.mean_x - other.mean_x), abs(self.mean_y - other.mean_y)
+        errors = self._error(abs(self._root[0])), self.error_y
+        return any(far > _CHANGED * error for far, error in zip(apart, errors, strict=True))
+
     def _error(self, deviation: float) -> float:
         # n_eff / (n_eff - 1) for the variance, 1 / n_eff for the mean.
         share = self._share
@@ -502,6 +618,23 @@ def _rotated(root: _Root, x: float, y: float, new: float) -> _Root:
     cos, sin = (a / longer, x / longer) if longer else (1.0, 0.0)
     keep = math.sqrt(1.0 - new)
     return keep * longer, keep * (cos * b + sin * y), keep * math.hypot(c, cos * y - sin * b)
+
+
+def _student(freedom: float) -> float:
+    """Returns the quantile of Student's distribution; infinite below 2 degrees of freedom.
+
+    The first terms of the Cornish-Fisher expansion, within 1 % from 3 degrees of freedom on.
+    """
+    if freedom < 2:
+        return math.inf
+    z = _QUANTILE
+    terms = (
+        z,
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return sum(term / freedom**power for power, term in enumerate(terms))
 
 
 def over(number: float, divisor: float) -> float:

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import RemovableHandle
+
+from gradwatch.hooks.graph import ENGINE_CODE, Graph, graph_under_way
 
 # Private, but DDP and FSDP2 of torch 2.4 to 2.13 use it as well. No public hook runs at the end of
 # a backward; a hook on the root of the graph would run at its beginning.
@@ -28,7 +29,6 @@ _queue_callback = torch.autograd.Variable._execution_engine.queue_callback
 
 # A frame of one of these functions on the call stack shows that an outer backward is under way.
 # The engine itself does not tell (torch 2.4 to 2.13).
-_ENGINE_CODE = _engine_run_backward.__code__
 _FUNCTION_CODE = BackwardCFunction.apply.__code__
 
 
@@ -46,6 +46,7 @@ class Backward(NamedTuple):
             backward.
         number: Which micro-batch of the run it belongs to. Windows of several optimizers that hold
             the same number hold gradients of the same loss.
+        graph: What its graph looks like; None unless :attr:`Arrivals.describes` asks for it.
     """
 
     arrived: Sequence[int]
@@ -53,6 +54,7 @@ class Backward(NamedTuple):
     create_graph: bool
     freed: Mapping[int, Tensor] = MappingProxyType({})
     number: int = 0
+    graph: Graph | None = None
 
 
 # A function without a Python frame. Not None: Dynamo, if it traces the hook as a part of a compiled
@@ -71,11 +73,12 @@ class Arrivals(dict[int, Tensor]):
         on_begin: Called at the first arrival of a backward with the index of that parameter, when
             all other gradients still are what they were before the backward; :data:`NOT_NEEDED` if
             nobody wants to know.
+        describes: Whether to look at the graph of each backward, which takes a while.
     """
 
     __slots__ = (
         *("_handles", "_on_arrived", "_on_end", "_open", "_open_task", "_token"),
-        *("ended", "on_begin"),
+        *("describes", "ended", "on_begin"),
     )
 
     def __init__(
@@ -96,6 +99,7 @@ class Arrivals(dict[int, Tensor]):
         self._on_arrived = on_arrived
         self._on_end = on_end
         self.ended = 0
+        self.describes = False
         self.on_begin: Callable[[int], object] = NOT_NEEDED
         self._open: set[int] = set()
         self._open_task = -1
@@ -181,7 +185,7 @@ class _ArmedArrivals(Arrivals):
 class _BackwardEnd:
     """The callback at the end of a backward."""
 
-    __slots__ = ("_arrivals", "_finished", "create_graph", "nested", "task", "token")
+    __slots__ = ("_arrivals", "_finished", "create_graph", "graph", "nested", "task", "token")
 
     def __init__(self, arrivals: Arrivals, token: int) -> None:
         self._arrivals = arrivals
@@ -191,6 +195,8 @@ class _BackwardEnd:
         self.nested = _inside_another_backward(sys._getframe())
         # The engine sets the grad mode of a backward to create_graph.
         self.create_graph = torch.is_grad_enabled()
+        looks = arrivals.describes and not self.nested
+        self.graph = graph_under_way() if looks else None
 
     def all_arrived(self) -> None:
         if self._arrivals._on_arrived is not None:
@@ -208,7 +214,10 @@ class _BackwardEnd:
         if self.nested or arrivals._open:
             continues = arrivals._continues(arrived, self.task, self.nested)
         arrivals.ended += not continues
-        arrivals._on_end(Backward(arrived, continues, self.create_graph, number=arrivals.ended))
+        number, graph = arrivals.ended, self.graph
+        arrivals._on_end(
+            Backward(arrived, continues, self.create_graph, number=number, graph=graph)
+        )
 
     def __del__(self) -> None:
         # A backward that raises runs no callback: the engine only drops this object. Nothing else
@@ -221,7 +230,7 @@ def _inside_another_backward(frame: FrameType | None) -> bool:
     """Returns whether the current backward was started inside another one, by the call stack."""
     entered = False
     while frame is not None:
-        if frame.f_code is _ENGINE_CODE:
+        if frame.f_code is ENGINE_CODE:
             if entered:
                 return True
             entered = True

@@ -24,19 +24,19 @@ NONFINITE = (
     "affected.{more}"
 )
 MADE_AFTER = "made after the last backward"
-MADE_BETWEEN = "made between micro-batches"
+MADE_BETWEEN = "made between two backwards"
 MADE_BY_LOOP = "where no backward was seen to make it"
 LEFT_STALE = "left in it since an earlier step"
 WEIGHTS_FIRST = " Weights were NaN or Inf before that:"
 WHERE = {
-    Origin.BACKWARD: "the first in backward order, in micro-batch {batch} of step {step}",
-    Origin.NO_ORDER: "in micro-batch {batch} of step {step}",
-    Origin.SEVERAL: "in one of micro-batches 1 to {batch} of step {step}",
+    Origin.BACKWARD: "the first in backward order, in {unit} {batch} of step {step}",
+    Origin.NO_ORDER: "in {unit} {batch} of step {step}",
+    Origin.SEVERAL: "in one of {several} 1 to {batch} of step {step}",
     Origin.AFTER: f"{MADE_AFTER} of step {{step}}",
     Origin.STALE: f"{LEFT_STALE}, at the beginning of step {{step}}",
-    Origin.WEIGHTS: "in micro-batch {batch} of step {step}",
+    Origin.WEIGHTS: "in {unit} {batch} of step {step}",
 }
-BETWEEN = f"{MADE_BETWEEN} {{batch}} and {{next}} of step {{step}}"
+BETWEEN = f"{MADE_BETWEEN}, {{several}} {{batch}} and {{next}} of step {{step}}"
 BY_LOOP = f"in step {{step}}, {MADE_BY_LOOP}"
 FINITE_UNTIL = (
     " It was finite when the backward ended, so look at what the loop does with gradients after "
@@ -96,6 +96,7 @@ SKIPPED_MIDWAY = (
 )
 CHANGED = "From step {step} on a step has {new} micro-batches instead of {old}{why}."
 WHY = ": the noise scale is {noise} \N{PLUS-MINUS SIGN} {stderr} at a batch of {batch}"
+WHY_AT_LEAST = ": the noise scale is at least {low} at a batch of {batch}"
 DROPPED = (
     "{count} micro-batch(es) of weight {weight:g} were in the window of step {step} when its state "
     "was saved. Their gradients are not in a checkpoint: the window begins anew, and they are lost."
@@ -137,6 +138,7 @@ def nonfinite_event(
     record: StepRecord,
     first: FirstNonFinite,
     table: ParameterTable,
+    backwards: int,
     overflowed: bool = False,
     by_hand: bool = False,
 ) -> Event:
@@ -146,6 +148,7 @@ def nonfinite_event(
         record: The step.
         first: The parameter.
         table: All watched parameters.
+        backwards: The number of backwards in the step, which may be more than its micro-batches.
         overflowed: Whether the gradients were finite at the end of the backward, but not their
             norm.
         by_hand: Whether the loop may have averaged the gradients over ranks by itself.
@@ -161,7 +164,7 @@ def nonfinite_event(
         nan, inf = first.counts
         value = float(nan or inf)
         counts = COUNTS.format(nan=nan, inf=inf, total=table.tensors[first.index].numel())
-    where, more = _origin(record, first, table, overflowed)
+    where, more = _origin(record, first, table, backwards, overflowed)
     if by_hand and first.origin is Origin.AFTER:
         first, more = replace(first, rank=None), FINITE_UNTIL_REDUCED
     message = NONFINITE.format(
@@ -190,7 +193,11 @@ def nonfinite_event(
 
 
 def _origin(
-    record: StepRecord, first: FirstNonFinite, table: ParameterTable, overflowed: bool
+    record: StepRecord,
+    first: FirstNonFinite,
+    table: ParameterTable,
+    backwards: int,
+    overflowed: bool,
 ) -> tuple[str, str]:
     """Says where a gradient went bad, and what follows from that."""
     origin, batch = first.origin, first.micro_batch
@@ -204,9 +211,12 @@ def _origin(
     elif origin is Origin.AFTER and not batch:
         where, more = BY_LOOP, SET_BY_LOOP
     elif origin is Origin.AFTER:
-        where = where if batch == record.micro_batches else BETWEEN
+        where = where if batch == backwards else BETWEEN
         more = OVERFLOWED_UNTIL.format(norm=record.grad_norm) if overflowed else FINITE_UNTIL
-    return where.format(batch=batch, next=batch + 1, step=record.step), more
+    unit = "backward" if backwards > record.micro_batches else "micro-batch"
+    several = unit + ("s" if unit == "backward" else "es")
+    words = {"unit": unit, "several": several, "batch": batch, "next": batch + 1}
+    return where.format(**words, step=record.step), more
 
 
 def told_cause(message: str) -> ToldCause | None:
@@ -316,7 +326,9 @@ def changed_event(step: int, old: int, new: int, noise: NoiseScale | None) -> Ev
     why = ""
     if noise is not None and math.isfinite(noise.b_simple):
         sizes = {"noise": noise.b_simple, "stderr": noise.stderr, "batch": noise.batch}
-        why = WHY.format(**{name: _short(size) for name, size in sizes.items()})
+        sizes["low"] = noise.low
+        text = WHY_AT_LEAST if noise.out_of_range and noise.low > 0 else WHY
+        why = text.format(**{name: _short(size) for name, size in sizes.items()})
     text = CHANGED.format(step=step, new=new, old=old, why=why)
     return _event(StepRecord(step), "accumulate", float(new), text)
 

@@ -66,7 +66,9 @@ class StepRecord:
     micro_batches: int = field(
         default=1,
         metadata=column(
-            "backward passes whose gradients are in the step",
+            "micro-batches whose gradients are in the step: its backward passes, where each is one "
+            "micro-batch; 0 where none was seen",
+            page="accumulation.md",
             scalar=Scalar(
                 when=accumulates,
                 lasting=True,
@@ -268,6 +270,23 @@ class StepRecord:
             repeats=True,
         ),
     )
+    noise_scale_low: float = field(
+        default=math.nan,
+        metadata=column(
+            "lower end of the interval that holds the noise scale in about 95 % of runs; NaN until "
+            "20 steps have told about the noise",
+            unit="as `weight`",
+            page="accumulation.md",
+        ),
+    )
+    noise_scale_high: float = field(
+        default=math.nan,
+        metadata=column(
+            "upper end of that interval; infinite where all that is known is that the noise scale "
+            "is at least `noise_scale_low`",
+            unit="as `weight`",
+        ),
+    )
 
 
 EventKind = Literal[
@@ -378,8 +397,9 @@ class Event:
     step: int = field(metadata=column("optimizer step, counted from 1 per optimizer"))
     micro_batch: int = field(
         metadata=column(
-            "micro-batch of the step whose backward made it, counted from 1; 0 where none did or "
-            "where it is not known which, and where the event belongs to the step as a whole"
+            "micro-batch of the step whose backward made it, counted from 1; the backward where a "
+            "micro-batch has several; 0 where none did or where it is not known which, and where "
+            "the event belongs to the step as a whole"
         )
     )
     kind: EventKind = field(metadata=column("see the kinds of events"))

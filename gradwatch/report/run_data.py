@@ -223,6 +223,8 @@ STEP_NUMBERS = (
     "loss_scale",
     "noise_scale",
     "noise_scale_stderr",
+    "noise_scale_low",
+    "noise_scale_high",
     "discarded",
 )
 """The step columns that rules use."""

@@ -168,9 +168,11 @@ class OptimizerSteps(Steps):
         left = self.window.left_before(first)
         if left == 0.0:
             self.discard(together=True)
-        elif left < CLIPPED_BELOW and not self._is_running_mean(left):
-            self.window.clipped_early = True
-            tell_early_clip(self._run, self.label, self.step + 1, left)
+        elif left < CLIPPED_BELOW:
+            self.window.rescaled = True
+            if not self._is_running_mean(left):
+                self.window.clipped_early = True
+                tell_early_clip(self._run, self.label, self.step + 1, left)
 
     def _is_running_mean(self, left: float) -> bool:
         """Returns whether the loop keeps a running mean: it multiplies by j / (j + 1)."""
@@ -437,8 +439,8 @@ class OptimizerSteps(Steps):
     def _weigh(self, loss: object) -> None:
         """Checks the number of micro-batches, and weighs them against each other."""
         wanted = self._run.accumulation.micro_batches
-        if self._run.accumulation.checked and not self.ends_window:
-            found = len(self.window.arrivals) if self.units is None else self.units
+        if wanted > 1 and self._run.accumulation.checked and not self.ends_window:
+            found = self.window.micro_batches if self.units is None else self.units
             if found != wanted:
                 check_window(self.label, found, wanted)
         self._of_closure = self._loss_of_closure(loss)

@@ -65,6 +65,7 @@ class PendingStep:
         thrown_away: Why the step will never come, if its gradients were thrown away; empty for a
             step that has been taken or skipped.
         discarded: Windows that were thrown away since the step before.
+        backwards: Backwards in its window, which may be more than its micro-batches.
         table: The watched parameters, for their names in events.
         exploding_norm: A norm above this limit is an event; None for no limit.
         estimator: The noise scale estimator that ``noise`` is added to; None for none.
@@ -102,6 +103,7 @@ class PendingStep:
     curvature: tuple[float, float] = NO_CURVATURE
     thrown_away: str = ""
     discarded: int = 0
+    backwards: int = 0
     group_lr: Sequence[FloatOrDeferred] = ()
     beyond_undo: bool = False
     on_nonfinite: Callable[[StepRecord], None] | None = None
@@ -200,7 +202,7 @@ class PendingStep:
         """Checks the measurements that were still on a device before; all have arrived now."""
         if not self.late_checks:
             return self.first_nonfinite, self.nonfinite_count
-        count = self.micro_batches
+        count = self.backwards
         origin = (Origin.AFTER, Origin.NO_ORDER, Origin.SEVERAL)[min(count, 2)]
         checks = [*self.late_checks, LateCheck(count, self.norms.before, (), origin)]
         bad = [found for check in checks if (found := check.nonfinite(None))]
@@ -244,12 +246,14 @@ class PendingStep:
         if estimator.updates:
             noise = estimator.read()
             record.noise_scale, record.noise_scale_stderr = noise.b_simple, noise.stderr
+            record.noise_scale_low, record.noise_scale_high = noise.low, noise.high
 
     def _events(self, record: StepRecord, first: FirstNonFinite | None) -> tuple[Event, ...]:
         before, table, limit = self.norms.before, self.table, self.exploding_norm
         events = []
         if first is not None:
-            events.append(nonfinite_event(record, first, table, before.overflowed, self.by_hand))
+            told = (self.backwards, before.overflowed, self.by_hand)
+            events.append(nonfinite_event(record, first, table, *told))
         if before.overflowed:  # it was so at the end of the backward: what came after is later
             late = first is not None and first.origin is Origin.AFTER
             events.insert(0 if late else len(events), overflow_event(record, before, table))

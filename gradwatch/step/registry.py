@@ -176,7 +176,7 @@ class OptimizerRegistry:
     def _look_for_steps(self) -> None:
         unowned = self._unowned
         windows = [one.window for one in (*self.followed, unowned) if one is not None]
-        longest = max(window.micro_batches for window in windows)
+        longest = max(window.backward_count for window in windows)
         # One long window may be a large batch: then the step is still to come.
         if longest < CERTAIN // 2 or self._silence.backwards >= MANY:
             self._silence.look_for_steps(self.followed, unowned is None or unowned.moved)
@@ -185,7 +185,7 @@ class OptimizerRegistry:
         """Measures what the next backward adds, if there is already something to add to."""
         added = self._run.hooks.added
         added.begin()
-        added.active = any(one.window.micro_batches for one in self.followed)
+        added.active = any(one.window.backward_count for one in self.followed)
 
     def noise_scale(self) -> NoiseScale:
         """Returns the noise scale of the first optimizer; ``reason`` says why there is none."""

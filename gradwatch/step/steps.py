@@ -75,7 +75,7 @@ class Steps(ABC):
         own = hooks.own_norm if tells and self._run.shards is None else None
         measurement = window.add(backward, weight, own)
         if measurement is not None or len(window.arrivals) > count:
-            self.weights.note(window, weight, measurement)
+            self.weights.note(window, weight, measurement, backward.graph)
         if measurement is None:
             return False
         self._scale_at_backward = 1.0 if self._scale.scaler is None else self._scale.value()
@@ -134,6 +134,12 @@ class Steps(ABC):
         if self._sampler is not None and not discarded and self._sampler.due(step):
             parameters = self._parameters()
             statistics = self._sampler.after_step(window.indices, parameters, norms.unit_before)
+        backwards = micro_batches = len(window.arrivals)
+        weight = window.weight if weights.weight is None else weights.weight
+        if window.partial and backwards > 1:
+            micro_batches = window.micro_batches
+            if micro_batches < backwards and window.divisor is None:  # no weight was given
+                weight = float(micro_batches)
         own = None if self._run.hooks.local is None else weights.own_norm(window)
         # In nearly every window the first micro-batch reaches all parameters.
         complete = not window.arrivals or len(window.arrivals[0][0]) >= len(window.indices)
@@ -143,8 +149,8 @@ class Steps(ABC):
             optimizer=self.label,
             time_s=self._run.stopwatch.elapsed(),
             global_step=self._run.global_step(step),
-            micro_batches=len(window.arrivals),
-            weight=window.weight if weights.weight is None else weights.weight,
+            micro_batches=micro_batches,
+            weight=weight,
             norms=norms,
             outcome=self._outcome,
             first_nonfinite=window.first_nonfinite,
@@ -164,6 +170,7 @@ class Steps(ABC):
             thrown_away=discarded,
             by_hand=self._run.replicas.by_hand,
             on_nonfinite=self._run.suspect,
+            backwards=backwards,
         )
 
     def _newly_missing(self) -> list[int]:

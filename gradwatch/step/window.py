@@ -20,7 +20,10 @@ from operator import attrgetter, is_
 import torch
 from torch import Tensor
 
+from gradwatch.accumulate.counting import count_micro_batches
+from gradwatch.accumulate.exchangeable import Exchangeability
 from gradwatch.accumulate.noise_scale import (
+    NOT_COMPARABLE,
     MicroBatch,
     NoiseSample,
     NoiseScaleEstimator,
@@ -31,9 +34,10 @@ from gradwatch.accumulate.noise_scale import (
 )
 from gradwatch.hooks.backward import Backward
 from gradwatch.hooks.data_parallel import DataParallel, is_distributed, rank
+from gradwatch.hooks.graph import Graph
 from gradwatch.hooks.model import ModelHooks, with_freed
 from gradwatch.hooks.scaler import LossScale
-from gradwatch.hooks.snapshot import Direction, GradientSnapshot, Looks
+from gradwatch.hooks.snapshot import Direction, GradientSnapshot, Looks, is_looked_at
 from gradwatch.measure.deferred import FloatOrDeferred, as_operand, defer, resolve
 from gradwatch.measure.norms import (
     NOT_KNOWN,
@@ -59,6 +63,7 @@ from gradwatch.measure.sharded import (
     pending_sums,
     placements_of,
 )
+from gradwatch.measure.sketch import Sketch, Sketcher
 
 _grad = attrgetter("grad")
 _MEASURABLE = {
@@ -76,9 +81,9 @@ class Window:
         indices: Indices of this optimizer's parameters, in model order.
         norm_type: The p of the norms.
         shards: The sharded parameters; None if no gradient is sharded.
-        arrivals: For each micro-batch the indices that received a gradient in it, and its weight.
-        backwards: For each micro-batch its number in the run (:attr:`Backward.number`).
-        noise_norms: For each micro-batch its weight and norm, for the noise scale.
+        arrivals: For each backward the indices that received a gradient in it, and its weight.
+        backwards: For each backward its number in the run (:attr:`Backward.number`).
+        noise_norms: For each backward its weight and norm, for the noise scale.
         first_nonfinite: The first parameter whose gradient was not finite; None if there is none.
         stale: Indices of parameters whose gradient was NaN or Inf in the step before, and has not
             been zeroed since.
@@ -88,7 +93,9 @@ class Window:
             itself.
         correction: The factor that turns the gradients into the weighted mean.
         shares: Whether other parameters than those of this window are hooked.
-        clipped_early: Whether a clip came between two of its backwards.
+        partial: Whether a backward may have reached only some of its parameters.
+        rescaled: Whether its gradients were made smaller between two of its backwards.
+        clipped_early: Whether a clip did that.
         zeroed: Whether the gradients were thrown away between the last backward and the step.
         looks: When to measure again although nothing is known to have changed; None for never.
     """
@@ -107,6 +114,8 @@ class Window:
     divisor: FloatOrDeferred | None = None
     correction: FloatOrDeferred = 1.0
     shares: bool = False
+    partial: bool = False
+    rescaled: bool = False
     clipped_early: bool = False
     zeroed: bool = False
     _measured: list[Measurement | None] = field(default_factory=list)
@@ -123,9 +132,16 @@ class Window:
     # -- contents ----------------------------------------------------------------------------------
 
     @property
-    def micro_batches(self) -> int:
-        """The number of micro-batches whose gradients are in the window."""
+    def backward_count(self) -> int:
+        """The number of backwards whose gradients are in the window."""
         return len(self.arrivals)
+
+    @property
+    def micro_batches(self) -> int:
+        """The number of micro-batches that these are (:func:`count_micro_batches`)."""
+        if not self.partial:
+            return len(self.arrivals)
+        return count_micro_batches([arrived for arrived, _ in self.arrivals])
 
     @property
     def weight(self) -> FloatOrDeferred:
@@ -197,6 +213,7 @@ class Window:
         else:
             self.arrivals.append((arrived, weight))
             self.backwards.append(backward.number)
+        self.partial |= len(arrived) < len(self.indices)
         self._looked = False
         self._before = measure(indices, gradients, self.norm_type, self._dtype)
         if freed:
@@ -377,7 +394,8 @@ class Window:
         """Empties the window, after a step or after the gradients were reset."""
         self.arrivals, self.noise_norms, self.late_checks = [], [], []
         self.backwards, self._measured = [], []
-        self.clipped_early = self.zeroed = self._looked = False
+        self.partial = self.zeroed = self._looked = False
+        self.rescaled = self.clipped_early = False
         self.first_nonfinite, self.nonfinite_count, self.stale = None, 0, ()
         self.divisor, self.correction = None, 1.0
         self._before = self._snapshot = self._direction = None
@@ -543,7 +561,7 @@ class Window:
         ``order`` is that of the arrivals; empty if it is not known.
         """
         if not order or (len(self._measured) > 1 and self._measured[-2] is None):
-            return Origin.SEVERAL if self.micro_batches > 1 else Origin.NO_ORDER
+            return Origin.SEVERAL if self.backward_count > 1 else Origin.NO_ORDER
         return Origin.BACKWARD
 
     def _check(
@@ -555,7 +573,7 @@ class Window:
         own: OwnNorm = NOT_KNOWN,
     ) -> None:
         """Finds the first gradient that is not finite: now, or once the norms have arrived."""
-        check = LateCheck(self.micro_batches, measurement, order, origin, own)
+        check = LateCheck(self.backward_count, measurement, order, origin, own)
         if not measurement.total.at_hand:
             self.late_checks.append(check)
             return
@@ -581,10 +599,10 @@ class Window:
         if first.origin is not Origin.BACKWARD:
             return first
         stale = [one for one in bad if one.index in self.stale]
-        if stale and self.micro_batches == 1:
+        if stale and self.backward_count == 1:
             return replace(stale[0], origin=Origin.STALE, rank=here)
         if first.rank == -1:  # the order here, and the micro-batch, need not be that of its rank
-            several = self.micro_batches > 1
+            several = self.backward_count > 1
             return replace(first, origin=Origin.SEVERAL if several else Origin.NO_ORDER)
         # A reduction over ranks also writes into gradients that nothing has arrived at here.
         if first.index in self.arrivals[-1][0] or is_distributed():
@@ -653,7 +671,7 @@ class Window:
         their measurement only if this window contains all of them; otherwise the step will measure.
         """
         mine, first = set(indices), self.first_nonfinite
-        part = Window(self.table, list(indices), self.norm_type, self.shards)
+        part = Window(self.table, list(indices), self.norm_type, self.shards, partial=True)
         kept = [i for i, (there, _) in enumerate(self.arrivals) if there & mine or not there]
         part.arrivals = [(self.arrivals[i][0] & mine, self.arrivals[i][1]) for i in kept]
         part.backwards = [self.backwards[i] for i in kept]
@@ -710,7 +728,7 @@ class Window:
         self.noise_norms = self._noise_norms_of(kept, set(rest))
         self._measured = [self._measured[i] for i in kept]
         self.backwards = [self.backwards[i] for i in kept]
-        self.indices = rest
+        self.indices, self.partial = rest, True
         self._tensors = []
         self.arrivals = [(arrived - others, w) for arrived, w in self.arrivals if arrived - others]
         if self.first_nonfinite is not None and self.first_nonfinite.index in others:
@@ -751,6 +769,7 @@ REDUCED_EACH = (
 )
 NOT_ONE_RANK = "this rank's own gradients were not seen before they were averaged over the ranks"
 NOT_SEEN = "the gradient of the first micro-batch was not measured by itself"
+RESCALED = "the gradients were changed between two backwards of a step"
 
 
 class WindowWeights:
@@ -784,16 +803,23 @@ class WindowWeights:
         self.data_parallel = data_parallel
         self.by_noise = by_noise
         self._reduced = 0
+        self._backwards = _Backwards(hooks)
 
     def note(
-        self, window: Window, weight: FloatOrDeferred, measurement: Measurement | None
+        self,
+        window: Window,
+        weight: FloatOrDeferred,
+        measurement: Measurement | None,
+        graph: Graph | None = None,
     ) -> None:
         """Notes the norm that the newest backward of a window added, for the noise scale.
 
         The window already contains the backward. ``measurement`` is that of the accumulated
-        gradients, or None if these are not accessible.
+        gradients, or None if these are not accessible; ``graph`` is that of the backward.
         """
         count, hooks = len(window.arrivals), self._hooks
+        if self._backwards.compares:
+            self._backwards.note(window, graph)
         if count == 1 and hooks.local is None and not hooks.added.watching:
             window.noise_norms = [
                 MicroBatch(weight, None if measurement is None else measurement.total)
@@ -847,8 +873,13 @@ class WindowWeights:
         alone = len(window.noise_norms) < 2 and self.data_parallel is None
         if not window.noise_norms or (alone and window.divisor is None):
             self.silent = ONE_MICRO_BATCH
+            if self._backwards.compares:
+                self._backwards.end()
             return losses
         sums = WindowSums.of(window.noise_norms, losses)
+        differ = self._difference(window, ranks)
+        if differ:
+            sums = replace(sums, spread=NOT_COMPARABLE)  # on every rank, once it is summed
         if ranks is not None:
             device = window.table.tensors[window.indices[0]].device
             sums = sums.over_ranks(ranks.sum_, device)
@@ -862,7 +893,21 @@ class WindowWeights:
             window.correction = defer(as_operand(divisor) * count / weight)
         added = _Added(sums, ranks, divisor, scale, units, full_units)
         self.sample, self.silent = self._sample(window, added)
+        self.silent = differ or self.silent
         return losses
+
+    def _difference(self, window: Window, ranks: DataParallel | None) -> str:
+        """Returns why the backwards of a window cannot be compared; empty if they can be."""
+        if len(window.arrivals) < 2:
+            self._backwards.end()
+            return ""
+        # Where the gradient of a rank is compared with the mean over the ranks, whatever a rank has
+        # added up is one micro-batch.
+        if ranks is None and self.data_parallel is not None:
+            self._backwards.end()
+            return ""
+        reason = self._backwards.judge(window, reduced=self.data_parallel is not None)
+        return RESCALED if window.rescaled else reason
 
     def _sample(self, window: Window, added: _Added) -> tuple[NoiseSample | None, str]:
         if window.norm_type != 2.0:
@@ -890,6 +935,70 @@ class WindowWeights:
         if self._reduced != 1:
             return None, REDUCED_EACH
         return sample_of_rank(own, window.weight, ranks.ranks, scale, units), ""
+
+
+class _Backwards:
+    """What tells whether the backwards of the windows of one optimizer are exchangeable.
+
+    Attributes:
+        compares: Whether the window that fills is likely to have several backwards, and is one of
+            those that are looked at.
+    """
+
+    # All of the first windows are compared, as an estimate counts from the 20th on; then some.
+    EARLY, EVERY = 128, 4
+
+    def __init__(self, hooks: ModelHooks) -> None:
+        """Starts before the first window."""
+        self.compares = True
+        self._arrivals = hooks.arrivals
+        self._arrivals.describes = True
+        self._judge = Exchangeability()
+        self._windows = 0
+        self._sketcher: Sketcher | None = None
+        self._indices: list[int] = []
+        self._numbers: list[int] = []
+        self._graphs: list[Graph | None] = []
+        self._sketches: list[Sketch | None] = []
+
+    def note(self, window: Window, graph: Graph | None) -> None:
+        """Notes the newest backward of a window."""
+        if self._sketcher is None or self._indices is not window.indices:
+            self._indices = window.indices
+            self._sketcher = Sketcher([window.table.tensors[index] for index in window.indices])
+        count = len(window.arrivals) - 1
+        sketch = None if window.shards is not None else self._sketcher.take()
+        # A nested backward continues the one before it.
+        self._numbers = [*self._numbers[:count], window.backwards[-1]]
+        self._graphs = [*self._graphs[:count], graph if len(self._graphs) <= count else None]
+        self._sketches = [*self._sketches[:count], sketch]
+
+    def end(self) -> None:
+        """Ends a window whose backwards are not compared."""
+        self.compares = self._arrivals.describes = False
+        self._forget()
+
+    def judge(self, window: Window, reduced: bool) -> str:
+        """Ends a window of several backwards; see :meth:`Exchangeability.judge`.
+
+        ``reduced`` says whether its gradients are no longer those of this rank.
+        """
+        reached = [arrived for arrived, _ in window.arrivals] if window.partial else []
+        graphs, sketches = self._graphs, self._sketches
+        if self._numbers != window.backwards or None in graphs:
+            graphs = []
+        if self._numbers != window.backwards or reduced:
+            sketches = []
+        weights = [weight for _, weight in window.arrivals if isinstance(weight, float)]
+        self._windows += 1
+        self._forget()
+        self._arrivals.describes = is_looked_at(self._windows + 1)
+        self.compares = self._windows < self.EARLY or self._windows % self.EVERY == 0
+        self.compares |= self._arrivals.describes
+        return self._judge.judge(reached, graphs, sketches, weights)
+
+    def _forget(self) -> None:
+        self._numbers, self._graphs, self._sketches = [], [], []
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,7 +131,12 @@ def test_pure_noise_is_not_valid():
         assert not noise.valid
         assert noise.grad_sq > 0 or math.isnan(noise.b_simple)
         assert noise.tr_sigma == pytest.approx(16, rel=0.5)
-    assert noise.reason == "the noise drowns the gradient: |G|^2 is not above 2 standard errors"
+    assert noise.high == math.inf
+    assert noise.reason == (
+        "the noise drowns the gradient: |G|^2 is not above 3 standard errors; the noise scale is at "
+        f"least {noise.low:.3g}"
+    )
+    assert str(noise).startswith(f"at least {noise.low:.3g}")
 
 
 def test_far_above_the_batch_is_not_valid():
@@ -142,7 +147,7 @@ def test_far_above_the_batch_is_not_valid():
     assert not noise.valid
     assert noise.reason == (
         f"b_simple {noise.b_simple:.0f} is above 4 times the batch of 64, beyond what micro-batches "
-        "of this size can tell"
+        f"of this size can tell; the noise scale is at least {noise.low:.0f}"
     )
 
 
@@ -194,6 +199,7 @@ def test_equal_gradients_have_no_noise():
         noise = _estimate(np.array([[tr_sigma, 2.0]] * 20), 4)
         assert noise.valid
         assert (noise.b_simple, noise.stderr, noise.suggested_micro_batches) == (0.0, 0.0, 1)
+        assert (noise.low, noise.high) == (0.0, 0.0)
 
 
 @given(
@@ -233,6 +239,73 @@ def test_beta_is_between_0_and_1(beta):
     """A beta out of bounds is refused with the bounds and a better one."""
     with pytest.raises(ValueError, match=r"beta=\) must be between 0 and 1, got .* Write 0.99"):
         NoiseScaleEstimator(beta)
+
+
+TRUTHS = (0.1, 1.0, 4.0, 16.0, 100.0)  # of the noise scale, in batches
+SHORT = [(2, 20), (4, 50), (16, 20)]
+LONG = [(2, 400), (4, 400), (16, 100)]
+
+
+@pytest.mark.parametrize(
+    ("k", "steps", "runs"),
+    [*((*one, 40) for one in SHORT)]
+    + [pytest.param(*one, 200, marks=pytest.mark.slow) for one in (*SHORT, *LONG)],
+)
+@pytest.mark.parametrize("truth", TRUTHS)
+def test_the_truth_is_within_the_interval(k, steps, runs, truth):
+    """In 95 % of runs, whether the scale is below the batch or 100 times above; and what is valid is right."""
+    b_simple = truth * k * SIZE
+    found = [
+        _estimate(run, k) for run in _windows(b_simple, k, (runs, steps), dimension=64, seed=1)
+    ]
+    within = np.array([noise.low <= b_simple <= noise.high for noise in found])
+    assert within.mean() >= (0.92 if runs == 200 else 0.87)
+    assert np.mean([noise.valid and noise.high < b_simple for noise in found]) <= 0.05
+    if truth >= 16 and steps <= 100:
+        assert np.mean([noise.high == math.inf for noise in found]) > 0.5
+    if truth <= 1:
+        assert all(noise.valid and noise.high < math.inf for noise in found)
+        assert str(found[0]).count(" to ") == 1
+
+
+def test_a_change_widens_the_interval():
+    """Where the noise scale has grown, the interval reaches from the averages to the newest windows."""
+    terms = np.concatenate([_windows(4, 4, (150,)), _windows(40, 4, (50,), seed=1)])
+    noise = _estimate(terms, 4)
+    assert noise.low < noise.b_simple < 40 < noise.high
+
+
+def test_the_interval_is_that_of_fieller():
+    """Its ends are the roots of the quadratic, with Student's quantile for the effective number."""
+    terms = _windows(64, 4, (60,))
+    noise = _estimate(terms, 4, beta=1 - 1e-12)
+    mean, covariance = terms.mean(0), np.cov(terms.T) / len(terms)
+    quantile = (
+        2.2558  # of Student's distribution with 59 degrees of freedom, where 2.2 is the normal's
+    )
+
+    def far(ratio):
+        slope = np.array([1.0, -ratio])
+        return abs(slope @ mean) / math.sqrt(slope @ covariance @ slope)
+
+    assert far(noise.low) == pytest.approx(quantile, rel=1e-3)
+    assert far(noise.high) == pytest.approx(quantile, rel=1e-3)
+
+
+def test_a_state_of_an_earlier_version_goes_on():
+    """Without the averages over the newest windows, these begin anew."""
+    terms = _windows(16, 4, (60,)).tolist()
+    original, restored = NoiseScaleEstimator(), NoiseScaleEstimator()
+    for pair in terms[:30]:
+        original.update(*pair, 32, 8)
+    state = original.state_dict()
+    del state["recent"]
+    restored.load_state_dict(state)
+    for pair in terms[30:]:
+        original.update(*pair, 32, 8)
+        restored.update(*pair, 32, 8)
+    assert restored.read().b_simple == original.read().b_simple
+    assert restored.read().low == pytest.approx(original.read().low)
 
 
 def test_an_estimate_is_a_number():

@@ -136,7 +136,9 @@ def test_made_between_micro_batches(write: Callable[[nn.Sequential], None], late
         _, events = train(loop)
     event = events.iloc[0]
     assert (event["step"], event["micro_batch"]) == (BAD_STEP, 0)
-    assert f"made between micro-batches 2 and 3 of step {BAD_STEP}" in event["message"]
+    assert (
+        f"made between two backwards, micro-batches 2 and 3 of step {BAD_STEP}" in event["message"]
+    )
 
 
 def test_what_does_not_arrive_is_not_blamed_on_the_backward() -> None:
@@ -152,7 +154,7 @@ def test_what_does_not_arrive_is_not_blamed_on_the_backward() -> None:
 
     _, events = train(loop)
     assert events.iloc[0]["micro_batch"] == 0
-    assert "made between micro-batches 1 and 2" in events.iloc[0]["message"]
+    assert "made between two backwards, micro-batches 1 and 2" in events.iloc[0]["message"]
 
 
 def test_gradients_that_the_loop_sets_itself_have_no_micro_batch() -> None:

@@ -35,7 +35,7 @@ def test_a_steady_run_is_silent(kinds):
 def test_nan_names_the_first_offender(history):
     """Step, parameter, micro-batch and rank are those of the first bad step's event."""
     events = [_event(150, rank=3), _event(151, parameter="a.weight")]
-    (finding,) = history(200, **_bad(200, 150), events=events).report()
+    (finding,) = history(200, **_bad(200, 150), micro_batches=2, events=events).report()
     assert (finding.kind, finding.severity) == ("nan", "critical")
     assert finding.seen.parameters == ("b.weight",)
     assert finding.seen.steps[0] == 150
@@ -213,6 +213,22 @@ def test_noise_scale_far_from_the_batch(kinds, scale, error, found):
     """Ten times, with two standard errors to spare."""
     columns = {"noise_scale": scale, "noise_scale_stderr": error, "weight": 61.0}
     assert kinds(100, **columns) == found
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "title"),
+    [
+        (640.0, 900.0, "a noise scale of 700 ± 40."),
+        (640.0, math.inf, "a noise scale of at least 640."),
+        (600.0, math.inf, None),
+    ],
+)
+def test_noise_scale_that_is_at_least_far_from_the_batch(history, low, high, title):
+    """Its whole interval is far from the batch; where the upper end is not known, it says so."""
+    columns = {"noise_scale": 700.0, "noise_scale_stderr": 40.0, "weight": 61.0}
+    ends = {"noise_scale_low": low, "noise_scale_high": high}
+    found = history(100, **columns, **ends).report().findings
+    assert [one.title.partition("with ")[2] for one in found] == ([title] if title else [])
 
 
 @pytest.mark.parametrize(("local", "found"), [(0.55, ()), (0.45, ("rank",))])

@@ -13,7 +13,9 @@ from gradwatch.report.thresholds import Thresholds
 
 _ERRORS = 2.0
 
-TITLE = "The batch is {word}: {batch:.4g}, with a noise scale of {noise:.3g} ± {error:.2g}."
+TITLE = "The batch is {word}: {batch:.4g}, with a noise scale of {scale}."
+ABOUT = "{noise:.3g} ± {error:.2g}"
+AT_LEAST = "at least {low:.3g}"  # where the upper end of the interval is not known
 SMALL_WHY = "Most of each gradient is noise: a batch of twice the size needs about half the steps."
 LARGE_WHY = "A smaller batch gives nearly the same gradient: most of the examples add nothing."
 SMALL = 'Accumulate more micro-batches: watch(..., accumulate="auto") follows the noise scale.'
@@ -41,7 +43,17 @@ def noise(run: RunData, limits: Thresholds) -> Iterator[Finding]:
             {"noise_scale": scale, "stderr": error, "batch": batch, "limit": limits.noise},
             steps.optimizer,
         )
-        facts = {"batch": batch, "noise": scale, "error": error}
+        # Run folders of earlier versions have no interval.
+        low, high = (float(steps[f"noise_scale_{end}"][row]) for end in ("low", "high"))
+        about = (
+            AT_LEAST.format(low=low) if high == np.inf else ABOUT.format(noise=scale, error=error)
+        )
+        facts = {"batch": batch, "scale": about}
+        if (
+            low <= limits.noise * batch < scale
+            or scale * limits.noise < batch <= high * limits.noise
+        ):
+            continue
         if scale - _ERRORS * error > limits.noise * batch:
             title = TITLE.format(word="small", **facts)
             yield Finding("batch_small", "note", title, seen, SMALL_WHY, SMALL)

@@ -48,8 +48,8 @@ FROM_START = (
 )
 SUDDEN = (
     "The norms before that were ordinary, so look for a single bad batch, or a function at the "
-    "edge of its domain (log(0), sqrt(0), 0/0) in or after {module}. Check the data of micro-batch "
-    "{micro_batch} in step {step}{on_rank}{else_skip}."
+    "edge of its domain (log(0), sqrt(0), 0/0) in or after {module}. Check the data of {place} in "
+    "step {step}{on_rank}{else_skip}."
 )
 OF_CAUSE: dict[ToldCause, str] = {
     "weights": (
@@ -114,7 +114,8 @@ def _finding(run: RunData, steps: OptimizerArrays, bad: Array, limits: Threshold
         event = _first_event(run.events_of(steps.optimizer, ("overflow",)), first)
     kind = "nan" if event is None else str(event["kind"])
     name = "" if event is None else str(event["parameter"])
-    where = f", first in {name}{_where(event)}" if event is not None and name else ""
+    micro_batches = int(steps["micro_batches"][bad][0])
+    where = f", first in {name}{_where(event, micro_batches)}" if event is not None and name else ""
     numbers = {"steps": float(bad.sum()), "applied": float(len(lost))}
     if event is not None:
         if event["micro_batch"]:
@@ -140,15 +141,24 @@ def _first_event(events: pd.DataFrame, step: int) -> pd.Series | None:
     return of_step.iloc[0] if len(of_step) else None
 
 
-def _where(event: pd.Series) -> str:
+def _where(event: pd.Series, micro_batches: int) -> str:
     batch, rank = int(event["micro_batch"]), int(event["rank"])
     outside = told_cause(str(event["message"])) in ("after", "overflow", "loop")
-    place = f", micro-batch {batch}" if batch else ", outside of the backward" if outside else ""
+    place = ", outside of the backward" if outside else ""
+    if batch:
+        place = f", {_place(batch, micro_batches)}"
     return place + (", rank not known" if rank < 0 else f", rank {rank}" if rank else "")
 
 
 def _on_rank(rank: int) -> str:
     return ON_ANY_RANK if rank < 0 else ON_RANK.format(rank=rank) if rank else ""
+
+
+def _place(number: int, micro_batches: int) -> str:
+    """Names the backward with this number in a step of so many micro-batches; 0 for all."""
+    if not number:
+        return "every micro-batch"
+    return f"backward {number}" if number > micro_batches else f"micro-batch {number}"
 
 
 def _advice(steps: OptimizerArrays, bad: Array, event: pd.Series | None, limits: Thresholds) -> str:
@@ -157,7 +167,10 @@ def _advice(steps: OptimizerArrays, bad: Array, event: pd.Series | None, limits:
     before = before[np.isfinite(before)]
     facts = {
         "module": "the model" if event is None else str(event["module"]) or "the model",
-        "micro_batch": 1 if event is None else int(event["micro_batch"]) or 1,
+        "place": _place(
+            0 if event is None else int(event["micro_batch"]),
+            max(1, int(steps["micro_batches"][row])),
+        ),
         "step": int(steps.step[row]),
         "on_rank": "" if event is None else _on_rank(int(event["rank"])),
         "else_skip": SKIP if (bad & steps.applied).any() else "",

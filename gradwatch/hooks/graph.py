@@ -1,0 +1,149 @@
+"""What the graph of a backward looks like: its nodes, and the data that the forward was given.
+
+Two backwards whose graphs share nodes are of one forward; two whose first layers have saved the
+same tensors are of the same data.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from types import FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
+
+MOST_NODES = 4_000
+"""Nodes that are looked at, from the loss on: enough to tell two graphs apart."""
+
+_MOST_ELEMENTS = 4_096  # of the data, spread over all of it
+_PARAMETER = "torch::autograd::AccumulateGrad"
+_SCALED = "MulBackward0"  # a loss is scaled by a product, or by a division: the same thing
+_NEAR = 3  # nodes between a parameter and the layer that uses it: a transpose, a cast, a view
+
+ENGINE_CODE = _engine_run_backward.__code__
+"""Of the function that runs every backward. Its frame on the stack shows that one is under way."""
+
+
+class Graph(NamedTuple):
+    """The graph of one backward, or its first nodes.
+
+    Attributes:
+        shape: A hash of the names of the nodes, in the order of a walk from the loss.
+        nodes: The sequence numbers of the nodes. Each operation of the forward has its own. Nodes
+            through which nothing but a parameter comes in are left out.
+        data: Hashes of the tensors that the first layers were given; empty where these cannot be
+            read without a wait or a side effect.
+    """
+
+    shape: int
+    nodes: frozenset[int]
+    data: frozenset[int]
+
+
+def graph_under_way() -> Graph | None:
+    """Describes the graph of the backward that runs; costs some microseconds per node.
+
+    It must be called from the thread that called ``backward()``.
+
+    Returns:
+        None if the graph cannot be seen: the backward runs in a thread of its own, as it does on an
+        accelerator, or inside another one, or torch has changed.
+    """
+    # There is no public way from a hook to the root of the graph. The engine can list the nodes
+    # only before the first of them has run. But the frame that has called it has the losses.
+    try:
+        roots = _roots(sys._getframe())
+        return None if roots is None else _describe(roots)
+    except (AttributeError, KeyError, RuntimeError, TypeError):
+        return None
+
+
+def _roots(frame: FrameType | None) -> list[Any] | None:
+    while frame is not None and frame.f_code is not ENGINE_CODE:
+        frame = frame.f_back
+    if frame is None:
+        return None
+    losses = frame.f_locals["t_outputs"]
+    losses = (losses,) if isinstance(losses, Tensor) else losses
+    # A backward may also begin at a torch.autograd.graph.GradientEdge, which has a node.
+    return [one.grad_fn if isinstance(one, Tensor) else one.node for one in losses]
+
+
+def _describe(roots: list[Any]) -> Graph:
+    names: list[str] = []
+    numbers: set[int] = set()
+    data: set[int] = set()
+    for node in _walk(roots):
+        name = node.name()
+        names.append(_SCALED if name == "DivBackward0" else name)
+        # Casts of weights are shared by all forwards in one autocast, and say nothing.
+        if not _is_parameter(node):
+            numbers.add(node._sequence_nr())
+        if name != _PARAMETER and _is_first(node):
+            data.update(_data_of(node))
+    return Graph(hash(tuple(names)), frozenset(numbers), frozenset(data))
+
+
+def _walk(roots: list[Any]) -> Iterator[Any]:
+    seen: set[Any] = set()
+    rest = roots[::-1]
+    while rest and len(seen) < MOST_NODES:
+        node = rest.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            rest += [child for child, _ in node.next_functions]
+            yield node
+
+
+def _is_first(node: Any) -> bool:
+    """Returns whether a node is of a first layer: nothing comes in but parameters and data."""
+    return all(child is None or _is_parameter(child) for child, _ in node.next_functions)
+
+
+def _is_parameter(node: Any) -> bool:
+    for _ in range(_NEAR):
+        if node.name() == _PARAMETER:
+            return True
+        if len(node.next_functions) != 1 or node.next_functions[0][0] is None:
+            return False
+        node = node.next_functions[0][0]
+    return bool(node.name() == _PARAMETER)
+
+
+@lru_cache(maxsize=1_000)
+def _saved_by(kind: Any) -> tuple[str, ...]:
+    prefix = "_raw_saved_"
+    return tuple(name.removeprefix(prefix) for name in dir(kind) if name.startswith(prefix))
+
+
+def _data_of(node: Any) -> Iterator[int]:
+    for name in _saved_by(node.__class__):
+        try:
+            # Unpacking runs the hooks of saved tensors, which recompute a checkpointed forward.
+            # Without this attribute (before torch 2.6, say) nothing tells whether there are any.
+            if getattr(node, f"_raw_saved_{name}").unpack_hook is not None:
+                continue
+            tensor = getattr(node, f"_saved_{name}")
+        except (AttributeError, RuntimeError):
+            continue  # saved by nobody, freed already, or written to since
+        # A weight, and what was computed from one, requires a gradient.
+        if isinstance(tensor, Tensor) and not tensor.requires_grad:
+            yield from _hash(tensor)
+
+
+def _hash(tensor: Tensor) -> Iterator[int]:
+    readable = tensor.is_cpu and tensor.layout is torch.strided and tensor.is_contiguous()
+    if not readable or tensor.numel() < 2 or tensor.is_conj() or tensor.is_neg():
+        return
+    flat = tensor.detach().view(-1)
+    stride = 1 + flat.numel() // _MOST_ELEMENTS
+    try:
+        values = flat.numpy()[::stride]
+    except TypeError:  # a dtype that NumPy does not have
+        return
+    yield hash((tuple(tensor.shape), np.ascontiguousarray(values).tobytes()))
