@@ -25,6 +25,10 @@ PARTIAL_ON_MANY_DIMENSIONS = (
 )
 
 
+class RanksPartedError(RuntimeError):
+    """The ranks do not exchange their norms, in this step or no longer; the training goes on."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClipSides:
     """The norms before and after the user's clip: of this rank's parts, or of whole gradients.
@@ -115,6 +119,13 @@ def _measurement(
     return Measurement(indices, Deferred(norms.to(shards.dtype)), total)
 
 
+def unknown_norms(local: ClipSides) -> ClipSides:
+    """Returns what is known of the whole gradients where the ranks do not exchange their norms."""
+    total = local.after.total.tensor
+    nothing = Measurement([], Deferred(total.new_zeros(0)), Deferred(torch.full_like(total, math.nan)))
+    return replace(local, before=nothing, after=nothing)
+
+
 def _ratio(before: Measurement, after: Measurement, index: int) -> Tensor:
     """Returns the ratio of a gradient's norm before and after the user's clip, on this rank."""
     new = after.norms.tensor[after.indices.index(index)]
@@ -163,6 +174,7 @@ class PackedAllReduce:
             :meth:`run` this rank's term of each, afterwards the sum, float64 and flat.
         sums: For each slot of :meth:`add_sum` the sum over the ranks ``[columns]``, float64.
         gathered: For each slot of :meth:`add_gather` the values of all ranks ``[ranks, n]``.
+        exchanged: Whether :meth:`run` has come to its end.
     """
 
     shards: Shards
@@ -170,6 +182,7 @@ class PackedAllReduce:
     partial: dict[int, Tensor] = field(default_factory=dict)
     sums: list[Tensor] = field(default_factory=list)
     gathered: list[Tensor] = field(default_factory=list)
+    exchanged: bool = False
     _rows: list[Tensor] = field(default_factory=list)
     _own: list[Tensor] = field(default_factory=list)
 
@@ -184,12 +197,17 @@ class PackedAllReduce:
         return len(self._own) - 1
 
     def run(self) -> None:
-        """Runs the all-reduce and fills ``sums``, ``gathered`` and ``partial``."""
+        """Runs the all-reduce and fills ``sums``, ``gathered`` and ``partial``.
+
+        Raises:
+            RanksPartedError: If the ranks do not exchange anything, in this step or no longer.
+        """
         self.sums = [row.clone() for row in self._rows]
         by_mesh: list[list[Tensor]] = [[] for _ in self._own]
         for group in self.shards.groups:
             self._run(group, by_mesh)
         self.gathered = [rows[0] if len(rows) == 1 else torch.cat(rows) for rows in by_mesh]
+        self.exchanged = True
 
     def _run(self, group: MeshGroup, gathered: list[list[Tensor]]) -> None:
         columns = self.shards.index_tensor(group.indices, self.device)
@@ -206,7 +224,7 @@ class PackedAllReduce:
         ]
         payload = torch.cat([part.reshape(-1) for part in parts])
         for process_group in group.groups:
-            dist.all_reduce(payload, group=process_group)
+            payload = self.shards.reduce(payload, process_group)
         reduced = list(torch.split(payload, [part.numel() for part in parts]))
         # Unpack in the order in which ``parts`` was packed.
         for total in self.sums:
@@ -224,6 +242,11 @@ def _at_own_rank(values: Tensor, group: MeshGroup) -> Tensor:
     return rows
 
 
+def _all_reduce(payload: Tensor, group: Any) -> Tensor:
+    dist.all_reduce(payload, group=group)
+    return payload
+
+
 class Shards:
     """All sharded tensors of a parameter table, grouped by device mesh.
 
@@ -231,11 +254,17 @@ class Shards:
         columns: The number of tensors in the table.
         dtype: The dtype of the combined norms, the same on all ranks: float32 or float64.
         groups: The sharded parameters of each mesh.
+        tensors: The tensors of the table.
+        reduce: Sums a tensor over the ranks of a process group, in place or not, and returns it.
+        stepping: The first parameter of the optimizer whose norms are summed; -1 for none.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         """Groups the tensors of a table; those that are not sharded are the same on every rank."""
         self.columns = len(tensors)
+        self.tensors = tensors
+        self.reduce: Callable[[Tensor, Any], Tensor] = _all_reduce
+        self.stepping = -1
         # Decided by all tensors. Which of them have a gradient may differ between ranks, and the
         # ranks must choose the same dtype.
         double = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
@@ -287,6 +316,7 @@ class MeshGroup:
         rank: The position of this rank among those that take part.
         size: How many ranks take part.
         dimensions: The number of dimensions of the mesh.
+        ranks: All ranks of the mesh, those that hold the same parts included.
     """
 
     indices: list[int]
@@ -295,6 +325,7 @@ class MeshGroup:
     rank: int
     size: int
     dimensions: int
+    ranks: list[int]
 
     @classmethod
     def of(cls, mesh: Any, members: dict[int, DTensor]) -> MeshGroup:
@@ -321,6 +352,7 @@ class MeshGroup:
             rank=rank,
             size=math.prod(sizes),
             dimensions=mesh.ndim,
+            ranks=mesh.mesh.flatten().tolist(),
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,7 +15,7 @@ from gradwatch.errors import warn_safely
 from gradwatch.measure.deferred import Array, Deferred, FloatOrDeferred, resolve
 from gradwatch.measure.norms import gradient_norms, gradient_values
 from gradwatch.measure.parameters import local_part
-from gradwatch.measure.sharded import PackedAllReduce, Shards
+from gradwatch.measure.sharded import PackedAllReduce, RanksPartedError, Shards
 
 Measure = Callable[[Tensor], Tensor]
 """Given the elements of a gradient, a float tensor with at least one, returns a tensor ``[]``."""
@@ -443,11 +445,14 @@ class StatisticsSampler:
             return row
         packed = PackedAllReduce(self._shards, row.device)
         slot = packed.add_sum(self._shards.full_row(indices, row))
-        packed.run()
+        with suppress(RanksPartedError):
+            packed.run()
         return self._reduced(packed, indices, "squared_update", slot)
 
     def _reduced(
         self, packed: PackedAllReduce, indices: Sequence[int], name: str, slot: int
     ) -> Tensor:
+        if not packed.exchanged:
+            return torch.full((len(indices),), math.nan, dtype=torch.float64, device=packed.device)
         row = packed.gathered[slot].amax(0) if name in self._maxima else packed.sums[slot]
         return row[packed.shards.index_tensor(indices, row.device)]

@@ -47,7 +47,14 @@ from gradwatch.measure.norms import (
     total_norm,
 )
 from gradwatch.measure.parameters import ParameterTable, is_partial, local_part
-from gradwatch.measure.sharded import ClipSides, PackedAllReduce, Shards, all_reduce_norms
+from gradwatch.measure.sharded import (
+    ClipSides,
+    PackedAllReduce,
+    RanksPartedError,
+    Shards,
+    all_reduce_norms,
+    unknown_norms,
+)
 
 _grad = attrgetter("grad")
 
@@ -96,6 +103,7 @@ class Window:
     _before: Measurement | None = None
     _snapshot: GradientSnapshot | None = None
     _looked: bool = False
+    _parted: bool = False
     _tensors: list[Tensor] = field(default_factory=list)
     _own: set[int] = field(default_factory=set)
     _dtype: torch.dtype | None = None
@@ -385,6 +393,7 @@ class Window:
             self.correction,
             loss_scale=loss_scale,
             looked=looked,
+            clip_known=not self._parted,
         )
         if looked and self.looks is not None:
             self.looks.compare_later(norms)
@@ -414,7 +423,14 @@ class Window:
             return None
         if self.shards is not None and together:
             before, _ = self._all_reduce(self.shards, before, before, gradients=False)
-        return StepNorms(before, before, loss_scale, loss_scale, loss_scale=loss_scale)
+        return StepNorms(
+            before,
+            before,
+            loss_scale,
+            loss_scale,
+            loss_scale=loss_scale,
+            clip_known=not self._parted,
+        )
 
     def _is_unchanged(self, before: Measurement) -> bool:
         if self._snapshot is None:
@@ -483,7 +499,12 @@ class Window:
         there = {i: self.table.tensors[i].grad for i in after.indices} if gradients else {}
         partial = {i: local_part(g) for i, g in there.items() if g is not None and is_partial(g)}
         local = ClipSides(before, after, self.first_nonfinite, self.nonfinite_count)
-        whole = all_reduce_norms(shards, local, partial, self.norm_type, extra)
+        shards.stepping = self.indices[0] if self.indices else -1
+        self._parted = False
+        try:
+            whole = all_reduce_norms(shards, local, partial, self.norm_type, extra)
+        except RanksPartedError:
+            whole, self._parted = unknown_norms(local), True
         self.first_nonfinite, self.nonfinite_count = whole.first_nonfinite, whole.nonfinite_count
         return whole.before, whole.after
 

@@ -1,0 +1,443 @@
+"""Who takes part in the sums over ranks that hold shards, and what becomes of them when one stops.
+
+The norm of a sharded gradient is a sum over ranks, so each of them has to take part in every
+exchange. Who watches is settled through the store of the process group, before the first step.
+
+On CPUs the exchange then has connections of its own (a gloo group), so that nothing that happens
+to it can reach the training's own communication:
+
+- A rank that stops leaves its reason in the store and closes its connections. An exchange that
+  others wait in, or begin later, fails at once, and they go on without it.
+- A rank that leaves out a step is missed for a few seconds, while the all-reduce stays open. If it
+  comes, it was only late. If it comes with a later backward, the exchanges have come apart, and all
+  ranks see that in the same all-reduce.
+
+On accelerators the exchange uses the process groups of the training. NCCL ends the process when a
+collective times out, and a stream that waits for it waits as long, so there a rank that has stopped
+is waited for as in any other collective.
+
+Private API is used to reach the store of the process group and to make a group outside of torch's
+own registry (torch 2.13).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradwatch.measure.parameters import local_part
+from gradwatch.measure.sharded import RanksPartedError, Shards
+
+MISSING = (
+    "The parameters are sharded over ranks {ranks}, whose parts of the norms are added up, so all "
+    "of them must be watched, but {missing} did not begin to watch within {seconds:g} s of rank "
+    "{rank}. Enter gradwatch.watch() on every rank with the same options (or on none), after "
+    "torch.distributed.barrier() if some come to it much later."
+)
+DIFFERENT = (
+    "The parameters are sharded over ranks {ranks}, whose parts of the norms are added up, so all "
+    "of them must be watched alike, but rank {other} has {theirs} where rank {rank} has {mine}. "
+    "Pass the same options to gradwatch.watch() on every rank."
+)
+PARTED = (
+    "{why}, so the norms of sharded gradients are not known from step {step} on: they are recorded "
+    "as NaN. The training goes on untouched."
+)
+PARTED_ACTING = (
+    "{why}, so the norms of sharded gradients are not known in step {step}, and {asked} cannot be "
+    "done without them. Keep the watcher open on every rank until all have taken their last step."
+)
+LATE = (
+    "Another rank came more than {seconds:g} s later to step {step}, and was not waited for: the "
+    "norms of this step are not known, and recorded as NaN."
+)
+STOPPED = "Rank {rank} has stopped watching ({why})"
+MISSED = "Another rank has not come to the same step within {seconds:g} s"
+LOST = "The connection to another rank has ended"
+LEFT_OUT = "Rank {rank} has left out a step() that other ranks have taken"
+OTHER_ORDER = "The ranks have not stepped the same optimizers in the same order"
+
+OTHERS_WAIT = (
+    "This rank's training goes on, but the other ranks watch sharded gradients and wait for it in "
+    "their next all-reduce."
+)
+
+START_WAIT_S = 30.0
+STEP_WAIT_S = 10.0
+# The others may still be receiving what was sent last, and a connection that is closed with data
+# left unread can take away what it has sent.
+LAST_WORD_S = 1.0
+SHORTEST_S, LONGEST_S = 2e-5, 1e-3
+
+_rounds: Counter[str] = Counter()
+
+
+class Listener(Protocol):
+    """What an exchange asks of its watcher, and tells it."""
+
+    def backwards(self) -> int:
+        """Returns the number of backwards so far."""
+
+    def step(self) -> int:
+        """Returns the number of the step under way."""
+
+    def tell(self, message: str, mistake: bool) -> None:
+        """Records that norms are unknown; warns of a mistake."""
+
+
+@dataclass(slots=True, eq=False)
+class _Link:
+    """A group of gradwatch's own with the ranks of one of the training's groups.
+
+    Attributes:
+        group: The group; None once it is closed.
+        rank: The position of this rank in it.
+        ranks: The ranks of the default group that are in it.
+    """
+
+    group: Any
+    rank: int
+    ranks: list[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sent:
+    """An all-reduce under way.
+
+    Attributes:
+        link: The group that it is sent in.
+        numbers: ``[n + 2 * ranks]``, float64: the payload, then two marks of each rank: how many
+            backwards it has run, and the first parameter of the optimizer that steps.
+        work: The one handle to wait for; empty once that is over.
+        step: The step in which it was sent.
+    """
+
+    link: _Link
+    numbers: Tensor
+    work: list[Any]
+    step: int
+
+
+class Exchange:
+    """Adds up numbers over the ranks that hold the shards of a model.
+
+    Attributes:
+        parted: Why the ranks no longer exchange anything; empty as long as they do.
+    """
+
+    def __init__(
+        self, shards: Shards, options: Mapping[str, str], acting: Sequence[str], listener: Listener
+    ) -> None:
+        """Starts without a connection.
+
+        Args:
+            shards: The sharded parameters, which reduce by this exchange once it is open.
+            options: What must be the same on all ranks, as it was written, by name.
+            acting: The options that need the norms to change the training. Then a rank that is
+                late is waited for as in any collective, and one that has stopped is an error.
+            listener: The watcher.
+        """
+        self.parted = ""
+        self._shards = shards
+        self._options = dict(options)
+        self._acting = list(acting)
+        self._listener = listener
+        self._store: Any = None
+        self._links: dict[int, _Link] = {}
+        self._offsets: dict[int, list[float]] = {}
+        self._pending: _Sent | None = None
+        self._told_late = self._has_left = self._apart = False
+        self._timeout_s = math.inf
+
+    @property
+    def others_wait(self) -> bool:
+        """Whether the other ranks wait for this one once it has stopped."""
+        return not self._apart and any(group.size > 1 for group in self._shards.groups)
+
+    # -- the start ---------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Settles through the store that all ranks watch alike; then makes the connections.
+
+        Raises:
+            RuntimeError: If a rank does not begin to watch too, or watches with other options.
+        """
+        groups = [group for group in self._shards.groups if len(group.ranks) > 1]
+        if not groups or "fake" in dist.get_backend():  # of a dry run with only one of the ranks
+            return
+        ranks = sorted({rank for group in groups for rank in group.ranks})
+        self._timeout_s = min(_timeout_s(one) for group in groups for one in group.groups)
+        asked = {**self._options, "parameters": _described(self._shards)}
+        self._store = _settle(ranks, asked, min(START_WAIT_S, self._timeout_s / 4))
+        for group in groups:
+            tensors = [self._shards.tensors[index] for index in group.indices]
+            if not all(local_part(tensor).is_cpu for tensor in tensors):
+                continue
+            for one in group.groups:
+                if id(one) not in self._links and _is_gloo(one):
+                    store = dist.PrefixStore(f"link{len(self._links)}", self._store)
+                    self._links[id(one)] = _linked(one, store, self._timeout_s)
+        self._apart = bool(self._links)
+        self._shards.reduce = self.reduce
+
+    # -- a step ------------------------------------------------------------------------------------
+
+    def reduce(self, payload: Tensor, group: Any) -> Tensor:
+        """Sums a payload ``[n]`` over the ranks of one of the training's groups.
+
+        Returns:
+            The sums ``[n]``; the payload itself where it was summed in place.
+
+        Raises:
+            RanksPartedError: If they cannot be had in this step, or no longer.
+            RuntimeError: The same, if gradwatch acts.
+        """
+        if self.parted:
+            self._fail(self.parted)
+        link = self._links.get(id(group))
+        if link is None:
+            dist.all_reduce(payload, group=group)
+            return payload
+        if self._pending is not None:  # of an earlier step, which has no use for the sums any more
+            self._numbers(self._pending)
+            self._pending = None
+        marks = [0.0] * (2 * len(link.ranks))
+        marks[2 * link.rank] = float(self._listener.backwards())
+        marks[2 * link.rank + 1] = float(self._shards.stepping)
+        numbers = torch.cat([payload, payload.new_tensor(marks)])
+        work = dist.all_reduce(numbers, group=link.group, async_op=True)
+        return self._numbers(_Sent(link, numbers, [work], self._listener.step()))
+
+    def _numbers(self, sent: _Sent) -> Tensor:
+        """Returns the sums of an all-reduce, if all ranks have sent it in the same step."""
+        if not self._acting and not _ends(sent.work[0], self._wait_s):
+            self._miss(sent)
+        # The work holds the connections, and an error that somebody keeps holds this frame.
+        try:
+            sent.work.pop().wait()
+        except RuntimeError:
+            self._part(LOST)
+        size = len(sent.link.ranks)
+        marks = sent.numbers[-2 * size :].tolist()
+        backwards, optimizers = marks[::2], marks[1::2]
+        offsets = [number - backwards[sent.link.rank] for number in backwards]
+        # A rank may have run a backward by itself before the first step.
+        known = self._offsets.setdefault(id(sent.link), offsets)
+        ahead = [now - then for now, then in zip(offsets, known, strict=True)]
+        if any(ahead):
+            self._part(LEFT_OUT.format(rank=sent.link.ranks[ahead.index(max(ahead))]))
+        if len(set(optimizers)) > 1:
+            self._part(OTHER_ORDER)
+        return sent.numbers[: -2 * size]
+
+    def _miss(self, sent: _Sent) -> NoReturn:
+        """Goes on without the sums of this step; they stay open for a rank that is only late."""
+        # If there are several, those that follow this one would come apart. A rank that has not
+        # come to the step before is not late.
+        if len(self._links) > 1 or sent is self._pending:
+            self._pending = sent
+            self._part(MISSED.format(seconds=self._wait_s))
+        self._pending = sent
+        if not self._told_late:
+            self._told_late = True
+            self._listener.tell(LATE.format(seconds=self._wait_s, step=sent.step), False)
+        raise RanksPartedError(LATE)
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    def leave(self, why: str) -> None:
+        """Takes no further part, and has the other ranks know why; never raises nor waits."""
+        if self._links and not self.parted:
+            mine = STOPPED.format(rank=dist.get_rank() if dist.is_initialized() else "?", why=why)
+            self.parted, self._has_left = mine, True
+            self._first_reason(mine)
+            self._let_go(LAST_WORD_S)
+
+    def _part(self, why: str) -> NoReturn:
+        """Ends the exchange, with the reason of the rank that was the first to end it."""
+        why = self._first_reason(why)
+        step = self._listener.step()
+        self.parted = PARTED.format(why=why, step=step)
+        self._let_go(0.0)
+        if self._acting:
+            asked = " and ".join(self._acting)
+            self.parted = PARTED_ACTING.format(why=why, step=step, asked=asked)
+        else:
+            self._listener.tell(self.parted, True)
+        self._fail(self.parted)
+
+    def _fail(self, text: str) -> NoReturn:
+        if self._acting and not self._has_left:
+            raise RuntimeError(text)
+        raise RanksPartedError(text)
+
+    def _first_reason(self, why: str) -> str:
+        """Returns the reason of the rank that was the first to give one, maybe this."""
+        try:
+            if self._store.add("ended", 1) == 1:
+                self._store.set("reason", why)
+                return why
+            self._store.wait(["reason"], timedelta(seconds=LAST_WORD_S))
+            return str(self._store.get("reason").decode())
+        except Exception:  # the store ends with the process that has opened it
+            return why
+
+    def _let_go(self, delay_s: float) -> None:
+        """Closes the connections, some time later and not in this thread."""
+        groups = [link.group for link in self._links.values()]
+        work = self._pending.work.copy() if self._pending is not None else []
+        for link in self._links.values():
+            link.group = None
+        if self._pending is not None:
+            self._pending.work.clear()
+        self._links, self._pending = {}, None
+        closing = threading.Thread(target=_close, args=(groups, work, delay_s), daemon=True)
+        with suppress(RuntimeError):  # at the exit no thread can be started; then all ends anyway
+            closing.start()
+
+    @property
+    def _wait_s(self) -> float:
+        return min(STEP_WAIT_S, self._timeout_s / 4)
+
+
+def _ends(work: Any, seconds: float) -> bool:
+    """Waits for an all-reduce; returns whether it has ended in time, well or not."""
+    # Not Work.wait(timeout), which would end the work, and not a callback, which gloo's thread may
+    # run while the interpreter exits.
+    end, pause = time.monotonic() + seconds, SHORTEST_S
+    while not work.is_completed():
+        if time.monotonic() > end:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_S)
+    return True
+
+
+def _close(groups: list[Any], work: list[Any], delay_s: float) -> None:
+    """Closes connections, by dropping the last reference to them."""
+    # abort() and shutdown() of gloo leave them open (torch 2.13), and its destructor waits for
+    # what is under way: here it keeps nobody waiting.
+    time.sleep(delay_s)
+    while work and not work[0].is_completed():
+        time.sleep(0.1)
+    work.clear()
+    groups.clear()
+
+
+# -- torch's groups and their store ----------------------------------------------------------------
+
+
+def _settle(ranks: Sequence[int], asked: Mapping[str, str], wait_s: float) -> Any:
+    """Meets all ranks in the store of the default group; returns a part of it for this meeting.
+
+    Raises:
+        RuntimeError: If one of them does not come, or asks for something else.
+    """
+    rank = dist.get_rank()
+    name = hashlib.sha1(json.dumps(ranks).encode(), usedforsecurity=False).hexdigest()
+    _rounds[name] += 1
+    default: Any = dist.distributed_c10d._get_default_store()
+    store = dist.PrefixStore(f"gradwatch/{name}/{_rounds[name]}", default)
+    try:
+        _meet(store, "asks", ranks, json.dumps(asked), wait_s)
+        for other in ranks:
+            theirs = json.loads(store.get(f"asks{other}"))
+            for option in (one for one in asked if asked[one] != theirs.get(one)):
+                mine, other_one = asked[option], theirs.get(option)
+                raise RuntimeError(
+                    DIFFERENT.format(
+                        ranks=_listed(ranks),
+                        rank=rank,
+                        mine=f"{option}={mine}",
+                        other=other,
+                        theirs=f"{option}={other_one}",
+                    )
+                )
+        # Whoever has given up in the meantime does not come to this one.
+        _meet(store, "agrees", ranks, "", wait_s)
+    except _MissingError as error:
+        store.delete_key(f"asks{rank}")
+        _rounds[name] -= 1  # the next attempt can meet those who come later
+        missing = f"rank{'s' if len(error.ranks) > 1 else ''} {_listed(error.ranks)}"
+        text = MISSING.format(ranks=_listed(ranks), missing=missing, seconds=wait_s, rank=rank)
+        raise RuntimeError(text) from None
+    return store
+
+
+class _MissingError(Exception):
+    def __init__(self, ranks: Sequence[int]) -> None:
+        super().__init__()
+        self.ranks = ranks
+
+
+def _meet(store: Any, name: str, ranks: Sequence[int], value: str, wait_s: float) -> None:
+    store.set(f"{name}{dist.get_rank()}", value)
+    try:
+        store.wait([f"{name}{rank}" for rank in ranks], timedelta(seconds=wait_s))
+    except RuntimeError:
+        missing = [rank for rank in ranks if not store.check([f"{name}{rank}"])]
+        if missing:
+            raise _MissingError(missing) from None
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    """Lists ranks in words: ``"0, 1 and 2"``; only the first of many."""
+    texts = [str(rank) for rank in ranks]
+    if len(texts) > 8:
+        texts = [*texts[:7], f"{len(texts) - 7} more"]
+    return " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
+
+
+def _described(shards: Shards) -> str:
+    """Describes which parameters are exchanged: their number, and a digest of their shapes."""
+    shapes = [(index, tuple(shards.tensors[index].shape)) for g in shards.groups for index in g.indices]
+    digest = hashlib.sha1(repr(shapes).encode(), usedforsecurity=False).hexdigest()
+    return f"{len(shapes)} sharded ones ({digest[:8]})"
+
+
+def _backend(group: Any) -> Any:
+    """Returns what reduces CPU tensors for a group (None: the whole world), or what else it has."""
+    group = group or dist.group.WORLD
+    for device in ("cpu", *(str(one.type) for one in group._device_types)):
+        with suppress(RuntimeError):
+            return group._get_backend(torch.device(device))
+    return None
+
+
+def _timeout_s(group: Any) -> float:
+    try:
+        return float(_backend(group).options._timeout.total_seconds())
+    except AttributeError:  # of a backend that is not torch's own
+        return float(dist.distributed_c10d.default_pg_timeout.total_seconds())
+
+
+def _is_gloo(group: Any) -> bool:
+    gloo = getattr(dist, "ProcessGroupGloo", None)
+    return gloo is not None and isinstance(_backend(group), gloo)
+
+
+def _linked(group: Any, store: Any, timeout_s: float) -> _Link:
+    """Connects the ranks of a group once more, apart from it."""
+    # Not dist.new_group(), which all ranks of the default group must call, numbers the groups of
+    # the training on, and adds one that destroy_process_group() would take from us.
+    ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
+    rank = ranks.index(dist.get_rank())
+    gloo, cpu = dist.ProcessGroup.BackendType.GLOO, torch.device("cpu")
+    backend: Any = dist.ProcessGroupGloo(store, rank, len(ranks), timedelta(seconds=timeout_s))
+    own: Any = dist.ProcessGroup(store, rank, len(ranks))
+    own._set_default_backend(gloo)
+    own._register_backend(cpu, gloo, backend)
+    return _Link(own, rank, ranks)
