@@ -39,7 +39,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradwatch.measure.parameters import local_part
-from gradwatch.measure.sharded import RanksPartedError, Shards
+from gradwatch.measure.sharded import MeetAgainError, RanksPartedError, Shards
 
 MISSING = (
     "The parameters are sharded over ranks {ranks}, whose parts of the norms are added up, so all "
@@ -68,6 +68,11 @@ STOPPED = "Rank {rank} has stopped watching ({why})"
 MISSED = "Another rank has not come to the same step within {seconds:g} s"
 LOST = "The connection to another rank has ended"
 LEFT_OUT = "Rank {rank} has left out a step() that other ranks have taken"
+LEFT_OUT_ONCE = (
+    LEFT_OUT + ", by step {step}. The norms of such a step are not known, and recorded as NaN. From "
+    "here on the same is true of all statistics besides the norm, as the ranks count different "
+    "steps."
+)
 OTHER_ORDER = "The ranks have not stepped the same optimizers in the same order"
 
 OTHERS_WAIT = (
@@ -76,7 +81,7 @@ OTHERS_WAIT = (
 )
 
 START_WAIT_S = 30.0
-STEP_WAIT_S = 10.0
+STEP_WAIT_S, LEFT_OUT_WAIT_S = 10.0, 2.0
 # The others may still be receiving what was sent last, and a connection that is closed with data
 # left unread can take away what it has sent.
 LAST_WORD_S = 1.0
@@ -160,6 +165,7 @@ class Exchange:
         self._offsets: dict[int, list[float]] = {}
         self._pending: _Sent | None = None
         self._told_late = self._has_left = self._apart = False
+        self._alike = True
         self._timeout_s = math.inf
 
     @property
@@ -191,7 +197,7 @@ class Exchange:
                     store = dist.PrefixStore(f"link{len(self._links)}", self._store)
                     self._links[id(one)] = _linked(one, store, self._timeout_s)
         self._apart = bool(self._links)
-        self._shards.reduce = self.reduce
+        self._shards.reduce, self._shards.settle = self.reduce, self.settle
 
     # -- a step ------------------------------------------------------------------------------------
 
@@ -211,15 +217,25 @@ class Exchange:
         if link is None:
             dist.all_reduce(payload, group=group)
             return payload
-        if self._pending is not None:  # of an earlier step, which has no use for the sums any more
-            self._numbers(self._pending)
-            self._pending = None
+        self.settle()
         marks = [0.0] * (2 * len(link.ranks))
         marks[2 * link.rank] = float(self._listener.backwards())
-        marks[2 * link.rank + 1] = float(self._shards.stepping)
+        marks[2 * link.rank + 1] = float(2 * self._shards.stepping + self._shards.is_step)
         numbers = torch.cat([payload, payload.new_tensor(marks)])
         work = dist.all_reduce(numbers, group=link.group, async_op=True)
         return self._numbers(_Sent(link, numbers, [work], self._listener.step()))
+
+    def settle(self) -> bool:
+        """Waits for what an earlier step has left open; returns whether all ranks step alike.
+
+        If not, their steps have different numbers, and what is due in one of them is not due in
+        all: then only what is due in every step can be exchanged.
+        """
+        if self._pending is not None and not self.parted:
+            with suppress(RanksPartedError):  # that step has no use for the sums any more
+                self._numbers(self._pending)
+            self._pending = None
+        return self._alike
 
     def _numbers(self, sent: _Sent) -> Tensor:
         """Returns the sums of an all-reduce, if all ranks have sent it in the same step."""
@@ -232,16 +248,32 @@ class Exchange:
             self._part(LOST)
         size = len(sent.link.ranks)
         marks = sent.numbers[-2 * size :].tolist()
-        backwards, optimizers = marks[::2], marks[1::2]
+        backwards, steps = marks[::2], marks[1::2]
         offsets = [number - backwards[sent.link.rank] for number in backwards]
         # A rank may have run a backward by itself before the first step.
         known = self._offsets.setdefault(id(sent.link), offsets)
         ahead = [now - then for now, then in zip(offsets, known, strict=True)]
         if any(ahead):
-            self._part(LEFT_OUT.format(rank=sent.link.ranks[ahead.index(max(ahead))]))
-        if len(set(optimizers)) > 1:
+            self._meet_again(sent, ahead)
+        if len({step // 2 for step in steps}) > 1:
             self._part(OTHER_ORDER)
+        if len(set(steps)) > 1:  # some have thrown away the gradients of a step
+            self._note_left_out(sent.link.ranks[steps.index(min(steps))], sent.step)
         return sent.numbers[: -2 * size]
+
+    def _meet_again(self, sent: _Sent, ahead: Sequence[float]) -> NoReturn:
+        """Goes on where some ranks have come to a later step: they wait there for the others."""
+        rank = sent.link.ranks[ahead.index(max(ahead))]
+        if self._acting or len(self._links) > 1:
+            self._part(LEFT_OUT.format(rank=rank))
+        self._note_left_out(rank, sent.step)
+        first = ahead[sent.link.rank] == max(ahead)
+        raise MeetAgainError(rank) if first else RanksPartedError(rank)
+
+    def _note_left_out(self, rank: int, step: int) -> None:
+        if self._alike:
+            self._alike = False
+            self._listener.tell(LEFT_OUT_ONCE.format(rank=rank, step=step), False)
 
     def _miss(self, sent: _Sent) -> NoReturn:
         """Goes on without the sums of this step; they stay open for a rank that is only late."""
@@ -310,7 +342,9 @@ class Exchange:
 
     @property
     def _wait_s(self) -> float:
-        return min(STEP_WAIT_S, self._timeout_s / 4)
+        # All-reduces that follow one another cannot be left open.
+        usual = STEP_WAIT_S * max(len(self._links), 1) if self._alike else LEFT_OUT_WAIT_S
+        return min(usual, self._timeout_s / 4)
 
 
 def _ends(work: Any, seconds: float) -> bool:

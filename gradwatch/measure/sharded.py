@@ -29,6 +29,10 @@ class RanksPartedError(RuntimeError):
     """The ranks do not exchange their norms, in this step or no longer; the training goes on."""
 
 
+class MeetAgainError(RanksPartedError):
+    """Other ranks were not in the same step yet; they may be if this rank sends its norms again."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClipSides:
     """The norms before and after the user's clip: of this rank's parts, or of whole gradients.
@@ -82,7 +86,7 @@ def all_reduce_norms(
     is_here = shards.full_row(after.indices, torch.ones_like(after.norms.tensor))
     presence = packed.add_sum(is_here)
     first = packed.add_gather(_encode_first_nonfinite(local, is_here))
-    if extra is not None:
+    if extra is not None and shards.settle():
         extra(packed)
     packed.run()
     indices = list(after.indices)
@@ -256,7 +260,10 @@ class Shards:
         groups: The sharded parameters of each mesh.
         tensors: The tensors of the table.
         reduce: Sums a tensor over the ranks of a process group, in place or not, and returns it.
+        settle: Called before numbers are packed; returns whether ranks may send what is not due in
+            every step.
         stepping: The first parameter of the optimizer whose norms are summed; -1 for none.
+        is_step: Whether its step is taken, rather than skipped or thrown away.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -264,7 +271,8 @@ class Shards:
         self.columns = len(tensors)
         self.tensors = tensors
         self.reduce: Callable[[Tensor, Any], Tensor] = _all_reduce
-        self.stepping = -1
+        self.settle: Callable[[], bool] = lambda: True
+        self.stepping, self.is_step = -1, True
         # Decided by all tensors. Which of them have a gradient may differ between ranks, and the
         # ranks must choose the same dtype.
         double = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import compress, repeat
 from operator import attrgetter, is_
@@ -49,6 +50,7 @@ from gradwatch.measure.norms import (
 from gradwatch.measure.parameters import ParameterTable, is_partial, local_part
 from gradwatch.measure.sharded import (
     ClipSides,
+    MeetAgainError,
     PackedAllReduce,
     RanksPartedError,
     Shards,
@@ -499,14 +501,26 @@ class Window:
         there = {i: self.table.tensors[i].grad for i in after.indices} if gradients else {}
         partial = {i: local_part(g) for i, g in there.items() if g is not None and is_partial(g)}
         local = ClipSides(before, after, self.first_nonfinite, self.nonfinite_count)
-        shards.stepping = self.indices[0] if self.indices else -1
+        shards.stepping, shards.is_step = (self.indices or [-1])[0], gradients
         self._parted = False
         try:
-            whole = all_reduce_norms(shards, local, partial, self.norm_type, extra)
+            whole = self._met(shards, local, partial, extra)
         except RanksPartedError:
             whole, self._parted = unknown_norms(local), True
         self.first_nonfinite, self.nonfinite_count = whole.first_nonfinite, whole.nonfinite_count
         return whole.before, whole.after
+
+    def _met(
+        self,
+        shards: Shards,
+        local: ClipSides,
+        partial: dict[int, Tensor],
+        extra: Callable[[PackedAllReduce], None] | None,
+    ) -> ClipSides:
+        """Combines the norms of all ranks, in the same step of all."""
+        while True:
+            with suppress(MeetAgainError):
+                return all_reduce_norms(shards, local, partial, self.norm_type, extra)
 
     # -- windows derived from it -------------------------------------------------------------------
 
