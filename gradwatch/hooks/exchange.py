@@ -382,33 +382,38 @@ def _settle(ranks: Sequence[int], asked: Mapping[str, str], wait_s: float) -> An
     """
     rank = dist.get_rank()
     name = hashlib.sha1(json.dumps(ranks).encode(), usedforsecurity=False).hexdigest()
-    _rounds[name] += 1
     default: Any = dist.distributed_c10d._get_default_store()
-    store = dist.PrefixStore(f"gradwatch/{name}/{_rounds[name]}", default)
+    store = _next_meeting(name, default)
     try:
-        _meet(store, "asks", ranks, json.dumps(asked), wait_s)
-        for other in ranks:
-            theirs = json.loads(store.get(f"asks{other}"))
-            for option in (one for one in asked if asked[one] != theirs.get(one)):
-                mine, other_one = asked[option], theirs.get(option)
-                raise RuntimeError(
-                    DIFFERENT.format(
-                        ranks=_listed(ranks),
-                        rank=rank,
-                        mine=f"{option}={mine}",
-                        other=other,
-                        theirs=f"{option}={other_one}",
-                    )
-                )
+        # Everybody compares with one of them, as the store would be asked a million things by a
+        # thousand ranks that compare with each other.
+        mine = {**asked, "rank": rank}
+        found = json.loads(store.compare_set("asked", "", json.dumps(mine)))
+        for option in (one for one in asked if asked[one] != found[one]):
+            texts = {"mine": f"{option}={asked[option]}", "theirs": f"{option}={found[option]}"}
+            text = DIFFERENT.format(ranks=_listed(ranks), rank=rank, other=found["rank"], **texts)
+            store.set("different", text)
+        _meet(store, "asks", ranks, wait_s)
+        if store.check(["different"]):
+            raise RuntimeError(store.get("different").decode())
         # Whoever has given up in the meantime does not come to this one.
-        _meet(store, "agrees", ranks, "", wait_s)
+        _meet(store, "agrees", ranks, wait_s)
     except _MissingError as error:
-        store.delete_key(f"asks{rank}")
-        _rounds[name] -= 1  # the next attempt can meet those who come later
+        store.set("given up", "")
         missing = f"rank{'s' if len(error.ranks) > 1 else ''} {_listed(error.ranks)}"
         text = MISSING.format(ranks=_listed(ranks), missing=missing, seconds=wait_s, rank=rank)
         raise RuntimeError(text) from None
     return store
+
+
+def _next_meeting(name: str, default: Any) -> Any:
+    """Returns the part of the store for the next meeting of some ranks."""
+    while True:
+        _rounds[name] += 1
+        store = dist.PrefixStore(f"gradwatch/{name}/{_rounds[name]}", default)
+        # If the others have given one up, this rank can only meet them in the one after it.
+        if not store.check(["given up"]):
+            return store
 
 
 class _MissingError(Exception):
@@ -417,8 +422,8 @@ class _MissingError(Exception):
         self.ranks = ranks
 
 
-def _meet(store: Any, name: str, ranks: Sequence[int], value: str, wait_s: float) -> None:
-    store.set(f"{name}{dist.get_rank()}", value)
+def _meet(store: Any, name: str, ranks: Sequence[int], wait_s: float) -> None:
+    store.set(f"{name}{dist.get_rank()}", "")
     try:
         store.wait([f"{name}{rank}" for rank in ranks], timedelta(seconds=wait_s))
     except RuntimeError:
