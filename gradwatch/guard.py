@@ -87,7 +87,9 @@ def _mark_seconds() -> float:
 
 UNSUPPORTED = "gradwatch stopped watching: {error} {rest}"
 
-STOPPED = "gradwatch stopped watching after an error of its own, {error}. {rest} Please report this."
+STOPPED = (
+    "gradwatch stopped watching after an error of its own, {error}. {rest} Please report this."
+)
 
 UNTOUCHED = "The training goes on untouched."
 

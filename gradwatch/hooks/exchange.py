@@ -28,7 +28,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -37,6 +37,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 
 from gradwatch.measure.parameters import local_part
 from gradwatch.measure.sharded import MeetAgainError, RanksPartedError, Shards
@@ -66,11 +67,12 @@ LATE = (
 )
 STOPPED = "Rank {rank} has stopped watching ({why})"
 MISSED = "Another rank has not come to the same step within {seconds:g} s"
-LOST = "The connection to another rank has ended"
+LOST = "Another rank does not answer (it has ended, or waits elsewhere)"
 LEFT_OUT = "Rank {rank} has left out a step() that other ranks have taken"
 LEFT_OUT_ONCE = (
-    LEFT_OUT + ", by step {step}. The norms of such a step are not known, and recorded as NaN. From "
-    "here on the same is true of all statistics besides the norm, as the ranks count different "
+    LEFT_OUT
+    + ", by step {step}. Norms of a step that not all ranks take are not known, and recorded as "
+    "NaN, and so are all statistics besides the norm from now on, as the ranks count different "
     "steps."
 )
 OTHER_ORDER = "The ranks have not stepped the same optimizers in the same order"
@@ -162,7 +164,7 @@ class Exchange:
         self._listener = listener
         self._store: Any = None
         self._links: dict[int, _Link] = {}
-        self._offsets: dict[int, list[float]] = {}
+        self._rank = 0
         self._pending: _Sent | None = None
         self._told_late = self._has_left = self._apart = False
         self._alike = True
@@ -182,19 +184,22 @@ class Exchange:
             RuntimeError: If a rank does not begin to watch too, or watches with other options.
         """
         groups = [group for group in self._shards.groups if len(group.ranks) > 1]
-        if not groups or "fake" in dist.get_backend():  # of a dry run with only one of the ranks
+        default: Any = dist.distributed_c10d._get_default_store()
+        # There is none with MPI, and a "fake" one is for a dry run with only one of the ranks.
+        if not groups or default is None or "fake" in dist.get_backend():
             return
+        self._rank = dist.get_rank()
         ranks = sorted({rank for group in groups for rank in group.ranks})
         self._timeout_s = min(_timeout_s(one) for group in groups for one in group.groups)
         asked = {**self._options, "parameters": _described(self._shards)}
-        self._store = _settle(ranks, asked, min(START_WAIT_S, self._timeout_s / 4))
+        self._store = _settle(default, ranks, asked, min(START_WAIT_S, self._timeout_s / 4))
         for group in groups:
             tensors = [self._shards.tensors[index] for index in group.indices]
             if not all(local_part(tensor).is_cpu for tensor in tensors):
                 continue
             for one in group.groups:
                 if id(one) not in self._links and _is_gloo(one):
-                    store = dist.PrefixStore(f"link{len(self._links)}", self._store)
+                    store = PrefixStore(f"link{len(self._links)}", self._store)
                     self._links[id(one)] = _linked(one, store, self._timeout_s)
         self._apart = bool(self._links)
         self._shards.reduce, self._shards.settle = self.reduce, self.settle
@@ -211,13 +216,13 @@ class Exchange:
             RanksPartedError: If they cannot be had in this step, or no longer.
             RuntimeError: The same, if gradwatch acts.
         """
+        self.settle()
         if self.parted:
             self._fail(self.parted)
         link = self._links.get(id(group))
         if link is None:
             dist.all_reduce(payload, group=group)
             return payload
-        self.settle()
         marks = [0.0] * (2 * len(link.ranks))
         marks[2 * link.rank] = float(self._listener.backwards())
         marks[2 * link.rank + 1] = float(2 * self._shards.stepping + self._shards.is_step)
@@ -249,26 +254,24 @@ class Exchange:
         size = len(sent.link.ranks)
         marks = sent.numbers[-2 * size :].tolist()
         backwards, steps = marks[::2], marks[1::2]
-        offsets = [number - backwards[sent.link.rank] for number in backwards]
-        # A rank may have run a backward by itself before the first step.
-        known = self._offsets.setdefault(id(sent.link), offsets)
-        ahead = [now - then for now, then in zip(offsets, known, strict=True)]
-        if any(ahead):
-            self._meet_again(sent, ahead)
+        if len(set(backwards)) > 1:
+            self._meet_again(sent, backwards)
         if len({step // 2 for step in steps}) > 1:
             self._part(OTHER_ORDER)
         if len(set(steps)) > 1:  # some have thrown away the gradients of a step
             self._note_left_out(sent.link.ranks[steps.index(min(steps))], sent.step)
         return sent.numbers[: -2 * size]
 
-    def _meet_again(self, sent: _Sent, ahead: Sequence[float]) -> NoReturn:
+    def _meet_again(self, sent: _Sent, backwards: Sequence[float]) -> NoReturn:
         """Goes on where some ranks have come to a later step: they wait there for the others."""
-        rank = sent.link.ranks[ahead.index(max(ahead))]
+        # A backward of sharded parameters takes all ranks, so they have run as many.
+        latest = max(backwards)
+        rank = sent.link.ranks[backwards.index(latest)]
         if self._acting or len(self._links) > 1:
             self._part(LEFT_OUT.format(rank=rank))
         self._note_left_out(rank, sent.step)
-        first = ahead[sent.link.rank] == max(ahead)
-        raise MeetAgainError(rank) if first else RanksPartedError(rank)
+        is_ahead = backwards[sent.link.rank] == latest
+        raise MeetAgainError(rank) if is_ahead else RanksPartedError(rank)
 
     def _note_left_out(self, rank: int, step: int) -> None:
         if self._alike:
@@ -293,7 +296,7 @@ class Exchange:
     def leave(self, why: str) -> None:
         """Takes no further part, and has the other ranks know why; never raises nor waits."""
         if self._links and not self.parted:
-            mine = STOPPED.format(rank=dist.get_rank() if dist.is_initialized() else "?", why=why)
+            mine = STOPPED.format(rank=self._rank, why=why)
             self.parted, self._has_left = mine, True
             self._first_reason(mine)
             self._let_go(LAST_WORD_S)
@@ -374,7 +377,7 @@ def _close(groups: list[Any], work: list[Any], delay_s: float) -> None:
 # -- torch's groups and their store ----------------------------------------------------------------
 
 
-def _settle(ranks: Sequence[int], asked: Mapping[str, str], wait_s: float) -> Any:
+def _settle(default: Any, ranks: Sequence[int], asked: Mapping[str, str], wait_s: float) -> Any:
     """Meets all ranks in the store of the default group; returns a part of it for this meeting.
 
     Raises:
@@ -382,7 +385,6 @@ def _settle(ranks: Sequence[int], asked: Mapping[str, str], wait_s: float) -> An
     """
     rank = dist.get_rank()
     name = hashlib.sha1(json.dumps(ranks).encode(), usedforsecurity=False).hexdigest()
-    default: Any = dist.distributed_c10d._get_default_store()
     store = _next_meeting(name, default)
     try:
         # Everybody compares with one of them, as the store would be asked a million things by a
@@ -410,7 +412,7 @@ def _next_meeting(name: str, default: Any) -> Any:
     """Returns the part of the store for the next meeting of some ranks."""
     while True:
         _rounds[name] += 1
-        store = dist.PrefixStore(f"gradwatch/{name}/{_rounds[name]}", default)
+        store = PrefixStore(f"gradwatch/{name}/{_rounds[name]}", default)
         # If the others have given one up, this rank can only meet them in the one after it.
         if not store.check(["given up"]):
             return store
@@ -442,7 +444,8 @@ def _listed(ranks: Sequence[int]) -> str:
 
 def _described(shards: Shards) -> str:
     """Describes which parameters are exchanged: their number, and a digest of their shapes."""
-    shapes = [(index, tuple(shards.tensors[index].shape)) for g in shards.groups for index in g.indices]
+    indices = [index for group in shards.groups for index in group.indices]
+    shapes = [(index, tuple(shards.tensors[index].shape)) for index in indices]
     digest = hashlib.sha1(repr(shapes).encode(), usedforsecurity=False).hexdigest()
     return f"{len(shapes)} sharded ones ({digest[:8]})"
 
@@ -469,14 +472,18 @@ def _is_gloo(group: Any) -> bool:
 
 
 def _linked(group: Any, store: Any, timeout_s: float) -> _Link:
-    """Connects the ranks of a group once more, apart from it."""
-    # Not dist.new_group(), which all ranks of the default group must call, numbers the groups of
-    # the training on, and adds one that destroy_process_group() would take from us.
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
     rank = ranks.index(dist.get_rank())
+    return _Link(connected(store, rank, len(ranks), timeout_s), rank, ranks)
+
+
+def connected(store: Any, rank: int, ranks: int, timeout_s: float) -> dist.ProcessGroup:
+    """Connects some ranks by a gloo group, apart from those of the training."""
+    # Not dist.new_group(), which all ranks of the default group must call, numbers the groups of
+    # the training on, and adds one that destroy_process_group() would take from us.
     gloo, cpu = dist.ProcessGroup.BackendType.GLOO, torch.device("cpu")
-    backend: Any = dist.ProcessGroupGloo(store, rank, len(ranks), timedelta(seconds=timeout_s))
-    own: Any = dist.ProcessGroup(store, rank, len(ranks))
-    own._set_default_backend(gloo)
-    own._register_backend(cpu, gloo, backend)
-    return _Link(own, rank, ranks)
+    backend: Any = dist.ProcessGroupGloo(store, rank, ranks, timedelta(seconds=timeout_s))
+    group: Any = dist.ProcessGroup(store, rank, ranks)
+    group._set_default_backend(gloo)
+    group._register_backend(cpu, gloo, backend)
+    return group

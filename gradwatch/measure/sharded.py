@@ -126,7 +126,9 @@ def _measurement(
 def unknown_norms(local: ClipSides) -> ClipSides:
     """Returns what is known of the whole gradients where the ranks do not exchange their norms."""
     total = local.after.total.tensor
-    nothing = Measurement([], Deferred(total.new_zeros(0)), Deferred(torch.full_like(total, math.nan)))
+    nothing = Measurement(
+        [], Deferred(total.new_zeros(0)), Deferred(torch.full_like(total, math.nan))
+    )
     return replace(local, before=nothing, after=nothing)
 
 

@@ -86,7 +86,9 @@ def _train(model, optimizer, do=lambda step, model: True):
 
 def _weights(model):
     with torch.no_grad():
-        return [float(_whole(parameter).double().square().sum()) for parameter in model.parameters()]
+        return [
+            float(_whole(parameter).double().square().sum()) for parameter in model.parameters()
+        ]
 
 
 def _whole(tensor):
@@ -208,15 +210,6 @@ def _tells(self, sent, give_up=exchange.Exchange._miss):
     give_up(self, sent)
 
 
-def _clips(watcher):
-    def do(step, model):
-        if step == AT and _last():
-            watcher.close()
-        return step < AT or _last() or not _raised(watcher)
-
-    return do
-
-
 def _counted(make):
     torch.manual_seed(0)
     model = make()
@@ -288,9 +281,13 @@ def _everything(makes):
             make = {"fsdp": _fsdp, "tensor": _tensor_parallel, "both": _both}[name]
             seen[name] = {
                 "unwatched": _run(make, _nothing, lambda: False),
-                "watched": _run(make, _nothing, statistics=["norm", "max", "update_ratio"], every=2),
+                "watched": _run(
+                    make, _nothing, statistics=["norm", "max", "update_ratio"], every=2
+                ),
                 "missing": _run(make, _nothing, lambda: not _last()),
-                "options": _run(make, _nothing, statistics=["norm", "max"] if _last() else ["norm"]),
+                "options": _run(
+                    make, _nothing, statistics=["norm", "max"] if _last() else ["norm"]
+                ),
                 "closes": _run(make, _closes),
                 "fails": _run(make, _fails),
                 "leaves out": _run(make, _leaves_out),
@@ -350,7 +347,11 @@ def test_other_options_are_refused(two, make):
 @MAKES
 @pytest.mark.parametrize(
     ("scene", "why"),
-    [("closes", "its watcher was closed"), ("fails", "Error"), ("raises", "its watcher was closed")],
+    [
+        ("closes", "its watcher was closed"),
+        ("fails", "Error"),
+        ("raises", "its watcher was closed"),
+    ],
 )
 def test_a_rank_stops_watching(two, make, scene, why):
     """The other goes on, with the norms until then and none from then on, and says so once."""
@@ -430,8 +431,9 @@ def test_four_ranks():
             assert seen[make]["watched"]["recorded"] == pytest.approx(
                 seen[make]["watched"]["norms"], rel=1e-5
             )
-            assert f"rank 3 did not begin to watch within 3 s of rank {rank}" in (
-                seen[make]["missing"]["error"]
+            assert (
+                f"rank 3 did not begin to watch within 3 s of rank {rank}"
+                in (seen[make]["missing"]["error"])
             )
             for scene in ("closes", "fails", "raises"):
                 assert all(map(math.isnan, seen[make][scene]["recorded"][AT:]))
