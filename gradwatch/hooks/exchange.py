@@ -113,11 +113,17 @@ class _Link:
         group: The group; None once it is closed.
         rank: The position of this rank in it.
         ranks: The ranks of the default group that are in it.
+        store: A part of the store for these ranks alone.
     """
 
     group: Any
     rank: int
     ranks: list[int]
+    store: Any
+
+    def first_reason(self, why: str) -> str:
+        """Returns why the group has ended, as the first of its ranks has said or says now."""
+        return str(self.store.compare_set("reason", "", why).decode())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,7 +168,6 @@ class Exchange:
         self._options = dict(options)
         self._acting = list(acting)
         self._listener = listener
-        self._store: Any = None
         self._links: dict[int, _Link] = {}
         self._rank = 0
         self._pending: _Sent | None = None
@@ -192,15 +197,15 @@ class Exchange:
         ranks = sorted({rank for group in groups for rank in group.ranks})
         self._timeout_s = min(_timeout_s(one) for group in groups for one in group.groups)
         asked = {**self._options, "parameters": _described(self._shards)}
-        self._store = _settle(default, ranks, asked, min(START_WAIT_S, self._timeout_s / 4))
+        store = _settle(default, ranks, asked, min(START_WAIT_S, self._timeout_s / 4))
         for group in groups:
             tensors = [self._shards.tensors[index] for index in group.indices]
             if not all(local_part(tensor).is_cpu for tensor in tensors):
                 continue
             for one in group.groups:
                 if id(one) not in self._links and _is_gloo(one):
-                    store = PrefixStore(f"link{len(self._links)}", self._store)
-                    self._links[id(one)] = _linked(one, store, self._timeout_s)
+                    name = f"link{len(self._links)}"
+                    self._links[id(one)] = _linked(one, name, store, self._timeout_s)
         self._apart = bool(self._links)
         self._shards.reduce, self._shards.settle = self.reduce, self.settle
 
@@ -320,15 +325,18 @@ class Exchange:
         raise RanksPartedError(text)
 
     def _first_reason(self, why: str) -> str:
-        """Returns the reason of the rank that was the first to give one, maybe this."""
+        """Returns the reason of the rank that was the first to give one, maybe this.
+
+        It is passed on to the ranks that only this one is connected with.
+        """
         try:
-            if self._store.add("ended", 1) == 1:
-                self._store.set("reason", why)
-                return why
-            self._store.wait(["reason"], timedelta(seconds=LAST_WORD_S))
-            return str(self._store.get("reason").decode())
+            for link in self._links.values():
+                why = link.first_reason(why)
+            for link in self._links.values():
+                link.first_reason(why)
         except Exception:  # the store ends with the process that has opened it
             return why
+        return why
 
     def _let_go(self, delay_s: float) -> None:
         """Closes the connections, some time later and not in this thread."""
@@ -471,19 +479,21 @@ def _is_gloo(group: Any) -> bool:
     return gloo is not None and isinstance(_backend(group), gloo)
 
 
-def _linked(group: Any, store: Any, timeout_s: float) -> _Link:
+def _linked(group: Any, name: str, store: Any, timeout_s: float) -> _Link:
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
     rank = ranks.index(dist.get_rank())
-    return _Link(connected(store, rank, len(ranks), timeout_s), rank, ranks)
+    # A mesh has several groups of one kind, which have no rank in common.
+    store = PrefixStore(f"{name}/{ranks[0]}", store)
+    return _Link(connected(store, rank, len(ranks), timeout_s), rank, ranks, store)
 
 
-def connected(store: Any, rank: int, ranks: int, timeout_s: float) -> dist.ProcessGroup:
+def connected(store: Any, rank: int, ranks: int, timeout_s: float) -> Any:
     """Connects some ranks by a gloo group, apart from those of the training."""
     # Not dist.new_group(), which all ranks of the default group must call, numbers the groups of
     # the training on, and adds one that destroy_process_group() would take from us.
     gloo, cpu = dist.ProcessGroup.BackendType.GLOO, torch.device("cpu")
     backend: Any = dist.ProcessGroupGloo(store, rank, ranks, timedelta(seconds=timeout_s))
-    group: Any = dist.ProcessGroup(store, rank, ranks)
+    group = dist.ProcessGroup(store, rank, ranks)
     group._set_default_backend(gloo)
     group._register_backend(cpu, gloo, backend)
     return group
