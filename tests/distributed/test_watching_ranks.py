@@ -65,6 +65,16 @@ def _both():
     return model
 
 
+def _hybrid():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, mesh = zoo.small(), init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "shard"))
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh)
+    return model
+
+
 def _loss(model, step):
     # The ranks of a model that is tensor parallel see the same data.
     seed = 100 * step
@@ -448,3 +458,26 @@ def test_four_ranks():
             assert left["recorded"][AT + 1 :] == pytest.approx(whole[AT + 1 :], rel=1e-5)
             assert left["told"] == []
             assert seen[make]["counted"] == [1] * 3
+
+
+def _copies():
+    with mock.patch.multiple(exchange, **SHORT):
+        return {
+            "closes": _run(_hybrid, _closes),
+            "missing": _run(_hybrid, _nothing, lambda: not _last()),
+        }
+
+
+@pytest.mark.slow
+def test_ranks_with_copies_of_the_shards():
+    """Only those that share parts with a rank miss it, but all copies must be watched at first."""
+    four = on_ranks(_copies, 4, timeout=HANG)
+    for rank, seen in enumerate(four[:3]):
+        closes = seen["closes"]
+        known = AT if rank == 2 else STEPS
+        assert closes["recorded"][:known] == pytest.approx(closes["norms"][:known], rel=1e-5)
+        assert all(map(math.isnan, closes["recorded"][known:]))
+        assert len(closes["told"]) == (rank == 2)
+        assert (
+            f"rank 3 did not begin to watch within 3 s of rank {rank}" in seen["missing"]["error"]
+        )
