@@ -82,12 +82,14 @@ OTHERS_WAIT = (
     "their next all-reduce."
 )
 
+STEP_MARKS = 2**24  # more than twice the parameters of any model; float64 holds up to 2**53
+
 START_WAIT_S = 30.0
 STEP_WAIT_S, LEFT_OUT_WAIT_S = 10.0, 2.0
 # The others may still be receiving what was sent last, and a connection that is closed with data
 # left unread can take away what it has sent.
 LAST_WORD_S = 1.0
-SHORTEST_S, LONGEST_S = 2e-5, 1e-3
+SHORTEST_S, LONGEST_S = 1e-5, 1e-2
 
 _rounds: Counter[str] = Counter()
 
@@ -132,8 +134,8 @@ class _Sent:
 
     Attributes:
         link: The group that it is sent in.
-        numbers: ``[n + 2 * ranks]``, float64: the payload, then two marks of each rank: how many
-            backwards it has run, and the first parameter of the optimizer that steps.
+        numbers: ``[n + ranks]``, float64: the payload, then a mark of each rank for the number of
+            backwards that it has run, the optimizer that steps, and whether it does.
         work: The one handle to wait for; empty once that is over.
         step: The step in which it was sent.
     """
@@ -228,9 +230,9 @@ class Exchange:
         if link is None:
             dist.all_reduce(payload, group=group)
             return payload
-        marks = [0.0] * (2 * len(link.ranks))
-        marks[2 * link.rank] = float(self._listener.backwards())
-        marks[2 * link.rank + 1] = float(2 * self._shards.stepping + self._shards.is_step)
+        shards, marks = self._shards, [0] * len(link.ranks)
+        step = 2 * (shards.stepping + 1) + shards.is_step
+        marks[link.rank] = self._listener.backwards() * STEP_MARKS + step
         numbers = torch.cat([payload, payload.new_tensor(marks)])
         work = dist.all_reduce(numbers, group=link.group, async_op=True)
         return self._numbers(_Sent(link, numbers, [work], self._listener.step()))
@@ -257,17 +259,17 @@ class Exchange:
         except RuntimeError:
             self._part(LOST)
         size = len(sent.link.ranks)
-        marks = sent.numbers[-2 * size :].tolist()
-        backwards, steps = marks[::2], marks[1::2]
+        marks = [divmod(int(mark), STEP_MARKS) for mark in sent.numbers[-size:].tolist()]
+        backwards, steps = zip(*marks, strict=True)
         if len(set(backwards)) > 1:
             self._meet_again(sent, backwards)
         if len({step // 2 for step in steps}) > 1:
             self._part(OTHER_ORDER)
         if len(set(steps)) > 1:  # some have thrown away the gradients of a step
             self._note_left_out(sent.link.ranks[steps.index(min(steps))], sent.step)
-        return sent.numbers[: -2 * size]
+        return sent.numbers[:-size]
 
-    def _meet_again(self, sent: _Sent, backwards: Sequence[float]) -> NoReturn:
+    def _meet_again(self, sent: _Sent, backwards: Sequence[int]) -> NoReturn:
         """Goes on where some ranks have come to a later step: they wait there for the others."""
         # A backward of sharded parameters takes all ranks, so they have run as many.
         latest = max(backwards)
@@ -362,12 +364,12 @@ def _ends(work: Any, seconds: float) -> bool:
     """Waits for an all-reduce; returns whether it has ended in time, well or not."""
     # Not Work.wait(timeout), which would end the work, and not a callback, which gloo's thread may
     # run while the interpreter exits.
-    end, pause = time.monotonic() + seconds, SHORTEST_S
+    begin, waited = time.monotonic(), 0.0
     while not work.is_completed():
-        if time.monotonic() > end:
+        if waited > seconds:
             return False
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_S)
+        time.sleep(min(max(waited / 8, SHORTEST_S), LONGEST_S))
+        waited = time.monotonic() - begin
     return True
 
 
