@@ -517,7 +517,8 @@ class Watcher:
         run, options = self._run, self._options
         if run.shards is None:
             return None
-        return Exchange(run.shards, options.on_all_ranks, options.acting, _Exchanging(self))
+        more = any(name != "norm" for name in options.statistics)
+        return Exchange(run.shards, options.on_all_ranks, options.acting, more, _Exchanging(self))
 
     # -- what the hooks call -----------------------------------------------------------------------
 

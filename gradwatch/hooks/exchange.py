@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 
 from gradwatch.measure.parameters import local_part
-from gradwatch.measure.sharded import MeetAgainError, RanksPartedError, Shards
+from gradwatch.measure.sharded import KINDS, MeetAgainError, RanksPartedError, Shards
 
 MISSING = (
     "The parameters are sharded over ranks {ranks}, whose parts of the norms are added up, so all "
@@ -138,12 +138,14 @@ class _Sent:
             backwards that it has run, the optimizer that steps, and whether it does.
         work: The one handle to wait for; empty once that is over.
         step: The step in which it was sent.
+        backwards: The number of backwards before it.
     """
 
     link: _Link
     numbers: Tensor
     work: list[Any]
     step: int
+    backwards: int
 
 
 class Exchange:
@@ -154,7 +156,12 @@ class Exchange:
     """
 
     def __init__(
-        self, shards: Shards, options: Mapping[str, str], acting: Sequence[str], listener: Listener
+        self,
+        shards: Shards,
+        options: Mapping[str, str],
+        acting: Sequence[str],
+        has_statistics: bool,
+        listener: Listener,
     ) -> None:
         """Starts without a connection.
 
@@ -163,14 +170,17 @@ class Exchange:
             options: What must be the same on all ranks, as it was written, by name.
             acting: The options that need the norms to change the training. Then a rank that is
                 late is waited for as in any collective, and one that has stopped is an error.
+            has_statistics: Whether more than norms is exchanged in some steps.
             listener: The watcher.
         """
         self.parted = ""
         self._shards = shards
         self._options = dict(options)
         self._acting = list(acting)
+        self._kinds = 1 + max(KINDS) if has_statistics else 1
         self._listener = listener
-        self._links: dict[int, _Link] = {}
+        self._links: dict[tuple[int, int], _Link] = {}
+        self._in_turn = 0
         self._rank = 0
         self._pending: _Sent | None = None
         self._told_late = self._has_left = self._apart = False
@@ -204,10 +214,12 @@ class Exchange:
             tensors = [self._shards.tensors[index] for index in group.indices]
             if not all(local_part(tensor).is_cpu for tensor in tensors):
                 continue
-            for one in group.groups:
-                if id(one) not in self._links and _is_gloo(one):
-                    name = f"link{len(self._links)}"
-                    self._links[id(one)] = _linked(one, name, store, self._timeout_s)
+            for one in filter(_is_gloo, group.groups):
+                if (0, id(one)) not in self._links:
+                    self._in_turn += 1
+                    for kind in range(self._kinds):
+                        name = f"link{self._in_turn}.{kind}"
+                        self._links[kind, id(one)] = _linked(one, name, store, self._timeout_s)
         self._apart = bool(self._links)
         self._shards.reduce, self._shards.settle = self.reduce, self.settle
 
@@ -223,19 +235,22 @@ class Exchange:
             RanksPartedError: If they cannot be had in this step, or no longer.
             RuntimeError: The same, if gradwatch acts.
         """
-        self.settle()
+        if self._pending is not None:
+            self._finish(self._pending)
         if self.parted:
             self._fail(self.parted)
-        link = self._links.get(id(group))
+        # Payloads of different length must never meet, for which gloo ends the process.
+        link = self._links.get((self._shards.kind, id(group)))
         if link is None:
             dist.all_reduce(payload, group=group)
             return payload
         shards, marks = self._shards, [0] * len(link.ranks)
         step = 2 * (shards.stepping + 1) + shards.is_step
-        marks[link.rank] = self._listener.backwards() * STEP_MARKS + step
+        backwards = self._listener.backwards()
+        marks[link.rank] = backwards * STEP_MARKS + step
         numbers = torch.cat([payload, payload.new_tensor(marks)])
         work = dist.all_reduce(numbers, group=link.group, async_op=True)
-        return self._numbers(_Sent(link, numbers, [work], self._listener.step()))
+        return self._numbers(_Sent(link, numbers, [work], self._listener.step(), backwards))
 
     def settle(self) -> bool:
         """Waits for what an earlier step has left open; returns whether all ranks step alike.
@@ -243,11 +258,17 @@ class Exchange:
         If not, their steps have different numbers, and what is due in one of them is not due in
         all: then only what is due in every step can be exchanged.
         """
-        if self._pending is not None and not self.parted:
-            with suppress(RanksPartedError):  # that step has no use for the sums any more
-                self._numbers(self._pending)
-            self._pending = None
+        if self._pending is not None:
+            if self._pending.backwards == self._listener.backwards():
+                return False  # of this very step: it has been waited for
+            self._finish(self._pending)
         return self._alike
+
+    def _finish(self, pending: _Sent) -> None:
+        """Ends what an earlier step has left open, which has no use for the sums any more."""
+        with suppress(RanksPartedError):
+            self._numbers(pending)
+        self._pending = None
 
     def _numbers(self, sent: _Sent) -> Tensor:
         """Returns the sums of an all-reduce, if all ranks have sent it in the same step."""
@@ -274,7 +295,7 @@ class Exchange:
         # A backward of sharded parameters takes all ranks, so they have run as many.
         latest = max(backwards)
         rank = sent.link.ranks[backwards.index(latest)]
-        if self._acting or len(self._links) > 1:
+        if self._acting or self._in_turn > 1:
             self._part(LEFT_OUT.format(rank=rank))
         self._note_left_out(rank, sent.step)
         is_ahead = backwards[sent.link.rank] == latest
@@ -289,7 +310,7 @@ class Exchange:
         """Goes on without the sums of this step; they stay open for a rank that is only late."""
         # If there are several, those that follow this one would come apart. A rank that has not
         # come to the step before is not late.
-        if len(self._links) > 1 or sent is self._pending:
+        if self._in_turn > 1 or sent is self._pending:
             self._pending = sent
             self._part(MISSED.format(seconds=self._wait_s))
         self._pending = sent
@@ -356,7 +377,7 @@ class Exchange:
     @property
     def _wait_s(self) -> float:
         # All-reduces that follow one another cannot be left open.
-        usual = STEP_WAIT_S * max(len(self._links), 1) if self._alike else LEFT_OUT_WAIT_S
+        usual = STEP_WAIT_S * self._in_turn if self._alike else LEFT_OUT_WAIT_S
         return min(usual, self._timeout_s / 4)
 
 
@@ -495,7 +516,10 @@ def connected(store: Any, rank: int, ranks: int, timeout_s: float) -> Any:
     # the training on, and adds one that destroy_process_group() would take from us.
     gloo, cpu = dist.ProcessGroup.BackendType.GLOO, torch.device("cpu")
     backend: Any = dist.ProcessGroupGloo(store, rank, ranks, timedelta(seconds=timeout_s))
-    group = dist.ProcessGroup(store, rank, ranks)
+    try:
+        group = dist.ProcessGroup(store, rank, ranks)
+    except TypeError:  # older versions of torch take another argument
+        return backend
     group._set_default_backend(gloo)
     group._register_backend(cpu, gloo, backend)
     return group

@@ -25,6 +25,10 @@ PARTIAL_ON_MANY_DIMENSIONS = (
 )
 
 
+# What an exchange holds: norms, norms and the statistics of a step, or the row of an update.
+KINDS = NORMS, NORMS_AND_STATISTICS, UPDATE = 0, 1, 2
+
+
 class RanksPartedError(RuntimeError):
     """The ranks do not exchange their norms, in this step or no longer; the training goes on."""
 
@@ -86,7 +90,9 @@ def all_reduce_norms(
     is_here = shards.full_row(after.indices, torch.ones_like(after.norms.tensor))
     presence = packed.add_sum(is_here)
     first = packed.add_gather(_encode_first_nonfinite(local, is_here))
+    shards.kind = NORMS
     if extra is not None and shards.settle():
+        shards.kind = NORMS_AND_STATISTICS
         extra(packed)
     packed.run()
     indices = list(after.indices)
@@ -265,6 +271,7 @@ class Shards:
         settle: Called before numbers are packed; returns whether ranks may send what is not due in
             every step.
         stepping: The first parameter of the optimizer whose norms are summed; -1 for none.
+        kind: Which of :data:`KINDS` is summed.
         is_step: Whether its step is taken, rather than skipped or thrown away.
     """
 
@@ -274,7 +281,7 @@ class Shards:
         self.tensors = tensors
         self.reduce: Callable[[Tensor, Any], Tensor] = _all_reduce
         self.settle: Callable[[], bool] = lambda: True
-        self.stepping, self.is_step = -1, True
+        self.stepping, self.is_step, self.kind = -1, True, NORMS
         # Decided by all tensors. Which of them have a gradient may differ between ranks, and the
         # ranks must choose the same dtype.
         double = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)

@@ -15,7 +15,7 @@ from gradwatch.errors import warn_safely
 from gradwatch.measure.deferred import Array, Deferred, FloatOrDeferred, resolve
 from gradwatch.measure.norms import gradient_norms, gradient_values
 from gradwatch.measure.parameters import local_part
-from gradwatch.measure.sharded import PackedAllReduce, RanksPartedError, Shards
+from gradwatch.measure.sharded import UPDATE, PackedAllReduce, RanksPartedError, Shards
 
 Measure = Callable[[Tensor], Tensor]
 """Given the elements of a gradient, a float tensor with at least one, returns a tensor ``[]``."""
@@ -446,6 +446,7 @@ class StatisticsSampler:
         packed = PackedAllReduce(self._shards, row.device)
         slot = packed.add_sum(self._shards.full_row(indices, row))
         if self._shards.settle():
+            self._shards.kind = UPDATE
             with suppress(RanksPartedError):
                 packed.run()
         part = _Rows(indices, {"squared_update": row}, {"squared_update": slot})

@@ -17,6 +17,7 @@ from tests.support.calls import CountCalls
 from tests.support.launch import on_ranks
 
 STEPS, AT = 5, 2
+STATISTICS = {"statistics": ["norm", "max", "update_ratio"]}
 HANG = 120.0  # seconds; a step takes milliseconds
 
 pytestmark = pytest.mark.skipif(
@@ -128,6 +129,10 @@ def _run(make, do, watches=lambda: True, **options):
         seen["recorded"] = steps["grad_norm"].tolist()
         seen["clipped"] = steps["clipped"].isna().tolist()
         seen["events"] = [(one.step, one.kind, one.message) for one in watcher.events]
+        rows = watcher.history.parameters()
+        if "max" in rows:
+            known = rows[["max", "update_ratio"]].notna().any(axis=1)
+            seen["sampled"] = sorted(set(rows["step"][known]))
         seen["found"] = [one.kind for one in watcher.report()]
     told = [one for one in caught if issubclass(one.category, gradwatch.GradwatchWarning)]
     seen["told"] = [str(one.message) for one in told]
@@ -298,9 +303,9 @@ def _everything(makes):
                 "options": _run(
                     make, _nothing, statistics=["norm", "max"] if _last() else ["norm"]
                 ),
-                "closes": _run(make, _closes),
+                "closes": _run(make, _closes, **STATISTICS),
                 "fails": _run(make, _fails),
-                "leaves out": _run(make, _leaves_out),
+                "leaves out": _run(make, _leaves_out, **STATISTICS),
                 "raises": _raises(make),
                 "counted": _counted(make),
             }
@@ -398,6 +403,14 @@ def test_a_rank_leaves_out_a_step(two, make):
             expected[AT + 1] = left["recorded"][AT]  # what was left out may be part of the next
         del expected[AT]
         assert left["recorded"] == pytest.approx(expected, rel=1e-5)
+
+
+@MAKES
+def test_statistics_end_where_the_ranks_count_different_steps(two, make):
+    """A step is due by its number, so what is due in some steps cannot be exchanged any more."""
+    for scene in ("closes", "leaves out"):
+        assert two[0][make][scene]["sampled"] == list(range(1, AT + 1))
+        assert two[1][make][scene]["sampled"] == list(range(1, AT + 1))
 
 
 def test_a_rank_that_is_only_late_costs_one_row(two):
