@@ -142,10 +142,10 @@ class Watcher:
         if self._state != "new":
             raise RuntimeError(ATTACHED_BEFORE)
         check_unwatched(self._run.table)
+        expect_no_first(self._run.table.tensors)
         if self._exchange is not None:
             self._exchange.open()
         self._state = "attached"
-        expect_no_first(self._run.table.tensors)
         lifetime.opened(self)
         self._run.stopwatch.start()
         self._registry.attach(self._optimizers, self._names)

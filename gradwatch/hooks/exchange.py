@@ -9,8 +9,8 @@ to it can reach the training's own communication:
 - A rank that stops leaves its reason in the store and closes its connections. An exchange that
   others wait in, or begin later, fails at once, and they go on without it.
 - A rank that leaves out a step is missed for a few seconds, while the all-reduce stays open. If it
-  comes, it was only late. If it comes with a later backward, the exchanges have come apart, and all
-  ranks see that in the same all-reduce.
+  comes, it was only late. If it comes with a later backward, all ranks see that in the same
+  all-reduce: those that are behind have no norms for their step, and the others send theirs again.
 
 On accelerators the exchange uses the process groups of the training. NCCL ends the process when a
 collective times out, and a stream that waits for it waits as long, so there a rank that has stopped

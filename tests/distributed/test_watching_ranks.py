@@ -345,6 +345,7 @@ def test_a_rank_that_does_not_watch_is_refused(two, make):
     first, last = (seen[make]["missing"] for seen in two)
     assert "rank 1 did not begin to watch within 3 s of rank 0" in first["error"]
     assert last["error"] == ""
+    assert first["told"] == []  # nor that the watcher was never entered
     assert first["weights"] == last["weights"] == two[0][make]["unwatched"]["weights"]
 
 
