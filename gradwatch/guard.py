@@ -86,12 +86,13 @@ def _mark_seconds() -> float:
     return (time.perf_counter() - start) / _CALIBRATION_CALLS
 
 
-UNSUPPORTED = "gradwatch stopped watching: {error} The training goes on untouched."
+UNSUPPORTED = "gradwatch stopped watching: {error} {rest}"
 
 STOPPED = (
-    "gradwatch stopped watching after an error of its own, {error}. The training goes on "
-    "untouched; please report this."
+    "gradwatch stopped watching after an error of its own, {error}. {rest} Please report this."
 )
+
+UNTOUCHED = "The training goes on untouched."
 
 
 class Shield:
@@ -105,12 +106,13 @@ class Shield:
 
     __slots__ = ("_acts", "_entered", "_on_failure", "_recording", "_stopwatch")
 
-    def __init__(self, acts: bool, on_failure: Callable[[], None], stopwatch: Stopwatch) -> None:
+    def __init__(self, acts: bool, on_failure: Callable[[str], str], stopwatch: Stopwatch) -> None:
         """Starts outside of any block.
 
         Args:
             acts: Whether gradwatch changes the training, so that errors must not be suppressed.
-            on_failure: Stops watching; called when an error is suppressed.
+            on_failure: Stops watching; called when an error is suppressed, with its description.
+                Returns a sentence that says what becomes of the training.
             stopwatch: Receives the time spent in the blocks.
         """
         self._acts = acts
@@ -145,12 +147,12 @@ class Shield:
         meant = isinstance(error, (NonFiniteGradientError, AccumulationError))
         if meant or self._acts or not isinstance(error, Exception):
             return False
-        self._on_failure()
+        rest = self._on_failure(described_error(error))
         # NotImplementedError is how gradwatch refuses a set-up that it does not support, and an
         # object of the user's that breaks its contract is no error of gradwatch either.
         unsupported = isinstance(error, (NotImplementedError, ContractError))
         text = UNSUPPORTED if unsupported else STOPPED
-        text = text.format(error=error if unsupported else described_error(error))
+        text = text.format(error=error if unsupported else described_error(error), rest=rest)
         warn_safely(text)
         logger.warning(text)
         return True

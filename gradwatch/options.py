@@ -120,6 +120,20 @@ class Options:
         return [argument for argument, wanted in asked.items() if wanted]
 
     @property
+    def on_all_ranks(self) -> dict[str, str]:
+        """What ranks that hold parts of the same parameters must ask for alike, as written."""
+        clip = repr(self.clip)
+        return {
+            # A policy of the user's own may show where it is in memory.
+            "clip": type(self.clip).__name__ if " at 0x" in clip else clip,
+            "accumulate": str(self.accumulate.most != 1),
+            "on_nonfinite": repr(self.on_nonfinite),
+            "skip_spikes": str(self.skip_spikes),
+            "statistics": repr(list(self.statistics)),
+            "every": str(self.every),
+        }
+
+    @property
     def of_steps(self) -> list[str]:
         """The requested options that need the step of an optimizer."""
         names = [n for n in self.statistics if n != "norm" and STATISTICS[n].weights]

@@ -23,12 +23,13 @@ from gradwatch.checks import described
 from gradwatch.clip.policy import ClipPolicy
 from gradwatch.copied import parts_of_copy, refuse_copy
 from gradwatch.errors import described_error, logger, warn_safely
-from gradwatch.guard import Overhead, Shield
+from gradwatch.guard import UNTOUCHED, Overhead, Shield
 from gradwatch.hessian.every import CurvatureEvery, sampler_of
 from gradwatch.history import History
 from gradwatch.hooks.backward import Backward, FirstBackward, expect_no_first
 from gradwatch.hooks.data_parallel import DataParallel, GradientSync, rank, wrappers_of
 from gradwatch.hooks.engines import engines_of
+from gradwatch.hooks.exchange import OTHERS_WAIT, Exchange
 from gradwatch.hooks.model import ModelHooks
 from gradwatch.hooks.optimizer import stepped_by
 from gradwatch.managed import BatchRunner, Closure, ManagedLoop
@@ -117,7 +118,8 @@ class Watcher:
         self._run = Run(table, options, self._hooks, ranks, self._global_step_of)
         check_noise_scale_exists(options.accumulate, single_process=ranks is None)
         self._sync = GradientSync.of(model, self._run.data_parallel)
-        self._shield = Shield(options.acts, self._stop_watching, self._run.stopwatch)
+        self._exchange = self._make_exchange()
+        self._shield = Shield(options.acts, self._give_up, self._run.stopwatch)
         self._curvature = sampler_of(options.curvature, model)
         self._registry = OptimizerRegistry(self._run, self._shield, self._curvature)
         managed = self._registry.managed
@@ -147,15 +149,18 @@ class Watcher:
 
         Raises:
             RuntimeError: If another watcher is attached to the model, this one was before, or it is
-                a copy.
+                a copy; if the parameters are sharded, and another rank does not begin to watch too,
+                or with other options.
         """
         if self._is_copy:
             refuse_copy()
         if self._state != "new":
             raise RuntimeError(ATTACHED_BEFORE)
         check_unwatched(self._run.table)
-        self._state = "attached"
         expect_no_first(self._run.table.tensors)
+        if self._exchange is not None:
+            self._exchange.open()
+        self._state = "attached"
         lifetime.opened(self)
         self._run.stopwatch.start()
         self._registry.attach(self._optimizers, self._names)
@@ -216,7 +221,7 @@ class Watcher:
                 ending.callback(self._run.recorder.close)
                 ending.callback(self._run.stopwatch.stop)
                 ending.callback(self._registry.end)
-                ending.callback(self._stop_watching)
+                ending.callback(self._end_watching)
         except Exception as error:
             if self._options.acts:
                 raise
@@ -525,6 +530,27 @@ class Watcher:
         if self._sync is not None:
             self._sync.detach()
 
+    def _end_watching(self) -> None:
+        self._stop_watching()
+        if self._exchange is not None:
+            self._exchange.leave("its watcher was closed")
+
+    def _give_up(self, error: str) -> str:
+        """Stops watching after an error; says what becomes of the training."""
+        self._stop_watching()
+        if self._exchange is None:
+            return UNTOUCHED
+        self._exchange.leave(error)
+        return OTHERS_WAIT if self._exchange.others_wait else UNTOUCHED
+
+    def _make_exchange(self) -> Exchange | None:
+        """Makes what adds up the parts of the ranks; None if no parameter is sharded."""
+        run, options = self._run, self._options
+        if run.shards is None:
+            return None
+        more = any(name != "norm" for name in options.statistics)
+        return Exchange(run.shards, options.on_all_ranks, options.acting, more, _Exchanging(self))
+
     # -- what the hooks call -----------------------------------------------------------------------
 
     # The backwards that gradwatch itself runs, for the curvature, are no part of the training.
@@ -550,6 +576,28 @@ class Watcher:
         with self._shield:
             self._run.stopwatch.arrivals += len(backward.arrived)
             self._registry.add(backward, self._managed.weight)
+
+
+class _Exchanging:
+    """What the exchange between ranks asks of a watcher, and tells it."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        # A weak reference: a cycle would keep the connections open until the collector runs.
+        self._watcher = weakref.ref(watcher)
+
+    def backwards(self) -> int:
+        watcher = self._watcher()
+        return 0 if watcher is None else watcher._run.hooks.arrivals.ended
+
+    def step(self) -> int:
+        watcher = self._watcher()
+        return 0 if watcher is None else watcher._registry.steps + 1
+
+    def tell(self, message: str, mistake: bool) -> None:
+        watcher = self._watcher()
+        if watcher is not None:
+            event = loop_event("mistake" if mistake else "changed", message, self.step())
+            watcher._run.tell(event, warn=mistake)
 
 
 def _tell_not_entered(run: Run | None) -> None:

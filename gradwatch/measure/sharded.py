@@ -33,6 +33,18 @@ PARTIAL_ON_MANY_DIMENSIONS = (
 )
 
 
+# What an exchange holds: norms, norms and the statistics of a step, or the row of an update.
+KINDS = NORMS, NORMS_AND_STATISTICS, UPDATE = 0, 1, 2
+
+
+class RanksPartedError(RuntimeError):
+    """The ranks do not exchange their norms, in this step or no longer; the training goes on."""
+
+
+class MeetAgainError(RanksPartedError):
+    """Other ranks were not in the same step yet; they may be if this rank sends its norms again."""
+
+
 @dataclass(frozen=True, slots=True)
 class ClipSides:
     """The norms before and after the user's clip: of this rank's parts, or of whole gradients.
@@ -89,7 +101,9 @@ def all_reduce_norms(
     is_here = shards.full_row(after.indices, torch.ones_like(after.norms.tensor))
     presence = packed.add_sum(is_here)
     first = packed.add_gather(_encode_first_nonfinite(local, is_here))
-    if extra is not None:
+    shards.kind = NORMS
+    if extra is not None and shards.settle():
+        shards.kind = NORMS_AND_STATISTICS
         extra(packed)
     packed.run()
     indices = list(after.indices)
@@ -126,6 +140,15 @@ def _measurement(
     if overflowed:
         return Measurement(indices, Deferred(norms), wide, overflowed=math.isfinite(wide.value()))
     return Measurement(indices, Deferred(norms.to(shards.dtype)), total)
+
+
+def unknown_norms(local: ClipSides) -> ClipSides:
+    """Returns what is known of the whole gradients where the ranks do not exchange their norms."""
+    total = local.after.total.tensor
+    nothing = Measurement(
+        [], Deferred(total.new_zeros(0)), Deferred(torch.full_like(total, math.nan))
+    )
+    return replace(local, before=nothing, after=nothing)
 
 
 def _ratio(before: Measurement, after: Measurement, index: int) -> Tensor:
@@ -198,6 +221,7 @@ class PackedAllReduce:
             has a gradient that lies as itself does.
         sums: For each slot of :meth:`add_sum` the sum over the ranks ``[columns]``, float64.
         gathered: For each slot of :meth:`add_gather` the values of all ranks ``[ranks, n]``.
+        exchanged: Whether :meth:`run` has come to its end.
     """
 
     shards: Shards
@@ -206,6 +230,7 @@ class PackedAllReduce:
     placed: Mapping[int, Placements] = field(default_factory=dict)
     sums: list[Tensor] = field(default_factory=list)
     gathered: list[Tensor] = field(default_factory=list)
+    exchanged: bool = False
     _rows: list[Tensor] = field(default_factory=list)
     _of_gradients: list[bool] = field(default_factory=list)
     _own: list[Tensor] = field(default_factory=list)
@@ -240,12 +265,17 @@ class PackedAllReduce:
         return bad[:1], 1.0
 
     def run(self) -> None:
-        """Runs the all-reduce and fills ``sums``, ``gathered`` and ``partial``."""
+        """Runs the all-reduce and fills ``sums``, ``gathered`` and ``partial``.
+
+        Raises:
+            RanksPartedError: If the ranks do not exchange anything, in this step or no longer.
+        """
         self.sums = [row.clone() for row in self._rows]
         by_mesh: list[list[Tensor]] = [[] for _ in self._own]
         for group in self.shards.groups:
             self._run(group, by_mesh)
         self.gathered = [rows[0] if len(rows) == 1 else torch.cat(rows) for rows in by_mesh]
+        self.exchanged = True
 
     def _run(self, group: MeshGroup, gathered: list[list[Tensor]]) -> None:
         columns = self.shards.index_tensor(group.indices, self.device)
@@ -265,7 +295,7 @@ class PackedAllReduce:
         ]
         payload = torch.cat([part.reshape(-1) for part in parts])
         for process_group in group.groups:
-            dist.all_reduce(payload, group=process_group)
+            payload = self.shards.reduce(payload, process_group)
         reduced = list(torch.split(payload, [part.numel() for part in parts]))
         # Unpack in the order in which ``parts`` was packed.
         for total in self.sums:
@@ -283,6 +313,11 @@ def _at_own_rank(values: Tensor, group: MeshGroup) -> Tensor:
     return rows
 
 
+def _all_reduce(payload: Tensor, group: Any) -> Tensor:
+    dist.all_reduce(payload, group=group)
+    return payload
+
+
 class Shards:
     """All sharded tensors of a parameter table, grouped by device mesh.
 
@@ -290,11 +325,22 @@ class Shards:
         columns: The number of tensors in the table.
         dtype: The dtype of the combined norms, the same on all ranks: float32 or float64.
         groups: The sharded parameters of each mesh.
+        tensors: The tensors of the table.
+        reduce: Sums a tensor over the ranks of a process group, in place or not, and returns it.
+        settle: Called before numbers are packed; returns whether ranks may send what is not due in
+            every step.
+        stepping: The first parameter of the optimizer whose norms are summed; -1 for none.
+        kind: Which of :data:`KINDS` is summed.
+        is_step: Whether its step is taken, rather than skipped or thrown away.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         """Groups the tensors of a table; those that are not sharded are the same on every rank."""
         self.columns = len(tensors)
+        self.tensors = tensors
+        self.reduce: Callable[[Tensor, Any], Tensor] = _all_reduce
+        self.settle: Callable[[], bool] = lambda: True
+        self.stepping, self.is_step, self.kind = -1, True, NORMS
         # Decided by all tensors. Which of them have a gradient may differ between ranks, and the
         # ranks must choose the same dtype.
         double = any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors)
@@ -352,6 +398,7 @@ class MeshGroup:
         size: How many ranks take part.
         dimensions: The number of dimensions of the mesh.
         sizes: The number of ranks along each of its dimensions that are summed over.
+        ranks: All ranks of the mesh, those that hold the same parts included.
     """
 
     indices: list[int]
@@ -361,6 +408,7 @@ class MeshGroup:
     size: int
     dimensions: int
     sizes: dict[int, int]
+    ranks: list[int]
 
     @classmethod
     def of(cls, mesh: Any, members: dict[int, DTensor]) -> MeshGroup:
@@ -389,6 +437,7 @@ class MeshGroup:
             size=math.prod(sizes),
             dimensions=mesh.ndim,
             sizes=dict(zip(dimensions, sizes, strict=True)),
+            ranks=mesh.mesh.flatten().tolist(),
         )
 
     def weights_of(self, placed: Mapping[int, Placements]) -> tuple[float, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from gradwatch.errors import warn_safely
 from gradwatch.measure.deferred import Array, Deferred, FloatOrDeferred, resolve
 from gradwatch.measure.norms import gradient_norms, gradient_values
 from gradwatch.measure.parameters import local_part
-from gradwatch.measure.sharded import PackedAllReduce, Shards
+from gradwatch.measure.sharded import UPDATE, PackedAllReduce, RanksPartedError, Shards
 
 Measure = Callable[[Tensor], Tensor]
 """Given the elements of a gradient, a float tensor with at least one, returns a tensor ``[]``.
@@ -478,11 +479,12 @@ class StatisticsSampler:
             parameters: The parameters after the step.
             unit: The loss scale that the gradients carried when they were measured.
         """
-        if self._packed is not None:
+        if self._shards is not None:
             for part in (self._gradients, self._weights):
-                for name, slot in part.slots.items():
-                    part.rows[name] = self._reduced(self._packed, part.indices, name, slot)
-            self._measure_sums(self._packed.partial)
+                for name in part.rows:
+                    part.rows[name] = self._reduced(self._packed, part, name)
+            if self._packed is not None and self._packed.exchanged:
+                self._measure_sums(self._packed.partial)
         if self._weights_before:
             update = update_row(self._weights_before, list(map(local_part, parameters)))
             self._weights.rows["squared_update"] = self._summed(indices, update)
@@ -510,11 +512,17 @@ class StatisticsSampler:
             return row
         packed = PackedAllReduce(self._shards, row.device)
         slot = packed.add_sum(self._shards.full_row(indices, row), of_gradients=False)
-        packed.run()
-        return self._reduced(packed, indices, "squared_update", slot)
+        if self._shards.settle():
+            self._shards.kind = UPDATE
+            with suppress(RanksPartedError):
+                packed.run()
+        part = _Rows(indices, {"squared_update": row}, {"squared_update": slot})
+        return self._reduced(packed, part, "squared_update")
 
-    def _reduced(
-        self, packed: PackedAllReduce, indices: Sequence[int], name: str, slot: int
-    ) -> Tensor:
+    def _reduced(self, packed: PackedAllReduce | None, part: _Rows, name: str) -> Tensor:
+        """Returns a row as summed over the ranks; NaN where they have not exchanged it."""
+        if packed is None or not packed.exchanged:
+            return torch.full_like(part.rows[name], math.nan, dtype=torch.float64)
+        slot = part.slots[name]
         row = packed.gathered[slot].amax(0) if name in self._maxima else packed.sums[slot]
-        return row[packed.shards.index_tensor(indices, row.device)]
+        return row[packed.shards.index_tensor(part.indices, row.device)]

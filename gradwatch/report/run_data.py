@@ -68,7 +68,9 @@ class OptimizerArrays:
     @property
     def nonfinite(self) -> Array:
         """Bool ``[steps]``: whether a gradient, or only the total norm, was NaN or Inf."""
-        return (self["nonfinite_parameters"] > 0) | ~np.isfinite(self["grad_norm"])
+        # A norm that is not known, as where ranks no longer exchange theirs, is NaN as well.
+        unknown = np.isnan(self["grad_norm"]) & np.isnan(self["clipped"])
+        return (self["nonfinite_parameters"] > 0) | ~(np.isfinite(self["grad_norm"]) | unknown)
 
 
 _NO_NUMBERS = ("step", "optimizer", "outcome", "group_lr")

@@ -129,6 +129,12 @@ class OptimizerRegistry:
             boundary.remove()
         self._run.hooks.detach()
 
+    @property
+    def steps(self) -> int:
+        """The number of steps so far, of the optimizer that has taken the most."""
+        everyone = (*self.followed, self._unowned)
+        return max((one.step for one in everyone if one is not None), default=0)
+
     def add(self, backward: Backward, weight: FloatOrDeferred) -> None:
         """Adds a backward that has ended to the window of every optimizer that it concerns."""
         run = self._run

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import compress, repeat
 from operator import attrgetter, is_
@@ -56,12 +57,15 @@ from gradwatch.measure.norms import (
 from gradwatch.measure.parameters import ParameterTable, local_part
 from gradwatch.measure.sharded import (
     ClipSides,
+    MeetAgainError,
     PackedAllReduce,
     Placements,
+    RanksPartedError,
     Shards,
     all_reduce_norms,
     pending_sums,
     placements_of,
+    unknown_norms,
 )
 from gradwatch.measure.sketch import Sketch, Sketcher
 
@@ -124,6 +128,7 @@ class Window:
     _snapshot: GradientSnapshot | None = None
     _direction: Direction | None = None
     _looked: bool = False
+    _parted: bool = False
     _tensors: list[Tensor] = field(default_factory=list)
     _own: set[int] = field(default_factory=set)
     _dtype: torch.dtype | None = None
@@ -475,6 +480,7 @@ class Window:
             loss_scale=loss_scale,
             looked=looked,
             sign=sign,
+            clip_known=not self._parted,
         )
         if looked and self.looks is not None:
             self.looks.compare_later(norms)
@@ -504,7 +510,14 @@ class Window:
             return None
         if self.shards is not None and together:
             before, _ = self._all_reduce(self.shards, before, before, gradients=False)
-        return StepNorms(before, before, loss_scale, loss_scale, loss_scale=loss_scale)
+        return StepNorms(
+            before,
+            before,
+            loss_scale,
+            loss_scale,
+            loss_scale=loss_scale,
+            clip_known=not self._parted,
+        )
 
     def _is_unchanged(self, before: Measurement) -> bool:
         if self._snapshot is None:
@@ -638,9 +651,26 @@ class Window:
             there = {i: self.table.tensors[i].grad for i in pending_sums(self._placed)}
             partial = {i: local_part(g) for i, g in there.items() if g is not None}
         local = ClipSides(before, after, self.first_nonfinite, self.nonfinite_count)
-        whole = all_reduce_norms(shards, local, self._placed, partial, self.norm_type, extra)
+        shards.stepping, shards.is_step = (self.indices or [-1])[0], gradients
+        self._parted = False
+        try:
+            whole = self._met(shards, local, partial, extra)
+        except RanksPartedError:
+            whole, self._parted = unknown_norms(local), True
         self.first_nonfinite, self.nonfinite_count = whole.first_nonfinite, whole.nonfinite_count
         return whole.before, whole.after
+
+    def _met(
+        self,
+        shards: Shards,
+        local: ClipSides,
+        partial: dict[int, Tensor],
+        extra: Callable[[PackedAllReduce], None] | None,
+    ) -> ClipSides:
+        """Combines the norms of all ranks, in the same step of all."""
+        while True:
+            with suppress(MeetAgainError):
+                return all_reduce_norms(shards, local, self._placed, partial, self.norm_type, extra)
 
     def _place(self, indices: Sequence[int]) -> None:
         """Notes how the gradients lie on their mesh, which a step may change."""
