@@ -54,7 +54,8 @@ from gradwatch.step.run import POISONED, Run
 from gradwatch.step.skip_rule import APPLIED, SkipRule, StepOutcome, TooManySkipsError
 from gradwatch.step.stale import StaleGradients
 from gradwatch.step.steps import Steps
-from gradwatch.step.window import Losses, Window
+from gradwatch.step.weights import Losses
+from gradwatch.step.window import Window
 
 CLIPPED_BELOW = 0.99  # what is left of a norm after a clip; noise on gradients changes it less
 AT_ZERO_GRAD = "zero_grad() came"

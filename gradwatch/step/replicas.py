@@ -38,7 +38,8 @@ from gradwatch.hooks.model import ModelHooks, Unhooked
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.record.events import loop_event, same_data_event
 from gradwatch.record.records import Event, EventKind, StepRecord
-from gradwatch.step.window import Window, WindowWeights
+from gradwatch.step.weights import WindowWeights
+from gradwatch.step.window import Window
 
 NOT_REDUCED = (
     "Nobody has averaged the gradients of {parameters} over the {ranks} ranks, as of step {step}: "

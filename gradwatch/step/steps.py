@@ -18,7 +18,8 @@ from gradwatch.step.mistakes import tell_frozen
 from gradwatch.step.pending import PendingStep
 from gradwatch.step.run import Run
 from gradwatch.step.skip_rule import APPLIED
-from gradwatch.step.window import Losses, Window, WindowWeights
+from gradwatch.step.weights import Losses, WindowWeights
+from gradwatch.step.window import Window
 
 
 class Steps(ABC):
