@@ -352,7 +352,8 @@ def restore_gradients(hidden: list[tuple[Tensor, Tensor]]) -> None:
 def learning_rate(optimizer: Optimizer) -> FloatOrDeferred:
     """Returns the learning rate of the first parameter group; NaN if it has none."""
     groups = optimizer.param_groups
-    return number_or_nan(groups[0].get("lr")) if groups else math.nan
+    rate = groups[0].get("lr") if groups else None
+    return rate if type(rate) is float else number_or_nan(rate)
 
 
 def has_no_rate(optimizer: Optimizer) -> bool:

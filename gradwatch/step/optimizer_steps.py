@@ -444,7 +444,8 @@ class OptimizerSteps(Steps):
             found = self.window.micro_batches if self.units is None else self.units
             if found != wanted:
                 check_window(self.label, found, wanted)
-        self._of_closure = self._loss_of_closure(loss)
+        noted = bool(self._losses) or loss is not None
+        self._of_closure = self._loss_of_closure(loss) if noted else []
         losses = self._losses or self._of_closure
         units = (self.units or 0) if self.ends_window else 0
         weighed = self.weights.weigh(self.window, losses, self._scale_at_backward, units, wanted)

@@ -430,7 +430,9 @@ def test_the_largest_magnitude_of_complex_elements() -> None:
     assert row["grad_norm"] == pytest.approx(math.sqrt(30))
 
 
-@pytest.mark.parametrize("rate", [None, "relative", lambda step: 0.1 / step], ids=str)
+@pytest.mark.parametrize(
+    "rate", [None, "relative", lambda step: 0.1 / step], ids=["none", "text", "function"]
+)
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_a_learning_rate_that_is_no_number(rate: Any, clip: float | None) -> None:
     """huggingface/transformers#11612: Adafactor with lr=None; norms, clip and report go on."""

@@ -42,10 +42,12 @@ def updates(run: RunData, limits: Thresholds) -> Iterator[Finding]:
     leap, largest = float(over_time.max()), float(np.quantile(over_time, 0.9))
     if np.nanmedian(usual) > limits.update_large or leap > limits.update_leap:
         order = np.argsort(-np.nan_to_num(usual), kind="stable")
-        yield _large(run, float(np.nanmedian(usual)), leap, [names[i] for i in order], limits)
+        above = [i for i in order if usual[i] > limits.update_large] or list(order[:1])
+        yield _large(run, float(np.nanmedian(usual)), leap, [names[i] for i in above], limits)
     elif 0 < largest < limits.update_small:
         order = np.argsort(np.nan_to_num(usual, nan=np.inf), kind="stable")
-        yield _small(run, largest, [names[i] for i in order], limits)
+        below = [i for i in order if usual[i] < limits.update_small] or list(order[:1])
+        yield _small(run, largest, [names[i] for i in below], limits)
 
 
 def _large(
