@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradwatch.hooks.snapshot import is_looked_at
-from gradwatch.measure.parameters import local_part
+from gradwatch.measure.parameters import local_part, named_modules
 
 MOST_BYTES = 64 * 2**20
 """The most that is copied in all; the largest buffers are left out."""
@@ -342,10 +342,12 @@ _version = attrgetter("_version")
 
 
 def _slots(model: nn.Module) -> Iterator[Slot]:
-    while isinstance(model, _WRAPPERS):
-        model = model.module
-    for path, module in model.named_modules():
-        prefix = f"{path}.".replace("_orig_mod.", "") if path else ""
+    seen: set[int] = set()
+    for path, _, module in named_modules(model):
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        prefix = f"{path}." if path else ""
         if isinstance(module._buffers, dict):
             place: Any = module._buffers
         else:

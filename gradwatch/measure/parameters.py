@@ -19,6 +19,7 @@ _WRAPPERS = {
     "module": (
         ("torch.nn.parallel.data_parallel", "DataParallel"),
         ("torch.nn.parallel.distributed", "DistributedDataParallel"),
+        ("torch.optim.swa_utils", "AveragedModel"),
     ),
     "_orig_mod": (("torch._dynamo.eval_frame", "OptimizedModule"),),
     "_fsdp_wrapped_module": (

@@ -25,9 +25,10 @@ def test_tied_parameters_stand_once_with_their_aliases():
 
 
 def test_wrapper_prefixes_are_no_part_of_a_name():
-    """DataParallel and torch.compile leave the names of the user's model."""
+    """DataParallel, an averaged model and torch.compile leave the names of the user's model."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     plain = ParameterTable.of(model).names
+    assert ParameterTable.of(torch.optim.swa_utils.AveragedModel(model)).names == plain
     assert ParameterTable.of(nn.DataParallel(model)).names == plain
     assert ParameterTable.of(torch.compile(model, backend="eager")).names == plain
 
