@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.accumulate.counting import count_micro_batches
-from gradwatch.accumulate.noise_scale import (
-    MicroBatch,
-)
+from gradwatch.accumulate.noise_scale import MicroBatch
 from gradwatch.hooks.backward import Backward
 from gradwatch.hooks.data_parallel import is_distributed, rank
 from gradwatch.hooks.model import with_freed
