@@ -34,12 +34,12 @@ MOST_BATCHES = 4.0
 """A noise scale above this many batches is too far away to be measured with such batches."""
 
 NOT_COMPARABLE = -math.inf
-"""Stands for the spread of a window whose backwards are no micro-batches of one loss.
+"""Stands for the spread of a window whose backwards are not micro-batches of one loss.
 
 In a sum over ranks it reaches every rank.
 """
 
-DIFFERENT = "the backwards of a step, on one of the ranks, are no micro-batches of one loss"
+DIFFERENT = "the backwards of a step, at least on one rank, are not micro-batches of one loss"
 
 _RECENT = 0.9  # averages over about 20 windows, to tell whether anything has changed
 _CHANGED = 3.0  # standard errors by which these must differ from the averages over all
@@ -380,8 +380,8 @@ class NoiseScaleEstimator:
     def add(self, sample: NoiseSample, norm_sq: float) -> None:
         """Adds a window; waits for numbers that have not arrived from the device.
 
-        A window that is :data:`NOT_COMPARABLE` throws away what was estimated before: those were
-        windows of the same loop.
+        A window that is :data:`NOT_COMPARABLE` throws away what was estimated before: the windows
+        so far came from the same loop, and may not have been comparable either.
 
         Args:
             sample: What its micro-batches tell.
