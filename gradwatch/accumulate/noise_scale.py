@@ -104,7 +104,8 @@ class NoiseScale:
             between = f" ({_short(self.low)} to {_short(self.high)})" if self.low >= 0 else ""
             return f"{_short(self.b_simple)}{between}"
         least = f"at least {_short(self.low)}" if self.low > 0 else "unknown"
-        return f"{least} ({self.reason})" if self.reason else least
+        reason = self.reason.removesuffix(_at_least(self.low))
+        return f"{least} ({reason})" if reason else least
 
     def __setstate__(self, state: list[float]) -> None:
         # In pickles of earlier versions the last fields are missing.

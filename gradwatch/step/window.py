@@ -532,7 +532,7 @@ class Window:
         return self._settle_change(after, gradients)
 
     def _sign(self) -> FloatOrDeferred:
-        """Returns -1.0 if the gradients were turned round since the last backward, else 1.0."""
+        """Returns -1.0 if the gradients were reversed since the last backward, else 1.0."""
         if self._direction is None or self.looks is None:
             return 1.0
         sign = self._direction.sign(*self.gradients())
