@@ -26,7 +26,10 @@ def shown(value: object) -> str:
     if isinstance(value, (list, tuple)) and any(isinstance(one, Tensor) for one in value):
         first = ", ".join(map(shown, value[:2]))
         return f"[{first}{', ...' if len(value) > 2 else ''}]"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # the error about the value says more than an error of its repr
+        return "an object"
     text = text if isinstance(value, str) else " ".join(text.split())
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}..."
 

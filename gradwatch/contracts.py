@@ -1,4 +1,4 @@
-"""Checks of objects that the user writes: policies, sinks. What is missing is said before a run.
+"""Checks of objects that the user writes, such as policies and sinks, before the run begins.
 
 Structural typing finds a class whose methods have the right names. These checks also find methods
 that take other arguments, attributes of a wrong type, and, at the first call, results of a wrong
@@ -11,11 +11,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from gradwatch.checks import described
 from gradwatch.errors import ContractError
 
-MISSING = "{argument} got a {kind}, which has no {missing}: {interface} needs it. {advice}"
+MISSING = "{argument} got a {kind}, which has no {missing}: {interface} needs it."
 NOT_CALLABLE = (
-    "{argument} got a {kind} whose {method} is no method, but {value}. Write def {method}{takes}."
+    "{argument} got a {kind} whose {method} is not a method, but {value}. Write def "
+    "{method}{takes}."
 )
 OTHER_ARGUMENTS = (
     "{argument} got a {kind} whose {method}{signature} cannot be called as {method}{takes}: "
@@ -24,18 +26,6 @@ OTHER_ARGUMENTS = (
 WRONG_VALUE = "{argument} got a {kind} whose {member} is {value}, but it must be {wanted}."
 WRONG_RESULT = "{kind}.{method} returned {value}, but it must return {wanted}."
 FAILED = "{argument} got a {kind} whose {member} cannot be read: {error}."
-
-_SHOWN = 100
-
-
-def shown(value: object) -> str:
-    """Describes a value by its ``repr``, cut to a readable length, and its type; never raises."""
-    try:
-        text = repr(value)
-    except Exception:
-        text = "an object"
-    text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-    return f"{text} of type {type(value).__name__}"
 
 
 class Contract:
@@ -53,13 +43,12 @@ class Contract:
         self._interface = interface
         self._kind = type(value).__name__
 
-    def has(self, members: Mapping[str, str], advice: str = "") -> None:
-        """Refuses an object that lacks a member.
+    def has(self, members: Mapping[str, str]) -> None:
+        """Refuses an object that lacks a member, or whose methods take other arguments.
 
         Args:
             members: Each member with how it is written: ``"(step, noise)"`` for a method, empty for
                 an attribute.
-            advice: What to write instead.
         """
         missing = [
             f"{name}{takes}" for name, takes in members.items() if not has(self._value, name)
@@ -72,23 +61,24 @@ class Contract:
                     kind=self._kind,
                     missing=names,
                     interface=self._interface,
-                    advice=advice,
-                ).rstrip()
+                )
             )
+        for name, takes in members.items():
+            if takes:
+                self.takes(name, takes)
 
-    def takes(self, method: str, *names: str) -> None:
-        """Refuses a method that cannot be called with as many arguments as ``names``."""
+    def takes(self, method: str, takes: str) -> None:
+        """Refuses a method that cannot be called as ``takes`` says: ``"(step, noise)"``."""
         call = getattr(self._value, method, None)
-        takes = f"({', '.join(names)})"
         told = {"argument": self._argument, "kind": self._kind, "method": method, "takes": takes}
         if not callable(call):
-            raise ContractError(NOT_CALLABLE.format(value=shown(call), **told))
+            raise ContractError(NOT_CALLABLE.format(value=described(call), **told))
         try:
             signature = inspect.signature(call)
         except (TypeError, ValueError):  # a method in C need not have one
             return
         try:
-            signature.bind(*names)
+            signature.bind(*filter(None, takes.strip("()").split(", ")))
         except TypeError as error:
             text = OTHER_ARGUMENTS.format(signature=signature, error=error, **told)
             raise ContractError(text) from None
@@ -107,7 +97,7 @@ class Contract:
         except Exception as error:
             raise ContractError(FAILED.format(error=error, **told)) from error
         if not _holds(accepts, value):
-            raise ContractError(WRONG_VALUE.format(value=shown(value), wanted=wanted, **told))
+            raise ContractError(WRONG_VALUE.format(value=described(value), wanted=wanted, **told))
 
     def gives_state(self) -> None:
         """Refuses an object whose ``state_dict()`` does not return a mapping."""
@@ -125,7 +115,7 @@ def check_result(owner: object, method: str, value: object, wanted: str, fits: b
     """Refuses what a method of the user's object returned, unless it ``fits``."""
     if not fits:
         kind = type(owner).__name__
-        text = WRONG_RESULT.format(kind=kind, method=method, value=shown(value), wanted=wanted)
+        text = WRONG_RESULT.format(kind=kind, method=method, value=described(value), wanted=wanted)
         raise ContractError(text)
 
 

@@ -291,8 +291,8 @@ def _sinks(name: str, sinks: object) -> tuple[Sink, ...]:
                 f"{described(sink)}."
             )
         contract = Contract(name, sink, "a sink")
-        contract.takes("write", "batch")
-        contract.takes("close")
+        contract.takes("write", "(batch)")
+        contract.takes("close", "()")
     return chosen
 
 

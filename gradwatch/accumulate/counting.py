@@ -1,7 +1,7 @@
-"""How many micro-batches the backwards of a step are: some losses are backwarded in several parts.
+"""Counts the micro-batches of a step, whose losses may be backwarded in several parts.
 
-A micro-batch is often one backward, but not always. A loss whose head is backwarded chunk by chunk
-and then the body once, or a step of two models that have nothing in common, is one micro-batch.
+A micro-batch is one backward in most loops. But a loss whose head is backwarded chunk by chunk, and
+then the body once, is one micro-batch, and so is a step of two models that have nothing in common.
 """
 
 from __future__ import annotations

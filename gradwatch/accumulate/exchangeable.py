@@ -2,8 +2,8 @@
 
 Micro-batches are *exchangeable*: it makes no difference which of them comes first. They reach the
 same parameters, their graphs have the same shape and nothing in common, and their gradients differ
-by chance only. The noise scale compares one of them with all; where they are parts of a loss, or
-different losses, this measures something else, and looks like any other number.
+by chance only. The noise scale compares one of them with all. Where they are parts of a loss, or
+different losses, that would measure something else, and the number would not show it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from gradwatch.hooks.graph import Graph
 from gradwatch.measure.sketch import Sketch
 
 PARTS = (
-    "the backwards of a step reach different parameters: they are parts of one loss, or different "
-    "losses, and no micro-batches of one loss"
+    "the backwards of a step reach different parameters: they are parts of a loss, or of different "
+    "losses, rather than micro-batches of one loss"
 )
 OTHER_LOSSES = "the backwards of a step are of different losses: their graphs differ"
-ONE_FORWARD = "the backwards of a step are of one forward, so they share their noise"
+ONE_FORWARD = "the backwards of a step are of the same forward, so they share their noise"
 SAME_DATA = "the backwards of a step are of the same data, so they share their noise"
 OTHER_MEANS = (
-    "the first backward of a step differs from the others in every step alike: they are of "
-    "different losses, or of data in a fixed order"
+    "the first backward of a step differs from the others in the same way in every step: they are "
+    "of different losses, or of data in a fixed order"
 )
 OTHER_SIZES = (
     "the gradients of the first backward of a step are larger, or smaller, than those of the "
@@ -39,9 +39,9 @@ OTHER_SIZES = (
 
 _USUAL = 0.4  # share of the windows in which the same difference makes it a habit of the loop
 _BETA = 0.998  # the statistics span about 500 windows
-_MEAN_BETA = 0.97
-# By chance a statistic gets there in about one of 1,000 runs. A difference that has the same
-# direction in every window does so in 17 windows, before an estimate counts as valid.
+_MEAN_BETA = 0.97  # the mean differences about 30
+# Standard scores. Chance exceeds the first in about one of 1,000 runs. A difference that has the
+# same direction in every window does so after 17 windows, before an estimate counts as valid.
 _FOUND, _GONE = 4.0, 2.0
 _MEANS_APART = 0.1  # |A - B|^2 as a share of |(A + B) / 2|^2; a smaller one hardly matters
 _SIZES_APART = 0.15  # mean of (|a|^2 - |b|^2) / (|a|^2 + |b|^2)

@@ -34,12 +34,12 @@ MOST_BATCHES = 4.0
 """A noise scale above this many batches is too far away to be measured with such batches."""
 
 NOT_COMPARABLE = -math.inf
-"""Stands for the spread of a window whose backwards are no micro-batches of one loss.
+"""Stands for the spread of a window whose backwards are not micro-batches of one loss.
 
 In a sum over ranks it reaches every rank.
 """
 
-DIFFERENT = "the backwards of a step, on one of the ranks, are no micro-batches of one loss"
+DIFFERENT = "the backwards of a step, at least on one rank, are not micro-batches of one loss"
 
 _RECENT = 0.9  # averages over about 20 windows, to tell whether anything has changed
 _CHANGED = 3.0  # standard errors by which these must differ from the averages over all
@@ -104,7 +104,8 @@ class NoiseScale:
             between = f" ({_short(self.low)} to {_short(self.high)})" if self.low >= 0 else ""
             return f"{_short(self.b_simple)}{between}"
         least = f"at least {_short(self.low)}" if self.low > 0 else "unknown"
-        return f"{least} ({self.reason})" if self.reason else least
+        reason = self.reason.removesuffix(_at_least(self.low))
+        return f"{least} ({reason})" if reason else least
 
     def __setstate__(self, state: list[float]) -> None:
         # In pickles of earlier versions the last fields are missing.
@@ -380,8 +381,8 @@ class NoiseScaleEstimator:
     def add(self, sample: NoiseSample, norm_sq: float) -> None:
         """Adds a window; waits for numbers that have not arrived from the device.
 
-        A window that is :data:`NOT_COMPARABLE` throws away what was estimated before: those were
-        windows of the same loop.
+        A window that is :data:`NOT_COMPARABLE` throws away what was estimated before: the windows
+        so far came from the same loop, and may not have been comparable either.
 
         Args:
             sample: What its micro-batches tell.

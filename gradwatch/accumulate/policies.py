@@ -96,10 +96,6 @@ def check_policy(argument: str, policy: AccumulatePolicy) -> None:
         return
     contract = Contract(argument, policy, "gradwatch.AccumulatePolicy")
     contract.has(MEMBERS)
-    contract.takes("looks_at", "step")
-    contract.takes("decide", "step", "noise")
-    contract.takes("state_dict")
-    contract.takes("load_state_dict", "state")
     contract.attribute("micro_batches", "an integer of at least 1", _is_count)
     most = "an integer of at least 1, or None for no limit"
     contract.attribute("most", most, lambda value: value is None or _is_count(value))
@@ -554,9 +550,8 @@ class AccumulationPlan:
         if state["policy"] == type(self._policy).__name__:
             self._policy.load_state_dict(state["state"])
             self.micro_batches = self._policy.micro_batches
-            if (
-                not self._trusted
-            ):  # gradwatch's own keep within their bounds, which may have changed
+            if not self._trusted:
+                # Not for gradwatch's own: they keep to their bounds, which may have changed.
                 self.micro_batches = int(state.get("micro_batches", self.micro_batches))
             self.lr_factor = self._policy.lr_factor
 

@@ -116,9 +116,6 @@ def check_policy(argument: str, policy: object) -> None:
         return
     contract = Contract(argument, policy, "gradwatch.ClipPolicy")
     contract.has(MEMBERS)
-    contract.takes("decide", "total_norm")
-    contract.takes("state_dict")
-    contract.takes("load_state_dict", "state")
     contract.attribute("norm_type", "a positive number, or math.inf", _is_positive)
     if hasattr(policy, "scope"):
         contract.attribute("scope", f"one of {SCOPES}", lambda scope: scope in SCOPES)
@@ -139,9 +136,8 @@ def check_decision(policy: object, decision: object, norms: Tensor) -> ClipDecis
     check_result(policy, "decide()", decision, COEFFICIENT.format(shape=shape), fits)
     check_result(policy, "decide()", decision, THRESHOLD, _is_one_number(decision.threshold))
     clip_value, units = decision.clip_value, decision.units
-    check_result(
-        policy, "decide", decision, CLIP_VALUE, clip_value is None or _is_positive(clip_value)
-    )
+    fits = clip_value is None or _is_positive(clip_value)
+    check_result(policy, "decide()", decision, CLIP_VALUE, fits)
     fits = units is None or callable(getattr(units, "coefficient", None))
     check_result(policy, "decide()", decision, UNITS, fits)
     return decision

@@ -20,7 +20,7 @@ _REENTRANT = (
 )
 _LEAST_SCALE = 1e-2
 _JITTER = 100  # usual steps: far enough from a kink, too near to meet another one
-_COARSE_JITTER = 2
+_COARSE_JITTER = 2  # below float64, where a usual step is long already
 _STEPS = (1.0, 1 / 16, 16.0, 1 / 256, 256.0)  # the usual step, then those that help most often
 _COARSE_STEPS = (1.0, 1 / 4, 4.0)
 
@@ -359,7 +359,7 @@ def compare(slopes: Slopes, line: Line) -> Comparison:
     for factor in factors:
         numeric = slopes.numeric(line, factor)
         tried.append(numeric)
-        # Of a step that was chosen for float32 the rounding is known; a smaller one has more of it.
+        # A step below the usual one amplifies the rounding; in float64 there is little of it.
         smaller = min(factor, 1.0) if slopes.tolerance.coarse else 1.0
         allowed = slopes.allowed(line, analytic, numeric, smaller)
         if abs(analytic - numeric) <= allowed:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradwatch.hooks.snapshot import is_looked_at
-from gradwatch.measure.parameters import local_part, named_modules
+from gradwatch.measure.parameters import local_part, named_modules, wraps
 
 MOST_BYTES = 64 * 2**20
 """The most that is copied in all; the largest buffers are left out."""
@@ -27,7 +27,6 @@ MOST_BYTES = 64 * 2**20
 SMALL_BYTES = 2**20
 """A buffer up to this size is copied in every window, a larger one only if it is seen to change."""
 
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
 Slot = tuple[Any, str, str]
@@ -342,7 +341,7 @@ _version = attrgetter("_version")
 
 
 def _slots(model: nn.Module) -> Iterator[Slot]:
-    seen: set[int] = set()
+    seen: set[int] = set()  # a module that is used in several places is listed once
     for path, _, module in named_modules(model):
         if id(module) in seen:
             continue
@@ -357,7 +356,7 @@ def _slots(model: nn.Module) -> Iterator[Slot]:
 
 
 def _is_wrapped(model: nn.Module) -> bool:
-    return isinstance(model, _WRAPPERS) or hasattr(model, "_orig_mod")
+    return wraps(model, "module") or wraps(model, "_orig_mod")
 
 
 def _entries(model: nn.Module) -> Iterator[nn.Module]:

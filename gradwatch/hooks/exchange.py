@@ -62,8 +62,8 @@ PARTED_ACTING = (
     "done without them. Keep the watcher open on every rank until all have taken their last step."
 )
 LATE = (
-    "Another rank came more than {seconds:g} s later to step {step}, and was not waited for: the "
-    "norms of this step are not known, and recorded as NaN."
+    "Another rank had not come to step {step} after {seconds:g} s, and was not waited for any "
+    "longer: the norms of this step are not known, and are recorded as NaN."
 )
 STOPPED = "Rank {rank} has stopped watching ({why})"
 MISSED = "Another rank has not come to the same step within {seconds:g} s"
@@ -317,7 +317,7 @@ class Exchange:
         if not self._told_late:
             self._told_late = True
             self._listener.tell(LATE.format(seconds=self._wait_s, step=sent.step), False)
-        raise RanksPartedError(LATE)
+        raise RanksPartedError(f"late in step {sent.step}")
 
     # -- the end -----------------------------------------------------------------------------------
 

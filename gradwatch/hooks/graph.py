@@ -1,7 +1,7 @@
 """What the graph of a backward looks like: its nodes, and the data that the forward was given.
 
-Two backwards whose graphs share nodes are of one forward; two whose first layers have saved the
-same tensors are of the same data.
+Two backwards whose graphs share nodes come from the same forward; two whose first layers have saved
+the same tensors come from the same data.
 """
 
 from __future__ import annotations

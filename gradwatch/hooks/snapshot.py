@@ -172,7 +172,7 @@ _PROBED = 64  # elements of a gradient
 
 
 class Direction:
-    """Some elements of gradients at one moment, to tell whether they have been turned round since.
+    """Some elements of gradients at one moment, to tell whether they have been reversed since.
 
     Norms have no sign. At most 64 elements of at most 16 gradients are copied, which for small
     models are all; empty and sparse gradients are left out.
@@ -188,8 +188,8 @@ class Direction:
     def sign(self, indices: Sequence[int], gradients: Sequence[Tensor]) -> FloatOrDeferred:
         """Returns -1.0 if the same gradients, as they are now, point the other way; else 1.0.
 
-        They do if the cosine between the elements is below -0.5: noise that was added turns no
-        gradient round. Never waits.
+        They do if the cosine between the elements is below -0.5: noise that was added does not
+        reverse a gradient. Never waits.
         """
         before = self._elements
         now = _probe(gradients) if before is not None and self._indices == list(indices) else None
@@ -297,9 +297,9 @@ class Looks:
     it does, and in every 128th. A loop that was seen to change them is looked at in every step from
     then on.
 
-    In the same steps some elements tell whether the gradients were turned round
-    (:class:`Direction`), also in the step after one that is the first to change them, and in every
-    step once they were turned.
+    In the same steps some elements tell whether the gradients were reversed (:class:`Direction`).
+    They are compared as well in the step after the loop has begun to change its gradients, and in
+    every step once they were reversed.
 
     Attributes:
         turns: Whether to look at the direction in the coming step.
@@ -325,13 +325,13 @@ class Looks:
         sign = self._sign
         if type(sign) is Deferred and sign.at_hand:
             sign = self._sign = sign.value()
-        # In one function, and without calls of others, as it runs in every step.
+        # In one function, and without calls of others, as it runs in every step: this is
+        # is_looked_at() without its frame, for the step after this one.
         soon = after & steps == 0 if after <= EARLY else after % EVERY == 0
         self.turns = soon or sign == -1.0 or (self._quiet and not unchanged)
         self._quiet = unchanged
         if self._found:
             return True
-        # This is is_looked_at() without its frame.
         return steps & (steps - 1) == 0 if steps <= EARLY else steps % EVERY == 0
 
     def each_step(self) -> None:

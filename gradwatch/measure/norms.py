@@ -312,8 +312,7 @@ class StepNorms(NamedTuple):
             changed, whose numbers had not arrived yet: whether they are the same is seen later.
         clip_known: Whether the gradients were measured after the last clip. If not, every number
             after the clip is NaN.
-        sign: -1.0 if ``after`` is of gradients that were turned round; 1.0 also where that is not
-            known.
+        sign: -1.0 if ``after`` is of gradients that were reversed; 1.0 also if that is not known.
     """
 
     before: Measurement
@@ -332,8 +331,8 @@ class StepNorms(NamedTuple):
         """Returns the norms of gradients that a loop may have averaged by itself.
 
         A clip multiplies all gradients by one factor, and an average over ranks does not; one over
-        micro-batches does, by a factor that is known. What the gradients were before it is not what
-        the step is about. May wait for the numbers.
+        micro-batches does, by a factor that is known. What they were before an average is a part of
+        the gradient only, so the norms after it stand for both. May wait for the numbers.
 
         Args:
             micro_batches: The number of micro-batches.
@@ -386,7 +385,7 @@ class StepNorms(NamedTuple):
     def clip_coef(self) -> float:
         """The ratio of the total norm after the clip to that before; 1.0 without a gradient.
 
-        Negative if the gradients were turned round, NaN if it is not known.
+        Negative if the gradients were reversed, NaN if it is not known.
         """
         if not self.clip_known:
             return math.nan
@@ -409,7 +408,7 @@ class StepNorms(NamedTuple):
     def clipped(self) -> bool | None:
         """Whether a clip changed the gradients: gradwatch's own, or one that lowered the norm.
 
-        Turning them round counts as well.
+        Reversing them counts as well.
 
         None if it is not known.
         """

@@ -27,7 +27,7 @@ MADE_AFTER = "made after the last backward"
 MADE_BETWEEN = "made between two backwards"
 MADE_BY_LOOP = "where no backward was seen to make it"
 LEFT_STALE = "left in it since an earlier step"
-WEIGHTS_FIRST = " Weights were NaN or Inf before that:"
+WEIGHTS_FIRST = " Weights were NaN or Inf before that"
 WHERE = {
     Origin.BACKWARD: "the first in backward order, in {unit} {batch} of step {step}",
     Origin.NO_ORDER: "in {unit} {batch} of step {step}",
@@ -43,8 +43,8 @@ FINITE_UNTIL = (
     "that: a clip, a division, a write to .grad."
 )
 FINITE_UNTIL_REDUCED = (
-    " It was finite on this rank when the backward ended: it came from another rank, where the "
-    "loop averages gradients over ranks by itself, or from what else the loop does with them."
+    " It was finite on this rank when the backward ended: it came from another rank if the loop "
+    "averages gradients over ranks by itself, or else from what it does with them after that."
 )
 OVERFLOWED = "was beyond float32: a clip that computes it in float32 multiplies by 0 or by NaN."
 OVERFLOWED_UNTIL = (
@@ -53,7 +53,8 @@ OVERFLOWED_UNTIL = (
 SET_BY_LOOP = " The loop has set it itself, or has not zeroed it since an earlier step."
 NOT_ZEROED = " Nothing has zeroed it since: call zero_grad() after a step that is bad, too."
 BAD_WEIGHTS = (
-    "{first} {names}. Look for what wrote to them last: the update of the step before, or the loop."
+    "{first} ({names}). Look for what wrote to them last: the update of the step before, or the "
+    "loop."
 )
 CAME_WITH_REDUCTION = (
     " It came with the reduction over the ranks: this rank's own gradient was finite."
@@ -70,9 +71,9 @@ POISONED = (
 )
 PUTS_BACK = '; watch(..., on_nonfinite="skip") puts buffers back with the step'
 NOT_PUT_BACK = (
-    "Step {step} was skipped, but its forward had changed {buffers} of the model, and they stay "
-    "so: buffers are copied before a step up to {most} MiB in all, and the largest are left out. "
-    "Keep such a buffer in evaluation mode, or reload it from a checkpoint if it matters."
+    "Step {step} was skipped, but its forward had changed {buffers} of the model, which could not "
+    "be put back: buffers are copied up to {most} MiB in all, and the largest are left out. Load "
+    "these buffers from a checkpoint, if what one batch has changed in them matters."
 )
 OVERFLOW = (
     "The gradients of step {step} are finite, but their norm {value:.3g} is beyond float32; the "
@@ -90,9 +91,9 @@ SKIPPED = "Step {step} was not applied ({outcome}): weights and optimizer state 
 # A fused SGD that a scaler makes skip its first step keeps momentum buffers without a value.
 SKIPPED_BY_SCALER = "Step {step} was not applied (skipped_scaler): the weights are as before."
 SKIPPED_MIDWAY = (
-    "Step {step} was left out ({outcome}), but {optimizer} had moved the weights in it, and they "
-    "are not as before: it moves them between two evaluations of its closure, or without a "
-    "gradient, and has not done so in the steps before. Go back to a checkpoint if it matters."
+    "Step {step} was skipped ({outcome}), but {optimizer} had moved the weights by then, and they "
+    "could not be put back: it moves them between two evaluations of its closure, or without a "
+    "gradient, which it had not done in earlier steps. Go back to a checkpoint if it matters."
 )
 CHANGED = "From step {step} on a step has {new} micro-batches instead of {old}{why}."
 WHY = ": the noise scale is {noise} \N{PLUS-MINUS SIGN} {stderr} at a batch of {batch}"
@@ -116,11 +117,14 @@ SAME_DATA = (
     "seed by the rank what is random about the data."
 )
 RAISED = (
-    '{story} on_nonfinite="raise" stopped the training before this step: {weights}. Look at the '
+    '{story} on_nonfinite="raise" stopped the training {when}. Look at the '
     'batch and at the loss of this step; with on_nonfinite="skip" the step is left out instead.'
 )
-AS_BEFORE = "weights and optimizer state are as before it"
-MOVED = "but not before the optimizer had moved the weights between two evaluations of its closure"
+AS_BEFORE = "before this step: weights and optimizer state are as before it"
+MOVED = (
+    "in the middle of this step, when the optimizer had moved the weights between two evaluations "
+    "of its closure"
+)
 TOO_MANY_SKIPS = (
     "{steps} steps in a row were left out, and the next one would be too (step {record.step} of "
     "{record.optimizer}, gradient norm {record.grad_norm:.4g}, loss {record.loss:.4g}{rates}). "
@@ -265,7 +269,7 @@ def skipped_event(record: StepRecord, moved: bool = False, because: Sequence[Eve
     Args:
         record: The step.
         moved: Whether it has changed the weights nevertheless.
-        because: The events before it.
+        because: The events of what was wrong in it; the first one says from which rank that came.
     """
     text = SKIPPED_BY_SCALER if record.outcome == "skipped_scaler" else SKIPPED
     text = SKIPPED_MIDWAY if moved else text
@@ -411,8 +415,8 @@ def nonfinite_error(
 
     ``moved`` says whether the step has changed the weights already.
     """
-    weights = MOVED if moved else AS_BEFORE
-    return _error(RAISED.format(story=_story(record, events), weights=weights), record, events)
+    when = MOVED if moved else AS_BEFORE
+    return _error(RAISED.format(story=_story(record, events), when=when), record, events)
 
 
 def too_many_skips_error(

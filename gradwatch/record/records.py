@@ -115,8 +115,8 @@ class StepRecord:
     clip_coef: float = field(
         default=1.0,
         metadata=column(
-            "factor that the gradients were multiplied with, negative where they were turned "
-            "round; 1 where nothing was clipped, NaN where that is not known",
+            "factor that the gradients were multiplied with, negative where they were "
+            "reversed; 1 where nothing was clipped, NaN where that is not known",
             repeats=True,
             scalar=Scalar("smallest", when=knows_clip, condition=CLIP_KNOWN, loggers=True),
         ),

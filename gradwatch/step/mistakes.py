@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from gradwatch.contracts import shown
+from gradwatch.checks import described
 from gradwatch.record.events import counted_names, loop_event
 from gradwatch.step.run import Run
 
@@ -110,13 +110,14 @@ FOREIGN = (
 )
 UNSCALED = (
     "The accumulation policy multiplies the learning rate, but a rate of {optimizer} is {rate}, "
-    "which is no number: it stays as it is. Give the optimizer a rate, or the policy no lr_factor."
+    "which is not a number: it stays as it is. Give the optimizer a number as its rate, or leave "
+    "the policy's lr_factor at 1."
 )
 
 
 def tell_unscaled(run: Run, optimizer: str, step: int, rate: object) -> None:
     """Tells of a learning rate that the factor of the accumulation policy cannot be applied to."""
-    text = UNSCALED.format(optimizer=optimizer, rate=shown(rate))
+    text = UNSCALED.format(optimizer=optimizer, rate=described(rate))
     run.tell(loop_event("mistake", text, step, optimizer), key=f"unscaled rate of {optimizer}")
 
 

@@ -56,7 +56,7 @@ class PendingStep:
         lr: Learning rate of the first parameter group.
         group_lr: Those of all groups; empty if there is only one.
         missing: Indices of the parameters in which no gradient has arrived.
-        told_missing: Indices of those of which it was told already; it is told once in a run.
+        told_missing: Indices of those that were reported before; each is reported once in a run.
         local: The norm of this rank's own gradients before the reduction, in the unit of the
             measurement before the clip; None if there is none.
         noise: What the micro-batches tell about the noise; None if nothing.

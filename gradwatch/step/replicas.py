@@ -61,7 +61,7 @@ IGNORED = (
     "The gradients of {parameters} are this rank's own, as of step {step}: "
     "DistributedDataParallel was told to ignore them, and nobody else has averaged them over the "
     "{ranks} ranks. So the total norm, and the factor of a clip by it, differ between the ranks. "
-    "Name the parameters to ignore only if they differ between the ranks, as experts do."
+    "Have it ignore only parameters that are meant to differ between the ranks, as experts do."
 )
 WRAPPED_LATER = (
     "The model was wrapped in DistributedDataParallel after watch(). The norms are those of the "

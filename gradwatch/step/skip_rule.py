@@ -52,7 +52,7 @@ class StepOutcome(NamedTuple):
 
         ``with_scaler`` says whether a scaler's skip counts.
         """
-        flags = [*self[2:], self.found_inf] if with_scaler else self[2:]
+        flags = [self.nonfinite, self.spike, *([self.found_inf] if with_scaler else [])]
         late = [one.tensor.reshape(()).float() for one in flags if isinstance(one, Deferred)]
         return torch.stack(late).amax() if late else None
 

@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.accumulate.counting import count_micro_batches
-from gradwatch.accumulate.noise_scale import (
-    MicroBatch,
-)
+from gradwatch.accumulate.noise_scale import MicroBatch
 from gradwatch.hooks.backward import Backward
 from gradwatch.hooks.data_parallel import is_distributed, rank
 from gradwatch.hooks.model import with_freed
@@ -534,7 +532,7 @@ class Window:
         return self._settle_change(after, gradients)
 
     def _sign(self) -> FloatOrDeferred:
-        """Returns -1.0 if the gradients were turned round since the last backward, else 1.0."""
+        """Returns -1.0 if the gradients were reversed since the last backward, else 1.0."""
         if self._direction is None or self.looks is None:
             return 1.0
         sign = self._direction.sign(*self.gradients())

@@ -206,11 +206,11 @@ def _chunks() -> Loop:
 
 
 REFUSED = {
-    "real and fake": (lambda: _gan(False), "in every step alike"),
-    "real and generated": (lambda: _gan(True), "in every step alike"),
+    "real and fake": (lambda: _gan(False), "in the same way in every step"),
+    "real and generated": (lambda: _gan(True), "in the same way in every step"),
     "two heads": (lambda: _heads(False), "different parameters"),
     "two heads on one forward": (lambda: _heads(True), "different parameters"),
-    "two losses on one forward": (_one_forward, "one forward"),
+    "two losses on one forward": (_one_forward, "the same forward"),
     "two losses on the same data": (_same_data, "the same data"),
     "two kinds of loss": (_other_graphs, "graphs differ"),
     "a penalty on the gradient": (_penalty, "different parameters"),

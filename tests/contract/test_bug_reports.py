@@ -518,7 +518,7 @@ class TurnedRound:
 
 
 def test_a_norm_after_a_turn_is_no_less_than_zero() -> None:
-    """The factor of a clip that turns gradients round is negative; the norm that it leaves is not."""
+    """The factor of a clip that reverses gradients is negative; the norm that it leaves is not."""
     model = mlp(3, 4, 1)
     watcher = train(
         model, lambda step: model(torch.randn(5, 3)).square().mean(), steps=3, clip=TurnedRound()
@@ -528,7 +528,7 @@ def test_a_norm_after_a_turn_is_no_less_than_zero() -> None:
     assert steps["grad_norm_clipped"].tolist() == pytest.approx((steps["grad_norm"] / 2).tolist())
 
 
-# Loops whose backwards are no micro-batches of one loss
+# Loops whose backwards are not micro-batches of one loss
 
 
 def real_and_fake(model: nn.Module) -> None:

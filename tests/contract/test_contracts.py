@@ -83,7 +83,7 @@ def _with(kind, **members):
         ("clip", _with(Clip, norm_type=0), "norm_type is 0 of type int"),
         ("clip", _with(Clip, scope="layer"), "scope is 'layer' of type str, but it must be one of"),
         ("clip", _with(Clip, decide=lambda self: None), r"cannot be called as decide\(total_norm"),
-        ("clip", _with(Clip, decide=0.5), "whose decide is no method, but 0.5"),
+        ("clip", _with(Clip, decide=0.5), "whose decide is not a method, but 0.5"),
         ("clip", _with(Clip, state_dict=lambda self: None), r"Mine.state_dict\(\) returned None"),
         ("accumulate", _without(Accumulate, "most"), "which has no most: gradwatch.Accumulate"),
         ("accumulate", _without(Accumulate, "looks_at"), r"no looks_at\(step\)"),

@@ -230,7 +230,7 @@ def test_bad_weights_are_named_before_the_batch() -> None:
     watcher, events = train(loop)
     event = events.iloc[0]
     assert (event["step"], event["micro_batch"]) == (BAD_STEP, 1)
-    assert "Weights were NaN or Inf before that: 2.weight." in event["message"]
+    assert "Weights were NaN or Inf before that (2.weight)." in event["message"]
     assert "the batch is not the cause" in advice(watcher)
 
 

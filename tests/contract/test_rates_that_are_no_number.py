@@ -98,7 +98,7 @@ def test_watching_goes_on(name, groups, options, tmp_path):
 @pytest.mark.parametrize("name", ["None", "text", "function", "tuple"])
 def test_a_rate_that_cannot_be_multiplied_is_told(name):
     """A policy with a factor for the rate says once that it has no effect there."""
-    with pytest.warns(gradwatch.GradwatchWarning, match="which is no number: it stays as it is"):
+    with pytest.warns(gradwatch.GradwatchWarning, match="which is not a number: it stays as it is"):
         watcher = _train(NO_NUMBER[name], accumulate=_Factor())
     assert [event.kind for event in watcher.events] == ["mistake"]
     assert len(watcher.history.steps()) == 5

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import gradwatch
+from gradwatch.hooks.buffers import ModelBuffers
 from gradwatch.testing import late_readings
 from tests.support.state import identical
 
@@ -352,7 +353,19 @@ def test_a_recorded_nan_that_stays_in_buffers_is_told_once(kind, late):
     [event] = [event for event in watcher.events if event.kind == "poisoned"]
     assert event.step == 4
     assert "1." in event.message
-    assert "poisoned" in watcher.report().kinds
+    assert watcher.report().kinds.count("poisoned") == 1
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("wrap", [lambda model: model, nn.DataParallel, torch.compile])
+def test_a_buffer_has_the_name_that_the_user_knows(wrap):
+    """Names lose what wrappers of torch add, and nothing else: users have a module "_orig_mod" too."""
+    inner = nn.ModuleDict({"_orig_mod": nn.BatchNorm1d(4)})
+    buffers = ModelBuffers(wrap(inner))
+    with torch.no_grad():
+        buffers.attach(False, contextlib.nullcontext(), lambda: False, lambda: False)
+        inner["_orig_mod"].running_mean.fill_(math.nan)
+    assert buffers.poisoned() == ["_orig_mod.running_mean"]
 
 
 def test_a_mask_of_minus_infinity_is_no_poison():

@@ -47,14 +47,14 @@ def _replaced(factor: float) -> Change:
 @pytest.mark.parametrize("factor", [-0.5, -1.0, -3.0, 0.5, 0.0])
 @pytest.mark.parametrize("way", [_in_place, _past_the_counter, _replaced])
 def test_a_loop_that_multiplies_by_a_negative_number(way: Any, factor: float) -> None:
-    """Gradients that are turned round between backward and step have a negative coefficient, and were clipped."""
+    """Gradients that are reversed between backward and step have a negative coefficient, and were clipped."""
     steps = _steps(way(factor))
     assert steps["clip_coef"].tolist() == pytest.approx([factor] * 6, rel=1e-5)
     assert steps["clipped"].all()
 
 
 def test_a_late_turn_is_seen_from_its_second_step_on() -> None:
-    """Gradients that are turned round from step 40 on, which is not looked at, are known to be from step 41 on."""
+    """Gradients that are reversed from step 40 on, which is not looked at, are known to be from step 41 on."""
 
     def change(tensor: Tensor, number: int) -> None:
         if number >= 40:
@@ -104,6 +104,6 @@ def test_policies_that_turn_gradients_round(policy: Any, user: float, expected: 
 
 
 def test_of_several_factors_the_larger_part_decides() -> None:
-    """With one parameter turned round and one not, the sign is that of the inner product."""
+    """With one parameter reversed and one not, the sign is that of the inner product."""
     assert (_steps(None, _Factors([-0.5, 1.0], "parameter"))["clip_coef"] < 0).all()
     assert (_steps(None, _Factors([1.0, -0.5], "parameter"))["clip_coef"] > 0).all()

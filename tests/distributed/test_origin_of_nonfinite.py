@@ -91,4 +91,4 @@ def test_weights_that_were_bad_before(sharded):
     """Weights are named on every rank, whole or in parts."""
     for told in on_ranks(_train, RANKS, sharded=sharded, poison="weights"):
         assert told["step"] == BAD_STEP
-        assert "Weights were NaN or Inf before that: 0.weight." in told["message"]
+        assert "Weights were NaN or Inf before that (0.weight)." in told["message"]

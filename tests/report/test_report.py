@@ -10,6 +10,7 @@ import pytest
 from gradwatch.record.records import Event
 from gradwatch.report import KINDS, Evidence, Finding, Report, Thresholds
 from gradwatch.report.finding import SEVERITIES
+from gradwatch.report.rules import ALWAYS, RULES
 from tests.support import processes
 
 HOSTILE = "<script>alert('x')</script>&[bold red]\x1b[2J\u202e.weight"
@@ -30,6 +31,13 @@ def test_empty_history(history):
     assert (report.kinds, report.steps, len(report)) == ((), 0, 0)
     assert "Nothing was found" in str(report)
     assert report.remarks == ("There is no step in this run yet.",)
+
+
+def test_every_rule_runs_once():
+    """In short and long runs alike; the rules of short runs are among those of long ones."""
+    assert len(set(RULES)) == len(RULES)
+    assert len(set(ALWAYS)) == len(ALWAYS)
+    assert set(ALWAYS) <= set(RULES)
 
 
 def test_one_step(history):

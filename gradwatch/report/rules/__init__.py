@@ -59,7 +59,6 @@ ALWAYS: tuple[Rule, ...] = (
     loop,
     nonfinite,
     poisoned,
-    poisoned,
     discarded,
     no_gradient,
     loss_scale,

@@ -49,10 +49,8 @@ def noise(run: RunData, limits: Thresholds) -> Iterator[Finding]:
             AT_LEAST.format(low=low) if high == np.inf else ABOUT.format(noise=scale, error=error)
         )
         facts = {"batch": batch, "scale": about}
-        if (
-            low <= limits.noise * batch < scale
-            or scale * limits.noise < batch <= high * limits.noise
-        ):
+        # A limit inside of the interval may not be exceeded in truth.
+        if low <= limits.noise * batch < scale or scale < batch / limits.noise <= high:
             continue
         if scale - _ERRORS * error > limits.noise * batch:
             title = TITLE.format(word="small", **facts)

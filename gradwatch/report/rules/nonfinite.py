@@ -71,7 +71,7 @@ OF_CAUSE: dict[ToldCause, str] = {
     "loop": (
         "No backward was seen to make it, so the micro-batch is not known. Look at the loss and "
         "the data of step {step}, at what sets .grad in the loop, and whether zero_grad() comes "
-        "after every step, also after one that was bad or left out."
+        "after every step, also after one that was bad or skipped."
     ),
 }
 ON_RANK = " on rank {rank}"

@@ -10,8 +10,8 @@ from gradwatch.report.thresholds import Thresholds
 
 WHY = (
     "A forward writes into buffers before anybody knows what its gradients will be. A moving mean "
-    "that has taken in a NaN stays NaN, whatever batches follow: the model trains on, and is lost "
-    "for eval()."
+    "that has taken in a NaN stays NaN, whatever batches follow: training goes on with the "
+    "statistics of each batch, and eval() uses the spoiled ones."
 )
 
 
