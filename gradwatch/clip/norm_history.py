@@ -263,8 +263,8 @@ class _TensorWindow:
         position = torch.clamp(fraction * (self.count - 1), min=0)
         below = position.floor()
         # Indexing with a tensor [] would wait for the device; index_select() with [2] does not.
-        neighbours = torch.stack((below, position.ceil())).long()
-        low, high = numbers.sort().values.index_select(0, neighbours).unbind()
+        neighbors = torch.stack((below, position.ceil())).long()
+        low, high = numbers.sort().values.index_select(0, neighbors).unbind()
         between: Tensor = low + (high - low) * (position - below)
         return between
 

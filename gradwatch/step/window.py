@@ -582,7 +582,7 @@ class Window:
             self.first_nonfinite = self._traced(bad) if gradients else bad[0]
 
     def _traced(self, bad: Sequence[FirstNonFinite]) -> FirstNonFinite:
-        """Returns the first of the bad gradients, with an origin outside of its backward if so."""
+        """Returns the first of the bad gradients, with its origin if that is not its backward."""
         first, here = bad[0], rank() if self.shards is None else None
         if first.origin is Origin.AFTER and self.arrivals:
             return replace(first, rank=here)
