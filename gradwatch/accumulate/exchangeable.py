@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from itertools import pairwise
+from itertools import chain, combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -89,12 +89,16 @@ class Exchangeability:
         return self._graphs or self._judge_numbers(sketches, weights)
 
     def _judge_graphs(self, graphs: Sequence[Graph], by_chance: bool) -> str:
-        if any(one.nodes & other.nodes for one, other in pairwise(graphs)):
-            return ONE_FORWARD
-        # Positions and masks are the same in all windows, data are not.
-        common: set[int] = set().union(*(one.data & other.data for one, other in pairwise(graphs)))
-        before, self._common = self._common, common
-        if before is not None and common - before:
+        seen: set[int] = set()
+        for graph in graphs:
+            if not seen.isdisjoint(graph.nodes):
+                return ONE_FORWARD
+            seen |= graph.nodes
+        # Positions and masks are the same in all windows, data are not. Those of another length are
+        # new in a window, but its data differ.
+        common, before = _common(graphs), self._common
+        self._common = common
+        if before is not None and _have_same_data([graph.data - before for graph in graphs]):
             return SAME_DATA
         shapes = Counter(graph.shape for graph in graphs[: 1 if by_chance else None])
         return OTHER_LOSSES if self._shapes.is_usual(shapes) else ""
@@ -107,6 +111,18 @@ class Exchangeability:
             if len(added) > 2:
                 self._with_second.add(added[0], added[1], alike)
         return self._with_last.found or self._with_second.found
+
+
+def _common(graphs: Sequence[Graph]) -> Set[int]:
+    """Returns the data that at least two backwards have."""
+    counts = Counter(chain.from_iterable(graph.data for graph in graphs))
+    return {one for one, count in counts.items() if count > 1}
+
+
+def _have_same_data(data: Sequence[Set[int]]) -> bool:
+    """Returns whether some backward has no other data than another one has, too."""
+    pairs = combinations(filter(None, data), 2)
+    return any(one <= other or other <= one for one, other in pairs)
 
 
 def _added(sums: Sequence[Sketch | None], weights: Sequence[float]) -> list[Vector] | None:

@@ -57,6 +57,7 @@ class _Kept:
         self._optimizer = optimizer
         self._tensors = tensors
         self._state = {key: _copied(value, tensors) for key, value in optimizer.state.items()}
+        self._names = {k: set(v) for k, v in optimizer.state.items() if isinstance(v, dict)}
         # A counter, or a rate that is found on the way, is kept in a group by some optimizers, and
         # as an attribute by others.
         self._groups = [
@@ -68,15 +69,14 @@ class _Kept:
     def restore(self) -> None:
         # Not with load_state_dict(), which casts the state to the dtype of the parameters.
         state: dict[Any, Any] = self._optimizer.state
-        if self._tensors:
-            for key in [key for key in state if key not in self._state]:
-                del state[key]
+        for key in [key for key in state if key not in self._state]:
+            del state[key]
         for key, saved in self._state.items():
             if not isinstance(saved, dict):
                 state[key] = saved
                 continue
-            if self._tensors:
-                state[key].clear()
+            for name in [name for name in state[key] if name not in self._names[key]]:
+                del state[key][name]
             state[key].update(saved)
         for group, values in self._groups:
             for name in [name for name in group if name != "params" and name not in values]:

@@ -12,7 +12,6 @@ from functools import lru_cache
 from types import FrameType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
@@ -23,6 +22,7 @@ MOST_NODES = 4_000
 _MOST_ELEMENTS = 4_096  # of the data, spread over all of it
 _PARAMETER = "torch::autograd::AccumulateGrad"
 _SCALED = "MulBackward0"  # a loss is scaled by a product, or by a division: the same thing
+_BITS = {torch.bfloat16: torch.int16}  # what NumPy has instead
 _NEAR = 3  # nodes between a parameter and the layer that uses it: a transpose, a cast, a view
 
 ENGINE_CODE = _engine_run_backward.__code__
@@ -109,7 +109,9 @@ def _is_parameter(node: Any) -> bool:
     for _ in range(_NEAR):
         if node.name() == _PARAMETER:
             return True
-        if len(node.next_functions) != 1 or node.next_functions[0][0] is None:
+        inputs = node.next_functions
+        # An embedding, say, is a layer: it has saved what it was given.
+        if len(inputs) != 1 or inputs[0][0] is None or _saved_by(node.__class__):
             return False
         node = node.next_functions[0][0]
     return bool(node.name() == _PARAMETER)
@@ -123,6 +125,8 @@ def _saved_by(kind: Any) -> tuple[str, ...]:
 
 def _data_of(node: Any) -> Iterator[int]:
     for name in _saved_by(node.__class__):
+        if name.startswith("result"):  # what the layer has computed, and its memory for that
+            continue
         try:
             # Unpacking runs the hooks of saved tensors, which recompute a checkpointed forward.
             # Without this attribute (before torch 2.6, say) nothing tells whether there are any.
@@ -137,13 +141,13 @@ def _data_of(node: Any) -> Iterator[int]:
 
 
 def _hash(tensor: Tensor) -> Iterator[int]:
-    readable = tensor.is_cpu and tensor.layout is torch.strided and tensor.is_contiguous()
+    readable = tensor.is_cpu and tensor.layout is torch.strided
     if not readable or tensor.numel() < 2 or tensor.is_conj() or tensor.is_neg():
         return
-    flat = tensor.detach().view(-1)
-    stride = 1 + flat.numel() // _MOST_ELEMENTS
+    stride = 1 + tensor.numel() // _MOST_ELEMENTS
     try:
-        values = flat.numpy()[::stride]
+        bits = tensor.detach().view(_BITS.get(tensor.dtype, tensor.dtype)).numpy()
     except TypeError:  # a dtype that NumPy does not have
         return
-    yield hash((tuple(tensor.shape), np.ascontiguousarray(values).tobytes()))
+    # A slice or a transposed tensor is not copied for it.
+    yield hash((tuple(tensor.shape), bits.flat[::stride].tobytes()))

@@ -113,6 +113,42 @@ def _same_data() -> Loop:
     return Loop(model, window)
 
 
+def _first_and_third() -> Loop:
+    batches, model = Batches(), perceptron()
+
+    def window(number: int) -> None:
+        first, second = batches(), batches()
+        for batch in (first, second, first):
+            (_mse(model, batch) / 3).backward()
+
+    return Loop(model, window)
+
+
+def _same_in_bfloat16() -> Loop:
+    batches, model = Batches(), nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+
+    def window(number: int) -> None:
+        x, y = batches()
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                out = model(x)
+            F.mse_loss(out.float(), y).backward()
+
+    return Loop(model, window)
+
+
+def _same_tokens() -> Loop:
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Dropout(0.3), nn.Linear(8, 1))
+    draw = torch.Generator().manual_seed(3)
+
+    def window(number: int) -> None:
+        tokens = torch.randint(0, 50, (8, 6), generator=draw)[:, 1:]
+        for _ in range(2):
+            model(tokens).square().mean().backward()
+
+    return Loop(model, window)
+
+
 def _other_graphs() -> Loop:
     batches, model = Batches(), perceptron()
 
@@ -212,6 +248,9 @@ REFUSED = {
     "two heads on one forward": (lambda: _heads(True), "different parameters"),
     "two losses on one forward": (_one_forward, "the same forward"),
     "two losses on the same data": (_same_data, "the same data"),
+    "the same data first and third": (_first_and_third, "the same data"),
+    "the same data in bfloat16": (_same_in_bfloat16, "the same data"),
+    "the same tokens": (_same_tokens, "the same data"),
     "two kinds of loss": (_other_graphs, "graphs differ"),
     "a penalty on the gradient": (_penalty, "different parameters"),
     "weighted losses": (_weighted, "different weight"),
@@ -353,6 +392,20 @@ def _no_gradient_but_noise() -> Loop:
     return Loop(model, window)
 
 
+def _buckets() -> Loop:
+    """Sentences of a window have one length, of the next window another one: as do their positions."""
+    words, places, head = nn.Embedding(20, 8), nn.Embedding(32, 8), nn.Linear(8, 1)
+    draw = torch.Generator().manual_seed(3)
+
+    def window(number: int) -> None:
+        for _ in range(2):
+            tokens = torch.randint(0, 20, (8, 6 + number % 7), generator=draw)[:, 1:]
+            hidden = words(tokens) + places(torch.arange(tokens.shape[1]))
+            ((head(torch.tanh(hidden)) - 1).square().mean() / 2).backward()
+
+    return Loop(nn.ModuleList([words, places, head]), window)
+
+
 KEPT = {
     "two": lambda: _plain(perceptron()),
     "eight": lambda: _plain(perceptron(), 8),
@@ -363,6 +416,7 @@ KEPT = {
     "checkpoint": lambda: _plain(Checkpointed(False)),
     "reentrant checkpoint": lambda: _plain(Checkpointed(True)),
     "experts": lambda: _plain(Experts(), 4),
+    "buckets of one length": _buckets,
     "positions": lambda: _plain(Positions()),
     "a frozen layer": lambda: _plain(Frozen()),
     "one autocast": _autocast,

@@ -297,3 +297,17 @@ def test_numbers_that_come_late() -> None:
     expected = watched(sgd, windows, accumulate=3, clip=0.05)
     assert_equal(found, expected)
     assert list(found.steps()["weight"]) == list(expected.steps()["weight"])
+
+
+def test_micro_batches_that_reach_few_experts() -> None:
+    """A loop of the user's own: one micro-batch of a window reaches less than half of the other."""
+    gate, *experts = model = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.watch(model, optimizer, accumulate=2) as watcher:
+        for reached in (experts[:1], experts), (experts, experts[:1]):
+            for some in reached:
+                out = gate(torch.ones(1, 4)) + sum(expert(torch.ones(1, 4)) for expert in some)
+                (out.square().mean() / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(watcher.history.steps()) == 2

@@ -250,3 +250,31 @@ def test_evaluations_of_a_closure_are_not_thrown_away(line_search):
     assert not run.events
     assert run.watcher.history.steps()["discarded"].eq(0).all()
     assert run.watcher.events[0].step == 2
+
+
+class Counts(Optimizer):
+    """Counts the steps of each parameter, whether it has a gradient or not."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, closure=None):
+        """Counts, and descends."""
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["step"] = self.state[p].get("step", 0) + 1
+            if p.grad is not None:
+                p.data.sub_(p.grad, alpha=0.1)
+
+
+def test_a_skipped_first_step_makes_no_state():
+    """Without a closure, too: an optimizer of another library counts in a state that it makes."""
+    model = nn.Linear(2, 1)
+    optimizer = Counts(model.parameters())
+    with gradwatch.watch(model, optimizer, on_nonfinite="skip"):
+        model(torch.full((1, 2), math.nan)).sum().backward()
+        optimizer.step()
+        assert not optimizer.state
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    assert [one["step"] for one in optimizer.state.values()] == [1, 1]
