@@ -45,6 +45,7 @@ _MEAN_BETA = 0.97  # the mean differences about 30
 _FOUND, _GONE = 4.0, 2.0
 _MEANS_APART = 0.1  # |A - B|^2 as a share of |(A + B) / 2|^2; a smaller one hardly matters
 _SIZES_APART = 0.15  # mean of (|a|^2 - |b|^2) / (|a|^2 + |b|^2)
+_LARGEST = 1e140  # the square of a sum of such numbers is still a float
 
 Vector = NDArray[np.float64]
 
@@ -59,6 +60,7 @@ class Exchangeability:
         self._graphs = ""
         self._common: Set[int] | None = None
         self._with_last, self._with_second = _Contrast(), _Contrast()
+        self._unit = 0.0
 
     def judge(
         self,
@@ -104,7 +106,9 @@ class Exchangeability:
         return OTHER_LOSSES if self._shapes.is_usual(shapes) else ""
 
     def _judge_numbers(self, sketches: Sequence[Sketch | None], weights: Sequence[float]) -> str:
-        added = _added(sketches, weights)
+        # Weights may be in any unit: in that of the first window no square overflows or vanishes.
+        self._unit = self._unit or max(weights, default=0.0)
+        added = _added(sketches, [weight / (self._unit or 1.0) for weight in weights])
         if added is not None:
             alike = len(set(weights)) == 1
             self._with_last.add(added[0], added[-1], alike)
@@ -130,10 +134,15 @@ def _added(sums: Sequence[Sketch | None], weights: Sequence[float]) -> list[Vect
     known = [one for one in sums if one is not None]
     if len(known) < max(2, len(sums)) or len(weights) != len(known) or not all(weights):
         return None
-    if len({one.shape for one in known}) > 1 or not np.isfinite(known[-1]).all():
+    if len({one.shape for one in known}) > 1 or not all(map(_is_usable, known)):
         return None
-    parts = [known[0], *(after - before for before, after in pairwise(known))]
-    return [part / weight for part, weight in zip(parts, weights, strict=True)]
+    each = [known[0], *(after - before for before, after in pairwise(known))]
+    parts = [part / weight for part, weight in zip(each, weights, strict=True)]
+    return parts if all(map(_is_usable, parts)) else None
+
+
+def _is_usable(numbers: Vector) -> bool:
+    return bool((np.abs(numbers) < _LARGEST).all())  # false for a NaN
 
 
 class _Habit:

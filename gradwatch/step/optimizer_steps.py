@@ -317,6 +317,7 @@ class OptimizerSteps(Steps):
             other: The steps that its parameters belonged to.
         """
         self.window.widen(late)
+        self.weights.take_over(self.window, other.weights)
         then = other.weights_then
         if then is not None:
             # A snapshot of its own parameters, if nothing has moved these or others since.

@@ -121,6 +121,10 @@ class WindowWeights:
             MicroBatch(weight, norm),
         ]
 
+    def take_over(self, window: Window, other: WindowWeights) -> None:
+        """Takes over what is known of the backwards in a window that ``other`` has noted."""
+        self._backwards.take_over(window, other._backwards)
+
     def own_norm(self, window: Window) -> Tensor | None:
         """Returns this rank's own gradient norm before the newest reduction; None without one."""
         local = self._hooks.local
@@ -250,6 +254,20 @@ class _Backwards:
         self._numbers = [*self._numbers[:count], window.backwards[-1]]
         self._graphs = [*self._graphs[:count], graph if len(self._graphs) <= count else None]
         self._sketches = [*self._sketches[:count], sketch]
+
+    def take_over(self, window: Window, other: _Backwards) -> None:
+        """Takes over what another one has noted of the backwards in a window.
+
+        Without it, the first window of an optimizer that is found would count as comparable.
+        """
+        places = {number: place for place, number in enumerate(other._numbers)}
+        if not places.keys() >= set(window.backwards):
+            return
+        kept = [places[number] for number in window.backwards]
+        alike = list(window.indices) == other._indices  # else they are sketches of more gradients
+        self._numbers = list(window.backwards)
+        self._graphs = [other._graphs[place] for place in kept]
+        self._sketches = [other._sketches[place] if alike else None for place in kept]
 
     def end(self) -> None:
         """Ends a window whose backwards are not compared."""

@@ -3,9 +3,12 @@
 Two optimizers step parameters of their own, so that their windows are independent. The model of one of
 them is a list of the backwards since its gradients were last zeroed: a step is a row of that list, a
 zero_grad or the end of the run without a step is an event `discarded` of it.
+
+The backwards reach some of the parameters only. So not each of them is a micro-batch of its own.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +38,7 @@ ends = st.tuples(
     st.booleans(),  # whether the loop clips before
 )
 calls = st.lists(st.one_of(backwards, ends), max_size=30)
+how_many = pytest.mark.parametrize("examples", [10, pytest.param(60, marks=pytest.mark.slow)])
 
 
 @dataclass
@@ -42,26 +46,47 @@ class Model:
     """What must be recorded of one optimizer.
 
     Attributes:
-        window: Of each backward since the last zero_grad, whether it brought a NaN.
+        window: Of each backward since the last zero_grad, the positions of the parameters that it
+            reached, and whether it brought a NaN.
         rows: Micro-batches and norm of each step.
-        thrown: Step, norm, micro-batches, and the first bad micro-batch (0 without one) of each event.
+        thrown: Step, norm, and the first bad backward (0 without one) of each event.
     """
 
-    window: list[bool] = field(default_factory=list)
+    window: list[tuple[frozenset[int], bool]] = field(default_factory=list)
     rows: list[tuple[int, float]] = field(default_factory=list)
-    thrown: list[tuple[int, float, int, int]] = field(default_factory=list)
+    thrown: list[tuple[int, float, int]] = field(default_factory=list)
+
+    @property
+    def bad(self) -> list[bool]:
+        """Return which backwards of the window brought a NaN."""
+        return [bad for _, bad in self.window]
 
     def step(self, norm: float) -> None:
         """Record a step over the window."""
-        self.rows.append((len(self.window), norm))
+        self.rows.append((_micro_batches([reached for reached, _ in self.window]), norm))
         self.window.clear()
 
     def throw(self, norm: float) -> None:
         """Record that the window was thrown away, if there is one."""
         if self.window:
-            bad = self.window.index(True) + 1 if any(self.window) else 0
-            self.thrown.append((len(self.rows) + 1, norm, len(self.window), bad))
+            bad = self.bad.index(True) + 1 if any(self.bad) else 0
+            self.thrown.append((len(self.rows) + 1, norm, bad))
             self.window.clear()
+
+
+def _micro_batches(window: list[frozenset[int]]) -> int:
+    """Return the micro-batches of two or three parameters.
+
+    One of three parameters is less than half of all, so before a backward of all it is a part of it.
+    Of backwards that have no parameter in common, each kind sees every micro-batch.
+    """
+    last = max((i for i, one in enumerate(window) if len(one) == 3), default=0)
+    whole = [one for i, one in enumerate(window) if i >= last or len(one) > 1]
+    groups: list[frozenset[int]] = []
+    for one in whole:
+        overlapping = [group for group in groups if group & one]
+        groups = [group for group in groups if not group & one] + [one.union(*overlapping)]
+    return min(sum(one <= group for one in whole) for group in groups)
 
 
 class Loop:
@@ -86,12 +111,13 @@ class Loop:
 
     def backward(self, label: str, bits: int, scale: float, bad: bool) -> None:
         """Run a backward into some parameters of one optimizer."""
-        parts = [p for i, p in enumerate(self.owned(label)) if bits >> i & 1] or self.owned(label)
-        losses = [(p * scale).sum() for p in parts]
+        everything = range(len(OWNED[label]))
+        reached = [i for i in everything if bits >> i & 1] or everything
+        losses = [(self.owned(label)[i] * scale).sum() for i in reached]
         if bad:
             losses[-1] = losses[-1] * math.nan
         sum(losses).backward()
-        self.models[label].window.append(bad)
+        self.models[label].window.append((frozenset(reached), bad))
 
     def end(self, kind: str, label: str, to_none: bool, clips: bool) -> None:
         """Step, or throw the window away; the guard throws away every window with a NaN."""
@@ -101,7 +127,7 @@ class Loop:
         norm = self.norm(label)
         if clips:
             nn.utils.clip_grad_norm_(self.owned(label), 0.5)
-        if kind == "throw" or any(model.window):
+        if kind == "throw" or any(model.bad):
             model.throw(norm)
         else:
             model.step(norm)
@@ -140,11 +166,7 @@ def _do(sequence: list[Any], way: str) -> tuple[Loop, Any, list[str]]:
     return loop, watcher, told
 
 
-@pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=40)
-@given(sequence=calls)
-def test_whatever_a_loop_calls_is_recorded(sequence: list[Any], way: str) -> None:
-    """Steps are rows, what no step used is an event, each with its norm, micro-batches and NaN."""
+def _is_recorded(sequence: list[Any], way: str) -> None:
     loop, watcher, told = _do(sequence, way)
     steps = watcher.history.steps()
     told_of = [event for event in watcher.events if event.kind != "no_gradient"]
@@ -157,21 +179,17 @@ def test_whatever_a_loop_calls_is_recorded(sequence: list[Any], way: str) -> Non
         events = [event for event in told_of if event.optimizer == label]
         seen = [(event.kind, event.step, event.micro_batch) for event in events]
         wanted = []
-        for step, _, _, bad in model.thrown:
+        for step, _, bad in model.thrown:
             wanted += [("nan", step, bad)] if bad else []
             wanted += [("discarded", step, 0)]
         assert seen == wanted, f"{label}: expected {wanted}, got {seen}"
         values = [event.value for event in events if event.kind == "discarded"]
-        assert values == pytest.approx([norm for _, norm, _, _ in model.thrown], nan_ok=True)
+        assert values == pytest.approx([norm for _, norm, _ in model.thrown], nan_ok=True)
     assert set(steps["optimizer"]) == set(OWNED)
     assert {event.optimizer for event in told_of} <= set(OWNED)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=20)
-@given(sequence=calls)
-def test_without_anything_thrown_away_nothing_is_told(sequence: list[Any], way: str) -> None:
-    """The same sequences, where every window is stepped: rows, and not one event or warning."""
+def _is_told_nothing(sequence: list[Any], way: str) -> None:
     kept = [
         (kind, label, *rest[:-1], False) if kind == "backward" else ("step", label, *rest)
         for kind, label, *rest in sequence
@@ -196,3 +214,26 @@ def test_without_anything_thrown_away_nothing_is_told(sequence: list[Any], way: 
         assert list(mine["grad_norm"]) == pytest.approx([norm for _, norm in model.rows])
     assert [event for event in watcher.events if event.kind != "no_gradient"] == []
     assert told == []
+
+
+def _for_sequences(examples: int, check: Callable[[list[Any], str], None], way: str) -> None:
+    @settings(max_examples=examples)
+    @given(sequence=calls)
+    def with_one(sequence: list[Any]) -> None:
+        check(sequence, way)
+
+    with_one()
+
+
+@pytest.mark.parametrize("way", WAYS)
+@how_many
+def test_whatever_a_loop_calls_is_recorded(way: str, examples: int) -> None:
+    """Steps are rows, what no step used is an event, each with its norm, its micro-batches and its NaN."""
+    _for_sequences(examples, _is_recorded, way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@how_many
+def test_without_anything_thrown_away_nothing_is_told(way: str, examples: int) -> None:
+    """The same sequences, where every window is stepped: rows, and not one event or warning."""
+    _for_sequences(examples, _is_told_nothing, way)

@@ -1,4 +1,4 @@
-"""A micro-batch is a backward, a window what one optimizer step used, a step one optimizer step."""
+"""A micro-batch is a backward or several, a window what one optimizer step used, a step one optimizer step."""
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -200,30 +200,33 @@ ACTIONS = ("backward", "backward", "part", "drop", "zero", "step", "clip_step")
 @example(actions=["backward", "zero", "backward", "part"], found=True, clip=0.2)
 @example(actions=["part", "step", "part", "backward", "clip_step", "step"], found=False, clip=None)
 def test_any_order_of_calls(actions: list[str], found: bool, clip: float | None) -> None:
-    """Whatever the order of backwards, zeroings, own clips and steps: each row is the window that was applied."""
+    """Whatever the order of backwards, zeroings, own clips and steps: each row is the window that was applied.
+
+    A backward of the first layer alone counts where no backward of the whole model comes after it.
+    """
     case, optimizer, watching = new_run(found, clip=clip)
     expected: list[tuple[float, float, int]] = []
-    window = 0
+    wholes = parts = 0
     with watching as watcher:
         for index, action in enumerate([*actions, "step"]):
             if action == "backward":
                 case.loss(case.model, case.batch(index)).backward()
-                window += 1
+                wholes, parts = wholes + 1, 0
             elif action == "part":
                 case.model[0](case.batch(index)[0]).pow(2).mean().backward()
-                window += 1
+                parts += 1
             elif action in ("drop", "zero"):
                 optimizer.zero_grad(set_to_none=action == "drop")
-                window = 0
+                wholes = parts = 0
             else:
                 before = gradient_norm(case.model)
-                if action == "clip_step" and window:
+                if action == "clip_step" and wholes + parts:
                     for parameter in case.model.parameters():
                         if parameter.grad is not None:
                             parameter.grad.mul_(0.5)
                 optimizer.step()
-                expected.append((before, gradient_norm(case.model), window))
-                window = 0
+                expected.append((before, gradient_norm(case.model), wholes + parts))
+                wholes = parts = 0
     steps = watcher.history.steps()
     assert list(steps["micro_batches"]) == [count for _, _, count in expected]
     assert list(steps["grad_norm"]) == pytest.approx(
