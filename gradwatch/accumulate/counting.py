@@ -18,9 +18,9 @@ def count_micro_batches(backwards: Sequence[Reached]) -> int:
 
     Backwards that reach a parameter in common are of one group. Each group sees every micro-batch,
     some in several chunks, so the smallest number of backwards in a group is that of micro-batches.
-    A backward that reaches less than half of the parameters of a later one, and no others, is a
-    part of that one and does not count: a chunk of a loss whose head shares its weight with the
-    embedding.
+    Chunks of a loss whose head shares its weight with the embedding do not count either: that is,
+    before each other backward the same number of backwards, two or more, that reach less than half
+    of its parameters, and no others.
 
     So each backward counts where all reach the same parameters, where one leaves some of them out
     (an expert that no token was sent to), and where two losses have a trunk in common.
@@ -41,16 +41,21 @@ def count_micro_batches(backwards: Sequence[Reached]) -> int:
     first = backwards[0] if backwards else frozenset()
     if not all(backwards) or backwards.count(first) == len(backwards):
         return len(backwards)
-    whole = Counter(
-        frozenset(reached)
-        for position, reached in enumerate(backwards)
-        if not _is_part(reached, backwards[position + 1 :])
-    )
+    whole = Counter(map(frozenset, _without_chunks(backwards)))
     return min(sum(whole[one] for one in group) for group in _connected(whole))
 
 
-def _is_part(reached: Reached, later: Sequence[Reached]) -> bool:
-    return any(2 * len(reached) < len(other) and reached <= other for other in later)
+def _without_chunks(backwards: Sequence[Reached]) -> Sequence[Reached]:
+    """Leaves out the chunks of a head that shares a parameter with the rest."""
+    chunk, body = backwards[0], backwards[-1]
+    if 2 * len(chunk) >= len(body) or not chunk <= body:
+        return backwards
+    # By chance a backward may also reach few parameters, but hardly in such a row.
+    row = backwards.index(body) + 1
+    count, rest = divmod(len(backwards), row)
+    if rest or row < 3 or list(backwards) != [*[chunk] * (row - 1), body] * count:
+        return backwards
+    return [body] * count
 
 
 def _connected(sets: Collection[frozenset[int]]) -> list[list[frozenset[int]]]:

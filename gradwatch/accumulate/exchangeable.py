@@ -22,10 +22,12 @@ from gradwatch.hooks.graph import Graph
 from gradwatch.measure.sketch import Sketch
 
 PARTS = (
-    "the backwards of a step reach different parameters: they are parts of a loss, or of different "
-    "losses, rather than micro-batches of one loss"
+    "the backwards of a step reach different parameters in most steps, as parts of a loss or "
+    "different losses do"
 )
-OTHER_LOSSES = "the backwards of a step are of different losses: their graphs differ"
+OTHER_LOSSES = (
+    "the graphs of the backwards of a step differ in most steps, as those of different losses do"
+)
 ONE_FORWARD = "the backwards of a step are of the same forward, so they share their noise"
 SAME_DATA = "the backwards of a step are of the same data, so they share their noise"
 OTHER_MEANS = (
@@ -36,6 +38,7 @@ OTHER_SIZES = (
     "the gradients of the first backward of a step are larger, or smaller, than those of the "
     "others in most steps: they are micro-batches of different sizes, or losses of different weight"
 )
+OTHER_BATCHES = "the micro-batches of a step have different sizes, the same in most steps"
 
 _USUAL = 0.4  # share of the windows in which the same difference makes it a habit of the loop
 _BETA = 0.998  # the statistics span about 500 windows
@@ -45,6 +48,7 @@ _MEAN_BETA = 0.97  # the mean differences about 30
 _FOUND, _GONE = 4.0, 2.0
 _MEANS_APART = 0.1  # |A - B|^2 as a share of |(A + B) / 2|^2; a smaller one hardly matters
 _SIZES_APART = 0.15  # mean of (|a|^2 - |b|^2) / (|a|^2 + |b|^2)
+_UNLIKE = 1.5  # the largest micro-batch in units of the smallest
 _LARGEST = 1e140  # the square of a sum of such numbers is still a float
 
 Vector = NDArray[np.float64]
@@ -57,6 +61,7 @@ class Exchangeability:
         """Starts before the first window."""
         self._parameters = _Habit()
         self._shapes = _Habit()
+        self._batches = _Habit(at_once=False)  # lengths that vary by chance are honest
         self._graphs = ""
         self._common: Set[int] | None = None
         self._with_last, self._with_second = _Contrast(), _Contrast()
@@ -103,7 +108,11 @@ class Exchangeability:
         if before is not None and _have_same_data([graph.data - before for graph in graphs]):
             return SAME_DATA
         shapes = Counter(graph.shape for graph in graphs[: 1 if by_chance else None])
-        return OTHER_LOSSES if self._shapes.is_usual(shapes) else ""
+        if self._shapes.is_usual(shapes):
+            return OTHER_LOSSES
+        sizes = [graph.elements for graph in graphs]
+        unlike = max(sizes) > _UNLIKE * min(sizes) > 0
+        return OTHER_BATCHES if self._batches.is_usual(Counter(sizes if unlike else ())) else ""
 
     def _judge_numbers(self, sketches: Sequence[Sketch | None], weights: Sequence[float]) -> str:
         # Weights may be in any unit: in that of the first window no square overflows or vanishes.
@@ -152,9 +161,10 @@ class _Habit:
     sent to, layers that were left out at random.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: bool = True) -> None:
+        """Starts; ``at_once`` says whether a difference counts the first time it is seen."""
         self._windows = self._alike = 0.0
-        self._before: Mapping[Any, int] | None = None
+        self._before: Mapping[Any, int] | None = None if at_once else {}
 
     def is_usual(self, kinds: Mapping[Any, int]) -> bool:
         """Adds a window: how many of its backwards are of each kind."""

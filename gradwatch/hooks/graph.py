@@ -38,11 +38,13 @@ class Graph(NamedTuple):
             through which nothing but a parameter comes in are left out.
         data: Hashes of the tensors that the first layers were given; empty where these cannot be
             read without a wait or a side effect.
+        elements: The number of elements of these tensors.
     """
 
     shape: int
     nodes: frozenset[int]
     data: frozenset[int]
+    elements: int
 
 
 def graph_under_way() -> Graph | None:
@@ -77,7 +79,7 @@ def _roots(frame: FrameType | None) -> list[Any] | None:
 def _describe(roots: list[Any]) -> Graph:
     names: list[str] = []
     numbers: set[int] = set()
-    data: set[int] = set()
+    data: dict[int, int] = {}
     for node in _walk(roots):
         name = node.name()
         names.append(_SCALED if name == "DivBackward0" else name)
@@ -86,7 +88,7 @@ def _describe(roots: list[Any]) -> Graph:
             numbers.add(node._sequence_nr())
         if name != _PARAMETER and _is_first(node):
             data.update(_data_of(node))
-    return Graph(hash(tuple(names)), frozenset(numbers), frozenset(data))
+    return Graph(hash(tuple(names)), frozenset(numbers), frozenset(data), sum(data.values()))
 
 
 def _walk(roots: list[Any]) -> Iterator[Any]:
@@ -123,7 +125,8 @@ def _saved_by(kind: Any) -> tuple[str, ...]:
     return tuple(name.removeprefix(prefix) for name in dir(kind) if name.startswith(prefix))
 
 
-def _data_of(node: Any) -> Iterator[int]:
+def _data_of(node: Any) -> Iterator[tuple[int, int]]:
+    """Yields a hash and the number of elements of each tensor that a first layer was given."""
     for name in _saved_by(node.__class__):
         if name.startswith("result"):  # what the layer has computed, and its memory for that
             continue
@@ -140,7 +143,7 @@ def _data_of(node: Any) -> Iterator[int]:
             yield from _hash(tensor)
 
 
-def _hash(tensor: Tensor) -> Iterator[int]:
+def _hash(tensor: Tensor) -> Iterator[tuple[int, int]]:
     readable = tensor.is_cpu and tensor.layout is torch.strided
     if not readable or tensor.numel() < 2 or tensor.is_conj() or tensor.is_neg():
         return
@@ -150,4 +153,4 @@ def _hash(tensor: Tensor) -> Iterator[int]:
     except TypeError:  # a dtype that NumPy does not have
         return
     # A slice or a transposed tensor is not copied for it.
-    yield hash((tuple(tensor.shape), bits.flat[::stride].tobytes()))
+    yield hash((tuple(tensor.shape), bits.flat[::stride].tobytes())), tensor.numel()

@@ -169,6 +169,7 @@ class Followed(Protocol):
     label: str
     step: int
     discarded: int
+    has_begun: bool
 
 
 class Silence:
@@ -273,7 +274,7 @@ class Silence:
             moved: Whether something else may have moved the weights.
             at_end: Whether the run has ended.
         """
-        if any(one.step for one in followed):
+        if any(one.step or one.has_begun for one in followed):  # a step may have raised
             return
         acting, count = self._run.options.acting, self.backwards
         asked = f", and watch({' and '.join(acting)}) did nothing" if acting else ""

@@ -81,6 +81,7 @@ class OptimizerSteps(Steps):
         members: The optimizers whose steps are its steps: itself, or those that it wraps.
         skip_rule: Decides which steps are skipped.
         stepping: The optimizer whose step is running: this one or one in it; None between steps.
+        has_begun: Whether any step has begun, be it that it raised.
         passed_over: Whether the step is refused, and the backwards in the rest of it do not count.
         beyond_undo: Whether the step has moved the weights, and nothing can put them back.
         units: The number of batches that a managed loop has counted in the window; None if the loop
@@ -119,6 +120,7 @@ class OptimizerSteps(Steps):
         inner = members[-1]
         self.skip_rule = SkipRule(options.on_nonfinite, spikes, options.max_consecutive_skips)
         self.stepping: Optimizer | None = None
+        self.has_begun = False
         self.passed_over = self.beyond_undo = False
         self.in_time = True
         self._has_closure = False
@@ -384,7 +386,7 @@ class OptimizerSteps(Steps):
         late = self._refresh()
         if late:
             self.window.widen(late)
-        self.stepping, self._has_closure = optimizer, has_closure
+        self.stepping, self._has_closure, self.has_begun = optimizer, has_closure, True
         self.passed_over = self.beyond_undo = False
         if self._scale.candidates:
             self._scale.keep_scaler_of(optimizer)

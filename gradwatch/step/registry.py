@@ -27,6 +27,7 @@ from gradwatch.measure.deferred import FloatOrDeferred, resolve
 from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.record.events import dropped_event
 from gradwatch.step.backward_steps import BackwardSteps, EndedWindow
+from gradwatch.step.bad_weights import BadWeights
 from gradwatch.step.mistakes import CERTAIN, MANY, Silence
 from gradwatch.step.optimizer_steps import MeasureCurvature, OptimizerSteps
 from gradwatch.step.run import Run
@@ -53,6 +54,7 @@ class OptimizerRegistry:
         self.followed: list[OptimizerSteps] = []
         self.managed: list[OptimizerSteps] = []
         self._run = run
+        self._bad_weights = BadWeights(run.table.tensors)
         self._options = run.options
         self._shield = shield
         self._curvature = curvature
@@ -402,7 +404,9 @@ class OptimizerRegistry:
         return self._run.table.indices_of(optimizer_parameters(optimizer))
 
     def _window(self, indices: Sequence[int]) -> Window:
-        return Window(self._run.table, list(indices), self._norm_type, self._run.shards)
+        window = Window(self._run.table, list(indices), self._norm_type, self._run.shards)
+        window.bad_weights = self._bad_weights
+        return window
 
 
 def _label(optimizer: Optimizer, taken: Container[str]) -> str:

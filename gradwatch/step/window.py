@@ -54,12 +54,9 @@ from gradwatch.measure.sharded import (
     placements_of,
     unknown_norms,
 )
+from gradwatch.step.bad_weights import BadWeights
 
 _grad = attrgetter("grad")
-_MEASURABLE = {
-    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
-    *(torch.complex64, torch.complex128),
-}
 
 
 @dataclass(slots=True)
@@ -77,6 +74,7 @@ class Window:
         first_nonfinite: The first parameter whose gradient was not finite; None if there is none.
         stale: Indices of parameters whose gradient was NaN or Inf in the step before, and has not
             been zeroed since.
+        bad_weights: Tells whether weights were bad before the gradients; None for nobody.
         nonfinite_count: The largest number of such parameters in any one measurement.
         late_checks: Measurements that are still on a device, and so not checked yet.
         divisor: What the weighted losses were divided by; None if the loop weights its losses
@@ -99,6 +97,7 @@ class Window:
     noise_norms: list[MicroBatch] = field(default_factory=list)
     first_nonfinite: FirstNonFinite | None = None
     stale: Collection[int] = ()
+    bad_weights: BadWeights | None = None
     nonfinite_count: int = 0
     late_checks: list[LateCheck] = field(default_factory=list)
     divisor: FloatOrDeferred | None = None
@@ -218,12 +217,24 @@ class Window:
             self._place(indices)
         turns = self.looks is not None and self.looks.turns
         self._direction = Direction(indices, gradients) if turns else None
-        total = self._before.total.if_known()
-        if total is None or not math.isfinite(total):
-            origin = self._origin(backward.arrived)
+        total, known = self._before.total.if_known(), self.bad_weights
+        if total is None or not math.isfinite(total) or (known is not None and known.unknown):
             here = NOT_KNOWN if own is None else own(self._before)
-            self._check(self._before, None if freed else gradients, origin, backward.arrived, here)
+            self._examine(self._before, None if freed else gradients, backward.arrived, here)
         return self._before
+
+    def _examine(
+        self,
+        before: Measurement,
+        gradients: list[Tensor] | None,
+        arrived: Sequence[int],
+        own: OwnNorm,
+    ) -> None:
+        total = before.total.if_known()
+        if total is None or not math.isfinite(total):
+            self._check(before, gradients, self._origin(arrived), arrived, own)
+        elif self.bad_weights is not None:
+            self.bad_weights.note_good()
 
     def share(self) -> None:
         """Notes that a backward may reach parameters that are in other windows."""
@@ -588,7 +599,7 @@ class Window:
             return replace(first, rank=here)
         # While a backward still runs, other optimizers may have spoiled their weights by now.
         ended = len(self.backwards) == len(self.arrivals)
-        weights = self._bad_weights() if ended else ()
+        weights = self.bad_weights.found() if ended and self.bad_weights is not None else ()
         if weights:
             known = first.origin is Origin.BACKWARD
             number = first.micro_batch if known else 0
@@ -607,17 +618,6 @@ class Window:
         if first.index in self.arrivals[-1][0] or is_distributed():
             return first
         return replace(first, origin=Origin.AFTER, micro_batch=first.micro_batch - 1, rank=here)
-
-    def _bad_weights(self) -> list[int]:
-        """Lists the parameters that are NaN or Inf themselves, of those that can be measured."""
-        weights = {
-            index: local_part(tensor.detach())
-            for index, tensor in enumerate(self.table.tensors)
-            if tensor.dtype in _MEASURABLE and not tensor.is_meta
-        }
-        norms = measure(list(weights), list(weights.values()), 2.0)
-        found = LateCheck(0, norms, ()).nonfinite(list(weights.values()))
-        return [one.index for one in found]
 
     def _all_reduce(
         self,
@@ -688,6 +688,7 @@ class Window:
         """
         mine, first = set(indices), self.first_nonfinite
         part = Window(self.table, list(indices), self.norm_type, self.shards, partial=True)
+        part.bad_weights = self.bad_weights
         kept = [i for i, (there, _) in enumerate(self.arrivals) if there & mine or not there]
         part.arrivals = [(self.arrivals[i][0] & mine, self.arrivals[i][1]) for i in kept]
         part.backwards = [self.backwards[i] for i in kept]

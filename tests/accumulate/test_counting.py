@@ -18,6 +18,8 @@ CASES = {
     "chunks of a head": ([*[HEAD] * 8, BODY], 1),
     "two batches in chunks": ([*[HEAD] * 8, BODY] * 2, 2),
     "chunks of a head that is the embedding": ([*[EMBEDDING] * 8, BODY] * 2, 2),
+    "few layers by chance": ([EMBEDDING, BODY], 2),
+    "few layers by chance, twice": ([EMBEDDING, EMBEDDING, BODY, BODY], 4),
     "disjoint models": ([HEAD, BODY], 1),
     "disjoint models, accumulated": ([HEAD, BODY, HEAD, BODY, HEAD, BODY], 3),
     "an expert is unused": ([ALL, ALL - EXPERT, ALL], 3),

@@ -1,0 +1,49 @@
+"""BadWeights: the weights that are NaN or Inf, apart from those that have done no harm so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradwatch.measure.norms import LateCheck, measure
+from gradwatch.measure.parameters import local_part
+
+_MEASURABLE = {
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.complex64, torch.complex128),
+}
+
+
+class BadWeights:
+    """Looks for NaN and Inf in weights, to tell whether they were there before the gradients.
+
+    Attributes:
+        unknown: Whether :meth:`note_good` was never called.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        """Reads nothing yet; ``weights`` are all watched parameters."""
+        self.unknown = True
+        self._weights = weights
+        self._harmless: set[int] = set()
+
+    def note_good(self) -> None:
+        """Notes the weights of a backward that gave finite gradients.
+
+        What is bad in them does no harm: a mask of minus infinity, a row that nothing looks up.
+        """
+        self.unknown = False
+        self._harmless = set(self.found())
+
+    def found(self) -> list[int]:
+        """Lists the indices of the weights that are bad and may do harm; waits for a device."""
+        weights = {
+            index: local_part(tensor.detach())
+            for index, tensor in enumerate(self._weights)
+            if tensor.dtype in _MEASURABLE and not tensor.is_meta
+        }
+        norms = measure(list(weights), list(weights.values()), 2.0)
+        bad = LateCheck(0, norms, ()).nonfinite(list(weights.values()))
+        return [one.index for one in bad if one.index not in self._harmless]
