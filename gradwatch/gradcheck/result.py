@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from gradwatch.pickles import stable_name
+from gradwatch.record.schema import loads_older
 
 _REASONS = {
     "detached": "no gradient arrives, but the output depends on it (detach, no_grad, .data?)",
@@ -86,6 +87,7 @@ class GradientMismatch:
 
 
 @stable_name
+@loads_older
 @dataclass(frozen=True, slots=True)
 class GradientCheck:
     """The result of :func:`gradwatch.check_gradients`; true if no gradient is wrong.

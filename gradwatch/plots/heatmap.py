@@ -53,7 +53,7 @@ from gradwatch.report.run_data import (
     read_steps,
 )
 
-COLUMNS = ("grad_norm", "clip_threshold", "nonfinite_parameters")
+COLUMNS = ("grad_norm", "clip_threshold", "clipped", "nonfinite_parameters")
 ROW_INCHES, LOWEST_INCHES, HIGHEST_INCHES = 0.125, 2.6, 13.0
 AROUND_INCHES = 2.0
 LEAST_PIXELS = 3.0

@@ -270,6 +270,7 @@ class Recorder:
 
     Attributes:
         skipped: The number of steps that were not applied.
+        unread: The number of steps that could not be read, after an error of the device.
         spoken: What was logged: ``"nonfinite"``, ``"skipped"``; each once.
     """
 
@@ -302,7 +303,7 @@ class Recorder:
         self._doubtful: list[FinishedStep] = []
         self._last: StepRecord | None = None
         self._forked = False
-        self._unread = 0
+        self.unread = 0
         self._error: Exception | None = None
         self.skipped = 0
         self.spoken: set[str] = set()
@@ -369,7 +370,7 @@ class Recorder:
             # It can never be read: a later reader must get at the steps behind it. An interrupt is
             # no such error, and the step stays.
             self._expected.popleft()
-            self._unread += 1
+            self.unread += 1
             self._error = error
             raise
         self._expected.popleft()
@@ -470,20 +471,21 @@ class Recorder:
             ending.callback(self._hub.close)
             ending.enter_context(self._receiving)
             ending.callback(self._hub.deliver, self._take)
-            self._receive_readable()
+            self.receive_readable()
 
-    def _receive_readable(self) -> None:
+    def receive_readable(self) -> None:
+        """Records all expected steps; waits, and leaves out those that cannot be read."""
         while self._expected:
-            unread = self._unread
+            unread = self.unread
             try:
                 self.receive(wait=True, unsettled=True)
             except Exception:
-                if self._unread == unread:  # no error of reading, which is told at the end
+                if self.unread == unread:  # no error of reading, which is told at the end
                     raise
 
     def _tell_unread(self) -> None:
         if self._error is not None:
-            warn_safely(UNREAD.format(steps=self._unread, error=described_error(self._error)))
+            warn_safely(UNREAD.format(steps=self.unread, error=described_error(self._error)))
             self._error = None
 
     def disown(self) -> None:

@@ -224,8 +224,11 @@ class OptimizerRegistry:
             moved = self._unowned is None or self._unowned.moved
             self._silence.end(self.followed, self._run.hooks.arrivals.ended, moved)
             self._run.replicas.end()
-            self._run.recorder.receive(wait=True)
-            self._run.tell_poisoned()
+            # Only now have all numbers arrived that tell of a NaN; a device that gives none back
+            # gives no buffers either.
+            self._run.recorder.receive_readable()
+            if not self._run.recorder.unread:
+                self._run.tell_poisoned()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs: for each optimizer steps, policies and noise scale."""

@@ -16,6 +16,22 @@ from .told import differences
 
 EXPECTED = expected("pickles.json")
 REL = 1e-9
+LOSSES = {
+    "GradientMonitor": (
+        (2.6616157610992657 + 0.9119265606559379) / 2,
+        (1.0065301462593863 + 1.8784688703899293) / 2,
+    ),
+    "GradientMonitorFresh": (
+        (2.8503726727232355 + 0.960632383148638) / 2,
+        (1.1808774729741554 + 2.163314774977646) / 2,
+    ),
+}
+"""What `training_step` returned in the two steps of two batches. The column `loss` is their mean
+today; it was the half of the second."""
+
+for _monitor, _losses in LOSSES.items():
+    _columns = EXPECTED[_monitor]["does"]["steps"]["columns"]
+    next(one for one in _columns if one["name"] == "loss")["values"][4:] = _losses
 POSIX_ONLY = ("History", "RunFolder")
 """What holds a path, which another kind of system does not load."""
 

@@ -19,7 +19,7 @@ RECORD = StepRecord(step=7, optimizer="Adam", grad_norm=5.0, nonfinite_parameter
 def test_nonfinite_event_names_the_offender(counts, kind):
     """Parameter, micro-batch, exact counts and how far it spread."""
     event = events.nonfinite_event(
-        RECORD, FirstNonFinite(0, 3, math.nan, NonFiniteCount(*counts)), TABLE
+        RECORD, FirstNonFinite(0, 3, math.nan, NonFiniteCount(*counts)), TABLE, backwards=3
     )
     assert (event.kind, event.parameter, event.module, event.micro_batch) == (kind, "a.w", "a", 3)
     assert (event.nan_count, event.inf_count) == counts
@@ -32,7 +32,7 @@ def test_nonfinite_event_names_the_offender(counts, kind):
 @pytest.mark.parametrize(("norm", "kind"), [(math.nan, "nan"), (math.inf, "inf")])
 def test_what_was_gone_is_not_counted(norm, kind):
     """Where the gradient was gone when its norm arrived, the norm tells what it was."""
-    event = events.nonfinite_event(RECORD, FirstNonFinite(0, 3, norm, None), TABLE)
+    event = events.nonfinite_event(RECORD, FirstNonFinite(0, 3, norm, None), TABLE, backwards=3)
     assert (event.kind, event.nan_count, event.inf_count) == (kind, -1, -1)
     assert "not counted" in event.message
 

@@ -69,11 +69,15 @@ OF_CAUSE: dict[ToldCause, str] = {
         "diverged: lower the learning rate."
     ),
     "loop": (
-        "No backward was seen to make it, so the micro-batch is not known. Look at the loss and "
-        "the data of step {step}, at what sets .grad in the loop, and whether zero_grad() comes "
-        "after every step, also after one that was bad or skipped."
+        "No backward was seen to make it. Look at the loss and the data of step {step}, at what "
+        "sets .grad in the loop, and whether zero_grad() comes after every step, also after one "
+        "that was bad or skipped."
     ),
 }
+INITIAL_WEIGHTS = (
+    "The weights were bad before the first step, so the batch is not the cause. Look at where the "
+    "initial weights come from: a checkpoint, their initialization, or code before the loop."
+)
 ON_RANK = " on rank {rank}"
 ON_ANY_RANK = ", on every rank: the record does not tell which of them it came from"
 SKIP = '; watch(..., on_nonfinite="skip") skips such steps'
@@ -177,6 +181,8 @@ def _advice(steps: OptimizerArrays, bad: Array, event: pd.Series | None, limits:
     }
     # The most certain cause first: what was seen, a loss scale, rising norms, the step itself.
     cause = None if event is None else told_cause(str(event["message"]))
+    if cause == "weights" and steps.step[row] == 1:
+        return INITIAL_WEIGHTS
     if cause is not None:
         return OF_CAUSE[cause].format(**facts)
     scale = float(steps["loss_scale"][row])

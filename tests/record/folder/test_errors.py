@@ -177,7 +177,7 @@ def test_other_files_in_the_folder_do_not_matter(tmp_path):
             "columns.* must be names among optimizer, .*, got 'norm'",
         ),
         (lambda h: h.steps("lr"), TypeError, r"sequence of names, got 'lr'\. Write \[\"lr\"\]\."),
-        (lambda h: h.steps(5), TypeError, r"sequence of names, got 5\. Write \[\"optimizer\"\]\."),
+        (lambda h: h.steps(5), TypeError, r"sequence of names, got 5\. Write \[\"grad_norm\"\]\."),
         (lambda h: h.steps(start="1"), TypeError, r"steps\(start=\) must be a step number or None"),
         (lambda h: h.steps(stop=True), TypeError, "got True"),
         (lambda h: h.parameters(columns=["max"]), ValueError, "grad_norm_clipped, got 'max'"),
