@@ -241,8 +241,8 @@ def with_rank(event: Event, rank: int) -> Event:
     """Returns an event of reduced gradients with the rank that made them bad, found out later."""
     message = event.message
     for unknown in (CAME_WITH_REDUCTION, RANK_NOT_KNOWN):
-        message = message.replace(unknown, CAME_FROM.format(rank=rank))
-    return replace(event, rank=rank, message=message)
+        message = message.removesuffix(unknown)
+    return replace(event, rank=rank, message=message + CAME_FROM.format(rank=rank))
 
 
 def overflow_event(record: StepRecord, measurement: Measurement, table: ParameterTable) -> Event:

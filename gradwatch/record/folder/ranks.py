@@ -2,11 +2,9 @@
 
 The first rank, which writes the tables, sees after the reduction that a gradient is not finite, but
 not whose it was. To tell it while the training runs would take a collective. So a rank whose own
-gradient was not finite appends a line of JSON to ``ranks/RANK.jsonl``, and a reader joins the two::
-
-    {"time": 1760000000.0, "rank": 1, "optimizer": "SGD", "step": 5}
-
-The time says which session it belongs to, as steps may be counted from 1 again.
+gradient was not finite appends its own event to ``ranks/RANK.jsonl``, and a reader shows that
+instead of what the first rank saw. A line is that of an event log (:mod:`.event_log`), and the time
+beside it, which says what session it belongs to, as steps may be counted from 1 again.
 """
 
 from __future__ import annotations
@@ -16,12 +14,14 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gradwatch.record.events import with_rank
-from gradwatch.record.folder.event_log import LONGEST_LINE
+from gradwatch.record.folder.event_log import LONGEST_LINE, LoggedEvent, event_in, lines_of
 from gradwatch.record.records import Event
 
 RANKS = "ranks"
@@ -30,19 +30,15 @@ CLOCKS_S = 5.0  # by how much the clocks of two machines may differ
 
 
 class Note(NamedTuple):
-    """A step in which a rank's own gradient was not finite.
+    """What a rank saw in a step in which its own gradient was not finite.
 
     Attributes:
         time: When it was written, in seconds since 1970.
-        rank: The rank.
-        optimizer: Label of the optimizer.
-        step: Its step, counted from 1.
+        event: The event of that rank.
     """
 
     time: float
-    rank: int
-    optimizer: str
-    step: int
+    event: Event
 
 
 class RankLog:
@@ -59,9 +55,9 @@ class RankLog:
         for event in events:
             if event.nonfinite and event.rank == self._rank and self._lines < MOST_LINES:
                 self._lines += 1
-                note = Note(time.time(), self._rank, event.optimizer, event.step)
+                content = json.loads(lines_of([LoggedEvent(event, 0)])) | {"time": time.time()}
                 with suppress(OSError):
-                    self._append(json.dumps(note._asdict()).encode() + b"\n")
+                    self._append(json.dumps(content).encode() + b"\n")
 
     def _append(self, line: bytes) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,19 +76,25 @@ class RankNotes:
             if (began := _seconds(one.get("started"))) is not None
             and isinstance(number := one.get("session"), int)
         )
-        self._ranks: dict[tuple[int, str, int], int] = {}
+        self._events: dict[tuple[int, str, int], Event] = {}
         for note in _notes(folder / RANKS):
             session = max((one for one in begun if one[0] <= note.time + CLOCKS_S), default=None)
             if session is not None:
-                key = (session[1], note.optimizer, note.step)
-                self._ranks[key] = min(self._ranks.get(key, note.rank), note.rank)
+                event = note.event
+                key = (session[1], event.optimizer, event.step)
+                self._events[key] = min(self._events.get(key, event), event, key=_rank_of)
 
     def traced(self, session: int, event: Event) -> Event:
-        """Returns an event of a session with the rank that its NaN came from, if that is known."""
-        rank = self._ranks.get((session, event.optimizer, event.step))
-        if rank is None or event.rank >= 0:
+        """Returns an event of a session as the rank saw that its NaN came from, if one did."""
+        seen = self._events.get((session, event.optimizer, event.step))
+        if seen is None or event.rank >= 0:
             return event
-        return with_rank(event, rank)
+        # That rank knows the micro-batch, and whether its weights were bad before.
+        told = replace(seen, global_step=event.global_step) if event.nonfinite else event
+        return with_rank(told, seen.rank)
+
+
+_rank_of = attrgetter("rank")
 
 
 def _seconds(started: object) -> float | None:
@@ -112,10 +114,8 @@ def _notes(folder: Path) -> Iterator[Note]:
 
 
 def _note_in(line: bytes) -> Note | None:
-    try:
-        content = json.loads(line)
-        note = Note(**{name: content[name] for name in Note._fields})
-    except (ValueError, KeyError, TypeError, RecursionError):
+    logged = event_in(line)
+    if logged is None or logged.event.rank < 0:
         return None  # incomplete: the process is writing it, or was killed
-    kinds = tuple(map(type, note))
-    return note if kinds == (float, int, str, int) and note.rank >= 0 else None
+    written = json.loads(line).get("time")
+    return Note(written, logged.event) if type(written) is float else None
