@@ -434,7 +434,9 @@ def test_micro_batches_keep_their_noise_scale(name):
 
 
 @pytest.mark.parametrize("options", [{"accumulate": 4}, {}], ids=["managed", "own"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))]
+)
 def test_a_long_honest_run_keeps_it(options, seed):
     """Over many windows chance never looks like a difference."""
     torch.manual_seed(seed)

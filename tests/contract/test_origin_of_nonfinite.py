@@ -173,7 +173,7 @@ def test_gradients_that_the_loop_sets_itself_have_no_micro_batch() -> None:
     watcher, events = train(loop)
     assert (events.iloc[0]["step"], events.iloc[0]["micro_batch"]) == (BAD_STEP, 0)
     assert f"in step {BAD_STEP}, where no backward was seen" in events.iloc[0]["message"]
-    assert "micro-batch is not known" in advice(watcher)
+    assert "No backward was seen to make it" in advice(watcher)
 
 
 @pytest.mark.parametrize("clears", [False, True], ids=["kept", "zeroed"])

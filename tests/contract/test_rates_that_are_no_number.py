@@ -81,7 +81,7 @@ def _train(rate, *, groups=1, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"clip": 0.1}, {"on_nonfinite": "skip"}], ids=str)
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("name", [*NO_NUMBER, *NUMBER])
 def test_watching_goes_on(name, groups, options, tmp_path):
     """Steps, groups, report and run folder; a number of any library is recorded as that number."""

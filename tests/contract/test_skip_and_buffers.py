@@ -190,6 +190,9 @@ LOOPS = {
 }
 
 
+SLOW = pytest.mark.slow
+
+
 def _state(model, optimizer):
     buffers = {n: b for n, b in model.named_buffers() if b.layout is torch.strided}
     return copy.deepcopy((dict(model.named_parameters()), buffers, optimizer.state_dict()))
@@ -210,7 +213,7 @@ def _train(kind, loop, poisoned, *, steps=range(BATCHES), named=True, fused=Fals
     return _state(model, optimizer), watcher
 
 
-@pytest.mark.parametrize("poisoned", [0, 3, 4])
+@pytest.mark.parametrize("poisoned", [pytest.param(0, marks=SLOW), 3, pytest.param(4, marks=SLOW)])
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_skipped_batch_was_never_seen(kind, loop, poisoned):

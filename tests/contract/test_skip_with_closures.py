@@ -169,7 +169,10 @@ class _Run:
         self.events = [event for event in self.watcher.events if event.kind != "nan"]
 
 
-@pytest.mark.parametrize("named", [True, False], ids=["named", "found"])
+@pytest.mark.parametrize(
+    "named",
+    [pytest.param(True, id="named"), pytest.param(False, id="found", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("evaluation", [1, 2, 3])
 @pytest.mark.parametrize("step", [0, 2])
 @pytest.mark.parametrize("name", MAKE)
