@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from gradwatch.contracts import Contract, check_result, is_builtin
@@ -120,6 +122,17 @@ def check_policy(argument: str, policy: object) -> None:
     if hasattr(policy, "scope"):
         contract.attribute("scope", f"one of {SCOPES}", lambda scope: scope in SCOPES)
     contract.gives_state()
+    _try_out(policy)
+
+
+def _try_out(policy: Any) -> None:
+    """Has a copy of a rule decide about a norm of 1, so that a wrong answer shows before a run."""
+    norms = torch.ones(() if getattr(policy, "scope", "global") == "global" else 1)
+    try:
+        decision = copy.deepcopy(policy).decide(norms)
+    except Exception:  # it cannot be copied, or needs the number of parameters: the run will show
+        return
+    check_decision(policy, decision, norms)
 
 
 def check_decision(policy: object, decision: object, norms: Tensor) -> ClipDecision:

@@ -77,11 +77,14 @@ class Model:
 def _micro_batches(window: list[frozenset[int]]) -> int:
     """Return the micro-batches of two or three parameters.
 
-    One of three parameters is less than half of all, so before a backward of all it is a part of it.
-    Of backwards that have no parameter in common, each kind sees every micro-batch.
+    One of three parameters is less than half of all: if the same one comes equally often, twice or
+    more, before each backward of all, these are parts of it. Of backwards that have no parameter in
+    common, each kind sees every micro-batch.
     """
-    last = max((i for i, one in enumerate(window) if len(one) == 3), default=0)
-    whole = [one for i, one in enumerate(window) if i >= last or len(one) > 1]
+    row = [len(one) for one in window].index(3) + 1 if len(window[-1]) == 3 else 0
+    in_parts = row > 2 and len(window[0]) == 1
+    in_parts = in_parts and window == [*[window[0]] * (row - 1), window[-1]] * (len(window) // row)
+    whole = [window[-1]] * (len(window) // row) if in_parts else window
     groups: list[frozenset[int]] = []
     for one in whole:
         overlapping = [group for group in groups if group & one]

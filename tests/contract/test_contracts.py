@@ -122,10 +122,14 @@ def test_what_does_not_fit_is_refused_at_once(option, value, told):
     ],
 )
 def test_what_a_clip_policy_returns_is_checked(returned, told):
-    """At the first decision, before the weights are touched."""
+    """When the watcher is made; or at the first decision that is wrong, before the weights are touched."""
     model, optimizer = _start()
     before = [p.detach().clone() for p in model.parameters()]
-    policy = _with(Clip, decide=lambda self, total_norm: returned)
+    always = _with(Clip, decide=lambda self, total_norm: returned)
+    with pytest.raises(TypeError, match=told):
+        gradwatch.watch(model, optimizer, clip=always)
+    right = gradwatch.ClipDecision()
+    policy = _with(Clip, decide=lambda self, total_norm: right if total_norm == 1 else returned)
     with gradwatch.watch(model, optimizer, clip=policy):
         model(torch.ones(3, 4)).sum().backward()
         with pytest.raises(TypeError, match=told):
