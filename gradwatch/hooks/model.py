@@ -23,6 +23,7 @@ from gradwatch.hooks.buffers import ModelBuffers
 from gradwatch.hooks.data_parallel import fully_sharded, rank, reduced_by
 from gradwatch.measure.deferred import Deferred
 from gradwatch.measure.norms import (
+    NOT_KNOWN,
     Measurement,
     OwnNorm,
     combined,
@@ -116,6 +117,8 @@ class ModelHooks:
         own = None if local is None else local.total(measurement.indices)
         if local is not None and own is not None:
             return OwnNorm(Deferred(own), local.indices, rank())
+        if local is not None and local.were_reduced():
+            return NOT_KNOWN
         # No wrapper has reduced them. A hook may have.
         return OwnNorm(measurement.total, Unhooked(self._table.tensors), rank())
 
@@ -371,6 +374,7 @@ class LocalNorms(_TensorHooks):
                 self._early.setdefault(index, []).append(ddp)
         self._parts: Parts = []
         self._unsettled: list[tuple[tuple[list[int], Tensor], list[Tensor], list[int]]] = []
+        self._held: list[tuple[list[Tensor], list[int]]] = []
         self._arriving: dict[int, Tensor] = {}
 
     def attach(self, norm_type: float) -> None:
@@ -383,9 +387,10 @@ class LocalNorms(_TensorHooks):
         arrived, self._arriving = self._arriving, {}
         self._total = None
         self._parts = [(list(arrived), torch.stack(list(arrived.values())))] if arrived else []
-        self._unsettled = []
+        self._unsettled, self._held = [], []
         for ddp, indices in self._at_end:
             found = [(i, g) for i in indices if (g := self._tensors[i].grad) is not None]
+            some = [grad for _, grad in found[:: len(found) // _SEEN_GRADIENTS + 1]]
             # Under no_sync() nothing is reduced, and later the gradients are sums of several
             # micro-batches.
             if found and ddp.require_backward_grad_sync:
@@ -394,8 +399,9 @@ class LocalNorms(_TensorHooks):
                 self._parts.append(part)
                 # DDP leaves the gradient of a parameter alone that no rank has used.
                 if not ddp.find_unused_parameters:
-                    some = [grad for _, grad in found[:: len(found) // _SEEN_GRADIENTS + 1]]
                     self._unsettled.append((part, some, _versions(some)))
+            else:
+                self._held.append((some, _versions(some)))
 
     def total(self, indices: Sequence[int]) -> Tensor | None:
         """Returns this rank's norm of some gradients before the newest reduction.
@@ -408,6 +414,14 @@ class LocalNorms(_TensorHooks):
         if self._total is None or self._total[0] is not indices:
             self._total = (indices, _total(self._parts, indices, self._norm_type))
         return self._total[1]
+
+    def were_reduced(self) -> bool:
+        """Returns whether gradients were reduced that a wrapper was told to hold back.
+
+        It obeys the ``no_sync()`` of the forward, and tells only that of the backward. To be called
+        at the end of the backward.
+        """
+        return any(_versions(some) != before for some, before in self._held)
 
     def _drop_what_was_not_reduced(self) -> None:
         """Drops norms of gradients that nobody has written to, as the wrapper was not called."""

@@ -49,6 +49,13 @@ def _scaled(model, step):
     (_loss(model, step) * scale * scale).backward()
 
 
+def _backward_held(model, step):
+    """Only the backward is under no_sync(), which the wrapper asks for in the forward: it reduces."""
+    loss = _loss(model, step, step == BAD and dist.get_rank() == CULPRIT)
+    with model.no_sync():
+        loss.backward()
+
+
 WAYS = {"plain": _plain, "held": _held, "each_reduced": _each_reduced, "scaled": _scaled}
 
 
@@ -93,7 +100,8 @@ def _all(folder):
     seen = {(way, late): _rank_of_nan(way, late) for way in WAYS for late in (False, True)}
     for name in ("gradient_as_bucket_view", "static_graph", "find_unused_parameters"):
         seen[name, False] = _rank_of_nan("plain", False, **{name: True})
-    return {"seen": seen, "raised": _raised()}
+    WAYS["backward held"] = _backward_held
+    return {"seen": seen, "raised": _raised(), "held": _rank_of_nan("backward held", False)}
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +151,13 @@ def test_the_error_says_whose_it_was(ranks):
     """on_nonfinite="raise" stops all ranks, and says on which the gradient was finite."""
     own = ["this rank's own gradient was finite" in of_rank["raised"] for of_rank in ranks]
     assert own == [True, False]
+
+
+def test_a_rank_that_cannot_know_names_none(ranks):
+    """Where the reduction was not announced, nobody has seen what the gradients were before it."""
+    for of_rank in ranks:
+        assert of_rank["held"]["events"] == [("nan", BAD, -1), ("skipped", BAD, -1)]
+        assert "Which rank it came from is not known." in of_rank["held"]["messages"][0]
 
 
 def test_nothing_is_sent_for_it(ranks):
