@@ -93,6 +93,8 @@ class Exchangeability:
         if known and len(known) == len(graphs):
             # Where chance decides which parameters are reached, it decides about the graph, too.
             self._graphs = self._judge_graphs(known, by_chance=len(sets) > 1)
+            if not self._graphs and len(set(weights)) == 1:
+                self._graphs = self._judge_sizes(known)
         return self._graphs or self._judge_numbers(sketches, weights)
 
     def _judge_graphs(self, graphs: Sequence[Graph], by_chance: bool) -> str:
@@ -108,8 +110,10 @@ class Exchangeability:
         if before is not None and _have_same_data([graph.data - before for graph in graphs]):
             return SAME_DATA
         shapes = Counter(graph.shape for graph in graphs[: 1 if by_chance else None])
-        if self._shapes.is_usual(shapes):
-            return OTHER_LOSSES
+        return OTHER_LOSSES if self._shapes.is_usual(shapes) else ""
+
+    def _judge_sizes(self, graphs: Sequence[Graph]) -> str:
+        """Judges micro-batches whose losses have the same weight."""
         sizes = [graph.elements for graph in graphs]
         unlike = max(sizes) > _UNLIKE * min(sizes) > 0
         return OTHER_BATCHES if self._batches.is_usual(Counter(sizes if unlike else ())) else ""
