@@ -86,7 +86,8 @@ def print_step_by_rank(watcher: gradwatch.Watcher, step: int) -> None:
     row["first event"] = "none"
     if events:
         first = events[0]
-        row["first event"] = f"{first.kind} in {first.parameter}, micro-batch {first.micro_batch}"
+        where = f"micro-batch {first.micro_batch}" if first.micro_batch else "from another rank"
+        row["first event"] = f"{first.kind} in {first.parameter}, {where}"
     print_by_rank(f"Step {step} as each rank saw it:", row)
 
 

@@ -31,7 +31,7 @@ def test_script_measures_writes_and_draws(tmp_path, monkeypatch):
     assert ranks["DDP", "1"] == ranks["DDP", "2"] == ["+0", "+0"]
     tensors = 60
     for number in (1, 2):
-        of_each_rank = 6 if number == 1 else 7  # nobody to be out of step with
+        of_each_rank = 9 if number == 1 else 10  # nobody to be out of step with
         payload = 8 * (3 * tensors + of_each_rank * number)
         assert ranks["FSDP2", str(number)] == ["+1", f"{payload:+,}"]
     reached = [(row[0], row[1]) for row in rows if row[0] in ("run folder", "TensorBoard")]

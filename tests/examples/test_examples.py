@@ -269,7 +269,7 @@ def test_the_norm_before_the_reduction_tells_the_sick_rank(tmp_path: Path) -> No
     (_, healthy, *seen), (_, sick, *seen_too) = ranks(output)
     assert float(healthy) > 0
     assert sick == "nan"
-    assert seen == ["nan", "skipped_nonfinite", "nan in head.bias, micro-batch 2"]
+    assert seen == ["nan", "skipped_nonfinite", "nan in head.bias, from another rank"]
     assert seen_too == ["nan", "skipped_nonfinite", "nan in head.bias, micro-batch 1"]
     assert "nan nats" not in output
 
