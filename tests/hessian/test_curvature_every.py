@@ -130,7 +130,7 @@ def test_quartic(factors, every, seed):
         if (step - 1) % every:
             assert row[COLUMNS].isna().all()
         else:
-            assert row["hessian_eigenvalue"] == pytest.approx(float(exact.max()), rel=1e-3)
+            assert row["hessian_eigenvalue"] == pytest.approx(float(exact.max()), rel=1e-2)
             assert row["hessian_trace"] == pytest.approx(float(exact.sum()), rel=1e-9)
 
 
