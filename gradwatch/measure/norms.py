@@ -520,6 +520,11 @@ class Origin(IntEnum):
     WEIGHTS = 5
     """In the backward of a micro-batch, before which weights were NaN or Inf already."""
 
+    @classmethod
+    def among(cls, backwards: int) -> Origin:
+        """Returns the origin of what came in one of so many backwards, in no known order."""
+        return (cls.AFTER, cls.NO_ORDER, cls.SEVERAL)[min(backwards, 2)]
+
 
 class OwnNorm(NamedTuple):
     """The norm of what a rank has computed by itself, before gradients were reduced over ranks.

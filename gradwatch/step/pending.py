@@ -203,8 +203,8 @@ class PendingStep:
         if not self.late_checks:
             return self.first_nonfinite, self.nonfinite_count
         count = self.backwards
-        origin = (Origin.AFTER, Origin.NO_ORDER, Origin.SEVERAL)[min(count, 2)]
-        checks = [*self.late_checks, LateCheck(count, self.norms.before, (), origin)]
+        whole = LateCheck(count, self.norms.before, (), Origin.among(count))
+        checks = [*self.late_checks, whole]
         bad = [found for check in checks if (found := check.nonfinite(None))]
         first = self.first_nonfinite or (bad[0][0] if bad else None)
         return first, max(self.nonfinite_count, *map(len, bad), 0)

@@ -172,7 +172,7 @@ class OptimizerRegistry:
 
     def _begin_backward(self, first: int) -> None:
         """Looks at the open windows when a backward begins; see :class:`Arrivals`."""
-        if self._curvature is not None and self._curvature.busy:
+        if self._is_busy():
             return
         with self._shield:
             for one in self.followed:
@@ -407,9 +407,10 @@ class OptimizerRegistry:
         return self._run.table.indices_of(optimizer_parameters(optimizer))
 
     def _window(self, indices: Sequence[int]) -> Window:
-        window = Window(self._run.table, list(indices), self._norm_type, self._run.shards)
-        window.bad_weights = self._bad_weights
-        return window
+        run, bad_weights = self._run, self._bad_weights
+        return Window(
+            run.table, list(indices), self._norm_type, run.shards, bad_weights=bad_weights
+        )
 
 
 def _label(optimizer: Optimizer, taken: Container[str]) -> str:

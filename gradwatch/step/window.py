@@ -561,8 +561,8 @@ class Window:
         if self._before is not None and _zeroed(self._before, after, gradients):
             self.zeroed = True  # zero_grad() came after the last backward
             return after, after
-        measured = self._before is not None or not self.arrivals
-        self._check(after, gradients, Origin.AFTER if measured else self._origin(()))
+        origin = self._origin(()) if self._before is None else Origin.AFTER
+        self._check(after, gradients, origin)
         return self._before or after, after
 
     def _origin(self, order: Sequence[int]) -> Origin:
@@ -571,7 +571,7 @@ class Window:
         ``order`` is that of the arrivals; empty if it is not known.
         """
         if not order or (len(self._measured) > 1 and self._measured[-2] is None):
-            return Origin.SEVERAL if self.backward_count > 1 else Origin.NO_ORDER
+            return Origin.among(self.backward_count)
         return Origin.BACKWARD
 
     def _check(
@@ -612,8 +612,7 @@ class Window:
         if stale and self.backward_count == 1:
             return replace(stale[0], origin=Origin.STALE, rank=here)
         if first.rank == -1:  # the order here, and the micro-batch, need not be that of its rank
-            several = self.backward_count > 1
-            return replace(first, origin=Origin.SEVERAL if several else Origin.NO_ORDER)
+            return replace(first, origin=Origin.among(self.backward_count))
         # A reduction over ranks also writes into gradients that nothing has arrived at here.
         if first.index in self.arrivals[-1][0] or is_distributed():
             return first

@@ -326,22 +326,31 @@ def test_what_the_loop_writes_between_two_steps_stays():
     assert model[1].running_mean.eq(7.0).all()
 
 
-def test_a_compiled_model():
-    """The hook leaves nothing in the graph, and the end of a step takes its place."""
+def _assert_as_if_left_out(prepare):
+    """Train with a poisoned batch and without it; `prepare` returns a model, and what the loop calls."""
     results = []
     for poisoned, steps in ((3, range(BATCHES)), (None, [0, 1, 2, 4, 5])):
-        torch.compiler.reset()
-        model = _model("BatchNorm")
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        model, called = prepare()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with gradwatch.watch(model, optimizer, on_nonfinite="skip"):
             for step in steps:
                 x = _batch(step)
                 if step == poisoned:
                     x[1, 2] = math.nan
-                _plain(compiled, optimizer, None, x)
+                _plain(called, optimizer, None, x)
         results.append(_state(model, optimizer))
     assert identical(*results)
+
+
+def test_a_compiled_model():
+    """The hook leaves nothing in the graph, and the end of a step takes its place."""
+
+    def prepare():
+        torch.compiler.reset()
+        model = _model("BatchNorm")
+        return model, torch.compile(model, backend="eager", fullgraph=True)
+
+    _assert_as_if_left_out(prepare)
 
 
 @pytest.mark.parametrize("kind", ["BatchNorm", "codebook", "replaced"])
@@ -406,15 +415,9 @@ def test_a_copy_of_the_model_has_no_hook_of_ours():
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_scripted_model():
     """A scripted module has no dict of buffers: they are read and put back as its attributes."""
-    results = []
-    for poisoned, steps in ((3, range(BATCHES)), (None, [0, 1, 2, 4, 5])):
+
+    def prepare():
         model = torch.jit.script(_model("BatchNorm"))
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        with gradwatch.watch(model, optimizer, on_nonfinite="skip"):
-            for step in steps:
-                x = _batch(step)
-                if step == poisoned:
-                    x[1, 2] = math.nan
-                _plain(model, optimizer, None, x)
-        results.append(_state(model, optimizer))
-    assert identical(*results)
+        return model, model
+
+    _assert_as_if_left_out(prepare)

@@ -15,14 +15,7 @@ RANKS, STEPS, BAD = 2, 8, (3, 6)
 
 
 def _model(sharded):
-    model = zoo.small()
-    if not sharded:
-        return DistributedDataParallel(model)
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in (model[0], model[2], model):
-        fully_shard(layer)
-    return model
+    return zoo.small_sharded() if sharded else DistributedDataParallel(zoo.small())
 
 
 def _guard(sharded, set_to_none):

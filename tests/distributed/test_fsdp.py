@@ -21,15 +21,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def _sharded():
-    from torch.distributed.fsdp import fully_shard
-
-    model = zoo.small()
-    for layer in (model[0], model[2], model):
-        fully_shard(layer)
-    return model
-
-
 def _loss(model, step, micro_batch=0):
     seed = 100 * step + 10 * micro_batch + dist.get_rank()
     x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
@@ -42,7 +33,7 @@ def _steps(watcher):
 
 def _accumulate(late):
     """Trains with gradients that FSDP2 holds back; the second rank's last batch is bad once."""
-    model = _sharded()
+    model = zoo.small_sharded()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     sink = CapturingSink()
     watcher = gradwatch.watch(model, optimizer, clip=0.1, sinks=[sink])
@@ -84,7 +75,7 @@ def test_late_numbers_are_the_same(accumulated):
 
 
 def _poisoned():
-    model = _sharded()
+    model = zoo.small_sharded()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     with gradwatch.watch(model, optimizer, on_nonfinite="skip") as watcher:
         for step in range(STEPS):
@@ -110,7 +101,7 @@ def test_one_ranks_nan_is_every_ranks_skip():
 
 def _watched_after_a_forward():
     """The outermost module holds whole parameters after a forward without a backward."""
-    model = _sharded()
+    model = zoo.small_sharded()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with torch.no_grad():
         _loss(model, 0)
@@ -138,7 +129,7 @@ def _refusals():
         gradwatch.watch(old)
     except ValueError as error:
         told.append(str(error))
-    model = _sharded()
+    model = zoo.small_sharded()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     try:
         with gradwatch.watch(model, optimizer, clip=gradwatch.AdaptiveGradientClip()):
@@ -159,7 +150,7 @@ def test_what_cannot_be_right_is_refused():
 
 def _grouped(late):
     """Two optimizers over sharded layers, the first with two groups; and what the norms must be."""
-    model = _sharded()
+    model = zoo.small_sharded()
     weight, bias = model[0].weight, model[0].bias
     first = torch.optim.SGD([{"params": [weight], "lr": 0.1}, {"params": [bias], "lr": 0.2}])
     second = torch.optim.SGD(model[2].parameters(), lr=0.01)

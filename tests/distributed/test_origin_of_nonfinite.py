@@ -16,14 +16,7 @@ RANKS, STEPS, BAD_STEP, MICRO_BATCHES = 2, 5, 3, 3
 
 
 def _model(sharded):
-    model = zoo.small()
-    if not sharded:
-        return DistributedDataParallel(model)
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in (model[0], model[2], model):
-        fully_shard(layer)
-    return model
+    return zoo.small_sharded() if sharded else DistributedDataParallel(zoo.small())
 
 
 def _without_sync(model, sharded, micro_batch):

@@ -28,15 +28,6 @@ pytestmark = pytest.mark.skipif(
 # -- what a rank does -------------------------------------------------------------------------------
 
 
-def _fsdp():
-    from torch.distributed.fsdp import fully_shard
-
-    model = zoo.small()
-    for layer in (model[0], model[2], model):
-        fully_shard(layer)
-    return model
-
-
 def _tensor_parallel():
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import (
@@ -244,7 +235,7 @@ def _counted(make):
 def _acting():
     """A rank closes a watcher that clips: the others are told with an error before the step."""
     torch.manual_seed(0)
-    model = _fsdp()
+    model = zoo.small_sharded()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     watcher, error = gradwatch.watch(model, optimizer, clip=1.0), ""
     with watcher:
@@ -293,7 +284,7 @@ def _everything(makes):
     seen = {"ddp": _ddp()}
     with mock.patch.multiple(exchange, **SHORT):
         for name in makes:
-            make = {"fsdp": _fsdp, "tensor": _tensor_parallel, "both": _both}[name]
+            make = {"fsdp": zoo.small_sharded, "tensor": _tensor_parallel, "both": _both}[name]
             seen[name] = {
                 "unwatched": _run(make, _nothing, lambda: False),
                 "watched": _run(
@@ -311,7 +302,7 @@ def _everything(makes):
                 "counted": _counted(make),
             }
         with mock.patch.object(exchange.Exchange, "_miss", _tells):
-            seen["late"] = _run(_fsdp, _comes_late)
+            seen["late"] = _run(zoo.small_sharded, _comes_late)
         seen["acting"] = _acting()
     return seen
 

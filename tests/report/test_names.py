@@ -67,5 +67,7 @@ def test_plots_take_any_name(history):
     from matplotlib import pyplot
 
     for plot in (history.plot_norms, history.plot_flow, history.plot_heatmap):
-        plot().figure.canvas.draw()
+        figure = plot().figure
+        figure.canvas.draw()
+        assert all(axes.has_data() for axes in figure.axes)
     pyplot.close("all")

@@ -174,6 +174,16 @@ def small(seed: int = 0) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
+def small_sharded() -> nn.Sequential:
+    """Return the same two layers, sharded by FSDP2 over all ranks."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = small()
+    for layer in (model[0], model[2], model):
+        fully_shard(layer)
+    return model
+
+
 def mlp() -> Case:
     """Return the perceptron: layers 0, 2 and 4 have weights."""
     return make_case("mlp")

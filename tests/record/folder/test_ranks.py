@@ -61,6 +61,7 @@ def test_a_disk_that_fails_costs_only_the_notes(tmp_path):
     """The training is not told."""
     (tmp_path / "ranks").write_text("in the way")
     RankLog(tmp_path, 1).note([_event(rank=1)])
+    assert (tmp_path / "ranks").read_text() == "in the way"
 
 
 def test_a_run_whose_every_step_is_bad_writes_a_bounded_file(tmp_path):
