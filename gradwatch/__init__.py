@@ -16,6 +16,7 @@ from gradwatch.clip.zclip import ZClip
 from gradwatch.errors import AccumulationError, GradwatchWarning, NonFiniteGradientError
 from gradwatch.hessian.every import CurvatureEvery
 from gradwatch.history import History, load
+from gradwatch.record.explanation import Explanation
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.records import Event, Layout, RecordBatch, Sink, StepRecord
 from gradwatch.watcher import Watcher, watch
@@ -42,6 +43,7 @@ __all__ = [
     "ClipPolicy",
     "CurvatureEvery",
     "Event",
+    "Explanation",
     "GradwatchWarning",
     "History",
     "Layout",

@@ -1,0 +1,1 @@
+"""Running a bad micro-batch again, and finding the operation that its NaN or Inf came from."""
