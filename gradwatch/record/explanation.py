@@ -1,4 +1,4 @@
-"""Explanation: where a NaN, an Inf or a gradient that is too large came from, to the line of code."""
+"""Explanation: where a NaN, an Inf or too large a gradient came from, to the line of code."""
 
 from __future__ import annotations
 
@@ -157,5 +157,5 @@ _PARTS: dict[str, Any] = {
     "candidates": lambda rows: tuple(map(Explanation.from_dict, rows)),
     "largest_parameters": lambda rows: tuple(Share(**row) for row in rows),
     "largest_examples": lambda rows: tuple(Share(**row) for row in rows),
-    "made_possible_by": lambda row: Explanation.from_dict(row),
+    "made_possible_by": Explanation.from_dict,
 }
