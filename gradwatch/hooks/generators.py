@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import random
-from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,17 +13,21 @@ PythonState: TypeAlias = tuple[Any, ...]
 NumpyState: TypeAlias = dict[str, Any]
 
 
-def torch_generators() -> Iterator[torch.Generator]:
-    """Yields torch's generator of the CPU and those of the accelerators that are initialized."""
-    yield torch.default_generator
-    # Both are empty until the backend is initialized, which must not happen here.
-    yield from torch.cuda.default_generators
-    yield from torch.xpu.default_generators
+def torch_generators() -> list[torch.Generator]:
+    """Lists torch's generator of the CPU and those of the accelerators that are initialized."""
+    # These tuples are empty until the backend is initialized, which must not happen here.
+    found = [
+        torch.default_generator,
+        *torch.cuda.default_generators,
+        *torch.xpu.default_generators,
+    ]
     if _HAS_MPS:
-        yield torch.mps._get_default_mps_generator()
-    # A backend outside of torch, such as torch_npu, that has registered itself as most do.
-    other: Any = getattr(torch, torch._C._get_privateuse1_backend_name(), None)
-    yield from getattr(other, "default_generators", ())
+        found.append(torch.mps._get_default_mps_generator())
+    # A backend outside of torch, such as torch_npu, registers itself under a name of its own.
+    other = vars(torch).get(torch._C._get_privateuse1_backend_name())
+    if other is not None:
+        found.extend(getattr(other, "default_generators", ()))
+    return found
 
 
 # Asking does not initialize it.
