@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradwatch.errors import described_error
 from gradwatch.hooks.buffers import entries, is_wrapped
-from gradwatch.hooks.context import ForwardContext
+from gradwatch.hooks.context import REPLAY, ForwardContext
 from gradwatch.hooks.data_parallel import fully_sharded
 
 MOST_KEPT = 256
@@ -72,7 +72,7 @@ FAILED = "Nothing was kept of the forwards, after an error: {error}"
 
 _FOREIGN = tuple(
     os.path.join(os.path.dirname(os.path.abspath(home)), "")
-    for home in (torch.__file__, os.path.dirname(__file__))  # the latter is a room of gradwatch
+    for home in (torch.__file__, os.path.dirname(__file__))  # a file, and a room
 )
 """Where frames are not those of the user: torch, and gradwatch."""
 
@@ -157,23 +157,25 @@ class KeptForwards:
     """The forwards of the micro-batches that no step has used yet.
 
     Attributes:
-        paused: Whether gradwatch itself calls the model, so that its forwards are none of the loop.
+        measuring: Nothing is kept while it is busy; None for nobody.
+        alive: The forwards of which the graph is alive, also those that were let go after a step.
+        serial: The number of forwards so far.
+        outer: The hooked module that is running, of which modules inside may be hooked too.
+        nested: How often it has called itself.
+        running: What is kept of its forward.
     """
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
         """Registers no hook yet."""
-        self.paused = False
         self._model = model if isinstance(model, nn.Module) else None
         self._never = A_MAPPING if self._model is None else ""
         self.measuring: Measuring | None = None
         self._handles: list[RemovableHandle] = []
-        # All of which the graph lives, also those that have had a backward and were let go.
         self.alive: set[weakref.ref[_Forward]] = set()
         self._by_number: dict[int, list[_Differentiated]] = {}
         self._reasons: dict[int, str] = {}
         self._looked_inside = False
         self.serial = 0
-        # The call of a hooked module that is running; modules in it may be hooked as well.
         self.outer: nn.Module | None = None
         self.nested = 0
         self.running: _Forward | None = None
@@ -300,7 +302,8 @@ class KeptForwards:
         model = self._model
         if model is not None and model._compiled_call_impl is not None:
             self._never = COMPILED_IN_PLACE
-        if self._looked_inside or model is None or self._never or is_wrapped(model):
+        known = self._looked_inside or self.serial > 0  # the loop calls the model, at other times
+        if known or model is None or self._never or is_wrapped(model):
             return
         self._looked_inside = True
         self._hook(list(entries(model)))
@@ -336,7 +339,7 @@ class _Before(_Hook):
             kept.nested += module is kept.outer
             return
         busy = kept.measuring is not None and kept.measuring.busy
-        if kept.paused or busy or not torch.is_grad_enabled():
+        if REPLAY.under_way or busy or not torch.is_grad_enabled():
             return
         try:
             one = _Forward()
