@@ -26,6 +26,7 @@ from gradwatch.errors import described_error, logger, warn_safely
 from gradwatch.guard import UNTOUCHED, Overhead, Shield
 from gradwatch.hessian.every import CurvatureEvery, sampler_of
 from gradwatch.history import History
+from gradwatch.hooks.context import REPLAY
 from gradwatch.hooks.backward import Backward, FirstBackward, expect_no_first
 from gradwatch.hooks.data_parallel import DataParallel, GradientSync, rank, wrappers_of
 from gradwatch.hooks.engines import engines_of
@@ -245,6 +246,7 @@ class Watcher:
         return {
             "entered": self._state != "new",
             "batch": recorder.batch(),
+            "explanations": tuple(self._run.explanations),
             "newest": recorder.newest,
             "skipped": recorder.skipped,
             "noise_scale": self.noise_scale,
@@ -383,7 +385,7 @@ class Watcher:
     @property
     def history(self) -> History:
         """The newest ``buffer_size`` steps and the events, as pandas frames."""
-        return History(self._run.recorder.batch)
+        return History(self._run.recorder.batch, self._run.explanations)
 
     @property
     def events(self) -> list[Event]:
@@ -564,7 +566,9 @@ class Watcher:
                     self._run.replicas.note_arrivals()
 
     def _before_forward(self, module: nn.Module, args: object) -> None:
-        if torch.is_grad_enabled() and not (self._curvature and self._curvature.busy):
+        if not torch.is_grad_enabled() or REPLAY.under_way:
+            return
+        if not (self._curvature and self._curvature.busy):
             with self._shield:
                 self._managed.before_forward()
 
