@@ -26,8 +26,8 @@ from gradwatch.errors import described_error, logger, warn_safely
 from gradwatch.guard import UNTOUCHED, Overhead, Shield
 from gradwatch.hessian.every import CurvatureEvery, sampler_of
 from gradwatch.history import History
-from gradwatch.hooks.context import REPLAY
 from gradwatch.hooks.backward import Backward, FirstBackward, expect_no_first
+from gradwatch.hooks.context import REPLAY
 from gradwatch.hooks.data_parallel import DataParallel, GradientSync, rank, wrappers_of
 from gradwatch.hooks.engines import engines_of
 from gradwatch.hooks.exchange import OTHERS_WAIT, Exchange
