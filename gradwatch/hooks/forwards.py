@@ -14,7 +14,9 @@ import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -71,8 +73,7 @@ SEVERAL_TIMES = (
 FAILED = "Nothing was kept of the forwards, after an error: {error}"
 
 _FOREIGN = tuple(
-    os.path.join(os.path.dirname(os.path.abspath(home)), "")
-    for home in (torch.__file__, os.path.dirname(__file__))  # a file, and a room
+    f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])
 )
 """Where frames are not those of the user: torch, and gradwatch."""
 
@@ -81,7 +82,7 @@ _FLAT = {*_TENSORS, type(None), bool, int, float, str}
 """Types of arguments that hold nothing else."""
 
 _version = attrgetter("_version")
-_serial = attrgetter("serial")
+_has_graph = attrgetter("requires_grad")
 
 
 @dataclass(slots=True)
@@ -163,6 +164,7 @@ class KeptForwards:
         outer: The hooked module that is running, of which modules inside may be hooked too.
         nested: How often it has called itself.
         running: What is kept of its forward.
+        by_number: What is held of each backward, by its number.
     """
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
@@ -172,7 +174,7 @@ class KeptForwards:
         self.measuring: Measuring | None = None
         self._handles: list[RemovableHandle] = []
         self.alive: set[weakref.ref[_Forward]] = set()
-        self._by_number: dict[int, list[_Differentiated]] = {}
+        self.by_number: dict[int, list[_Differentiated]] = {}
         self._reasons: dict[int, str] = {}
         self._looked_inside = False
         self.serial = 0
@@ -226,35 +228,33 @@ class KeptForwards:
             gradients = list(map(list, one.gradients))
             for arrived in one.gradients:
                 arrived.clear()
+            if any(map(_has_graph, chain.from_iterable(gradients))):  # all of it would be held
+                gradients = [[one.detach() for one in arrived] for arrived in gradients]
             if one.module is None:
                 self._reasons[number] = BEFORE_A_STEP
                 continue
             one.uses += 1
             found.append((one, gradients))
         if len(found) > 1:
-            found.sort(key=lambda pair: pair[0].serial)
+            found.sort(key=_place)
         if found:
-            self._by_number.setdefault(number, []).extend(found)
-        elif number not in self._by_number:
+            self.by_number.setdefault(number, []).extend(found)
+        elif number not in self.by_number:
             self._look_inside(number)
-        if len(self._by_number) > MOST_KEPT:
-            oldest, *others = self._by_number
+        if len(self.by_number) > MOST_KEPT:
+            oldest, *others = self.by_number
             self.keep_only(others)
             self._reasons[oldest] = DROPPED
 
     def keep_only(self, numbers: Collection[int]) -> None:
         """Drops the forwards of all other backwards than these."""
-        for number in [one for one in self._by_number if one not in numbers]:
-            for one, _ in self._by_number.pop(number):
+        for number in [one for one in self.by_number if one not in numbers]:
+            for one, _ in self.by_number.pop(number):
                 one.uses -= 1
                 if one.uses == 0:
                     one.let_go()
         if self._reasons:
             self._reasons = {one: why for one, why in self._reasons.items() if one in numbers}
-
-    def __len__(self) -> int:
-        """Returns the number of backwards of which something is held."""
-        return len(self._by_number)
 
     def calls_of(self, number: int) -> tuple[list[ForwardCall], list[str]]:
         """Returns the forwards of a backward, in their order, and sentences about them.
@@ -263,23 +263,18 @@ class KeptForwards:
             The calls; empty if they cannot be run again, which the sentences then give the reason
             of.
         """
-        if number not in self._by_number:
+        if number not in self.by_number:
             return [], [self._never or self._reasons.get(number, NOT_SEEN)]
-        calls, notes = [], []
-        for one, gradients in self._by_number[number]:
-            if one.module is None or list(map(id, _tensors(one.args, one.kwargs))) != list(
-                map(id, one.tensors)
-            ):
+        calls, notes = [], [self._reasons[number]] if number in self._reasons else []
+        for one, gradients in self.by_number[number]:
+            now = _tensors(one.args, one.kwargs)
+            if one.module is None or one.context is None or not _same(now, one.tensors):
                 return [], [CHANGED]
             if any(len(arrived) > 1 for arrived in gradients):
-                notes = [SEVERAL_TIMES]
-            # A gradient with a graph (create_graph=True) would hold all of the backward.
-            last = [[one.detach() for one in arrived[-1:]] for arrived in gradients]
-            calls.append(
-                ForwardCall(
-                    one.module, one.args, one.kwargs, one.versions, one.context, one.caller, last
-                )
-            )
+                notes = [*notes, SEVERAL_TIMES]
+            last = [arrived[-1:] for arrived in gradients]
+            given = one.args, one.kwargs, one.versions
+            calls.append(ForwardCall(one.module, *given, one.context, one.caller, last))
         return calls, notes
 
     # -- hooks on the model ------------------------------------------------------------------------
@@ -417,3 +412,11 @@ def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
 
 def _version_or_none(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
+
+
+def _place(pair: _Differentiated) -> int:
+    return pair[0].serial
+
+
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return list(map(id, some)) == list(map(id, others))
