@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradwatch.errors import described_error
 from gradwatch.hooks.buffers import entries, is_wrapped
+from gradwatch.hooks.closures import KeptClosures
 from gradwatch.hooks.context import REPLAY, ForwardContext
 from gradwatch.hooks.data_parallel import fully_sharded
 
@@ -165,6 +166,7 @@ class KeptForwards:
         nested: How often it has called itself.
         running: What is kept of its forward.
         by_number: What is held of each backward, by its number.
+        closures: The closures of the backwards, where they are known.
     """
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
@@ -175,6 +177,7 @@ class KeptForwards:
         self._handles: list[RemovableHandle] = []
         self.alive: set[weakref.ref[_Forward]] = set()
         self.by_number: dict[int, list[_Differentiated]] = {}
+        self.closures = KeptClosures()
         self._reasons: dict[int, str] = {}
         self._looked_inside = False
         self.serial = 0
@@ -201,6 +204,7 @@ class KeptForwards:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.closures.end()
         self.keep_only(())
         for reference in list(self.alive):
             one = reference()
@@ -240,15 +244,38 @@ class KeptForwards:
         if found:
             self.by_number.setdefault(number, []).extend(found)
         elif number not in self.by_number:
-            self._look_inside(number)
+            if self._look_inside():
+                self._reasons[number] = FIRST_NOT_SEEN
+        if self.closures.note_backward(number):
+            self.by_number.setdefault(number, [])
         if len(self.by_number) > MOST_KEPT:
             oldest, *others = self.by_number
             self.keep_only(others)
             self._reasons[oldest] = DROPPED
 
+    def note_whole(
+        self, replay: Callable[..., Tensor] | None, args: tuple[Any, ...], divisor: float, why: str
+    ) -> None:
+        """Notes what an adapter says of the micro-batch that is about to begin.
+
+        See :meth:`gradwatch.Watcher.note_micro_batch`.
+        """
+        if why:
+            self.closures.refuse(why)
+        elif replay is None:
+            self.closures.end()
+            self._look_inside()
+        else:
+            # Some frameworks call a wrapper for another function than the forward of the model.
+            wrapped = self._model is None or is_wrapped(self._model)
+            kept = self.closures.begin(replay, *args, scaled=True, alone=wrapped)
+            if kept is not None:
+                kept.divisor = divisor
+
     def keep_only(self, numbers: Collection[int]) -> None:
         """Drops the forwards of all other backwards than these."""
         for number in [one for one in self.by_number if one not in numbers]:
+            self.closures.drop(number)
             for one, _ in self.by_number.pop(number):
                 one.uses -= 1
                 if one.uses == 0:
@@ -263,7 +290,7 @@ class KeptForwards:
             The calls; empty if they cannot be run again, which the sentences then give the reason
             of.
         """
-        if number not in self.by_number:
+        if not self.by_number.get(number):
             return [], [self._never or self._reasons.get(number, NOT_SEEN)]
         calls, notes = [], [self._reasons[number]] if number in self._reasons else []
         for one, gradients in self.by_number[number]:
@@ -292,17 +319,20 @@ class KeptForwards:
                     module.register_forward_hook(_After(self), with_kwargs=True, always_call=True),
                 )
 
-    def _look_inside(self, number: int) -> None:
-        """Hooks the modules in the model, as the loop does not call the model itself."""
+    def _look_inside(self) -> bool:
+        """Hooks the modules in the model, as the loop does not call the model itself.
+
+        Returns whether it has just done so.
+        """
         model = self._model
         if model is not None and model._compiled_call_impl is not None:
             self._never = COMPILED_IN_PLACE
         known = self._looked_inside or self.serial > 0  # the loop calls the model, at other times
         if known or model is None or self._never or is_wrapped(model):
-            return
+            return False
         self._looked_inside = True
         self._hook(list(entries(model)))
-        self._reasons[number] = FIRST_NOT_SEEN
+        return True
 
     def fail(self, error: Exception) -> None:
         """Gives up after an error: the training goes on, and a bad step says why."""

@@ -20,7 +20,7 @@ from gradwatch.out_of_memory import forget, is_out_of_memory, release_memory
 from gradwatch.replay.arguments import Arguments
 from gradwatch.replay.observer import Observer
 from gradwatch.replay.search import Run
-from gradwatch.replay.stand_ins import ReplayError, StandIns
+from gradwatch.replay.stand_ins import NoLossError, ReplayError, StandIns
 from gradwatch.replay.state import Model, Undisturbed, undisturbed, without_gradients
 
 WRITTEN_TO = (
@@ -262,7 +262,7 @@ def _run_closure(
                 loss = closure()
             if not backwards.had(loss) and not _have_gradients(block):
                 if not (isinstance(loss, Tensor) and loss.requires_grad):
-                    raise ReplayError(NO_LOSS.format(value=_described(loss)))
+                    raise NoLossError(NO_LOSS.format(value=_described(loss)))
                 torch.autograd.backward(loss, torch.full_like(loss, scale))
         _end(observer, block)
     return [*block.notes]
