@@ -30,6 +30,11 @@ class ForwardContext:
     """
 
     __slots__ = ("autocast", "caches_casts", "grad", "inference", "random")
+    random: RandomState
+    grad: bool
+    inference: bool
+    autocast: Autocast
+    caches_casts: bool
 
     @classmethod
     def now(cls) -> ForwardContext:
@@ -39,7 +44,7 @@ class ForwardContext:
         self.grad = torch.is_grad_enabled()
         self.inference = torch.is_inference_mode_enabled()
         self.caches_casts = True
-        self.autocast: Autocast = ()
+        self.autocast = ()
         if torch._C._is_any_autocast_enabled():
             self.autocast = _autocast_now()
             self.caches_casts = torch.is_autocast_cache_enabled()
@@ -63,9 +68,7 @@ class ForwardContext:
 
 def _autocast_now() -> Autocast:
     return tuple(
-        (kind, torch.get_autocast_dtype(kind))
-        for kind in _KINDS
-        if torch.is_autocast_enabled(kind)
+        (kind, torch.get_autocast_dtype(kind)) for kind in _KINDS if torch.is_autocast_enabled(kind)
     )
 
 

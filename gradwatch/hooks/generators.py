@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import random
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,6 +31,8 @@ def torch_generators() -> list[torch.Generator]:
     return found
 
 
+# Public, but the annotations of NumPy do not have it.
+_get_bit_generator: Callable[[], Any] = np.random.get_bit_generator  # type: ignore[attr-defined]
 # Asking does not initialize it.
 _HAS_MPS = torch.backends.mps.is_built() and torch.backends.mps.is_available()
 
@@ -55,7 +58,7 @@ class RandomState:
         if raw is None or raw.raw != _python.bytes or _python.owner.gauss_next is not _python.gauss:
             _python.read()
         self.python: PythonState = _python.state
-        owner = np.random.get_bit_generator()
+        owner = _get_bit_generator()
         raw = _numpy.raw
         if raw is None or owner is not _numpy.owner or raw.raw != _numpy.bytes or _numpy.has_gauss:
             _numpy.read(owner)
@@ -97,7 +100,7 @@ class _Numpy:
     """The same for NumPy's global generator, whose bytes are at an address that NumPy documents."""
 
     def __init__(self) -> None:
-        self.read(np.random.get_bit_generator())
+        self.read(_get_bit_generator())
 
     def read(self, owner: Any) -> None:
         self.owner = owner
@@ -111,5 +114,5 @@ class _Numpy:
         self.has_gauss: bool = bool(self.state["has_gauss"])
 
 
-_python = _Python(random.getstate.__self__)  # type: ignore[attr-defined]
+_python = _Python(random.getstate.__self__)
 _numpy = _Numpy()
