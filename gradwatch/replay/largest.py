@@ -184,7 +184,7 @@ def _largest_examples(graph: LiveGraph, batch: _Batch, scale: float) -> Examples
         edge
         for i, output in enumerate(graph.outputs)
         if i not in placed
-        for edge in _batched_edges(output, batch, {one.shape for one in parameters})
+        for edge in _batched_edges(output, batch, {tuple(one.shape) for one in parameters})
     ]
     if not placed and not inner:
         return Examples(notes=(NO_BATCH,))
@@ -225,8 +225,8 @@ class _Placed(NamedTuple):
 
     def sums(self, values: Tensor) -> Tensor:
         """Adds up the values of each example: ``[batch]``, float64."""
-        rows = values.detach().real.reshape(self.view).movedim(self.dim, 0).flatten(1)
-        return _in_double(rows).sum(1).cpu()
+        rows = values.detach().real.reshape(self.view).movedim(self.dim, 0)
+        return _in_double(rows.reshape(len(rows), -1)).sum(1).cpu()
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,14 +278,22 @@ def _dimension_of(batch: BatchSeen, shape: tuple[int, ...]) -> int:
 
 
 class _Edge(NamedTuple):
-    """An edge of the graph from a tensor without batch dimension to one that has it."""
+    """An edge of the graph from a tensor without batch dimension to one that has it.
+
+    Attributes:
+        node: The node that made the tensor without.
+        number: Which of its ``next_functions`` it leads to.
+        placed: Where the examples are in the tensor that has it.
+    """
 
     node: Any
-    index: int
+    number: int
     placed: _Placed
 
 
-def _batched_edges(output: Tensor, batch: _Batch, parameters: set[torch.Size]) -> Iterator[_Edge]:
+def _batched_edges(
+    output: Tensor, batch: _Batch, parameters: set[tuple[int, ...]]
+) -> Iterator[_Edge]:
     """Goes down from an output without batch dimension to where there still was one."""
     nodes, seen = [output.grad_fn], {output.grad_fn}
     while nodes:
@@ -293,14 +301,39 @@ def _batched_edges(output: Tensor, batch: _Batch, parameters: set[torch.Size]) -
         for index, (child, number) in enumerate(getattr(node, "next_functions", ())):
             if child is None or hasattr(child, "variable"):
                 continue
-            shape = child._input_metadata[number].shape
+            shape = tuple(child._input_metadata[number].shape)
             placed = batch.place(shape)
-            # A penalty on a parameter that happens to be as long as the batch is no example.
-            if placed is not None and not (shape in parameters and _of_one_leaf(child)):
+            # What happens to be as long as the batch is no batch: a penalty on a parameter, a mean
+            # over the batch.
+            penalty = shape in parameters and _of_one_leaf(child)
+            if placed is not None and not penalty and not _reduced_batch(child, shape, batch):
                 yield _Edge(node, index, placed)
             elif child not in seen:
                 seen.add(child)
                 nodes.append(child)
+
+
+def _reduced_batch(node: Any, shape: tuple[int, ...], batch: _Batch) -> bool:
+    """Whether a tensor is the result of a reduction along the batch dimension."""
+    nodes, seen = [node], {node}
+    while nodes:
+        one = nodes.pop()
+        dims = getattr(one, "_saved_dim", ())
+        for child, number in one.next_functions:
+            if child is None or hasattr(child, "variable") or child in seen:
+                continue
+            below = tuple(child._input_metadata[number].shape)
+            if below == shape:
+                seen.add(child)
+                nodes.append(child)
+            elif (placed := batch.place(below)) is not None and placed.view == below:
+                # torch shows -1 as an unsigned number.
+                dims = [dims] if isinstance(dims, int) else dims
+                if placed.dim in [
+                    (dim - 2**64 if dim >= 2**63 else dim) % len(below) for dim in dims
+                ]:
+                    return True
+    return False
 
 
 def _of_one_leaf(node: Any) -> bool:
@@ -384,8 +417,8 @@ class _Backward:
     def hooked(self) -> Iterator[None]:
         """Masks gradients inside of the graph too, where an output has no batch dimension."""
         edges: dict[Any, dict[int, _Placed]] = {}
-        for node, index, placed in self._edges:
-            edges.setdefault(node, {})[index] = placed
+        for node, number, placed in self._edges:
+            edges.setdefault(node, {})[number] = placed
         handles = [node.register_hook(self._hook(at)) for node, at in edges.items()]
         try:
             yield
@@ -555,9 +588,7 @@ def _dot_in_graph(gradient: Tensor, direction: Tensor, norm: float) -> Tensor:
     return (gradient.to(wide) * (direction.to(wide) / norm)).sum().cpu()
 
 
-def _inner(
-    ones: Sequence[Tensor | None], others: Sequence[Tensor | None], norm: float
-) -> float:
+def _inner(ones: Sequence[Tensor | None], others: Sequence[Tensor | None], norm: float) -> float:
     """Returns the inner product of gradients with others that are divided by ``norm``."""
     return math.fsum(
         _dot(one, other, norm)

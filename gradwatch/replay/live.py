@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -57,6 +57,7 @@ class Kernels(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.batches: set[BatchSeen] = set()
+        self._attention_in_parts = False
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -65,18 +66,23 @@ class Kernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in _RECURRENT:
             self._note_recurrent(args)
-        kernel: AbstractContextManager[None] = nullcontext()
-        if function is F.multi_head_attention_forward:
+        elif function is F.multi_head_attention_forward:
             self._note(args[0], 1)
-            # Dropout would draw other numbers in another kernel: it would be another gradient.
-            training = kwargs.get("training", True)
-            if not training or _argument(args, kwargs, 10, "dropout_p") == 0.0:
-                kernel = sdpa_kernel(SDPBackend.MATH)
-        elif function is F.scaled_dot_product_attention:
-            if _argument(args, kwargs, 4, "dropout_p") == 0.0:
-                kernel = sdpa_kernel(SDPBackend.MATH)
-        with kernel:
+        with sdpa_kernel(SDPBackend.MATH) if self._in_parts(function, args, kwargs) else _AS_IS:
             return function(*args, **kwargs)
+
+    def _in_parts(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether attention is to be computed by operations that can be differentiated twice."""
+        if function is torch.autograd.grad:
+            # torch leaves the mode for it. A checkpoint then needs the kernel of its forward.
+            return self._attention_in_parts
+        if function not in _ATTENTION:
+            return False
+        # Dropout would draw other numbers in another kernel: it would be another gradient.
+        dropout = _argument(args, kwargs, _ATTENTION[function], "dropout_p")
+        in_parts = dropout == 0.0 or not kwargs.get("training", True)
+        self._attention_in_parts = in_parts
+        return in_parts
 
     def _note_recurrent(self, args: tuple[Any, ...]) -> None:
         # Packed sequences have another signature, in which the second argument is a tensor of
@@ -90,10 +96,11 @@ class Kernels(TorchFunctionMode):
             self.batches.add(BatchSeen(batch.shape[dim], outermost))
 
 
-_RECURRENT = frozenset(
-    {torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu}  # type: ignore[attr-defined]
-)
+_AS_IS = nullcontext()
+_RECURRENT = frozenset({torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu})
 _RECURRENT_ARGUMENTS = 9
+_ATTENTION = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
+"""Functions of attention, and which of their arguments is the dropout."""
 
 
 def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], index: int, name: str) -> Any:
