@@ -33,10 +33,14 @@ NOT_LINEAR = (
 NOT_RUN = "The examples are not told apart: a backward of the replay failed ({error})."
 NOT_FINITE = "The examples are not told apart: the gradients of the replay are not finite."
 NO_GRADIENT = "The examples are not told apart: the gradients of the replay are zero."
+OTHER_GRADIENTS = (
+    "The examples are not told apart: run again, the micro-batches do not give the gradients of the "
+    "step."
+)
 SHARDED = "The examples are not told apart: the parameters are sharded over ranks."
 SHARED_PART = "{share:.0%} of the gradient belong to no example, such as a penalty on the weights."
 OTHER_DIMENSION = "The examples are counted along dimension {dim} of the first input."
-FEWER = "A search of {count} backwards has found no more examples that stand out."
+FEWER = "In a search of {count} backwards no further example has stood out."
 ONE_OF_MANY = (
     "Micro-batch {index} of {count} has {share:.0%} of the gradient; the shares of the examples "
     "are those in its own gradient."
@@ -116,13 +120,15 @@ def largest_of_window(
     Returns:
         The examples. An error of torch ends as a note.
     """
+    if any(hasattr(one, "full_tensor") for one in gradients.values()):
+        return Largest(notes=(SHARDED,))
     chosen, notes = 0, []
     try:
         if len(graphs) > 1:
             parts = [_part_of_window(graph, gradients) for graph in graphs]
             total = math.fsum(parts)
-            if not math.isfinite(total) or total == 0.0:
-                return Largest(notes=(NOT_FINITE if total else NO_GRADIENT,))
+            if not math.isfinite(total) or total <= 0.0:
+                return Largest(notes=(OTHER_GRADIENTS,))
             parts = [part / total for part in parts]
             chosen = parts.index(max(parts))
             notes.append(
@@ -337,15 +343,23 @@ def _reduced_batch(node: Any, shape: tuple[int, ...], batch: _Batch) -> bool:
 
 
 def _of_one_leaf(node: Any) -> bool:
-    nodes, seen, leaves = [node], {node}, 0
+    return sum(hasattr(one, "variable") for one in _nodes_below([node])) == 1
+
+
+def _leaves_of(outputs: Sequence[Tensor]) -> list[Tensor]:
+    nodes = _nodes_below([one.grad_fn for one in outputs])
+    return [one.variable for one in nodes if hasattr(one, "variable")]
+
+
+def _nodes_below(roots: Sequence[Any]) -> set[Any]:
+    """Returns the nodes of a graph that a backward from some of them would run."""
+    nodes, seen = list(roots), set(roots)
     while nodes:
-        one = nodes.pop()
-        leaves += hasattr(one, "variable")
-        for child, _ in one.next_functions:
+        for child, _ in nodes.pop().next_functions:
             if child is not None and child not in seen:
                 seen.add(child)
                 nodes.append(child)
-    return leaves == 1
+    return seen
 
 
 class _Backward:
@@ -403,14 +417,16 @@ class _Backward:
         return self._through_leaves(starts)
 
     def _through_leaves(self, starts: Sequence[Tensor]) -> list[Tensor | None]:
-        before = [one.grad for one in self._parameters]
+        # A closure's graph may reach leaves that are no stand-ins, such as another model's.
+        leaves = {id(one): one for one in (*self._parameters, *_leaves_of(self._outputs))}
+        before = [one.grad for one in leaves.values()]
         try:
-            for one in self._parameters:
+            for one in leaves.values():
                 one.grad = None
             torch.autograd.backward(self._outputs, starts, retain_graph=True)
             return [one.grad for one in self._parameters]
         finally:
-            for one, gradient in zip(self._parameters, before, strict=True):
+            for one, gradient in zip(leaves.values(), before, strict=True):
                 one.grad = gradient
 
     @contextmanager

@@ -156,16 +156,19 @@ def test_examples_of_each_model(name):
     assert found.notes == ()
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 def test_reentrant_checkpoint():
-    """A reentrant checkpoint, which refuses autograd.grad, gets backwards; the .grad stay."""
+    """A reentrant checkpoint, which refuses autograd.grad, gets backwards; every .grad stays."""
     model, x, rows = zoo_case("reentrant")
     x.requires_grad_()
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 7.0)
+    leaves = [x, *model.parameters()]
+    before = [torch.full_like(leaf, 7.0) for leaf in leaves]
+    for leaf, gradient in zip(leaves, before, strict=True):
+        leaf.grad = gradient
     with live(model, x, rows) as graph:
         found = largest_examples(graph)
-    assert all(bool((p.grad == 7.0).all()) for p in model.parameters())
+    for leaf, gradient in zip(leaves, before, strict=True):
+        assert leaf.grad is gradient
+        assert bool((gradient == 7.0).all())
     plain, x, rows = zoo_case("checkpoint")
     assert_agree(found, *expected(plain, x, rows))
 
@@ -602,6 +605,16 @@ def test_an_error_of_a_replay_is_a_note():
         raise ValueError("no such file\nand more")
 
     assert largest_of_window([run], {}) == (0, (), (largest.NOT_RUN.format(error="no such file"),))
+
+
+def test_a_window_that_gives_other_gradients():
+    """Where the sum of the replays does not point along the step's gradients, nothing is named."""
+    model, x, rows = zoo_case("mlp")
+    runs = [partial(live, model, x, rows)] * 2
+    zeros = {name: torch.zeros_like(one) for name, one in model.named_parameters()}
+    (-rows(model(x)).sum()).backward()
+    for gradients in (zeros, float64.gradients(model)):
+        assert largest_of_window(runs, gradients) == (0, (), (largest.OTHER_GRADIENTS,))
 
 
 @pytest.mark.parametrize("name", list(zoo.MODELS))
