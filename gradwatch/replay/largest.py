@@ -34,8 +34,8 @@ NOT_RUN = "The examples are not told apart: a backward of the replay failed ({er
 NOT_FINITE = "The examples are not told apart: the gradients of the replay are not finite."
 NO_GRADIENT = "The examples are not told apart: the gradients of the replay are zero."
 OTHER_GRADIENTS = (
-    "The examples are not told apart: run again, the micro-batches do not give the gradients of the "
-    "step."
+    "The examples are not told apart: run again, the micro-batches do not give the gradients of "
+    "the step."
 )
 SHARDED = "The examples are not told apart: the parameters are sharded over ranks."
 SHARED_PART = "{share:.0%} of the gradient belong to no example, such as a penalty on the weights."
