@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -245,15 +246,14 @@ class _Batch:
     """How many rows of a flattened output may be of one example."""
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], seen: Any) -> _Batch:
+    def of(cls, shape: tuple[int, ...], seen: Sequence[BatchSeen]) -> _Batch:
         if not shape:
             return cls(0, 0, frozenset())
         dim = 0
-        if len(shape) > 1 and len(seen) == 1:
+        if len(shape) > 1 and len({one.size for one in seen}) == 1:
             # Recurrent and attention layers know which dimension is time: a layer that does not
             # have batch_first may still be given a batch that the model has transposed.
-            (batch,) = seen
-            dim = _dimension_of(batch, shape)
+            dim = _dimension_of(seen[0], shape)
         rest = [size for i, size in enumerate(shape) if i != dim]
         lengths = {
             math.prod(rest[i:j]) for i in range(len(rest)) for j in range(i + 1, len(rest) + 1)
@@ -320,26 +320,55 @@ def _batched_edges(
 
 
 def _reduced_batch(node: Any, shape: tuple[int, ...], batch: _Batch) -> bool:
-    """Whether a tensor is the result of a reduction along the batch dimension."""
+    """Whether a tensor may be the result of a reduction along the batch dimension."""
+    if _is_transpose(node):  # what is below it shows better which dimension is which
+        return True
     nodes, seen = [node], {node}
     while nodes:
         one = nodes.pop()
-        dims = getattr(one, "_saved_dim", ())
-        for child, number in one.next_functions:
-            if child is None or hasattr(child, "variable") or child in seen:
-                continue
-            below = tuple(child._input_metadata[number].shape)
-            if below == shape:
+        if _multiplies_over_batch(one, batch):
+            return True
+        for child, below in _tensors_below(one):
+            if below == shape and child not in seen:
                 seen.add(child)
                 nodes.append(child)
-            elif (placed := batch.place(below)) is not None and placed.view == below:
-                # torch shows -1 as an unsigned number.
-                dims = [dims] if isinstance(dims, int) else dims
-                if placed.dim in [
-                    (dim - 2**64 if dim >= 2**63 else dim) % len(below) for dim in dims
-                ]:
-                    return True
+            elif below != shape and _reduces_batch(one, below, batch):
+                return True
     return False
+
+
+def _reduces_batch(node: Any, below: tuple[int, ...], batch: _Batch) -> bool:
+    placed, dims = batch.place(below), getattr(node, "_saved_dim", ())
+    if placed is None or placed.view != below:
+        return False
+    # torch shows -1 as an unsigned number.
+    signed = [dim - 2**64 if dim >= 2**63 else dim for dim in _as_tuple(dims)]
+    return placed.dim in [dim % len(below) for dim in signed]
+
+
+def _multiplies_over_batch(node: Any, batch: _Batch) -> bool:
+    """Whether a node is a product of two matrices, of which neither is a weight, over examples."""
+    factors = _tensors_below(node)[-2:]
+    if len(factors) < 2 or not re.search(r"[Mm]mBackward", node.name()):
+        return False
+    is_summed = factors[1][1][-2:-1] == (batch.size,)
+    return is_summed and not any(_of_one_leaf(child) for child, _ in factors)
+
+
+def _tensors_below(node: Any) -> list[tuple[Any, tuple[int, ...]]]:
+    return [
+        (child, tuple(child._input_metadata[number].shape))
+        for child, number in node.next_functions
+        if child is not None and not hasattr(child, "variable")
+    ]
+
+
+def _is_transpose(node: Any) -> bool:
+    return re.match(r"(T|Transpose|Permute|Movedim)Backward", node.name()) is not None
+
+
+def _as_tuple(dims: Any) -> tuple[int, ...]:
+    return (dims,) if isinstance(dims, int) else tuple(dims)
 
 
 def _of_one_leaf(node: Any) -> bool:
@@ -347,7 +376,7 @@ def _of_one_leaf(node: Any) -> bool:
 
 
 def _leaves_of(outputs: Sequence[Tensor]) -> list[Tensor]:
-    nodes = _nodes_below([one.grad_fn for one in outputs])
+    nodes = _nodes_below([one.grad_fn for one in outputs if one.grad_fn is not None])
     return [one.variable for one in nodes if hasattr(one, "variable")]
 
 

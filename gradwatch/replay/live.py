@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ class LiveGraph:
     gradients: Sequence[Tensor]
     parameters: Mapping[str, Tensor]
     input_shape: tuple[int, ...] = ()
-    batches: Collection[BatchSeen] = ()
+    batches: Sequence[BatchSeen] = ()
 
 
 class Kernels(TorchFunctionMode):
@@ -51,12 +51,12 @@ class Kernels(TorchFunctionMode):
     It must be entered for the backwards too: a checkpoint runs its part of the forward there.
 
     Attributes:
-        batches: What recurrent and attention layers were given as a batch.
+        batches: What recurrent and attention layers were given as a batch, in that order.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.batches: set[BatchSeen] = set()
+        self.batches: list[BatchSeen] = []
         self._attention_in_parts = False
 
     def __torch_function__(
@@ -93,7 +93,7 @@ class Kernels(TorchFunctionMode):
     def _note(self, batch: Any, dim: int) -> None:
         if isinstance(batch, Tensor) and batch.dim() == 3:
             outermost = batch.stride(dim) >= batch.stride(1 - dim)
-            self.batches.add(BatchSeen(batch.shape[dim], outermost))
+            self.batches.append(BatchSeen(batch.shape[dim], outermost))
 
 
 _AS_IS = nullcontext()
