@@ -27,11 +27,11 @@ IGNORED = LABELS.where(torch.arange(BATCH) != 2, -100)
 WORDS = torch.randint(0, 9, (BATCH, 7), generator=torch.Generator().manual_seed(3))
 
 
-def mlp(outputs=4):
+def _mlp(outputs=4):
     return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, outputs))
 
 
-def language_model():
+def _language_model():
     return nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9))
 
 
@@ -41,16 +41,16 @@ class Case:
 
     loss: Callable
     rows: Callable
-    model: Callable = mlp
+    model: Callable = _mlp
     x: Callable = lambda: fixed(BATCH, 6)
 
 
-def cross_entropy(model, x, **options):
+def _cross_entropy(model, x, **options):
     options = {k: v.to(x.dtype) if torch.is_tensor(v) else v for k, v in options.items()}
     return F.cross_entropy(model(x), LABELS, **options)
 
 
-def variational(model, x, reduced):
+def _variational(model, x, reduced):
     mean, log_variance = model[0](x).chunk(2, 1)
     output = model[1](mean + torch.exp(log_variance / 2) * fixed(BATCH, 4).to(x.dtype))
     divergence = 1 + log_variance - mean.square() - log_variance.exp()
@@ -59,11 +59,11 @@ def variational(model, x, reduced):
     return ((output - x).square().sum(1) - 0.5 * divergence.sum(1)) / BATCH
 
 
-def triplet(model, x, reduction="mean"):
+def _triplet(model, x, reduction="mean"):
     return F.triplet_margin_loss(model(x), model(x + 0.3), model(x.flip(1)), reduction=reduction)
 
 
-def contrastive(model, x, reduction="mean"):
+def _contrastive(model, x, reduction="mean"):
     z = F.normalize(model(x))
     return F.cross_entropy(z @ z.T / 0.5, torch.arange(BATCH).roll(1), reduction=reduction)
 
@@ -79,54 +79,54 @@ def by_chain_rule(reduce, before=lambda output: output):
     return lambda model, x: reduce(before(model(x))), rows
 
 
-def standardized(output):
+def _standardized(output):
     return (output - output.mean(0)) / output.std(0)
 
 
-def cross_correlation(z):
+def _cross_correlation(z):
     return (z.T @ z / BATCH - torch.eye(8, dtype=z.dtype)).square().sum()
 
 
-def gradient_penalty(model, x):
+def _gradient_penalty(model, x):
     x = x.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
     return (gradient.norm(dim=1) - 1).square()
 
 
-def policy(model, x):
+def _policy(model, x):
     chosen = torch.distributions.Categorical(logits=model(x)).log_prob(LABELS)
     return -chosen * fixed(BATCH).to(x.dtype) / BATCH
 
 
-def ctc(model, x, reduction="mean"):
+def _ctc(model, x, reduction="mean"):
     scores = model(x).log_softmax(-1).transpose(0, 1)
     lengths, targets = torch.full((BATCH,), 7), WORDS[:, :2] + 1
     each = F.ctc_loss(scores, targets, lengths, torch.full((BATCH,), 2), reduction="none")
     return each.sum() / BATCH if reduction == "mean" else each / BATCH
 
 
-def shifted(model, x, reduction="mean"):
+def _shifted(model, x, reduction="mean"):
     scores, targets = model(x)[:, :-1].reshape(-1, 9), x[:, 1:].reshape(-1)
     each = F.cross_entropy(scores, targets, reduction=reduction)
     return each if reduction == "mean" else each.view(BATCH, -1).sum(1) / each.numel()
 
 
-def dice(x):
+def _dice(x):
     p = x.sigmoid().flatten(1)
     return 1 - 2 * (p * 0.3).sum(1) / (p.sum(1) + 1)
 
 
 CASES = {
     "cross entropy": Case(
-        cross_entropy, lambda m, x: cross_entropy(m, x, reduction="none") / BATCH
+        _cross_entropy, lambda m, x: _cross_entropy(m, x, reduction="none") / BATCH
     ),
     "label smoothing": Case(
-        lambda m, x: cross_entropy(m, x, label_smoothing=0.1),
-        lambda m, x: cross_entropy(m, x, label_smoothing=0.1, reduction="none") / BATCH,
+        lambda m, x: _cross_entropy(m, x, label_smoothing=0.1),
+        lambda m, x: _cross_entropy(m, x, label_smoothing=0.1, reduction="none") / BATCH,
     ),
     "class weights": Case(
-        lambda m, x: cross_entropy(m, x, weight=WEIGHTS),
-        lambda m, x: cross_entropy(m, x, weight=WEIGHTS, reduction="none") / WEIGHTS[LABELS].sum(),
+        lambda m, x: _cross_entropy(m, x, weight=WEIGHTS),
+        lambda m, x: _cross_entropy(m, x, weight=WEIGHTS, reduction="none") / WEIGHTS[LABELS].sum(),
     ),
     "ignored target": Case(
         lambda m, x: F.cross_entropy(m(x), IGNORED),
@@ -152,12 +152,12 @@ CASES = {
         lambda m, x: F.smooth_l1_loss(m(x), x[:, :4], reduction="none").mean(1) / BATCH,
     ),
     "autoencoder": Case(
-        lambda m, x: variational(m, x, reduced=True),
-        lambda m, x: variational(m, x, reduced=False),
+        lambda m, x: _variational(m, x, reduced=True),
+        lambda m, x: _variational(m, x, reduced=False),
         lambda: nn.ModuleList([nn.Linear(6, 8), nn.Linear(4, 6)]),
     ),
-    "three forwards": Case(triplet, lambda m, x: triplet(m, x, "none") / BATCH),
-    "contrastive": Case(contrastive, lambda m, x: contrastive(m, x, "none") / BATCH),
+    "three forwards": Case(_triplet, lambda m, x: _triplet(m, x, "none") / BATCH),
+    "contrastive": Case(_contrastive, lambda m, x: _contrastive(m, x, "none") / BATCH),
     "masked": Case(
         lambda m, x: ((m(x) - 1).square() * (x[:, :4] > 0)).sum() / 9,
         lambda m, x: ((m(x) - 1).square() * (x[:, :4] > 0)).sum(1) / 9,
@@ -167,28 +167,28 @@ CASES = {
         lambda m, x: (m(x) - 1).square().sum(1) * (x[:, 0] > 0),
     ),
     "two heads": Case(
-        lambda m, x: cross_entropy(m, x) + m(x).square().mean() / 2,
-        lambda m, x: cross_entropy(m, x, reduction="none") / BATCH + m(x).square().mean(1) / 16,
+        lambda m, x: _cross_entropy(m, x) + m(x).square().mean() / 2,
+        lambda m, x: _cross_entropy(m, x, reduction="none") / BATCH + m(x).square().mean(1) / 16,
     ),
     "penalty on a bias as long as the batch": Case(
         lambda m, x: (m(x) - 1).square().mean() + 0.1 * m[2].bias.abs().sum(),
         lambda m, x: (m(x) - 1).square().mean(1) / BATCH,
-        lambda: mlp(8),
+        lambda: _mlp(8),
     ),
     "root": Case(*by_chain_rule(lambda output: (output - 1).square().mean().sqrt())),
     "norm": Case(*by_chain_rule(lambda output: (output - 1).norm())),
     "deviation over the batch": Case(
-        *by_chain_rule(lambda output: F.relu(1 - output.std(0)).mean()), lambda: mlp(8)
+        *by_chain_rule(lambda output: F.relu(1 - output.std(0)).mean()), lambda: _mlp(8)
     ),
     "correlation of as many features": Case(
-        *by_chain_rule(cross_correlation, standardized), lambda: mlp(8)
+        *by_chain_rule(_cross_correlation, _standardized), lambda: _mlp(8)
     ),
     "gradient penalty": Case(
-        lambda m, x: gradient_penalty(m, x).mean(),
-        lambda m, x: gradient_penalty(m, x) / BATCH,
-        lambda: mlp(1),
+        lambda m, x: _gradient_penalty(m, x).mean(),
+        lambda m, x: _gradient_penalty(m, x) / BATCH,
+        lambda: _mlp(1),
     ),
-    "policy": Case(lambda m, x: policy(m, x).sum(), policy),
+    "policy": Case(lambda m, x: _policy(m, x).sum(), _policy),
     "sum in Python": Case(
         lambda m, x: sum((one - 1).square().sum() for one in m(x)),
         lambda m, x: (m(x) - 1).square().sum(1),
@@ -198,9 +198,9 @@ CASES = {
         lambda m, x: m(x).square().sum(1) / BATCH,
     ),
     "language model": Case(
-        shifted, lambda m, x: shifted(m, x, "none"), language_model, lambda: WORDS
+        _shifted, lambda m, x: _shifted(m, x, "none"), _language_model, lambda: WORDS
     ),
-    "ctc": Case(ctc, lambda m, x: ctc(m, x, "none"), language_model, lambda: WORDS),
+    "ctc": Case(_ctc, lambda m, x: _ctc(m, x, "none"), _language_model, lambda: WORDS),
     "pixels": Case(
         lambda m, x: F.mse_loss(m(x), x),
         lambda m, x: (m(x) - x).square().flatten(1).sum(1) / x.numel(),
@@ -208,8 +208,8 @@ CASES = {
         lambda: fixed(BATCH, 2, 4, 4),
     ),
     "dice": Case(
-        lambda m, x: dice(m(x)).mean(),
-        lambda m, x: dice(m(x)) / BATCH,
+        lambda m, x: _dice(m(x)).mean(),
+        lambda m, x: _dice(m(x)) / BATCH,
         lambda: nn.Conv2d(2, 1, 3, padding=1),
         lambda: fixed(BATCH, 2, 4, 4),
     ),
