@@ -2,9 +2,9 @@
 
 For each operation it notes the user's line and the module, which operations its operands came from,
 and, where its result is not finite, the *roots* of that: the operations whose result was not finite
-although their operands were, and the tensors that came in bad from outside. Roots are handed on from
-result to result only through operations that did not get rid of them, as a ``where`` may. Values are
-looked at once, when an operation ends; nothing is kept but numbers.
+although their operands were, and the tensors that came in bad from outside. Roots are handed on
+from result to result only through operations that did not get rid of them, as a ``where`` may.
+Values are looked at once, when an operation ends; nothing is kept but numbers.
 """
 
 from __future__ import annotations
@@ -223,8 +223,9 @@ class Observer(TorchDispatchMode):
     ) -> Any:
         """Runs an operation, and looks at its result."""
         kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        if name in _NO_VALUES:
+        packet = getattr(func, "overloadpacket", None)  # operators of higher order have none
+        name = "" if packet is None else packet.__name__
+        if packet is None or name in _NO_VALUES:
             return func(*args, **kwargs)
         with torch.no_grad():
             operands = list(_tensors((*args, *kwargs.values())))
@@ -476,13 +477,13 @@ def operand_of(name: str, tensor: Tensor) -> Operand:
         low, high = torch.aminmax(values)
         return Operand(name, shape, dtype, float(low), float(high), int((values == 0).sum()))
     finite = values[torch.isfinite(values)]
-    low, high = (float(one) for one in torch.aminmax(finite)) if finite.numel() else (math.nan,) * 2
+    lowest, highest = torch.aminmax(finite) if finite.numel() else (math.nan, math.nan)
     return Operand(
         name,
         shape,
         dtype,
-        low,
-        high,
+        float(lowest),
+        float(highest),
         zeros=int((values == 0).sum()),
         nans=int(torch.isnan(values).sum()),
         infs=int(torch.isinf(values).sum()),
