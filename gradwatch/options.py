@@ -166,6 +166,16 @@ class Options:
         return {name: text for name, text in texts.items() if f"{name}=" in self.acting}
 
 
+def _restore(self: Options, state: Sequence[Any]) -> None:
+    """Restores options from a pickle; one of an earlier version has not all of the fields."""
+    newer = [field.default for field in fields(Options)[len(state) :]]
+    for field, value in zip(fields(Options), [*state, *newer], strict=True):
+        object.__setattr__(self, field.name, value)
+
+
+# Not in the class, as the decorator of Python 3.10 puts its own method in the place of that one.
+Options.__setstate__ = _restore  # type: ignore[attr-defined]
+
 CLIP_ADVICE = (
     ' Write clip=1.0 to clip by the global L2 norm, clip="auto" to let gradwatch find the limit, '
     "or clip=ClipByNorm(1.0, norm_type=...) or clip=ClipByValue(...)."

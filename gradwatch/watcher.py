@@ -51,8 +51,6 @@ from gradwatch.record.events import loop_event
 from gradwatch.record.explanation import Explanation
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.records import Event, Sink, StepRecord
-from gradwatch.replay.stand_ins import NoLossError
-from gradwatch.step.explaining import Explaining, explain_closure
 from gradwatch.step.registry import OptimizerRegistry
 from gradwatch.step.run import Run
 
@@ -128,6 +126,8 @@ class Watcher:
         ranks = DataParallel.of(model, wrappers)
         self._run = Run(table, options, self._hooks, ranks, self._global_step_of)
         if options.explain:
+            from gradwatch.step.explaining import Explaining  # few runs need it
+
             self._run.explaining = Explaining(self._run, model, KeptForwards(model))
         check_noise_scale_exists(options.accumulate, single_process=ranks is None)
         self._sync = GradientSync.of(model, self._run.data_parallel)
@@ -446,6 +446,9 @@ class Watcher:
             refuse_copy()
         if not callable(closure):
             raise TypeError(NO_CLOSURE.format(value=described(closure)))
+        from gradwatch.replay.stand_ins import NoLossError  # few runs need it
+        from gradwatch.step.explaining import explain_closure
+
         returned = _Returned()
         try:
             found = explain_closure(self._model, partial(_noted, closure, returned), asked=True)

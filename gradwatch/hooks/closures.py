@@ -25,8 +25,8 @@ _DEEPEST = 3  # functions that are called by functions
 _MOST_ITEMS = 1_000
 
 DRAWS = (
-    "The function that computes the loss has an iterator in a variable, and takes its data from it: "
-    "as running it again would move that on, it was not run again whole. Take the data before it."
+    "The function that computes the loss has an iterator in a variable. Running it again would move "
+    "that on, so it was not run again whole: take the batch from the iterator before it."
 )
 FAILED = "The closure could not be kept, after an error: {error}"
 CHANGED_IN_PLACE = (

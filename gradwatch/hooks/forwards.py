@@ -243,9 +243,8 @@ class KeptForwards:
             found.sort(key=_place)
         if found:
             self.by_number.setdefault(number, []).extend(found)
-        elif number not in self.by_number:
-            if self._look_inside():
-                self._reasons[number] = FIRST_NOT_SEEN
+        elif number not in self.by_number and self._look_inside():
+            self._reasons[number] = FIRST_NOT_SEEN
         if self.closures.note_backward(number):
             self.by_number.setdefault(number, [])
         if len(self.by_number) > MOST_KEPT:

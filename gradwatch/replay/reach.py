@@ -67,7 +67,7 @@ class Reach:
         self.compiled = False
         self.draws = False
         self._places: list[_Place] = []
-        self._restores: list[Callable[[], None]] = []
+        self._restores: list[Callable[[], object]] = []
         self._arrays: dict[int, Any] = {}
         self._seen: dict[int, object] = {}  # ids are only good while the objects are there
         self._waiting: deque[tuple[object, int, str]] = deque((root, 0, "") for root in roots)

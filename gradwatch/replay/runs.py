@@ -277,6 +277,15 @@ class _Backwards:
         self._backward = torch.autograd.backward
         self._roots: list[Tensor] = []
 
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Puts it in the place of torch's function for a block."""
+        torch.autograd.backward = self
+        try:
+            yield
+        finally:
+            torch.autograd.backward = self._backward
+
     def __call__(self, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
         # A checkpoint calls it as well, inside of a backward.
         if torch._C._current_graph_task_id() != -1:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradwatch.hooks.context import replaying
@@ -223,9 +224,9 @@ def without_gradients(leaves: Iterable[Tensor], hooks: bool = False) -> Iterator
 @contextmanager
 def _no_steps() -> Iterator[None]:
     """Refuses steps of optimizers, before any other hook is told of one."""
-    hooks = torch.optim.optimizer._global_optimizer_pre_hooks
-    handle = torch.optim.optimizer.register_optimizer_step_pre_hook(_refuse_step)
-    hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+    handle = register_optimizer_step_pre_hook(_refuse_step)
+    # The dict is private; without a place at its front a watcher would count the step.
+    _global_optimizer_pre_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
     try:
         yield
     finally:
