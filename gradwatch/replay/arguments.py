@@ -38,7 +38,7 @@ class Arguments:
         self.names: dict[int, str] = {}
         self._stand_ins = stand_ins
         self._copies: dict[int, Any] = {}
-        names = _positional(forward, args)
+        names = positional(forward, args)
         self.args = tuple(self._copy(one, name, 0) for one, name in zip(args, names, strict=True))
         self.kwargs = {name: self._copy(one, name, 0) for name, one in kwargs.items()}
 
@@ -99,7 +99,7 @@ def _at(name: str, key: object, is_attribute: bool = False) -> str:
     return f"{name}.{key}" if is_attribute else f"{name}[{key!r}]"
 
 
-def _positional(forward: Callable[..., Any], args: tuple[Any, ...]) -> list[str]:
+def positional(forward: Callable[..., Any], args: tuple[Any, ...]) -> list[str]:
     """Returns what a function calls its positional arguments."""
     names: list[str] = []
     try:

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.optim import Optimizer
 
+from gradwatch.replay.arguments import positional
+
 MOST_ITEMS = 10_000
 """The largest container into which we look; the contents of a larger one are still noted."""
 
@@ -237,7 +239,11 @@ class Reach:
             self._later([method.__func__], depth)
 
     def _visit_partial(self, value: partial[Any], depth: int, name: str) -> None:
-        self._later([value.func, *value.args, *value.keywords.values()], depth)
+        # First what it is called with: that is the batch.
+        named = zip(positional(value.func, value.args), value.args, strict=True)
+        self._waiting.extend((one, depth, name) for name, one in named)
+        self._waiting.extend((one, depth, name) for name, one in value.keywords.items())
+        self._later([value.func], depth)
 
     def _visit_descriptor(self, value: Any, depth: int, name: str) -> None:
         parts = ("__func__", "fget", "fset")

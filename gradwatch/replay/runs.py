@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -255,7 +256,7 @@ def _run_closure(
     observer: Observer,
 ) -> list[str]:
     with _errors_told(), undisturbed(model, closure) as block:
-        _tell(observer, block, block.data)
+        _tell(observer, block, _batch_first(block.data))
         backwards = _Backwards(observer, block.stand_ins)
         with backwards.in_place(), observer:
             with nullcontext() if context is None else context.entered():
@@ -266,6 +267,21 @@ def _run_closure(
                 torch.autograd.backward(loss, torch.full_like(loss, scale))
         _end(observer, block)
     return [*block.notes]
+
+
+def _batch_first(data: list[tuple[Tensor, str]]) -> list[tuple[Tensor, str]]:
+    """Puts a tensor first that has the batch in its first dimension.
+
+    In the variables of a closure there may be others, such as the weights of classes. Most often
+    inputs and targets are there, of the same length; and inputs have more dimensions.
+    """
+    lengths = Counter(tensor.shape[0] for tensor, _ in data if tensor.dim())
+
+    def order(pair: tuple[Tensor, str]) -> tuple[int, int]:
+        tensor = pair[0]
+        return (-lengths[tensor.shape[0]], -tensor.dim()) if tensor.dim() else (0, 0)
+
+    return sorted(data, key=order)
 
 
 class _Backwards:
