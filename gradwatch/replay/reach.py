@@ -71,6 +71,7 @@ class Reach:
         self._places: list[_Place] = []
         self._restores: list[Callable[[], object]] = []
         self._arrays: dict[int, Any] = {}
+        self._swaps: Mapping[int, Any] = {}
         self._seen: dict[int, object] = {}  # ids are only good while the objects are there
         self._waiting: deque[tuple[object, int, str]] = deque((root, 0, "") for root in roots)
         self._waiting.extend((hooks, 0, "") for hooks in _global_hooks())
@@ -80,12 +81,16 @@ class Reach:
     def replace(self, stand_ins: Mapping[int, Tensor]) -> None:
         """Writes other tensors in place of those found, by ``id()``; those not listed stay."""
         # Arrays as well: NumPy knows no version counter, and a forward may write to one.
-        swaps: dict[int, Any] = {**self._arrays, **stand_ins}
+        swaps = self._swaps = {**self._arrays, **stand_ins}
         for place in self._places:
             for key, value in place.items():
                 other = _swapped(value, swaps)
                 if other is not value:
                     place.set(key, other)
+
+    def swapped(self, value: Any) -> Any:
+        """Returns a value as :meth:`replace` has written it: a ``partial`` is no place."""
+        return _swapped(value, self._swaps)
 
     def restore(self) -> None:
         """Puts back what each place held, and the states of generators."""

@@ -260,7 +260,7 @@ def _run_closure(
         backwards = _Backwards(observer, block.stand_ins)
         with backwards.in_place(), observer:
             with nullcontext() if context is None else context.entered():
-                loss = closure()
+                loss = block.functions[0]()
             if not backwards.had(loss) and not _have_gradients(block):
                 if not (isinstance(loss, Tensor) and loss.requires_grad):
                     raise NoLossError(NO_LOSS.format(value=_described(loss)))
