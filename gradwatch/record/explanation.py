@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -65,6 +65,7 @@ class Explanation:
     Attributes:
         step: The step, counted from 1; 0 without a watcher.
         optimizer: Label of its optimizer; empty without a watcher.
+        rank: Rank of the process whose batch it was.
         micro_batch: The micro-batch in its window, counted from 1; 0 if not known.
         origin: ``"operation"`` of the model or the loss; ``"input"``: the data; ``"weights"``:
             parameters or buffers that were bad before; ``"output_gradient"``: what came back from
@@ -130,6 +131,13 @@ class Explanation:
     made_possible_by: Explanation | None = None
     notes: tuple[str, ...] = ()
     advice: str = ""
+    rank: int = 0
+
+    @property
+    def summary(self) -> str:
+        """One line that says what made it."""
+        # A stand-in: the words are those of gradwatch/replay/words.py.
+        return f"{self.operation or self.origin} in {self.module or 'the model'}: {self.kind}"
 
     def as_dict(self) -> dict[str, Any]:
         """Returns plain dicts, lists, strings and numbers, for JSON."""
@@ -139,27 +147,74 @@ class Explanation:
     def from_dict(cls, values: Mapping[str, Any]) -> Explanation:
         """Makes an explanation of what :meth:`as_dict` returned, also after a way through JSON.
 
-        Names that are not known are left out, so that a newer gradwatch may have written them.
+        Names that are not known are left out, so that a newer gradwatch may have written them. A
+        NaN or infinity may be text, as JSON has none.
+
+        Raises:
+            TypeError: If a value is of another type than that of its field.
         """
-        known = {one.name for one in fields(cls)}
-        kept = {name: value for name, value in values.items() if name in known}
-        for name, make in _PARTS.items():
-            if kept.get(name) is not None:
-                kept[name] = make(kept[name])
-        return cls(**kept)
+        return cls(**_checked(cls, values))
 
 
-def _operand(values: Mapping[str, Any]) -> Operand:
-    return Operand(**{**values, "shape": tuple(values["shape"])})
+def _checked(of: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that are there, each of the type that its class says.
+
+    Raises:
+        TypeError: If one is of another type, or the values are no mapping.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"expected a mapping, got {type(values).__name__}")
+    return {
+        one.name: _READ[str(one.type)](values[one.name]) for one in fields(of) if one.name in values
+    }
 
 
-_PARTS: dict[str, Any] = {
-    "examples": tuple,
-    "result_shape": tuple,
-    "notes": tuple,
-    "inputs": lambda rows: tuple(map(_operand, rows)),
-    "candidates": lambda rows: tuple(map(Explanation.from_dict, rows)),
-    "largest_parameters": lambda rows: tuple(Share(**row) for row in rows),
-    "largest_examples": lambda rows: tuple(Share(**row) for row in rows),
-    "made_possible_by": Explanation.from_dict,
+def _exactly(kind: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        # type() and not isinstance(): True would pass as an int.
+        if type(value) is not kind:
+            raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
+        return value
+
+    return read
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str):  # NaN and infinities, which JSON does not have
+        return float(value)
+    if type(value) not in (int, float):
+        raise TypeError(f"expected a number, got {type(value).__name__}")
+    return float(value)
+
+
+def _or_none(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else read(value)
+
+
+def _each(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def read_all(values: Any) -> tuple[Any, ...]:
+        if not isinstance(values, list | tuple):
+            raise TypeError(f"expected a list, got {type(values).__name__}")
+        return tuple(map(read, values))
+
+    return read_all
+
+
+_TEXT, _INTEGER = _exactly(str), _exactly(int)
+
+_READ: dict[str, Callable[[Any], Any]] = {
+    "int": _INTEGER,
+    "str": _TEXT,
+    "float": _number,
+    "str | None": _or_none(_TEXT),
+    "Origin": _TEXT,
+    "Phase | None": _or_none(_TEXT),
+    "ExplainedKind": _TEXT,
+    "tuple[int, ...]": _each(_INTEGER),
+    "tuple[str, ...]": _each(_TEXT),
+    "tuple[Operand, ...]": _each(lambda row: Operand(**_checked(Operand, row))),
+    "tuple[Share, ...]": _each(lambda row: Share(**_checked(Share, row))),
+    "tuple[Explanation, ...]": _each(lambda row: Explanation.from_dict(row)),
+    "Explanation | None": _or_none(lambda row: Explanation.from_dict(row)),
 }
+"""How a value is read back, by the type of its field as it is written above."""
