@@ -214,7 +214,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "tuple[str, ...]": _each(_TEXT),
     "tuple[Operand, ...]": _each(lambda row: Operand(**_checked(Operand, row))),
     "tuple[Share, ...]": _each(lambda row: Share(**_checked(Share, row))),
-    "tuple[Explanation, ...]": _each(lambda row: Explanation.from_dict(row)),
-    "Explanation | None": _or_none(lambda row: Explanation.from_dict(row)),
+    "tuple[Explanation, ...]": _each(Explanation.from_dict),
+    "Explanation | None": _or_none(Explanation.from_dict),
 }
 """How a value is read back, by the type of its field as it is written above."""
