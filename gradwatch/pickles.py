@@ -104,7 +104,9 @@ def stable_name(thing: T) -> T:
     if isinstance(kind, type) and "__annotations__" in vars(kind):
         # Resolved now: string annotations of a class are looked up in the module that it names,
         # those of a function in the module that defines it.
-        kind.__annotations__ = inspect.get_annotations(kind, eval_str=True)
+        # The class has no name there yet, so one that names itself is looked up here.
+        own = {kind.__name__: kind}
+        kind.__annotations__ = inspect.get_annotations(kind, eval_str=True, locals=own)
     kind.__module__ = "gradwatch"
     return thing
 

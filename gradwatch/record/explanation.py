@@ -86,6 +86,8 @@ class Explanation:
         since_step: The first step in which the weights were bad; 0 if not known or not asked.
         examples: Indices of the bad examples along the batch dimension; empty if not known.
         count: Number of bad elements in the result.
+        nan_count: Those of them that are NaN.
+        inf_count: Those of them that are infinite.
         size: Number of elements in the result.
         result_shape: Shape of the result.
         result_dtype: Its dtype, such as ``"float16"``.
@@ -117,6 +119,8 @@ class Explanation:
     since_step: int = 0
     examples: tuple[int, ...] = ()
     count: int = 0
+    nan_count: int = 0
+    inf_count: int = 0
     size: int = 0
     result_shape: tuple[int, ...] = ()
     result_dtype: str = ""

@@ -1,0 +1,597 @@
+"""Observer: sees every operation of a forward and a backward, and what is not finite in them.
+
+For each operation it notes the user's line and the module, which operations its operands came from,
+and, where its result is not finite, the *roots* of that: the operations whose result was not finite
+although their operands were, and the tensors that came in bad from outside. Roots are handed on
+from result to result only through operations that did not get rid of them, as a ``where`` may.
+Values are looked at once, when an operation ends; nothing is kept but numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradwatch.record.explanation import Operand
+from gradwatch.replay.frames import Frames, Place, variable_of
+
+Source: TypeAlias = Literal["input", "parameter", "buffer", "output_gradient", "constant"]
+Roots: TypeAlias = frozenset[int]
+
+NO_ROOTS: Roots = frozenset()
+# Results that hold whatever was in memory before.
+_EMPTY = frozenset(
+    {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
+    | {"resize_", "set_"}
+)
+# They look at no value, and their result is one that they were given.
+_NO_VALUES = frozenset({"detach", "alias", "is_same_size", "sym_size", "sym_numel", "prim_layout"})
+
+
+@dataclass(slots=True)
+class Operation:
+    """One operation that was run.
+
+    Attributes:
+        name: torch's name, without overload.
+        place: The user's line and the module.
+        parents: For each operand the number of the operation that made it; -1 for none.
+        sequence: The autograd sequence number that the next node would have had.
+        node: In the backward, the name and the sequence number of the node that ran it.
+        backward: Whether it belongs to a backward.
+        views: Whether its result shares memory with an operand, and is not written to.
+        writes: Whether it writes to an operand.
+    """
+
+    name: str
+    place: Place
+    parents: tuple[int, ...]
+    sequence: int
+    node: tuple[str, int] | None
+    backward: bool
+    views: bool = False
+    writes: bool = False
+
+
+@dataclass(slots=True)
+class Root:
+    """Where something that is not finite began.
+
+    Attributes:
+        number: The number of the operation; that of the first one that used it, for a tensor from
+            outside.
+        source: Where a tensor from outside came from; None for an operation.
+        name: Name of that tensor.
+        nans: NaN in the result.
+        infs: Infinite elements in it.
+        negative: Whether all infinite elements are minus infinity.
+        masks: Whether the result can be a mask: nothing but minus infinity, and one other value.
+        size: Elements of it.
+        shape: Its shape.
+        dtype: Its dtype.
+        examples: Indices of the bad examples along the batch dimension; None if it has none.
+        operands: What the operation was given.
+        via: Roots of infinite operands that were made NaN by it.
+    """
+
+    number: int
+    source: Source | None
+    name: str
+    nans: int
+    infs: int
+    negative: bool
+    masks: bool
+    size: int
+    shape: tuple[int, ...]
+    dtype: str
+    examples: tuple[int, ...] | None
+    operands: tuple[Operand, ...] = ()
+    via: Roots = NO_ROOTS
+
+
+@dataclass(slots=True)
+class Details:
+    """What an operation was given and returned; only for those that were asked for.
+
+    Attributes:
+        operands: Its operands, before it ran.
+        result: Its result.
+        zero_examples: For each operand the examples in which it has an exact 0.
+        origins: For each operand where it came in from, if it came from outside.
+        parents: For each operand the number of the operation that made it; -1 for none.
+    """
+
+    operands: tuple[Operand, ...]
+    result: Operand | None = None
+    zero_examples: tuple[tuple[int, ...] | None, ...] = ()
+    origins: tuple[tuple[Source, str] | None, ...] = ()
+    parents: tuple[int, ...] = ()
+
+
+class _State(IntEnum):
+    FINITE = 0
+    INFINITE = 1
+    NAN = 2
+
+
+@dataclass(slots=True)
+class _Bad:
+    """An operand or a result that is not finite, while its operation is looked at."""
+
+    tensor: Tensor
+    roots: Roots
+    nan: bool
+    mask: Tensor | None = None
+
+
+class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches one replay; see the module.
+
+    Attributes:
+        caller: File and line from which the user's code calls the model.
+        operations: All operations, in the order in which they ran.
+        roots: All roots, in the order in which they were seen.
+        modules: Name and class of each module, by ``id()``.
+        details: Of the operations that are wanted, by number.
+        first_backward: Number of the first operation of the backward; None before.
+        output_roots: Roots of outputs that are not finite.
+        gradient_roots: Roots of each parameter's gradient that is not finite, by name.
+        bad_gradients: Whether such a gradient holds a NaN, by name.
+        batch: Number of examples in the batch; None if not known.
+    """
+
+    def __init__(self, wanted: Collection[int] = ()) -> None:
+        """Starts with nothing known of any tensor.
+
+        Args:
+            wanted: Numbers of operations of which :attr:`details` are wanted, after a first look at
+                the same replay. Nothing else is looked at then, so there are no roots.
+        """
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.caller: tuple[str, int] = ("", 0)
+        self.operations: list[Operation] = []
+        self.roots: list[Root] = []
+        self.modules: dict[int, tuple[str, str]] = {}
+        self.details: dict[int, Details] = {}
+        self.first_backward: int | None = None
+        self.output_roots: Roots = NO_ROOTS
+        self.gradient_roots: dict[str, Roots] = {}
+        self.bad_gradients: dict[str, bool] = {}
+        self._wanted = wanted
+        self.batch: int | None = None
+        self._kept: list[object] = []  # ids are only good while what they are of is there
+        self._named: dict[int, tuple[Source, str]] = {}
+        self._producers: dict[int, int] = {}
+        self._tainted: dict[int, Roots] = {}
+        self._good: set[int] = set()
+        self._batched: set[int] = set()
+        self._frames = Frames(self.modules)
+        self._sequences: list[int] = []
+
+    # -- what the runner tells -----------------------------------------------------------------
+
+    def name_module(self, module: nn.Module, name: str) -> None:
+        """Says what a module is called; ``""`` for the outermost one."""
+        self.modules.setdefault(id(module), (name, type(module).__name__))
+        self._kept.append(module)
+
+    def name_parameter(self, tensor: Tensor, name: str) -> None:
+        """Says of which parameter a tensor is the stand-in."""
+        self._name(tensor, "parameter", name)
+
+    def name_buffer(self, tensor: Tensor, name: str) -> None:
+        """Says of which buffer a tensor is the stand-in."""
+        self._name(tensor, "buffer", name)
+
+    def name_input(self, tensor: Tensor, argument: str) -> None:
+        """Says which argument a tensor is; the first one with a dimension has the batch in it."""
+        self._name(tensor, "input", argument)
+        if tensor.dim() and self.batch is None:
+            self.batch = tensor.shape[0]
+        key = _key(tensor)
+        if tensor.dim() and key is not None and tensor.shape[0] == self.batch:
+            self._batched.add(key)
+
+    def begin_backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+        """Notes the end of the forward; ``gradients`` are those that the backward starts from."""
+        for output in outputs:
+            self.output_roots |= self._roots_of(output)
+        for gradient in gradients:
+            if gradient is not None:
+                self._name(gradient, "output_gradient", "")
+                key = _key(gradient)
+                if key is not None and gradient.dim():
+                    self._batched.add(key)
+        self.first_backward = len(self.operations)
+
+    def end(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """Looks at the gradients of the parameters, by name."""
+        for name, gradient in gradients.items():
+            if gradient is not None and not _is_finite(gradient):
+                self.gradient_roots[name] = self._roots_of(gradient)
+                self.bad_gradients[name] = _has_nan(gradient)
+
+    def _name(self, tensor: Tensor, source: Source, name: str) -> None:
+        key = _key(tensor)
+        if key is not None:
+            self._named.setdefault(key, (source, name))
+            self._kept.append(tensor)
+
+    # -- the operations ------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Runs an operation, and looks at its result."""
+        kwargs = kwargs or {}
+        packet = getattr(func, "overloadpacket", None)  # operators of higher order have none
+        name = "" if packet is None else packet.__name__
+        if packet is None or name in _NO_VALUES:
+            return func(*args, **kwargs)
+        with torch.no_grad():
+            operands = list(_tensors((*args, *kwargs.values())))
+            place = self._frames.place()
+            number = len(self.operations)
+            bad = [] if self._wanted else self._bad_operands(func, operands, number, place)
+            if number in self._wanted:
+                self.details[number] = self._details(func, operands, args, kwargs)
+        result = func(*args, **kwargs)
+        with torch.no_grad():
+            self._note(func, name, place, operands, result, bad)
+        return result
+
+    def _note(
+        self,
+        func: Any,
+        name: str,
+        place: Place,
+        operands: list[Tensor],
+        result: Any,
+        bad: list[_Bad],
+    ) -> None:
+        number = len(self.operations)
+        keys = [_key(one) for one in operands]
+        node = torch._C._current_autograd_node()
+        operation = Operation(
+            name,
+            place,
+            tuple(-1 if key is None else self._producers.get(key, -1) for key in keys),
+            torch._C._autograd._get_sequence_nr(),
+            None if node is None else (node.name(), node._sequence_nr()),
+            backward=node is not None and not place.recomputed,
+        )
+        self.operations.append(operation)
+        self._sequences.append(operation.sequence)
+        batched = any(key in self._batched for key in keys)
+        results = list(_tensors((result,)))
+        shared = set(keys)
+        operation.writes = bool(func._schema.is_mutable)
+        for one in results:
+            key = _key(one)
+            if key is None:
+                continue
+            if key in shared and not operation.writes:
+                operation.views = True
+                continue
+            (self._batched.add if batched else self._batched.discard)(key)
+            self._producers[key] = number
+        if name in _EMPTY:
+            for one in results:
+                self._tainted.pop(_key(one) or 0, None)
+            return
+        if self._wanted:
+            if number in self._wanted and results:
+                self.details[number].result = operand_of("result", results[0])
+            return
+        for one in results:
+            self._look(func, number, one, bad)
+
+    def _look(self, func: Any, number: int, result: Tensor, bad: list[_Bad]) -> None:
+        key = _key(result)
+        # The roots of a view are those of what it is a view of.
+        if key is None or self.operations[number].views:
+            return
+        state = _state(result)
+        if state is _State.FINITE:
+            if not self.operations[number].writes or _covers(result):
+                self._tainted.pop(key, None)
+            return
+        roots = self._roots_at(func, number, result, state is _State.NAN, bad)
+        before = self._tainted.get(key, NO_ROOTS) if self.operations[number].writes else NO_ROOTS
+        self._tainted[key] = roots | (before if not _covers(result) else NO_ROOTS)
+
+    def _roots_at(
+        self, func: Any, number: int, result: Tensor, nan: bool, bad: list[_Bad]
+    ) -> Roots:
+        """Returns the roots of a result that is not finite; makes a new one if it began here."""
+        if not bad:
+            return frozenset({self._new_root(number, result, ())})
+        new = self._new_elements(func, result, bad)
+        if nan and not any(one.nan for one in bad):
+            # Infinite operands made it NaN, or finite ones did, or both in different elements.
+            via = NO_ROOTS.union(*(one.roots for one in bad))
+            if new is None or not _is_nan_at(result, new):
+                return frozenset({self._new_root(number, result, via)})
+            here = {self._new_root(number, result, (), new)}
+            if _is_nan_at(result, ~new):
+                here.add(self._new_root(number, result, via, ~new))
+            return frozenset(here)
+        chosen = [one for one in bad if one.nan] if nan else bad
+        roots = NO_ROOTS.union(*(one.roots for one in chosen))
+        if new is not None and bool(new.any()):
+            roots |= {self._new_root(number, result, (), new)}
+        return roots
+
+    def _new_elements(self, func: Any, result: Tensor, bad: list[_Bad]) -> Tensor | None:
+        """Returns which elements of a result are bad though those that it is made of are not."""
+        if torch.Tag.pointwise not in func.tags or result.layout is not torch.strided:
+            return None
+        new = ~torch.isfinite(result)
+        for one in bad:
+            mask = one.mask
+            if mask is None:
+                mask = ~torch.isfinite(one.tensor)
+            try:
+                new = new & ~mask.to(new.device).expand_as(new)
+            except RuntimeError:  # not one element for each of the result
+                return None
+        return new
+
+    def _new_root(
+        self, number: int, result: Tensor, via: Iterable[int], at: Tensor | None = None
+    ) -> int:
+        root = self._root_of(number, result, None, "", at)
+        root.via = frozenset(via)
+        self.roots.append(root)
+        return len(self.roots) - 1
+
+    def _root_of(
+        self, number: int, tensor: Tensor, source: Source | None, name: str, at: Tensor | None
+    ) -> Root:
+        values = _values(tensor)
+        nan, inf = torch.isnan(values), torch.isinf(values)
+        if at is not None:
+            nan, inf = nan & at, inf & at
+        real = not values.is_complex()
+        return Root(
+            number=number,
+            source=source,
+            name=name,
+            nans=int(nan.sum()),
+            infs=int(inf.sum()),
+            negative=real and bool((values[inf] < 0).all()),
+            masks=real and _can_mask(values),
+            size=values.numel(),
+            shape=tuple(tensor.shape),
+            dtype=_dtype(tensor),
+            examples=self._examples(tensor, nan | inf),
+        )
+
+    # -- operands ------------------------------------------------------------------------------
+
+    def _bad_operands(
+        self, func: Any, operands: list[Tensor], number: int, place: Place
+    ) -> list[_Bad]:
+        bad = []
+        for one in operands:
+            key = _key(one)
+            if key is None:
+                continue
+            roots = self._tainted.get(key)
+            if roots is None:
+                if key in self._producers:
+                    continue
+                if key in self._good:
+                    continue
+                state = _state(one)
+                if state is _State.FINITE:
+                    # Of a view it is not known whether the rest is finite as well.
+                    if _covers(one):
+                        self._good.add(key)
+                        self._kept.append(one)
+                    continue
+                roots = self._from_outside(key, one, number, place)
+            else:
+                state = _state(one)
+                if state is _State.FINITE:
+                    continue
+            # What is written to is not there any more when the operation has run.
+            mask = ~torch.isfinite(_values(one)) if func._schema.is_mutable else None
+            bad.append(_Bad(one, roots, state is _State.NAN, mask))
+        return bad
+
+    def _from_outside(self, key: int, tensor: Tensor, number: int, place: Place) -> Roots:
+        source, name = self._named.get(key, ("constant", ""))
+        if source == "constant":
+            name = variable_of(tensor, place.file, place.line)
+        self.roots.append(self._root_of(number, tensor, source, name, None))
+        self._kept.append(tensor)
+        roots = self._tainted[key] = frozenset({len(self.roots) - 1})
+        return roots
+
+    def _roots_of(self, tensor: Tensor) -> Roots:
+        """Returns the roots of a tensor at the end of the forward, or of the backward."""
+        if _is_finite(tensor):
+            return NO_ROOTS
+        key = _key(tensor)
+        if key is None:
+            return NO_ROOTS
+        roots = self._tainted.get(key)
+        if roots is None and key not in self._producers:
+            roots = self._from_outside(key, tensor, len(self.operations), Place())
+        return roots or NO_ROOTS
+
+    def _details(
+        self, func: Any, operands: list[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Details:
+        names = _operand_names(func, args, kwargs)
+        pairs = list(zip(names, operands, strict=False))
+        return Details(
+            tuple(operand_of(name, one) for name, one in pairs),
+            zero_examples=tuple(self._examples(one, _values(one) == 0) for _, one in pairs),
+            origins=tuple(self._named.get(_key(one) or 0) for _, one in pairs),
+            parents=tuple(self._producers.get(_key(one) or 0, -1) for _, one in pairs),
+        )
+
+    def _examples(self, tensor: Tensor, bad: Tensor) -> tuple[int, ...] | None:
+        """Returns the indices along the batch dimension of elements; None if it has none."""
+        size, key = self.batch, _key(tensor)
+        if size is None or not size or not tensor.dim() or key not in self._batched:
+            return None
+        if bad.shape != tensor.shape:  # sparse, or complex as real
+            return None
+        shape = tensor.shape
+        if shape[0] == size:
+            rows = bad.reshape(size, -1)
+        elif shape[0] and shape[0] % size == 0:
+            rows = bad.reshape(size, -1)  # flattened, the batch first
+        elif size in shape:
+            rows = bad.movedim(list(shape).index(size), 0).reshape(size, -1)
+        else:
+            return None
+        return tuple(torch.nonzero(rows.any(1)).flatten().tolist())
+
+    # -- which forward operation a backward operation belongs to --------------------------------
+
+    def forward_of(self, number: int) -> int | None:
+        """Returns the number of the operation whose backward an operation is part of.
+
+        None if it is not known. What a second derivative differentiates is followed to the forward.
+        """
+        seen: set[int] = set()
+        while True:
+            operation = self.operations[number]
+            if not operation.backward or operation.node is None:
+                return number
+            if number in seen:
+                return None
+            seen.add(number)
+            found = self._made(*operation.node)
+            if found is None or found >= number:
+                return None
+            number = found
+
+    def _made(self, node: str, sequence: int) -> int | None:
+        """Returns the number of the operation that a node of the graph was made for."""
+        if sequence >= 2**63:  # AccumulateGrad has none
+            return None
+        if node.rpartition("::")[2] in ("CopySlices", "AsStridedBackward0"):
+            # Made after an operation has written to a view, not before it runs.
+            found = bisect_right(self._sequences, sequence) - 1
+        else:
+            found = bisect_left(self._sequences, sequence + 1)
+        return found if 0 <= found < len(self.operations) else None
+
+
+def operand_of(name: str, tensor: Tensor) -> Operand:
+    """Describes a tensor: shape, dtype, range of its finite elements, and how many are not."""
+    values = _values(tensor)
+    shape, dtype = tuple(tensor.shape), _dtype(tensor)
+    if not values.numel() or values.is_quantized or values.is_meta:
+        return Operand(name, shape, dtype, math.nan, math.nan)
+    if values.is_complex():
+        values = torch.view_as_real(values.resolve_conj())
+    if values.dtype is torch.bool:
+        values = values.to(torch.uint8)
+    if not values.dtype.is_floating_point:
+        low, high = torch.aminmax(values)
+        return Operand(name, shape, dtype, float(low), float(high), int((values == 0).sum()))
+    finite = values[torch.isfinite(values)]
+    lowest, highest = torch.aminmax(finite) if finite.numel() else (math.nan, math.nan)
+    return Operand(
+        name,
+        shape,
+        dtype,
+        float(lowest),
+        float(highest),
+        zeros=int((values == 0).sum()),
+        nans=int(torch.isnan(values).sum()),
+        infs=int(torch.isinf(values).sum()),
+    )
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _operand_names(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """Returns the name of each tensor among the arguments, in the order of :func:`_tensors`."""
+    names = [one.name for one in func._schema.arguments]
+    named = [*zip(names, args, strict=False), *kwargs.items()]
+    return [name for name, value in named for _ in _tensors((value,))]
+
+
+def _key(tensor: Tensor) -> int | None:
+    """Returns what stands for the memory of a tensor; None if it has none of its own."""
+    try:
+        return int(_values(tensor).untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """Returns the elements that a tensor stores: for a sparse one those that are not left out."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
+        return tensor.values()
+    return tensor
+
+
+def _state(tensor: Tensor) -> _State:
+    values = _values(tensor)
+    if not (values.is_floating_point() or values.is_complex()) or not values.numel():
+        return _State.FINITE
+    if values.is_meta or values.is_quantized or values.layout is not torch.strided:
+        return _State.FINITE
+    if values.is_complex():
+        values = torch.view_as_real(values.resolve_conj())
+    if values.dtype.itemsize < 2:  # float8 knows no comparison
+        values = values.float()
+    # One pass, which tells of NaN as well.
+    low, high = (one.item() for one in torch.aminmax(values))
+    if math.isnan(low):
+        return _State.NAN
+    return _State.INFINITE if math.isinf(low) or math.isinf(high) else _State.FINITE
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return _state(tensor) is _State.FINITE
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    return bool(torch.isnan(_values(tensor)).any())
+
+
+def _is_nan_at(tensor: Tensor, where: Tensor) -> bool:
+    return bool((torch.isnan(tensor) & where).any())
+
+
+def _covers(tensor: Tensor) -> bool:
+    """Returns whether a tensor is all that its memory holds."""
+    try:
+        return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):
+        return True
+
+
+def _can_mask(values: Tensor) -> bool:
+    """Returns whether all elements are minus infinity or one and the same finite value."""
+    rest = values[~torch.isneginf(values)]
+    return not rest.numel() or bool((rest == rest[0]).all() & torch.isfinite(rest[0]))
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,394 @@
+"""Finds where bad gradients came from, in what an observer has seen of a replay.
+
+The *symptom* are the parameters' gradients that are not finite. The observer has noted the roots
+that each of them came from. A root that is a meant infinity, as in a mask, is innocent; if one that
+is not meant was made NaN later, it is to blame, and not what met it. Of several the first that ran
+is the cause. Then the batch runs once more, and this time the values are looked at that the cause
+was given, and the operations that these came from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from typing import Any
+
+from gradwatch.record.explanation import ExplainedKind, Explanation, Operand
+from gradwatch.replay.advice import advice_for
+from gradwatch.replay.frames import Place, source_of
+from gradwatch.replay.observer import NO_ROOTS, Details, Observer, Operation, Root
+
+Run = Callable[[Observer], list[str]]
+"""Runs the same forward and backward under an observer; returns sentences of what to know of it."""
+
+MOST_ANCESTORS = 64  # operations before the cause that are looked at
+NOT_AGAIN = (
+    "Run again, the micro-batch gave finite gradients: something has changed in between, or it "
+    "does not give the same numbers each time."
+)
+
+# They write a constant. If that is infinite, somebody meant it.
+_FILLS = frozenset(
+    {"fill", "full", "full_like", "new_full", "masked_fill", "index_fill", "scalar_tensor"}
+    | {"constant_pad_nd", "lift_fresh", "lift_fresh_copy", "where", "masked_scatter", "scatter"}
+)
+# Their result holds elements that they were given, as they were.
+_PASS_ON = frozenset(
+    {"clone", "contiguous", "copy", "to_copy", "cat", "stack", "gather", "index", "index_select"}
+    | {"masked_fill", "where", "roll", "flip", "repeat", "constant_pad_nd", "lift_fresh", "reshape"}
+    | {"embedding", "slice_backward", "select_backward", "tril", "triu"}
+)
+_KEEP_ZERO = frozenset(
+    {"mul", "div", "neg", "abs", "sqrt", "pow", "square", "relu", "clamp", "sin"}
+)
+_ZERO_IS_AN_EDGE = {
+    "log": "self",
+    "log2": "self",
+    "log10": "self",
+    "sqrt": "self",
+    "rsqrt": "self",
+    "reciprocal": "self",
+    "pow": "self",
+    "linalg_vector_norm": "self",
+    "norm": "self",
+    "cdist": "x1",
+    "div": "other",
+    "xlogy": "other",
+    "atan2": "self",
+    "remainder": "other",
+    "fmod": "other",
+}
+_NAMES = {
+    "_to_copy": "to",
+    "_cdist_forward": "cdist",
+    "_euclidean_dist": "cdist",
+    "_ctc_loss": "ctc_loss",
+    "_fused_rms_norm": "rms_norm",
+    "_thnn_fused_lstm_cell": "lstm_cell",
+    "_thnn_fused_gru_cell": "gru_cell",
+    "mkldnn_rnn_layer": "lstm",
+    "_safe_softmax": "softmax",
+}
+
+
+def explain_run(run: Run) -> Explanation:
+    """Runs a micro-batch again, twice if its gradients are bad, and says where that came from.
+
+    Args:
+        run: Runs it; each time exactly alike.
+    """
+    first = Observer()
+    notes = run(first)
+    cause, kind = _cause_of(first)
+    if cause is None:
+        notes = notes if any(notes) else [NOT_AGAIN]
+        return _advised(Explanation(origin="not_found", notes=tuple(notes)))
+    search = _Search(first, cause, kind)
+    second = Observer(search.wanted())
+    run(second)
+    found = search.explanation(second.details if _is_alike(first, second) else {})
+    return _advised(replace(found, notes=tuple(notes)))
+
+
+def _advised(explanation: Explanation) -> Explanation:
+    return replace(explanation, advice=advice_for(explanation))
+
+
+def _is_alike(first: Observer, second: Observer) -> bool:
+    return [one.name for one in first.operations] == [one.name for one in second.operations]
+
+
+# -- which root is the cause ---------------------------------------------------------------------
+
+
+def _cause_of(seen: Observer) -> tuple[Root | None, ExplainedKind]:
+    symptom = NO_ROOTS.union(*seen.gradient_roots.values())
+    nan = any(seen.bad_gradients.values())
+    if not symptom:
+        symptom = seen.output_roots
+        nan = any(seen.roots[i].nans for i in symptom)
+    causes = _first_causes(seen, symptom)
+    # A loss outside of the module only passes on what came out of the module.
+    if causes and all(seen.roots[i].source == "output_gradient" for i in causes):
+        earlier = _first_causes(seen, seen.output_roots)
+        causes = {i for i in earlier if not _is_meant(seen, seen.roots[i], None)} or causes
+    if not causes:
+        return None, "nan"
+    cause = min((seen.roots[i] for i in causes), key=_order)
+    return _in_forward(seen, cause), "nan" if nan else "inf"
+
+
+def _in_forward(seen: Observer, cause: Root) -> Root:
+    """Returns the root in the forward, if the operation whose backward went bad did so before."""
+    if cause.source is not None or not seen.operations[cause.number].backward:
+        return cause
+    forward = seen.forward_of(cause.number)
+    own = (one for one in seen.roots if one.number == forward and one.source is None)
+    return next((one for one in own if not _is_meant(seen, one, None)), cause)
+
+
+def _order(root: Root) -> tuple[int, bool, bool]:
+    # Of what came into one operation: weights, which are there in every step; then data.
+    return root.number, root.source is None, root.source not in ("parameter", "buffer")
+
+
+def _first_causes(seen: Observer, symptom: Collection[int]) -> set[int]:
+    causes = set().union(*(_resolved(seen, i) for i in symptom)) if symptom else set()
+    guilty = {i for i in causes if not _is_meant(seen, seen.roots[i], None)}
+    return guilty or causes
+
+
+def _resolved(seen: Observer, number: int) -> set[int]:
+    """Returns the roots to blame for a root: itself, or those of the infinity that it made NaN."""
+    root = seen.roots[number]
+    before = {i for one in root.via if one < number for i in _resolved(seen, one)}
+    return {i for i in before if not _is_meant(seen, seen.roots[i], root)} or {number}
+
+
+def _is_meant(seen: Observer, root: Root, met: Root | None) -> bool:
+    """Returns whether a root is an infinity that somebody wanted to be there.
+
+    ``met`` is the root of the NaN that an operation made of it; None if there is none.
+    """
+    if root.nans or not root.infs:
+        return False
+    if root.source is not None:
+        return root.source != "output_gradient" and root.negative and root.masks
+    if _name_of(seen.operations[root.number]) in _FILLS:
+        return True
+    # Other examples have it as well, and are none the worse for it.
+    if met is None or root.examples is None or met.examples is None:
+        return False
+    return bool(set(root.examples) - set(met.examples))
+
+
+# -- what to say of it ---------------------------------------------------------------------------
+
+
+class _Search:
+    """Describes one cause."""
+
+    def __init__(self, seen: Observer, cause: Root, kind: ExplainedKind) -> None:
+        self._seen = seen
+        self._cause = cause
+        self._kind = kind
+        inside = cause.number < len(seen.operations)
+        self._operation = seen.operations[cause.number] if inside else None
+        self._forward = self._forward_number()
+
+    def _forward_number(self) -> int | None:
+        if self._operation is None or self._cause.source is not None:
+            return None
+        return self._seen.forward_of(self._cause.number)
+
+    def wanted(self) -> set[int]:
+        """Lists the operations whose values are to be looked at."""
+        start = self._cause.number if self._forward is None else self._forward
+        wanted = {self._cause.number, start}
+        waiting = [start]
+        while waiting and len(wanted) < MOST_ANCESTORS:
+            number = waiting.pop(0)
+            if not 0 <= number < len(self._seen.operations):
+                continue
+            parents = [one for one in self._seen.operations[number].parents if one >= 0]
+            waiting += [one for one in parents if one not in wanted]
+            wanted.update(parents)
+        for via in self._cause.via:
+            wanted.add(self._seen.roots[via].number)
+        return wanted
+
+    def explanation(self, details: dict[int, Details]) -> Explanation:
+        cause = self._cause
+        common: dict[str, Any] = {
+            "kind": self._kind,
+            "count": cause.nans + cause.infs,
+            "nan_count": cause.nans,
+            "inf_count": cause.infs,
+            "size": cause.size,
+            "result_shape": cause.shape,
+            "result_dtype": cause.dtype,
+            "examples": cause.examples or (),
+        }
+        if cause.source is not None:
+            return self._from_outside(common)
+        return self._of_operation(common, details)
+
+    def _from_outside(self, common: dict[str, Any]) -> Explanation:
+        cause, source = self._cause, self._cause.source
+        if source == "output_gradient":
+            file, line = self._seen.caller
+            return Explanation(
+                origin="output_gradient",
+                phase="backward",
+                module="",
+                module_class=self._outermost(),
+                file=file,
+                line=line,
+                source=source_of(file, line),
+                **common,
+            )
+        place = self._operation.place if self._operation is not None else Place()
+        of_model = source in ("parameter", "buffer")
+        return Explanation(
+            origin="weights" if of_model else "input",
+            argument="" if of_model else cause.name,
+            parameter=cause.name if of_model else "",
+            **self._where(place),
+            **common,
+        )
+
+    def _outermost(self) -> str:
+        return next((kind for name, kind in self._seen.modules.values() if not name), "")
+
+    def _where(self, place: Place) -> dict[str, Any]:
+        name, kind = self._seen.modules.get(place.module, (None, ""))
+        file, line = (place.file, place.line) if place.line else self._seen.caller
+        return {
+            "module": name,
+            "module_class": kind,
+            "file": file,
+            "line": line,
+            "source": source_of(file, line),
+        }
+
+    def _of_operation(self, common: dict[str, Any], details: dict[int, Details]) -> Explanation:
+        cause, forward = self._cause, self._forward
+        operation = self._seen.operations[cause.number]
+        name, place = self._name_and_place(operation)
+        of_forward = details.get(cause.number if forward is None else forward)
+        operands = of_forward.operands if of_forward is not None else ()
+        if operation.backward and not operation.place.line and cause.number in details:
+            here = details[cause.number].operands
+            operands += tuple(replace(one, name="gradient") for one in here[:1])
+        elif operation.backward and cause.number in details:
+            operands = details[cause.number].operands
+        if forward is None and not place.line:
+            # Only the backward is known, and no line that it is of.
+            return Explanation(origin="not_found", operation=name, inputs=operands, **common)
+        argument, parameter, before, examples = self._made_possible(name, of_forward, details)
+        common["examples"] = common["examples"] or examples
+        return Explanation(
+            origin="operation",
+            phase="backward" if operation.backward else "forward",
+            operation=name,
+            inputs=operands,
+            argument=argument,
+            parameter=parameter,
+            made_possible_by=before,
+            **self._where(place),
+            **common,
+        )
+
+    def _name_and_place(self, operation: Operation) -> tuple[str, Place]:
+        if not operation.backward:
+            return _name_of(operation), operation.place
+        forward = None if self._forward is None else self._seen.operations[self._forward]
+        if operation.place.line:  # a backward of the user's own, or a hook
+            module = operation.place.module or (forward.place.module if forward else 0)
+            return _name_of(operation), operation.place._replace(module=module)
+        node = _name_of_node(operation.node[0]) if operation.node else ""
+        if forward is None:
+            return node, operation.place
+        return _name_of(forward), forward.place
+
+    # -- what made it possible -----------------------------------------------------------------
+
+    def _made_possible(
+        self, name: str, details: Details | None, all_details: dict[int, Details]
+    ) -> tuple[str, str, Explanation | None, tuple[int, ...]]:
+        """Returns what the cause goes back to: argument, parameter, operation and examples."""
+        masks = [self._seen.roots[i] for i in self._cause.via]
+        if masks:
+            return self._by_mask(masks[0], all_details)
+        if details is None:
+            return "", "", None, ()
+        edge = _ZERO_IS_AN_EDGE.get(name.rstrip("_"))
+        index = next((i for i, one in enumerate(details.operands) if one.name == edge), None)
+        if index is None:
+            return "", "", None, ()
+        operand = details.operands[index]
+        is_edge = _has_zero if operand.zeros else _is_negative
+        if not is_edge(operand):
+            return "", "", None, ()
+        examples = details.zero_examples[index] or () if operand.zeros else ()
+        visited: set[int] = set()
+        while True:
+            number, origin = details.parents[index], details.origins[index]
+            if number < 0 or number in visited or number not in all_details:
+                return (*_named(origin), None, examples)
+            visited.add(number)
+            details = all_details[number]
+            operation = self._seen.operations[number]
+            onward = [i for i, one in enumerate(details.operands) if is_edge(one)]
+            onward = onward if _passes_on(operation, details, is_edge) else []
+            if not onward:
+                return "", "", self._earlier(operation, details), examples
+            index = onward[0]
+
+    def _by_mask(
+        self, mask: Root, details: dict[int, Details]
+    ) -> tuple[str, str, Explanation | None, tuple[int, ...]]:
+        if mask.source is not None:
+            return (*_named((mask.source, mask.name)), None, ())
+        operation = self._seen.operations[mask.number]
+        return "", "", self._earlier(operation, details.get(mask.number)), ()
+
+    def _earlier(self, operation: Operation, details: Details | None) -> Explanation:
+        result = None if details is None else details.result
+        return Explanation(
+            origin="operation",
+            phase="backward" if operation.backward else "forward",
+            kind=self._kind,
+            operation=_name_of(operation),
+            inputs=() if details is None else details.operands,
+            result_shape=() if result is None else result.shape,
+            result_dtype="" if result is None else result.dtype,
+            **self._where(operation.place),
+        )
+
+
+def _named(origin: tuple[str, str] | None) -> tuple[str, str]:
+    if origin is None:
+        return "", ""
+    source, name = origin
+    return ("", name) if source in ("parameter", "buffer") else (name, "")
+
+
+def _passes_on(operation: Operation, details: Details, edge: Callable[[Operand], bool]) -> bool:
+    """Returns whether an operation was given the value at the edge, rather than made it."""
+    if _name_of(operation).rstrip("_") in _PASS_ON:
+        return True
+    result = details.result
+    if edge is not _has_zero or _name_of(operation).rstrip("_") not in _KEEP_ZERO or not result:
+        return False
+    return any(one.zeros >= result.zeros for one in details.operands)
+
+
+def _has_zero(operand: Operand) -> bool:
+    return operand.zeros > 0
+
+
+def _is_negative(operand: Operand) -> bool:
+    return operand.low < 0
+
+
+def _name_of(operation: Operation) -> str:
+    return public_name(operation.name)
+
+
+def public_name(name: str) -> str:
+    """Returns what users know an operation of torch's as: ``"_softmax"`` is ``"softmax"``."""
+    if name in _NAMES:
+        return _NAMES[name]
+    if name.startswith("_scaled_dot_product"):
+        return "scaled_dot_product_attention"
+    short = name.lstrip("_")
+    for prefix in ("native_", "cudnn_", "miopen_", "mkldnn_"):
+        short = short.removeprefix(prefix)
+    return short.removesuffix("_forward").removesuffix("_with_total_weight") or name
+
+
+def _name_of_node(name: str) -> str:
+    base = re.sub(r"Backward\d*$", "", name.rpartition("::")[2])
+    return public_name(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", base).lower())
