@@ -245,6 +245,7 @@ class Watcher:
         return {
             "entered": self._state != "new",
             "batch": recorder.batch(),
+            "explanations": tuple(self._run.explanations),
             "newest": recorder.newest,
             "skipped": recorder.skipped,
             "noise_scale": self.noise_scale,
@@ -383,7 +384,7 @@ class Watcher:
     @property
     def history(self) -> History:
         """The newest ``buffer_size`` steps and the events, as pandas frames."""
-        return History(self._run.recorder.batch)
+        return History(self._run.recorder.batch, self._run.explanations)
 
     @property
     def events(self) -> list[Event]:

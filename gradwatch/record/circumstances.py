@@ -1,4 +1,4 @@
-"""Under which circumstances an operation makes a NaN or an Inf: what its operands show, in words."""
+"""Under which circumstances an operation makes a NaN or an Inf: what its operands show."""
 
 from __future__ import annotations
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from gradwatch.pickles import stable_name
 from gradwatch.record.circumstances import circumstance
+from gradwatch.record.folder.files import plain_data
 from gradwatch.record.operations import Facts, Operand, shown_name
 from gradwatch.record.wording import counted, listed, printable, wrapped
 
@@ -25,8 +26,8 @@ TOO_LARGE = {
     "spike": "the step was left out, since its gradient norm is far above those before it",
 }
 ORIGINS = {
-    "input": "it was in the data before the forward",
-    "weights": "it was in the weights before the forward",
+    "input": "it came with the data",
+    "weights": "the weights had it before the forward",
     "output_gradient": "it came back from the loss, which is made outside of the model",
     "not_found": "where it was born was not found",
 }
@@ -66,6 +67,7 @@ class Explanation:
     Attributes:
         step: The step, counted from 1; 0 without a watcher.
         optimizer: Label of its optimizer; empty without a watcher.
+        rank: Rank of the process whose batch it was.
         micro_batch: The micro-batch in its window, counted from 1; 0 if not known.
         origin: ``"operation"`` of the model or the loss; ``"input"``: the data; ``"weights"``:
             parameters or buffers that were bad before; ``"output_gradient"``: what came back from
@@ -131,6 +133,7 @@ class Explanation:
     made_possible_by: Explanation | None = None
     notes: tuple[str, ...] = ()
     advice: str = ""
+    rank: int = 0
 
     @property
     def summary(self) -> str:
@@ -147,22 +150,87 @@ class Explanation:
     def as_dict(self) -> dict[str, Any]:
         """Returns plain dicts, lists, strings and numbers, for JSON.
 
-        NaN and infinities are numbers here, which strict JSON does not have; :meth:`from_dict` also
-        takes them as text, such as ``"nan"``.
+        A NaN or infinity, which JSON does not have, is text: ``"nan"``, ``"inf"`` or ``"-inf"``.
         """
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        as_data: dict[str, Any] = plain_data(asdict(self))
+        return as_data
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Explanation:
         """Makes an explanation of what :meth:`as_dict` returned, also after a way through JSON.
 
-        Names that are not known are left out, so that a newer gradwatch may have written them.
+        Names that are not known are left out, so that a newer gradwatch may have written them. A
+        NaN or infinity may be a number or text.
+
+        Raises:
+            TypeError: If a value is of another type than that of its field.
         """
-        kept = _known(cls, values)
-        for name, make in _PARTS.items():
-            if kept.get(name) is not None:
-                kept[name] = make(kept[name])
-        return cls(**kept)
+        return cls(**_checked(cls, values))
+
+
+def _checked(of: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that are there, each of the type that its class says.
+
+    Raises:
+        TypeError: If one is of another type, or the values are no mapping.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"expected a mapping, got {type(values).__name__}")
+    return {
+        one.name: _READ[str(one.type)](values[one.name]) for one in fields(of) if one.name in values
+    }
+
+
+def _exactly(kind: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        # type() and not isinstance(): True would pass as an int.
+        if type(value) is not kind:
+            raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
+        return value
+
+    return read
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, str):  # NaN and infinities, which JSON does not have
+        return float(value)
+    if type(value) not in (int, float):
+        raise TypeError(f"expected a number, got {type(value).__name__}")
+    return float(value)
+
+
+def _or_none(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else read(value)
+
+
+def _each(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def read_all(values: Any) -> tuple[Any, ...]:
+        if not isinstance(values, list | tuple):
+            raise TypeError(f"expected a list, got {type(values).__name__}")
+        return tuple(map(read, values))
+
+    return read_all
+
+
+_TEXT, _INTEGER = _exactly(str), _exactly(int)
+
+_READ: dict[str, Callable[[Any], Any]] = {
+    "int": _INTEGER,
+    "str": _TEXT,
+    "int | None": _or_none(_INTEGER),
+    "float": _number,
+    "str | None": _or_none(_TEXT),
+    "Origin": _TEXT,
+    "Phase | None": _or_none(_TEXT),
+    "ExplainedKind": _TEXT,
+    "tuple[int, ...]": _each(_INTEGER),
+    "tuple[str, ...]": _each(_TEXT),
+    "tuple[Operand, ...]": _each(lambda row: Operand(**_checked(Operand, row))),
+    "tuple[Share, ...]": _each(lambda row: Share(**_checked(Share, row))),
+    "tuple[Explanation, ...]": _each(Explanation.from_dict),
+    "Explanation | None": _or_none(Explanation.from_dict),
+}
+"""How a value is read back, by the type of its field as it is written above."""
 
 
 def facts_of(explanation: Explanation) -> Facts:
@@ -178,42 +246,6 @@ def facts_of(explanation: Explanation) -> Facts:
         source=explanation.source,
         made_by=made_by.operation if made_by else "",
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return [_plain(one) for one in value]
-    if isinstance(value, dict):
-        return {name: _plain(one) for name, one in value.items()}
-    return value
-
-
-def _known(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    names = {one.name for one in fields(kind)}
-    return {name: value for name, value in values.items() if name in names}
-
-
-def _operand(values: Mapping[str, Any]) -> Operand:
-    low, high = float(values["low"]), float(values["high"])
-    kept = _known(Operand, values)
-    return Operand(**{**kept, "shape": tuple(values["shape"]), "low": low, "high": high})
-
-
-def _share(values: Mapping[str, Any]) -> Share:
-    norm, share = float(values["norm"]), float(values["share"])
-    return Share(**{**_known(Share, values), "norm": norm, "share": share})
-
-
-_PARTS: dict[str, Any] = {
-    "examples": tuple,
-    "result_shape": tuple,
-    "notes": tuple,
-    "inputs": lambda rows: tuple(map(_operand, rows)),
-    "candidates": lambda rows: tuple(map(Explanation.from_dict, rows)),
-    "largest_parameters": lambda rows: tuple(map(_share, rows)),
-    "largest_examples": lambda rows: tuple(map(_share, rows)),
-    "made_possible_by": Explanation.from_dict,
-}
 
 
 def _summary(it: Explanation) -> str:
@@ -237,14 +269,17 @@ def _summary(it: Explanation) -> str:
     else:
         told = f"{kind}: where it was born was not found"
     told += f", {_examples(it.examples, 3)}" if it.examples else ""
-    largest = [f"{printable(one.name)} ({_percent(one)})" for one in it.largest_parameters[:1]]
-    largest += [f"example {one.name} ({_percent(one)})" for one in it.largest_examples[:1]]
+    largest = [printable(one.name) for one in it.largest_parameters[:1]]
+    largest += [f"example {printable(one.name)}" for one in it.largest_examples[:1]]
     return told + (f"; largest: {listed(largest)}" if largest else "")
 
 
 def _paragraph(it: Explanation) -> Iterator[str]:
     yield from _beginning(it)
     yield from _details(it)
+    if it.origin == "operation" and (it.argument or it.parameter):
+        source = f"argument {it.argument}" if it.argument else f"parameter or buffer {it.parameter}"
+        yield wrapped(f"Made possible by what is in the {printable(source)}.", "  ")
     above, depth = it.made_possible_by, 0
     while above is not None and depth < 3:
         named = shown_name(above.operation) if above.operation else "an operation"
@@ -254,7 +289,7 @@ def _paragraph(it: Explanation) -> Iterator[str]:
         above, depth = above.made_possible_by, depth + 1
     for what, shares in (("parameter", it.largest_parameters), ("example", it.largest_examples)):
         if shares:
-            told = ", ".join(f"{printable(one.name)} {_share_words(one)}" for one in shares)
+            told = ", ".join(map(_share_words, shares))
             one_or_many = what if len(shares) == 1 else f"{what}s"
             yield wrapped(f"Largest {one_or_many}: {told}.", "  ")
     for note in it.notes:
@@ -269,9 +304,8 @@ def _beginning(it: Explanation) -> Iterator[str]:
         yield wrapped(f"{kind}, born in one of these places:", "  ")
         for one in it.candidates[:MOST_CANDIDATES]:
             named = f"{printable(shown_name(one.operation))} " if one.operation else ""
-            yield wrapped(
-                f"  {named}{_in_module(one)}{':' if one.file or one.source else ''}", "  "
-            )
+            end = ":" if one.file or one.source else ""
+            yield wrapped(f"  {named}{_in_module(one)}{end}", "  ")
             yield from _location(one, "    ")
         if (more := len(it.candidates) - MOST_CANDIDATES) > 0:
             yield f"  and {more:,} more"
@@ -321,7 +355,8 @@ def _when(it: Explanation) -> str:
         told = f"micro-batch {it.micro_batch:,}{f' of {told}' if told else ''}"
     if not told:
         return ""
-    return f" in {told}{f' (optimizer {printable(it.optimizer)})' if it.optimizer else ''}"
+    rank = f" on rank {it.rank}" if it.rank else ""
+    return f" in {told}{f' (optimizer {printable(it.optimizer)})' if it.optimizer else ''}{rank}"
 
 
 def _module(it: Explanation) -> str:
@@ -348,7 +383,8 @@ def _owner(it: Explanation) -> str:
     if it.origin == "input":
         return f"the argument {printable(it.argument)}" if it.argument else "an argument"
     if it.origin == "weights":
-        return printable(it.parameter) if it.parameter else "a parameter or buffer"
+        named = f" {printable(it.parameter)}" if it.parameter else ""
+        return f"{'the' if named else 'a'} parameter or buffer{named}"
     if it.origin == "output_gradient":
         return f"the gradient at the output of {_module(it)}"
     return "the gradient" if it.phase == "backward" else "the result"
@@ -400,9 +436,9 @@ def _examples(indices: Sequence[int], most: int = MOST_EXAMPLES) -> str:
 
 
 def _share_words(one: Share) -> str:
-    norm = "" if math.isnan(one.norm) else f"norm {one.norm:.4g}"
-    share = "" if math.isnan(one.share) else _percent(one)
-    return f"{share} ({norm})" if share and norm else share or norm
+    share = "" if math.isnan(one.share) else f" {_percent(one)}"
+    norm = "" if math.isnan(one.norm) else f" (norm {one.norm:.4g})"
+    return f"{printable(one.name)}{share}{norm}"
 
 
 def _percent(one: Share) -> str:
@@ -428,10 +464,9 @@ def _brief_place(it: Explanation) -> str:
 def _shown_path(path: str) -> str:
     """Returns the path as seen from the current directory, if it is below that."""
     try:
-        below = os.path.relpath(path)
-    except (OSError, ValueError):  # the directory is gone, or the path is on another drive
+        return str(Path(path).relative_to(Path.cwd()))
+    except (OSError, ValueError):  # the directory is gone, or does not hold the file
         return path
-    return path if below.startswith(os.pardir) or not os.path.isabs(path) else below
 
 
 def _sentence(text: str) -> str:

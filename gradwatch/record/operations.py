@@ -158,7 +158,6 @@ class Facts:
         result_dtype: Dtype of its result; empty if not known.
         size: Number of elements of its result.
         source: The line of the user.
-        module_class: The class of the module that ran it.
         made_by: The operation that made it possible; empty for none.
     """
 
@@ -169,7 +168,6 @@ class Facts:
     result_dtype: str = ""
     size: int = 0
     source: str = ""
-    module_class: str = ""
     made_by: str = ""
 
     @cached_property
