@@ -127,9 +127,9 @@ def _exp_overflows(facts: Facts) -> bool:
 
 
 def _all_minus_infinity(facts: Facts) -> bool:
-    """Whether each Inf is negative: a softmax then is NaN for a row that has nothing else."""
+    """Whether each Inf is negative: what is bad then is a row that has nothing else."""
     x = facts.x
-    return facts.kind == "nan" and x.infs > 0 and x.negative_infs == x.infs and not x.nans
+    return x.infs > 0 and x.negative_infs == x.infs and not x.nans
 
 
 def _has_plus_infinity(facts: Facts) -> bool:
@@ -251,7 +251,7 @@ _TABLE: tuple[tuple[str, str, Callable[[Facts], bool], str], ...] = (
     (
         "logsumexp_masked",
         "logsumexp logaddexp logaddexp2 logcumsumexp",
-        lambda f: f.backward and _all_minus_infinity(f),
+        _all_minus_infinity,
         "{op} {of} nothing but -inf",
     ),
     # Where functions end, and where they have poles.

@@ -15,10 +15,10 @@ ADVICE = {
     # Roots and logarithms.
     "eps_is_zero": "The eps in this line is too small for {dtype} and becomes 0. Use one that it "
     "can hold, `x / (y + {eps})`, or compute this line in float32.",
-    "log_zero": "Keep the input above 0: `torch.{op}(x.clamp(min={eps}))`.",
+    "log_zero": "Keep the input above 0: `{call}(x.clamp(min={eps}))`.",
     "log_negative": "{op} is not defined there. If rounding brings the input below 0, clamp it: "
-    "`torch.{op}(x.clamp(min={eps}))`; if it must be positive, make it so: "
-    "`torch.{op}(F.softplus(x) + {eps})`.",
+    "`{call}(x.clamp(min={eps}))`; if it must be positive, make it so: "
+    "`{call}(F.softplus(x) + {eps})`.",
     "log1p_edge": "Keep the input above -1: `torch.log1p(x.clamp(min=-1 + {edge}))`.",
     "log1p_below": "log1p is not defined there: `torch.log1p(x.clamp(min=-1 + {edge}))`.",
     "xlogy_zero": "Keep the second argument above 0: `torch.xlogy(x, y.clamp(min={eps}))`.",
@@ -36,7 +36,7 @@ ADVICE = {
     "hypot_zero": "hypot has no gradient at (0, 0): `torch.sqrt(x * x + y * y + {tiny})`.",
     # Divisions.
     "normalize_in_half": "The eps of F.normalize is 1e-12, which is 0 in float16: "
-    "`F.normalize(x, dim=-1, eps={eps})`, or `F.normalize(x.float(), dim=-1)`.",
+    "`F.normalize(x, dim=-1, eps={eps})`.",
     "spread_zero": "Values that are all equal have a standard deviation of 0. Add an eps: "
     "`(x - x.mean()) / (x.std(correction=0) + {eps})`.",
     "norm_divides": "A vector of zeros has no direction. Add an eps: "
@@ -45,7 +45,7 @@ ADVICE = {
     "sum of weights `x / y.clamp(min={eps})`.",
     "div_zero": "Keep the divisor away from 0: `x / y.clamp(min={eps})` if it is never negative, "
     "`x / torch.where(y.abs() < {eps}, {eps}, y)` if it may be.",
-    "modulo_zero": "Keep the divisor away from 0: `torch.{op}(x, y.clamp(min={eps}))`.",
+    "modulo_zero": "Keep the divisor away from 0: `{call}(x, y.clamp(min={eps}))`.",
     "inf_by_inf": "Both have grown beyond {dtype} before this line. Subtract in the logarithm "
     "instead, `torch.exp(torch.log_softmax(x, dim=-1))` for a softmax written by hand, or look at "
     "what made them Inf.",
@@ -54,8 +54,8 @@ ADVICE = {
     # Exponentials and powers.
     "exp_overflow": "Use the form that cannot overflow: `torch.softmax(x, dim=-1)`, "
     "`torch.logsumexp(x, dim=-1)`, `F.softplus(x)` for log(1 + exp(x)). Otherwise bound the input: "
-    "`torch.{op}(x.clamp(max={exp_max}))`.",
-    "sinh_overflow": "Bound the input: `torch.{op}(x.clamp(-{exp_max}, {exp_max}))`.",
+    "`{call}(x.clamp(max={exp_max}))`.",
+    "sinh_overflow": "Bound the input: `{call}(x.clamp(-{exp_max}, {exp_max}))`.",
     "pow_negative": "A power with a fractional or a learned exponent needs a base above 0: "
     "`x.clamp(min={eps}) ** p`.",
     "pow_zero": "An exponent below 1 has an infinite slope at 0, and a negative one is a division "
@@ -95,18 +95,18 @@ ADVICE = {
     "weight_norm_zero": "A weight of zeros has no direction. Start it with other values: "
     "`torch.nn.init.normal_(weight, std=0.02)`.",
     # Losses.
-    "target_masked": "Masked classes must not be targets, and label smoothing must not be used with "
-    "them. Mask with a finite number: `scores.masked_fill(mask, torch.finfo(scores.dtype).min)`.",
+    "target_masked": "Masked classes must not be targets, and label smoothing counts all classes. "
+    "Mask with a finite number: `scores.masked_fill(mask, torch.finfo(scores.dtype).min)`.",
     "all_ignored": "The mean over no target is 0 / 0. Leave out batches in which each target is "
     "ignored or has the weight 0, or divide by hand: `F.cross_entropy(logits, target, "
     'reduction="sum") / (target != -100).sum().clamp(min=1)`.',
     "bce_edge": "Give the loss logits instead of probabilities: "
     "`F.binary_cross_entropy_with_logits(logits, target)`.",
     "kl_input": "Make the log-probabilities in one operation: "
-    "`F.kl_div(F.log_softmax(logits, dim=-1), target)`.",
+    "`F.kl_div(F.log_softmax(logits, dim=-1), target, "
+    'reduction="batchmean")`.",
     "kl_target": "The gradient of the target has its logarithm. Detach it, or give it as "
-    "log-probabilities: `F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), "
-    "log_target=True)`.",
+    "log-probabilities: `F.kl_div(log_p, log_target, reduction=\"batchmean\", log_target=True)`.",
     "ctc": "A target that is longer than its input, with repeats counted twice, has no path: "
     "`torch.nn.CTCLoss(zero_infinity=True)`, or leave such examples out.",
     # Matrices.
@@ -121,7 +121,7 @@ ADVICE = {
     # Infinities that were there.
     "zero_by_inf": "A mask of zeros does not remove an Inf, since 0 * Inf is NaN: "
     "`x.masked_fill(mask, 0.0)` does.",
-    "inf_minus_inf": "Look at the lines before it: what made these Inf? A mask is safer as a finite "
+    "inf_minus_inf": "Look at the lines that made these Inf. A mask is safer as a finite "
     "number, `torch.finfo(x.dtype).min / 2`.",
     "of_inf": "{op} is given an Inf. Look at the line that made it; a mask is safer as a finite "
     "number, `torch.finfo(x.dtype).min / 2`.",
@@ -152,12 +152,12 @@ SQRT_OF_SPREAD = (
     "`torch.sqrt(x.var(correction=0) + {eps})`."
 )
 MASKED = (
-    "The gradient that arrives there is 0, and 0 * Inf is NaN: torch.where and masks do not stop "
-    "that. Replace the bad inputs before this line: `{call}(torch.where(good, x, {safe}))`."
+    "torch.where and masks send back a gradient of 0, and 0 times an infinite slope is NaN. "
+    "Replace the bad inputs before this operation, too: `{call}(torch.where(good, x, {safe}))`."
 )
 MASKED_DIVISION = (
-    "The gradient that arrives there is 0, and 0 / 0 is NaN: torch.where and masks do not stop "
-    "that. Replace the bad divisors before this line: `x / torch.where(good, y, 1.0)`."
+    "torch.where and masks send back a gradient of 0, and 0 / 0 is NaN. Replace the bad divisors "
+    "before this operation, too: `x / torch.where(good, y, 1.0)`."
 )
 HALF = (
     "float16 ends at 65504: run this line in float32, `x.float()`, or the model in bfloat16, "
@@ -212,29 +212,15 @@ SPIKE = (
     "longer, or clip: `gradwatch.watch(model, optimizer, clip=1.0)`."
 )
 
-USUAL = {
-    key: circumstance_called(key)
-    for key in [
-        "log_zero",
-        "log1p_edge",
-        "xlogy_zero",
-        "sqrt_zero",
-        "rsqrt_zero",
-        "hypot_zero",
-        "div_zero",
-        "reciprocal_zero",
-        "pow_zero",
-        "softmax_masked",
-        "logsumexp_masked",
-        "arc_edge",
-        "logit_edge",
-        "acosh_edge",
-        "gamma_pole",
-        "all_ignored",
-        "bce_edge",
+USUAL = tuple(
+    circumstance_called(key)
+    for key in (
+        *("log_zero", "log1p_edge", "xlogy_zero", "sqrt_zero", "rsqrt_zero", "hypot_zero"),
+        *("div_zero", "reciprocal_zero", "pow_zero", "softmax_masked", "logsumexp_masked"),
+        *("arc_edge", "logit_edge", "acosh_edge", "gamma_pole", "all_ignored", "bce_edge"),
         "kl_input",
-    ]
-}
+    )
+)
 """What it most often is, where only the operation is known."""
 
 POLES = {
@@ -252,7 +238,6 @@ POLES = {
 """Where the slope is infinite, with a number that is safe there."""
 
 DIVISIONS = ("spread_zero", "norm_divides", "count_zero", "div_zero", "normalize_in_half")
-OUTSIDE_OF_TORCH = {"erfinv": "torch.special.erfinv"}
 NORM_EPS = {"float16": "1e-3"}
 EPS = {"float16": "1e-4"}
 TINY = {"float16": "1e-4", "float64": "1e-24"}
@@ -294,7 +279,7 @@ def _for_operation(explanation: Explanation) -> str:
         return _filled(_special(known, facts, explanation) or ADVICE[known.key], facts)
     if not facts.operation:
         return UNKNOWN
-    usual = next((one for one in USUAL.values() if one.about(facts.op)), None)
+    usual = next((one for one in USUAL if one.about(facts.op)), None)
     if not facts.operands and usual is not None:
         check = CHECK.format(phrase=usual.told(facts))
         return check + _filled(ADVICE[usual.key], facts)
@@ -329,7 +314,9 @@ def _hidden_later(facts: Facts) -> bool:
     gradient = facts.gradient
     if facts.backward:
         return facts.kind == "nan" and (gradient is None or gradient.zeros > 0)
-    return bool(re.search(r"\b(where|masked_fill)\(", facts.source))
+    return bool(
+        re.search(rf"\bwhere\(.*\b{re.escape(shown_name(facts.operation))}\(", facts.source)
+    )
 
 
 def _made_of(facts: Facts, operation: str) -> bool:
@@ -340,7 +327,7 @@ def _filled(advice: str, facts: Facts) -> str:
     op, dtype = shown_name(facts.operation).rstrip("_"), facts.dtype
     return advice.format(
         op=op,
-        call=OUTSIDE_OF_TORCH.get(op, f"torch.{op}"),
+        call=f"torch.{facts.op}",
         dtype=dtype or "the dtype",
         limit=f"{facts.limit:.6g}",
         eps=EPS.get(dtype, "1e-6"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gradwatch.pickles import stable_name
 from gradwatch.record.explanation import Explanation
@@ -22,7 +22,7 @@ def explain(
     loss: Callable[[Any], Tensor] | None = None,
     **kwargs: Any,
 ) -> Explanation:
-    """Temp"""
+    """temp"""
 
     def run(observer: Observer) -> list[str]:
         state = torch.get_rng_state()
