@@ -104,9 +104,9 @@ ADVICE = {
     "`F.binary_cross_entropy_with_logits(logits, target)`.",
     "kl_input": "Make the log-probabilities in one operation: "
     "`F.kl_div(F.log_softmax(logits, dim=-1), target, "
-    'reduction="batchmean")`.",
+    'reduction="batchmean")`.',
     "kl_target": "The gradient of the target has its logarithm. Detach it, or give it as "
-    "log-probabilities: `F.kl_div(log_p, log_target, reduction=\"batchmean\", log_target=True)`.",
+    'log-probabilities: `F.kl_div(log_p, log_target, reduction="batchmean", log_target=True)`.',
     "ctc": "A target that is longer than its input, with repeats counted twice, has no path: "
     "`torch.nn.CTCLoss(zero_infinity=True)`, or leave such examples out.",
     # Matrices.
