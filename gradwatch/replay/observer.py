@@ -517,6 +517,7 @@ def operand_of(name: str, tensor: Tensor) -> Operand:
         zeros=int((values == 0).sum()),
         nans=int(torch.isnan(values).sum()),
         infs=int(torch.isinf(values).sum()),
+        negative_infs=int(torch.isneginf(values).sum()),
     )
 
 
