@@ -1,6 +1,5 @@
 """Where a replay may be called from, what it refuses, and what errors leave behind."""
 
-import contextlib
 import threading
 
 import pytest
@@ -208,7 +207,14 @@ def test_data_parallel():
     before, seen = _whole(model), Seen()
     run_calls(model, calls)(seen)
     assert list(differences(before, _whole(model))) == []
-    assert sorted(seen.parameters) == ["0.bias", "0.weight", "1.bias", "1.weight", "3.bias", "3.weight"]
+    assert sorted(seen.parameters) == [
+        "0.bias",
+        "0.weight",
+        "1.bias",
+        "1.weight",
+        "3.bias",
+        "3.weight",
+    ]
     assert list(seen.modules) == ["", "0", "1", "2", "3"]
 
 
@@ -257,7 +263,10 @@ def test_one_rank_replays_alone():
 def test_a_forward_that_communicates_is_refused():
     """A collective in a forward, or in SyncBatchNorm, ends the replay before anybody waits."""
     reasons = on_ranks(_communicating, 2)[1]
-    assert [reason.split(" communicates")[0] for reason in reasons] == ["The forward", "SyncBatchNorm"]
+    assert [reason.split(" communicates")[0] for reason in reasons] == [
+        "The forward",
+        "SyncBatchNorm",
+    ]
 
 
 def test_a_sharded_model_is_refused():
@@ -270,10 +279,10 @@ def test_a_sharded_model_is_refused():
         assert before == [id(one) for one in model.parameters()]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
 def test_a_scripted_model_is_refused():
     """The weights of a scripted module are not where they could be replaced."""
-    with pytest.warns(DeprecationWarning) if _SCRIPT_WARNS else contextlib.nullcontext():
-        model = nn.Sequential(torch.jit.trace(nn.Linear(4, 2), X))
+    model = nn.Sequential(torch.jit.trace(nn.Linear(4, 2), X))
     with pytest.raises(ReplayError, match="is a scripted module"):
         run_closure(model, lambda: model(X).sum())(Seen())
 
@@ -288,9 +297,6 @@ def test_a_lazy_model_is_refused():
     run_closure(model, lambda: model(X).sum())(seen)
     assert list(differences(before, _whole(model))) == []
     assert set(seen.gradients) == {"0.weight", "0.bias"}
-
-
-_SCRIPT_WARNS = torch.__version__ >= "2.10"
 
 
 # -- errors ----------------------------------------------------------------------------------------
