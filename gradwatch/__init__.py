@@ -61,6 +61,7 @@ __all__ = [
     "ZClip",
     "check_gradients",
     "curvature",
+    "explain",
     "load",
     "watch",
 ]
@@ -70,6 +71,7 @@ _ON_DEMAND = {
     "Thresholds": "gradwatch.report.thresholds",
     "WrongGradientError": "gradwatch.gradcheck.result",
     "check_gradients": "gradwatch.gradcheck.check",
+    "explain": "gradwatch.replay.by_hand",
     "curvature": "gradwatch.hessian.curvature",
 }
 """What few runs need, and so is loaded when somebody asks for it."""

@@ -8,6 +8,7 @@ import sys
 import sysconfig
 from collections.abc import Mapping
 from enum import IntEnum
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import NamedTuple
 
@@ -45,19 +46,15 @@ class Place(NamedTuple):
     code: CodeType | None = None
 
 
-def _folder(file: str | None) -> str:
-    return os.path.join(os.path.dirname(os.path.abspath(file or "")), "")
-
-
-_TORCH = _folder(torch.__file__)
-_OURS = _folder(os.path.dirname(__file__))
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_OURS = str(Path(__file__).parents[1]) + os.sep
 _PYTHON = tuple(
-    os.path.join(path, "")
+    str(Path(path)) + os.sep
     for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
     if path
 )
 _PACKAGES = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
-_CHECKPOINT = os.path.join(_TORCH, "utils", "checkpoint.py")
+_CHECKPOINT = str(Path(_TORCH, "utils", "checkpoint.py"))
 
 
 class Frames:
@@ -146,7 +143,12 @@ def variable_of(tensor: Tensor, file: str, line: int) -> str:
         frame = frame.f_back
     while frame is not None and not frame.f_code.co_filename.startswith(_OURS):
         if not frame.f_code.co_filename.startswith((_TORCH, *_PYTHON)):
-            for name, value in frame.f_locals.items():
+            known = frame.f_locals | {
+                name: frame.f_globals[name]
+                for name in frame.f_code.co_names
+                if name in frame.f_globals
+            }
+            for name, value in known.items():
                 found = _within(name, value, tensor)
                 if found:
                     return found
@@ -174,6 +176,6 @@ def _is_same(value: object, tensor: Tensor) -> bool:
     if value is tensor:
         return True
     try:
-        return value.untyped_storage()._cdata == tensor.untyped_storage()._cdata
+        return bool(value.untyped_storage()._cdata == tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
         return False

@@ -10,14 +10,14 @@ was given, and the operations that these came from.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
 from gradwatch.record.explanation import ExplainedKind, Explanation, Operand
 from gradwatch.replay.advice import advice_for
 from gradwatch.replay.frames import Place, source_of
-from gradwatch.replay.observer import NO_ROOTS, Details, Observer, Operation, Root, Roots
+from gradwatch.replay.observer import NO_ROOTS, Details, Observer, Operation, Root
 
 Run = Callable[[Observer], list[str]]
 """Runs the same forward and backward under an observer; returns sentences of what to know of it."""
@@ -37,8 +37,11 @@ _FILLS = frozenset(
 _PASS_ON = frozenset(
     {"clone", "contiguous", "copy", "to_copy", "cat", "stack", "gather", "index", "index_select"}
     | {"masked_fill", "where", "roll", "flip", "repeat", "constant_pad_nd", "lift_fresh", "reshape"}
-    | {"relu", "abs", "neg", "embedding", "slice_backward", "select_backward", "tril", "triu"}
-) - {"relu"}
+    | {"embedding", "slice_backward", "select_backward", "tril", "triu"}
+)
+_KEEP_ZERO = frozenset(
+    {"mul", "div", "neg", "abs", "sqrt", "pow", "square", "relu", "clamp", "sin"}
+)
 _ZERO_IS_AN_EDGE = {
     "log": "self",
     "log2": "self",
@@ -112,8 +115,17 @@ def _cause_of(seen: Observer) -> tuple[Root | None, ExplainedKind]:
         causes = {i for i in earlier if not _is_meant(seen, seen.roots[i], None)} or causes
     if not causes:
         return None, "nan"
-    roots = [seen.roots[i] for i in causes]
-    return min(roots, key=_order), "nan" if nan else "inf"
+    cause = min((seen.roots[i] for i in causes), key=_order)
+    return _in_forward(seen, cause), "nan" if nan else "inf"
+
+
+def _in_forward(seen: Observer, cause: Root) -> Root:
+    """Returns the root in the forward, if the operation whose backward went bad did so before."""
+    if cause.source is not None or not seen.operations[cause.number].backward:
+        return cause
+    forward = seen.forward_of(cause.number)
+    own = (one for one in seen.roots if one.number == forward and one.source is None)
+    return next((one for one in own if not _is_meant(seen, one, None)), cause)
 
 
 def _order(root: Root) -> tuple[int, bool, bool]:
@@ -171,7 +183,7 @@ class _Search:
         return self._seen.forward_of(self._cause.number)
 
     def wanted(self) -> set[int]:
-        """Returns the operations whose values are to be looked at."""
+        """Lists the operations whose values are to be looked at."""
         start = self._cause.number if self._forward is None else self._forward
         wanted = {self._cause.number, start}
         waiting = [start]
@@ -241,9 +253,8 @@ class _Search:
         }
 
     def _of_operation(self, common: dict[str, Any], details: dict[int, Details]) -> Explanation:
-        cause, operation = self._cause, self._operation
-        assert operation is not None
-        forward = self._forward
+        cause, forward = self._cause, self._forward
+        operation = self._seen.operations[cause.number]
         name, place = self._name_and_place(operation)
         of_forward = details.get(cause.number if forward is None else forward)
         operands = of_forward.operands if of_forward is not None else ()
@@ -286,7 +297,7 @@ class _Search:
     def _made_possible(
         self, name: str, details: Details | None, all_details: dict[int, Details]
     ) -> tuple[str, str, Explanation | None, tuple[int, ...]]:
-        """Returns argument, parameter, earlier operation and examples that the cause goes back to."""
+        """Returns what the cause goes back to: argument, parameter, operation and examples."""
         masks = [self._seen.roots[i] for i in self._cause.via]
         if masks:
             return self._by_mask(masks[0], all_details)
@@ -310,7 +321,8 @@ class _Search:
             details = all_details[number]
             operation = self._seen.operations[number]
             onward = [i for i, one in enumerate(details.operands) if is_edge(one)]
-            if _name_of(operation) not in _PASS_ON or not onward:
+            onward = onward if _passes_on(operation, details, is_edge) else []
+            if not onward:
                 return "", "", self._earlier(operation, details), examples
             index = onward[0]
 
@@ -341,6 +353,16 @@ def _named(origin: tuple[str, str] | None) -> tuple[str, str]:
         return "", ""
     source, name = origin
     return ("", name) if source in ("parameter", "buffer") else (name, "")
+
+
+def _passes_on(operation: Operation, details: Details, edge: Callable[[Operand], bool]) -> bool:
+    """Returns whether an operation was given the value at the edge, rather than made it."""
+    if _name_of(operation).rstrip("_") in _PASS_ON:
+        return True
+    result = details.result
+    if edge is not _has_zero or _name_of(operation).rstrip("_") not in _KEEP_ZERO or not result:
+        return False
+    return any(one.zeros >= result.zeros for one in details.operands)
 
 
 def _has_zero(operand: Operand) -> bool:
