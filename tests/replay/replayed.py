@@ -160,11 +160,7 @@ class _Closure:
 def attributes(model: nn.Module) -> dict[str, Any]:
     """Return the plain attributes of all modules, in a form that can be compared."""
     return {
-        name: {
-            key: _plain(value)
-            for key, value in vars(module).items()
-            if key not in _NOT_PLAIN
-        }
+        name: {key: _plain(value) for key, value in vars(module).items() if key not in _NOT_PLAIN}
         for name, module in model.named_modules()
     }
 

@@ -357,8 +357,11 @@ def _through_the_function(model, loss):
     return loss
 
 
+_BACKWARD = torch.autograd.backward
+
+
 def _through_a_name_of_its_own(model, loss):
-    torch.autograd.backward.__call__(loss)
+    _BACKWARD(loss)
     return loss
 
 

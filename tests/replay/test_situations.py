@@ -1,6 +1,5 @@
 """Where a replay may be called from, what it refuses, and what errors leave behind."""
 
-import contextlib
 import threading
 
 import pytest
@@ -60,10 +59,13 @@ def test_what_is_active_outside_does_not_matter(around):
     before, seen = _whole(model), Seen()
     with around():
         modes = torch.is_grad_enabled(), torch.is_anomaly_enabled()
+        casts = [torch.mm(X.T, X)]
         run_calls(model, calls)(seen)
         assert modes == (torch.is_grad_enabled(), torch.is_anomaly_enabled())
     assert list(differences(before, _whole(model))) == []
-    if around is not torch.inference_mode:
+    # A backward runs under the autocast that is active around the replay, which most likely was
+    # around the backward as well: an optimizer's step comes right after it.
+    if not any(one.dtype != torch.float32 for one in casts):
         real, replayed = pieces(_gradients(model)), pieces(seen.gradients)
         assert list(differences(real, replayed)) == []
 
@@ -205,7 +207,14 @@ def test_data_parallel():
     before, seen = _whole(model), Seen()
     run_calls(model, calls)(seen)
     assert list(differences(before, _whole(model))) == []
-    assert sorted(seen.parameters) == ["0.bias", "0.weight", "1.bias", "1.weight", "3.bias", "3.weight"]
+    assert sorted(seen.parameters) == [
+        "0.bias",
+        "0.weight",
+        "1.bias",
+        "1.weight",
+        "3.bias",
+        "3.weight",
+    ]
     assert list(seen.modules) == ["", "0", "1", "2", "3"]
 
 
@@ -254,7 +263,10 @@ def test_one_rank_replays_alone():
 def test_a_forward_that_communicates_is_refused():
     """A collective in a forward, or in SyncBatchNorm, ends the replay before anybody waits."""
     reasons = on_ranks(_communicating, 2)[1]
-    assert [reason.split(" communicates")[0] for reason in reasons] == ["The forward", "SyncBatchNorm"]
+    assert [reason.split(" communicates")[0] for reason in reasons] == [
+        "The forward",
+        "SyncBatchNorm",
+    ]
 
 
 def test_a_sharded_model_is_refused():
@@ -267,10 +279,10 @@ def test_a_sharded_model_is_refused():
         assert before == [id(one) for one in model.parameters()]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
 def test_a_scripted_model_is_refused():
     """The weights of a scripted module are not where they could be replaced."""
-    with pytest.warns(DeprecationWarning) if _SCRIPT_WARNS else contextlib.nullcontext():
-        model = nn.Sequential(torch.jit.trace(nn.Linear(4, 2), X))
+    model = nn.Sequential(torch.jit.trace(nn.Linear(4, 2), X))
     with pytest.raises(ReplayError, match="is a scripted module"):
         run_closure(model, lambda: model(X).sum())(Seen())
 
@@ -285,9 +297,6 @@ def test_a_lazy_model_is_refused():
     run_closure(model, lambda: model(X).sum())(seen)
     assert list(differences(before, _whole(model))) == []
     assert set(seen.gradients) == {"0.weight", "0.bias"}
-
-
-_SCRIPT_WARNS = torch.__version__ >= "2.10"
 
 
 # -- errors ----------------------------------------------------------------------------------------
@@ -324,7 +333,7 @@ class Failing(nn.Module):
     ("error", "reason"),
     [
         (ValueError("no such batch"), "ValueError: no such batch"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "Memory ran out"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "Memory ran out"),
         (MemoryError(), "Memory ran out"),
     ],
 )

@@ -47,7 +47,9 @@ def _gru():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.cell = nn.GRU(3, 4, num_layers=2, dropout=0.3, batch_first=True, bidirectional=True)
+            self.cell = nn.GRU(
+                3, 4, num_layers=2, dropout=0.3, batch_first=True, bidirectional=True
+            )
 
         def forward(self, x):
             return self.cell(x.unflatten(1, (2, 3)))[0].sum(1)
@@ -217,7 +219,7 @@ COUNT = 0
 
 
 def _append_global(module, args, output):
-    global COUNT
+    global COUNT  # noqa: PLW0603
     COUNT += 1
     OUTSIDE.append(float(output.detach().sum()))
 
@@ -238,11 +240,10 @@ class _Recorder:
 @ways
 def test_what_hooks_write(way):
     """Lists in closures, globals, defaults, partial arguments and objects get back what they held."""
-    global COUNT
     ends = {}
 
     def make():
-        global COUNT
+        global COUNT  # noqa: PLW0603
         COUNT = 0
         OUTSIDE.clear()
         model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
