@@ -289,7 +289,7 @@ class ManagedLoop:
             raise TypeError(NO_LOSS_GIVEN.format(value=described(loss)))
         self._filled("backward")  # without an optimizer, it is refused before the forward
         with self.kept(loss) as kept:
-            found = loss()
+            found: object = loss()
             if not isinstance(found, Tensor) or found.numel() != 1:
                 text = f"a function that returned {_described(found)}"
                 raise TypeError(NO_LOSS_GIVEN.format(value=text))

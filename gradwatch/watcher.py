@@ -238,8 +238,8 @@ class Watcher:
         """
         if self._state != "attached" or self._run.explaining is None:
             return
-        with self._shield:
-            self._run.explaining.forwards.note_whole(replay, args, divisor, reason)
+        # Not inside of the shield, where no gradients are recorded: that would be noted, too.
+        self._run.explaining.forwards.note_whole(replay, args, divisor, reason)
 
     def close(self) -> None:
         """Removes every hook, delivers outstanding records to the sinks and closes these.

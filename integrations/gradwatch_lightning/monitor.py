@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradwatch import AccumulatePolicy, Event, History, NoiseScale, Watcher
+from gradwatch import AccumulatePolicy, Event, Explanation, History, NoiseScale, Watcher
 from gradwatch.adapters import (
     SharedOptions,
     build_watcher,
@@ -21,6 +21,7 @@ from gradwatch.adapters import (
     with_watch_options,
 )
 from gradwatch_lightning.loggers import LoggedSteps
+from gradwatch_lightning.replays import TrainingSteps
 from gradwatch_lightning.tensorboard import tensorboard_sinks
 from gradwatch_lightning.trainer import (
     TrainerAccumulation,
@@ -100,6 +101,7 @@ class GradientMonitor(Callback):
     # On the class, as pickles of earlier versions do not have them.
     _loss: Tensor | None = None
     _waits = False  # for something to watch
+    _training_steps: TrainingSteps | None = None
 
     @with_watch_options
     def __init__(
@@ -146,6 +148,15 @@ class GradientMonitor(Callback):
             RuntimeError: If nothing has been watched yet.
         """
         return self._watched("events").events
+
+    @property
+    def explanations(self) -> Sequence[Explanation]:
+        """Where bad gradients of the latest fit came from, newest last, also after its end.
+
+        Raises:
+            RuntimeError: If nothing has been watched yet.
+        """
+        return self._watched("explanations").explanations
 
     @property
     def noise_scale(self) -> NoiseScale:
@@ -248,7 +259,8 @@ class GradientMonitor(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # A copy, or the monitor in a spawned process, watches nothing yet. Lightning sets `log` and
         # `log_dict`, which are methods of the module, on each callback; a copy must not keep them.
-        fresh = {"_watcher": None, "_trainer": None, "_loss": None, "_waits": False}
+        names = ("_watcher", "_trainer", "_loss", "_training_steps")
+        fresh = {**dict.fromkeys(names), "_waits": False}
         left_out = ("log", "log_dict", "_logged")  # the last is made anew when a training starts
         kept = {key: self.__dict__[key] for key in self.__dict__ if key not in left_out}
         return {**kept, **fresh}
@@ -270,6 +282,8 @@ class GradientMonitor(Callback):
             if self._state:
                 self._watcher.load_state_dict(self._state)
             self._watcher.attach()
+            if self._options.explain:
+                self._training_steps = TrainingSteps(trainer, module, self._watcher)
         except Exception as error:
             self._detach(trainer)
             self._watcher = None
@@ -294,6 +308,9 @@ class GradientMonitor(Callback):
         # A Trainer that only validates may have the same callbacks, in the middle of a fit.
         if self._trainer is None or self._trainer() is not trainer:
             return
+        if self._training_steps is not None:
+            self._training_steps.end()
+            self._training_steps = None
         if self._watcher is not None:
             self._watcher.close()
         self._accumulation.give_back(trainer)
