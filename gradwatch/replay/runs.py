@@ -272,7 +272,7 @@ def _difference(whole: Tensor, part: Tensor | None) -> Tensor | None:
     return torch.where(known, whole - part, 0)
 
 
-# -- a forward by hand ------------------------------------------------------------------------------
+# -- a forward by hand ----------------------------------------------------------------------------
 
 
 def _run_function(

@@ -30,7 +30,7 @@ class StaleGradients:
         self._spent: tuple[int, weakref.ref[Tensor], int] | None = None
         self._seen = self._is_stale = False
         self._stale = self._fresh = 0
-        self._was_bad: tuple[Sequence[int], GradientSnapshot] | None = None
+        self._was_bad: tuple[dict[int, weakref.ref[Tensor]], GradientSnapshot] | None = None
         self.bad: Collection[int] = ()
 
     def look(self, tensors: Sequence[Tensor], first: int) -> None:
@@ -48,20 +48,24 @@ class StaleGradients:
 
     def note_bad(self, tensors: Sequence[Tensor], indices: Sequence[int]) -> None:
         """Notes the parameters whose gradient was NaN or Inf in a step that is over."""
-        indices = [index for index in indices if tensors[index].grad is not None]
-        gradients = [g for index in indices if (g := tensors[index].grad) is not None]
-        self._was_bad, self.looks = (indices, GradientSnapshot(gradients)), True
+        bad = {index: g for index in indices if (g := tensors[index].grad) is not None}
+        # The id of a gradient that is gone may be that of the next one.
+        references = {index: weakref.ref(gradient) for index, gradient in bad.items()}
+        self._was_bad, self.looks = (references, GradientSnapshot(list(bad.values()))), True
 
     @staticmethod
     def _still_bad(
-        tensors: Sequence[Tensor], first: int, indices: Sequence[int], then: GradientSnapshot
+        tensors: Sequence[Tensor],
+        first: int,
+        bad: dict[int, weakref.ref[Tensor]],
+        then: GradientSnapshot,
     ) -> Collection[int]:
-        moved = then.moved([tensors[index].grad for index in indices])
+        moved = then.moved([tensors[index].grad for index in bad])
         # The first one has its new gradient already: added in place, which is one write.
         return {
             index
-            for position, index in enumerate(indices)
-            if moved.get(position, 0) <= (index == first)
+            for position, (index, reference) in enumerate(bad.items())
+            if reference() is tensors[index].grad and moved.get(position, 0) <= (index == first)
         }
 
     def begin_window(self) -> None:
