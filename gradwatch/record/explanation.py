@@ -301,10 +301,10 @@ def _paragraph(it: Explanation) -> Iterator[str]:
             told = ", ".join(map(_share_words, shares))
             one_or_many = what if len(shares) == 1 else f"{what}s"
             yield wrapped(f"Largest {one_or_many}: {told}.", "  ")
-    for note in it.notes:
-        yield wrapped(f"Note: {_sentence(note)}", "  ")
-    if it.advice:
-        yield wrapped(f"To try: {_sentence(it.advice)}", "  ")
+    said = [("Note", note) for note in it.notes] + [("To try", it.advice)]
+    for what, text in said:
+        if text.strip():
+            yield wrapped(f"{what}: {_sentence(text)}", "  ")
 
 
 def _beginning(it: Explanation) -> Iterator[str]:
