@@ -126,7 +126,7 @@ def shown_name(operation: str) -> str:
     name = re.sub(r"\.\w+$", "", name)
     name = re.sub(r"^_*(native_)?", "", name)
     name = re.sub(r"(_backward|_forward)$", "", name)
-    return {"to_copy": "to", "weight_norm_interface": "weight_norm"}.get(name, name)
+    return {"to_copy": "to", "weight_norm_interface": "weight_norm"}.get(name, name) or operation
 
 
 def plain_name(operation: str) -> str:

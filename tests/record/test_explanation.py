@@ -522,7 +522,7 @@ def test_ranks_are_named():
         ("log1p", "log1p", "log1p"),
         ("exp2", "exp2", "exp2"),
         ("masked_fill_", "where", "masked_fill_"),
-        ("_", "", ""),
+        ("_", "", "_"),
         ("", "", ""),
     ],
 )
