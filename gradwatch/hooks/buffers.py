@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gradwatch.hooks.context import REPLAY
 from gradwatch.hooks.snapshot import is_looked_at
 from gradwatch.measure.parameters import local_part, named_modules, wraps
 
@@ -171,8 +172,8 @@ class ModelBuffers:
         # hook does nothing. Then the end of a step is the last moment before the next forward.
         if self._model is not None and not self._hooked_inside:
             self._hooked_inside = True
-            if not _is_wrapped(self._model):
-                self._hook(list(_entries(self._model)))
+            if not is_wrapped(self._model):
+                self._hook(list(entries(self._model)))
                 self._trusts_hooks = True
         if not shared:
             self._take()
@@ -311,7 +312,7 @@ class _BeforeForward:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         # In a compiled model this is a constant: nothing of the hook is left in its graph.
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or REPLAY.under_way:
             return
         self._buffers.begin_window()
 
@@ -355,15 +356,16 @@ def _slots(model: nn.Module) -> Iterator[Slot]:
             yield place, key, f"{prefix}{key}"
 
 
-def _is_wrapped(model: nn.Module) -> bool:
+def is_wrapped(model: nn.Module) -> bool:
+    """Returns whether a model is a wrapper of torch's around the user's module."""
     return wraps(model, "module") or wraps(model, "_orig_mod")
 
 
-def _entries(model: nn.Module) -> Iterator[nn.Module]:
+def entries(model: nn.Module) -> Iterator[nn.Module]:
     """Lists the modules that a loop may call where it does not call the model: those in it."""
     for module in model.children():
         if isinstance(module, _CONTAINERS):
-            yield from _entries(module)
+            yield from entries(module)
         else:
             yield module
 

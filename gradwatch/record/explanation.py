@@ -189,14 +189,17 @@ def _checked(of: type, values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _exactly(kind: type) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        # type() and not isinstance(): True would pass as an int.
-        if type(value) is not kind:
-            raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
-        return value
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a string, got {type(value).__name__}")
+    return value
 
-    return read
+
+def _integer(value: Any) -> int:
+    # type() and not isinstance(): True would pass as an int. A frame holds no larger ones.
+    if type(value) is not int or abs(value) >= 2**63:
+        raise TypeError(f"expected an integer of 64 bits, got {type(value).__name__}")
+    return value
 
 
 def _number(value: Any) -> float:
@@ -220,19 +223,17 @@ def _each(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return read_all
 
 
-_TEXT, _INTEGER = _exactly(str), _exactly(int)
-
 _READ: dict[str, Callable[[Any], Any]] = {
-    "int": _INTEGER,
-    "str": _TEXT,
-    "int | None": _or_none(_INTEGER),
+    "int": _integer,
+    "str": _text,
+    "int | None": _or_none(_integer),
     "float": _number,
-    "str | None": _or_none(_TEXT),
-    "Origin": _TEXT,
-    "Phase | None": _or_none(_TEXT),
-    "ExplainedKind": _TEXT,
-    "tuple[int, ...]": _each(_INTEGER),
-    "tuple[str, ...]": _each(_TEXT),
+    "str | None": _or_none(_text),
+    "Origin": _text,
+    "Phase | None": _or_none(_text),
+    "ExplainedKind": _text,
+    "tuple[int, ...]": _each(_integer),
+    "tuple[str, ...]": _each(_text),
     "tuple[Operand, ...]": _each(lambda row: Operand(**_checked(Operand, row))),
     "tuple[Share, ...]": _each(lambda row: Share(**_checked(Share, row))),
     "tuple[Explanation, ...]": _each(Explanation.from_dict),
