@@ -544,7 +544,7 @@ class BatchRunner:
     # -- one attempt -----------------------------------------------------------------------------
 
     def _start(self) -> _Start:
-        return _Start(self._run, self._managed, self._optimizers, self._modules, self._devices)
+        return _Start(self._run, self._managed, self._optimizers, self._modules)
 
     def _attempt(
         self, start: _Start, closure: Closure, batch: Any, size: int
@@ -636,11 +636,10 @@ class _Start:
         managed: ManagedLoop,
         optimizers: Sequence[OptimizerSteps],
         modules: Sequence[nn.Module],
-        devices: set[torch.device],
     ) -> None:
         self._added = run.hooks.added
         self._optimizers = optimizers
-        self._rollback = Rollback(run.table.tensors, modules, devices)
+        self._rollback = Rollback(run.table.tensors, modules)
         self._marks = [managed.mark(), *(one.mark() for one in optimizers)]
 
     def go_back(self) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from gradwatch.hooks.generators import torch_generators
 from gradwatch.measure.parameters import local_part
 
 # Parts of the messages of errors that are not a torch.OutOfMemoryError.
@@ -85,19 +84,13 @@ class Rollback:
     are not torch's, and are not included.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        modules: Iterable[nn.Module],
-        devices: Iterable[torch.device],
-    ) -> None:
+    def __init__(self, parameters: Sequence[Tensor], modules: Iterable[nn.Module]) -> None:
         """Makes the copy; nearly free if no parameter has a gradient.
 
         Args:
             parameters: The leaf tensors that receive gradients.
             modules: The modules whose buffers may change: ``model.modules()``, or those in
                 training mode.
-            devices: Devices whose random number generators may be used, in addition to the CPU's.
         """
         # Gradients are copied to the CPU, because the device is short of memory. Buffers are small
         # and are copied on their device: each copy to the CPU would wait for it. ``_buffers`` is
@@ -110,7 +103,7 @@ class Rollback:
                 for module in modules
                 for name, buffer in module._buffers.items()
             ]
-        self._generators = list(_generators(devices))
+        self._generators = [(one, one.get_state()) for one in torch_generators()]
 
     def restore(self) -> None:
         """Restores the copy in place, so that references to gradients and buffers stay valid."""
@@ -122,8 +115,8 @@ class Rollback:
             for module, name, buffer, values in self._buffers:
                 _fill(buffer, values)
                 module._buffers[name] = buffer  # the module may have replaced the tensor
-        for set_state, state in self._generators:
-            set_state(state)
+        for generator, state in self._generators:
+            generator.set_state(state)
 
 
 def _says_out_of_memory(error: BaseException) -> bool:
@@ -153,13 +146,3 @@ def _on_cpu(gradient: Tensor | None) -> Tensor | None:
 def _fill(tensor: Tensor | None, values: Tensor | None) -> None:
     if tensor is not None and values is not None:
         local_part(tensor).copy_(values)
-
-
-def _generators(
-    devices: Iterable[torch.device],
-) -> Iterator[tuple[Callable[[Tensor], None], Tensor]]:
-    yield torch.set_rng_state, torch.get_rng_state()
-    for device in set(devices):
-        backend: Any = getattr(torch, device.type, None)
-        if hasattr(backend, "get_rng_state"):
-            yield partial(backend.set_rng_state, device=device), backend.get_rng_state(device)

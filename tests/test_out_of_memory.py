@@ -194,7 +194,7 @@ def _model():
 
 
 def _rollback(model):
-    return Rollback(list(model.parameters()), model.modules(), [CPU])
+    return Rollback(list(model.parameters()), model.modules())
 
 
 def _run(model, x):
@@ -261,7 +261,7 @@ def test_gradients_are_restored_in_place():
     bucket = torch.arange(6.0)
     weight = nn.Parameter(torch.ones(3))
     weight.grad = gradient = bucket[3:]
-    rollback = Rollback([weight], [], [CPU])
+    rollback = Rollback([weight], [])
     (2 * weight).sum().backward()
     assert bucket.tolist() == [0, 1, 2, 5, 6, 7]
     rollback.restore()
@@ -274,7 +274,7 @@ def test_a_gradient_that_was_replaced_is_restored(other):
     """A loop that sets .grad to None or to another tensor gets the old one back."""
     weight = nn.Parameter(torch.ones(3))
     weight.grad = gradient = torch.arange(3.0)
-    rollback = Rollback([weight], [], [CPU])
+    rollback = Rollback([weight], [])
     gradient.mul_(2)
     weight.grad = other
     rollback.restore()
@@ -306,7 +306,7 @@ def test_sharded_gradients_are_restored():
         weight = nn.Parameter(distribute_tensor(torch.ones(3), mesh))
         weight.grad = distribute_tensor(torch.arange(3.0), mesh)
         local = weight.grad.to_local()
-        rollback = Rollback([weight], [], [CPU])
+        rollback = Rollback([weight], [])
         weight.grad.mul_(2)
         rollback.restore()
         assert local.tolist() == [0, 1, 2]
@@ -339,7 +339,7 @@ def test_buffers_that_a_module_replaces_are_restored():
 
 def test_the_generator_is_restored():
     """The next random numbers are those that the batch drew."""
-    rollback = Rollback([], [], [CPU, torch.device("meta")])
+    rollback = Rollback([], [])
     drawn = torch.rand(5)
     rollback.restore()
     assert torch.equal(torch.rand(5), drawn)

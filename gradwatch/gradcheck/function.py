@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradwatch.hessian.of_model import RandomState
+from gradwatch.hooks.generators import RandomState
 from gradwatch.measure.parameters import ParameterTable, wraps
 
 _EQUAL = 1e-12  # relative; a GPU may sum in another order each time, and differ by that much
@@ -259,8 +259,7 @@ class Repeatable:
         )
         self._function = function
         self._arguments = arguments
-        tensors = [tensor for _, tensor in tensors_in(arguments, "")]
-        self._random = RandomState([*tensors, *(leaf.tensor for leaf in leaves)])
+        self._random = RandomState()
         self._buffers = [
             (part, name, buffer.detach().clone())
             for part in ([] if module is None else module.modules())

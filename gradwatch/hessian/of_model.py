@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradwatch.checks import described
 from gradwatch.hessian.spectrum import NotFiniteError
-from gradwatch.hooks.data_parallel import all_wrappers, is_distributed
-from gradwatch.measure.parameters import ParameterTable, wraps
+from gradwatch.hooks.data_parallel import undisturbed_communication
+from gradwatch.hooks.generators import RandomState
+from gradwatch.measure.parameters import ParameterTable, unwrapped
 
 Loss: TypeAlias = Tensor | Callable[[], Tensor] | Callable[[Any], Tensor]
 
@@ -172,14 +171,6 @@ def _call(model: nn.Module | Mapping[str, Tensor], loss: Callable[..., Any]) -> 
         return loss(model) if arguments(loss) else loss()
 
 
-def unwrapped(model: Any) -> Any:
-    """Returns the module inside data-parallel wrappers and wrappers of torch.compile."""
-    # In any order and more than once: a compiled DDP of a compiled module is common.
-    while found := [name for name in ("module", "_orig_mod") if wraps(model, name)]:
-        model = getattr(model, found[0])
-    return model
-
-
 def arguments(function: Callable[..., Any]) -> int:
     """Counts the required arguments of a function, or of ``forward`` if it is a module."""
     # The signature of a module itself is (*args, **kwargs), which says nothing.
@@ -290,34 +281,14 @@ def _sentence(error: Exception) -> str:
     return f"{first}."
 
 
-class RandomState:
-    """Saved states of all random number generators that a function may use."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        """Saves the states of torch, Python and NumPy, and of the CUDA devices of ``tensors``."""
-        self.devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-        self._cuda = [(device, torch.cuda.get_rng_state(device)) for device in self.devices]
-        self._torch = torch.get_rng_state()
-        self._python = random.getstate()
-        self._numpy = np.random.get_state()
-
-    def put_back(self) -> None:
-        """Restores the saved states."""
-        torch.set_rng_state(self._torch)
-        for device, state in self._cuda:
-            torch.cuda.set_rng_state(state, device)
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-
-
 @contextmanager
 def undisturbed_random(seed: int, tensors: Iterable[Tensor]) -> Iterator[None]:
     """Seeds torch's generators for the block, and restores all random states afterwards."""
-    state = RandomState(tensors)
+    state = RandomState()
     try:
         # Not torch.manual_seed: it seeds every device, and would initialize CUDA needlessly.
         torch.default_generator.manual_seed(seed)
-        for device in state.devices:
+        for device in {t.device.index for t in tensors if t.device.type == "cuda"}:
             torch.cuda.default_generators[device].manual_seed(seed)
         yield
     finally:
@@ -382,26 +353,3 @@ def undisturbed_gradients(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for tensor, gradient in zip(tensors, saved, strict=True):
             tensor.grad = gradient
-
-
-@contextmanager
-def undisturbed_communication() -> Iterator[None]:
-    """Turns off the communication of all data-parallel wrappers in this process for the block.
-
-    ``DistributedDataParallel`` expects a backward after every forward whose gradients it will
-    reduce, and does not notice ``torch.autograd.grad``: its next forward would refuse to run. All
-    wrappers, because a loss may call other models too, such as the critic of a generator.
-    """
-    flags = ("require_backward_grad_sync", "require_forward_param_sync")
-    there = all_wrappers() if is_distributed() else []
-    # A wrapper whose constructor failed may lack the flags.
-    saved = [
-        (one, flag, getattr(one, flag)) for one in there for flag in flags if hasattr(one, flag)
-    ]
-    try:
-        for wrapper, flag, _ in saved:
-            setattr(wrapper, flag, False)
-        yield
-    finally:
-        for wrapper, flag, value in saved:
-            setattr(wrapper, flag, value)

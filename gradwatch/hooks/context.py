@@ -1,21 +1,130 @@
-"""The state around a forward: random generators, autocast and grad mode."""
+"""The state around a forward: random generators, autocast and grad mode; and whether we replay."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
+
+import torch
+from torch.amp.autocast_mode import is_autocast_available
+
+from gradwatch.hooks.generators import RandomState
+
+Autocast: TypeAlias = tuple[tuple[str, torch.dtype], ...]
+"""The kinds of device on which autocast is enabled, with the dtype that it casts to."""
+
+# Others know no autocast in this build of torch, and raise an error if they are asked.
+_KINDS = tuple(kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu") if is_autocast_available(kind))
 
 
 class ForwardContext:
-    """Random generators, autocast and grad mode at one moment, to run a forward again in."""
+    """Random generators, autocast and grad mode at one moment, to run a forward again in.
+
+    Attributes:
+        random: The states of the random generators.
+        grad: Whether gradients were recorded.
+        inference: Whether inference mode was on.
+        autocast: Where autocast was enabled; empty where it was not.
+        caches_casts: Whether autocast kept the weights that it had cast.
+    """
+
+    __slots__ = ("autocast", "caches_casts", "grad", "inference", "random")
+    random: RandomState
+    grad: bool
+    inference: bool
+    autocast: Autocast
+    caches_casts: bool
 
     @classmethod
     def now(cls) -> ForwardContext:
         """Notes the present state; copies nothing from a device, and never waits."""
-        raise NotImplementedError
+        self = cls()
+        self.random = RandomState()
+        self.grad = torch.is_grad_enabled()
+        self.inference = torch.is_inference_mode_enabled()
+        self.caches_casts = True
+        self.autocast = ()
+        if torch._C._is_any_autocast_enabled():
+            self.autocast = _autocast_now()
+            self.caches_casts = torch.is_autocast_cache_enabled()
+        return self
 
     @contextmanager
     def entered(self) -> Iterator[None]:
         """Sets that state for a block, and sets back what was there before, also after an error."""
-        raise NotImplementedError
+        before = RandomState()
+        try:
+            self.random.put_back()
+            with (
+                torch.inference_mode(self.inference),
+                torch.set_grad_enabled(self.grad),
+                _autocast_set(self.autocast, self.caches_casts),
+            ):
+                yield
+        finally:
+            before.put_back()
+
+
+def _autocast_now() -> Autocast:
+    return tuple(
+        (kind, torch.get_autocast_dtype(kind)) for kind in _KINDS if torch.is_autocast_enabled(kind)
+    )
+
+
+@contextmanager
+def _autocast_set(autocast: Autocast, caches_casts: bool) -> Iterator[None]:
+    """Enables autocast where it is listed, and nowhere else."""
+    # Not torch.autocast, which warns of what the user was told when the training did it.
+    before = [
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _KINDS
+    ]
+    cached = torch.is_autocast_cache_enabled()
+    wanted = dict(autocast)
+    torch.autocast_increment_nesting()
+    try:
+        torch.set_autocast_cache_enabled(caches_casts)
+        for kind, _, dtype in before:
+            torch.set_autocast_enabled(kind, kind in wanted)
+            torch.set_autocast_dtype(kind, wanted.get(kind, dtype))
         yield
+    finally:
+        # Inside of an autocast of the user's the cache is in use: what is in it must stay.
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
+        torch.set_autocast_cache_enabled(cached)
+        for kind, enabled, dtype in before:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+
+
+class _Replay:
+    """Whether a replay is under way: gradwatch's own hooks on the model then do nothing.
+
+    Attributes:
+        under_way: To be read where a hook runs in every forward, as a call would cost a frame.
+    """
+
+    __slots__ = ("under_way",)
+
+    def __init__(self) -> None:
+        self.under_way = False
+
+
+REPLAY = _Replay()
+
+
+@contextmanager
+def replaying() -> Iterator[None]:
+    """Makes gradwatch's own hooks do nothing for a block."""
+    # One flag for all threads: on accelerators the backward runs in threads of torch's.
+    before, REPLAY.under_way = REPLAY.under_way, True
+    try:
+        yield
+    finally:
+        REPLAY.under_way = before
+
+
+def is_replaying() -> bool:
+    """Returns whether a replay is under way."""
+    return REPLAY.under_way

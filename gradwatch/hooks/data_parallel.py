@@ -16,6 +16,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -252,6 +253,29 @@ def broadcast_buffers(wrappers: Iterable[DistributedDataParallel]) -> None:
         # The state after a forward that was held back: the next forward does not broadcast.
         # _Wrapped.reduce_() sets the flag again.
         wrapper.require_forward_param_sync = False
+
+
+@contextmanager
+def undisturbed_communication() -> Iterator[None]:
+    """Turns off the communication of all data-parallel wrappers in this process for the block.
+
+    ``DistributedDataParallel`` expects a backward after every forward whose gradients it will
+    reduce, and does not notice ``torch.autograd.grad``: its next forward would refuse to run. All
+    wrappers, because a loss may call other models too, such as the critic of a generator.
+    """
+    flags = ("require_backward_grad_sync", "require_forward_param_sync")
+    there = all_wrappers() if is_distributed() else []
+    # A wrapper whose constructor failed may lack the flags.
+    saved = [
+        (one, flag, getattr(one, flag)) for one in there for flag in flags if hasattr(one, flag)
+    ]
+    try:
+        for wrapper, flag, _ in saved:
+            setattr(wrapper, flag, False)
+        yield
+    finally:
+        for wrapper, flag, value in saved:
+            setattr(wrapper, flag, value)
 
 
 # -- FSDP ------------------------------------------------------------------------------------------

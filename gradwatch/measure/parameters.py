@@ -101,6 +101,14 @@ def wraps(module: object, attribute: str) -> bool:
     return any(one is not None and isinstance(module, one) for one in classes)
 
 
+def unwrapped(model: Any) -> Any:
+    """Returns the module inside data-parallel wrappers and wrappers of torch.compile."""
+    # In any order and more than once: a compiled DDP of a compiled module is common.
+    while found := [name for name in ("module", "_orig_mod") if wraps(model, name)]:
+        model = getattr(model, found[0])
+    return model
+
+
 def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     """Yields ``(name, full name, module)`` of each module inside, parents first.
 

@@ -1,0 +1,116 @@
+"""Copies of what a forward was given, and the names of the tensors in it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from operator import is_
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from gradwatch.replay.stand_ins import StandIns
+
+_DEEPEST = 4
+_NEVER = (nn.Module, type, str, bytes, bytearray)
+
+
+class Arguments:
+    """Arguments whose tensors are copies; objects that cannot be copied are passed on as they are.
+
+    Attributes:
+        args: The positional ones.
+        kwargs: Those by keyword.
+        names: For each tensor in them, by ``id()`` of the original, what the forward calls it.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        stand_ins: StandIns,
+    ) -> None:
+        """Copies them."""
+        self.names: dict[int, str] = {}
+        self._stand_ins = stand_ins
+        self._copies: dict[int, Any] = {}
+        names = _positional(forward, args)
+        self.args = tuple(self._copy(one, name, 0) for one, name in zip(args, names, strict=True))
+        self.kwargs = {name: self._copy(one, name, 0) for name, one in kwargs.items()}
+
+    def _copy(self, value: Any, name: str, depth: int) -> Any:
+        if isinstance(value, Tensor):
+            self.names.setdefault(id(value), name)
+            return self._stand_ins.of(value)
+        if depth > _DEEPEST or isinstance(value, _NEVER) or callable(value):
+            return value
+        if id(value) not in self._copies:
+            self._copies[id(value)] = self._copy_container(value, name, depth + 1)
+        return self._copies[id(value)]
+
+    def _copy_container(self, value: Any, name: str, depth: int) -> Any:
+        if isinstance(value, tuple):
+            keys = getattr(value, "_fields", range(len(value)))
+            items = [
+                self._copy(one, _at(name, key, isinstance(key, str)), depth)
+                for key, one in zip(keys, value, strict=True)
+            ]
+            return value if all(map(is_, items, value)) else tuple.__new__(type(value), items)
+        if type(value) is list:
+            return [self._copy(one, _at(name, i), depth) for i, one in enumerate(value)]
+        if type(value) is dict:
+            return {key: self._copy(one, _at(name, key), depth) for key, one in value.items()}
+        if isinstance(value, np.ndarray):
+            return value.copy()
+        return self._copy_object(value, name, depth)
+
+    def _copy_object(self, value: Any, name: str, depth: int) -> Any:
+        """Copies an object with what it holds, such as a batch of a class of one's own."""
+        try:
+            if isinstance(value, dict):
+                other = copy.copy(value)
+                for key, one in value.items():
+                    other[key] = self._copy(one, _at(name, key), depth)
+                return other
+            keys = _attributes(value)
+            items = [self._copy(getattr(value, key), _at(name, key, True), depth) for key in keys]
+            if all(one is getattr(value, key) for key, one in zip(keys, items, strict=True)):
+                return value
+            other = copy.copy(value)
+            for key, one in zip(keys, items, strict=True):
+                object.__setattr__(other, key, one)  # the class may be frozen
+        except Exception:
+            return value
+        return other
+
+
+def _attributes(value: Any) -> list[str]:
+    if is_dataclass(value):
+        return [one.name for one in fields(value)]
+    slots = [key for kind in type(value).__mro__ for key in vars(kind).get("__slots__", ())]
+    return [*getattr(value, "__dict__", ()), *(key for key in slots if hasattr(value, key))]
+
+
+def _at(name: str, key: object, is_attribute: bool = False) -> str:
+    return f"{name}.{key}" if is_attribute else f"{name}[{key!r}]"
+
+
+def _positional(forward: Callable[..., Any], args: tuple[Any, ...]) -> list[str]:
+    """Returns what a function calls its positional arguments."""
+    names: list[str] = []
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):  # written in C, without a signature
+        parameters = []
+    for one in parameters:
+        if one.kind is one.VAR_POSITIONAL:
+            rest = len(args) - len(names)
+            names.extend(f"{one.name}[{i}]" for i in range(rest))
+        elif one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD):
+            names.append(one.name)
+    names.extend(f"args[{i}]" for i in range(len(names), len(args)))
+    return names[: len(args)]

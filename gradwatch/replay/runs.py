@@ -1,0 +1,354 @@
+"""Runs: a micro-batch or a closure run again under an observer, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from gradwatch.errors import described_error
+from gradwatch.hooks.context import ForwardContext
+from gradwatch.hooks.forwards import ForwardCall
+from gradwatch.hooks.generators import torch_generators
+from gradwatch.measure.parameters import unwrapped
+from gradwatch.out_of_memory import forget, is_out_of_memory, release_memory
+from gradwatch.replay.arguments import Arguments
+from gradwatch.replay.observer import Observer
+from gradwatch.replay.search import Run
+from gradwatch.replay.stand_ins import ReplayError, StandIns
+from gradwatch.replay.state import Model, Undisturbed, undisturbed, without_gradients
+
+WRITTEN_TO = (
+    "{name} was changed in place after the forward had begun, by the loop or by the model itself, "
+    "so the replay was given other values than the training."
+)
+NO_GRADIENTS = (
+    "No gradient was kept at the outputs of the model, so only its forward was run again."
+)
+OTHER_OUTPUTS = (
+    "Run again, the model returned outputs of other shapes than in the training, so its backward "
+    "was left out."
+)
+NO_MEMORY = "Memory ran out while the micro-batch was run again."
+RAISED = "Run again, the micro-batch raised an error: {error}"
+NO_LOSS = (
+    "The closure returned {value} and ran no backward, but must return the loss: a tensor that "
+    "requires a gradient."
+)
+
+
+def run_calls(model: Model, calls: Sequence[ForwardCall]) -> Run:
+    """Makes a run of one micro-batch: its forwards, and one backward from the kept gradients.
+
+    Args:
+        model: What is watched; its names are used.
+        calls: The forwards of the micro-batch, in their order.
+
+    Returns:
+        A function that runs it, each time exactly alike. It raises a :class:`ReplayError` that says
+        why if that cannot be done; the training is left as it was also then.
+    """
+    return partial(_run_calls, model, calls)
+
+
+def run_closure(
+    model: Model,
+    closure: Callable[[], Any],
+    scale: float = 1.0,
+    context: ForwardContext | None = None,
+) -> Run:
+    """Makes a run of a closure that returns the loss, and of the backward of that loss.
+
+    The closure may run the backward itself, and may reset gradients: those of the training stay.
+
+    Args:
+        model: What is watched; its names are used.
+        closure: The closure; it calls the model, or a wrapper of it.
+        scale: The gradient of the loss from which its backward starts.
+        context: What to run it in; None for how things are then.
+
+    Returns:
+        A function as of :func:`run_calls`.
+    """
+    return partial(_run_closure, model, closure, scale, context)
+
+
+def _run_calls(model: Model, calls: Sequence[ForwardCall], observer: Observer) -> list[str]:
+    modules = [call.module for call in calls]
+    with _errors_told(), undisturbed(model, *modules) as block:
+        notes = [*block.notes]
+        given = [_arguments(call, block.stand_ins) for call in calls]
+        names = [(block.stand_ins.by_id[i], n) for one in given for i, n in one.names.items()]
+        _tell(observer, block, names)
+        for call, one in zip(calls, given, strict=True):
+            notes.extend(WRITTEN_TO.format(name=name) for name in _written_to(call, one))
+        with observer:
+            outputs = [_forward(observer, *pair) for pair in zip(calls, given, strict=True)]
+        kept = [gradient for call in calls for gradient in call.gradients]
+        leaves = [leaf for output in outputs for leaf in _with_gradient(output)]
+        ends, problem = _ends(leaves, kept)
+        notes.extend(problem)
+        # Not inside of the observer: what is done in there is not part of the training.
+        starts = _starts(ends)
+        with observer:
+            observer.begin_backward(leaves, [starts.get(id(leaf)) for leaf in leaves])
+            begin = [leaf for leaf in _once(leaves) if id(leaf) in starts]
+            if begin:
+                with _without_strangers(begin, block.stand_ins):
+                    torch.autograd.backward(begin, [starts[id(leaf)] for leaf in begin])
+        _end(observer, block)
+    return notes
+
+
+def _arguments(call: ForwardCall, stand_ins: StandIns) -> Arguments:
+    return Arguments(unwrapped(call.module).forward, call.args, call.kwargs, stand_ins)
+
+
+def _forward(observer: Observer, call: ForwardCall, given: Arguments) -> Any:
+    observer.caller = call.caller
+    with call.context.entered():
+        return unwrapped(call.module)(*given.args, **given.kwargs)
+
+
+def _tell(observer: Observer, block: Undisturbed, inputs: Iterable[tuple[Tensor, str]]) -> None:
+    for name, module in block.modules:
+        observer.name_module(module, name)
+    for name, tensor in block.parameters.items():
+        observer.name_parameter(tensor, name)
+    for name, tensor in block.buffers.items():
+        observer.name_buffer(tensor, name)
+    told = set(map(id, (*block.parameters.values(), *block.buffers.values())))
+    for tensor, name in inputs:
+        if id(tensor) not in told:
+            told.add(id(tensor))
+            observer.name_input(tensor, name)
+
+
+def _end(observer: Observer, block: Undisturbed) -> None:
+    observer.end({name: tensor.grad for name, tensor in block.parameters.items()})
+
+
+def _written_to(call: ForwardCall, given: Arguments) -> list[str]:
+    """Names the arguments whose version counters have moved since the forward began."""
+    leaves = tree_leaves((call.args, dict(call.kwargs)))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    moved = [
+        given.names.get(id(tensor), "An argument")
+        for tensor, version in zip(tensors, call.versions, strict=False)
+        if not tensor.is_inference() and tensor._version != version
+    ]
+    return list(dict.fromkeys(moved))
+
+
+# -- the gradients that a backward starts from -----------------------------------------------------
+
+
+def _with_gradient(output: Any) -> list[Tensor]:
+    return [one for one in tree_leaves(output) if isinstance(one, Tensor) and one.requires_grad]
+
+
+def _once(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return list({id(one): one for one in tensors}.values())
+
+
+def _ends(
+    leaves: Sequence[Tensor], kept: Sequence[Sequence[Tensor]]
+) -> tuple[list[tuple[Tensor, Tensor]], list[str]]:
+    """Pairs outputs with the gradients that were kept of them; and a sentence if that fails."""
+    if not any(kept):
+        return [], [NO_GRADIENTS]
+    pairs = [(leaf, some) for leaf, some in zip(leaves, kept, strict=False) if some]
+    if len(leaves) != len(kept) or any(
+        gradient.shape != leaf.shape for leaf, some in pairs for gradient in some
+    ):
+        return [], [OTHER_OUTPUTS]
+    with torch.no_grad():
+        # Of an output that is there twice, each place was told the whole gradient.
+        found = {id(leaf): (leaf, _sum(some).to(leaf)) for leaf, some in pairs}
+    return list(found.values()), []
+
+
+def _sum(gradients: Sequence[Tensor]) -> Tensor:
+    total = gradients[0].detach().clone()
+    for gradient in gradients[1:]:
+        total += gradient
+    return total
+
+
+def _starts(ends: Sequence[tuple[Tensor, Tensor]]) -> dict[int, Tensor]:
+    """Returns, by the ``id()`` of an output, the gradient that came to it from outside.
+
+    The gradient that was kept of an output also holds what came from other outputs that were
+    computed from it, as a model returns that has logits and loss. That comes by itself.
+    """
+    inner = _computed_from(ends)
+    starts = {id(leaf): gradient for leaf, gradient in ends if id(leaf) not in inner}
+    if not inner:
+        return starts
+    outer = [(leaf, gradient) for leaf, gradient in ends if id(leaf) in starts]
+    rest = [(leaf, gradient) for leaf, gradient in ends if id(leaf) in inner]
+    try:
+        own = torch.autograd.grad(
+            [leaf for leaf, _ in outer],
+            [leaf for leaf, _ in rest],
+            [gradient for _, gradient in outer],
+            retain_graph=True,
+            allow_unused=True,
+        )
+    except RuntimeError:  # a reentrant checkpoint lies between
+        return starts
+    for (leaf, gradient), part in zip(rest, own, strict=True):
+        outside = _difference(gradient, part)
+        if outside is not None:
+            starts[id(leaf)] = outside
+    return starts
+
+
+def _computed_from(ends: Sequence[tuple[Tensor, Tensor]]) -> set[int]:
+    """Returns the ids of outputs that others of them were computed from."""
+    edges = {(leaf.grad_fn, leaf.output_nr): id(leaf) for leaf, _ in ends if leaf.grad_fn}
+    found: set[int] = set()
+    if len(edges) > 1:
+        for leaf, _ in ends:
+            found.update(edges[edge] for edge in _edges([leaf]) if edge in edges)
+    return found
+
+
+def _edges(roots: Iterable[Tensor]) -> Iterator[tuple[Any, int]]:
+    """Yields the edges of the graph that tensors were computed in, without those to themselves."""
+    seen: set[Any] = set()
+    waiting = [root.grad_fn for root in roots]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield from node.next_functions
+        waiting.extend(following for following, _ in node.next_functions)
+
+
+@torch.no_grad()
+def _difference(whole: Tensor, part: Tensor | None) -> Tensor | None:
+    if part is None:
+        return whole
+    known = torch.isfinite(part)
+    rounding = 16 * torch.finfo(part.dtype).eps
+    least = rounding * float(part[known].abs().amax()) if bool(known.any()) else 0.0
+    if torch.allclose(whole[known], part[known], rounding, least, equal_nan=True):
+        return None
+    return torch.where(known, whole - part, 0)
+
+
+# -- the backward of a closure ---------------------------------------------------------------------
+
+
+def _run_closure(
+    model: Model,
+    closure: Callable[[], Any],
+    scale: float,
+    context: ForwardContext | None,
+    observer: Observer,
+) -> list[str]:
+    with _errors_told(), undisturbed(model, closure) as block:
+        _tell(observer, block, block.data)
+        backwards = _Backwards(observer, block.stand_ins)
+        with backwards.in_place(), observer:
+            with nullcontext() if context is None else context.entered():
+                loss = closure()
+            if not backwards.had(loss) and not _have_gradients(block):
+                if not (isinstance(loss, Tensor) and loss.requires_grad):
+                    raise ReplayError(NO_LOSS.format(value=_described(loss)))
+                torch.autograd.backward(loss, torch.full_like(loss, scale))
+        _end(observer, block)
+    return [*block.notes]
+
+
+class _Backwards:
+    """Stands for ``torch.autograd.backward`` while a closure runs, which may call it itself."""
+
+    def __init__(self, observer: Observer, stand_ins: StandIns) -> None:
+        self._observer = observer
+        self._stand_ins = stand_ins
+        self._backward = torch.autograd.backward
+        self._roots: list[Tensor] = []
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Puts it in the place of torch's function for a block."""
+        torch.autograd.backward = self
+        try:
+            yield
+        finally:
+            torch.autograd.backward = self._backward
+
+    def __call__(self, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+        # A checkpoint calls it as well, inside of a backward.
+        if torch._C._current_graph_task_id() != -1:
+            self._backward(tensors, grad_tensors, *args, **kwargs)
+            return
+        roots = _listed(tensors)
+        if not self._roots:
+            self._observer.begin_backward(roots, _listed(grad_tensors) or [None] * len(roots))
+        self._roots += roots
+        with _without_strangers(roots, self._stand_ins):
+            self._backward(tensors, grad_tensors, *args, **kwargs)
+
+    def had(self, loss: Any) -> bool:
+        """Returns whether the backward of a loss has run, be it as a part of another one."""
+        if not self._roots:
+            return False
+        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            return True
+        if any(loss is root for root in self._roots):
+            return True
+        return (loss.grad_fn, loss.output_nr) in set(_edges(self._roots))
+
+
+def _listed(tensors: Any) -> list[Any]:
+    if tensors is None:
+        return []
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _have_gradients(block: Undisturbed) -> bool:
+    return any(tensor.grad is not None for tensor in block.parameters.values())
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return "a tensor that requires no gradient"
+    return f"an object of type {type(value).__name__}"
+
+
+@contextmanager
+def _without_strangers(roots: Sequence[Tensor], stand_ins: StandIns) -> Iterator[None]:
+    """Protects leaf tensors of the graph that were not replaced, as nothing led to them."""
+    ours = set(map(id, stand_ins.by_id.values()))
+    nodes = {node for node, _ in _edges(roots) if hasattr(node, "variable")}
+    leaves = [node.variable for node in nodes if id(node.variable) not in ours]
+    with without_gradients(leaves, hooks=True):
+        yield
+
+
+@contextmanager
+def _errors_told() -> Iterator[None]:
+    try:
+        yield
+    except ReplayError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise ReplayError(RAISED.format(error=described_error(error))) from error
+        forget(error)
+        failed = True
+    else:
+        failed = False
+    if failed:
+        # Here the error is no longer held, nor are the activations.
+        release_memory([generator.device for generator in torch_generators()])
+        raise ReplayError(NO_MEMORY)

@@ -1,0 +1,248 @@
+"""Undisturbed: running a model again leaves the training as if it had not been run.
+
+Weights and buffers are not put back but never touched: for as long as a replay lasts, the modules
+hold copies. So no hook on a parameter is called, of the user, of DistributedDataParallel or of
+gradwatch, no ``.grad`` of the training receives anything, and a forward that writes to its weights
+writes to the copies. It lasts for forward and backward, as a checkpoint calls modules in the
+backward.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gradwatch.hooks.context import replaying
+from gradwatch.hooks.data_parallel import is_distributed
+from gradwatch.hooks.generators import RandomState
+from gradwatch.measure.parameters import (
+    ParameterTable,
+    named_modules,
+    optimizer_parameters,
+    unwrapped,
+    wraps,
+)
+from gradwatch.replay.reach import Reach
+from gradwatch.replay.stand_ins import ReplayError, StandIns
+
+UNCOMPILED = "It was run again without torch.compile, whose kernels may round differently."
+OWN_GENERATOR = (
+    "The model draws random numbers from a generator of its own, whose state at the forward is not "
+    "known: the replay may have drawn others."
+)
+SHARDED = "The model is sharded over ranks, so that one rank cannot run it again by itself."
+SCRIPTED = "{name} is a scripted module, whose weights cannot be replaced by copies."
+COMMUNICATES = (
+    "{what} communicates with other ranks, and this rank would wait for them for ever: they do not "
+    "run the micro-batch again."
+)
+STEPS = "The closure steps an optimizer, so that running it again would move the weights."
+MOST_BYTES = 2**30
+"""The most that is copied of tensors that are neither in a module nor require a gradient."""
+
+_SHARDING = {"FSDPModule", "FullyShardedDataParallel"}
+
+Model: TypeAlias = nn.Module | Mapping[str, Tensor]
+
+
+class Undisturbed:
+    """What the block of :func:`undisturbed` computes with.
+
+    Attributes:
+        stand_ins: The copies.
+        parameters: The copies of the model's parameters, by name.
+        buffers: Those of its buffers, by name.
+        modules: The modules by name, without torch's wrappers, outermost first.
+        data: Copies of tensors that the functions have in variables, with their names.
+        notes: Sentences: what is different from how the training ran it.
+    """
+
+    def __init__(self, model: Model, reach: Reach) -> None:
+        """Copies the tensors.
+
+        Raises:
+            ReplayError: If one cannot be copied.
+        """
+        self.stand_ins = StandIns()
+        table = ParameterTable.of(model)
+        slots = [s for one in reach.modules for s in (one._parameters, one._buffers)]
+        for tensor in (*table.tensors, *(one for some in slots for one in some.values())):
+            if tensor is not None:
+                self.stand_ins.of(tensor)
+        self.data = self._copy_data(reach)
+        self.parameters = {
+            name: self.stand_ins.of(tensor)
+            for name, tensor in zip(table.names, table.tensors, strict=True)
+        }
+        listed = list(named_modules(model)) if isinstance(model, nn.Module) else []
+        self.modules = [(name, one) for name, _, one in listed if not _is_wrapper(one)]
+        self.buffers = {
+            f"{name}.{key}" if name else key: self.stand_ins.of(buffer)
+            for name, one in self.modules
+            for key, buffer in one._buffers.items()
+            if buffer is not None
+        }
+        self.notes = [UNCOMPILED] if reach.compiled else []
+        if reach.draws:
+            self.notes.append(OWN_GENERATOR)
+
+    def _copy_data(self, reach: Reach) -> list[tuple[Tensor, str]]:
+        data, left = [], MOST_BYTES
+        for tensor, name in reach.tensors.values():
+            known = self.stand_ins.is_known(tensor)
+            size = tensor.numel() * tensor.element_size()
+            if known or tensor.requires_grad or size <= left:
+                left -= 0 if known or tensor.requires_grad else size
+                # A data set may be large, and nobody writes to it.
+                copied = self.stand_ins.of(tensor)
+            else:
+                copied = tensor
+            if name and not known:
+                data.append((copied, name))
+        return data
+
+
+@contextmanager
+def undisturbed(model: Model, *functions: Callable[..., Any]) -> Iterator[Undisturbed]:
+    """Lets a block run a model, forward and backward, and puts everything back that it changes.
+
+    In the block gradients are recorded, whatever was so outside; gradwatch's own hooks do nothing;
+    anomaly detection is off; compiled code runs uncompiled. What is put back, also after an error:
+    the tensors of modules and ``.grad``, attributes of modules and of objects that they hold
+    (containers up to four deep), what hooks and ``functions`` have in closures, defaults and global
+    variables, and the states of random generators.
+
+    Args:
+        model: The module, or a mapping from names to leaf tensors.
+        functions: Other functions that the block will call, such as a closure.
+
+    Raises:
+        ReplayError: If the model cannot be run again without disturbing the training.
+    """
+    state = RandomState()
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # the training has told them
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))
+        stack.callback(state.put_back)
+        stack.enter_context(replaying())
+        reach = Reach([model if isinstance(model, nn.Module) else dict(model), *functions])
+        _refuse(reach)
+        block = Undisturbed(model, reach)
+        leaves = [tensor for tensor, _ in reach.tensors.values() if tensor.is_leaf]
+        leaves += [p for one in reach.optimizers for p in optimizer_parameters(one)]
+        stack.enter_context(without_gradients(leaves))
+        stack.callback(reach.restore)
+        reach.replace(block.stand_ins.by_id)
+        _unwrap(reach.modules)
+        stack.enter_context(_uncompiled())
+        stack.enter_context(_no_steps())
+        if is_distributed() and dist.get_world_size() > 1:
+            stack.enter_context(_NoCollectives())  # type: ignore[no-untyped-call]
+        yield block
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return any(wraps(module, name) for name in ("module", "_orig_mod"))
+
+
+def _refuse(reach: Reach) -> None:
+    several = is_distributed() and dist.get_world_size() > 1
+    for module in reach.modules:
+        name = type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ReplayError(SCRIPTED.format(name=name))
+        # By name: to import the classes takes long.
+        if not _SHARDING.isdisjoint(one.__name__ for one in type(module).__mro__):
+            raise ReplayError(SHARDED)
+        if several and isinstance(module, nn.SyncBatchNorm) and module.training:
+            raise ReplayError(COMMUNICATES.format(what=name))
+
+
+def _unwrap(modules: Iterable[nn.Module]) -> None:
+    """Makes wrappers do nothing but call what they wrap; attributes, so they are put back."""
+    for module in modules:
+        inside = vars(module)
+        if isinstance(module, (DistributedDataParallel, DataParallel)):
+            # Not a function of ours, which would be on the stack between the user's lines.
+            inside["forward"] = module.module.__call__
+        elif wraps(module, "_orig_mod"):
+            inside["forward"] = unwrapped(module).__call__
+        if inside.get("_compiled_call_impl") is not None:
+            inside["_compiled_call_impl"] = None
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Runs compiled functions that were not found uncompiled, from torch 2.6 on."""
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    # Importing the compiler takes long. If nobody has imported it, nothing is compiled.
+    if set_stance is None or "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def without_gradients(leaves: Iterable[Tensor], hooks: bool = False) -> Iterator[None]:
+    """Takes ``.grad`` from leaf tensors for a block; they get the very same tensors back.
+
+    ``hooks`` says whether their hooks are taken as well.
+    """
+    kinds = ("grad", "_backward_hooks", "_post_accumulate_grad_hooks")[: 3 if hooks else 1]
+    saved = [
+        (leaf, kind, getattr(leaf, kind))
+        for leaf in leaves
+        if leaf.requires_grad and leaf.is_leaf
+        for kind in kinds
+    ]
+    try:
+        for leaf, kind, value in saved:
+            if value is not None:
+                setattr(leaf, kind, None)
+        yield
+    finally:
+        for leaf, kind, value in saved:
+            if getattr(leaf, kind) is not value:
+                setattr(leaf, kind, value)
+
+
+@contextmanager
+def _no_steps() -> Iterator[None]:
+    """Refuses steps of optimizers, before any other hook is told of one."""
+    handle = register_optimizer_step_pre_hook(_refuse_step)
+    # The dict is private; without a place at its front a watcher would count the step.
+    _global_optimizer_pre_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _refuse_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    raise ReplayError(STEPS)
+
+
+class _NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses to communicate: other ranks do not take part in a replay."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
+            raise ReplayError(COMMUNICATES.format(what="The forward"))
+        return func(*args, **(kwargs or {}))
