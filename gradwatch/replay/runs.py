@@ -163,11 +163,11 @@ def _first_shape(inputs: Iterable[Tensor]) -> tuple[int, ...]:
 def _inputs_seen(inputs: list[Tensor]) -> Iterator[None]:
     """Notes the tensors that modules are given in a block, those of the outermost first."""
     handle = register_module_forward_pre_hook(
-        lambda _, args: inputs.extend(
-            one.detach() for one in tree_leaves(args) if isinstance(one, Tensor)
+        lambda _, args: (
+            inputs.extend(one.detach() for one in tree_leaves(args) if isinstance(one, Tensor))
+            if not inputs
+            else None
         )
-        if not inputs
-        else None
     )
     try:
         yield

@@ -53,15 +53,15 @@ def test_examples_of_a_training(name, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", list(zoo.MODELS))
+@pytest.mark.parametrize("name", ["cnn", "transformer", "reentrant", "sparse"])
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 def test_a_training_is_left_as_it_was(name, way):
     """Weights, state, buffers, gradients and random numbers are those of a training without it."""
-    plain, found = train(name, None), train(name, way)
+    plain, found = _train(name, None), _train(name, way)
     assert list(differences(plain, found)) == []
 
 
-def train(name, way):
+def _train(name, way):
     case = zoo.make_case(name, dropout=0.0 if name in ("complex", "sparse", "all_sparse") else 0.2)
     model = case.model
     optimizer = torch.optim.SGD(
