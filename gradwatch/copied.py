@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from gradwatch.accumulate.noise_scale import NoiseScale
 from gradwatch.guard import Overhead
+from gradwatch.record.explanation import Explanation
 from gradwatch.record.kept import KeptRecords
 from gradwatch.record.records import RecordBatch, StepRecord
 
@@ -42,6 +43,7 @@ class Part:
 def parts_of_copy(
     *,
     batch: RecordBatch,
+    explanations: Sequence[Explanation] = (),
     newest: StepRecord | None,
     skipped: int,
     noise_scale: NoiseScale,
@@ -53,6 +55,7 @@ def parts_of_copy(
 
     Args:
         batch: All steps and events in memory.
+        explanations: Those of the watcher; pickles of earlier versions have none.
         newest: The newest step whose numbers had arrived.
         skipped: Number of steps that were not applied.
         noise_scale: The noise scale of the first optimizer.
@@ -64,6 +67,7 @@ def parts_of_copy(
     return {
         "_run": Part(
             recorder=KeptRecords(batch, newest, skipped),
+            explanations=list(explanations),
             stopwatch=Part(read=lambda: overhead),
             accumulation=Part(micro_batches=accumulate, state_dict=lambda: state["accumulation"]),
         ),

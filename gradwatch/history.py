@@ -21,8 +21,10 @@ from gradwatch.record.columns import (
     Source,
     Span,
     events_frame,
+    explanations_frame,
     table_frame,
 )
+from gradwatch.record.explanation import Explanation
 from gradwatch.record.folder.reader import FolderSource
 from gradwatch.record.records import Layout, RecordBatch
 
@@ -49,14 +51,19 @@ class History:
     that were in memory then. That of a folder holds its path, and reads from there again.
     """
 
-    def __init__(self, source: Callable[[], RecordBatch] | Source) -> None:
+    def __init__(
+        self,
+        source: Callable[[], RecordBatch] | Source,
+        explanations: Sequence[Explanation] = (),
+    ) -> None:
         """Makes a history; users get one from ``watcher.history`` or :func:`load`.
 
         Args:
             source: A function that returns all steps and events so far, or a source that can be
                 read in parts.
+            explanations: Those that belong to what a function returns; a list may grow.
         """
-        self._source: Source = LiveSource(source) if callable(source) else source
+        self._source: Source = LiveSource(source, explanations) if callable(source) else source
 
     def __len__(self) -> int:
         return len(self._source.steps(("step",), Span())["step"])
@@ -171,6 +178,20 @@ class History:
             As columns the fields of :class:`~gradwatch.Event`, except ``global_step``.
         """
         return events_frame(self._source.events())
+
+    def explanations(self) -> pd.DataFrame:
+        """Returns one row per explanation of a bad step, oldest first.
+
+        ``watch(on_nonfinite="explain")`` makes them. A loaded run has those of all ranks, by step;
+        a live one those of its own rank.
+
+        Returns:
+            As columns the fields of :class:`~gradwatch.Explanation` that are numbers or text, and
+            ``summary``. ``phase`` is empty where there is none, and so is ``module_class`` outside
+            of the model. ``examples`` holds tuples of indices, ``largest_parameters`` and
+            ``largest_examples`` tuples of names. The dtypes are the same where there is no row.
+        """
+        return explanations_frame(self._source.explanations())
 
     def clip_rate(self, window: int = 1_000) -> float:
         """Returns the share of the newest applied steps in which a clip changed the gradient.

@@ -24,7 +24,9 @@ from gradwatch.cli.arguments import (
 )
 from gradwatch.cli.follower import KEPT, Follower, New, declared_texts
 from gradwatch.cli.terminal import Output, as_json, event_line, number, times
+from gradwatch.record.folder.explanations import NONFINITE
 from gradwatch.record.folder.meta import NAME
+from gradwatch.record.folder.ranks import RANKS
 from gradwatch.record.records import Event, StepRecord
 from gradwatch.report.finding import counted, printable
 
@@ -148,8 +150,10 @@ def _may_begin(folder: Path, wait: bool) -> bool:
         return wait
     if not folder.is_dir() or (folder / NAME).exists():
         return False
-    # A watcher writes files under hidden names before it renames them.
-    return all(path.name.startswith(".") for path in folder.iterdir())
+    # A watcher writes files under hidden names before it renames them, and what is not finite at
+    # once, before the first steps.
+    names = (path.name for path in folder.iterdir())
+    return all(name.startswith(".") or name in (NONFINITE, RANKS) for name in names)
 
 
 class Lines:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.pickles import stable_name
+from gradwatch.record.explanation import Explanation, Share
 from gradwatch.record.records import (
     NO_GRADIENT,
     Event,
@@ -273,6 +274,9 @@ class Source(Protocol):
     def groups(self) -> Sequence[ParameterGroups]:
         """Returns the parameter groups of all optimizers, as in a batch."""
 
+    def explanations(self) -> Sequence[Explanation]:
+        """Returns the explanations of bad steps, oldest first."""
+
 
 @stable_name
 class LiveSource:
@@ -281,18 +285,26 @@ class LiveSource:
     A copy of it, pickled or deep-copied, holds what was in memory then.
     """
 
-    def __init__(self, read: Callable[[], RecordBatch]) -> None:
+    def __init__(
+        self, read: Callable[[], RecordBatch], explanations: Sequence[Explanation] = ()
+    ) -> None:
         """Makes a source; nothing is read yet.
 
         Args:
             read: Returns a copy of the watcher's current records. Called on each read.
+            explanations: Those of the watcher: the list that it adds to.
         """
         self._read = read
+        self._explanations = explanations
 
-    def __getstate__(self) -> RecordBatch:
-        return self._read()
+    def __getstate__(self) -> tuple[RecordBatch, tuple[Explanation, ...]]:
+        return self._read(), tuple(self._explanations)
 
-    def __setstate__(self, batch: RecordBatch) -> None:
+    def __setstate__(
+        self, state: tuple[RecordBatch, tuple[Explanation, ...]] | RecordBatch
+    ) -> None:
+        # Pickles of earlier versions hold the batch alone.
+        batch, self._explanations = (state, ()) if isinstance(state, RecordBatch) else state
         self._read = lambda: batch
 
     def layout(self) -> Layout:
@@ -332,6 +344,10 @@ class LiveSource:
     def groups(self) -> Sequence[ParameterGroups]:
         """See :class:`Source`."""
         return self._read().groups
+
+    def explanations(self) -> Sequence[Explanation]:
+        """See :class:`Source`."""
+        return tuple(self._explanations)
 
 
 def _parameter_table(
@@ -387,6 +403,37 @@ def table_frame(table: Table, index: str | None = None) -> pd.DataFrame:
 def events_frame(events: Sequence[Event]) -> pd.DataFrame:
     """Makes a data frame of the :data:`EVENT_COLUMNS`, one row per event, oldest first."""
     return table_frame({name: _column(events, name, EVENT_DTYPES[name]) for name in EVENT_COLUMNS})
+
+
+EXPLANATION_COLUMNS = (
+    *("step", "optimizer", "micro_batch", "rank", "kind", "origin", "phase"),
+    *("module", "module_class", "operation", "file", "line", "source"),
+    *("argument", "parameter", "since_step", "examples", "count", "size"),
+    *("largest_parameters", "largest_examples", "advice", "summary"),
+)
+"""The columns of ``History.explanations()``."""
+
+
+def _column_of_tuples(values: Sequence[Sequence[object]]) -> Array:
+    column = np.empty(len(values), object)
+    for row, several in enumerate(values):
+        column[row] = tuple(one.name if isinstance(one, Share) else one for one in several)
+    return column
+
+
+def explanations_frame(explanations: Sequence[Explanation]) -> pd.DataFrame:
+    """Makes a data frame of the :data:`EXPLANATION_COLUMNS`, one row per explanation."""
+    dtypes = _dtypes(Explanation)
+    table: dict[str, Column] = {}
+    for name in EXPLANATION_COLUMNS:
+        values = [getattr(one, name) for one in explanations]
+        if dtypes.get(name) is not None:
+            table[name] = np.array(values, dtypes[name])
+        elif isinstance(getattr(Explanation(), name), tuple):
+            table[name] = _column_of_tuples(values)
+        else:
+            table[name] = Labels.from_strings(value or "" for value in values)
+    return table_frame(table)
 
 
 def _values(column: Column) -> Any:

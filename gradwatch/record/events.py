@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import PurePath
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from gradwatch.errors import NonFiniteGradientError
 from gradwatch.hooks.data_parallel import rank, several_ranks
 from gradwatch.measure.norms import FirstNonFinite, Measurement, Origin
 from gradwatch.measure.parameters import ParameterTable
+from gradwatch.record.explanation import Explanation
 from gradwatch.record.records import Event, EventKind, StepRecord
 
 ToldCause = Literal["weights", "loop", "overflow", "after"]
@@ -304,6 +306,22 @@ def not_put_back_event(step: int, optimizer: str, names: Sequence[str], most: in
     buffers = counted_names(names, of="buffer")
     text = NOT_PUT_BACK.format(buffers=buffers, step=step, most=most // 2**20)
     return _event(StepRecord(step, optimizer), "poisoned", float(len(names)), text)
+
+
+def explained_event(explanation: Explanation, global_step: int = 0) -> Event:
+    """Makes the event that says in one line where a NaN, an Inf or too large a gradient came from.
+
+    ``global_step`` is the x-axis of loggers at that step.
+    """
+    one = explanation
+    record = StepRecord(one.step, one.optimizer, global_step=global_step)
+    message = one.summary
+    if one.line:
+        # The name alone: loggers cut long messages, and explanation.json has the whole path.
+        message += f" ({PurePath(one.file).name}:{one.line}: {one.source})"
+    of = (one.parameter, one.module or "")
+    batch = one.micro_batch
+    return _event(record, "explained", float(one.count), message, of, one.rank, micro_batch=batch)
 
 
 def no_gradient_events(

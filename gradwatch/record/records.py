@@ -303,6 +303,7 @@ EventKind = Literal[
     "changed",
     "mistake",
     "poisoned",
+    "explained",
 ]
 
 _MAGENTA, _PURPLE, _GRAY, _ORANGE, _BLUE, _GREEN, _YELLOW = (
@@ -379,6 +380,13 @@ EVENT_KINDS: dict[str, Kind] = {
         "buffers",
         _MAGENTA,
         "square",
+    ),
+    "explained": Kind(
+        'a micro-batch was run again, as `on_nonfinite="explain"` asks: names the operation and '
+        "the line that made the NaN or Inf, or the input or weights that held it",
+        "bad elements",
+        _BLUE,
+        "triangle",
     ),
 }
 """Every kind of event, in the order in which plots show them."""

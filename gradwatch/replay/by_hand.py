@@ -23,6 +23,7 @@ def explain(
     **kwargs: Any,
 ) -> Explanation:
     """temp"""
+
     def run(observer: Observer) -> list[str]:
         state = torch.get_rng_state()
         for n, m in model.named_modules():
@@ -33,19 +34,31 @@ def explain(
             p.grad = None
         for n, p in model.named_buffers():
             observer.name_buffer(p, n)
-        copies, named = tree_map(lambda t: t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t, (args, kwargs))
+        copies, named = tree_map(
+            lambda t: (
+                t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
+            ),
+            (args, kwargs),
+        )
         import inspect
+
         try:
             names = inspect.signature(model.forward).bind(*copies, **named).arguments
         except TypeError:
             names = dict(enumerate(copies))
+
         def walk(path, v):
-            if isinstance(v, Tensor): observer.name_input(v, path)
+            if isinstance(v, Tensor):
+                observer.name_input(v, path)
             elif isinstance(v, dict):
-                for k, x in v.items(): walk(f"{path}[{k!r}]", x)
+                for k, x in v.items():
+                    walk(f"{path}[{k!r}]", x)
             elif isinstance(v, (list, tuple)):
-                for k, x in enumerate(v): walk(f"{path}[{k}]", x)
-        for k, v in names.items(): walk(str(k), v)
+                for k, x in enumerate(v):
+                    walk(f"{path}[{k}]", x)
+
+        for k, v in names.items():
+            walk(str(k), v)
         with observer:
             out = model(*copies, **named)
             value = out if loss is None else loss(out)
@@ -53,7 +66,9 @@ def explain(
             observer.begin_backward([value], [g])
             value.backward(g)
         observer.end({n: p.grad for n, p in model.named_parameters()})
-        for p, g in zip(model.parameters(), grads): p.grad = g
+        for p, g in zip(model.parameters(), grads):
+            p.grad = g
         torch.set_rng_state(state)
         return []
+
     return explain_run(run)

@@ -13,6 +13,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -115,6 +116,12 @@ class Details:
     parents: tuple[int, ...] = ()
 
 
+class _State(IntEnum):
+    FINITE = 0
+    INFINITE = 1
+    NAN = 2
+
+
 @dataclass(slots=True)
 class _Bad:
     """An operand or a result that is not finite, while its operation is looked at."""
@@ -125,7 +132,7 @@ class _Bad:
     mask: Tensor | None = None
 
 
-class Observer(TorchDispatchMode):
+class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches one replay; see the module.
 
     Attributes:
@@ -144,9 +151,11 @@ class Observer(TorchDispatchMode):
     def __init__(self, wanted: Collection[int] = ()) -> None:
         """Starts with nothing known of any tensor.
 
-        ``wanted`` are the numbers of the operations of which :attr:`details` are wanted.
+        Args:
+            wanted: Numbers of operations of which :attr:`details` are wanted, after a first look at
+                the same replay. Nothing else is looked at then, so there are no roots.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.caller: tuple[str, int] = ("", 0)
         self.operations: list[Operation] = []
         self.roots: list[Root] = []
@@ -162,7 +171,7 @@ class Observer(TorchDispatchMode):
         self._named: dict[int, tuple[Source, str]] = {}
         self._producers: dict[int, int] = {}
         self._tainted: dict[int, Roots] = {}
-        self._external: dict[tuple[int, int], int] = {}
+        self._good: set[int] = set()
         self._batched: set[int] = set()
         self._frames = Frames(self.modules)
         self._sequences: list[int] = []
@@ -231,7 +240,7 @@ class Observer(TorchDispatchMode):
             operands = list(_tensors((*args, *kwargs.values())))
             place = self._frames.place()
             number = len(self.operations)
-            bad = self._bad_operands(operands, number, place)
+            bad = [] if self._wanted else self._bad_operands(func, operands, number, place)
             if number in self._wanted:
                 self.details[number] = self._details(func, operands, args, kwargs)
         result = func(*args, **kwargs)
@@ -278,38 +287,45 @@ class Observer(TorchDispatchMode):
             for one in results:
                 self._tainted.pop(_key(one) or 0, None)
             return
+        if self._wanted:
+            if number in self._wanted and results:
+                self.details[number].result = operand_of("result", results[0])
+            return
         for one in results:
             self._look(func, number, one, bad)
-        if number in self._wanted and results:
-            self.details[number].result = operand_of("result", results[0])
 
     def _look(self, func: Any, number: int, result: Tensor, bad: list[_Bad]) -> None:
         key = _key(result)
         # The roots of a view are those of what it is a view of.
         if key is None or self.operations[number].views:
             return
-        if _is_finite(result):
+        state = _state(result)
+        if state is _State.FINITE:
             if not self.operations[number].writes or _covers(result):
                 self._tainted.pop(key, None)
             return
-        roots = self._roots_at(func, number, result, bad)
+        roots = self._roots_at(func, number, result, state is _State.NAN, bad)
         before = self._tainted.get(key, NO_ROOTS) if self.operations[number].writes else NO_ROOTS
         self._tainted[key] = roots | (before if not _covers(result) else NO_ROOTS)
 
-    def _roots_at(self, func: Any, number: int, result: Tensor, bad: list[_Bad]) -> Roots:
+    def _roots_at(
+        self, func: Any, number: int, result: Tensor, nan: bool, bad: list[_Bad]
+    ) -> Roots:
         """Returns the roots of a result that is not finite; makes a new one if it began here."""
-        nan = _has_nan(result)
         if not bad:
             return frozenset({self._new_root(number, result, ())})
+        new = self._new_elements(func, result, bad)
         if nan and not any(one.nan for one in bad):
-            # An infinite operand made it NaN: or the operands that were finite did so.
-            new = self._new_elements(func, result, bad)
-            began_here = new is not None and _is_nan_at(result, new)
-            via = NO_ROOTS if began_here else NO_ROOTS.union(*(one.roots for one in bad))
-            return frozenset({self._new_root(number, result, via)})
+            # Infinite operands made it NaN, or finite ones did, or both in different elements.
+            via = NO_ROOTS.union(*(one.roots for one in bad))
+            if new is None or not _is_nan_at(result, new):
+                return frozenset({self._new_root(number, result, via)})
+            here = {self._new_root(number, result, (), new)}
+            if _is_nan_at(result, ~new):
+                here.add(self._new_root(number, result, via, ~new))
+            return frozenset(here)
         chosen = [one for one in bad if one.nan] if nan else bad
         roots = NO_ROOTS.union(*(one.roots for one in chosen))
-        new = self._new_elements(func, result, bad)
         if new is not None and bool(new.any()):
             roots |= {self._new_root(number, result, (), new)}
         return roots
@@ -361,7 +377,9 @@ class Observer(TorchDispatchMode):
 
     # -- operands ------------------------------------------------------------------------------
 
-    def _bad_operands(self, operands: list[Tensor], number: int, place: Place) -> list[_Bad]:
+    def _bad_operands(
+        self, func: Any, operands: list[Tensor], number: int, place: Place
+    ) -> list[_Bad]:
         bad = []
         for one in operands:
             key = _key(one)
@@ -371,19 +389,31 @@ class Observer(TorchDispatchMode):
             if roots is None:
                 if key in self._producers:
                     continue
-                if (key, one._version) in self._external or _is_finite(one):
-                    self._external[key, one._version] = 1
+                if key in self._good:
+                    continue
+                state = _state(one)
+                if state is _State.FINITE:
+                    # Of a view it is not known whether the rest is finite as well.
+                    if _covers(one):
+                        self._good.add(key)
+                        self._kept.append(one)
                     continue
                 roots = self._from_outside(key, one, number, place)
-            elif _is_finite(one):
-                continue
-            bad.append(_Bad(one, roots, _has_nan(one), ~torch.isfinite(_values(one))))
+            else:
+                state = _state(one)
+                if state is _State.FINITE:
+                    continue
+            # What is written to is not there any more when the operation has run.
+            mask = ~torch.isfinite(_values(one)) if func._schema.is_mutable else None
+            bad.append(_Bad(one, roots, state is _State.NAN, mask))
         return bad
 
     def _from_outside(self, key: int, tensor: Tensor, number: int, place: Place) -> Roots:
         source, name = self._named.get(key, ("constant", ""))
         if source == "constant":
             name = variable_of(tensor, place.file, place.line)
+            if tensor.dim() and tensor.shape[0] == self.batch:  # targets, most likely
+                self._batched.add(key)
         self.roots.append(self._root_of(number, tensor, source, name, None))
         self._kept.append(tensor)
         roots = self._tainted[key] = frozenset({len(self.roots) - 1})
@@ -487,6 +517,7 @@ def operand_of(name: str, tensor: Tensor) -> Operand:
         zeros=int((values == 0).sum()),
         nans=int(torch.isnan(values).sum()),
         infs=int(torch.isinf(values).sum()),
+        negative_infs=int(torch.isneginf(values).sum()),
     )
 
 
@@ -507,11 +538,8 @@ def _operand_names(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 def _key(tensor: Tensor) -> int | None:
     """Returns what stands for the memory of a tensor; None if it has none of its own."""
-    if tensor.layout is not torch.strided:
-        values = _values(tensor)
-        return None if values.layout is not torch.strided else _key(values)
     try:
-        return tensor.untyped_storage()._cdata
+        return int(_values(tensor).untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return None
 
@@ -525,19 +553,25 @@ def _values(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def _state(tensor: Tensor) -> _State:
     values = _values(tensor)
     if not (values.is_floating_point() or values.is_complex()) or not values.numel():
-        return True
+        return _State.FINITE
     if values.is_meta or values.is_quantized or values.layout is not torch.strided:
-        return True
+        return _State.FINITE
     if values.is_complex():
         values = torch.view_as_real(values.resolve_conj())
     if values.dtype.itemsize < 2:  # float8 knows no comparison
         values = values.float()
     # One pass, which tells of NaN as well.
-    low, high = torch.aminmax(values)
-    return math.isfinite(low.item()) and math.isfinite(high.item())
+    low, high = (one.item() for one in torch.aminmax(values))
+    if math.isnan(low):
+        return _State.NAN
+    return _State.INFINITE if math.isinf(low) or math.isinf(high) else _State.FINITE
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return _state(tensor) is _State.FINITE
 
 
 def _has_nan(tensor: Tensor) -> bool:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from gradwatch.accumulate.policies import AccumulationPlan
 from gradwatch.errors import warn_safely
 from gradwatch.guard import Stopwatch
 from gradwatch.hooks.data_parallel import DataParallel, rank
+from gradwatch.hooks.forwards import ForwardCall
 from gradwatch.hooks.model import ModelHooks
 from gradwatch.hooks.scaler import LossScale
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.measure.sharded import Shards
 from gradwatch.options import Options
-from gradwatch.record.events import changed_event, poisoned_event
+from gradwatch.record.events import changed_event, explained_event, poisoned_event
+from gradwatch.record.explanation import Explanation
+from gradwatch.record.folder.explanations import ExplanationStore
 from gradwatch.record.folder.ranks import RankLog
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.recorder import Recorder, RingBuffer, SinkHub
 from gradwatch.record.records import Event, Layout, StepRecord
 from gradwatch.step.replicas import Replicas
 from gradwatch.step.together import JointSteps
+
+if TYPE_CHECKING:
+    from gradwatch.step.explaining import Explaining
 
 POISONED = "poisoned"
 """What is told once in a run: that buffers hold a NaN."""
@@ -46,6 +54,8 @@ class Run:
         joint_steps: Which optimizers step together.
         suspects: Records of steps that held a NaN or Inf, after which no buffer was looked at yet.
         replicas: Sees whether the ranks train one model together.
+        explanations: Where bad gradients came from, newest last.
+        explaining: Explains bad steps; None if nobody asks.
     """
 
     def __init__(
@@ -87,6 +97,9 @@ class Run:
         )
         ring = RingBuffer(layout, options.buffer_size)
         self.recorder = Recorder(ring, hub, self.replicas.note_record, _log_of_rank(options))
+        self.explanations: list[Explanation] = []
+        self.explaining: Explaining | None = None
+        self._store = _store_of(options)
 
     def tell(self, event: Event, key: str = "", warn: bool = True) -> None:
         """Records an event about the training loop, and warns; once in a run.
@@ -124,9 +137,34 @@ class Run:
         """Records an event that belongs to no finished step."""
         self.recorder.note((replace(event, global_step=self.global_step(event.step)),))
 
+    def explain(
+        self, explanation: Explanation, calls: Sequence[ForwardCall] = (), *, labeled: bool = False
+    ) -> None:
+        """Records an explanation: in memory, as an event, and in the run folder if there is one.
+
+        Args:
+            explanation: With its step, its optimizer and the rank of this process.
+            calls: The forwards of the micro-batch, to keep it in the run folder; else empty.
+            labeled: Whether there are several optimizers, so that names must tell them apart.
+        """
+        self.explanations.append(explanation)
+        self.note(explained_event(explanation))
+        if self._store is not None:
+            self._store.write(explanation, calls, labeled=labeled)
+
+
+def _folder_of(options: Options) -> str | os.PathLike[str] | None:
+    """Returns the run folder, also on a rank that does not write its tables; None without one."""
+    folders = [one.path for one in options.sinks if isinstance(one, RunFolder)]
+    return next(iter(folders), options.run_dir)
+
 
 def _log_of_rank(options: Options) -> Callable[[Sequence[Event]], None] | None:
     """Returns what notes the NaN of this rank beside the run folder; None on the first rank."""
-    mine, folders = rank(), [one.path for one in options.sinks if isinstance(one, RunFolder)]
-    folder = next(iter(folders), options.run_dir)
+    mine, folder = rank(), _folder_of(options)
     return RankLog(folder, mine).note if mine and folder is not None else None
+
+
+def _store_of(options: Options) -> ExplanationStore | None:
+    folder = _folder_of(options)
+    return None if folder is None else ExplanationStore(folder, rank())

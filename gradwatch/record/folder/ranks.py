@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -65,23 +65,44 @@ class RankLog:
             file.write(line)
 
 
-class RankNotes:
-    """What all ranks have noted, for the events of the first rank."""
+class SessionTimes:
+    """Which session something was written in, by the time of it."""
 
-    def __init__(self, folder: Path, sessions: Sequence[Mapping[str, Any]]) -> None:
-        """Reads the notes; ``sessions`` are those of meta.json."""
-        begun = sorted(
+    def __init__(self, begun: Iterable[tuple[float, int]]) -> None:
+        """Takes when each session began, in seconds since 1970, and its number."""
+        self._begun = sorted(begun)
+
+    @classmethod
+    def of(cls, sessions: Sequence[Mapping[str, Any]]) -> SessionTimes:
+        """Reads when the sessions of meta.json began."""
+        return cls(
             (began, int(number))
             for one in sessions
             if (began := _seconds(one.get("started"))) is not None
             and isinstance(number := one.get("session"), int)
         )
+
+    def at(self, time_s: float, *, of_another_rank: bool) -> int | None:
+        """Returns the number of the session at a time, seconds since 1970; None before the first.
+
+        The clock of another rank than the first, which notes the beginnings, may differ from its.
+        """
+        latest = time_s + (CLOCKS_S if of_another_rank else 0.0)
+        return max((one for one in self._begun if one[0] <= latest), default=(0.0, None))[1]
+
+
+class RankNotes:
+    """What all ranks have noted, for the events of the first rank."""
+
+    def __init__(self, folder: Path, sessions: Sequence[Mapping[str, Any]]) -> None:
+        """Reads the notes; ``sessions`` are those of meta.json."""
+        times = SessionTimes.of(sessions)
         self._events: dict[tuple[int, str, int], Event] = {}
         for note in _notes(folder / RANKS):
-            session = max((one for one in begun if one[0] <= note.time + CLOCKS_S), default=None)
+            session = times.at(note.time, of_another_rank=True)
             if session is not None:
                 event = note.event
-                key = (session[1], event.optimizer, event.step)
+                key = (session, event.optimizer, event.step)
                 self._events[key] = min(self._events.get(key, event), event, key=_rank_of)
 
     def traced(self, session: int, event: Event) -> Event:

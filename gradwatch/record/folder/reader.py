@@ -33,10 +33,12 @@ from gradwatch.record.columns import (
     take_rows,
     truths_in,
 )
+from gradwatch.record.explanation import Explanation
 from gradwatch.record.folder.event_log import event_files, read_events
+from gradwatch.record.folder.explanations import KeptExplanation, read_explanations
 from gradwatch.record.folder.meta import EVENTS, PARAMETERS, STEPS, check_whole, read_meta
 from gradwatch.record.folder.parts import Part, list_parts, uncovered
-from gradwatch.record.folder.ranks import RankNotes
+from gradwatch.record.folder.ranks import RankNotes, SessionTimes
 from gradwatch.record.folder.tables import (
     EVERY_RUN_HAS,
     KEYS,
@@ -167,6 +169,15 @@ class FolderSource:
         """See :class:`~gradwatch.record.columns.Source`."""
         return self.steadily(lambda: self._groups(self.listing()))
 
+    def explanations(self) -> Sequence[Explanation]:
+        """See :class:`~gradwatch.record.columns.Source`."""
+        return [one.explanation for one in self.kept_explanations()]
+
+    def kept_explanations(self) -> Sequence[KeptExplanation]:
+        """Reads the explanations by step, with what is in the folder beside them."""
+        kept = read_explanations(self._folder)
+        return self.steadily(lambda: self._valid(kept)) if kept else ()
+
     def steadily(self, read: Callable[[], T]) -> T:
         """Calls ``read()``, and again if a file disappeared meanwhile.
 
@@ -232,6 +243,16 @@ class FolderSource:
                 if logged.event.rank < 0 and notes is None:
                     notes = RankNotes(self._folder, read_meta(self._folder).sessions)
                 yield logged.event if notes is None else notes.traced(session, logged.event)
+
+    def _valid(self, kept: Sequence[KeptExplanation]) -> list[KeptExplanation]:
+        """Leaves out the explanations of void steps; they do not wait for their steps."""
+        rule = self.listing().rule
+        times = SessionTimes.of(read_meta(self._folder).sessions)
+        return [
+            one
+            for one in kept
+            if (of := one.session(times)) is not None and rule.keeps(of, one.explanation)
+        ]
 
     def _steps(self, columns: Sequence[str], span: Span) -> dict[str, Column]:
         listing = self.listing()
@@ -327,8 +348,8 @@ class ResumeRule:
         valid: Array = steps < ends[optimizers.codes]
         return valid
 
-    def keeps(self, session: int, event: Event) -> bool:
-        """Tells whether an event counts, that is, whether its step is valid."""
+    def keeps(self, session: int, event: Event | Explanation) -> bool:
+        """Tells whether an event or explanation counts, that is, whether its step is valid."""
         void = self.void_from(session)
         # Events about accumulation and memory belong to no optimizer (label "none"): the first void
         # step of any optimizer decides. But if no optimizer steps the model, "none" is also the

@@ -21,6 +21,11 @@ from gradwatch.hooks.data_parallel import rank
 from gradwatch.pickles import stable_name
 from gradwatch.record.columns import Array
 from gradwatch.record.folder.event_log import EventLog, event_files, lines_of, read_events
+from gradwatch.record.folder.explanations import (
+    read_explanations,
+    remove_explanation,
+    set_aside_explanations,
+)
 from gradwatch.record.folder.files import write_whole
 from gradwatch.record.folder.lock import WriterLock
 from gradwatch.record.folder.meta import (
@@ -37,6 +42,7 @@ from gradwatch.record.folder.meta import (
     read_meta,
 )
 from gradwatch.record.folder.parts import Part, PartStore
+from gradwatch.record.folder.ranks import SessionTimes
 from gradwatch.record.folder.reader import SessionStarts
 from gradwatch.record.folder.tables import ParametersTable, StepsTable, labels_of, need_pyarrow
 from gradwatch.record.records import Layout, ParameterGroups, RecordBatch, StepRecord
@@ -101,6 +107,7 @@ class RunFolder:
     _written: RecordBatch | None = None
     _lost_steps = 0
     _lost_events = 0
+    _began = 0.0
 
     def __init__(
         self,
@@ -125,8 +132,10 @@ class RunFolder:
         """
         need_pyarrow("RunFolder()")
         self._path = _checked(path)
+        began = datetime.now(timezone.utc)
+        self._began = began.timestamp()
         self._about = {
-            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "started": began.isoformat(timespec="microseconds"),
             "versions": _versions(),
             "optimizers": list(optimizers),
             "options": dict(options or {}),
@@ -194,8 +203,8 @@ class RunFolder:
             self._tidy(partial(self._session.tidy, batch))
 
     def _keep_earlier(self, batch: RecordBatch) -> None:
-        finish_setting_aside(self._path)
-        earlier = set_aside(self._path) if begins_anew(batch.steps) else None
+        finish_setting_aside(self._path, self._began)
+        earlier = set_aside(self._path, self._began) if begins_anew(batch.steps) else None
         if earlier is not None:
             warn_safely(_EARLIER.format(path=str(self._path), earlier=str(earlier)))
 
@@ -242,8 +251,12 @@ def begins_anew(steps: Sequence[StepRecord]) -> bool:
     return bool(first) and all(step == 1 for step in first.values())
 
 
-def set_aside(folder: Path) -> Path | None:
+def set_aside(folder: Path, before: float) -> Path | None:
     """Moves the run in a folder into a subfolder ``earlier-N``, itself a run folder.
+
+    Args:
+        folder: The run folder.
+        before: When the new run began, in seconds since 1970.
 
     Returns:
         The subfolder; None if the folder held no run with steps.
@@ -262,14 +275,18 @@ def set_aside(folder: Path) -> Path | None:
     # between, no step is lost, and what has been moved is no longer read here.
     shutil.copy2(folder / NAME, target / NAME)
     (folder / STEPS).rename(target / STEPS)
-    finish_setting_aside(folder)
+    finish_setting_aside(folder, before)
     return target
 
 
-def finish_setting_aside(folder: Path) -> None:
-    """Moves the tables that are still here although their steps have been set aside.
+def finish_setting_aside(folder: Path, before: float) -> None:
+    """Moves what is still here of a run although its steps have been set aside.
 
-    That happens if a process was killed during the move. A new session would take them for its own.
+    That happens if a process was killed during the move. A new session would take it for its own.
+
+    Args:
+        folder: The run folder.
+        before: When the new run began, in seconds since 1970.
 
     Raises:
         OSError: If the disk is full or read-only.
@@ -277,6 +294,7 @@ def finish_setting_aside(folder: Path) -> None:
     target = newest_earlier(folder)
     if target is None or (folder / STEPS).exists() or not (target / STEPS).exists():
         return
+    set_aside_explanations(folder, target, before)
     for table in TABLES:
         if (folder / table).exists() and not (target / table).exists():
             (folder / table).rename(target / table)
@@ -408,6 +426,11 @@ class Session:
                 kept = [logged for logged in events if rule.keeps(session, logged.event)]
                 if len(kept) < len(events):
                     write_whole(path, lines_of(kept))
+        times = SessionTimes.of(self._meta.sessions)
+        for one in read_explanations(self._folder):
+            of = one.session(times)
+            if of is None or not rule.keeps(of, one.explanation):
+                remove_explanation(one)
 
 
 def _checked(path: object) -> Path:
