@@ -261,10 +261,11 @@ class Explaining:
         numbers = window.backwards[-len(window.arrivals) :] if window.arrivals else []
         given = [self.forwards.calls_of(number) for number in numbers]
         notes = tuple(dict.fromkeys(note for _, some in given for note in some))
-        if not given or not all(calls for calls, _ in given):
+        model = self._model
+        if not isinstance(model, nn.Module) or not given or not all(calls for calls, _ in given):
             return _Found(replace(found, notes=notes))
         largest = largest_of_window(
-            [partial(live_calls, self._model, calls) for calls, _ in given],
+            [partial(live_calls, model, calls) for calls, _ in given],
             self._by_name(*window.gradients()),
             resolve(norms.loss_scale),
         )

@@ -39,7 +39,7 @@ def test_a_spike_names_parameters_and_examples():
     watcher, _ = _train(explain=True)
     (found,) = watcher.explanations
     assert (found.kind, found.step, found.micro_batch) == ("spike", STEPS, 1)
-    assert [one.name for one in found.largest_examples][0] == str(CULPRIT)
+    assert found.largest_examples[0].name == str(CULPRIT)
     assert found.largest_examples[0].share > 0.99
     assert len(found.largest_examples) == len(found.largest_parameters) == 3
     norms = watcher.history.parameters().query("step == @STEPS").set_index("parameter")["grad_norm"]
