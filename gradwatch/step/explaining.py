@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gradwatch.errors import described_error, logger
 from gradwatch.hooks.backward import inside_backward
@@ -68,6 +69,10 @@ SPOILED = (
     "the step before, or the loop."
 )
 FROM_THE_START = "They were so in the first step already."
+MADE_OUTSIDE = (
+    "That input is not data: it was computed with a graph, by code outside of the forwards that are "
+    "kept, which made it bad."
+)
 LEFT = "It was " + LEFT_STALE + "." + NOT_ZEROED
 MADE = "It was " + MADE_AFTER + "."
 SET = "It appeared " + MADE_BY_LOOP + "." + SET_BY_LOOP
@@ -165,7 +170,7 @@ class Explaining:
         if first.origin is Origin.WEIGHTS:
             return _Found(self._of_weights(first))
         unknown = Explanation(origin="not_found", kind=kind, micro_batch=first.micro_batch)
-        note = self._why_not(first, norms)
+        note = self._why_not(first, window)
         if note:
             return _Found(replace(unknown, notes=(note,)))
         numbers = window.backwards[-len(window.arrivals) :] if window.arrivals else []
@@ -176,9 +181,9 @@ class Explaining:
             return self._at(found, place, kind)
         return self._one_of(numbers[: first.micro_batch], kind)
 
-    def _why_not(self, first: FirstNonFinite, norms: StepNorms) -> str:
+    def _why_not(self, first: FirstNonFinite, window: Window) -> str:
         """Returns why no replay can find the cause; empty if one may."""
-        if inside_backward():
+        if len(window.arrivals) > len(window.backwards):
             return IN_BACKWARD
         if first.origin is Origin.STALE:
             return LEFT
@@ -215,15 +220,24 @@ class Explaining:
         calls, notes = self.forwards.calls_of(number)
         if not calls or not isinstance(self._model, nn.Module):
             return _Found(Explanation(origin="not_found", notes=tuple(notes)))
-        try:
-            from gradwatch.replay.runs import run_calls
-            from gradwatch.replay.search import explain_run
-
-            found = explain_run(run_calls(self._model, calls))
-        except Exception as error:  # out of memory is one too
-            failed = REPLAY_FAILED.format(error=described_error(error))
-            return _Found(Explanation(origin="not_found", notes=(*notes, failed)), calls)
+        # A call that was given what another one made bad, as a discriminator is by its generator,
+        # would hide that: run again, each is given what it was given.
+        rest = [call for call in calls if not _was_given_bad(call)]
+        some = self._run_again(rest) if 0 < len(rest) < len(calls) else None
+        found = self._run_again(calls) if some is None or some.origin == "not_found" else some
+        if len(rest) < len(calls) and found is not some and found.origin == "input":
+            notes.append(MADE_OUTSIDE)
         return _Found(replace(found, notes=(*notes, *found.notes)), calls)
+
+    def _run_again(self, calls: Sequence[ForwardCall]) -> Explanation:
+        from gradwatch.replay.runs import run_calls
+        from gradwatch.replay.search import explain_run
+
+        try:
+            return explain_run(run_calls(self._model, calls))
+        except Exception as error:  # out of memory is one too
+            note = REPLAY_FAILED.format(error=described_error(error))
+            return Explanation(origin="not_found", notes=(note,))
 
     def _of_weights(self, first: FirstNonFinite) -> Explanation:
         """Explains gradients of weights that were bad before: there is nothing to run again."""
@@ -315,6 +329,13 @@ class Explaining:
             logger.warning("%s", explanation)
         except Exception as error:  # evidence is never worth a training
             logger.warning("gradwatch: %s", FAILED.format(error=described_error(error)))
+
+
+def _was_given_bad(call: ForwardCall) -> bool:
+    """Returns whether an argument was computed with a graph, and is NaN or Inf."""
+    leaves = tree_leaves((call.args, dict(call.kwargs)))
+    computed = [one for one in leaves if isinstance(one, Tensor) and one.grad_fn is not None]
+    return any(any(count_nonfinite(one.detach())) for one in computed)
 
 
 def _failed(error: Exception, kind: ExplainedKind = "nan") -> Explanation:
