@@ -31,7 +31,7 @@ NOT_LINEAR = (
     "The examples are not told apart: the backward of one example alone is no part of the whole "
     "one. A hook or a custom autograd Function changes gradients by what they are."
 )
-NOT_RUN = "The examples are not told apart: a backward of the replay failed ({error})."
+NOT_RUN = "The examples are not told apart, as they could not be run again: {error}"
 NOT_FINITE = "The examples are not told apart: the gradients of the replay are not finite."
 NO_GRADIENT = "The examples are not told apart: the gradients of the replay are zero."
 OTHER_GRADIENTS = (

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from gradwatch.errors import described_error, logger
 from gradwatch.hooks.backward import inside_backward
-from gradwatch.hooks.data_parallel import rank
+from gradwatch.hooks.data_parallel import rank, several_ranks
 from gradwatch.hooks.forwards import ForwardCall, KeptForwards
 from gradwatch.measure.deferred import FloatOrDeferred, resolve
 from gradwatch.measure.norms import FirstNonFinite, LateCheck, Origin, StepNorms, count_nonfinite
@@ -72,6 +72,10 @@ FROM_THE_START = "They were so in the first step already."
 MADE_OUTSIDE = (
     "That input is not data: it was computed with a graph, by code outside of the forwards that are "
     "kept, which made it bad."
+)
+OWN_EXAMPLES = (
+    "The examples are those of rank {rank}, with their shares in its own gradient: another rank may "
+    "have the larger ones."
 )
 LEFT = "It was " + LEFT_STALE + "." + NOT_ZEROED
 MADE = "It was " + MADE_AFTER + "."
@@ -284,11 +288,12 @@ class Explaining:
             resolve(norms.loss_scale),
         )
         calls = given[largest.micro_batch - 1][0] if largest.micro_batch else ()
+        own = (OWN_EXAMPLES.format(rank=rank()),) if largest.shares and several_ranks() else ()
         explanation = replace(
             found,
             micro_batch=largest.micro_batch,
             largest_examples=largest.shares,
-            notes=(*notes, *largest.notes),
+            notes=(*notes, *largest.notes, *own),
         )
         return _Found(explanation, calls)
 
