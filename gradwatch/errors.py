@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import TYPE_CHECKING
 
 from gradwatch.pickles import stable_name
+
+if TYPE_CHECKING:
+    from gradwatch.record.explanation import Explanation
 
 
 @stable_name
@@ -20,6 +24,7 @@ class NonFiniteGradientError(RuntimeError):
         parameter: The name of the first parameter, in backward order, with such a gradient.
         nan_count: The number of NaN elements in that gradient.
         inf_count: The number of Inf elements in that gradient.
+        explanation: Where it came from, with ``explain=True``; else None.
     """
 
     def __init__(
@@ -38,6 +43,14 @@ class NonFiniteGradientError(RuntimeError):
         self.parameter = parameter
         self.nan_count = nan_count
         self.inf_count = inf_count
+        self.explanation: Explanation | None = None
+
+    def explained(self, explanation: Explanation | None) -> NonFiniteGradientError:
+        """Returns this error, with an explanation that its text tells, too; None for none."""
+        if explanation is not None:
+            self.explanation = explanation
+            self.args = (f"{self}\n\n{explanation}",)
+        return self
 
 
 @stable_name

@@ -35,7 +35,7 @@ Accumulate = int | str | Mapping[int, int] | Callable[[int], int] | AccumulatePo
 Optimizers = Optimizer | Sequence[Optimizer] | Mapping[str, Optimizer] | None
 """The type of ``watch(optimizer=)``."""
 
-ON_NONFINITE = ("record", "skip", "raise")
+ON_NONFINITE = ("record", "skip", "raise", "explain")
 
 
 class SharedOptions(TypedDict, total=False):
@@ -55,6 +55,8 @@ class SharedOptions(TypedDict, total=False):
     skip_spikes: float | str | None
     max_consecutive_skips: int
     curvature: CurvatureEvery | None
+    explain: bool
+    keep_batches: bool
 
 
 @stable_name
@@ -63,7 +65,8 @@ class Options:
     """The checked options of :func:`gradwatch.watch`, which documents each of them.
 
     Arguments are passed as the user wrote them and stored in normalized form: ``clip=1.0`` becomes
-    ``ClipByNorm(1.0)``. Error messages name the function given as ``caller``.
+    ``ClipByNorm(1.0)``, and ``on_nonfinite="explain"`` becomes ``"skip"`` with ``explain=True``.
+    Error messages name the function given as ``caller``.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -84,6 +87,8 @@ class Options:
     skip_spikes: float | None
     max_consecutive_skips: int
     curvature: CurvatureEvery | None
+    explain: bool = False
+    keep_batches: bool = False
     caller: InitVar[str] = "watch"
 
     @classmethod
@@ -102,6 +107,13 @@ class Options:
         for name, check in CHECKS.items():
             checked = check(f"{caller}({name}=)", getattr(self, name))
             object.__setattr__(self, name, checked)  # a frozen dataclass refuses plain assignment
+        if self.on_nonfinite == "explain":
+            object.__setattr__(self, "on_nonfinite", "skip")
+            object.__setattr__(self, "explain", True)
+        if self.keep_batches and not self.explain:
+            raise ValueError(BATCHES_UNEXPLAINED.format(caller=caller))
+        if self.keep_batches and self.run_dir is None:
+            raise ValueError(BATCHES_NOWHERE.format(caller=caller))
 
     @property
     def acts(self) -> bool:
@@ -154,6 +166,16 @@ class Options:
         return {name: text for name, text in texts.items() if f"{name}=" in self.acting}
 
 
+def _restore(self: Options, state: Sequence[Any]) -> None:
+    """Restores options from a pickle; one of an earlier version has not all of the fields."""
+    newer = [field.default for field in fields(Options)[len(state) :]]
+    for field, value in zip(fields(Options), [*state, *newer], strict=True):
+        object.__setattr__(self, field.name, value)
+
+
+# Not in the class, as the decorator of Python 3.10 puts its own method in the place of that one.
+Options.__setstate__ = _restore  # type: ignore[attr-defined]
+
 CLIP_ADVICE = (
     ' Write clip=1.0 to clip by the global L2 norm, clip="auto" to let gradwatch find the limit, '
     "or clip=ClipByNorm(1.0, norm_type=...) or clip=ClipByValue(...)."
@@ -161,6 +183,14 @@ CLIP_ADVICE = (
 CURVATURE_ADVICE = (
     " Write curvature=CurvatureEvery(200, lambda: criterion(model(x), y)), or "
     "gradwatch.curvature(model, loss) to take it once."
+)
+BATCHES_UNEXPLAINED = (
+    "{caller}(keep_batches=True) keeps the micro-batches of steps that are explained, and nothing "
+    'is: write on_nonfinite="explain", or explain=True, beside it.'
+)
+BATCHES_NOWHERE = (
+    "{caller}(keep_batches=True) keeps micro-batches in the run folder, and there is none: write "
+    'run_dir="runs/a" beside it.'
 )
 NOT_A_MODEL = (
     "watch(model=) got {value}. Write watch(model) with the torch.nn.Module, or a mapping "
@@ -256,6 +286,12 @@ def _choice(name: str, value: object, choices: tuple[str, ...]) -> str:
     return value
 
 
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(_must_be(name, "True or False", value))
+    return value
+
+
 def _statistics(name: str, names: object) -> tuple[str, ...]:
     # A string is also a sequence of names: "max" would request m, a and x.
     if isinstance(names, str) or not isinstance(names, Iterable):
@@ -339,6 +375,8 @@ CHECKS: dict[str, Callable[[str, Any], object]] = {
     "skip_spikes": _spike_z,
     "max_consecutive_skips": _positive_int,
     "curvature": _curvature,
+    "explain": _flag,
+    "keep_batches": _flag,
 }
 """By name what checks an option, and returns what it stands for.
 

@@ -31,6 +31,7 @@ from gradwatch.hooks.context import REPLAY
 from gradwatch.hooks.data_parallel import DataParallel, GradientSync, rank, wrappers_of
 from gradwatch.hooks.engines import engines_of
 from gradwatch.hooks.exchange import OTHERS_WAIT, Exchange
+from gradwatch.hooks.forwards import KeptForwards
 from gradwatch.hooks.model import ModelHooks
 from gradwatch.hooks.optimizer import stepped_by
 from gradwatch.managed import BatchRunner, Closure, ManagedLoop
@@ -46,6 +47,7 @@ from gradwatch.options import (
 )
 from gradwatch.pickles import stable_name
 from gradwatch.record.events import loop_event
+from gradwatch.record.explanation import Explanation
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.records import Event, Sink, StepRecord
 from gradwatch.step.registry import OptimizerRegistry
@@ -117,6 +119,10 @@ class Watcher:
         self._hooks = ModelHooks(model, table, self._on_backward, self._on_arrived, wrappers)
         ranks = DataParallel.of(model, wrappers)
         self._run = Run(table, options, self._hooks, ranks, self._global_step_of)
+        if options.explain:
+            from gradwatch.step.explaining import Explaining  # few runs need it
+
+            self._run.explaining = Explaining(self._run, model, KeptForwards(model))
         check_noise_scale_exists(options.accumulate, single_process=ranks is None)
         self._sync = GradientSync.of(model, self._run.data_parallel)
         self._exchange = self._make_exchange()
@@ -394,6 +400,17 @@ class Watcher:
         return list(self._run.recorder.events())
 
     @property
+    def explanations(self) -> list[Explanation]:
+        """Where the gradients of bad steps came from, newest last: the newest 100.
+
+        ``watch(on_nonfinite="explain")`` makes them, and so does ``explain=True``. Of steps in a
+        row with the same culprit the first four are explained, then the 8th, the 16th and so on. A
+        step that a ``GradScaler`` skips, as it searches for its scale, is no accident and is not
+        explained.
+        """
+        return list(self._run.explanations)
+
+    @property
     def last(self) -> StepRecord | None:
         """The newest complete step; None before the first."""
         self._expect_entered()
@@ -629,6 +646,8 @@ def watch(
     skip_spikes: float | str | None = None,
     max_consecutive_skips: int = 10,
     curvature: CurvatureEvery | None = None,
+    explain: bool = False,
+    keep_batches: bool = False,
 ) -> Watcher:
     """Watches the gradients of a model while its training loop runs.
 
@@ -644,8 +663,9 @@ def watch(
             a policy such as :class:`~gradwatch.AccumulateByNoiseScale`, which is what ``"auto"``
             stands for.
         on_nonfinite: What to do about a gradient with NaN or Inf: ``"record"`` it, ``"skip"`` the
-            step (weights, optimizer state and buffers stay as they were) or ``"raise"``
-            :class:`~gradwatch.NonFiniteGradientError` with weights and optimizer state as before.
+            step (weights, optimizer state and buffers stay as they were), ``"explain"`` it, which
+            skips the step too, or ``"raise"`` :class:`~gradwatch.NonFiniteGradientError` with
+            weights and optimizer state as before.
         statistics: What to record per parameter besides ``"norm"``: ``"max"``, ``"mean"``,
             ``"std"``, ``"zeros"``, ``"weight_norm"``, ``"update_ratio"``, or a statistic of your
             own that was given to :func:`~gradwatch.adapters.register_statistic`.
@@ -669,6 +689,15 @@ def watch(
         curvature: Measures the curvature of a loss during the training:
             ``CurvatureEvery(200, lambda: criterion(model(x), y))``. Works neither with FSDP2 nor
             with weights in half precision.
+        explain: Whether to say where a NaN, an Inf or too large a gradient came from, to the line
+            of code: before such a step ends, its micro-batch is run again under observation. The
+            training stays what it was. ``on_nonfinite="explain"`` stands for ``"skip"`` with
+            ``explain=True``; ``"raise"`` and ``"record"`` can be explained as well, and so are
+            steps that ``skip_spikes`` leaves out. References to the inputs of the model, and the
+            gradients at its outputs, are held until the step, and on an accelerator the host
+            waits for the norm once in every step. See :attr:`Watcher.explanations`.
+        keep_batches: Whether the run folder keeps the micro-batches that are explained. Needs
+            ``run_dir``.
 
     Returns:
         The watcher, to be used in a ``with`` statement.

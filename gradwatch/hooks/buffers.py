@@ -172,8 +172,8 @@ class ModelBuffers:
         # hook does nothing. Then the end of a step is the last moment before the next forward.
         if self._model is not None and not self._hooked_inside:
             self._hooked_inside = True
-            if not _is_wrapped(self._model):
-                self._hook(list(_entries(self._model)))
+            if not is_wrapped(self._model):
+                self._hook(list(entries(self._model)))
                 self._trusts_hooks = True
         if not shared:
             self._take()
@@ -356,15 +356,16 @@ def _slots(model: nn.Module) -> Iterator[Slot]:
             yield place, key, f"{prefix}{key}"
 
 
-def _is_wrapped(model: nn.Module) -> bool:
+def is_wrapped(model: nn.Module) -> bool:
+    """Returns whether a model is a wrapper of torch's around the user's module."""
     return wraps(model, "module") or wraps(model, "_orig_mod")
 
 
-def _entries(model: nn.Module) -> Iterator[nn.Module]:
+def entries(model: nn.Module) -> Iterator[nn.Module]:
     """Lists the modules that a loop may call where it does not call the model: those in it."""
     for module in model.children():
         if isinstance(module, _CONTAINERS):
-            yield from _entries(module)
+            yield from entries(module)
         else:
             yield module
 

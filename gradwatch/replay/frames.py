@@ -143,7 +143,12 @@ def variable_of(tensor: Tensor, file: str, line: int) -> str:
         frame = frame.f_back
     while frame is not None and not frame.f_code.co_filename.startswith(_OURS):
         if not frame.f_code.co_filename.startswith((_TORCH, *_PYTHON)):
-            for name, value in frame.f_locals.items():
+            known = frame.f_locals | {
+                name: frame.f_globals[name]
+                for name in frame.f_code.co_names
+                if name in frame.f_globals
+            }
+            for name, value in known.items():
                 found = _within(name, value, tensor)
                 if found:
                     return found

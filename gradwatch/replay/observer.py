@@ -412,6 +412,8 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         source, name = self._named.get(key, ("constant", ""))
         if source == "constant":
             name = variable_of(tensor, place.file, place.line)
+            if tensor.dim() and tensor.shape[0] == self.batch:  # targets, most likely
+                self._batched.add(key)
         self.roots.append(self._root_of(number, tensor, source, name, None))
         self._kept.append(tensor)
         roots = self._tainted[key] = frozenset({len(self.roots) - 1})

@@ -119,13 +119,16 @@ class BackwardSteps(Steps):
         if not measured or not alone:
             return
         self._find_out_what_steps_are()
-        pending = self._step_of_newest()
+        explains = self._run.explaining is not None and (self.are_steps or self._raises)
+        pending = self._step_of_newest(explains)
         if self.are_steps:
             self._run.recorder.expect(pending)
         elif self._run.recorder.hold(pending) >= self._options.buffer_size:
             self.commit()
         if self._raises and pending.entry().record.nonfinite_parameters:
-            raise nonfinite_error(pending.entry().record, pending.entry().events)
+            error = nonfinite_error(pending.entry().record, pending.entry().events)
+            explaining = self._run.explaining
+            raise error if explaining is None else error.explained(explaining.newest_of(self.label))
 
     def release(self, indices: Sequence[int]) -> None:
         """Leaves parameters to an optimizer that has been found and is about to step them."""
@@ -148,11 +151,13 @@ class BackwardSteps(Steps):
         self._ended.clear()
         self._run.recorder.commit()
 
-    def _step_of_newest(self) -> PendingStep:
+    def _step_of_newest(self, explains: bool) -> PendingStep:
         whole, self.window = self.window, self.window.latest()
         self.step += 1
         # Whatever the loop does with the gradients from here on is not seen.
         norms = self.window.step_norms(self._scale, 1.0)._replace(clip_known=False)
+        if explains and self._run.explaining is not None:
+            self._run.explaining.look_at(self.label, self.step, self.window, norms)
         pending = self._pending(norms, self.step)
         self.window = whole
         return pending

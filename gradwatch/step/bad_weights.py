@@ -21,12 +21,13 @@ class BadWeights:
 
     Attributes:
         unknown: Whether :meth:`note_good` was never called.
+        weights: All watched parameters.
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
-        """Reads nothing yet; ``weights`` are all watched parameters."""
+        """Reads nothing yet."""
         self.unknown = True
-        self._weights = weights
+        self.weights = weights
         self._harmless: set[int] = set()
 
     def note_good(self) -> None:
@@ -41,7 +42,7 @@ class BadWeights:
         """Lists the indices of the weights that are bad and may do harm; waits for a device."""
         weights = {
             index: local_part(tensor.detach())
-            for index, tensor in enumerate(self._weights)
+            for index, tensor in enumerate(self.weights)
             if tensor.dtype in _MEASURABLE and not tensor.is_meta
         }
         norms = measure(list(weights), list(weights.values()), 2.0)

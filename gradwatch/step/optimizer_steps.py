@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from gradwatch.accumulate.policies import check_window
 from gradwatch.clip.policy import ClipPolicy
 from gradwatch.clip.spikes import SpikeRule
+from gradwatch.errors import NonFiniteGradientError
 from gradwatch.hooks.backward import Backward, inside_backward
 from gradwatch.hooks.buffers import MOST_BYTES, ModelBuffers
 from gradwatch.hooks.optimizer import (
@@ -135,6 +136,7 @@ class OptimizerSteps(Steps):
         self._on_first = on_first
         self._doubted: list[PendingStep] = []
         self._makes_state = False
+        self._explaining = run.explaining
         self.stale = StaleGradients()
         # FusedStep tries the optimizer out, so it is made only if it may be used.
         may_act = clip is not None or self.skip_rule.may_refuse
@@ -430,6 +432,8 @@ class OptimizerSteps(Steps):
             sampler = None
         left, found_inf = carried_by(optimizer)
         norms = self._norms = self._measured(left, sampler)
+        if self._explaining is not None:  # before anything has changed: weights, buffers
+            self._explaining.look_at(self.label, self.step + 1, self.window, norms, found_inf)
         if found_inf != 0.0 or not self.skip_rule.takes_all:
             self._outcome = self._decide(norms, found_inf)
             if self._outcome.outcome != "applied":
@@ -591,19 +595,27 @@ class OptimizerSteps(Steps):
         """Decides whether the step is taken; a fused optimizer may be told to skip it by a flag."""
         late = not norms.after.total.at_hand
         by_flag = late and self._fused is not None and self._fused.can_skip
+        if self._explaining is not None:  # the host knows by now
+            by_flag = False
         try:
             outcome = self.skip_rule.decide(norms, found_inf, by_flag)
         except TooManySkipsError:
             skipped = self.skip_rule.in_a_row
             if self._run.hooks.buffers.restores:
                 self._put_back(self._run.hooks.buffers)
-            raise too_many_skips_error(*self._story(norms), skipped) from None
+            raise self._explained(too_many_skips_error(*self._story(norms), skipped)) from None
         refusal = outcome.refusal if outcome.late else None
         if self._fused is not None and refusal is not None:
             self._fused.refuse(refusal)
         if outcome.outcome == "skipped_nonfinite" and self._options.on_nonfinite == "raise":
-            raise nonfinite_error(*self._story(norms), moved=self.beyond_undo)
+            raise self._explained(nonfinite_error(*self._story(norms), moved=self.beyond_undo))
+        if outcome.outcome == "skipped_policy" and self._explaining is not None:
+            self._explaining.look_at_spike(self.label, self.step + 1, self.window, norms)
         return outcome
+
+    def _explained(self, error: NonFiniteGradientError) -> NonFiniteGradientError:
+        explaining = self._explaining
+        return error if explaining is None else error.explained(explaining.newest_of(self.label))
 
     def _story(self, norms: StepNorms) -> tuple[StepRecord, list[Event]]:
         """Returns record and non-finite events of a step that will raise; flushes the sinks."""

@@ -35,6 +35,7 @@ from gradwatch.step.steps import Steps
 from gradwatch.step.window import Window
 
 MOST_USED = 1_000  # backwards that are remembered: more than a window is likely to hold
+MOST_UNOWNED = 8  # forwards that are kept for an optimizer that is not known yet, beside others
 LOOK_EVERY, LOOK_AT = 100, (1, 10)  # steps after which the parameters of the model are compared
 NO_STEP = "no optimizer has stepped yet"
 
@@ -71,6 +72,7 @@ class OptimizerRegistry:
         clip = run.options.clip
         self._fresh_clip = {} if clip is None else clip.state_dict()
         self._norm_type = 2.0 if clip is None else clip.norm_type
+        self._forwards = None if run.explaining is None else run.explaining.forwards
 
     def attach(self, optimizers: Sequence[Optimizer], names: Sequence[str] = ()) -> None:
         """Registers the hooks on the optimizers, and on the parameters that they step.
@@ -106,6 +108,8 @@ class OptimizerRegistry:
             self._run.hooks.watch_added()
         may_skip = self._options.on_nonfinite == "skip" or self._options.skip_spikes is not None
         self._run.hooks.buffers.attach(may_skip, self._shield, self._is_left_out, self._is_busy)
+        if self._forwards is not None:
+            self._forwards.attach(self._curvature)
 
     def _is_busy(self) -> bool:
         return self._curvature is not None and self._curvature.busy
@@ -130,6 +134,8 @@ class OptimizerRegistry:
         for boundary in self._boundaries:
             boundary.remove()
         self._run.hooks.detach()
+        if self._forwards is not None:
+            self._forwards.detach()
 
     @property
     def steps(self) -> int:
@@ -142,6 +148,8 @@ class OptimizerRegistry:
         run = self._run
         if not run.scale.looked:
             run.scale.look()
+        if self._forwards is not None:
+            self._forwards.note_backward(backward.number)
         silence = self._silence
         silence.backwards += 1
         silence.others = 0
@@ -159,6 +167,17 @@ class OptimizerRegistry:
         if run.hooks.added.watching:
             self._watch_what_is_added()
         run.hooks.arrivals.on_begin = self._begin_backward
+        if self._forwards is not None and len(self._forwards.by_number) > 1:
+            self._forwards.keep_only(self._open_backwards())
+
+    def _open_backwards(self) -> set[int]:
+        """Returns the numbers of the backwards that a step may still use."""
+        numbers = {number for one in self.followed for number in one.window.backwards}
+        if self._unowned is not None:
+            # Nobody steps what no optimizer holds: its window would grow for ever.
+            held = self._unowned.window.backwards
+            numbers.update(held[-MOST_UNOWNED:] if self.followed else held)
+        return numbers
 
     def note_loss(self, loss: Tensor, divisor: float | None) -> None:
         """Notes the loss of the newest backward in the windows that it was added to, once."""
@@ -362,6 +381,9 @@ class OptimizerRegistry:
 
     def _on_finished(self, steps: OptimizerSteps) -> None:
         self._silence.backwards = self._silence.others = 0
+        if self._forwards is not None:
+            alone = len(self.followed) == 1 and self._unowned is None
+            self._forwards.keep_only(() if alone else self._open_backwards())
         if steps.step % LOOK_EVERY in LOOK_AT:
             self._silence.look_at_model(steps.step)
             self._run.hooks.buffers.look_again()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from gradwatch.accumulate.policies import AccumulationPlan
 from gradwatch.errors import warn_safely
@@ -25,6 +26,9 @@ from gradwatch.record.recorder import Recorder, RingBuffer, SinkHub
 from gradwatch.record.records import Event, Layout, StepRecord
 from gradwatch.step.replicas import Replicas
 from gradwatch.step.together import JointSteps
+
+if TYPE_CHECKING:
+    from gradwatch.step.explaining import Explaining
 
 POISONED = "poisoned"
 """What is told once in a run: that buffers hold a NaN."""
@@ -51,6 +55,7 @@ class Run:
         suspects: Records of steps that held a NaN or Inf, after which no buffer was looked at yet.
         replicas: Sees whether the ranks train one model together.
         explanations: Where bad gradients came from, newest last.
+        explaining: Explains bad steps; None if nobody asks.
     """
 
     def __init__(
@@ -93,6 +98,7 @@ class Run:
         ring = RingBuffer(layout, options.buffer_size)
         self.recorder = Recorder(ring, hub, self.replicas.note_record, _log_of_rank(options))
         self.explanations: list[Explanation] = []
+        self.explaining: Explaining | None = None
         self._store = _store_of(options)
 
     def tell(self, event: Event, key: str = "", warn: bool = True) -> None:

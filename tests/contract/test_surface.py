@@ -266,7 +266,7 @@ def test_watch_has_the_signature_of_the_contract() -> None:
     defaults = {
         "clip": None, "accumulate": 1, "on_nonfinite": "record", "statistics": ("norm",), "every": 1,
         "buffer_size": 1024, "scaler": None, "sinks": (), "run_dir": None, "exploding_norm": None, "skip_spikes": None, "max_consecutive_skips": 10,
-        "curvature": None,
+        "curvature": None, "explain": False, "keep_batches": False,
     }  # fmt: skip
     positional = [
         p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD

@@ -1,0 +1,313 @@
+"""Explaining: says, before a bad step ends, where its gradients went bad.
+
+Nothing in here changes the training: what fails ends as an explanation that says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradwatch.errors import described_error, logger
+from gradwatch.hooks.backward import inside_backward
+from gradwatch.hooks.data_parallel import rank
+from gradwatch.hooks.forwards import ForwardCall, KeptForwards
+from gradwatch.measure.deferred import FloatOrDeferred, resolve
+from gradwatch.measure.norms import FirstNonFinite, LateCheck, Origin, StepNorms, count_nonfinite
+from gradwatch.measure.parameters import local_part
+from gradwatch.record.events import (
+    FINITE_UNTIL,
+    FINITE_UNTIL_REDUCED,
+    LEFT_STALE,
+    MADE_AFTER,
+    MADE_BY_LOOP,
+    NOT_ZEROED,
+    SET_BY_LOOP,
+    some_names,
+)
+from gradwatch.record.explanation import ExplainedKind, Explanation
+from gradwatch.step.bad_weights import BadWeights
+from gradwatch.step.run import Run
+from gradwatch.step.window import Window
+
+MOST_KEPT = 100
+"""Explanations that are kept, the newest ones."""
+
+ALWAYS = 4
+"""So many bad steps with the same culprit are explained; then the 8th, the 16th and so on."""
+
+MOST_CULPRITS = 32
+"""So many culprits are told apart: a run in which every step has another one must not crawl."""
+
+MOST_REPLAYS = 8
+"""The most micro-batches of a step that are run again, where one of several was bad."""
+
+FAILED = "The explanation of this step failed: {error}"
+REPLAY_FAILED = "The micro-batch could not be run again: {error}"
+OTHER_RANK = (
+    "This rank's own gradient was finite: it came with the reduction over the ranks. The "
+    "explanation is that of the rank whose gradient was bad."
+)
+IN_BACKWARD = (
+    "The optimizer steps inside of the backward, when weights from before and after the step are "
+    "mixed: nothing can be run again then."
+)
+ONE_OF_SEVERAL = "It is only known that it was one of {count} micro-batches."
+NOT_ALL = "Of these the newest {most} were run again."
+SPOILED = (
+    "{parameters} NaN or Inf before the backward. Look for what wrote to them last: the update of "
+    "the step before, or the loop."
+)
+FROM_THE_START = "They were so in the first step already."
+LEFT = "It was " + LEFT_STALE + "." + NOT_ZEROED
+MADE = "It was " + MADE_AFTER + "."
+SET = "It appeared " + MADE_BY_LOOP + "." + SET_BY_LOOP
+
+
+class _Found(NamedTuple):
+    """An explanation, with the forwards of the micro-batch that it is about."""
+
+    explanation: Explanation
+    calls: Sequence[ForwardCall] = ()
+
+
+class Explaining:
+    """Explains the bad steps of a run.
+
+    Attributes:
+        forwards: What is kept of the forwards of the windows under way.
+    """
+
+    def __init__(self, run: Run, model: object, forwards: KeptForwards) -> None:
+        """Explains steps of a run; ``model`` is what was given to ``watch()``."""
+        self.forwards = forwards
+        self._run = run
+        self._model = model
+        self._counts: Counter[tuple[object, ...]] = Counter()
+        self._newest: dict[str, Explanation] = {}  # by optimizer
+        self._looked: dict[str, int] = {}  # the newest step that was looked at
+        self._bad_since: dict[int, int] = {}  # by index of a parameter
+
+    def newest_of(self, optimizer: str) -> Explanation | None:
+        """Returns the newest explanation of an optimizer's steps."""
+        return self._newest.get(optimizer)
+
+    def look_at(
+        self,
+        optimizer: str,
+        step: int,
+        window: Window,
+        norms: StepNorms,
+        found_inf: FloatOrDeferred = 0.0,
+    ) -> None:
+        """Explains a step if its gradients are not finite, or their norm is beyond float32.
+
+        To be called when the norms of the step are known, and no weight has changed yet. It waits
+        for a device.
+
+        Args:
+            optimizer: Its label.
+            step: The number of the step.
+            window: Its micro-batches.
+            norms: The norms of the step.
+            found_inf: Above 0 if a scaler has found an overflow, which is no accident.
+        """
+        after, before = norms.after, norms.before
+        finite = after.finite and (before is after or before.finite)
+        overflowed = after.overflowed or before.overflowed
+        if (finite and not overflowed) or (found_inf != 0.0 and resolve(found_inf) > 0):
+            return
+        if self._looked.get(optimizer) == step:  # a closure is evaluated several times in a step
+            return
+        self._looked[optimizer] = step
+        try:
+            self._look_closer(optimizer, step, window, norms)
+        except Exception as error:
+            self._record(_Found(_failed(error)), optimizer, step)
+
+    def look_at_spike(self, optimizer: str, step: int, window: Window, norms: StepNorms) -> None:
+        """Explains a step that ``skip_spikes`` leaves out; waits for a device."""
+        try:
+            if self._is_due(optimizer, "spike"):
+                self._record(self._too_large("spike", window, norms), optimizer, step)
+        except Exception as error:
+            self._record(_Found(_failed(error, kind="spike")), optimizer, step)
+
+    # -- what was bad ------------------------------------------------------------------------------
+
+    def _look_closer(self, optimizer: str, step: int, window: Window, norms: StepNorms) -> None:
+        first = _first_nonfinite(window, norms)
+        clipped_to_nan = first is not None and first.origin is Origin.AFTER
+        if first is None or (clipped_to_nan and norms.before.overflowed):
+            if self._is_due(optimizer, "overflow"):
+                self._record(self._too_large("overflow", window, norms), optimizer, step)
+            return
+        for index in first.weights:
+            self._bad_since.setdefault(index, step)
+        kind: ExplainedKind = "nan" if first.is_nan else "inf"
+        if not self._is_due(optimizer, kind, first.index, first.origin, *first.weights[:1]):
+            return
+        found = self._nonfinite(first, kind, window, norms)
+        self._record(found, optimizer, step)
+
+    def _nonfinite(
+        self, first: FirstNonFinite, kind: ExplainedKind, window: Window, norms: StepNorms
+    ) -> _Found:
+        if first.origin is Origin.WEIGHTS:
+            return _Found(self._of_weights(first))
+        unknown = Explanation(origin="not_found", kind=kind, micro_batch=first.micro_batch)
+        note = self._why_not(first, norms)
+        if note:
+            return _Found(replace(unknown, notes=(note,)))
+        numbers = window.backwards[-len(window.arrivals) :] if window.arrivals else []
+        if first.origin is not Origin.SEVERAL:
+            place = first.micro_batch
+            known = 0 < place <= len(numbers)
+            found = self._replayed(numbers[place - 1]) if known else _Found(unknown)
+            return self._at(found, place, kind)
+        return self._one_of(numbers[: first.micro_batch], kind)
+
+    def _why_not(self, first: FirstNonFinite, norms: StepNorms) -> str:
+        """Returns why no replay can find the cause; empty if one may."""
+        if inside_backward():
+            return IN_BACKWARD
+        if first.origin is Origin.STALE:
+            return LEFT
+        if first.origin is Origin.AFTER:
+            if not first.micro_batch:
+                return SET
+            by_hand = self._run.replicas.by_hand
+            return MADE + (FINITE_UNTIL_REDUCED if by_hand else FINITE_UNTIL)
+        if first.rank is not None and first.rank != rank():
+            return OTHER_RANK
+        return ""
+
+    def _one_of(self, numbers: Sequence[int], kind: ExplainedKind) -> _Found:
+        """Runs the micro-batches of a step again until one shows where it went bad."""
+        notes = [ONE_OF_SEVERAL.format(count=len(numbers))]
+        if len(numbers) > MOST_REPLAYS:
+            notes.append(NOT_ALL.format(most=MOST_REPLAYS))
+        for place in range(len(numbers), 0, -1)[:MOST_REPLAYS]:
+            found = self._replayed(numbers[place - 1])
+            if found.explanation.origin != "not_found":
+                return self._at(found, place, kind)
+            notes += [one for one in found.explanation.notes if one not in notes]
+        return _Found(Explanation(origin="not_found", kind=kind, notes=tuple(notes)))
+
+    @staticmethod
+    def _at(found: _Found, micro_batch: int, kind: ExplainedKind) -> _Found:
+        changes: dict[str, Any] = {"micro_batch": micro_batch}
+        if found.explanation.origin == "not_found":
+            changes["kind"] = kind
+        return found._replace(explanation=replace(found.explanation, **changes))
+
+    def _replayed(self, number: int) -> _Found:
+        """Runs the micro-batch of a backward again, and looks where it goes bad."""
+        calls, notes = self.forwards.calls_of(number)
+        if not calls or not isinstance(self._model, nn.Module):
+            return _Found(Explanation(origin="not_found", notes=tuple(notes)))
+        try:
+            from gradwatch.replay.runs import run_calls
+            from gradwatch.replay.search import explain_run
+
+            found = explain_run(run_calls(self._model, calls))
+        except Exception as error:  # out of memory is one too
+            failed = REPLAY_FAILED.format(error=described_error(error))
+            return _Found(Explanation(origin="not_found", notes=(*notes, failed)), calls)
+        return _Found(replace(found, notes=(*notes, *found.notes)), calls)
+
+    def _of_weights(self, first: FirstNonFinite) -> Explanation:
+        """Explains gradients of weights that were bad before: there is nothing to run again."""
+        table, index = self._run.table, first.weights[0]
+        weight = local_part(table.tensors[index].detach())
+        nan, inf = count_nonfinite(weight)
+        names = [table.names[one] for one in first.weights]
+        since = min(self._bad_since[one] for one in first.weights)
+        notes = SPOILED.format(parameters=f"{some_names(names)} {'were' if names[1:] else 'was'}")
+        return Explanation(
+            origin="weights",
+            kind="nan" if nan else "inf",
+            micro_batch=first.micro_batch,
+            module=table.modules[index],
+            module_class=_class_of(self._model, table.modules[index]),
+            parameter=names[0],
+            since_step=since,
+            count=nan + inf,
+            size=weight.numel(),
+            result_shape=tuple(weight.shape),
+            result_dtype=str(weight.dtype).removeprefix("torch."),
+            notes=(notes, FROM_THE_START) if since == 1 else (notes,),
+        )
+
+    def _too_large(self, kind: ExplainedKind, window: Window, norms: StepNorms) -> _Found:
+        """Names the parameters and the examples with the largest share in a gradient."""
+        return _Found(Explanation(origin="not_found", kind=kind))
+
+    # -- when, and where to ------------------------------------------------------------------------
+
+    def _is_due(self, *culprit: object) -> bool:
+        """Counts a bad step, and returns whether it is explained."""
+        if len(self._counts) >= MOST_CULPRITS and culprit not in self._counts:
+            culprit = ()
+        self._counts[culprit] += 1
+        count = self._counts[culprit]
+        return count <= ALWAYS or count & (count - 1) == 0
+
+    def _record(self, found: _Found, optimizer: str, step: int) -> None:
+        run = self._run
+        explanation = replace(found.explanation, optimizer=optimizer, step=step, rank=rank())
+        self._newest[optimizer] = explanation
+        try:
+            kept = found.calls if run.options.keep_batches else ()
+            run.explain(explanation, kept, labeled=run.joint_steps.several)
+            del run.explanations[:-MOST_KEPT]
+            logger.warning("%s", explanation)
+        except Exception as error:  # evidence is never worth a training
+            logger.warning("gradwatch: %s", FAILED.format(error=described_error(error)))
+
+
+def _failed(error: Exception, kind: ExplainedKind = "nan") -> Explanation:
+    note = FAILED.format(error=described_error(error))
+    return Explanation(origin="not_found", kind=kind, notes=(note,))
+
+
+def _first_nonfinite(window: Window, norms: StepNorms) -> FirstNonFinite | None:
+    """Returns the first gradient that was not finite; None if only a norm was beyond float32."""
+    known = norms.before.total.at_hand and not window.late_checks
+    if window.first_nonfinite is not None or known:
+        return window.first_nonfinite
+    count = window.backward_count
+    checks = [*window.late_checks, LateCheck(count, norms.before, (), Origin.among(count))]
+    bad = [found[0] for check in checks if (found := check.nonfinite(None))]
+    if not bad:
+        return None
+    _, gradients = window.gradients()
+    # On an accelerator a norm beyond float32 is not told from an Inf until now.
+    if not math.isnan(bad[0].norm) and not any(any(count_nonfinite(one)) for one in gradients):
+        return None
+    return bad[0] if window.bad_weights is None else _with_weights(bad[0], window.bad_weights)
+
+
+def _with_weights(first: FirstNonFinite, bad_weights: BadWeights) -> FirstNonFinite:
+    if first.origin is Origin.AFTER or inside_backward():
+        return first
+    # Not an Inf, as nothing has told yet whether it does harm: a mask may hold it on purpose.
+    weights = [i for i in bad_weights.found() if _has_nan(bad_weights.weights[i])]
+    return replace(first, origin=Origin.WEIGHTS, weights=weights) if weights else first
+
+
+def _has_nan(tensor: Tensor) -> bool:
+    return bool(torch.isnan(local_part(tensor.detach())).any())
+
+
+def _class_of(model: object, module: str) -> str:
+    try:
+        return type(model.get_submodule(module)).__name__ if isinstance(model, nn.Module) else ""
+    except AttributeError:  # a name without the prefixes of wrappers
+        return ""
