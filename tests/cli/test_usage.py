@@ -12,13 +12,14 @@ from .runs import write
 
 ON_A_RUN = {
     "report": ("report", "{run}"),
+    "explain": ("explain", "{run}"),
     "tail": ("tail", "{run}", "--once"),
     "plot": ("plot", "{run}", "-o", "new.png"),
     "compare": ("compare", "{run}", "good"),
     "compare with": ("compare", "good", "{run}"),
     "export": ("export", "{run}", "-o", "new.csv"),
 }
-COMMANDS = ("report", "tail", "plot", "compare", "export")
+COMMANDS = ("report", "explain", "tail", "plot", "compare", "export")
 
 
 def _on(name, run):
