@@ -47,9 +47,7 @@ def _gru():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.cell = nn.GRU(
-                3, 4, num_layers=2, dropout=0.3, batch_first=True, bidirectional=True
-            )
+            self.cell = nn.GRU(3, 4, num_layers=2, dropout=0.3, batch_first=True, bidirectional=True)
 
         def forward(self, x):
             return self.cell(x.unflatten(1, (2, 3)))[0].sum(1)
