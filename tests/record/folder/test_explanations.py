@@ -4,8 +4,10 @@ import contextlib
 import json
 import pickle
 import random
+import re
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -396,3 +398,15 @@ def test_the_frame_has_the_same_types_without_rows(tmp_path):
     assert load(tmp_path / "a").explanations().dtypes.to_dict() == full.dtypes.to_dict()
     assert full["examples"].tolist() == [(3, 17)]
     assert full["module"].tolist() == ["encoder.norm"]
+
+
+def test_the_page_shows_how_a_batch_is_run_again(tmp_path, monkeypatch):
+    """The lines in docs/run-folder.md give the output that the training had."""
+    page = Path(__file__).parents[3].joinpath("docs", "run-folder.md").read_text(encoding="utf-8")
+    lines = re.search(r"```python\n(kept = .*?)```", page, re.DOTALL).group(1)
+    monkeypatch.chdir(tmp_path)
+    model, x = zoo.small(), torch.randn(2, 4)
+    ExplanationStore("runs/a").write(explanation(120), [call(x)])
+    names = {"torch": torch, "model": model}
+    exec(lines, names)
+    assert torch.equal(names["output"], model(x))
