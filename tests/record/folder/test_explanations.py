@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import gradwatch
+from gradwatch.cli.main import main
 from gradwatch.history import load
 from gradwatch.record.folder import explanations, writer
 from gradwatch.record.folder.explanations import ExplanationStore
@@ -387,6 +388,48 @@ class TestRun:
         assert (event["module"], event["value"], event["rank"]) == ("encoder.norm", 2.0, 0)
         assert "model.py:42" in event["message"]
         assert event["message"].endswith("(return scores.log())")
+
+
+class _Log(torch.nn.Module):
+    def forward(self, x):
+        return x.log()
+
+
+class TestReplay:
+    """What a real replay leaves in the folder."""
+
+    @staticmethod
+    def _train(path, zero_in, **options):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Softmax(-1), _Log())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.manual_seed(0)
+        with gradwatch.watch(model, optimizer, run_dir=path, **options):
+            for step in range(1, 6):
+                x = torch.randn(8, 4)
+                if step == zero_in:
+                    x[5] *= 1e4
+                model(x).mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def test_names_the_line_and_keeps_the_batch(self, tmp_path):
+        """The step that was skipped has its line, its example and its micro-batch."""
+        self._train(tmp_path, 3, on_nonfinite="explain", keep_batches=True)
+        (row,) = load(tmp_path).explanations().to_dict("records")
+        assert (row["step"], row["module"], row["operation"]) == (3, "2", "log")
+        assert row["file"] == __file__
+        assert row["source"] == "return x.log()"
+        assert row["examples"] == (5,)
+        (x,) = _batch(tmp_path, "step-000003")[0]["args"]
+        assert x[5].abs().max() > 1e3
+        assert load(tmp_path).report().kinds[0] in ("nan", "inf")
+
+    def test_of_the_first_step_is_there_after_an_error(self, tmp_path, capsys):
+        """With `raise` no step may ever be recorded; `gradwatch explain` has the line."""
+        with pytest.raises(gradwatch.NonFiniteGradientError):
+            self._train(tmp_path, 1, on_nonfinite="raise", explain=True)
+        assert main(["explain", str(tmp_path)]) == 0
+        assert "return x.log()" in capsys.readouterr().out
 
 
 def test_the_frame_has_the_same_types_without_rows(tmp_path):
