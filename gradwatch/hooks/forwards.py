@@ -17,6 +17,7 @@ from functools import partial
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -71,6 +72,10 @@ SEVERAL_TIMES = (
     "The gradient of an output arrived more than once in this micro-batch, as with a gradient "
     "penalty: only the last arrival is run again, and not the backward of a backward."
 )
+CALLED_OTHERWISE = (
+    "The framework may have called the model for something else than its forward, which is "
+    "therefore not run again by itself."
+)
 FAILED = "Nothing was kept of the forwards, after an error: {error}"
 
 _FOREIGN = tuple(
@@ -81,6 +86,9 @@ _FOREIGN = tuple(
 _TENSORS = {Tensor, nn.Parameter}
 _FLAT = {*_TENSORS, type(None), bool, int, float, str}
 """Types of arguments that hold nothing else."""
+
+_NOTHING: tuple[None, tuple[()], Mapping[str, Any], tuple[()], None]
+_NOTHING = None, (), MappingProxyType({}), (), None
 
 _version = attrgetter("_version")
 _has_graph = attrgetter("requires_grad")
@@ -141,7 +149,7 @@ class _Forward:
 
     def let_go(self) -> None:
         """Drops what it refers to, though the graph may live on: the loop still has the output."""
-        self.module, self.args, self.kwargs, self.tensors, self.context = None, (), {}, (), None
+        self.module, self.args, self.kwargs, self.tensors, self.context = _NOTHING
 
 
 _Differentiated = tuple[_Forward, list[list[Tensor]]]
@@ -261,24 +269,32 @@ class KeptForwards:
         """
         if why:
             self.closures.refuse(why)
-        elif replay is None:
-            self.closures.end()
-            self._look_inside()
-        else:
+            return
+        try:
+            if replay is None:
+                self.closures.end()
+                self._look_inside()
+                return
             # Some frameworks call a wrapper for another function than the forward of the model.
             wrapped = self._model is None or is_wrapped(self._model)
-            kept = self.closures.begin(replay, *args, scaled=True, alone=wrapped)
-            if kept is not None:
-                kept.divisor = divisor
+        except Exception as error:
+            self.fail(error)
+            return
+        kept = self.closures.begin(replay, *args, scaled=True, alone=wrapped)
+        if kept is not None:
+            kept.divisor = divisor
 
     def keep_only(self, numbers: Collection[int]) -> None:
         """Drops the forwards of all other backwards than these."""
-        for number in [one for one in self.by_number if one not in numbers]:
-            self.closures.drop(number)
+        for number in list(self.by_number):
+            if number in numbers:
+                continue
+            if self.closures.by_number:
+                self.closures.drop(number)
             for one, _ in self.by_number.pop(number):
                 one.uses -= 1
-                if one.uses == 0:
-                    one.let_go()
+                if one.uses == 0:  # let_go() without its frame, as this runs in every step
+                    one.module, one.args, one.kwargs, one.tensors, one.context = _NOTHING
         if self._reasons:
             self._reasons = {one: why for one, why in self._reasons.items() if one in numbers}
 
@@ -289,6 +305,11 @@ class KeptForwards:
             The calls; empty if they cannot be run again, which the sentences then give the reason
             of.
         """
+        whole = self.closures.by_number.get(number)
+        if isinstance(whole, str):
+            return [], [whole]
+        if whole is not None and whole.alone:
+            return [], [CALLED_OTHERWISE]
         if not self.by_number.get(number):
             return [], [self._never or self._reasons.get(number, NOT_SEEN)]
         calls, notes = [], [self._reasons[number]] if number in self._reasons else []
@@ -394,8 +415,7 @@ class _After(_Hook):
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if torch.compiler.is_compiling():
-            return
+        # Compiled, this is the same constant as in the hook before: none is running.
         kept = self._kept
         if module is not kept.outer:
             return
