@@ -439,6 +439,8 @@ def _run_closure(
         with backwards.in_place(), observer:
             with nullcontext() if context is None else context.entered():
                 loss = block.functions[0]()
+            if isinstance(loss, tuple) and len(loss) == 2:  # with its weight, as for run_batch()
+                loss = loss[0]
             if not backwards.had(loss, block.parameters.values()):
                 if not (isinstance(loss, Tensor) and loss.requires_grad):
                     raise NoLossError(NO_LOSS.format(value=_described(loss)))
