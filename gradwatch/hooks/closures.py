@@ -81,6 +81,7 @@ class KeptClosure:
                 cells,
             )
             bound.__kwdefaults__ = function.__kwdefaults__
+            vars(bound).update(vars(function))  # a signature, for one
             function = bound
         return partial(function, *self.args) if self.args else function
 

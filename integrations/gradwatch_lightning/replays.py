@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch import Tensor
-
 from gradwatch import Watcher
 
 STEPS_ITSELF = (
@@ -31,6 +30,7 @@ class TrainingSteps:
         numbers.
         """
         self._trainer, self._module, self._watcher = trainer, module, watcher
+        self._again = _made_again(trainer, module)
         self._original: Callable[..., Any] = trainer.strategy.training_step
         vars(trainer.strategy)["training_step"] = self._training_step
 
@@ -43,8 +43,8 @@ class TrainingSteps:
     def _training_step(self, *args: Any, **kwargs: Any) -> Any:
         trainer, module = self._trainer, self._module
         if module.automatic_optimization:
-            again = replay_of(trainer, module)
-            self._watcher.note_micro_batch(again, *args, divisor=trainer.accumulate_grad_batches)
+            divisor = float(trainer.accumulate_grad_batches)
+            self._watcher.note_micro_batch(self._again, *args, divisor=divisor)
         else:
             # A wrapper, such as that of DDP, is called for training_step and not for its forward.
             direct = trainer.strategy.model is module
@@ -54,17 +54,20 @@ class TrainingSteps:
         return self._original(*args, **kwargs)
 
 
-def replay_of(trainer: Trainer, module: LightningModule) -> Callable[..., Any]:
+def _made_again(trainer: Trainer, module: LightningModule) -> Callable[..., Any]:
     """Returns a function that runs ``training_step`` and returns its loss, unheard by the Trainer.
 
-    It is not the strategy's, which may communicate with other ranks.
+    It does not call the strategy's, which may communicate with other ranks.
     """
 
-    def training_step(*args: Any) -> Tensor:
+    def training_step(*args: Any) -> Any:
         with _unheard(trainer, module), trainer.precision_plugin.train_step_context():
             output = module.training_step(*args)
         return output["loss"] if isinstance(output, Mapping) else output
 
+    # So that a bad input is told by the name that the user has for it.
+    signature = inspect.signature(module.training_step)
+    training_step.__signature__ = signature  # type: ignore[attr-defined]
     return training_step
 
 

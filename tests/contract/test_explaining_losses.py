@@ -261,12 +261,12 @@ def test_the_replay_starts_from_the_real_scale() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     x = torch.full((2, 2), 100.0, dtype=torch.float16)
     with gradwatch.watch(model, optimizer, on_nonfinite="explain", accumulate=2) as watcher:
-        for weight in (1, 2_000):
+        for weight in (1, 4_000):
             watcher.run_batch(lambda part, weight=weight: (model(part).mean(), weight), x)
             watcher.step()
     (found,) = watcher.explanations
-    assert (found.kind, found.phase, found.operation) == ("inf", "backward", "linear")
-    assert (found.micro_batch, found.parameter) == (2, "")
+    assert (found.kind, found.phase, found.micro_batch) == ("inf", "backward", 2)
+    assert found.operation in ("mm", "linear")
 
 
 # -- backward(function) ----------------------------------------------------------------------------
