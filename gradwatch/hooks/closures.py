@@ -22,7 +22,7 @@ from gradwatch.hooks.context import ForwardContext
 from gradwatch.measure.deferred import FloatOrDeferred, resolve
 
 _DEEPEST = 3  # functions that are called by functions
-_MOST_ITEMS = 1_000
+_MOST_ITEMS = 64  # of a container that is looked into: a batch, and not a data set
 
 DRAWS = (
     "The function that computes the loss has an iterator in a variable. Running it again would move "

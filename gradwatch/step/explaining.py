@@ -233,7 +233,7 @@ class Explaining:
         whole = self.forwards.closures.by_number.get(number)
         if whole is None or isinstance(whole, str):
             return self._with_hint(self._forwards_again(number))
-        found = self._whole_again(whole)
+        found = self._whole_again(whole, number)
         if found.explanation.origin != "not_found" or whole.alone:
             return found
         other = self._forwards_again(number)
@@ -247,9 +247,9 @@ class Explaining:
         notes = (*found.explanation.notes, GIVE_A_FUNCTION)
         return found._replace(explanation=replace(found.explanation, notes=notes))
 
-    def _whole_again(self, whole: KeptClosure) -> _Found:
+    def _whole_again(self, whole: KeptClosure, number: int) -> _Found:
         """Runs a closure again, which makes the loss as well."""
-        calls = []
+        calls, _ = self.forwards.calls_of(number)
         if whole.args and isinstance(self._model, nn.Module):
             calls = [ForwardCall(self._model, whole.args, {}, [], whole.context)]
         scale = whole.factor()
