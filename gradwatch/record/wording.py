@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from textwrap import fill
@@ -53,6 +54,20 @@ def listed(items: Sequence[str], most: int = 3) -> str:
     if len(items) > most:
         shown.append(f"{len(items) - most:,} more")
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def number(value: float) -> str:
+    """Formats a number with four digits; with more where these would make it a whole one.
+
+    Example:
+        >>> number(0.123456), number(-0.0), number(1.0000001), number(65504.0)
+        ('0.1235', '0', '1.0000001', '65504')
+    """
+    value += 0.0  # makes -0.0 a 0.0
+    short = f"{value:.4g}"
+    if math.isfinite(value) and float(short) != value and float(short).is_integer():
+        return f"{value:.8g}"
+    return short
 
 
 def wrapped(text: str, indent: str = "") -> str:

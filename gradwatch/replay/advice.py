@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 from gradwatch.record.circumstances import Circumstance, circumstance, circumstance_called
 from gradwatch.record.explanation import Explanation, facts_of
 from gradwatch.record.operations import Facts, shown_name
+from gradwatch.record.wording import number
 
 ADVICE = {
     "empty": "Nothing is left to reduce, which gives 0 / 0: leave such a batch out, or write the "
@@ -125,6 +125,8 @@ ADVICE = {
     "number, `torch.finfo(x.dtype).min / 2`.",
     "of_inf": "{op} is given an Inf. Look at the line that made it; a mask is safer as a finite "
     "number, `torch.finfo(x.dtype).min / 2`.",
+    "mask": "A row that a mask of -inf covers whole is NaN after the softmax. Mask with a finite "
+    "number: `scores.masked_fill(mask, torch.finfo(scores.dtype).min)`.",
     # Numbers that are too large.
     "cast": "They do not fit into {dtype}, which ends at {limit}. Scale them first, or use a wider "
     "range: `x.to(torch.bfloat16)`, `torch.autocast(device, dtype=torch.bfloat16)`.",
@@ -202,6 +204,10 @@ NOT_FOUND = (
     "Run the micro-batch by hand, loss included: `gradwatch.explain(model, *args, loss=...)`; "
     "`watcher.explain(closure)` replays a closure that returns the loss."
 )
+NOT_FOUND_BY_HAND = (
+    "Give it the weights and the batch with which the gradients went bad, and the loss: "
+    "`gradwatch.explain(model, *args, loss=...)`."
+)
 ONE_OF = "Look at each of these lines: print the smallest and largest element of what it is given."
 OVERFLOW = (
     "Bound the gradients: `torch.nn.utils.clip_grad_value_(model.parameters(), 1.0)`, since a norm "
@@ -268,7 +274,7 @@ def advice_for(explanation: Explanation) -> str:
     if explanation.origin == "output_gradient":
         return OUTPUT_GRADIENT
     if explanation.origin == "not_found":
-        return NOT_FOUND
+        return NOT_FOUND if explanation.step else NOT_FOUND_BY_HAND
     return _for_operation(explanation)
 
 
@@ -320,6 +326,8 @@ def _hidden_later(facts: Facts) -> bool:
 
 
 def _made_of(facts: Facts, operation: str) -> bool:
+    if operation == "sub":
+        return facts.made_op == operation
     return facts.made_op == operation or bool(re.search(rf"\b{operation}\(", facts.source))
 
 
@@ -328,14 +336,13 @@ def _filled(advice: str, facts: Facts) -> str:
     return advice.format(
         op=op,
         call=f"torch.{facts.op}",
-        dtype=dtype or "the dtype",
-        limit=f"{facts.limit:.6g}",
+        dtype=dtype or "its dtype",
+        limit=number(facts.limit),
         eps=EPS.get(dtype, "1e-6"),
         tiny=TINY.get(dtype, "1e-12"),
         edge=EDGE.get(dtype, "1e-6"),
         norm_eps=NORM_EPS.get(dtype, "1e-5"),
         exp_max=EXP_MAX.get(dtype, "80"),
-        high="" if math.isnan(facts.x.high) else f"{facts.x.high:.4g}",
     )
 
 

@@ -2,7 +2,7 @@
 
 import re
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -257,6 +257,7 @@ FROM_OPERANDS = {
     "tan_pole": ("tan", "backward", "inf", (t(1.5707964),)),
     "one_per_channel": ("native_batch_norm", "forward", "nan", (t((1.0, 2.0)),)),
     "weight_norm_zero": ("_weight_norm_interface", "forward", "nan", (t(0.0, 0.0),)),
+    "mask": ("masked_fill", "forward", "inf", (t(0.0, 1.0), torch.tensor([True, False]))),
     "bce_edge": ("binary_cross_entropy", "backward", "inf", (t(0.0, 1.0),)),
 }
 TOLD = {"`drop_last=True`", "`need_weights=False`"}  # options, that are given where they belong
@@ -297,6 +298,8 @@ def _explanation(case, phase, kind, operands, result):
         module_class=case.module_class,
         inputs=operands,
         count=int((~torch.isfinite(result)).sum()),
+        nan_count=int(result.isnan().sum()),
+        inf_count=int(result.isinf().sum()),
         size=result.numel(),
         result_shape=tuple(result.shape),
         result_dtype=str(result.dtype).removeprefix("torch."),
@@ -478,7 +481,9 @@ def test_nothing_is_said_that_the_numbers_do_not_show():
     divided = _made(
         "div", (Operand("self", (), "float32", 1.0, 1.0), Operand("other", (), "float32", 2.0, 2.0))
     )
-    assert circumstance(facts_of(divided)) is None
+    assert circumstance(facts_of(replace(divided, inputs=divided.inputs[:1]))) is None
+    times_inf = _made("mul", (Operand("self", (2,), "float32", 1.0, 2.0),))
+    assert circumstance(facts_of(times_inf)) is None
     squared = _made(
         "pow",
         (Operand("self", (2,), "float16", 0.0, 300.0, zeros=1),),
@@ -487,6 +492,15 @@ def test_nothing_is_said_that_the_numbers_do_not_show():
         source="x**2",
     )
     assert circumstance(facts_of(squared)).key == "gradient_too_large"
+
+
+def test_what_a_nan_began_as():
+    """The gradients are NaN, and the operation made an Inf: the advice is about that."""
+    operand = Operand("self", (2,), "float32", -1.0, 1.0, zeros=1)
+    began = _made("log", (operand,), kind="nan", count=1, inf_count=1)
+    assert circumstance(facts_of(began)).key == "log_zero"
+    both = _made("log", (operand,), kind="nan", count=2, nan_count=1, inf_count=1)
+    assert circumstance(facts_of(both)).key == "log_negative"
 
 
 def test_data():
@@ -520,9 +534,10 @@ def test_weights_that_were_bad():
 def test_the_loss_outside_and_what_was_not_found():
     """Both say what replays the loss, too."""
     for origin in ("output_gradient", "not_found"):
-        advice = advice_for(Explanation(origin=origin))
+        advice = advice_for(Explanation(origin=origin, step=3))
         assert "`watcher.explain(closure)`" in advice
         assert "`gradwatch.explain(model, *args, loss=...)`" in advice
+    assert "weights and the batch" in advice_for(Explanation())
 
 
 def test_one_of_several():
