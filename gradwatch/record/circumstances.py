@@ -85,8 +85,8 @@ def _divides_by_zero(facts: Facts) -> bool:
 
 def _divides_by(facts: Facts, *names: str) -> bool:
     """Whether the divisor is a 0 that one of these operations gave, by the record or the line."""
-    in_line = re.search(rf"\b({'|'.join(names)})\(", facts.source)
-    return _divides_by_zero(facts) and bool(facts.made_op in names or in_line)
+    in_line = bool(re.search(rf"\b({'|'.join(names)})\(", facts.source))
+    return _divides_by_zero(facts) and (facts.made_op in names or in_line)
 
 
 def _divides_by_count(facts: Facts) -> bool:
@@ -351,11 +351,10 @@ _TABLE: tuple[tuple[str, str, Callable[[Facts], bool], str], ...] = (
     ("too_large", COMBINED, _two_finite, "{op} beyond {dtype}, which ends at {limit}"),
     ("too_large", REDUCED, _finite_forward, "{op} beyond {dtype}, which ends at {limit}"),
     ("too_large", SQUARES, _infinite_forward, "{op} beyond {dtype}, which ends at {limit}"),
-    ("divides_small", "div", _two_finite, "{op} beyond {dtype}, which ends at {limit}"),
     (
         "divides_small",
-        "reciprocal",
-        _infinite_forward,
+        "div",
+        lambda f: f.kind == "inf" and _two_finite(f),
         "{op} beyond {dtype}, which ends at {limit}",
     ),
     (

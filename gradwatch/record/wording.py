@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from textwrap import fill
@@ -57,7 +56,7 @@ def listed(items: Sequence[str], most: int = 3) -> str:
 
 
 def number(value: float) -> str:
-    """Formats a number with four digits; with more where these would make it a whole one.
+    """Formats a number with four digits; with more where these would make it 1 or -1.
 
     Example:
         >>> number(0.123456), number(-0.0), number(1.0000001), number(65504.0)
@@ -65,9 +64,7 @@ def number(value: float) -> str:
     """
     value += 0.0  # makes -0.0 a 0.0
     short = f"{value:.4g}"
-    if math.isfinite(value) and float(short) != value and float(short).is_integer():
-        return f"{value:.8g}"
-    return short
+    return f"{value:.8g}" if short in ("1", "-1") and value not in (1, -1) else short
 
 
 def wrapped(text: str, indent: str = "") -> str:

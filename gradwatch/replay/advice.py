@@ -142,6 +142,9 @@ ADVICE = {
 """By the key of the circumstance; what is between backticks is code."""
 
 LOG_OF = {
+    "sub": "1 - p is 0 where p has rounded to 1. For a sigmoid, `F.logsigmoid(-x)` is log(1 - p), "
+    "and `F.binary_cross_entropy_with_logits(logits, target)` is the loss; otherwise "
+    "`{call}(x.clamp(min={eps}))`.",
     "softmax": "A softmax gives 0 for what is far from the largest: "
     "`torch.log_softmax(x, dim=-1)` computes both in one operation and stays finite.",
     "sigmoid": "A sigmoid gives 0 for very negative inputs: `F.logsigmoid(x)` stays finite, and a "
@@ -326,9 +329,10 @@ def _hidden_later(facts: Facts) -> bool:
 
 
 def _made_of(facts: Facts, operation: str) -> bool:
-    if operation == "sub":
+    """Whether the bad input came from an operation; the line tells it where nothing else does."""
+    if facts.made_by:
         return facts.made_op == operation
-    return facts.made_op == operation or bool(re.search(rf"\b{operation}\(", facts.source))
+    return bool(re.search(rf"\b{operation}\(", facts.source))
 
 
 def _filled(advice: str, facts: Facts) -> str:

@@ -81,6 +81,15 @@ CASES = [
     ),
     _unary("log_zero", torch.log, 0.0, 1.0, made_by="_softmax"),
     _unary("log_zero", torch.log, 0.0, 1.0, made_by="sigmoid", also=HALVES),
+    _unary(
+        "log_zero",
+        torch.log,
+        0.0,
+        1.0,
+        made_by="rsub",
+        source="torch.log(1 - torch.sigmoid(x))",
+        also=HALVES,
+    ),
     _unary("log_negative", torch.log, -1.0, 0.0, 1.0),
     _unary("log1p_edge", torch.log1p, -1.0, 0.0),
     _unary("log1p_edge", torch.log1p, -1.0, 0.0, dtype=torch.bfloat16),
@@ -481,7 +490,9 @@ def test_nothing_is_said_that_the_numbers_do_not_show():
     divided = _made(
         "div", (Operand("self", (), "float32", 1.0, 1.0), Operand("other", (), "float32", 2.0, 2.0))
     )
-    assert circumstance(facts_of(replace(divided, inputs=divided.inputs[:1]))) is None
+    assert circumstance(facts_of(divided)) is None
+    by_number = replace(divided, inputs=divided.inputs[:1], kind="inf")
+    assert circumstance(facts_of(by_number)) is None
     times_inf = _made("mul", (Operand("self", (2,), "float32", 1.0, 2.0),))
     assert circumstance(facts_of(times_inf)) is None
     squared = _made(
@@ -492,6 +503,14 @@ def test_nothing_is_said_that_the_numbers_do_not_show():
         source="x**2",
     )
     assert circumstance(facts_of(squared)).key == "gradient_too_large"
+
+
+def test_a_logarithm_of_what_a_sigmoid_leaves():
+    """1 - sigmoid(x) is sigmoid(-x): the advice for sigmoid(x) would be wrong."""
+    explanation = _explained(next(case for case in CASES if case.made_by == "rsub"))
+    assert "`F.logsigmoid(-x)`" in advice_for(explanation)
+    x = t(3.0)
+    assert torch.isclose(F.logsigmoid(-x), torch.log(1 - torch.sigmoid(x)))
 
 
 def test_what_a_nan_began_as():
