@@ -152,6 +152,14 @@ LOG_OF = {
 }
 """Advice for a logarithm of 0, by the operation that gave the 0."""
 
+LOSS_OF_VARIANCE = (
+    "This loss divides by the variance and takes its logarithm. Make the variance positive, "
+    "`F.softplus(x) + {eps}`, or give the loss a larger eps."
+)
+LOSS_OF_RATE = (
+    "With `log_input=False` this loss takes the logarithm of what it is given. Give it the "
+    "logarithm of the rate instead: `F.poisson_nll_loss(x, target, log_input=True)`."
+)
 SQRT_OF_SPREAD = (
     "A variance of 0 has no finite slope under the root. Put the eps inside: "
     "`torch.sqrt(x.var(correction=0) + {eps})`."
@@ -304,6 +312,10 @@ def _special(known: Circumstance, facts: Facts, explanation: Explanation) -> str
             return MASKED.replace("{safe}", POLES[known.key])
         if known.key in DIVISIONS:
             return MASKED_DIVISION
+    if "gaussian_nll_loss(" in facts.source or explanation.module_class == "GaussianNLLLoss":
+        return LOSS_OF_VARIANCE
+    if "poisson_nll_loss(" in facts.source or explanation.module_class == "PoissonNLLLoss":
+        return LOSS_OF_RATE
     if known.key == "log_zero":
         return next((told for op, told in LOG_OF.items() if _made_of(facts, op)), "")
     if known.key == "sqrt_zero" and (_made_of(facts, "var") or _made_of(facts, "std")):

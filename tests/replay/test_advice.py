@@ -80,6 +80,7 @@ CASES = [
         source="torch.where(x > 0, torch.log(x), 0.0)",
     ),
     _unary("log_zero", torch.log, 0.0, 1.0, made_by="_softmax"),
+    _unary("log_zero", torch.log, 0.0, 1.0, module_class="GaussianNLLLoss"),
     _unary("log_zero", torch.log, 0.0, 1.0, made_by="sigmoid", also=HALVES),
     _unary(
         "log_zero",
@@ -91,6 +92,22 @@ CASES = [
         also=HALVES,
     ),
     _unary("log_negative", torch.log, -1.0, 0.0, 1.0),
+    _unary(
+        "log_negative",
+        torch.log,
+        -1.0,
+        1.0,
+        source="F.poisson_nll_loss(x, y, log_input=False)",
+        also={"target": t(1.0, 1.0)},
+    ),
+    _case(
+        "div_zero",
+        "div",
+        torch.div,
+        t(1.0, 0.0),
+        t(0.0, 2.0),
+        source="F.gaussian_nll_loss(m, y, v, eps=0.0)",
+    ),
     _unary("log1p_edge", torch.log1p, -1.0, 0.0),
     _unary("log1p_edge", torch.log1p, -1.0, 0.0, dtype=torch.bfloat16),
     _unary("log1p_below", torch.log1p, -1.5, 0.0),
@@ -269,7 +286,11 @@ FROM_OPERANDS = {
     "mask": ("masked_fill", "forward", "inf", (t(0.0, 1.0), torch.tensor([True, False]))),
     "bce_edge": ("binary_cross_entropy", "backward", "inf", (t(0.0, 1.0),)),
 }
-TOLD = {"`drop_last=True`", "`need_weights=False`"}  # options, that are given where they belong
+TOLD = {
+    "`drop_last=True`",
+    "`log_input=False`",
+    "`need_weights=False`",
+}  # options, that are given where they belong
 
 
 def _leaves(case):
