@@ -38,6 +38,7 @@ _MIX = frozenset(
     | {"scatter_add_", "scatter_reduce", "scatter_reduce_", "put", "put_", "bincount", "histc"}
     | {"embedding_dense_backward", "convolution_backward", "native_batch_norm_backward"}
 )
+_OF_NUMBERS = frozenset({"self", "other", "exponent", "value"})
 # They look at no value, and their result is one that they were given.
 _NO_VALUES = frozenset({"detach", "alias", "is_same_size", "sym_size", "sym_numel", "prim_layout"})
 
@@ -108,7 +109,8 @@ class Details:
     """What an operation was given and returned; only for those that were asked for.
 
     Attributes:
-        operands: Its operands, before it ran.
+        operands: Its operands, before it ran: the tensors first, then Python's numbers. The other
+            attributes are those of the tensors.
         result: Its result.
         zero_examples: For each operand the examples in which it has an exact 0.
         origins: For each operand where it came in from, if it came from outside.
@@ -474,8 +476,9 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Details:
         names = _operand_names(func, args, kwargs)
         pairs = list(zip(names, operands, strict=False))
+        described = [operand_of(name, one) for name, one in pairs]
         return Details(
-            tuple(operand_of(name, one) for name, one in pairs),
+            (*described, *_numbers(func, args, kwargs)),
             zero_examples=tuple(self._examples(one, _values(one) == 0) for _, one in pairs),
             origins=tuple(self._named.get(_key(one) or 0) for _, one in pairs),
             parents=tuple(self._producers.get(_key(one) or 0, -1) for _, one in pairs),
@@ -583,6 +586,17 @@ def _operand_names(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     names = [one.name for one in func._schema.arguments]
     named = [*zip(names, args, strict=False), *kwargs.items()]
     return [name for name, value in named for _ in _tensors((value,))]
+
+
+def _numbers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Operand]:
+    """Describes the numbers of Python among the arguments that stand for a tensor."""
+    names = [one.name for one in func._schema.arguments]
+    for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+        if name in _OF_NUMBERS and type(value) in (int, float):
+            infinite, nan = math.isinf(value), math.isnan(value)
+            bound = math.nan if infinite or nan else float(value)
+            counts = int(value == 0), int(nan), int(infinite), int(value == -math.inf)
+            yield Operand(name, (), type(value).__name__, bound, bound, *counts)
 
 
 def _key(tensor: Tensor) -> int | None:
