@@ -16,6 +16,10 @@ from gradwatch.record.wording import counted, listed, number, printable, wrapped
 
 __all__ = ["ExplainedKind", "Explanation", "Operand", "Origin", "Phase", "Share"]
 
+NOTHING_BAD = "Nothing bad was found"
+ALL_FINITE = "All gradients are finite, and so is the loss."
+"""The note of an explanation by hand that found nothing."""
+
 Origin = Literal["operation", "input", "weights", "output_gradient", "not_found"]
 Phase = Literal["forward", "backward"]
 ExplainedKind = Literal["nan", "inf", "overflow", "spike"]
@@ -266,6 +270,8 @@ def facts_of(explanation: Explanation) -> Facts:
 
 def _summary(it: Explanation) -> str:
     kind = KINDS[it.kind]
+    if ALL_FINITE in it.notes:
+        return NOTHING_BAD
     if it.candidates:
         places = [_brief_place(one) for one in it.candidates]
         told = f"{kind} born in one of {counted(len(places), 'place')}: {listed(places)}"
@@ -317,7 +323,9 @@ def _paragraph(it: Explanation) -> Iterator[str]:
 
 def _beginning(it: Explanation) -> Iterator[str]:
     kind, located = f"{KINDS[it.kind]}{_when(it)}", bool(it.file or it.source)
-    if it.candidates:
+    if ALL_FINITE in it.notes:
+        yield f"{NOTHING_BAD}."
+    elif it.candidates:
         yield wrapped(f"{kind}, born in one of these places:", "  ")
         for one in it.candidates[:MOST_CANDIDATES]:
             named = f"{printable(shown_name(one.operation))} " if one.operation else ""

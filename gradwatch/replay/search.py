@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
-from gradwatch.record.explanation import ExplainedKind, Explanation, Operand
+from gradwatch.record.explanation import ALL_FINITE, ExplainedKind, Explanation, Operand
 from gradwatch.replay.advice import advice_for
 from gradwatch.replay.frames import Place, source_of
 from gradwatch.replay.observer import NO_ROOTS, Details, Observer, Operation, Root
@@ -27,7 +27,6 @@ NOT_AGAIN = (
     "Run again, the micro-batch gave finite gradients: something has changed in between, or it "
     "does not give the same numbers each time."
 )
-ALL_FINITE = "All gradients are finite, and so is the loss."
 
 # They write a constant. If that is infinite, somebody meant it.
 _FILLS = frozenset(
@@ -84,8 +83,9 @@ def explain_run(run: Run, known_bad: bool = True) -> Explanation:
     notes = run(first)
     cause, kind = _cause_of(first)
     if cause is None:
-        notes = [*notes, NOT_AGAIN if known_bad else ALL_FINITE]
-        return _advised(Explanation(origin="not_found", notes=tuple(notes)))
+        if not known_bad:
+            return Explanation(origin="not_found", notes=(*notes, ALL_FINITE))
+        return _advised(Explanation(origin="not_found", notes=(*notes, NOT_AGAIN)))
     search = _Search(first, cause, kind)
     second = Observer(search.wanted())
     run(second)
