@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
@@ -37,6 +37,11 @@ OTHER_OUTPUTS = (
     "was left out."
 )
 NO_MEMORY = "Memory ran out while the micro-batch was run again."
+NO_LOSS_OF_OUTPUT = (
+    "The loss of the output requires no gradient, so there is no backward to look at. Return a "
+    "tensor that was computed from the parameters, and call explain() on a model whose parameters "
+    "require gradients."
+)
 RAISED = "Run again, the micro-batch raised an error: {error}"
 NO_LOSS = (
     "The closure returned {value} and ran no backward, but must return the loss: a tensor that "
@@ -56,6 +61,29 @@ def run_calls(model: Model, calls: Sequence[ForwardCall]) -> Run:
         why if that cannot be done; the training is left as it was also then.
     """
     return partial(_run_calls, model, calls)
+
+
+def run_function(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    loss: Callable[[Any], Any] | None = None,
+    caller: tuple[str, int] = ("", 0),
+) -> Run:
+    """Makes a run of a forward with these arguments, and of the backward of a loss of its output.
+
+    Args:
+        model: The module that is called.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        loss: Returns the loss of the output; None if the output holds it: if it is one number, or
+            has an attribute or an item ``loss``. Else the backward starts from ones at each output.
+        caller: File and line that the forward of the outermost module is said to come from.
+
+    Returns:
+        A function as of :func:`run_calls`.
+    """
+    return partial(_run_function, model, args, kwargs, loss, caller)
 
 
 def run_closure(
@@ -359,6 +387,39 @@ def _difference(whole: Tensor, part: Tensor | None) -> Tensor | None:
     if torch.allclose(whole[known], part[known], rounding, least, equal_nan=True):
         return None
     return torch.where(known, whole - part, 0)
+
+
+# -- a forward by hand ------------------------------------------------------------------------------
+
+
+def _run_function(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    loss: Callable[[Any], Any] | None,
+    caller: tuple[str, int],
+    observer: Observer,
+) -> list[str]:
+    with _errors_told(), undisturbed(model, *([] if loss is None else [loss])) as block:
+        module = unwrapped(model)
+        given = Arguments(module.forward, args, kwargs, block.stand_ins)
+        inputs = [(block.stand_ins.by_id[i], name) for i, name in given.names.items()]
+        _tell(observer, block, [*inputs, *block.data])
+        observer.caller = caller
+        with observer:
+            output = module(*given.args, **given.kwargs)
+            ends = _losses(output) if loss is None else _with_gradient(loss(output))
+            if not ends:
+                raise ReplayError(NO_LOSS_OF_OUTPUT)
+            observer.begin_backward(ends, [None] * len(ends))
+            torch.autograd.backward(ends, [torch.ones_like(one) for one in ends])
+        _end(observer, block)
+    return [*block.notes]
+
+
+def _losses(output: Any) -> list[Tensor]:
+    named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return _with_gradient(named if isinstance(named, Tensor) else output)
 
 
 # -- the backward of a closure ---------------------------------------------------------------------
