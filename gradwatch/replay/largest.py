@@ -42,6 +42,10 @@ SHARDED = "The examples are not told apart: the parameters are sharded over rank
 SHARED_PART = "{share:.0%} of the gradient belong to no example, such as a penalty on the weights."
 OTHER_DIMENSION = "The examples are counted along dimension {dim} of the first input."
 FEWER = "In a search of {count} backwards no further example has stood out."
+LARGEST_OF_MANY = (
+    "Micro-batch {index} of {count} has the gradient with the largest norm; the shares of the "
+    "examples are those in it."
+)
 ONE_OF_MANY = (
     "Micro-batch {index} of {count} has {share:.0%} of the gradient; the shares of the examples "
     "are those in its own gradient."
@@ -126,31 +130,47 @@ def largest_of_window(
     chosen, notes = 0, []
     try:
         if len(graphs) > 1:
-            parts = [_part_of_window(graph, gradients) for graph in graphs]
-            total = math.fsum(parts)
-            if not math.isfinite(total) or total <= 0.0:
-                return Largest(notes=(OTHER_GRADIENTS,))
-            parts = [part / total for part in parts]
-            chosen = parts.index(max(parts))
-            notes.append(
-                ONE_OF_MANY.format(index=chosen + 1, count=len(parts), share=parts[chosen])
-            )
+            chosen, note = _largest_micro_batch(graphs, gradients)
+            notes.append(note)
         with graphs[chosen]() as graph:
             found = largest_examples(graph, scale)
+    except _CannotTellError as error:
+        return Largest(notes=(str(error),))
     except Exception as error:  # also of what the model does in the backward
         return Largest(notes=(NOT_RUN.format(error=_first_line(error)),))
     return Largest(chosen + 1, found.shares, (*notes, *found.notes))
 
 
-def _part_of_window(
-    make: Callable[[], AbstractContextManager[LiveGraph]], gradients: Mapping[str, Tensor]
+def _largest_micro_batch(
+    graphs: Sequence[Callable[[], AbstractContextManager[LiveGraph]]],
+    gradients: Mapping[str, Tensor],
+) -> tuple[int, str]:
+    """Returns the index of the micro-batch with the largest part of a gradient, and a note."""
+    # A loop's own clip of an infinite norm has left NaN or zeros of the gradients.
+    is_whole = 0.0 < _total(list(gradients.values())) < math.inf
+    parts = [_part(graph, gradients if is_whole else None) for graph in graphs]
+    total = math.fsum(parts) if all(map(math.isfinite, parts)) else 0.0
+    if total <= 0.0:
+        raise _CannotTellError(OTHER_GRADIENTS)
+    chosen = parts.index(max(parts))
+    known = {"index": chosen + 1, "count": len(parts)}
+    if not is_whole:
+        return chosen, LARGEST_OF_MANY.format(**known)
+    return chosen, ONE_OF_MANY.format(**known, share=parts[chosen] / total)
+
+
+def _part(
+    make: Callable[[], AbstractContextManager[LiveGraph]], gradients: Mapping[str, Tensor] | None
 ) -> float:
-    """Returns the inner product of one micro-batch's gradient with the direction of the whole."""
+    """Returns how far the gradient of one micro-batch goes along the whole one, or its norm."""
     with make() as graph:
-        known = {name: one for name, one in graph.parameters.items() if name in gradients}
-        whole = [gradients[name] for name in known]
-        backward = _Backward(graph.outputs, graph.gradients, list(known.values()), {}, [])
-        return _inner(backward(), whole, _total(whole))
+        names = [name for name in graph.parameters if gradients is None or name in gradients]
+        leaves = [graph.parameters[name] for name in names]
+        own = _Backward(graph.outputs, graph.gradients, leaves, {}, [])()
+        if gradients is None:
+            return _total(own)
+        whole = [gradients[name] for name in names]
+        return _inner(own, whole, _total(whole))
 
 
 def largest_examples(graph: LiveGraph, scale: float = 1.0) -> Examples:

@@ -74,8 +74,8 @@ MADE_OUTSIDE = (
     "kept, which made it bad."
 )
 OWN_EXAMPLES = (
-    "The examples are those of rank {rank}, with their shares in its own gradient: another rank may "
-    "have the larger ones."
+    "The examples are those of rank {rank}, with their shares in its own gradient: another rank "
+    "may have the larger ones."
 )
 LEFT = "It was " + LEFT_STALE + "." + NOT_ZEROED
 MADE = "It was " + MADE_AFTER + "."
@@ -282,20 +282,37 @@ class Explaining:
         model = self._model
         if not isinstance(model, nn.Module) or not given or not all(calls for calls, _ in given):
             return _Found(replace(found, notes=notes))
+        gradients = self._by_name(*window.gradients())
         largest = largest_of_window(
             [partial(live_calls, model, calls) for calls, _ in given],
-            self._by_name(*window.gradients()),
+            gradients,
             resolve(norms.loss_scale),
         )
-        calls = given[largest.micro_batch - 1][0] if largest.micro_batch else ()
+        place = largest.micro_batch if len(given) > 1 else 1
+        calls = given[place - 1][0] if place else ()
+        if kind == "overflow" and calls:
+            elements = sum(one.numel() for one in gradients.values())
+            begun = self._overflow(model, calls, elements)
+            found = replace(begun, largest_parameters=found.largest_parameters)
         own = (OWN_EXAMPLES.format(rank=rank()),) if largest.shares and several_ranks() else ()
         explanation = replace(
             found,
-            micro_batch=largest.micro_batch,
+            micro_batch=place,
             largest_examples=largest.shares,
-            notes=(*notes, *largest.notes, *own),
+            notes=(*found.notes, *notes, *largest.notes, *own),
         )
         return _Found(explanation, calls)
+
+    @staticmethod
+    def _overflow(model: nn.Module, calls: Sequence[ForwardCall], elements: int) -> Explanation:
+        """Looks where finite gradients became too large."""
+        from gradwatch.replay.overflow import explain_overflow
+
+        try:
+            return explain_overflow(model, calls, elements)
+        except Exception as error:  # the largest parameters and examples are known all the same
+            note = REPLAY_FAILED.format(error=described_error(error))
+            return Explanation(origin="not_found", kind="overflow", notes=(note,))
 
     def _largest_parameters(self, window: Window, norms: StepNorms) -> tuple[Share, ...]:
         from gradwatch.replay.largest import largest_by_norm, largest_parameters

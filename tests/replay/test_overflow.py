@@ -46,7 +46,7 @@ class Masked(nn.Module):
         return scores.softmax(1) / 1e-25
 
 
-def explained(model, x, scale=1.0):
+def _explained(model, x, scale=1.0):
     with kept(model) as calls:
         (model(x).mean() * scale).backward()
     count = sum(p.grad.numel() for p in model.parameters())
@@ -62,7 +62,7 @@ def explained(model, x, scale=1.0):
 def test_the_operation(middle, operation, phase):
     """The first operation that gives such large elements is named, with its line."""
     torch.manual_seed(0)
-    found = explained(Layered(middle()), torch.randn(6, 4))
+    found = _explained(Layered(middle()), torch.randn(6, 4))
     assert (found.kind, found.origin, found.phase) == ("overflow", "operation", phase)
     assert (found.operation, found.module) == (operation, "middle")
     lines, start = inspect.getsourcelines(middle.forward)
@@ -77,7 +77,7 @@ def test_the_operation(middle, operation, phase):
 def test_a_backward():
     """Where only the gradient is too large, it is the backward of the operation."""
     torch.manual_seed(0)
-    found = explained(Layered(Root()), torch.randn(6, 4), 1e3)
+    found = _explained(Layered(Root()), torch.randn(6, 4), 1e3)
     assert (found.origin, found.phase, found.operation) == ("operation", "backward", "sqrt")
     assert (found.module, found.source) == ("middle", "return torch.sqrt(x)")
 
@@ -87,7 +87,7 @@ def test_an_input():
     torch.manual_seed(0)
     x = torch.randn(6, 4)
     x[2] = 1e25
-    found = explained(Layered(nn.Identity()), x)
+    found = _explained(Layered(nn.Identity()), x)
     assert (found.kind, found.origin, found.argument) == ("overflow", "input", "x")
     assert found.examples == (2,)
 
@@ -95,7 +95,7 @@ def test_an_input():
 def test_the_output_gradient():
     """A loss that is too large is what came from outside of the module."""
     torch.manual_seed(0)
-    found = explained(Layered(nn.Identity()), torch.randn(6, 4), 1e25)
+    found = _explained(Layered(nn.Identity()), torch.randn(6, 4), 1e25)
     assert (found.kind, found.origin) == ("overflow", "output_gradient")
 
 
