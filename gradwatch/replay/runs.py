@@ -389,7 +389,7 @@ def _difference(whole: Tensor, part: Tensor | None) -> Tensor | None:
     return torch.where(known, whole - part, 0)
 
 
-# -- a forward by hand ------------------------------------------------------------------------------
+# -- a forward by hand ----------------------------------------------------------------------------
 
 
 def _run_function(
@@ -438,7 +438,7 @@ def _run_closure(
         with backwards.in_place(), observer:
             with nullcontext() if context is None else context.entered():
                 loss = closure()
-            if not backwards.had(loss) and not _have_gradients(block):
+            if not backwards.had(loss, block.parameters.values()):
                 if not (isinstance(loss, Tensor) and loss.requires_grad):
                     raise ReplayError(NO_LOSS.format(value=_described(loss)))
                 torch.autograd.backward(loss, torch.full_like(loss, scale))
@@ -476,12 +476,15 @@ class _Backwards:
         with _without_strangers(roots, self._stand_ins):
             self._backward(tensors, grad_tensors, *args, **kwargs)
 
-    def had(self, loss: Any) -> bool:
+    def had(self, loss: Any, parameters: Iterable[Tensor]) -> bool:
         """Returns whether the backward of a loss has run, be it as a part of another one."""
-        if not self._roots:
-            return False
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
+        if not self._roots and any(one.grad is not None for one in parameters):
+            # Somebody had the function under a name of his own.
+            roots = [loss] if isinstance(loss, Tensor) else []
+            self._observer.begin_backward(roots, [None for _ in roots])
             return True
+        if not self._roots or not isinstance(loss, Tensor) or not loss.requires_grad:
+            return bool(self._roots)
         if any(loss is root for root in self._roots):
             return True
         return (loss.grad_fn, loss.output_nr) in set(_edges(self._roots))
@@ -491,10 +494,6 @@ def _listed(tensors: Any) -> list[Any]:
     if tensors is None:
         return []
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
-
-
-def _have_gradients(block: Undisturbed) -> bool:
-    return any(tensor.grad is not None for tensor in block.parameters.values())
 
 
 def _described(value: object) -> str:

@@ -61,9 +61,7 @@ def setting(kind: str = "SGD", **options: Any) -> tuple[Model, torch.optim.Optim
     return model, getattr(torch.optim, kind)(model.parameters(), lr=0.01, **options)
 
 
-def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[list[Tensor]]
-) -> None:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[list[Tensor]]) -> None:
     """Take a step with each of the windows."""
     for window in batches:
         for batch in window:
@@ -82,7 +80,11 @@ def test_the_micro_batch_that_was_bad_is_replayed_to_its_line() -> None:
     assert (one.origin, one.operation, one.phase, one.module) == ("operation", "log", "forward", "")
     assert (one.file, one.line) == (inspect.getsourcefile(Model), LOG)
     assert one.examples == (2,)
-    assert watcher.history.steps()["outcome"].tolist() == ["applied", "skipped_nonfinite", "applied"]
+    assert watcher.history.steps()["outcome"].tolist() == [
+        "applied",
+        "skipped_nonfinite",
+        "applied",
+    ]
 
 
 def poisoned(case: zoo.Case, batch: zoo.Batch, index: int) -> Tensor:
@@ -309,7 +311,9 @@ def test_a_copy_of_a_watched_model_keeps_nothing() -> None:
             output.sum().backward()
             del batch, output
             assert held() is None
-        assert b"gradwatch" not in pickle.dumps(nn.Sequential(model)).replace(b"test_explaining", b"")
+        assert b"gradwatch" not in pickle.dumps(nn.Sequential(model)).replace(
+            b"test_explaining", b""
+        )
 
 
 # -- kinds of loops ------------------------------------------------------------------------------
