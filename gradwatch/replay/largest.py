@@ -102,11 +102,16 @@ def largest_by_norm(norms: Mapping[str, float]) -> tuple[Share, ...]:
     Returns:
         As :func:`largest_parameters`.
     """
-    total = norm_of_norms(list(norms.values()))
-    if not 0.0 < total < math.inf:
+    largest = max(norms.values(), default=0.0)
+    if largest == 0.0 or not all(map(math.isfinite, norms.values())):
         return ()
-    ordered = sorted(norms.items(), key=lambda item: -item[1])[:MOST]
-    return tuple(Share(name, norm, (norm / total) ** 2) for name, norm in ordered if norm > 0.0)
+    # Relative to the largest one, so that no square overflows or underflows.
+    squares = {name: (norm / largest) ** 2 for name, norm in norms.items()}
+    total = math.fsum(squares.values())
+    ordered = sorted(squares, key=lambda name: -squares[name])[:MOST]
+    return tuple(
+        Share(name, norms[name], squares[name] / total) for name in ordered if norms[name] > 0.0
+    )
 
 
 def largest_of_window(

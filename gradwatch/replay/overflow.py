@@ -114,7 +114,9 @@ def _saturated_call(call: ForwardCall, limit: float) -> ForwardCall:
 
 @torch.no_grad()
 def _saturated(tensor: Tensor, limit: float) -> Tensor:
-    if not tensor.is_floating_point() or not bool((tensor.detach().abs() > limit).any()):
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided:
+        return tensor
+    if not bool((tensor.detach().abs() > limit).any()):
         return tensor
     changed = tensor.detach().clone()
     _saturate_(changed, limit)
