@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from gradwatch import __version__
-from gradwatch.cli import compare, export, plot, report, tail
+from gradwatch.cli import compare, explain, export, plot, report, tail
 from gradwatch.cli.arguments import INTERRUPTED, PROBLEM, TERMINATED, CommandError
 from gradwatch.cli.terminal import Output, one_line
 from gradwatch.record.folder.files import UnreadableError
@@ -29,6 +29,7 @@ EPILOG = """\
 examples:
   gradwatch tail runs/a                    watch it train
   gradwatch report runs/a                  what went wrong, and what to try
+  gradwatch explain runs/a                 what made a NaN, to the line of code
   gradwatch plot runs/a -o norms.png
   gradwatch compare runs/a runs/b
   gradwatch export runs/a -o steps.csv
@@ -139,6 +140,6 @@ def _parser() -> argparse.ArgumentParser:
     version = f"gradwatch {__version__}"
     parser.add_argument("--version", action="version", version=version, help="print it and exit")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
-    for command in (report, tail, plot, compare, export):
+    for command in (report, explain, tail, plot, compare, export):
         command.add_to(commands)
     return parser

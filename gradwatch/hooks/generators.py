@@ -109,10 +109,10 @@ class _Numpy:
         address = owner.ctypes.state_address if known else 0
         self.raw = (ctypes.c_char * (625 * 4)).from_address(address) if known else None
         self.bytes = None if self.raw is None else self.raw.raw
-        self.state: NumpyState = np.random.get_state(legacy=False)  # type: ignore[assignment]
+        self.state: NumpyState = np.random.get_state(legacy=False)
         # A normal number that is kept for the next call. Handing it out changes no byte.
         self.has_gauss: bool = bool(self.state["has_gauss"])
 
 
-_python = _Python(random.getstate.__self__)
+_python = _Python(getattr(random.getstate, "__self__"))  # noqa: B009
 _numpy = _Numpy()

@@ -414,6 +414,13 @@ EXPLANATION_COLUMNS = (
 """The columns of ``History.explanations()``."""
 
 
+def _column_of_tuples(values: Sequence[Sequence[object]]) -> Array:
+    column = np.empty(len(values), object)
+    for row, several in enumerate(values):
+        column[row] = tuple(one.name if isinstance(one, Share) else one for one in several)
+    return column
+
+
 def explanations_frame(explanations: Sequence[Explanation]) -> pd.DataFrame:
     """Makes a data frame of the :data:`EXPLANATION_COLUMNS`, one row per explanation."""
     dtypes = _dtypes(Explanation)
@@ -423,10 +430,7 @@ def explanations_frame(explanations: Sequence[Explanation]) -> pd.DataFrame:
         if dtypes.get(name) is not None:
             table[name] = np.array(values, dtypes[name])
         elif isinstance(getattr(Explanation(), name), tuple):
-            table[name] = np.empty(len(values), object)
-            for row, several in enumerate(values):
-                names = (one.name if isinstance(one, Share) else one for one in several)
-                table[name][row] = tuple(names)
+            table[name] = _column_of_tuples(values)
         else:
             table[name] = Labels.from_strings(value or "" for value in values)
     return table_frame(table)

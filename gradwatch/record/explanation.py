@@ -2,47 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from gradwatch.pickles import stable_name
+from gradwatch.record.circumstances import circumstance
+from gradwatch.record.folder.files import plain_data
+from gradwatch.record.operations import Facts, Operand, shown_name, values_of
+from gradwatch.record.wording import counted, listed, printable, wrapped
+
+__all__ = ["ExplainedKind", "Explanation", "Operand", "Origin", "Phase", "Share"]
 
 Origin = Literal["operation", "input", "weights", "output_gradient", "not_found"]
 Phase = Literal["forward", "backward"]
 ExplainedKind = Literal["nan", "inf", "overflow", "spike"]
 
-
-@stable_name
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """One tensor that an operation was given.
-
-    Attributes:
-        name: What the operation calls it, such as ``"self"`` or ``"other"``.
-        shape: Its shape.
-        dtype: Its dtype, such as ``"float32"``.
-        low: The smallest of its finite elements; NaN if it has none.
-        high: The largest of its finite elements; NaN if it has none.
-        zeros: Number of elements that are exactly 0.
-        nans: Number of elements that are NaN.
-        infs: Number of elements that are plus or minus infinity.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    low: float
-    high: float
-    zeros: int = 0
-    nans: int = 0
-    infs: int = 0
+KINDS = {"nan": "NaN", "inf": "Inf", "overflow": "Overflow", "spike": "Spike"}
+TOO_LARGE = {
+    "overflow": "the gradients are finite, but their norm is too large for a number",
+    "spike": "the step was left out, since its gradient norm is far above those before it",
+}
+ORIGINS = {
+    "input": "it came with the data",
+    "weights": "the weights had it before the forward",
+    "output_gradient": "it came back from the loss, which is made outside of the model",
+    "not_found": "where it was born was not found",
+}
+ORIGINS_OF_LARGE = {
+    "input": "It came with the data.",
+    "weights": "It came with the weights.",
+    "output_gradient": "It came back from the loss, which is made outside of the model.",
+}
+MOST_EXAMPLES = 8
+MOST_OPERANDS = 6
+MOST_CANDIDATES = 4
 
 
 @stable_name
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Share:
     """The part that a parameter or an example has in a gradient.
+
+    Two of them are equal if all of their attributes are, where NaN equals NaN.
 
     Attributes:
         name: Name of the parameter, or the index of the example along the batch dimension, as text.
@@ -55,6 +59,12 @@ class Share:
     name: str
     norm: float
     share: float
+
+    def __eq__(self, other: object) -> bool:
+        return values_of(self) == values_of(other) if isinstance(other, Share) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(values_of(self))
 
 
 @stable_name
@@ -135,20 +145,30 @@ class Explanation:
 
     @property
     def summary(self) -> str:
-        """One line that says what made it."""
-        # A stand-in: the words are those of gradwatch/replay/words.py.
-        return f"{self.operation or self.origin} in {self.module or 'the model'}: {self.kind}"
+        """The explanation in one line.
+
+        For example ``NaN born in the forward of encoder.layers.1 (Attention), model.py:42: softmax
+        of a row of -inf, examples 3 and 17``.
+        """
+        return _summary(self)
+
+    def __str__(self) -> str:
+        return "\n".join(_paragraph(self))
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns plain dicts, lists, strings and numbers, for JSON."""
-        return asdict(self)
+        """Returns plain dicts, lists, strings and numbers, for JSON.
+
+        A NaN or infinity, which JSON does not have, is text: ``"nan"``, ``"inf"`` or ``"-inf"``.
+        """
+        as_data: dict[str, Any] = plain_data(asdict(self))
+        return as_data
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Explanation:
         """Makes an explanation of what :meth:`as_dict` returned, also after a way through JSON.
 
         Names that are not known are left out, so that a newer gradwatch may have written them. A
-        NaN or infinity may be text, as JSON has none.
+        NaN or infinity may be a number or text.
 
         Raises:
             TypeError: If a value is of another type than that of its field.
@@ -169,14 +189,17 @@ def _checked(of: type, values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _exactly(kind: type) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        # type() and not isinstance(): True would pass as an int.
-        if type(value) is not kind:
-            raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
-        return value
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a string, got {type(value).__name__}")
+    return value
 
-    return read
+
+def _integer(value: Any) -> int:
+    # type() and not isinstance(): True would pass as an int. A frame holds no larger ones.
+    if type(value) is not int or abs(value) >= 2**63:
+        raise TypeError(f"expected an integer of 64 bits, got {type(value).__name__}")
+    return value
 
 
 def _number(value: Any) -> float:
@@ -200,21 +223,269 @@ def _each(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return read_all
 
 
-_TEXT, _INTEGER = _exactly(str), _exactly(int)
-
 _READ: dict[str, Callable[[Any], Any]] = {
-    "int": _INTEGER,
-    "str": _TEXT,
+    "int": _integer,
+    "str": _text,
+    "int | None": _or_none(_integer),
     "float": _number,
-    "str | None": _or_none(_TEXT),
-    "Origin": _TEXT,
-    "Phase | None": _or_none(_TEXT),
-    "ExplainedKind": _TEXT,
-    "tuple[int, ...]": _each(_INTEGER),
-    "tuple[str, ...]": _each(_TEXT),
+    "str | None": _or_none(_text),
+    "Origin": _text,
+    "Phase | None": _or_none(_text),
+    "ExplainedKind": _text,
+    "tuple[int, ...]": _each(_integer),
+    "tuple[str, ...]": _each(_text),
     "tuple[Operand, ...]": _each(lambda row: Operand(**_checked(Operand, row))),
     "tuple[Share, ...]": _each(lambda row: Share(**_checked(Share, row))),
-    "tuple[Explanation, ...]": _each(lambda row: Explanation.from_dict(row)),
-    "Explanation | None": _or_none(lambda row: Explanation.from_dict(row)),
+    "tuple[Explanation, ...]": _each(Explanation.from_dict),
+    "Explanation | None": _or_none(Explanation.from_dict),
 }
 """How a value is read back, by the type of its field as it is written above."""
+
+
+def facts_of(explanation: Explanation) -> Facts:
+    """Returns what is known of the operation."""
+    made_by = explanation.made_possible_by
+    return Facts(
+        operation=explanation.operation,
+        phase=explanation.phase,
+        kind=explanation.kind,
+        inputs=explanation.inputs,
+        result_dtype=explanation.result_dtype,
+        size=explanation.size,
+        source=explanation.source,
+        made_by=made_by.operation if made_by else "",
+    )
+
+
+def _summary(it: Explanation) -> str:
+    kind = KINDS[it.kind]
+    if it.candidates:
+        places = [_brief_place(one) for one in it.candidates]
+        told = f"{kind} born in one of {counted(len(places), 'place')}: {listed(places)}"
+    elif it.origin == "operation":
+        at, phrase = f", {_at(it)}" if it.file else "", _phrase(it)
+        born = "that began" if it.kind in TOO_LARGE else "born"
+        told = f"{kind} {born} {_in_module(it)}{at}{f': {phrase}' if phrase else ''}"
+    elif it.kind in TOO_LARGE:
+        told = f"{kind}: {TOO_LARGE[it.kind]}"
+    elif it.origin == "input":
+        told = f"{kind} in the data{f': {printable(it.argument)}' if it.argument else ''}"
+    elif it.origin == "weights":
+        told = f"{kind} in the weights before the forward"
+        told += f": {printable(it.parameter)}" if it.parameter else ""
+        told += f", since step {it.since_step}" if it.since_step else ""
+    elif it.origin == "output_gradient":
+        told = f"{kind} in the gradient that came back from the loss, outside of the model"
+    else:
+        told = f"{kind}: where it was born was not found"
+    told += f", {_examples(it.examples, 3)}" if it.examples else ""
+    largest = [printable(one.name) for one in it.largest_parameters[:1]]
+    largest += [f"example {printable(one.name)}" for one in it.largest_examples[:1]]
+    return told + (f"; largest: {listed(largest)}" if largest else "")
+
+
+def _paragraph(it: Explanation) -> Iterator[str]:
+    yield from _beginning(it)
+    yield from _details(it)
+    if it.origin == "operation" and (it.argument or it.parameter):
+        source = f"argument {it.argument}" if it.argument else f"parameter or buffer {it.parameter}"
+        yield wrapped(f"Made possible by what is in the {printable(source)}.", "  ")
+    above, depth = it.made_possible_by, 0
+    while above is not None and depth < 3:
+        named = shown_name(above.operation) if above.operation else "an operation"
+        end = ":" if above.file or above.source else "."
+        yield wrapped(f"Made possible by {printable(named)} {_in_module(above)}{end}", "  ")
+        yield from _location(above)
+        above, depth = above.made_possible_by, depth + 1
+    for what, shares in (("parameter", it.largest_parameters), ("example", it.largest_examples)):
+        if shares:
+            told = ", ".join(map(_share_words, shares))
+            one_or_many = what if len(shares) == 1 else f"{what}s"
+            yield wrapped(f"Largest {one_or_many}: {told}.", "  ")
+    said = [("Note", note) for note in it.notes] + [("To try", it.advice)]
+    for what, text in said:
+        if text.strip():
+            yield wrapped(f"{what}: {_sentence(text)}", "  ")
+
+
+def _beginning(it: Explanation) -> Iterator[str]:
+    kind, located = f"{KINDS[it.kind]}{_when(it)}", bool(it.file or it.source)
+    if it.candidates:
+        yield wrapped(f"{kind}, born in one of these places:", "  ")
+        for one in it.candidates[:MOST_CANDIDATES]:
+            named = f"{printable(shown_name(one.operation))} " if one.operation else ""
+            end = ":" if one.file or one.source else ""
+            yield wrapped(f"  {named}{_in_module(one)}{end}", "  ")
+            yield from _location(one, "    ")
+        if (more := len(it.candidates) - MOST_CANDIDATES) > 0:
+            yield f"  and {more:,} more"
+    elif it.kind in TOO_LARGE:
+        yield wrapped(f"{kind}: {TOO_LARGE[it.kind]}.", "  ")
+        if it.origin == "operation":
+            yield wrapped(f"It began {_in_module(it)}{':' if located else '.'}", "  ")
+            yield from _location(it)
+        elif it.origin in ORIGINS_OF_LARGE:
+            yield ORIGINS_OF_LARGE[it.origin]
+    elif it.origin == "operation":
+        yield wrapped(f"{kind}, born {_in_module(it)}{':' if located else '.'}", "  ")
+        yield from _location(it)
+    else:
+        yield wrapped(f"{kind}: {ORIGINS[it.origin]}.", "  ")
+        yield from _location(it)
+
+
+def _details(it: Explanation) -> Iterator[str]:
+    """Yields what was bad, how much of it and where in the batch, and what it was made of."""
+    if it.candidates or it.origin == "not_found":
+        if it.examples:
+            yield wrapped(f"It is in {_examples(it.examples)}.", "  ")
+        return
+    if told := _extent(it):
+        yield wrapped(f"{told}.", "  ")
+    if it.inputs:
+        if it.origin == "operation":
+            yield f"Its {'input' if len(it.inputs) == 1 else 'inputs'}:"
+        for one in it.inputs[:MOST_OPERANDS]:
+            yield wrapped(f"  {_operand_words(one)}", "      ")
+        if (more := len(it.inputs) - MOST_OPERANDS) > 0:
+            yield f"  and {more:,} more"
+
+
+def _extent(it: Explanation) -> str:
+    """Returns the sentence that says what was bad, how much of it, and where in the batch."""
+    phrase = _phrase(it) if it.origin == "operation" else ""
+    bad = _bad_elements(it)
+    where = f", in {_examples(it.examples)}" if it.examples else ""
+    if it.origin == "weights" and it.since_step:
+        where += f", since step {it.since_step:,}"
+    if phrase:
+        return f"This is {phrase}{f': {bad}' if bad else ''}{where}"
+    if not bad and (where or it.argument or it.parameter):
+        bad = f"{_owner(it)} {'is bad' if it.kind in TOO_LARGE else f'has {KINDS[it.kind]}'}"
+    return f"{bad[:1].upper()}{bad[1:]}{where}"
+
+
+def _when(it: Explanation) -> str:
+    told = f"step {it.step:,}" if it.step else ""
+    if it.micro_batch:
+        told = f"micro-batch {it.micro_batch:,}{f' of {told}' if told else ''}"
+    if not told:
+        return ""
+    rank = f" on rank {it.rank}" if it.rank else ""
+    return f" in {told}{f' (optimizer {printable(it.optimizer)})' if it.optimizer else ''}{rank}"
+
+
+def _module(it: Explanation) -> str:
+    kind = f" ({printable(it.module_class)})" if it.module_class else ""
+    return f"{printable(it.module) if it.module else 'the model'}{kind}"
+
+
+def _in_module(it: Explanation) -> str:
+    if it.module is None:
+        return f"in the {it.phase}, outside of the model" if it.phase else "outside of the model"
+    return f"in the {it.phase} of {_module(it)}" if it.phase else f"in {_module(it)}"
+
+
+def _phrase(it: Explanation) -> str:
+    """Returns what the operation was, and on what; empty if no operation is known."""
+    facts = facts_of(it)
+    if not facts.operation:
+        return ""
+    if (known := circumstance(facts)) is not None:
+        return known.told(facts)
+    named = printable(shown_name(it.operation))
+    return f"the gradient of {named}" if facts.backward else named
+
+
+def _owner(it: Explanation) -> str:
+    """Returns what has the bad elements."""
+    if it.origin == "input":
+        return f"the argument {printable(it.argument)}" if it.argument else "an argument"
+    if it.origin == "weights":
+        named = f" {printable(it.parameter)}" if it.parameter else ""
+        return f"{'the' if named else 'a'} parameter or buffer{named}"
+    if it.origin == "output_gradient":
+        return f"the gradient at the output of {_module(it)}"
+    return "the gradient" if it.phase == "backward" else "the result"
+
+
+def _bad_elements(it: Explanation) -> str:
+    if not it.count or it.kind not in ("nan", "inf"):
+        return ""
+    owner, kind = _owner(it), KINDS[it.kind]
+    dtype = printable(it.result_dtype)
+    shape = str(list(it.result_shape)) if it.result_shape else ""
+    form = f" ({', '.join(filter(None, (dtype, shape)))})" if dtype or shape else ""
+    if it.size == 1:
+        return f"{owner}{form} is {kind}"
+    if it.count == it.size:
+        return f"all {it.size:,} elements of {owner}{form} are {kind}"
+    of = f" of {it.size:,} elements" if it.size else f" element{'' if it.count == 1 else 's'}"
+    return f"{it.count:,}{of} of {owner}{form} {'is' if it.count == 1 else 'are'} {kind}"
+
+
+def _operand_words(one: Operand) -> str:
+    name = printable(one.name) or "input"
+    if one.is_number:
+        return f"{name}: {one.low:g}" if not math.isnan(one.low) else f"{name}: {one.dtype}"
+    told = f"{name}: {f'{printable(one.dtype)} {list(one.shape)}'.strip()}"
+    if 0 in one.shape:
+        return f"{told}, empty"
+    if math.isnan(one.low):
+        told += ", no finite element"
+    elif one.low == one.high:
+        told += f", all {one.low:.4g}" if one.size > 1 else f", {one.low:.4g}"
+    else:
+        told += f", {one.low:.4g} to {one.high:.4g}"
+    minus = one.negative_infs
+    infinite = "-inf" if minus == one.infs else "+inf" if minus == 0 else "Inf"
+    bad = [(one.zeros, "0"), (one.nans, "NaN"), (one.infs, infinite)]
+    if one.low == one.high == 0:
+        bad = bad[1:]
+    return told + "".join(
+        f", {count:,} {'is' if count == 1 else 'are'} {what}" for count, what in bad if count
+    )
+
+
+def _examples(indices: Sequence[int], most: int = MOST_EXAMPLES) -> str:
+    if len(indices) > 3 and list(indices) == list(range(indices[0], indices[-1] + 1)):
+        return f"examples {indices[0]:,} to {indices[-1]:,}"
+    noun = "example" if len(indices) == 1 else "examples"
+    return f"{noun} {listed([f'{one:,}' for one in indices], most)}"
+
+
+def _share_words(one: Share) -> str:
+    share = [] if math.isnan(one.share) else [f"{100 * one.share:.3g} %"]
+    norm = [] if math.isnan(one.norm) else [f"norm {one.norm:.4g}"]
+    numbers = ", ".join(share + norm)
+    return f"{printable(one.name)}{f' ({numbers})' if numbers else ''}"
+
+
+def _location(it: Explanation, indent: str = "  ") -> Iterator[str]:
+    """Yields file and source, each on a line of its own that is never wrapped."""
+    if it.file:
+        yield f"{indent}{_at(it)}"
+    if it.source:
+        yield f"{indent}{'  ' if it.file else ''}{printable(it.source.strip())}"
+
+
+def _at(it: Explanation) -> str:
+    return f"{printable(_shown_path(it.file))}{f':{it.line}' if it.line else ''}"
+
+
+def _brief_place(it: Explanation) -> str:
+    return _at(it) if it.file else _in_module(it)
+
+
+def _shown_path(path: str) -> str:
+    """Returns the path as seen from the current directory, if it is below that."""
+    try:
+        return str(Path(path).relative_to(Path.cwd()))
+    except (OSError, ValueError):  # the directory is gone, or does not hold the file
+        return path
+
+
+def _sentence(text: str) -> str:
+    """Returns the text on one line, with a full stop."""
+    text = printable(" ".join(text.split()))
+    return text if text.endswith((".", "!", "?", ":")) else f"{text}."

@@ -382,7 +382,7 @@ EVENT_KINDS: dict[str, Kind] = {
         "square",
     ),
     "explained": Kind(
-        "a micro-batch was run again, as `on_nonfinite=\"explain\"` asks: names the operation and "
+        'a micro-batch was run again, as `on_nonfinite="explain"` asks: names the operation and '
         "the line that made the NaN or Inf, or the input or weights that held it",
         "bad elements",
         _BLUE,

@@ -13,6 +13,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -30,6 +31,12 @@ NO_ROOTS: Roots = frozenset()
 _EMPTY = frozenset(
     {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
     | {"resize_", "set_"}
+)
+# Their result has a first dimension of its own.
+_MIX = frozenset(
+    {"index_put", "index_put_", "index_add", "index_add_", "scatter", "scatter_", "scatter_add"}
+    | {"scatter_add_", "scatter_reduce", "scatter_reduce_", "put", "put_", "bincount", "histc"}
+    | {"embedding_dense_backward", "convolution_backward", "native_batch_norm_backward"}
 )
 # They look at no value, and their result is one that they were given.
 _NO_VALUES = frozenset({"detach", "alias", "is_same_size", "sym_size", "sym_numel", "prim_layout"})
@@ -115,6 +122,12 @@ class Details:
     parents: tuple[int, ...] = ()
 
 
+class _State(IntEnum):
+    FINITE = 0
+    INFINITE = 1
+    NAN = 2
+
+
 @dataclass(slots=True)
 class _Bad:
     """An operand or a result that is not finite, while its operation is looked at."""
@@ -125,7 +138,7 @@ class _Bad:
     mask: Tensor | None = None
 
 
-class Observer(TorchDispatchMode):
+class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches one replay; see the module.
 
     Attributes:
@@ -144,9 +157,11 @@ class Observer(TorchDispatchMode):
     def __init__(self, wanted: Collection[int] = ()) -> None:
         """Starts with nothing known of any tensor.
 
-        ``wanted`` are the numbers of the operations of which :attr:`details` are wanted.
+        Args:
+            wanted: Numbers of operations of which :attr:`details` are wanted, after a first look at
+                the same replay. Nothing else is looked at then, so there are no roots.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.caller: tuple[str, int] = ("", 0)
         self.operations: list[Operation] = []
         self.roots: list[Root] = []
@@ -158,11 +173,12 @@ class Observer(TorchDispatchMode):
         self.bad_gradients: dict[str, bool] = {}
         self._wanted = wanted
         self.batch: int | None = None
+        self._is_idle = False  # what is done to look at a tensor is no operation of the run
         self._kept: list[object] = []  # ids are only good while what they are of is there
         self._named: dict[int, tuple[Source, str]] = {}
         self._producers: dict[int, int] = {}
         self._tainted: dict[int, Roots] = {}
-        self._external: dict[tuple[int, int], int] = {}
+        self._good: set[int] = set()
         self._batched: set[int] = set()
         self._frames = Frames(self.modules)
         self._sequences: list[int] = []
@@ -193,8 +209,11 @@ class Observer(TorchDispatchMode):
 
     def begin_backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Notes the end of the forward; ``gradients`` are those that the backward starts from."""
-        for output in outputs:
-            self.output_roots |= self._roots_of(output)
+        self._is_idle = True
+        with torch.no_grad():
+            for output in outputs:
+                self.output_roots |= self._roots_of(output)
+        self._is_idle = False
         for gradient in gradients:
             if gradient is not None:
                 self._name(gradient, "output_gradient", "")
@@ -205,6 +224,7 @@ class Observer(TorchDispatchMode):
 
     def end(self, gradients: Mapping[str, Tensor | None]) -> None:
         """Looks at the gradients of the parameters, by name."""
+        self._is_idle = True
         for name, gradient in gradients.items():
             if gradient is not None and not _is_finite(gradient):
                 self.gradient_roots[name] = self._roots_of(gradient)
@@ -212,9 +232,13 @@ class Observer(TorchDispatchMode):
 
     def _name(self, tensor: Tensor, source: Source, name: str) -> None:
         key = _key(tensor)
-        if key is not None:
-            self._named.setdefault(key, (source, name))
-            self._kept.append(tensor)
+        if key is None:
+            return
+        self._named.setdefault(key, (source, name))
+        self._kept.append(tensor)
+        # Something that is gone by now may have had the same memory.
+        self._producers.pop(key, None)
+        self._tainted.pop(key, None)
 
     # -- the operations ------------------------------------------------------------------------
 
@@ -225,24 +249,26 @@ class Observer(TorchDispatchMode):
         kwargs = kwargs or {}
         packet = getattr(func, "overloadpacket", None)  # operators of higher order have none
         name = "" if packet is None else packet.__name__
-        if packet is None or name in _NO_VALUES:
+        if packet is None or name in _NO_VALUES or self._is_idle:
             return func(*args, **kwargs)
         with torch.no_grad():
             operands = list(_tensors((*args, *kwargs.values())))
             place = self._frames.place()
             number = len(self.operations)
-            bad = self._bad_operands(operands, number, place)
+            bad = [] if self._wanted else self._bad_operands(func, operands, number, place)
             if number in self._wanted:
                 self.details[number] = self._details(func, operands, args, kwargs)
         result = func(*args, **kwargs)
         with torch.no_grad():
-            self._note(func, name, place, operands, result, bad)
+            self._note(func, name, args, kwargs, place, operands, result, bad)
         return result
 
     def _note(
         self,
         func: Any,
         name: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
         place: Place,
         operands: list[Tensor],
         result: Any,
@@ -261,7 +287,9 @@ class Observer(TorchDispatchMode):
         )
         self.operations.append(operation)
         self._sequences.append(operation.sequence)
-        batched = any(key in self._batched for key in keys)
+        batched = name not in _MIX and any(key in self._batched for key in keys)
+        if batched and _reduces_first(func, args, kwargs):
+            batched = False
         results = list(_tensors((result,)))
         shared = set(keys)
         operation.writes = bool(func._schema.is_mutable)
@@ -278,38 +306,64 @@ class Observer(TorchDispatchMode):
             for one in results:
                 self._tainted.pop(_key(one) or 0, None)
             return
+        if self._wanted:
+            if number in self._wanted and results:
+                self.details[number].result = operand_of("result", results[0])
+            return
         for one in results:
-            self._look(func, number, one, bad)
-        if number in self._wanted and results:
-            self.details[number].result = operand_of("result", results[0])
+            self._look(func, number, one, operands, bad)
 
-    def _look(self, func: Any, number: int, result: Tensor, bad: list[_Bad]) -> None:
+    def _unseen(self, operands: list[Tensor], number: int) -> list[_Bad]:
+        """Returns bad operands in which nobody wrote anything, or something other than torch."""
+        operation, found = self.operations[number], []
+        for one in [] if operation.writes else operands:  # what is written over is gone
+            key, state = _key(one), _state(one)
+            if key is None or state is _State.FINITE:
+                continue
+            made = self._producers.get(key)
+            if made is not None and self.operations[made].name in _EMPTY:
+                self.roots.append(self._root_of(made, one, None, "", None))
+                self._tainted[key] = roots = frozenset({len(self.roots) - 1})
+            else:
+                roots = self._from_outside(key, one, number, operation.place)
+            found.append(_Bad(one, roots, state is _State.NAN))
+        return found
+
+    def _look(
+        self, func: Any, number: int, result: Tensor, operands: list[Tensor], bad: list[_Bad]
+    ) -> None:
         key = _key(result)
         # The roots of a view are those of what it is a view of.
         if key is None or self.operations[number].views:
             return
-        if _is_finite(result):
+        state = _state(result)
+        if state is _State.FINITE:
             if not self.operations[number].writes or _covers(result):
                 self._tainted.pop(key, None)
             return
-        roots = self._roots_at(func, number, result, bad)
+        bad = bad or self._unseen(operands, number)
+        roots = self._roots_at(func, number, result, state is _State.NAN, bad)
         before = self._tainted.get(key, NO_ROOTS) if self.operations[number].writes else NO_ROOTS
         self._tainted[key] = roots | (before if not _covers(result) else NO_ROOTS)
 
-    def _roots_at(self, func: Any, number: int, result: Tensor, bad: list[_Bad]) -> Roots:
+    def _roots_at(
+        self, func: Any, number: int, result: Tensor, nan: bool, bad: list[_Bad]
+    ) -> Roots:
         """Returns the roots of a result that is not finite; makes a new one if it began here."""
-        nan = _has_nan(result)
         if not bad:
             return frozenset({self._new_root(number, result, ())})
+        new = self._new_elements(func, result, bad)
         if nan and not any(one.nan for one in bad):
-            # An infinite operand made it NaN: or the operands that were finite did so.
-            new = self._new_elements(func, result, bad)
-            began_here = new is not None and _is_nan_at(result, new)
-            via = NO_ROOTS if began_here else NO_ROOTS.union(*(one.roots for one in bad))
-            return frozenset({self._new_root(number, result, via)})
+            # Infinite operands made it NaN, or finite ones did, or both in different elements.
+            via = NO_ROOTS.union(*(one.roots for one in bad))
+            if new is None or not _is_nan_at(result, new):
+                return frozenset({self._new_root(number, result, via)})
+            here = {self._new_root(number, result, (), new)}
+            if _is_nan_at(result, ~new):
+                here.add(self._new_root(number, result, via, ~new))
+            return frozenset(here)
         chosen = [one for one in bad if one.nan] if nan else bad
         roots = NO_ROOTS.union(*(one.roots for one in chosen))
-        new = self._new_elements(func, result, bad)
         if new is not None and bool(new.any()):
             roots |= {self._new_root(number, result, (), new)}
         return roots
@@ -361,7 +415,9 @@ class Observer(TorchDispatchMode):
 
     # -- operands ------------------------------------------------------------------------------
 
-    def _bad_operands(self, operands: list[Tensor], number: int, place: Place) -> list[_Bad]:
+    def _bad_operands(
+        self, func: Any, operands: list[Tensor], number: int, place: Place
+    ) -> list[_Bad]:
         bad = []
         for one in operands:
             key = _key(one)
@@ -371,19 +427,31 @@ class Observer(TorchDispatchMode):
             if roots is None:
                 if key in self._producers:
                     continue
-                if (key, one._version) in self._external or _is_finite(one):
-                    self._external[key, one._version] = 1
+                if key in self._good:
+                    continue
+                state = _state(one)
+                if state is _State.FINITE:
+                    # Of a view it is not known whether the rest is finite as well.
+                    if _covers(one):
+                        self._good.add(key)
+                        self._kept.append(one)
                     continue
                 roots = self._from_outside(key, one, number, place)
-            elif _is_finite(one):
-                continue
-            bad.append(_Bad(one, roots, _has_nan(one), ~torch.isfinite(_values(one))))
+            else:
+                state = _state(one)
+                if state is _State.FINITE:
+                    continue
+            # What is written to is not there any more when the operation has run.
+            mask = ~torch.isfinite(_values(one)) if func._schema.is_mutable else None
+            bad.append(_Bad(one, roots, state is _State.NAN, mask))
         return bad
 
     def _from_outside(self, key: int, tensor: Tensor, number: int, place: Place) -> Roots:
         source, name = self._named.get(key, ("constant", ""))
         if source == "constant":
             name = variable_of(tensor, place.file, place.line)
+            if tensor.dim() and tensor.shape[0] == self.batch:  # targets, most likely
+                self._batched.add(key)
         self.roots.append(self._root_of(number, tensor, source, name, None))
         self._kept.append(tensor)
         roots = self._tainted[key] = frozenset({len(self.roots) - 1})
@@ -463,6 +531,17 @@ class Observer(TorchDispatchMode):
         return found if 0 <= found < len(self.operations) else None
 
 
+def _reduces_first(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Returns whether an operation sums, or the like, over the first dimension of its operand."""
+    names = [one.name for one in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if "keepdim" not in names or not args or not isinstance(args[0], Tensor):
+        return False
+    dims = given.get("dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    return not dims or 0 in dims or -args[0].dim() in dims
+
+
 def operand_of(name: str, tensor: Tensor) -> Operand:
     """Describes a tensor: shape, dtype, range of its finite elements, and how many are not."""
     values = _values(tensor)
@@ -487,6 +566,7 @@ def operand_of(name: str, tensor: Tensor) -> Operand:
         zeros=int((values == 0).sum()),
         nans=int(torch.isnan(values).sum()),
         infs=int(torch.isinf(values).sum()),
+        negative_infs=int(torch.isneginf(values).sum()),
     )
 
 
@@ -507,11 +587,8 @@ def _operand_names(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 def _key(tensor: Tensor) -> int | None:
     """Returns what stands for the memory of a tensor; None if it has none of its own."""
-    if tensor.layout is not torch.strided:
-        values = _values(tensor)
-        return None if values.layout is not torch.strided else _key(values)
     try:
-        return tensor.untyped_storage()._cdata
+        return int(_values(tensor).untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return None
 
@@ -525,19 +602,25 @@ def _values(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def _state(tensor: Tensor) -> _State:
     values = _values(tensor)
     if not (values.is_floating_point() or values.is_complex()) or not values.numel():
-        return True
+        return _State.FINITE
     if values.is_meta or values.is_quantized or values.layout is not torch.strided:
-        return True
+        return _State.FINITE
     if values.is_complex():
         values = torch.view_as_real(values.resolve_conj())
     if values.dtype.itemsize < 2:  # float8 knows no comparison
         values = values.float()
     # One pass, which tells of NaN as well.
-    low, high = torch.aminmax(values)
-    return math.isfinite(low.item()) and math.isfinite(high.item())
+    low, high = (one.item() for one in torch.aminmax(values))
+    if math.isnan(low):
+        return _State.NAN
+    return _State.INFINITE if math.isinf(low) or math.isinf(high) else _State.FINITE
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return _state(tensor) is _State.FINITE
 
 
 def _has_nan(tensor: Tensor) -> bool:

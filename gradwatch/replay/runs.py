@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from gradwatch.errors import described_error
@@ -18,6 +19,7 @@ from gradwatch.hooks.generators import torch_generators
 from gradwatch.measure.parameters import unwrapped
 from gradwatch.out_of_memory import forget, is_out_of_memory, release_memory
 from gradwatch.replay.arguments import Arguments
+from gradwatch.replay.live import Kernels, LiveGraph
 from gradwatch.replay.observer import Observer
 from gradwatch.replay.search import Run
 from gradwatch.replay.stand_ins import ReplayError, StandIns
@@ -35,6 +37,11 @@ OTHER_OUTPUTS = (
     "was left out."
 )
 NO_MEMORY = "Memory ran out while the micro-batch was run again."
+NO_LOSS_OF_OUTPUT = (
+    "The loss of the output requires no gradient, so there is no backward to look at. Return a "
+    "tensor that was computed from the parameters, and call explain() on a model whose parameters "
+    "require gradients."
+)
 RAISED = "Run again, the micro-batch raised an error: {error}"
 NO_LOSS = (
     "The closure returned {value} and ran no backward, but must return the loss: a tensor that "
@@ -54,6 +61,29 @@ def run_calls(model: Model, calls: Sequence[ForwardCall]) -> Run:
         why if that cannot be done; the training is left as it was also then.
     """
     return partial(_run_calls, model, calls)
+
+
+def run_function(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    loss: Callable[[Any], Any] | None = None,
+    caller: tuple[str, int] = ("", 0),
+) -> Run:
+    """Makes a run of a forward with these arguments, and of the backward of a loss of its output.
+
+    Args:
+        model: The module that is called.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        loss: Returns the loss of the output; None if the output holds it: if it is one number, or
+            has an attribute or an item ``loss``. Else the backward starts from ones at each output.
+        caller: File and line that the forward of the outermost module is said to come from.
+
+    Returns:
+        A function as of :func:`run_calls`.
+    """
+    return partial(_run_function, model, args, kwargs, loss, caller)
 
 
 def run_closure(
@@ -78,6 +108,119 @@ def run_closure(
     return partial(_run_closure, model, closure, scale, context)
 
 
+@contextmanager
+def live_calls(model: Model, calls: Sequence[ForwardCall]) -> Iterator[LiveGraph]:
+    """Runs the forwards of one micro-batch again, and keeps their graph alive for a block.
+
+    Args:
+        model: What is watched; its names are used.
+        calls: The forwards of the micro-batch, in their order.
+
+    Raises:
+        ReplayError: As the run of :func:`run_calls`.
+    """
+    modules = [call.module for call in calls]
+    with _errors_told(), undisturbed(model, *modules) as block, Kernels() as kernels:
+        given = [_arguments(call, block.stand_ins) for call in calls]
+        inputs = [block.stand_ins.by_id[i] for one in given for i in one.names]
+        outputs = [_forward(call, one) for call, one in zip(calls, given, strict=True)]
+        kept = [gradient for call in calls for gradient in call.gradients]
+        leaves = [leaf for output in outputs for leaf in _with_gradient(output)]
+        ends, problem = _ends(leaves, kept)
+        if problem:
+            raise ReplayError(problem[0])
+        starts = _starts(ends)
+        begin = [leaf for leaf in _once(leaves) if id(leaf) in starts]
+        gradients = [starts[id(leaf)] for leaf in begin]
+        with _without_strangers(begin, block.stand_ins):
+            yield LiveGraph(
+                begin, gradients, _trained(block), _first_shape(inputs), kernels.batches
+            )
+
+
+@contextmanager
+def live_closure(
+    model: Model,
+    closure: Callable[[], Any],
+    scale: float = 1.0,
+    context: ForwardContext | None = None,
+) -> Iterator[LiveGraph]:
+    """Runs a closure again and keeps the graph of its loss alive for a block.
+
+    If the closure runs the backward itself, that is left for the block.
+
+    Args:
+        model: As for :func:`run_closure`.
+        closure: As for :func:`run_closure`.
+        scale: As for :func:`run_closure`.
+        context: As for :func:`run_closure`.
+
+    Raises:
+        ReplayError: As the run of :func:`run_closure`.
+    """
+    with _errors_told(), undisturbed(model, closure) as block, Kernels() as kernels:
+        begin: list[tuple[Tensor, Tensor | None]] = []
+        inputs: list[Tensor] = []
+        with (
+            _instead_of_backward(lambda *roots: begin.extend(_pairs(*roots))),
+            _inputs_seen(inputs),
+            nullcontext() if context is None else context.entered(),
+        ):
+            loss = closure()
+        if not begin:
+            if not (isinstance(loss, Tensor) and loss.requires_grad):
+                raise ReplayError(NO_LOSS.format(value=_described(loss)))
+            begin = [(loss, torch.full_like(loss, scale))]
+        roots = [root for root, _ in begin]
+        gradients = [torch.ones_like(root) if start is None else start for root, start in begin]
+        with _without_strangers(roots, block.stand_ins):
+            yield LiveGraph(
+                roots, gradients, _trained(block), _first_shape(inputs), kernels.batches
+            )
+
+
+def _trained(block: Undisturbed) -> dict[str, Tensor]:
+    return {name: one for name, one in block.parameters.items() if one.requires_grad}
+
+
+def _first_shape(inputs: Iterable[Tensor]) -> tuple[int, ...]:
+    return next((tuple(one.shape) for one in inputs if one.dim()), ())
+
+
+@contextmanager
+def _inputs_seen(inputs: list[Tensor]) -> Iterator[None]:
+    """Notes the tensors that modules are given in a block, those of the outermost first."""
+    handle = register_module_forward_pre_hook(
+        lambda _, args: (
+            inputs.extend(one.detach() for one in tree_leaves(args) if isinstance(one, Tensor))
+            if not inputs
+            else None
+        )
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _pairs(tensors: Any, gradients: Any = None) -> list[tuple[Tensor, Tensor | None]]:
+    roots = _listed(tensors)
+    return list(zip(roots, _listed(gradients) or [None] * len(roots), strict=True))
+
+
+@contextmanager
+def _instead_of_backward(called: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Calls a function instead of ``torch.autograd.backward``, which then does nothing."""
+    backward = torch.autograd.backward
+    torch.autograd.backward = lambda tensors, grad_tensors=None, *_, **__: called(
+        tensors, grad_tensors
+    )
+    try:
+        yield
+    finally:
+        torch.autograd.backward = backward
+
+
 def _run_calls(model: Model, calls: Sequence[ForwardCall], observer: Observer) -> list[str]:
     modules = [call.module for call in calls]
     with _errors_told(), undisturbed(model, *modules) as block:
@@ -88,7 +231,10 @@ def _run_calls(model: Model, calls: Sequence[ForwardCall], observer: Observer) -
         for call, one in zip(calls, given, strict=True):
             notes.extend(WRITTEN_TO.format(name=name) for name in _written_to(call, one))
         with observer:
-            outputs = [_forward(observer, *pair) for pair in zip(calls, given, strict=True)]
+            outputs = []
+            for call, one in zip(calls, given, strict=True):
+                observer.caller = call.caller
+                outputs.append(_forward(call, one))
         kept = [gradient for call in calls for gradient in call.gradients]
         leaves = [leaf for output in outputs for leaf in _with_gradient(output)]
         ends, problem = _ends(leaves, kept)
@@ -109,8 +255,7 @@ def _arguments(call: ForwardCall, stand_ins: StandIns) -> Arguments:
     return Arguments(unwrapped(call.module).forward, call.args, call.kwargs, stand_ins)
 
 
-def _forward(observer: Observer, call: ForwardCall, given: Arguments) -> Any:
-    observer.caller = call.caller
+def _forward(call: ForwardCall, given: Arguments) -> Any:
     with call.context.entered():
         return unwrapped(call.module)(*given.args, **given.kwargs)
 
@@ -244,6 +389,39 @@ def _difference(whole: Tensor, part: Tensor | None) -> Tensor | None:
     return torch.where(known, whole - part, 0)
 
 
+# -- a forward by hand ----------------------------------------------------------------------------
+
+
+def _run_function(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    loss: Callable[[Any], Any] | None,
+    caller: tuple[str, int],
+    observer: Observer,
+) -> list[str]:
+    with _errors_told(), undisturbed(model, *([] if loss is None else [loss])) as block:
+        module = unwrapped(model)
+        given = Arguments(module.forward, args, kwargs, block.stand_ins)
+        inputs = [(block.stand_ins.by_id[i], name) for i, name in given.names.items()]
+        _tell(observer, block, [*inputs, *block.data])
+        observer.caller = caller
+        with observer:
+            output = module(*given.args, **given.kwargs)
+            ends = _losses(output) if loss is None else _with_gradient(loss(output))
+            if not ends:
+                raise ReplayError(NO_LOSS_OF_OUTPUT)
+            observer.begin_backward(ends, [None] * len(ends))
+            torch.autograd.backward(ends, [torch.ones_like(one) for one in ends])
+        _end(observer, block)
+    return [*block.notes]
+
+
+def _losses(output: Any) -> list[Tensor]:
+    named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return _with_gradient(named if isinstance(named, Tensor) else output)
+
+
 # -- the backward of a closure ---------------------------------------------------------------------
 
 
@@ -260,7 +438,7 @@ def _run_closure(
         with backwards.in_place(), observer:
             with nullcontext() if context is None else context.entered():
                 loss = closure()
-            if not backwards.had(loss) and not _have_gradients(block):
+            if not backwards.had(loss, block.parameters.values()):
                 if not (isinstance(loss, Tensor) and loss.requires_grad):
                     raise ReplayError(NO_LOSS.format(value=_described(loss)))
                 torch.autograd.backward(loss, torch.full_like(loss, scale))
@@ -298,12 +476,15 @@ class _Backwards:
         with _without_strangers(roots, self._stand_ins):
             self._backward(tensors, grad_tensors, *args, **kwargs)
 
-    def had(self, loss: Any) -> bool:
+    def had(self, loss: Any, parameters: Iterable[Tensor]) -> bool:
         """Returns whether the backward of a loss has run, be it as a part of another one."""
-        if not self._roots:
-            return False
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
+        if not self._roots and any(one.grad is not None for one in parameters):
+            # Somebody had the function under a name of his own.
+            roots = [loss] if isinstance(loss, Tensor) else []
+            self._observer.begin_backward(roots, [None for _ in roots])
             return True
+        if not self._roots or not isinstance(loss, Tensor) or not loss.requires_grad:
+            return bool(self._roots)
         if any(loss is root for root in self._roots):
             return True
         return (loss.grad_fn, loss.output_nr) in set(_edges(self._roots))
@@ -313,10 +494,6 @@ def _listed(tensors: Any) -> list[Any]:
     if tensors is None:
         return []
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
-
-
-def _have_gradients(block: Undisturbed) -> bool:
-    return any(tensor.grad is not None for tensor in block.parameters.values())
 
 
 def _described(value: object) -> str:

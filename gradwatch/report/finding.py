@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from gradwatch.pickles import stable_name
+from gradwatch.record.explanation import Explanation
+from gradwatch.record.schema import loads_older
 
 Severity = Literal["critical", "warning", "note"]
 SEVERITIES: tuple[str, ...] = get_args(Severity)
@@ -34,6 +36,7 @@ class Evidence:
 
 
 @stable_name
+@loads_older
 @dataclass(frozen=True, slots=True)
 class Finding:
     """Something in a run that deserves attention.
@@ -46,6 +49,7 @@ class Finding:
         seen: The evidence: steps, parameters and measured numbers.
         why: Why it matters.
         advice: What to try.
+        explanation: Where it came from, to the line of code, if a step of it was explained.
     """
 
     kind: str
@@ -54,6 +58,7 @@ class Finding:
     seen: Evidence
     why: str
     advice: str
+    explanation: Explanation | None = None
 
 
 def first_steps(steps: Iterable[int]) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from gradwatch.checks import described
 from gradwatch.pickles import stable_name
 from gradwatch.record.columns import Source
 from gradwatch.record.folder.files import plain_data
+from gradwatch.report.explained import evidence_told, is_found
 from gradwatch.report.finding import SEVERITIES, Evidence, Finding, counted, named, printable
 from gradwatch.report.rules import ALWAYS, KINDS, RULES
 from gradwatch.report.run_data import RunData, first_and_last, read_run
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 STYLES = {"critical": "bold red", "warning": "bold yellow", "note": "bold cyan"}
+BAD_GRADIENTS = ("nan", "inf", "overflow")
 COLORS = {"critical": "#c62828", "warning": "#b26a00", "note": "#1565c0"}
 
 UNKNOWN_THRESHOLD = "report() got a limit {name!r}, which is none of: {known}."
@@ -64,7 +66,8 @@ class Report:
     ``rich.print()`` prints it in color, and a notebook shows it as HTML.
 
     Attributes:
-        findings: Most serious first; within a severity, causes come before their effects.
+        findings: Most serious first; within a severity, causes come before their effects. A NaN,
+            Inf or overflow that was explained to its cause comes before all others.
         steps: Number of steps of the optimizer with the most steps.
         parameters: Number of parameters of the model.
         remarks: What could not be checked, and why.
@@ -156,8 +159,14 @@ def make_report(source: Source, thresholds: Thresholds | None = None, **changes:
 def _findings(run: RunData, limits: Thresholds) -> tuple[Finding, ...]:
     rules = RULES if len(run) >= limits.few_steps else ALWAYS
     findings = [finding for rule in rules for finding in rule(run, limits)]
+
+    def place(finding: Finding) -> tuple[bool, int]:
+        # What is known to the line of code comes first, whatever followed from it.
+        known = finding.kind in BAD_GRADIENTS and is_found(finding.explanation)
+        return not known, SEVERITIES.index(finding.severity)
+
     # sorted() is stable: within a severity the rules keep their order, causes first.
-    return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))
+    return tuple(sorted(findings, key=place))
 
 
 def _remarks(run: RunData, limits: Thresholds) -> Iterator[str]:
@@ -175,7 +184,7 @@ def _remarks(run: RunData, limits: Thresholds) -> Iterator[str]:
         if not np.isfinite(run.sample.columns.get(name, np.nan)).any():
             yield remark
     # Kinds that no rule looks at: nobody shall read "Nothing was found" where something happened.
-    others = run.events["kind"][~run.events["kind"].isin(KINDS)].value_counts()
+    others = run.events["kind"][~run.events["kind"].isin((*KINDS, "explained"))].value_counts()
     if len(others):
         kinds = ", ".join(f"{kind} {count:,}" for kind, count in others.items())
         yield OTHER_EVENTS.format(kinds=kinds)
@@ -190,7 +199,10 @@ def _headline(report: Report) -> str:
 
 def _rows(finding: Finding) -> list[tuple[str, str]]:
     """Returns ``(label, text)`` of the lines below the title of a finding."""
-    pairs = [("seen", _evidence(finding.seen)), ("why", finding.why), ("try", finding.advice)]
+    seen = _evidence(finding.seen)
+    if finding.explanation is not None:
+        seen = "; ".join(filter(None, (evidence_told(finding.explanation), seen)))
+    pairs = [("seen", seen), ("why", finding.why), ("try", finding.advice)]
     return [(label, printable(text)) for label, text in pairs]
 
 

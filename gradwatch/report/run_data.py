@@ -23,6 +23,7 @@ from gradwatch.record.columns import (
     numbers_of,
     safe_text,
 )
+from gradwatch.record.explanation import Explanation
 from gradwatch.record.records import Layout
 from gradwatch.report.parameter_groups import GroupRate, group_rates
 from gradwatch.report.thresholds import Thresholds
@@ -248,6 +249,7 @@ class RunData:
         sample: Norms and :data:`STATISTICS` of the parameters in some steps. A statistic that was
             found only at the end of the run has rows of its own.
         events: All events, as ``History.events()`` returns them.
+        explanations: Those of bad steps, oldest first.
         group_rates: The newest parameter groups of all optimizers; empty if there is only one group
             in the run, or none is known.
     """
@@ -257,6 +259,7 @@ class RunData:
     sample: ParameterSample
     events: pd.DataFrame
     group_rates: Sequence[GroupRate] = ()
+    explanations: Sequence[Explanation] = ()
 
     def __len__(self) -> int:
         return max(map(len, self.optimizers), default=0)
@@ -278,6 +281,15 @@ class RunData:
         chosen: pd.DataFrame = events[wanted]
         return chosen
 
+    def explanations_of(self, optimizer: str, kinds: Sequence[str]) -> list[Explanation]:
+        """Returns the explanations of the given kinds in the steps of an optimizer, by step."""
+        wanted = [
+            one
+            for one in self.explanations
+            if one.kind in kinds and safe_text(one.optimizer) == optimizer
+        ]
+        return sorted(wanted, key=lambda one: one.step)
+
 
 def read_run(source: Source, limits: Thresholds) -> RunData | None:
     """Reads what the rules need; None if the run has neither a step nor an event yet.
@@ -293,8 +305,14 @@ def read_run(source: Source, limits: Thresholds) -> RunData | None:
         sample = read_sample(source, ["grad_norm"], ())
     else:
         return None
-    rates = group_rates(source)
-    return RunData(optimizers, source.layout(), sample, events_frame(events), rates)
+    return RunData(
+        optimizers,
+        source.layout(),
+        sample,
+        events_frame(events),
+        group_rates(source),
+        source.explanations(),
+    )
 
 
 def first_and_last(optimizers: Sequence[OptimizerArrays]) -> Range:

@@ -9,7 +9,8 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from gradwatch.errors import described_error, logger
 from gradwatch.hooks.backward import inside_backward
-from gradwatch.hooks.data_parallel import rank
+from gradwatch.hooks.data_parallel import rank, several_ranks
 from gradwatch.hooks.forwards import ForwardCall, KeptForwards
 from gradwatch.measure.deferred import FloatOrDeferred, resolve
 from gradwatch.measure.norms import FirstNonFinite, LateCheck, Origin, StepNorms, count_nonfinite
@@ -32,10 +33,12 @@ from gradwatch.record.events import (
     SET_BY_LOOP,
     some_names,
 )
-from gradwatch.record.explanation import ExplainedKind, Explanation
+from gradwatch.record.explanation import ExplainedKind, Explanation, Share
 from gradwatch.step.bad_weights import BadWeights
 from gradwatch.step.run import Run
 from gradwatch.step.window import Window
+
+T = TypeVar("T")
 
 MOST_KEPT = 100
 """Explanations that are kept, the newest ones."""
@@ -69,6 +72,10 @@ FROM_THE_START = "They were so in the first step already."
 MADE_OUTSIDE = (
     "That input is not data: it was computed with a graph, by code outside of the forwards that are "
     "kept, which made it bad."
+)
+OWN_EXAMPLES = (
+    "The examples are those of rank {rank}, with their shares in its own gradient: another rank may "
+    "have the larger ones."
 )
 LEFT = "It was " + LEFT_STALE + "." + NOT_ZEROED
 MADE = "It was " + MADE_AFTER + "."
@@ -261,7 +268,50 @@ class Explaining:
 
     def _too_large(self, kind: ExplainedKind, window: Window, norms: StepNorms) -> _Found:
         """Names the parameters and the examples with the largest share in a gradient."""
-        return _Found(Explanation(origin="not_found", kind=kind))
+        from gradwatch.replay.largest import largest_of_window
+        from gradwatch.replay.runs import live_calls
+
+        found = Explanation(
+            origin="not_found",
+            kind=kind,
+            largest_parameters=self._largest_parameters(window, norms),
+        )
+        numbers = window.backwards[-len(window.arrivals) :] if window.arrivals else []
+        given = [self.forwards.calls_of(number) for number in numbers]
+        notes = tuple(dict.fromkeys(note for _, some in given for note in some))
+        model = self._model
+        if not isinstance(model, nn.Module) or not given or not all(calls for calls, _ in given):
+            return _Found(replace(found, notes=notes))
+        largest = largest_of_window(
+            [partial(live_calls, model, calls) for calls, _ in given],
+            self._by_name(*window.gradients()),
+            resolve(norms.loss_scale),
+        )
+        calls = given[largest.micro_batch - 1][0] if largest.micro_batch else ()
+        own = (OWN_EXAMPLES.format(rank=rank()),) if largest.shares and several_ranks() else ()
+        explanation = replace(
+            found,
+            micro_batch=largest.micro_batch,
+            largest_examples=largest.shares,
+            notes=(*notes, *largest.notes, *own),
+        )
+        return _Found(explanation, calls)
+
+    def _largest_parameters(self, window: Window, norms: StepNorms) -> tuple[Share, ...]:
+        from gradwatch.replay.largest import largest_by_norm, largest_parameters
+
+        before, to_true_units = norms.before, resolve(norms.correction) / resolve(norms.unit_before)
+        if window.norm_type == 2.0:
+            # Those that are recorded: before the user's clip, and of all ranks.
+            values = before.norms.array().astype(float) * to_true_units
+            found = largest_by_norm(self._by_name(before.indices, values.tolist()))
+            if found or window.shards is not None:
+                return found
+        return largest_parameters(self._by_name(*window.gradients()), 1.0 / to_true_units)
+
+    def _by_name(self, indices: Sequence[int], values: Sequence[T]) -> dict[str, T]:
+        names = self._run.table.names
+        return {names[i]: value for i, value in zip(indices, values, strict=True)}
 
     # -- when, and where to ------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from gradwatch.hooks.context import ForwardContext
 from gradwatch.hooks.forwards import ForwardCall
+from gradwatch.measure.parameters import ParameterTable
 from gradwatch.replay.runs import run_calls, run_closure
 from tests.support.state import differences, pieces, state_of
 
@@ -89,6 +90,9 @@ def kept(model: nn.Module) -> Iterator[list[ForwardCall]]:
             handle.remove()
 
 
+# Tensors and modules are compared apart; the last is an address.
+_NOT_PLAIN = ("_parameters", "_buffers", "_modules", "_flat_weight_refs", "_torchdynamo_wrapper_id")
+
 Training = tuple[nn.Module, Callable[[int], Tensor]]
 """A model, and a function from the number of a step to its loss."""
 
@@ -132,7 +136,8 @@ def _train(make: Callable[[], Training], way: str, extra: Callable[[], Any]) -> 
         if way:
             assert sum(seen.calls.values()) > 0
             assert identities == _identities(model)
-            real = {name: parameter.grad for name, parameter in model.named_parameters()}
+            table = ParameterTable.of(model)
+            real = dict(zip(table.names, (one.grad for one in table.tensors), strict=True))
             wrong += differences(pieces(real), pieces(seen.gradients), f"gradients of step {step}")
         optimizer.step()
     state = state_of(model, optimizer)
@@ -155,11 +160,7 @@ class _Closure:
 def attributes(model: nn.Module) -> dict[str, Any]:
     """Return the plain attributes of all modules, in a form that can be compared."""
     return {
-        name: {
-            key: _plain(value)
-            for key, value in vars(module).items()
-            if key not in ("_parameters", "_buffers", "_modules", "_flat_weight_refs")
-        }
+        name: {key: _plain(value) for key, value in vars(module).items() if key not in _NOT_PLAIN}
         for name, module in model.named_modules()
     }
 
@@ -173,6 +174,8 @@ def _plain(value: Any) -> Any:
         return [_plain(one) for one in value]
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
+    if isinstance(value, dict) and all(isinstance(key, int) for key in value):
+        return [_plain(one) for one in value.values()]  # hooks, under numbers that only grow
     if isinstance(value, dict):
         return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, (Tensor, np.ndarray)):

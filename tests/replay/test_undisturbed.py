@@ -47,7 +47,9 @@ def _gru():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.cell = nn.GRU(3, 4, num_layers=2, dropout=0.3, batch_first=True, bidirectional=True)
+            self.cell = nn.GRU(
+                3, 4, num_layers=2, dropout=0.3, batch_first=True, bidirectional=True
+            )
 
         def forward(self, x):
             return self.cell(x.unflatten(1, (2, 3)))[0].sum(1)
@@ -75,7 +77,9 @@ def _reparametrized(kind):
 )
 def test_weights_that_hooks_compute(kind, way):
     """What torch's own hooks and parametrizations write, such as vectors of a norm, stays."""
-    assert disturbance(lambda: _training(_reparametrized(kind)), way) == []
+    make = lambda: _training(_reparametrized(kind))  # noqa: E731
+    # A spectral norm begins where the forward before has left its vectors.
+    assert disturbance(make, way, compares_gradients="spectral" not in kind) == []
 
 
 @ways
@@ -215,7 +219,7 @@ COUNT = 0
 
 
 def _append_global(module, args, output):
-    global COUNT
+    global COUNT  # noqa: PLW0603
     COUNT += 1
     OUTSIDE.append(float(output.detach().sum()))
 
@@ -236,11 +240,10 @@ class _Recorder:
 @ways
 def test_what_hooks_write(way):
     """Lists in closures, globals, defaults, partial arguments and objects get back what they held."""
-    global COUNT
     ends = {}
 
     def make():
-        global COUNT
+        global COUNT  # noqa: PLW0603
         COUNT = 0
         OUTSIDE.clear()
         model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
@@ -270,7 +273,7 @@ def test_what_hooks_write(way):
         model[0].register_forward_hook(recorder.see)
         model[0].register_forward_hook(caller)
         model[0].register_forward_pre_hook(before)
-        model[0].register_full_backward_hook(incoming)
+        model[2].register_full_backward_hook(incoming)
         model.register_forward_hook(_append_global)
         closes_count = closes.__closure__
         ends.update(
@@ -498,6 +501,7 @@ def test_autocast(inside, way):
     assert disturbance(make, way) == []
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the compiler itself
 @ways
 @pytest.mark.parametrize("how", ["wrapper", "method", "part", "function"])
 def test_compiled_models(how, way):

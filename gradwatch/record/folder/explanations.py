@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from gradwatch.errors import described_error, warn_safely
 from gradwatch.hooks.forwards import ForwardCall
+from gradwatch.hooks.generators import RandomState
 from gradwatch.record.explanation import Explanation
 from gradwatch.record.folder.files import plain_data, sync_folder, write_whole
 from gradwatch.record.folder.ranks import SessionTimes
@@ -58,7 +59,7 @@ CANNOT_WRITE = (
     "gradwatch cannot keep explanations in the run folder {path!r}: {error}. The training goes on, "
     "and watcher.explanations has them."
 )
-TOO_LARGE = "not kept: it takes more than {most:g} MiB"
+TOO_LARGE = "not kept: its tensors take more than {most:g} MiB"
 TOO_MANY = "not kept: the run folder holds {most} batches already"
 NOT_KEPT = "not kept: {error}"
 
@@ -70,11 +71,19 @@ class KeptExplanation(NamedTuple):
         folder: Where it is.
         written: When it was written, in seconds since 1970.
         explanation: What it says.
+        batch_note: Why the micro-batch is not there; empty if it is, or was not asked for.
     """
 
     folder: Path
     written: float
     explanation: Explanation
+    batch_note: str = ""
+
+    @property
+    def batch(self) -> Path | None:
+        """The file with the micro-batch, if there is one."""
+        path = self.folder / BATCH
+        return path if path.is_file() else None
 
     def session(self, times: SessionTimes) -> int | None:
         """Returns the number of the session that wrote it; None if no step of that was written."""
@@ -235,9 +244,10 @@ def _read(folder: Path) -> KeptExplanation | None:
     try:
         with (folder / NAME).open("rb") as file:
             content = file.read(LONGEST + 1)
-        values = json.loads(content) if len(content) <= LONGEST else None
+        values = json.loads(content if len(content) <= LONGEST else "{}")
         explanation = Explanation.from_dict(values)
-        return KeptExplanation(folder, float(values["written"]), explanation)
+        note = str(values.get("batch_note") or "")
+        return KeptExplanation(folder, float(values["written"]), explanation, note)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # killed while writing it, or no explanation
 
@@ -317,10 +327,12 @@ def _call(plain: _PlainCopy, call: ForwardCall, place: int) -> dict[str, Any]:
     return {
         "args": plain.of(tuple(call.args), f"{of}args"),
         "kwargs": plain.of(dict(call.kwargs), f"{of}kwargs"),
-        "context": plain.of(_context(call), f"{of}context"),
+        "random": plain.of(_random_states(call.context.random), f"{of}random"),
+        "autocast": plain.of(dict(call.context.autocast), f"{of}autocast"),
+        "grad": call.context.grad,
     }
 
 
-def _context(call: ForwardCall) -> Any:
-    as_dict = getattr(call.context, "as_dict", dict)
-    return as_dict()
+def _random_states(random: RandomState) -> dict[str, Any]:
+    states = {str(generator.device): state for generator, state in random.generators}
+    return {"torch": states, "python": random.python, "numpy": random.numpy}

@@ -171,6 +171,10 @@ class FolderSource:
 
     def explanations(self) -> Sequence[Explanation]:
         """See :class:`~gradwatch.record.columns.Source`."""
+        return [one.explanation for one in self.kept_explanations()]
+
+    def kept_explanations(self) -> Sequence[KeptExplanation]:
+        """Reads the explanations by step, with what is in the folder beside them."""
         kept = read_explanations(self._folder)
         return self.steadily(lambda: self._valid(kept)) if kept else ()
 
@@ -240,12 +244,12 @@ class FolderSource:
                     notes = RankNotes(self._folder, read_meta(self._folder).sessions)
                 yield logged.event if notes is None else notes.traced(session, logged.event)
 
-    def _valid(self, kept: Sequence[KeptExplanation]) -> list[Explanation]:
+    def _valid(self, kept: Sequence[KeptExplanation]) -> list[KeptExplanation]:
         """Leaves out the explanations of void steps; they do not wait for their steps."""
         rule = self.listing().rule
         times = SessionTimes.of(read_meta(self._folder).sessions)
         return [
-            one.explanation
+            one
             for one in kept
             if (of := one.session(times)) is not None and rule.keeps(of, one.explanation)
         ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gradwatch.record.columns import Array
 from gradwatch.record.events import ToldCause, told_cause
+from gradwatch.record.explanation import Explanation
+from gradwatch.report.explained import is_found
 from gradwatch.report.finding import Evidence, Finding, counted, first_steps
 from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
@@ -23,6 +25,7 @@ WHY = (
     "A NaN or Inf that reaches the weights stays there: every later step of the parameter is lost. "
     "{fate}"
 )
+WHY_EXPLAINED = "A NaN or Inf that reaches the weights stays there."
 WHY_OVERFLOW = (
     "The squares of the elements overflow, so clip_grad_norm_ meets an infinite norm and "
     "multiplies all gradients by 0: such a step teaches nothing. gradwatch's own clip takes the "
@@ -90,27 +93,65 @@ def nonfinite(run: RunData, limits: Thresholds) -> Iterator[Finding]:
     """
     for steps in run.optimizers:
         bad = steps.nonfinite & ~steps.by_scaler
+        told = _first_told(run.explanations_of(steps.optimizer, ("nan", "inf")))
         if bad.any():
-            yield _finding(run, steps, bad, limits)
+            yield _finding(run, steps, bad, limits, told)
+        elif told is not None:
+            yield _left_memory(told, steps.optimizer)
         events = run.events_of(steps.optimizer, ("overflow",))
         events = events[~events["step"].isin(steps.step[steps.nonfinite | steps.by_scaler])]
         if len(events):
-            yield _overflow(events, steps.optimizer)
+            told = _first_told(run.explanations_of(steps.optimizer, ("overflow",)))
+            yield _overflow(events, steps.optimizer, told)
 
 
-def _overflow(events: pd.DataFrame, optimizer: str) -> Finding:
+def _first_told(explanations: Sequence[Explanation]) -> Explanation | None:
+    """Returns the first explanation that names a cause, or else the first one."""
+    first = next(iter(explanations), None)
+    return next(filter(is_found, explanations), first)
+
+
+def _left_memory(told: Explanation, optimizer: str) -> Finding:
+    """Makes the finding of an explained step that a live run has no record of any more."""
+    title = f"{WORDS[told.kind]} in step {told.step}{_cause(told, told.step)}."
+    seen = Evidence((told.step,), (), {}, optimizer)
+    return Finding(told.kind, "warning", title, seen, WHY_EXPLAINED, told.advice, told)
+
+
+def _cause(told: Explanation | None, first: int) -> str:
+    """Returns what an explanation adds to the title of a finding that begins at step ``first``.
+
+    Empty if it names no cause.
+    """
+    if told is None or not is_found(told):
+        return ""
+    later = "" if told.step == first else f"; in step {told.step}"
+    return f"{later}: {told.summary.rstrip('.')}"
+
+
+def _overflow(events: pd.DataFrame, optimizer: str, told: Explanation | None) -> Finding:
     numbers = events["step"].unique()
+    names = tuple(map(str, events["parameter"].unique()[:3]))
+    if told is not None and told.largest_parameters:
+        names = tuple(one.name for one in told.largest_parameters)
+    first = int(numbers[0])
     title = (
         f"The norm of finite gradients was beyond float32 in {counted(len(numbers), 'step')}, from "
-        f"step {numbers[0]} on; the largest gradient was that of {events['parameter'].iloc[0]}."
+        f"step {first} on; the largest gradient was that of {names[0]}{_cause(told, first)}."
     )
     largest = {"steps": float(len(numbers)), "largest_norm": float(events["value"].max())}
-    names = tuple(map(str, events["parameter"].unique()[:3]))
     seen = Evidence(first_steps(numbers), names, largest, optimizer)
-    return Finding("overflow", "warning", title, seen, WHY_OVERFLOW, ADVICE_OVERFLOW)
+    advice = ADVICE_OVERFLOW if told is None else told.advice or ADVICE_OVERFLOW
+    return Finding("overflow", "warning", title, seen, WHY_OVERFLOW, advice, told)
 
 
-def _finding(run: RunData, steps: OptimizerArrays, bad: Array, limits: Thresholds) -> Finding:
+def _finding(
+    run: RunData,
+    steps: OptimizerArrays,
+    bad: Array,
+    limits: Thresholds,
+    told: Explanation | None,
+) -> Finding:
     lost = steps.step[bad & steps.applied]
     first = steps.step[bad][0]
     event = _first_event(run.events_of(steps.optimizer, ("nan", "inf")), first)
@@ -120,6 +161,8 @@ def _finding(run: RunData, steps: OptimizerArrays, bad: Array, limits: Threshold
     name = "" if event is None else str(event["parameter"])
     micro_batches = int(steps["micro_batches"][bad][0])
     where = f", first in {name}{_where(event, micro_batches)}" if event is not None and name else ""
+    # The first bad parameter is seldom near the cause: once that is known, it is only evidence.
+    where = _cause(told, int(first)) or where
     numbers = {"steps": float(bad.sum()), "applied": float(len(lost))}
     if event is not None:
         if event["micro_batch"]:
@@ -135,7 +178,8 @@ def _finding(run: RunData, steps: OptimizerArrays, bad: Array, limits: Threshold
         f"from step {steps.step[bad][0]} on{where}.",
         Evidence(first_steps(steps.step[bad]), (name,) if name else (), numbers, steps.optimizer),
         WHY.format(fate=fate),
-        _advice(steps, bad, event, limits),
+        (told.advice if told is not None else "") or _advice(steps, bad, event, limits),
+        told,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from gradwatch.record.columns import Array
+from gradwatch.record.explanation import Explanation
 from gradwatch.report.finding import Evidence, Finding, counted, first_steps
 from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
@@ -31,14 +32,22 @@ def skipped(run: RunData, limits: Thresholds) -> Iterator[Finding]:
         by_us = ~steps.applied & ~steps.by_scaler
         if by_us.any():
             often = by_us.mean() > limits.skipped
-            yield _finding(steps, steps.step[by_us], often, ADVICE, limits)
+            # What a NaN came from is in a finding of its own.
+            spikes = run.explanations_of(steps.optimizer, ("spike",))
+            told = next((one for one in spikes if one.step in steps.step[by_us]), None)
+            yield _finding(steps, steps.step[by_us], often, ADVICE, limits, told)
         allowed = limits.scaler_skips + limits.skipped * len(steps)
         if steps.by_scaler.sum() > allowed:
             yield _finding(steps, steps.step[steps.by_scaler], True, SCALER, limits)
 
 
 def _finding(
-    steps: OptimizerArrays, skipped: Array, often: bool, advice: str, limits: Thresholds
+    steps: OptimizerArrays,
+    skipped: Array,
+    often: bool,
+    advice: str,
+    limits: Thresholds,
+    told: Explanation | None = None,
 ) -> Finding:
     share = len(skipped) / len(steps)
     title = (
@@ -46,5 +55,6 @@ def _finding(
         f"{'was' if len(skipped) == 1 else 'were'} not applied, the first at step {skipped[0]}."
     )
     numbers = {"skipped": float(len(skipped)), "share": share, "limit": limits.skipped}
-    seen = Evidence(first_steps(skipped), (), numbers, steps.optimizer)
-    return Finding("skipped", "warning" if often else "note", title, seen, WHY, advice)
+    names = () if told is None else tuple(one.name for one in told.largest_parameters)
+    seen = Evidence(first_steps(skipped), names, numbers, steps.optimizer)
+    return Finding("skipped", "warning" if often else "note", title, seen, WHY, advice, told)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from gradwatch.record.columns import Array
-from gradwatch.report.finding import Evidence, Finding, counted, first_steps
+from gradwatch.record.explanation import Explanation
+from gradwatch.report.finding import Evidence, Finding, Severity, counted, first_steps
 from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
 
@@ -41,7 +42,8 @@ def spikes(run: RunData, limits: Thresholds) -> Iterator[Finding]:
         above = norms - usual
         out = np.flatnonzero(above > np.maximum(math.log(limits.spike), limits.spike_z * deviation))
         if len(out):
-            yield _finding(steps, rows[out], np.exp(above[out]), limits)
+            told = run.explanations_of(steps.optimizer, ("spike",))
+            yield _finding(steps, rows[out], np.exp(above[out]), limits, told)
 
 
 def surroundings(logs: Array) -> tuple[Array, Array]:
@@ -74,7 +76,13 @@ def _largest_around(values: Array) -> Array:
     return largest
 
 
-def _finding(steps: OptimizerArrays, rows: Array, sizes: Array, limits: Thresholds) -> Finding:
+def _finding(
+    steps: OptimizerArrays,
+    rows: Array,
+    sizes: Array,
+    limits: Thresholds,
+    explanations: Sequence[Explanation],
+) -> Finding:
     worst = np.argsort(-sizes, kind="stable")[:_MOST]
     free = int((steps.applied & (steps["clipped"] == 0))[rows].sum())
     unknown = int((steps.applied & np.isnan(steps["clipped"]))[rows].sum())
@@ -91,5 +99,11 @@ def _finding(steps: OptimizerArrays, rows: Array, sizes: Array, limits: Threshol
     }
     fate = UNCLIPPED.format(count=free) if free else UNKNOWN if unknown else CLIPPED
     why = WHY.format(clip=fate)
-    seen = Evidence(first_steps(steps.step[rows[worst]]), (), numbers, steps.optimizer)
-    return Finding("spike", "warning" if free or unknown else "note", title, seen, why, ADVICE)
+    # Of those that were explained, the one that was the largest.
+    by_step = {one.step: one for one in reversed(explanations)}
+    worst_steps = first_steps(steps.step[rows[worst]])
+    told = next((by_step[one] for one in worst_steps if one in by_step), None)
+    names = () if told is None else tuple(one.name for one in told.largest_parameters)
+    seen = Evidence(worst_steps, names, numbers, steps.optimizer)
+    severity: Severity = "warning" if free or unknown else "note"
+    return Finding("spike", severity, title, seen, why, ADVICE, told)
