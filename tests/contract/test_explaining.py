@@ -419,8 +419,8 @@ def test_a_loop_without_an_optimizer_is_explained_once_its_steps_are_certain() -
             model.zero_grad()
             model(bad() if index == 25 else good()).square().mean().backward()
             with torch.no_grad():
-                for one in model.parameters():
-                    one -= 1e-3 * one.grad.nan_to_num(0.0, 0.0, 0.0)
+                for weight in model.parameters():
+                    weight.sub_(weight.grad.nan_to_num(0.0, 0.0, 0.0), alpha=1e-3)
     (one,) = watcher.explanations
     assert (one.step, one.optimizer, one.operation) == (26, "none", "log")
 
@@ -572,9 +572,9 @@ def test_a_failing_replay_ends_as_a_note(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_log_tells_each_explanation_once(caplog: pytest.LogCaptureFixture) -> None:
     """A warning in the log of gradwatch with its paragraph."""
     model, optimizer = setting()
-    with caplog.at_level(logging.WARNING, "gradwatch"):
-        with gradwatch.watch(model, optimizer, on_nonfinite="explain") as watcher:
-            train(model, optimizer, [[bad()], [good()]])
+    watched = gradwatch.watch(model, optimizer, on_nonfinite="explain")
+    with caplog.at_level(logging.WARNING, "gradwatch"), watched as watcher:
+        train(model, optimizer, [[bad()], [good()]])
     text = str(watcher.explanations[0])
     assert [one.getMessage() for one in caplog.records].count(text) == 1
 

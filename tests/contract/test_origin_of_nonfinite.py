@@ -11,6 +11,7 @@ from torch import nn
 
 import gradwatch
 from gradwatch.testing import late_readings
+from tests.support import zoo
 
 from .poison import bad_events
 
