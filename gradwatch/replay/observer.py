@@ -276,7 +276,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         number = len(self.operations)
         keys = [_key(one) for one in operands]
-        node = torch._C._current_autograd_node()
+        node: Any = torch._C._current_autograd_node()  # None outside of a backward
         operation = Operation(
             name,
             place,
