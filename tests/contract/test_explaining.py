@@ -658,3 +658,30 @@ def test_nothing_is_left_for_the_collector() -> None:
             assert held() is None
     finally:
         gc.enable()
+
+
+class Normalized(nn.Module):
+    """A logarithm, and running statistics that its infinity spoils in the forward itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.last = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a number for each row."""
+        return self.last(self.norm(x.log()))
+
+
+@pytest.mark.parametrize("options", [{"on_nonfinite": "explain"}, {"explain": True}], ids=str)
+def test_running_statistics_that_the_batch_has_spoiled_are_not_to_blame(
+    options: dict[str, Any],
+) -> None:
+    """The forward writes NaN there before anybody replays it."""
+    torch.manual_seed(0)
+    model = Normalized()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.watch(model, optimizer, **options) as watcher:
+        train(model, optimizer, [[good()], [bad().clamp_(min=0.0)]])
+    (one,) = watcher.explanations
+    assert (one.operation, one.examples, one.module) == ("log", (1,), "")
