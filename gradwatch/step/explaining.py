@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -70,8 +70,8 @@ SPOILED = (
 )
 FROM_THE_START = "They were so in the first step already."
 MADE_OUTSIDE = (
-    "That input is not data: it was computed with a graph, by code outside of the forwards that are "
-    "kept, which made it bad."
+    "That input is not data: it was computed with a graph, by code outside of the forwards that "
+    "are kept, which made it bad."
 )
 OWN_EXAMPLES = (
     "The examples are those of rank {rank}, with their shares in its own gradient: another rank "
@@ -96,7 +96,9 @@ class Explaining:
         forwards: What is kept of the forwards of the windows under way.
     """
 
-    def __init__(self, run: Run, model: object, forwards: KeptForwards) -> None:
+    def __init__(
+        self, run: Run, model: nn.Module | Mapping[str, Tensor], forwards: KeptForwards
+    ) -> None:
         """Explains steps of a run; ``model`` is what was given to ``watch()``."""
         self.forwards = forwards
         self._run = run
@@ -222,7 +224,7 @@ class Explaining:
     def _replayed(self, number: int) -> _Found:
         """Runs the micro-batch of a backward again, and looks where it goes bad."""
         calls, notes = self.forwards.calls_of(number)
-        if not calls or not isinstance(self._model, nn.Module):
+        if not calls:
             return _Found(Explanation(origin="not_found", notes=tuple(notes)))
         # A call that was given what another one made bad, as a discriminator is by its generator,
         # would hide that: run again, each is given what it was given.
