@@ -281,12 +281,11 @@ class Explaining:
         numbers = window.backwards[-len(window.arrivals) :] if window.arrivals else []
         given = [self.forwards.calls_of(number) for number in numbers]
         notes = tuple(dict.fromkeys(note for _, some in given for note in some))
-        model = self._model
-        if not isinstance(model, nn.Module) or not given or not all(calls for calls, _ in given):
+        if not given or not all(calls for calls, _ in given):
             return _Found(replace(found, notes=notes))
         gradients = self._by_name(*window.gradients())
         largest = largest_of_window(
-            [partial(live_calls, model, calls) for calls, _ in given],
+            [partial(live_calls, self._model, calls) for calls, _ in given],
             gradients,
             resolve(norms.loss_scale),
         )
@@ -294,7 +293,7 @@ class Explaining:
         calls = given[place - 1][0] if place else ()
         if kind == "overflow" and calls:
             elements = sum(one.numel() for one in gradients.values())
-            begun = self._overflow(model, calls, elements)
+            begun = self._overflow(calls, elements)
             found = replace(begun, largest_parameters=found.largest_parameters)
         own = (OWN_EXAMPLES.format(rank=rank()),) if largest.shares and several_ranks() else ()
         explanation = replace(
@@ -305,13 +304,12 @@ class Explaining:
         )
         return _Found(explanation, calls)
 
-    @staticmethod
-    def _overflow(model: nn.Module, calls: Sequence[ForwardCall], elements: int) -> Explanation:
+    def _overflow(self, calls: Sequence[ForwardCall], elements: int) -> Explanation:
         """Looks where finite gradients became too large."""
         from gradwatch.replay.overflow import explain_overflow
 
         try:
-            return explain_overflow(model, calls, elements)
+            return explain_overflow(self._model, calls, elements)
         except Exception as error:  # the largest parameters and examples are known all the same
             note = REPLAY_FAILED.format(error=described_error(error))
             return Explanation(origin="not_found", kind="overflow", notes=(note,))
