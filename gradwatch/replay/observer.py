@@ -181,6 +181,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._producers: dict[int, int] = {}
         self._tainted: dict[int, Roots] = {}
         self._good: set[int] = set()
+        self._unread: frozenset[int | None] = frozenset()  # operands of the one that is running
         self._batched: set[int] = set()
         self._frames = Frames(self.modules)
         self._sequences: list[int] = []
@@ -257,6 +258,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operands = list(_tensors((*args, *kwargs.values())))
             place = self._frames.place()
             number = len(self.operations)
+            self._unread = _unread(func, args, kwargs) if "batch_norm" in name else frozenset()
             bad = [] if self._wanted else self._bad_operands(func, operands, number, place)
             if number in self._wanted:
                 self.details[number] = self._details(func, operands, args, kwargs)
@@ -320,7 +322,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operation, found = self.operations[number], []
         for one in [] if operation.writes else operands:  # what is written over is gone
             key, state = _key(one), _state(one)
-            if key is None or state is _State.FINITE:
+            if key is None or key in self._unread or state is _State.FINITE:
                 continue
             made = self._producers.get(key)
             if made is not None and self.operations[made].name in _EMPTY:
@@ -423,7 +425,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         bad = []
         for one in operands:
             key = _key(one)
-            if key is None:
+            if key is None or key in self._unread:
                 continue
             roots = self._tainted.get(key)
             if roots is None:
@@ -579,6 +581,18 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)
+
+
+def _unread(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> frozenset[int | None]:
+    """Returns the running statistics of a batch normalization that takes those of the batch.
+
+    It only updates them. Where the batch was bad, the training's own forward has spoiled them.
+    """
+    names = [one.name for one in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    reads = False in (given.get(name) for name in ("training", "train", "update"))
+    running = () if reads else (given.get("running_mean"), given.get("running_var"))
+    return frozenset(_key(one) for one in running if isinstance(one, Tensor))
 
 
 def _operand_names(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:

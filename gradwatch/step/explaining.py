@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -70,12 +70,12 @@ SPOILED = (
 )
 FROM_THE_START = "They were so in the first step already."
 MADE_OUTSIDE = (
-    "That input is not data: it was computed with a graph, by code outside of the forwards that are "
-    "kept, which made it bad."
+    "That input is not data: it was computed with a graph, by code outside of the forwards that "
+    "are kept, which made it bad."
 )
 OWN_EXAMPLES = (
-    "The examples are those of rank {rank}, with their shares in its own gradient: another rank may "
-    "have the larger ones."
+    "The examples are those of rank {rank}, with their shares in its own gradient: another rank "
+    "may have the larger ones."
 )
 LEFT = "It was " + LEFT_STALE + "." + NOT_ZEROED
 MADE = "It was " + MADE_AFTER + "."
@@ -96,7 +96,9 @@ class Explaining:
         forwards: What is kept of the forwards of the windows under way.
     """
 
-    def __init__(self, run: Run, model: object, forwards: KeptForwards) -> None:
+    def __init__(
+        self, run: Run, model: nn.Module | Mapping[str, Tensor], forwards: KeptForwards
+    ) -> None:
         """Explains steps of a run; ``model`` is what was given to ``watch()``."""
         self.forwards = forwards
         self._run = run
@@ -222,7 +224,7 @@ class Explaining:
     def _replayed(self, number: int) -> _Found:
         """Runs the micro-batch of a backward again, and looks where it goes bad."""
         calls, notes = self.forwards.calls_of(number)
-        if not calls or not isinstance(self._model, nn.Module):
+        if not calls:
             return _Found(Explanation(origin="not_found", notes=tuple(notes)))
         # A call that was given what another one made bad, as a discriminator is by its generator,
         # would hide that: run again, each is given what it was given.
@@ -279,23 +281,38 @@ class Explaining:
         numbers = window.backwards[-len(window.arrivals) :] if window.arrivals else []
         given = [self.forwards.calls_of(number) for number in numbers]
         notes = tuple(dict.fromkeys(note for _, some in given for note in some))
-        model = self._model
-        if not isinstance(model, nn.Module) or not given or not all(calls for calls, _ in given):
+        if not given or not all(calls for calls, _ in given):
             return _Found(replace(found, notes=notes))
+        gradients = self._by_name(*window.gradients())
         largest = largest_of_window(
-            [partial(live_calls, model, calls) for calls, _ in given],
-            self._by_name(*window.gradients()),
+            [partial(live_calls, self._model, calls) for calls, _ in given],
+            gradients,
             resolve(norms.loss_scale),
         )
-        calls = given[largest.micro_batch - 1][0] if largest.micro_batch else ()
+        place = largest.micro_batch if len(given) > 1 else 1
+        calls = given[place - 1][0] if place else ()
+        if kind == "overflow" and calls:
+            elements = sum(one.numel() for one in gradients.values())
+            begun = self._overflow(calls, elements)
+            found = replace(begun, largest_parameters=found.largest_parameters)
         own = (OWN_EXAMPLES.format(rank=rank()),) if largest.shares and several_ranks() else ()
         explanation = replace(
             found,
-            micro_batch=largest.micro_batch,
+            micro_batch=place,
             largest_examples=largest.shares,
-            notes=(*notes, *largest.notes, *own),
+            notes=(*found.notes, *notes, *largest.notes, *own),
         )
         return _Found(explanation, calls)
+
+    def _overflow(self, calls: Sequence[ForwardCall], elements: int) -> Explanation:
+        """Looks where finite gradients became too large."""
+        from gradwatch.replay.overflow import explain_overflow
+
+        try:
+            return explain_overflow(self._model, calls, elements)
+        except Exception as error:  # the largest parameters and examples are known all the same
+            note = REPLAY_FAILED.format(error=described_error(error))
+            return Explanation(origin="not_found", kind="overflow", notes=(note,))
 
     def _largest_parameters(self, window: Window, norms: StepNorms) -> tuple[Share, ...]:
         from gradwatch.replay.largest import largest_by_norm, largest_parameters
