@@ -223,6 +223,15 @@ class ModelBuffers:
 
     # -- a step that is skipped --------------------------------------------------------------------
 
+    def before_window(self) -> dict[str, Tensor]:
+        """Returns the copies that were made before the window under way, by the buffers' names."""
+        if not self._open:
+            return {}
+        pairs = zip(self._slots, self._held, strict=True)
+        return {
+            n: part for (_, _, n), one in pairs if (part := self._part_of.get(id(one))) is not None
+        }
+
     def put_back(self) -> list[str]:
         """Restores the buffers as they were before the window.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,18 +50,24 @@ NO_LOSS = (
 )
 
 
-def run_calls(model: Model, calls: Sequence[ForwardCall]) -> Run:
+NO_BUFFERS: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def run_calls(
+    model: Model, calls: Sequence[ForwardCall], buffers: Mapping[str, Tensor] = NO_BUFFERS
+) -> Run:
     """Makes a run of one micro-batch: its forwards, and one backward from the kept gradients.
 
     Args:
         model: What is watched; its names are used.
         calls: The forwards of the micro-batch, in their order.
+        buffers: What buffers held before, by name, as the forwards have written to them since.
 
     Returns:
         A function that runs it, each time exactly alike. It raises a :class:`ReplayError` that says
         why if that cannot be done; the training is left as it was also then.
     """
-    return partial(_run_calls, model, calls)
+    return partial(_run_calls, model, calls, buffers)
 
 
 def run_function(
@@ -221,9 +228,17 @@ def _instead_of_backward(called: Callable[[Any, Any], None]) -> Iterator[None]:
         torch.autograd.backward = backward
 
 
-def _run_calls(model: Model, calls: Sequence[ForwardCall], observer: Observer) -> list[str]:
+def _run_calls(
+    model: Model,
+    calls: Sequence[ForwardCall],
+    buffers: Mapping[str, Tensor],
+    observer: Observer,
+) -> list[str]:
     modules = [call.module for call in calls]
     with _errors_told(), undisturbed(model, *modules) as block:
+        with torch.no_grad():
+            for name in buffers.keys() & block.buffers.keys():
+                block.buffers[name].copy_(buffers[name])
         notes = [*block.notes]
         given = [_arguments(call, block.stand_ins) for call in calls]
         names = [(block.stand_ins.by_id[i], n) for one in given for i, n in one.names.items()]

@@ -73,6 +73,10 @@ MADE_OUTSIDE = (
     "That input is not data: it was computed with a graph, by code outside of the forwards that "
     "are kept, which made it bad."
 )
+OF_A_BUFFER = (
+    "It is a buffer, of which nothing is known from before the forward: if the forward itself has "
+    'written it, look for what came first; on_nonfinite="explain" tells the two apart.'
+)
 OWN_EXAMPLES = (
     "The examples are those of rank {rank}, with their shares in its own gradient: another rank "
     "may have the larger ones."
@@ -233,6 +237,9 @@ class Explaining:
         found = self._run_again(calls) if some is None or some.origin == "not_found" else some
         if len(rest) < len(calls) and found is not some and found.origin == "input":
             notes.append(MADE_OUTSIDE)
+        of_buffer = found.origin == "weights" and found.parameter not in self._run.table.names
+        if of_buffer and not self._run.hooks.buffers.restores:
+            notes.append(OF_A_BUFFER)
         return _Found(replace(found, notes=(*notes, *found.notes)), calls)
 
     def _run_again(self, calls: Sequence[ForwardCall]) -> Explanation:
@@ -240,7 +247,8 @@ class Explaining:
         from gradwatch.replay.search import explain_run
 
         try:
-            return explain_run(run_calls(self._model, calls))
+            buffers = self._run.hooks.buffers.before_window()
+            return explain_run(run_calls(self._model, calls, buffers))
         except Exception as error:  # out of memory is one too
             note = REPLAY_FAILED.format(error=described_error(error))
             return Explanation(origin="not_found", notes=(note,))

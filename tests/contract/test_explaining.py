@@ -685,3 +685,32 @@ def test_running_statistics_that_the_batch_has_spoiled_are_not_to_blame(
         train(model, optimizer, [[good()], [bad().clamp_(min=0.0)]])
     (one,) = watcher.explanations
     assert (one.operation, one.examples, one.module) == ("log", (1,), "")
+
+
+class Codebook(nn.Module):
+    """Follows the mean of its input in a buffer that every forward reads first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(4))
+        self.last = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a number for each row."""
+        logs = x.log()
+        result = self.last(logs - self.center)
+        with torch.no_grad():
+            self.center.lerp_(logs.mean(0), 0.1)
+        return result
+
+
+def test_a_buffer_that_the_batch_has_spoiled_is_not_to_blame() -> None:
+    """Where steps are skipped, its value from before the window is known."""
+    torch.manual_seed(0)
+    model = Codebook()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.watch(model, optimizer, on_nonfinite="explain") as watcher:
+        train(model, optimizer, [[good()], [bad().clamp_(min=0.0)], [good()]])
+    (one,) = watcher.explanations
+    assert (one.operation, one.examples) == ("log", (1,))
+    assert model.center.isfinite().all()
