@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from gradwatch.replay.stand_ins import StandIns
+from gradwatch.replay.stand_ins import StandIns, rebuilt
 
 _DEEPEST = 4
 _NEVER = (nn.Module, type, str, bytes, bytearray)
@@ -59,7 +59,7 @@ class Arguments:
                 self._copy(one, _at(name, key, isinstance(key, str)), depth)
                 for key, one in zip(keys, value, strict=True)
             ]
-            return value if all(map(is_, items, value)) else tuple.__new__(type(value), items)
+            return value if all(map(is_, items, value)) else rebuilt(value, items)
         if type(value) is list:
             return [self._copy(one, _at(name, i), depth) for i, one in enumerate(value)]
         if type(value) is dict:

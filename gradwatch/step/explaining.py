@@ -216,7 +216,8 @@ class Explaining:
             from gradwatch.replay.runs import run_calls
             from gradwatch.replay.search import explain_run
 
-            found = explain_run(run_calls(self._model, calls))
+            before = self._run.hooks.buffers.before_window()
+            found = explain_run(run_calls(self._model, calls, before))
         except Exception as error:  # out of memory is one too
             failed = REPLAY_FAILED.format(error=described_error(error))
             return _Found(Explanation(origin="not_found", notes=(*notes, failed)), calls)
