@@ -178,3 +178,58 @@ def test_curvature_costs_calls_only_where_it_is_taken():
         True, False, False, True, False, False,
     ]  # fmt: skip
     assert bent[1:3] == bent[4:] == without[4:]
+
+
+FORWARDS_PYTHON, FORWARDS_ATEN = 16, 0
+"""What explain adds to a micro-batch: calls of Python functions, and of torch's operations."""
+
+
+def _of_a_linear(count, **options):
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inputs = [torch.randn(3, 4) for _ in range(4)]
+
+    def step():
+        for x in inputs:
+            model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    with gradwatch.watch(model, optimizer, **options):
+        for _ in range(20):  # beyond the first looks
+            step()
+        return count(step)
+
+
+def _frames(step):
+    calls = Counter()
+
+    def note(frame, event, argument):
+        calls[event] += 1
+
+    sys.setprofile(note)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return calls["call"]
+
+
+def _operations(step):
+    with CountCalls() as counter:
+        step()
+    return sum(counter.calls.values()), counter.waits
+
+
+@pytest.mark.parametrize("mode", ["record", "skip", "raise"])
+def test_keeping_forwards_costs_no_operation_and_few_python_calls(mode):
+    """Per micro-batch explain adds no call of torch's operations, no wait, and few Python calls."""
+    plain, explained = (
+        _of_a_linear(_operations, on_nonfinite=mode, explain=explain) for explain in (False, True)
+    )
+    assert explained[0] - plain[0] == 4 * FORWARDS_ATEN
+    assert explained[1] == plain[1]
+    plain, explained = (
+        _of_a_linear(_frames, on_nonfinite=mode, explain=explain) for explain in (False, True)
+    )
+    assert explained - plain <= 4 * FORWARDS_PYTHON

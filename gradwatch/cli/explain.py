@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,7 @@ def _explanations(path: str) -> Sequence[KeptExplanation]:
 def _as_dict(one: KeptExplanation) -> dict[str, Any]:
     batch = None if one.batch is None else str(one.batch)
     more = {"summary": one.explanation.summary, "folder": str(one.folder), "batch": batch}
-    return one.explanation.as_dict() | more
+    return asdict(one.explanation) | more
 
 
 def _as_text(one: KeptExplanation) -> str:

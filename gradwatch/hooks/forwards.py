@@ -17,6 +17,7 @@ from functools import partial
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -81,6 +82,9 @@ _TENSORS = {Tensor, nn.Parameter}
 _FLAT = {*_TENSORS, type(None), bool, int, float, str}
 """Types of arguments that hold nothing else."""
 
+_NOTHING: tuple[None, tuple[()], Mapping[str, Any], tuple[()], None]
+_NOTHING = None, (), MappingProxyType({}), (), None
+
 _version = attrgetter("_version")
 _has_graph = attrgetter("requires_grad")
 
@@ -140,7 +144,7 @@ class _Forward:
 
     def let_go(self) -> None:
         """Drops what it refers to, though the graph may live on: the loop still has the output."""
-        self.module, self.args, self.kwargs, self.tensors, self.context = None, (), {}, (), None
+        self.module, self.args, self.kwargs, self.tensors, self.context = _NOTHING
 
 
 _Differentiated = tuple[_Forward, list[list[Tensor]]]
@@ -248,11 +252,13 @@ class KeptForwards:
 
     def keep_only(self, numbers: Collection[int]) -> None:
         """Drops the forwards of all other backwards than these."""
-        for number in [one for one in self.by_number if one not in numbers]:
+        for number in list(self.by_number):
+            if number in numbers:
+                continue
             for one, _ in self.by_number.pop(number):
                 one.uses -= 1
-                if one.uses == 0:
-                    one.let_go()
+                if one.uses == 0:  # let_go() without its frame, as this runs in every step
+                    one.module, one.args, one.kwargs, one.tensors, one.context = _NOTHING
         if self._reasons:
             self._reasons = {one: why for one, why in self._reasons.items() if one in numbers}
 
@@ -365,8 +371,7 @@ class _After(_Hook):
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        if torch.compiler.is_compiling():
-            return
+        # Compiled, this is the same constant as in the hook before: none is running.
         kept = self._kept
         if module is not kept.outer:
             return

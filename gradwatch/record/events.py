@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import PurePath
 from typing import Literal
 
 import numpy as np
@@ -315,10 +314,7 @@ def explained_event(explanation: Explanation, global_step: int = 0) -> Event:
     """
     one = explanation
     record = StepRecord(one.step, one.optimizer, global_step=global_step)
-    message = one.summary
-    if one.line:
-        # The name alone: loggers cut long messages, and explanation.json has the whole path.
-        message += f" ({PurePath(one.file).name}:{one.line}: {one.source})"
+    message = f"{one.summary} ({one.source})" if one.source else one.summary
     of = (one.parameter, one.module or "")
     batch = one.micro_batch
     return _event(record, "explained", float(one.count), message, of, one.rank, micro_batch=batch)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from gradwatch.pickles import stable_name
 from gradwatch.record.circumstances import circumstance
 from gradwatch.record.folder.files import plain_data
-from gradwatch.record.operations import Facts, Operand, shown_name
+from gradwatch.record.operations import Facts, Operand, shown_name, values_of
 from gradwatch.record.wording import counted, listed, printable, wrapped
 
 __all__ = ["ExplainedKind", "Explanation", "Operand", "Origin", "Phase", "Share"]
@@ -42,9 +42,11 @@ MOST_CANDIDATES = 4
 
 
 @stable_name
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Share:
     """The part that a parameter or an example has in a gradient.
+
+    Two of them are equal if all of their attributes are, where NaN equals NaN.
 
     Attributes:
         name: Name of the parameter, or the index of the example along the batch dimension, as text.
@@ -57,6 +59,12 @@ class Share:
     name: str
     norm: float
     share: float
+
+    def __eq__(self, other: object) -> bool:
+        return values_of(self) == values_of(other) if isinstance(other, Share) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(values_of(self))
 
 
 @stable_name
@@ -255,8 +263,9 @@ def _summary(it: Explanation) -> str:
         places = [_brief_place(one) for one in it.candidates]
         told = f"{kind} born in one of {counted(len(places), 'place')}: {listed(places)}"
     elif it.origin == "operation":
-        at = f", {_at(it)}" if it.file else ""
-        told = f"{kind} born {_in_module(it)}{at}: {_phrase(it)}"
+        at, phrase = f", {_at(it)}" if it.file else "", _phrase(it)
+        born = "that began" if it.kind in TOO_LARGE else "born"
+        told = f"{kind} {born} {_in_module(it)}{at}{f': {phrase}' if phrase else ''}"
     elif it.kind in TOO_LARGE:
         told = f"{kind}: {TOO_LARGE[it.kind]}"
     elif it.origin == "input":
@@ -293,10 +302,10 @@ def _paragraph(it: Explanation) -> Iterator[str]:
             told = ", ".join(map(_share_words, shares))
             one_or_many = what if len(shares) == 1 else f"{what}s"
             yield wrapped(f"Largest {one_or_many}: {told}.", "  ")
-    for note in it.notes:
-        yield wrapped(f"Note: {_sentence(note)}", "  ")
-    if it.advice:
-        yield wrapped(f"To try: {_sentence(it.advice)}", "  ")
+    said = [("Note", note) for note in it.notes] + [("To try", it.advice)]
+    for what, text in said:
+        if text.strip():
+            yield wrapped(f"{what}: {_sentence(text)}", "  ")
 
 
 def _beginning(it: Explanation) -> Iterator[str]:
@@ -331,16 +340,8 @@ def _details(it: Explanation) -> Iterator[str]:
         if it.examples:
             yield wrapped(f"It is in {_examples(it.examples)}.", "  ")
         return
-    bad = _bad_elements(it)
-    since = f", since step {it.since_step}" if it.origin == "weights" and it.since_step else ""
-    where = f", in {_examples(it.examples)}" if it.examples else ""
-    if it.origin == "operation":
-        yield wrapped(f"This is {_phrase(it)}{f': {bad}' if bad else ''}{where}.", "  ")
-    elif bad or where or since:
-        subject = bad or f"{_owner(it)} has it"
-        yield wrapped(f"{subject[0].upper()}{subject[1:]}{where}{since}.", "  ")
-    elif it.argument or it.parameter:
-        yield wrapped(f"{_owner(it)[0].upper()}{_owner(it)[1:]} has it.", "  ")
+    if told := _extent(it):
+        yield wrapped(f"{told}.", "  ")
     if it.inputs:
         if it.origin == "operation":
             yield f"Its {'input' if len(it.inputs) == 1 else 'inputs'}:"
@@ -348,6 +349,20 @@ def _details(it: Explanation) -> Iterator[str]:
             yield wrapped(f"  {_operand_words(one)}", "      ")
         if (more := len(it.inputs) - MOST_OPERANDS) > 0:
             yield f"  and {more:,} more"
+
+
+def _extent(it: Explanation) -> str:
+    """Returns the sentence that says what was bad, how much of it, and where in the batch."""
+    phrase = _phrase(it) if it.origin == "operation" else ""
+    bad = _bad_elements(it)
+    where = f", in {_examples(it.examples)}" if it.examples else ""
+    if it.origin == "weights" and it.since_step:
+        where += f", since step {it.since_step:,}"
+    if phrase:
+        return f"This is {phrase}{f': {bad}' if bad else ''}{where}"
+    if not bad and (where or it.argument or it.parameter):
+        bad = f"{_owner(it)} {'is bad' if it.kind in TOO_LARGE else f'has {KINDS[it.kind]}'}"
+    return f"{bad[:1].upper()}{bad[1:]}{where}"
 
 
 def _when(it: Explanation) -> str:
@@ -372,10 +387,13 @@ def _in_module(it: Explanation) -> str:
 
 
 def _phrase(it: Explanation) -> str:
+    """Returns what the operation was, and on what; empty if no operation is known."""
     facts = facts_of(it)
+    if not facts.operation:
+        return ""
     if (known := circumstance(facts)) is not None:
         return known.told(facts)
-    named = printable(shown_name(it.operation)) if it.operation else "an operation without a name"
+    named = printable(shown_name(it.operation))
     return f"the gradient of {named}" if facts.backward else named
 
 
@@ -410,7 +428,7 @@ def _operand_words(one: Operand) -> str:
     name = printable(one.name) or "input"
     if one.is_number:
         return f"{name}: {one.low:g}" if not math.isnan(one.low) else f"{name}: {one.dtype}"
-    told = f"{name}: {printable(one.dtype)} {list(one.shape)}"
+    told = f"{name}: {f'{printable(one.dtype)} {list(one.shape)}'.strip()}"
     if 0 in one.shape:
         return f"{told}, empty"
     if math.isnan(one.low):
@@ -437,13 +455,10 @@ def _examples(indices: Sequence[int], most: int = MOST_EXAMPLES) -> str:
 
 
 def _share_words(one: Share) -> str:
-    share = "" if math.isnan(one.share) else f" {_percent(one)}"
-    norm = "" if math.isnan(one.norm) else f" (norm {one.norm:.4g})"
-    return f"{printable(one.name)}{share}{norm}"
-
-
-def _percent(one: Share) -> str:
-    return f"{100 * one.share:.3g} %"
+    share = [] if math.isnan(one.share) else [f"{100 * one.share:.3g} %"]
+    norm = [] if math.isnan(one.norm) else [f"norm {one.norm:.4g}"]
+    numbers = ", ".join(share + norm)
+    return f"{printable(one.name)}{f' ({numbers})' if numbers else ''}"
 
 
 def _location(it: Explanation, indent: str = "  ") -> Iterator[str]:
@@ -451,7 +466,7 @@ def _location(it: Explanation, indent: str = "  ") -> Iterator[str]:
     if it.file:
         yield f"{indent}{_at(it)}"
     if it.source:
-        yield f"{indent}  {printable(it.source.strip())}"
+        yield f"{indent}{'  ' if it.file else ''}{printable(it.source.strip())}"
 
 
 def _at(it: Explanation) -> str:

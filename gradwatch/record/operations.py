@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,12 @@ LIMITS = {"float16": 65504.0, "bfloat16": 3.39e38, "float32": 3.4028e38, "float6
 
 SMALLEST = {"float16": 2.0**-25, "bfloat16": 2.0**-134, "float32": 2.0**-150, "float64": 0.0}
 """What rounds to 0 in each dtype: it and all that is smaller."""
+
+
+def values_of(record: Any) -> tuple[Any, ...]:
+    """Returns the values of a dataclass for a comparison: None for NaN, which equals nothing."""
+    values = (getattr(record, one.name) for one in fields(record))
+    return tuple(None if value != value else value for value in values)
 
 
 @stable_name
@@ -49,18 +55,10 @@ class Operand:
     negative_infs: int | None = None
 
     def __eq__(self, other: object) -> bool:
-        return self._key() == other._key() if isinstance(other, Operand) else NotImplemented
+        return values_of(self) == values_of(other) if isinstance(other, Operand) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash(self._key())
-
-    def _key(self) -> tuple[Any, ...]:
-        # As text, since NaN does not equal itself.
-        return (
-            *(self.name, tuple(self.shape), self.dtype),
-            *(repr(float(self.low)), repr(float(self.high))),
-            *(self.zeros, self.nans, self.infs, self.negative_infs),
-        )
+        return hash(values_of(self))
 
     @property
     def size(self) -> int:
@@ -126,9 +124,9 @@ def shown_name(operation: str) -> str:
     """
     name = re.sub(r"^(aten(::|\.)|torch\.|prims\.)", "", operation)
     name = re.sub(r"\.\w+$", "", name)
-    name = re.sub(r"^(_+|native_)", "", name)
+    name = re.sub(r"^_*(native_)?", "", name)
     name = re.sub(r"(_backward|_forward)$", "", name)
-    return {"to_copy": "to", "weight_norm_interface": "weight_norm"}.get(name, name)
+    return {"to_copy": "to", "weight_norm_interface": "weight_norm"}.get(name, name) or operation
 
 
 def plain_name(operation: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from textwrap import fill
 
 WIDTH = 100
 _CODE_SPACE = "\N{NO-BREAK SPACE}"
+_WITH_NEXT = re.compile(r"\b(examples?|steps?|micro-batch|optimizer|norm|argument|line) (?=\S)")
 
 
 def counted(amount: int, one: str, many: str = "") -> str:
@@ -56,11 +58,12 @@ def listed(items: Sequence[str], most: int = 3) -> str:
 def wrapped(text: str, indent: str = "") -> str:
     """Wraps a paragraph to :data:`WIDTH` columns; lines after the first begin with ``indent``.
 
-    What is between backticks is code, and stays on one line where it fits.
+    What is between backticks is code, and stays on one line where it fits; a number stays with its
+    noun.
     """
     pieces = text.split("`")
     pieces[1::2] = [piece.replace(" ", _CODE_SPACE) for piece in pieces[1::2]]
-    text = "`".join(pieces)
+    text = _WITH_NEXT.sub(rf"\1{_CODE_SPACE}", "`".join(pieces))
     # Whitespace is ours: fill() would also break at the no-break spaces if it replaced it.
     lines = fill(
         text,

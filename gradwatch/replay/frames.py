@@ -102,8 +102,10 @@ class Frames:
         if not owner:
             return 0
         value = frame.f_locals.get(owner)
-        # By id, not by ``in``: comparing tensors compares their elements.
-        return id(value) if isinstance(value, nn.Module) and id(value) in self._modules else 0
+        if not isinstance(value, nn.Module) or id(value) not in self._modules:
+            return 0
+        # A function that is given a module as its first argument is not of the module.
+        return id(value) if owner == "self" or hasattr(type(value), code.co_name) else 0
 
 
 def _kind_of(code: CodeType) -> _Kind:

@@ -31,7 +31,7 @@ NOT_LINEAR = (
     "The examples are not told apart: the backward of one example alone is no part of the whole "
     "one. A hook or a custom autograd Function changes gradients by what they are."
 )
-NOT_RUN = "The examples are not told apart: a backward of the replay failed ({error})."
+NOT_RUN = "The examples are not told apart, as they could not be run again: {error}"
 NOT_FINITE = "The examples are not told apart: the gradients of the replay are not finite."
 NO_GRADIENT = "The examples are not told apart: the gradients of the replay are zero."
 OTHER_GRADIENTS = (
@@ -372,23 +372,13 @@ def _as_tuple(dims: Any) -> tuple[int, ...]:
 
 
 def _of_one_leaf(node: Any) -> bool:
-    return sum(hasattr(one, "variable") for one in _nodes_below([node])) == 1
-
-
-def _leaves_of(outputs: Sequence[Tensor]) -> list[Tensor]:
-    nodes = _nodes_below([one.grad_fn for one in outputs if one.grad_fn is not None])
-    return [one.variable for one in nodes if hasattr(one, "variable")]
-
-
-def _nodes_below(roots: Sequence[Any]) -> set[Any]:
-    """Returns the nodes of a graph that a backward from some of them would run."""
-    nodes, seen = list(roots), set(roots)
+    nodes, seen = [node], {node}
     while nodes:
         for child, _ in nodes.pop().next_functions:
             if child is not None and child not in seen:
                 seen.add(child)
                 nodes.append(child)
-    return seen
+    return sum(hasattr(one, "variable") for one in seen) == 1
 
 
 class _Backward:
@@ -446,17 +436,14 @@ class _Backward:
         return self._through_leaves(starts)
 
     def _through_leaves(self, starts: Sequence[Tensor]) -> list[Tensor | None]:
-        # A closure's graph may reach leaves that are no stand-ins, such as another model's.
-        leaves = {id(one): one for one in (*self._parameters, *_leaves_of(self._outputs))}
-        before = [one.grad for one in leaves.values()]
         try:
-            for one in leaves.values():
+            for one in self._parameters:
                 one.grad = None
             torch.autograd.backward(self._outputs, starts, retain_graph=True)
             return [one.grad for one in self._parameters]
         finally:
-            for one, gradient in zip(leaves.values(), before, strict=True):
-                one.grad = gradient
+            for one in self._parameters:
+                one.grad = None
 
     @contextmanager
     def hooked(self) -> Iterator[None]:

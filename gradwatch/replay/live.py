@@ -33,7 +33,8 @@ class LiveGraph:
     Attributes:
         outputs: Its outputs that a gradient arrived at.
         gradients: The gradient that its backward starts from at each of them.
-        parameters: The leaves that the forward computed with, by the name of the parameter.
+        parameters: The leaves that the forward computed with, by the name of the parameter: copies,
+            whose ``.grad`` a backward may write to.
         input_shape: Shape of the first tensor that the forward was given; empty if not known.
         batches: What :class:`Kernels` has seen.
     """

@@ -32,6 +32,12 @@ _EMPTY = frozenset(
     {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
     | {"resize_", "set_"}
 )
+# Their result has a first dimension of its own.
+_MIX = frozenset(
+    {"index_put", "index_put_", "index_add", "index_add_", "scatter", "scatter_", "scatter_add"}
+    | {"scatter_add_", "scatter_reduce", "scatter_reduce_", "put", "put_", "bincount", "histc"}
+    | {"embedding_dense_backward", "convolution_backward", "native_batch_norm_backward"}
+)
 # They look at no value, and their result is one that they were given.
 _NO_VALUES = frozenset({"detach", "alias", "is_same_size", "sym_size", "sym_numel", "prim_layout"})
 
@@ -167,6 +173,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.bad_gradients: dict[str, bool] = {}
         self._wanted = wanted
         self.batch: int | None = None
+        self._is_idle = False  # what is done to look at a tensor is no operation of the run
         self._kept: list[object] = []  # ids are only good while what they are of is there
         self._named: dict[int, tuple[Source, str]] = {}
         self._producers: dict[int, int] = {}
@@ -202,8 +209,11 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def begin_backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """Notes the end of the forward; ``gradients`` are those that the backward starts from."""
-        for output in outputs:
-            self.output_roots |= self._roots_of(output)
+        self._is_idle = True
+        with torch.no_grad():
+            for output in outputs:
+                self.output_roots |= self._roots_of(output)
+        self._is_idle = False
         for gradient in gradients:
             if gradient is not None:
                 self._name(gradient, "output_gradient", "")
@@ -214,6 +224,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def end(self, gradients: Mapping[str, Tensor | None]) -> None:
         """Looks at the gradients of the parameters, by name."""
+        self._is_idle = True
         for name, gradient in gradients.items():
             if gradient is not None and not _is_finite(gradient):
                 self.gradient_roots[name] = self._roots_of(gradient)
@@ -221,9 +232,13 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _name(self, tensor: Tensor, source: Source, name: str) -> None:
         key = _key(tensor)
-        if key is not None:
-            self._named.setdefault(key, (source, name))
-            self._kept.append(tensor)
+        if key is None:
+            return
+        self._named.setdefault(key, (source, name))
+        self._kept.append(tensor)
+        # Something that is gone by now may have had the same memory.
+        self._producers.pop(key, None)
+        self._tainted.pop(key, None)
 
     # -- the operations ------------------------------------------------------------------------
 
@@ -234,7 +249,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         packet = getattr(func, "overloadpacket", None)  # operators of higher order have none
         name = "" if packet is None else packet.__name__
-        if packet is None or name in _NO_VALUES:
+        if packet is None or name in _NO_VALUES or self._is_idle:
             return func(*args, **kwargs)
         with torch.no_grad():
             operands = list(_tensors((*args, *kwargs.values())))
@@ -245,13 +260,15 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.details[number] = self._details(func, operands, args, kwargs)
         result = func(*args, **kwargs)
         with torch.no_grad():
-            self._note(func, name, place, operands, result, bad)
+            self._note(func, name, args, kwargs, place, operands, result, bad)
         return result
 
     def _note(
         self,
         func: Any,
         name: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
         place: Place,
         operands: list[Tensor],
         result: Any,
@@ -259,7 +276,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         number = len(self.operations)
         keys = [_key(one) for one in operands]
-        node = torch._C._current_autograd_node()
+        node: Any = torch._C._current_autograd_node()  # None outside of a backward
         operation = Operation(
             name,
             place,
@@ -270,7 +287,9 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
         self.operations.append(operation)
         self._sequences.append(operation.sequence)
-        batched = any(key in self._batched for key in keys)
+        batched = name not in _MIX and any(key in self._batched for key in keys)
+        if batched and _reduces_first(func, args, kwargs):
+            batched = False
         results = list(_tensors((result,)))
         shared = set(keys)
         operation.writes = bool(func._schema.is_mutable)
@@ -292,9 +311,27 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.details[number].result = operand_of("result", results[0])
             return
         for one in results:
-            self._look(func, number, one, bad)
+            self._look(func, number, one, operands, bad)
 
-    def _look(self, func: Any, number: int, result: Tensor, bad: list[_Bad]) -> None:
+    def _unseen(self, operands: list[Tensor], number: int) -> list[_Bad]:
+        """Returns bad operands in which nobody wrote anything, or something other than torch."""
+        operation, found = self.operations[number], []
+        for one in [] if operation.writes else operands:  # what is written over is gone
+            key, state = _key(one), _state(one)
+            if key is None or state is _State.FINITE:
+                continue
+            made = self._producers.get(key)
+            if made is not None and self.operations[made].name in _EMPTY:
+                self.roots.append(self._root_of(made, one, None, "", None))
+                self._tainted[key] = roots = frozenset({len(self.roots) - 1})
+            else:
+                roots = self._from_outside(key, one, number, operation.place)
+            found.append(_Bad(one, roots, state is _State.NAN))
+        return found
+
+    def _look(
+        self, func: Any, number: int, result: Tensor, operands: list[Tensor], bad: list[_Bad]
+    ) -> None:
         key = _key(result)
         # The roots of a view are those of what it is a view of.
         if key is None or self.operations[number].views:
@@ -304,6 +341,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not self.operations[number].writes or _covers(result):
                 self._tainted.pop(key, None)
             return
+        bad = bad or self._unseen(operands, number)
         roots = self._roots_at(func, number, result, state is _State.NAN, bad)
         before = self._tainted.get(key, NO_ROOTS) if self.operations[number].writes else NO_ROOTS
         self._tainted[key] = roots | (before if not _covers(result) else NO_ROOTS)
@@ -491,6 +529,17 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             found = bisect_left(self._sequences, sequence + 1)
         return found if 0 <= found < len(self.operations) else None
+
+
+def _reduces_first(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Returns whether an operation sums, or the like, over the first dimension of its operand."""
+    names = [one.name for one in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if "keepdim" not in names or not args or not isinstance(args[0], Tensor):
+        return False
+    dims = given.get("dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    return not dims or 0 in dims or -args[0].dim() in dims
 
 
 def operand_of(name: str, tensor: Tensor) -> Operand:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from gradwatch.errors import described_error
@@ -18,6 +19,7 @@ from gradwatch.hooks.generators import torch_generators
 from gradwatch.measure.parameters import unwrapped
 from gradwatch.out_of_memory import forget, is_out_of_memory, release_memory
 from gradwatch.replay.arguments import Arguments
+from gradwatch.replay.live import Kernels, LiveGraph
 from gradwatch.replay.observer import Observer
 from gradwatch.replay.reach import uncompiled
 from gradwatch.replay.search import Run
@@ -114,6 +116,119 @@ def run_closure(
     return partial(_run_closure, model, closure, scale, context, buffers)
 
 
+@contextmanager
+def live_calls(model: Model, calls: Sequence[ForwardCall]) -> Iterator[LiveGraph]:
+    """Runs the forwards of one micro-batch again, and keeps their graph alive for a block.
+
+    Args:
+        model: What is watched; its names are used.
+        calls: The forwards of the micro-batch, in their order.
+
+    Raises:
+        ReplayError: As the run of :func:`run_calls`.
+    """
+    modules = [call.module for call in calls]
+    with _errors_told(), undisturbed(model, *modules) as block, Kernels() as kernels:
+        given = [_arguments(call, block.stand_ins) for call in calls]
+        inputs = [block.stand_ins.by_id[i] for one in given for i in one.names]
+        outputs = [_forward(call, one) for call, one in zip(calls, given, strict=True)]
+        kept = [gradient for call in calls for gradient in call.gradients]
+        leaves = [leaf for output in outputs for leaf in _with_gradient(output)]
+        ends, problem = _ends(leaves, kept)
+        if problem:
+            raise ReplayError(problem[0])
+        starts = _starts(ends)
+        begin = [leaf for leaf in _once(leaves) if id(leaf) in starts]
+        gradients = [starts[id(leaf)] for leaf in begin]
+        with _without_strangers(begin, block.stand_ins):
+            yield LiveGraph(
+                begin, gradients, _trained(block), _first_shape(inputs), kernels.batches
+            )
+
+
+@contextmanager
+def live_closure(
+    model: Model,
+    closure: Callable[[], Any],
+    scale: float = 1.0,
+    context: ForwardContext | None = None,
+) -> Iterator[LiveGraph]:
+    """Runs a closure again and keeps the graph of its loss alive for a block.
+
+    If the closure runs the backward itself, that is left for the block.
+
+    Args:
+        model: As for :func:`run_closure`.
+        closure: As for :func:`run_closure`.
+        scale: As for :func:`run_closure`.
+        context: As for :func:`run_closure`.
+
+    Raises:
+        ReplayError: As the run of :func:`run_closure`.
+    """
+    with _errors_told(), undisturbed(model, closure) as block, Kernels() as kernels:
+        begin: list[tuple[Tensor, Tensor | None]] = []
+        inputs: list[Tensor] = []
+        with (
+            _instead_of_backward(lambda *roots: begin.extend(_pairs(*roots))),
+            _inputs_seen(inputs),
+            nullcontext() if context is None else context.entered(),
+        ):
+            loss = closure()
+        if not begin:
+            if not (isinstance(loss, Tensor) and loss.requires_grad):
+                raise ReplayError(NO_LOSS.format(value=_described(loss)))
+            begin = [(loss, torch.full_like(loss, scale))]
+        roots = [root for root, _ in begin]
+        gradients = [torch.ones_like(root) if start is None else start for root, start in begin]
+        with _without_strangers(roots, block.stand_ins):
+            yield LiveGraph(
+                roots, gradients, _trained(block), _first_shape(inputs), kernels.batches
+            )
+
+
+def _trained(block: Undisturbed) -> dict[str, Tensor]:
+    return {name: one for name, one in block.parameters.items() if one.requires_grad}
+
+
+def _first_shape(inputs: Iterable[Tensor]) -> tuple[int, ...]:
+    return next((tuple(one.shape) for one in inputs if one.dim()), ())
+
+
+@contextmanager
+def _inputs_seen(inputs: list[Tensor]) -> Iterator[None]:
+    """Notes the tensors that modules are given in a block, those of the outermost first."""
+    handle = register_module_forward_pre_hook(
+        lambda _, args: (
+            inputs.extend(one.detach() for one in tree_leaves(args) if isinstance(one, Tensor))
+            if not inputs
+            else None
+        )
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _pairs(tensors: Any, gradients: Any = None) -> list[tuple[Tensor, Tensor | None]]:
+    roots = _listed(tensors)
+    return list(zip(roots, _listed(gradients) or [None] * len(roots), strict=True))
+
+
+@contextmanager
+def _instead_of_backward(called: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Calls a function instead of ``torch.autograd.backward``, which then does nothing."""
+    backward = torch.autograd.backward
+    torch.autograd.backward = lambda tensors, grad_tensors=None, *_, **__: called(
+        tensors, grad_tensors
+    )
+    try:
+        yield
+    finally:
+        torch.autograd.backward = backward
+
+
 def _run_calls(
     model: Model,
     calls: Sequence[ForwardCall],
@@ -130,7 +245,10 @@ def _run_calls(
         for call, one in zip(calls, given, strict=True):
             notes.extend(WRITTEN_TO.format(name=name) for name in _written_to(call, one))
         with observer:
-            outputs = [_forward(observer, *pair) for pair in zip(calls, given, strict=True)]
+            outputs = []
+            for call, one in zip(calls, given, strict=True):
+                observer.caller = call.caller
+                outputs.append(_forward(call, one))
         kept = [gradient for call in calls for gradient in call.gradients]
         leaves = [leaf for output in outputs for leaf in _with_gradient(output)]
         ends, problem = _ends(leaves, kept)
@@ -151,8 +269,7 @@ def _arguments(call: ForwardCall, stand_ins: StandIns) -> Arguments:
     return Arguments(unwrapped(call.module).forward, call.args, call.kwargs, stand_ins)
 
 
-def _forward(observer: Observer, call: ForwardCall, given: Arguments) -> Any:
-    observer.caller = call.caller
+def _forward(call: ForwardCall, given: Arguments) -> Any:
     with call.context.entered():
         # A wrapper only calls what it wraps by now, but it may have hooks of the user's.
         return call.module(*given.args, **given.kwargs)

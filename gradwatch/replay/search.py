@@ -110,9 +110,11 @@ def _cause_of(seen: Observer) -> tuple[Root | None, ExplainedKind]:
         nan = any(seen.roots[i].nans for i in symptom)
     causes = _first_causes(seen, symptom)
     # A loss outside of the module only passes on what came out of the module.
-    if causes and all(seen.roots[i].source == "output_gradient" for i in causes):
+    from_loss = {i for i in causes if seen.roots[i].source == "output_gradient"}
+    if from_loss:
         earlier = _first_causes(seen, seen.output_roots)
-        causes = {i for i in earlier if not _is_meant(seen, seen.roots[i], None)} or causes
+        earlier = {i for i in earlier if not _is_meant(seen, seen.roots[i], None)}
+        causes = causes - from_loss | earlier if earlier else causes
     if not causes:
         return None, "nan"
     cause = min((seen.roots[i] for i in causes), key=_order)

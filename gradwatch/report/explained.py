@@ -15,12 +15,6 @@ def is_found(explanation: Explanation | None) -> bool:
     return explanation is not None and explanation.origin != "not_found"
 
 
-def place_told(explanation: Explanation) -> str:
-    """Returns ``file:line`` with the name of the file alone; empty if no line is known."""
-    name = explanation.file.replace("\\", "/").rpartition("/")[2]
-    return f"{name}:{explanation.line}" if explanation.line else ""
-
-
 def evidence_told(explanation: Explanation) -> str:
     """Returns what was seen in a replay, as phrases with semicolons between them."""
     return "; ".join(_phrases(explanation))

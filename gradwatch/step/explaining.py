@@ -9,14 +9,16 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from gradwatch.errors import described_error, logger
 from gradwatch.hooks.backward import inside_backward
-from gradwatch.hooks.data_parallel import rank
+from gradwatch.hooks.data_parallel import rank, several_ranks
 from gradwatch.hooks.forwards import ForwardCall, KeptForwards
 from gradwatch.measure.deferred import FloatOrDeferred, resolve
 from gradwatch.measure.norms import FirstNonFinite, LateCheck, Origin, StepNorms, count_nonfinite
@@ -31,10 +33,12 @@ from gradwatch.record.events import (
     SET_BY_LOOP,
     some_names,
 )
-from gradwatch.record.explanation import ExplainedKind, Explanation
+from gradwatch.record.explanation import ExplainedKind, Explanation, Share
 from gradwatch.step.bad_weights import BadWeights
 from gradwatch.step.run import Run
 from gradwatch.step.window import Window
+
+T = TypeVar("T")
 
 MOST_KEPT = 100
 """Explanations that are kept, the newest ones."""
@@ -65,6 +69,14 @@ SPOILED = (
     "the step before, or the loop."
 )
 FROM_THE_START = "They were so in the first step already."
+MADE_OUTSIDE = (
+    "That input is not data: it was computed with a graph, by code outside of the forwards that are "
+    "kept, which made it bad."
+)
+OWN_EXAMPLES = (
+    "The examples are those of rank {rank}, with their shares in its own gradient: another rank may "
+    "have the larger ones."
+)
 LEFT = "It was " + LEFT_STALE + "." + NOT_ZEROED
 MADE = "It was " + MADE_AFTER + "."
 SET = "It appeared " + MADE_BY_LOOP + "." + SET_BY_LOOP
@@ -162,7 +174,7 @@ class Explaining:
         if first.origin is Origin.WEIGHTS:
             return _Found(self._of_weights(first))
         unknown = Explanation(origin="not_found", kind=kind, micro_batch=first.micro_batch)
-        note = self._why_not(first, norms)
+        note = self._why_not(first, window)
         if note:
             return _Found(replace(unknown, notes=(note,)))
         numbers = window.backwards[-len(window.arrivals) :] if window.arrivals else []
@@ -173,9 +185,9 @@ class Explaining:
             return self._at(found, place, kind)
         return self._one_of(numbers[: first.micro_batch], kind)
 
-    def _why_not(self, first: FirstNonFinite, norms: StepNorms) -> str:
+    def _why_not(self, first: FirstNonFinite, window: Window) -> str:
         """Returns why no replay can find the cause; empty if one may."""
-        if inside_backward():
+        if len(window.arrivals) > len(window.backwards):
             return IN_BACKWARD
         if first.origin is Origin.STALE:
             return LEFT
@@ -212,16 +224,25 @@ class Explaining:
         calls, notes = self.forwards.calls_of(number)
         if not calls or not isinstance(self._model, nn.Module):
             return _Found(Explanation(origin="not_found", notes=tuple(notes)))
-        try:
-            from gradwatch.replay.runs import run_calls
-            from gradwatch.replay.search import explain_run
-
-            before = self._run.hooks.buffers.before_window()
-            found = explain_run(run_calls(self._model, calls, before))
-        except Exception as error:  # out of memory is one too
-            failed = REPLAY_FAILED.format(error=described_error(error))
-            return _Found(Explanation(origin="not_found", notes=(*notes, failed)), calls)
+        # A call that was given what another one made bad, as a discriminator is by its generator,
+        # would hide that: run again, each is given what it was given.
+        rest = [call for call in calls if not _was_given_bad(call)]
+        some = self._run_again(rest) if 0 < len(rest) < len(calls) else None
+        found = self._run_again(calls) if some is None or some.origin == "not_found" else some
+        if len(rest) < len(calls) and found is not some and found.origin == "input":
+            notes.append(MADE_OUTSIDE)
         return _Found(replace(found, notes=(*notes, *found.notes)), calls)
+
+    def _run_again(self, calls: Sequence[ForwardCall]) -> Explanation:
+        from gradwatch.replay.runs import run_calls
+        from gradwatch.replay.search import explain_run
+
+        try:
+            before = self._run.hooks.buffers.before_window()
+            return explain_run(run_calls(self._model, calls, before))
+        except Exception as error:  # out of memory is one too
+            note = REPLAY_FAILED.format(error=described_error(error))
+            return Explanation(origin="not_found", notes=(note,))
 
     def _of_weights(self, first: FirstNonFinite) -> Explanation:
         """Explains gradients of weights that were bad before: there is nothing to run again."""
@@ -248,7 +269,50 @@ class Explaining:
 
     def _too_large(self, kind: ExplainedKind, window: Window, norms: StepNorms) -> _Found:
         """Names the parameters and the examples with the largest share in a gradient."""
-        return _Found(Explanation(origin="not_found", kind=kind))
+        from gradwatch.replay.largest import largest_of_window
+        from gradwatch.replay.runs import live_calls
+
+        found = Explanation(
+            origin="not_found",
+            kind=kind,
+            largest_parameters=self._largest_parameters(window, norms),
+        )
+        numbers = window.backwards[-len(window.arrivals) :] if window.arrivals else []
+        given = [self.forwards.calls_of(number) for number in numbers]
+        notes = tuple(dict.fromkeys(note for _, some in given for note in some))
+        model = self._model
+        if not isinstance(model, nn.Module) or not given or not all(calls for calls, _ in given):
+            return _Found(replace(found, notes=notes))
+        largest = largest_of_window(
+            [partial(live_calls, model, calls) for calls, _ in given],
+            self._by_name(*window.gradients()),
+            resolve(norms.loss_scale),
+        )
+        calls = given[largest.micro_batch - 1][0] if largest.micro_batch else ()
+        own = (OWN_EXAMPLES.format(rank=rank()),) if largest.shares and several_ranks() else ()
+        explanation = replace(
+            found,
+            micro_batch=largest.micro_batch,
+            largest_examples=largest.shares,
+            notes=(*notes, *largest.notes, *own),
+        )
+        return _Found(explanation, calls)
+
+    def _largest_parameters(self, window: Window, norms: StepNorms) -> tuple[Share, ...]:
+        from gradwatch.replay.largest import largest_by_norm, largest_parameters
+
+        before, to_true_units = norms.before, resolve(norms.correction) / resolve(norms.unit_before)
+        if window.norm_type == 2.0:
+            # Those that are recorded: before the user's clip, and of all ranks.
+            values = before.norms.array().astype(float) * to_true_units
+            found = largest_by_norm(self._by_name(before.indices, values.tolist()))
+            if found or window.shards is not None:
+                return found
+        return largest_parameters(self._by_name(*window.gradients()), 1.0 / to_true_units)
+
+    def _by_name(self, indices: Sequence[int], values: Sequence[T]) -> dict[str, T]:
+        names = self._run.table.names
+        return {names[i]: value for i, value in zip(indices, values, strict=True)}
 
     # -- when, and where to ------------------------------------------------------------------------
 
@@ -271,6 +335,13 @@ class Explaining:
             logger.warning("%s", explanation)
         except Exception as error:  # evidence is never worth a training
             logger.warning("gradwatch: %s", FAILED.format(error=described_error(error)))
+
+
+def _was_given_bad(call: ForwardCall) -> bool:
+    """Returns whether an argument was computed with a graph, and is NaN or Inf."""
+    leaves = tree_leaves((call.args, dict(call.kwargs)))
+    computed = [one for one in leaves if isinstance(one, Tensor) and one.grad_fn is not None]
+    return any(any(count_nonfinite(one.detach())) for one in computed)
 
 
 def _failed(error: Exception, kind: ExplainedKind = "nan") -> Explanation:

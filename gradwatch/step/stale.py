@@ -7,8 +7,6 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
-from gradwatch.hooks.snapshot import GradientSnapshot
-
 
 class StaleGradients:
     """Notices steps whose window begins with the gradients of the step before.
@@ -30,14 +28,14 @@ class StaleGradients:
         self._spent: tuple[int, weakref.ref[Tensor], int] | None = None
         self._seen = self._is_stale = False
         self._stale = self._fresh = 0
-        self._was_bad: tuple[Sequence[int], GradientSnapshot] | None = None
+        self._was_bad: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self.bad: Collection[int] = ()
 
     def look(self, tensors: Sequence[Tensor], first: int) -> None:
         """Looks at the first arrival of a backward, which is that of the parameter ``first``."""
         self._seen = False
-        self.bad = () if self._was_bad is None else self._still_bad(tensors, first, *self._was_bad)
-        self._was_bad = None
+        self.bad = self._still_bad(tensors, first) if self._was_bad else ()
+        self._was_bad = {}
         if self._spent is None or self._spent[0] == first:
             return
         index, then, version = self._spent
@@ -48,20 +46,19 @@ class StaleGradients:
 
     def note_bad(self, tensors: Sequence[Tensor], indices: Sequence[int]) -> None:
         """Notes the parameters whose gradient was NaN or Inf in a step that is over."""
-        indices = [index for index in indices if tensors[index].grad is not None]
-        gradients = [g for index in indices if (g := tensors[index].grad) is not None]
-        self._was_bad, self.looks = (indices, GradientSnapshot(gradients)), True
+        gradients = [(index, tensors[index].grad) for index in indices]
+        self._was_bad = {i: (weakref.ref(g), g._version) for i, g in gradients if g is not None}
+        self.looks = True
 
-    @staticmethod
-    def _still_bad(
-        tensors: Sequence[Tensor], first: int, indices: Sequence[int], then: GradientSnapshot
-    ) -> Collection[int]:
-        moved = then.moved([tensors[index].grad for index in indices])
-        # The first one has its new gradient already: added in place, which is one write.
+    def _still_bad(self, tensors: Sequence[Tensor], first: int) -> Collection[int]:
         return {
             index
-            for position, index in enumerate(indices)
-            if moved.get(position, 0) <= (index == first)
+            for index, (then, version) in self._was_bad.items()
+            # By reference: a new gradient may have the id of one that is gone. The first one has
+            # its new gradient already: added in place, which is one write.
+            if (gradient := tensors[index].grad) is not None
+            and then() is gradient
+            and gradient._version - version <= (index == first)
         }
 
     def begin_window(self) -> None:

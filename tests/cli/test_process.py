@@ -188,7 +188,12 @@ def test_a_process_that_was_killed_leaves_a_run_to_read(tmp_path, command):
     assert training.stdout.readline() == "half\n"
     training.kill()
     training.communicate()
-    for name, *options in (["report"], ["tail", "--once"], ["export", "--table", "parameters"]):
+    for name, *options in (
+        ["report"],
+        ["explain"],
+        ["tail", "--once"],
+        ["export", "--table", "parameters"],
+    ):
         ran = command(name, tmp_path / "run", *options)
         assert (ran.code, ran.err) == (0, "")
         assert ran.out

@@ -12,13 +12,14 @@ from .runs import write
 
 ON_A_RUN = {
     "report": ("report", "{run}"),
+    "explain": ("explain", "{run}"),
     "tail": ("tail", "{run}", "--once"),
     "plot": ("plot", "{run}", "-o", "new.png"),
     "compare": ("compare", "{run}", "good"),
     "compare with": ("compare", "good", "{run}"),
     "export": ("export", "{run}", "-o", "new.csv"),
 }
-COMMANDS = ("report", "tail", "plot", "compare", "export")
+COMMANDS = ("report", "explain", "tail", "plot", "compare", "export")
 
 
 def _on(name, run):
@@ -28,6 +29,12 @@ def _on(name, run):
 @pytest.fixture(params=ON_A_RUN)
 def on(request):
     """Makes the arguments of a command for a run."""
+    return lambda run: _on(request.param, run)
+
+
+@pytest.fixture(params=[name for name in ON_A_RUN if name != "explain"])
+def on_tables(request):
+    """Likewise of a command that reads the tables of a run."""
     return lambda run: _on(request.param, run)
 
 
@@ -126,23 +133,23 @@ class TestUnreadableRuns:
         _assert_one_line(ran)
         assert "no steps/" in ran.err
 
-    def test_a_damaged_part(self, command, runs, on):
+    def test_a_damaged_part(self, command, runs, on_tables):
         """A part that was cut off is named."""
         (part,) = (runs / "sick" / "steps").iterdir()
         part.write_bytes(part.read_bytes()[:-20])
-        ran = command(*on("sick"))
+        ran = command(*on_tables("sick"))
         _assert_one_line(ran)
         assert "is damaged" in ran.err
         assert "ValueError" not in ran.err  # it is the file's fault, and not ours
 
-    def test_a_part_of_another_tool(self, command, runs, on):
+    def test_a_part_of_another_tool(self, command, runs, on_tables):
         """A Parquet file with other columns is damaged, and the column that is missing is named."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         (part,) = (runs / "sick" / "steps").iterdir()
         pq.write_table(pa.table({"row": [0], "step": [1], "x": [1.0]}), part)
-        ran = command(*on("sick"))
+        ran = command(*on_tables("sick"))
         _assert_one_line(ran)
         assert "has no column 'optimizer'" in ran.err
 
@@ -161,11 +168,11 @@ class TestUnreadableRuns:
         _assert_one_line(ran)
         assert "holds no step yet" in ran.err
 
-    def test_garbage_in_place_of_a_part(self, command, runs, on):
+    def test_garbage_in_place_of_a_part(self, command, runs, on_tables):
         """A part that is no Parquet at all is named."""
         (part,) = (runs / "sick" / "steps").iterdir()
         part.write_bytes(b"\x00garbage" * 100)
-        _assert_one_line(command(*on("sick")))
+        _assert_one_line(command(*on_tables("sick")))
 
     def test_a_folder_that_may_not_be_read(self, command, runs, on, unprivileged):
         """A folder without permission is one line."""

@@ -11,6 +11,7 @@ from torch import nn
 
 import gradwatch
 from gradwatch.testing import late_readings
+from tests.support import zoo
 
 from .poison import bad_events
 
@@ -308,3 +309,18 @@ def test_a_norm_that_may_be_too_large_is_not_called_inf() -> None:
     with late_readings():
         _, events = train(loop)
     assert "Inf, or a norm beyond float32, in the gradient" in events.iloc[0]["message"]
+
+
+def test_a_new_gradient_is_not_taken_for_the_one_of_the_step_before():
+    """NaN in every step, zeroed each time: memory is used again, and so is the id of a gradient."""
+    for _ in range(5):
+        model = zoo.small()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        options = {"on_nonfinite": "skip", "max_consecutive_skips": 100}
+        with gradwatch.watch(model, optimizer, **options) as watcher:
+            for _ in range(40):
+                (model(torch.ones(3, 4)) * math.nan).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        events = watcher.history.events()
+        assert not events["message"].str.contains("left in it").any()

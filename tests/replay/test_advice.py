@@ -388,12 +388,9 @@ def test_what_torch_does_not_show_here(key):
     assert known is not None
     assert known.key == key
     inputs = (*tensors, t(1.0))[:2]
+    case = Case(key, operation, lambda x, y: x, inputs, also=HALVES)
     for code in _codes(advice_for(explanation)):
-        _check(
-            code,
-            Case(key, operation, lambda x, y: x, inputs),
-            _names(Case(key, operation, lambda x, y: x, inputs)),
-        )
+        _check(code, case, _names(case))
 
 
 def test_a_second_derivative_of_a_norm():

@@ -9,6 +9,7 @@
       parameters/0001-0000000000-0000000063.parquet   one row per step and parameter
       events/0001.jsonl                          one line of JSON per event
       ranks/1.jsonl                              where another rank made a NaN (see ``ranks.py``)
+      nonfinite/step-000120/                     what made a NaN (see ``explanations.py``)
       .lock                                      only while a process writes: names that process
 
 Each process that writes to the folder is a *session*. A *row* is one step of a session, counted

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from gradwatch.errors import described_error, warn_safely
 from gradwatch.hooks.forwards import ForwardCall
+from gradwatch.hooks.generators import RandomState
 from gradwatch.record.explanation import Explanation
 from gradwatch.record.folder.files import plain_data, sync_folder, write_whole
 from gradwatch.record.folder.ranks import SessionTimes
@@ -326,10 +327,12 @@ def _call(plain: _PlainCopy, call: ForwardCall, place: int) -> dict[str, Any]:
     return {
         "args": plain.of(tuple(call.args), f"{of}args"),
         "kwargs": plain.of(dict(call.kwargs), f"{of}kwargs"),
-        "context": plain.of(_context(call), f"{of}context"),
+        "random": plain.of(_random_states(call.context.random), f"{of}random"),
+        "autocast": plain.of(dict(call.context.autocast), f"{of}autocast"),
+        "grad": call.context.grad,
     }
 
 
-def _context(call: ForwardCall) -> Any:
-    as_dict = getattr(call.context, "as_dict", dict)
-    return as_dict()
+def _random_states(random: RandomState) -> dict[str, Any]:
+    states = {str(generator.device): state for generator, state in random.generators}
+    return {"torch": states, "python": random.python, "numpy": random.numpy}

@@ -10,7 +10,7 @@ import numpy as np
 from gradwatch.record.columns import Array
 from gradwatch.record.events import ToldCause, told_cause
 from gradwatch.record.explanation import Explanation
-from gradwatch.report.explained import is_found, place_told
+from gradwatch.report.explained import is_found
 from gradwatch.report.finding import Evidence, Finding, counted, first_steps
 from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
@@ -125,9 +125,8 @@ def _cause(told: Explanation | None, first: int) -> str:
     """
     if told is None or not is_found(told):
         return ""
-    place = place_told(told)
     later = "" if told.step == first else f"; in step {told.step}"
-    return f"{later}: {told.summary.rstrip('.')}{f' ({place})' if place else ''}"
+    return f"{later}: {told.summary.rstrip('.')}"
 
 
 def _overflow(events: pd.DataFrame, optimizer: str, told: Explanation | None) -> Finding:

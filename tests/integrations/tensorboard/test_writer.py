@@ -4,12 +4,16 @@ import itertools
 import math
 
 import pytest
+import torch
 from torch.utils.tensorboard import SummaryWriter
 
+import gradwatch
 from gradwatch.adapters import SCALARS
 from gradwatch.record.records import Sink
 from gradwatch_tensorboard import TensorBoardWriter
 from gradwatch_tensorboard.scalars import DERIVED_SCALARS
+from tests.support import zoo
+from tests.support.explanations import explanation
 
 
 def write(folder, *batches, **options):
@@ -319,3 +323,17 @@ def test_model_without_blocks(make_run, read, tmp_path):
     """A model of one module has scalars and no blocks."""
     write(tmp_path, make_run(["", ""]).batch(range(1, 21)))
     assert not [tag for tag in read(tmp_path).tags() if "blocks" in tag]
+
+
+def test_an_explanation_is_in_the_text(read, tmp_path):
+    """The Text dashboard has module, line, source and examples of what made a NaN."""
+    model = zoo.small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.watch(model, optimizer, sinks=[TensorBoardWriter(tmp_path)]) as watcher:
+        model(torch.ones(2, 4)).square().mean().backward()
+        watcher._run.explain(explanation(1))
+        optimizer.step()
+    ((step, text),) = read(tmp_path).texts()
+    assert step == 1
+    for part in ("**explained**", "encoder.norm", "model.py:42", "3 and 17", "scores.log()"):
+        assert part in text
