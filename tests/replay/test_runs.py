@@ -464,6 +464,8 @@ def test_buffers_hold_what_they_held_before_the_forward():
         assert run_calls(model, calls, before)(seen) == []
         assert seen.buffers["mean"].tolist() == [1, 1, 1, 1]
         assert bool(model.mean.isnan().all())
+    with gradwatch.watch(model, optimizer) as watcher:
+        assert watcher._run.hooks.buffers.before_window() == {}
 
 
 def test_a_buffer_that_is_nan_since_the_forward():
