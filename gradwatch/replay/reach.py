@@ -89,10 +89,12 @@ class Reach:
 
     def restore(self) -> None:
         """Puts back what each place held, and the states of generators."""
-        for place in self._places:
-            place.restore()
-        for restore in self._restores:
-            restore()
+        # It calls all of them, also after one has failed: a class may be the user's own.
+        with contextlib.ExitStack() as stack:
+            for place in self._places:
+                stack.callback(place.restore)
+            for restore in self._restores:
+                stack.callback(restore)
 
     # -- one object after the other ----------------------------------------------------------------
 
@@ -144,7 +146,7 @@ class Reach:
 
     def _visit_module(self, module: nn.Module, depth: int, name: str) -> None:
         self.modules.append(module)
-        self.compiled |= module._compiled_call_impl is not None or hasattr(module, "dynamo_ctx")
+        self.compiled |= module._compiled_call_impl is not None or "dynamo_ctx" in vars(module)
         inside = vars(module)
         self._places.append(_Dict(inside))
         # Hooks, and modules deep in others, are looked at as closely as those that we began with.
@@ -345,6 +347,8 @@ class _Dict:
 
     def restore(self) -> None:
         target, saved, base = self._target, self._saved, self._base
+        for key in [key for key in base.keys(target) if key not in saved]:
+            base.__delitem__(target, key)
         if len(target) != len(saved) or not all(map(is_, base.keys(target), saved)):
             base.clear(target)
         # Where the keys are the same, somebody may be going through it: it keeps its size.
@@ -370,8 +374,9 @@ class _List:
         target, saved = self._target, self._saved
         if len(target) == len(saved) and all(map(is_, target, saved)):
             return
-        target.clear()
-        target.extend(saved)
+        base: Any = deque if isinstance(target, deque) else list
+        base.clear(target)
+        base.extend(target, saved)
 
 
 class _Set:
@@ -389,8 +394,8 @@ class _Set:
 
     def restore(self) -> None:
         if self._target != self._saved:
-            self._target.clear()
-            self._target.update(self._saved)
+            set.clear(self._target)
+            set.update(self._target, self._saved)
 
 
 class _Cell:
