@@ -69,6 +69,6 @@ def rebuilt(value: tuple[Any, ...], items: Iterable[Any]) -> tuple[Any, ...]:
     kind: Any = type(value)
     try:
         # Not with the constructor: a named tuple takes its items one by one.
-        return tuple.__new__(kind, items)  # type: ignore[no-any-return]
+        return tuple.__new__(kind, items)
     except TypeError:  # what torch.max() and its like return
         return kind(items)  # type: ignore[no-any-return]
