@@ -223,15 +223,6 @@ class ModelBuffers:
 
     # -- a step that is skipped --------------------------------------------------------------------
 
-    def before_window(self) -> dict[str, Tensor]:
-        """Returns the copies that were made before the window under way, by the buffers' names."""
-        if not self._open:
-            return {}
-        pairs = zip(self._slots, self._held, strict=True)
-        return {
-            n: part for (_, _, n), one in pairs if (part := self._part_of.get(id(one))) is not None
-        }
-
     def put_back(self) -> list[str]:
         """Restores the buffers as they were before the window.
 
@@ -261,6 +252,18 @@ class ModelBuffers:
             if now is then or part is None or not _can_be_copied(now) or now.shape != part.shape:
                 continue
             now.copy_(torch.where(flag.to(now.device), part.to(now.dtype), now))
+
+    def before_window(self) -> dict[int, Tensor]:
+        """Returns what buffers held before the window under way; without those not copied.
+
+        Returns:
+            The copies, by the ``id()`` of each buffer as it is now.
+        """
+        if not self.restores:
+            return {}
+        pairs = zip(self._held, self._current(), strict=True)
+        copies = [(now, self._part_of.get(id(then))) for then, now in pairs]
+        return {id(now): part for now, part in copies if now is not None and part is not None}
 
     def _changed_without_copy(self) -> list[str]:
         moved = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from gradwatch.out_of_memory import forget, is_out_of_memory, release_memory
 from gradwatch.replay.arguments import Arguments
 from gradwatch.replay.live import Kernels, LiveGraph
 from gradwatch.replay.observer import Observer
+from gradwatch.replay.reach import uncompiled
 from gradwatch.replay.search import Run
 from gradwatch.replay.stand_ins import ReplayError, StandIns
 from gradwatch.replay.state import Model, Undisturbed, undisturbed, without_gradients
@@ -50,24 +50,22 @@ NO_LOSS = (
 )
 
 
-NO_BUFFERS: Mapping[str, Tensor] = MappingProxyType({})
-
-
 def run_calls(
-    model: Model, calls: Sequence[ForwardCall], buffers: Mapping[str, Tensor] = NO_BUFFERS
+    model: Model, calls: Sequence[ForwardCall], buffers: Mapping[int, Tensor] | None = None
 ) -> Run:
     """Makes a run of one micro-batch: its forwards, and one backward from the kept gradients.
 
     Args:
         model: What is watched; its names are used.
         calls: The forwards of the micro-batch, in their order.
-        buffers: What buffers held before, by name, as the forwards have written to them since.
+        buffers: What the buffers held before, by the ``id()`` of each as it is now, as
+            :meth:`gradwatch.hooks.buffers.ModelBuffers.before_window` returns it.
 
     Returns:
         A function that runs it, each time exactly alike. It raises a :class:`ReplayError` that says
         why if that cannot be done; the training is left as it was also then.
     """
-    return partial(_run_calls, model, calls, buffers)
+    return partial(_run_calls, model, calls, buffers or {})
 
 
 def run_function(
@@ -98,6 +96,7 @@ def run_closure(
     closure: Callable[[], Any],
     scale: float = 1.0,
     context: ForwardContext | None = None,
+    buffers: Mapping[int, Tensor] | None = None,
 ) -> Run:
     """Makes a run of a closure that returns the loss, and of the backward of that loss.
 
@@ -108,11 +107,13 @@ def run_closure(
         closure: The closure; it calls the model, or a wrapper of it.
         scale: The gradient of the loss from which its backward starts.
         context: What to run it in; None for how things are then.
+        buffers: As of :func:`run_calls`, if the training has run the closure; None if not: then
+            buffers are taken as they are.
 
     Returns:
         A function as of :func:`run_calls`.
     """
-    return partial(_run_closure, model, closure, scale, context)
+    return partial(_run_closure, model, closure, scale, context, buffers)
 
 
 @contextmanager
@@ -231,16 +232,14 @@ def _instead_of_backward(called: Callable[[Any, Any], None]) -> Iterator[None]:
 def _run_calls(
     model: Model,
     calls: Sequence[ForwardCall],
-    buffers: Mapping[str, Tensor],
+    buffers: Mapping[int, Tensor],
     observer: Observer,
 ) -> list[str]:
     modules = [call.module for call in calls]
     with _errors_told(), undisturbed(model, *modules) as block:
-        with torch.no_grad():
-            for name in buffers.keys() & block.buffers.keys():
-                block.buffers[name].copy_(buffers[name])
-        notes = [*block.notes]
         given = [_arguments(call, block.stand_ins) for call in calls]
+        block.go_back(buffers, {i for one in given for i in one.names})
+        notes = [*block.notes]
         names = [(block.stand_ins.by_id[i], n) for one in given for i, n in one.names.items()]
         _tell(observer, block, names)
         for call, one in zip(calls, given, strict=True):
@@ -272,7 +271,8 @@ def _arguments(call: ForwardCall, stand_ins: StandIns) -> Arguments:
 
 def _forward(call: ForwardCall, given: Arguments) -> Any:
     with call.context.entered():
-        return unwrapped(call.module)(*given.args, **given.kwargs)
+        # A wrapper only calls what it wraps by now, but it may have hooks of the user's.
+        return call.module(*given.args, **given.kwargs)
 
 
 def _tell(observer: Observer, block: Undisturbed, inputs: Iterable[tuple[Tensor, str]]) -> None:
@@ -404,7 +404,7 @@ def _difference(whole: Tensor, part: Tensor | None) -> Tensor | None:
     return torch.where(known, whole - part, 0)
 
 
-# -- a forward by hand ----------------------------------------------------------------------------
+# -- a forward by hand -----------------------------------------------------------------------------
 
 
 def _run_function(
@@ -445,14 +445,17 @@ def _run_closure(
     closure: Callable[[], Any],
     scale: float,
     context: ForwardContext | None,
+    buffers: Mapping[int, Tensor] | None,
     observer: Observer,
 ) -> list[str]:
     with _errors_told(), undisturbed(model, closure) as block:
+        if buffers is not None:
+            block.go_back(buffers, ())
         _tell(observer, block, block.data)
         backwards = _Backwards(observer, block.stand_ins)
         with backwards.in_place(), observer:
             with nullcontext() if context is None else context.entered():
-                loss = closure()
+                loss = uncompiled(closure)()
             if not backwards.had(loss, block.parameters.values()):
                 if not (isinstance(loss, Tensor) and loss.requires_grad):
                     raise ReplayError(NO_LOSS.format(value=_described(loss)))

@@ -247,8 +247,8 @@ class Explaining:
         from gradwatch.replay.search import explain_run
 
         try:
-            buffers = self._run.hooks.buffers.before_window()
-            return explain_run(run_calls(self._model, calls, buffers))
+            before = self._run.hooks.buffers.before_window()
+            return explain_run(run_calls(self._model, calls, before))
         except Exception as error:  # out of memory is one too
             note = REPLAY_FAILED.format(error=described_error(error))
             return Explanation(origin="not_found", notes=(note,))
