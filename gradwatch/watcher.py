@@ -682,6 +682,8 @@ class Watcher:
             self._managed.after_other_backward()
         with self._shield:
             self._run.stopwatch.arrivals += len(backward.arrived)
+            if self._run.explaining is not None:
+                self._run.explaining.forwards.note_backward(backward.number)
             self._registry.add(backward, self._managed.weight)
 
 

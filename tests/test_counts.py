@@ -202,17 +202,20 @@ def _of_a_linear(count, **options):
 
 
 def _frames(step):
-    calls = Counter()
+    counts = []
+    for _ in range(5):  # what the collector runs in between is no part of it
+        calls = Counter()
 
-    def note(frame, event, argument):
-        calls[event] += 1
+        def note(frame, event, argument, calls=calls):
+            calls[event] += 1
 
-    sys.setprofile(note)
-    try:
-        step()
-    finally:
-        sys.setprofile(None)
-    return calls["call"]
+        sys.setprofile(note)
+        try:
+            step()
+        finally:
+            sys.setprofile(None)
+        counts.append(calls["call"])
+    return min(counts)
 
 
 def _operations(step):

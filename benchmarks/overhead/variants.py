@@ -37,6 +37,7 @@ TENSORBOARD = "watch(clip=) + TensorBoard"
 FOLDER = "watch(clip=) + run folder"
 BOTH = "watch(clip=) + TensorBoard + run folder"
 STATISTICS_ON = "watch(statistics=all of them)"
+EXPLAIN = "watch(explain=True)"
 MANAGED = "watch(clip=, accumulate=), managed loop"
 
 Step = Callable[[], object]
@@ -233,7 +234,7 @@ def floor_variants(training: Training) -> list[Variant]:
 
 
 def gradwatch_variants(training: Training) -> list[Variant]:
-    """Returns gradwatch alone, with a clip, with sinks, with all statistics, and managed."""
+    """Returns gradwatch alone, with a clip, sinks, all statistics, explaining, and managed."""
     kinds = [
         (WATCH_CLIP, NOTHING_CLIPPED, ()),
         (WATCH_CLIP, EVERY_STEP_CLIPPED, ()),
@@ -248,6 +249,8 @@ def gradwatch_variants(training: Training) -> list[Variant]:
         variants.append(Variant(name, prepare, regime, sinks))
     every = partial(watched, training, statistics=tuple(STATISTICS))
     variants.append(Variant(STATISTICS_ON, every, sinks=(), precise=False))
+    kept = partial(watched, training, explain=True)
+    variants.append(Variant(EXPLAIN, kept, sinks=(), precise=False))
     if training.accumulate > 1:
         prepare = partial(managed, training, MAX_NORMS[NOTHING_CLIPPED])
         variants.append(Variant(MANAGED, prepare, NOTHING_CLIPPED, (), precise=False))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gradwatch.cli.terminal import Output, as_json
 from gradwatch.pickles import stable_name
 from gradwatch.record.folder.meta import NAME, TABLES
-from gradwatch.report.finding import printable
+from gradwatch.record.wording import printable
 
 if TYPE_CHECKING:
     from gradwatch.history import History

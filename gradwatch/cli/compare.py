@@ -25,7 +25,7 @@ from gradwatch.cli.arguments import (
 from gradwatch.cli.terminal import Output, as_json, or_dash, percent, shortened, text_table, times
 from gradwatch.record.columns import STEP_COLUMNS, STEP_DTYPES
 from gradwatch.record.folder.meta import read_meta
-from gradwatch.report.finding import counted, printable
+from gradwatch.record.wording import counted, printable
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,7 +19,7 @@ from gradwatch.cli.arguments import (
     run_name,
 )
 from gradwatch.cli.terminal import Output, as_json, printable_lines
-from gradwatch.report.finding import counted, printable
+from gradwatch.record.wording import counted, printable
 
 if TYPE_CHECKING:
     from gradwatch.record.folder.explanations import KeptExplanation

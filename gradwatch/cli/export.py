@@ -18,7 +18,7 @@ from gradwatch.cli.arguments import (
     written_whole,
 )
 from gradwatch.cli.terminal import Output, as_json, printable_lines
-from gradwatch.report.finding import counted
+from gradwatch.record.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -19,7 +19,7 @@ from gradwatch.cli.arguments import (
     run_name,
 )
 from gradwatch.cli.terminal import Output, as_json, printable_lines
-from gradwatch.report.finding import printable
+from gradwatch.record.wording import printable
 
 if TYPE_CHECKING:
     from gradwatch.report import Finding, Report

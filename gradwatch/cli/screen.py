@@ -25,7 +25,7 @@ from gradwatch.cli.terminal import (
     width,
 )
 from gradwatch.record.records import StepRecord
-from gradwatch.report.finding import counted, printable
+from gradwatch.record.wording import counted, printable
 
 _EVENTS = 5
 _OTHER_LINES = 11  # lines of the screen besides the table of steps and the events

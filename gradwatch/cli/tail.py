@@ -28,7 +28,7 @@ from gradwatch.record.folder.explanations import NONFINITE
 from gradwatch.record.folder.meta import NAME
 from gradwatch.record.folder.ranks import RANKS
 from gradwatch.record.records import Event, StepRecord
-from gradwatch.report.finding import counted, printable
+from gradwatch.record.wording import counted, printable
 
 if TYPE_CHECKING:
     from gradwatch.cli.screen import Screen

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from unicodedata import combining, east_asian_width
 
 from gradwatch.record.folder.files import plain_data
-from gradwatch.report.finding import printable
+from gradwatch.record.wording import printable
 
 
 def number(value: float) -> str:
@@ -50,7 +50,7 @@ _ELLIPSIS = "..."
 
 
 def printable_lines(text: str) -> str:
-    """Escapes like :func:`~gradwatch.report.finding.printable`, but keeps line breaks."""
+    """Escapes like :func:`~gradwatch.record.wording.printable`, but keeps line breaks."""
     return "\n".join(map(printable, text.split("\n")))
 
 

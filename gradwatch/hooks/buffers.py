@@ -253,6 +253,18 @@ class ModelBuffers:
                 continue
             now.copy_(torch.where(flag.to(now.device), part.to(now.dtype), now))
 
+    def before_window(self) -> dict[int, Tensor]:
+        """Returns what buffers held before the window under way; without those not copied.
+
+        Returns:
+            The copies, by the ``id()`` of each buffer as it is now.
+        """
+        if not self.restores:
+            return {}
+        pairs = zip(self._held, self._current(), strict=True)
+        copies = [(now, self._part_of.get(id(then))) for then, now in pairs]
+        return {id(now): part for now, part in copies if now is not None and part is not None}
+
     def _changed_without_copy(self) -> list[str]:
         moved = {
             id(one)

@@ -25,7 +25,7 @@ from gradwatch.plots.canvas import (
 from gradwatch.plots.data import column_of
 from gradwatch.plots.norms import colors_of, draw_curve, positive, thresholds
 from gradwatch.record.columns import Array, Source, Span
-from gradwatch.report.finding import counted
+from gradwatch.record.wording import counted
 from gradwatch.report.run_data import OptimizerArrays, first_and_last, read_steps
 
 COLUMNS = ("grad_norm", "clip_coef", "clip_threshold", "clipped")

@@ -30,7 +30,7 @@ from gradwatch.plots.canvas import (
 )
 from gradwatch.plots.data import column_of, extremes, first_per_column
 from gradwatch.record.columns import Array, Source, Span, events_frame
-from gradwatch.report.finding import counted
+from gradwatch.record.wording import counted
 from gradwatch.report.run_data import OptimizerArrays, first_and_last, read_steps
 
 CURVES = ("grad_norm", "grad_norm_clipped", "clip_threshold")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gradwatch.record.operations import SMALLEST, Facts, shown_name
+from gradwatch.record.wording import number
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +37,11 @@ class Circumstance:
         told = self.phrase.format(
             op=shown_name(facts.operation),
             of="at" if facts.backward else "of",
-            low=f"{facts.x.low:.4g}",
-            high=f"{facts.x.high:.4g}",
-            other_low=f"{facts.y.low:.4g}",
-            most=f"{facts.most:.4g}",
-            dtype=facts.dtype or "the dtype",
-            limit=f"{facts.limit:.6g}",
+            low=number(facts.x.low),
+            high=number(facts.x.high),
+            most=number(facts.most),
+            dtype=facts.dtype or "its dtype",
+            limit=number(facts.limit),
         )
         return f"the gradient of {told}" if facts.backward else told
 
@@ -85,8 +85,8 @@ def _divides_by_zero(facts: Facts) -> bool:
 
 def _divides_by(facts: Facts, *names: str) -> bool:
     """Whether the divisor is a 0 that one of these operations gave, by the record or the line."""
-    in_line = re.search(rf"\b({'|'.join(names)})\(", facts.source)
-    return _divides_by_zero(facts) and bool(facts.made_op in names or in_line)
+    in_line = bool(re.search(rf"\b({'|'.join(names)})\(", facts.source))
+    return _divides_by_zero(facts) and (facts.made_op in names or in_line)
 
 
 def _divides_by_count(facts: Facts) -> bool:
@@ -142,6 +142,11 @@ def _finite_forward(facts: Facts) -> bool:
     return not facts.backward and facts.finite
 
 
+def _two_finite(facts: Facts) -> bool:
+    # A number of Python, which may be infinite, is not among the operands.
+    return _finite_forward(facts) and len(facts.operands) > 1
+
+
 def _infinite_forward(facts: Facts) -> bool:
     return _finite_forward(facts) and facts.kind == "inf"
 
@@ -175,9 +180,8 @@ def _of_infinity(facts: Facts) -> bool:
     return facts.kind == "nan" and not facts.backward and any(one.infs for one in facts.operands)
 
 
-LINEAR = (
-    "matmul convolution sum mean add sub cumsum mul addcmul lerp index_add scatter_add bilinear"
-)
+REDUCED = "sum mean cumsum"
+COMBINED = "matmul convolution add sub mul index_add scatter_add bilinear"
 SQUARES = "mse_loss l1_loss smooth_l1_loss huber_loss pow square norm var std"
 NORMS = "batch_norm layer_norm group_norm instance_norm rms_norm"
 
@@ -335,6 +339,7 @@ _TABLE: tuple[tuple[str, str, Callable[[Facts], bool], str], ...] = (
     ("zero_by_inf", "mul", _zero_by_infinity, "0 * Inf"),
     ("inf_minus_inf", "add sub sum mean cumsum var std", _of_infinity, "Inf - Inf"),
     ("of_inf", "*", _of_infinity, "{op} of Inf"),
+    ("mask", "where", _infinite_forward, "{op} with Inf"),
     # Numbers that are too large.
     (
         "cast",
@@ -343,12 +348,13 @@ _TABLE: tuple[tuple[str, str, Callable[[Facts], bool], str], ...] = (
         "numbers up to {most} as {dtype}",
     ),
     ("product", "prod cumprod", _infinite_forward, "{op} beyond {dtype}, which ends at {limit}"),
-    ("too_large", LINEAR, _finite_forward, "{op} beyond {dtype}, which ends at {limit}"),
+    ("too_large", COMBINED, _two_finite, "{op} beyond {dtype}, which ends at {limit}"),
+    ("too_large", REDUCED, _finite_forward, "{op} beyond {dtype}, which ends at {limit}"),
     ("too_large", SQUARES, _infinite_forward, "{op} beyond {dtype}, which ends at {limit}"),
     (
         "divides_small",
-        "div reciprocal",
-        _infinite_forward,
+        "div",
+        lambda f: f.kind == "inf" and _two_finite(f),
         "{op} beyond {dtype}, which ends at {limit}",
     ),
     (

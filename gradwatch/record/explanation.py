@@ -12,9 +12,13 @@ from gradwatch.pickles import stable_name
 from gradwatch.record.circumstances import circumstance
 from gradwatch.record.folder.files import plain_data
 from gradwatch.record.operations import Facts, Operand, shown_name, values_of
-from gradwatch.record.wording import counted, listed, printable, wrapped
+from gradwatch.record.wording import counted, listed, number, printable, wrapped
 
 __all__ = ["ExplainedKind", "Explanation", "Operand", "Origin", "Phase", "Share"]
+
+NOTHING_BAD = "Nothing bad was found"
+ALL_FINITE = "All gradients are finite, and so is the loss."
+"""The note of an explanation by hand that found nothing."""
 
 Origin = Literal["operation", "input", "weights", "output_gradient", "not_found"]
 Phase = Literal["forward", "backward"]
@@ -176,6 +180,13 @@ class Explanation:
         return cls(**_checked(cls, values))
 
 
+def _kind_of_result(explanation: Explanation) -> str:
+    """Returns what the operation made: a NaN in a gradient may have begun as an Inf."""
+    if explanation.nan_count:
+        return "nan"
+    return "inf" if explanation.inf_count else explanation.kind
+
+
 def _checked(of: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields that are there, each of the type that its class says.
 
@@ -248,7 +259,7 @@ def facts_of(explanation: Explanation) -> Facts:
     return Facts(
         operation=explanation.operation,
         phase=explanation.phase,
-        kind=explanation.kind,
+        kind=_kind_of_result(explanation),
         inputs=explanation.inputs,
         result_dtype=explanation.result_dtype,
         size=explanation.size,
@@ -259,6 +270,8 @@ def facts_of(explanation: Explanation) -> Facts:
 
 def _summary(it: Explanation) -> str:
     kind = KINDS[it.kind]
+    if ALL_FINITE in it.notes:
+        return NOTHING_BAD
     if it.candidates:
         places = [_brief_place(one) for one in it.candidates]
         told = f"{kind} born in one of {counted(len(places), 'place')}: {listed(places)}"
@@ -310,7 +323,9 @@ def _paragraph(it: Explanation) -> Iterator[str]:
 
 def _beginning(it: Explanation) -> Iterator[str]:
     kind, located = f"{KINDS[it.kind]}{_when(it)}", bool(it.file or it.source)
-    if it.candidates:
+    if ALL_FINITE in it.notes:
+        yield f"{NOTHING_BAD}."
+    elif it.candidates:
         yield wrapped(f"{kind}, born in one of these places:", "  ")
         for one in it.candidates[:MOST_CANDIDATES]:
             named = f"{printable(shown_name(one.operation))} " if one.operation else ""
@@ -410,9 +425,11 @@ def _owner(it: Explanation) -> str:
 
 
 def _bad_elements(it: Explanation) -> str:
-    if not it.count or it.kind not in ("nan", "inf"):
+    kind = _kind_of_result(it)
+    if not it.count or kind not in ("nan", "inf"):
         return ""
-    owner, kind = _owner(it), KINDS[it.kind]
+    owner = _owner(it)
+    kind = "NaN or Inf" if it.nan_count and it.inf_count else KINDS[kind]
     dtype = printable(it.result_dtype)
     shape = str(list(it.result_shape)) if it.result_shape else ""
     form = f" ({', '.join(filter(None, (dtype, shape)))})" if dtype or shape else ""
@@ -427,16 +444,16 @@ def _bad_elements(it: Explanation) -> str:
 def _operand_words(one: Operand) -> str:
     name = printable(one.name) or "input"
     if one.is_number:
-        return f"{name}: {one.low:g}" if not math.isnan(one.low) else f"{name}: {one.dtype}"
+        return f"{name}: {number(one.low)}" if not math.isnan(one.low) else f"{name}: {one.dtype}"
     told = f"{name}: {f'{printable(one.dtype)} {list(one.shape)}'.strip()}"
     if 0 in one.shape:
         return f"{told}, empty"
     if math.isnan(one.low):
         told += ", no finite element"
     elif one.low == one.high:
-        told += f", all {one.low:.4g}" if one.size > 1 else f", {one.low:.4g}"
+        told += f", all {number(one.low)}" if one.size > 1 else f", {number(one.low)}"
     else:
-        told += f", {one.low:.4g} to {one.high:.4g}"
+        told += f", {number(one.low)} to {number(one.high)}"
     minus = one.negative_infs
     infinite = "-inf" if minus == one.infs else "+inf" if minus == 0 else "Inf"
     bad = [(one.zeros, "0"), (one.nans, "NaN"), (one.infs, infinite)]

@@ -73,7 +73,7 @@ class Operand:
     @property
     def is_number(self) -> bool:
         """Whether it is a number of Python, and no tensor."""
-        return self.dtype in ("float", "int", "bool")
+        return self.dtype in ("float", "int")
 
     @property
     def is_gradient(self) -> bool:

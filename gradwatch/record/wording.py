@@ -55,6 +55,20 @@ def listed(items: Sequence[str], most: int = 3) -> str:
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
 
 
+def number(value: float) -> str:
+    """Formats a number with four digits; with more for whole ones, and next to 1 and -1.
+
+    Example:
+        >>> number(0.123456), number(-0.0), number(1.0000001), number(65504.0)
+        ('0.1235', '0', '1.0000001', '65504')
+    """
+    value = float(value) + 0.0  # makes -0.0 a 0.0
+    if value.is_integer() and abs(value) < 1e6:
+        return f"{value:.0f}"
+    short = f"{value:.4g}"
+    return f"{value:.8g}" if short in ("1", "-1") else short
+
+
 def wrapped(text: str, indent: str = "") -> str:
     """Wraps a paragraph to :data:`WIDTH` columns; lines after the first begin with ``indent``.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import re
 
 from gradwatch.record.circumstances import Circumstance, circumstance, circumstance_called
 from gradwatch.record.explanation import Explanation, facts_of
 from gradwatch.record.operations import Facts, shown_name
+from gradwatch.record.wording import number
 
 ADVICE = {
     "empty": "Nothing is left to reduce, which gives 0 / 0: leave such a batch out, or write the "
@@ -125,6 +125,8 @@ ADVICE = {
     "number, `torch.finfo(x.dtype).min / 2`.",
     "of_inf": "{op} is given an Inf. Look at the line that made it; a mask is safer as a finite "
     "number, `torch.finfo(x.dtype).min / 2`.",
+    "mask": "A row that a mask of -inf covers whole is NaN after the softmax. Mask with a finite "
+    "number: `scores.masked_fill(mask, torch.finfo(scores.dtype).min)`.",
     # Numbers that are too large.
     "cast": "They do not fit into {dtype}, which ends at {limit}. Scale them first, or use a wider "
     "range: `x.to(torch.bfloat16)`, `torch.autocast(device, dtype=torch.bfloat16)`.",
@@ -140,6 +142,9 @@ ADVICE = {
 """By the key of the circumstance; what is between backticks is code."""
 
 LOG_OF = {
+    "sub": "1 - p is 0 where p has rounded to 1. For a sigmoid, `F.logsigmoid(-x)` is log(1 - p), "
+    "and `F.binary_cross_entropy_with_logits(logits, target)` is the loss; otherwise "
+    "`{call}(x.clamp(min={eps}))`.",
     "softmax": "A softmax gives 0 for what is far from the largest: "
     "`torch.log_softmax(x, dim=-1)` computes both in one operation and stays finite.",
     "sigmoid": "A sigmoid gives 0 for very negative inputs: `F.logsigmoid(x)` stays finite, and a "
@@ -147,6 +152,14 @@ LOG_OF = {
 }
 """Advice for a logarithm of 0, by the operation that gave the 0."""
 
+LOSS_OF_VARIANCE = (
+    "This loss divides by the variance and takes its logarithm. Make the variance positive, "
+    "`F.softplus(x) + {eps}`, or give the loss a larger eps."
+)
+LOSS_OF_RATE = (
+    "With `log_input=False` this loss takes the logarithm of what it is given. Give it the "
+    "logarithm of the rate instead: `F.poisson_nll_loss(x, target, log_input=True)`."
+)
 SQRT_OF_SPREAD = (
     "A variance of 0 has no finite slope under the root. Put the eps inside: "
     "`torch.sqrt(x.var(correction=0) + {eps})`."
@@ -201,6 +214,10 @@ OUTPUT_GRADIENT = (
 NOT_FOUND = (
     "Run the micro-batch by hand, loss included: `gradwatch.explain(model, *args, loss=...)`; "
     "`watcher.explain(closure)` replays a closure that returns the loss."
+)
+NOT_FOUND_BY_HAND = (
+    "Give it the weights and the batch with which the gradients went bad, and the loss: "
+    "`gradwatch.explain(model, *args, loss=...)`."
 )
 ONE_OF = "Look at each of these lines: print the smallest and largest element of what it is given."
 OVERFLOW = (
@@ -268,7 +285,7 @@ def advice_for(explanation: Explanation) -> str:
     if explanation.origin == "output_gradient":
         return OUTPUT_GRADIENT
     if explanation.origin == "not_found":
-        return NOT_FOUND
+        return NOT_FOUND if explanation.step else NOT_FOUND_BY_HAND
     return _for_operation(explanation)
 
 
@@ -295,6 +312,10 @@ def _special(known: Circumstance, facts: Facts, explanation: Explanation) -> str
             return MASKED.replace("{safe}", POLES[known.key])
         if known.key in DIVISIONS:
             return MASKED_DIVISION
+    if "gaussian_nll_loss(" in facts.source or explanation.module_class == "GaussianNLLLoss":
+        return LOSS_OF_VARIANCE
+    if "poisson_nll_loss(" in facts.source or explanation.module_class == "PoissonNLLLoss":
+        return LOSS_OF_RATE
     if known.key == "log_zero":
         return next((told for op, told in LOG_OF.items() if _made_of(facts, op)), "")
     if known.key == "sqrt_zero" and (_made_of(facts, "var") or _made_of(facts, "std")):
@@ -320,7 +341,10 @@ def _hidden_later(facts: Facts) -> bool:
 
 
 def _made_of(facts: Facts, operation: str) -> bool:
-    return facts.made_op == operation or bool(re.search(rf"\b{operation}\(", facts.source))
+    """Whether the bad input came from an operation; the line tells it where nothing else does."""
+    if facts.made_by:
+        return facts.made_op == operation
+    return bool(re.search(rf"\b{operation}\(", facts.source))
 
 
 def _filled(advice: str, facts: Facts) -> str:
@@ -328,14 +352,13 @@ def _filled(advice: str, facts: Facts) -> str:
     return advice.format(
         op=op,
         call=f"torch.{facts.op}",
-        dtype=dtype or "the dtype",
-        limit=f"{facts.limit:.6g}",
+        dtype=dtype or "its dtype",
+        limit=number(facts.limit),
         eps=EPS.get(dtype, "1e-6"),
         tiny=TINY.get(dtype, "1e-12"),
         edge=EDGE.get(dtype, "1e-6"),
         norm_eps=NORM_EPS.get(dtype, "1e-5"),
         exp_max=EXP_MAX.get(dtype, "80"),
-        high="" if math.isnan(facts.x.high) else f"{facts.x.high:.4g}",
     )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from gradwatch.replay.stand_ins import StandIns
+from gradwatch.replay.reach import is_of_user
+from gradwatch.replay.stand_ins import StandIns, rebuilt
 
 _DEEPEST = 4
 _NEVER = (nn.Module, type, str, bytes, bytearray)
@@ -59,7 +60,7 @@ class Arguments:
                 self._copy(one, _at(name, key, isinstance(key, str)), depth)
                 for key, one in zip(keys, value, strict=True)
             ]
-            return value if all(map(is_, items, value)) else tuple.__new__(type(value), items)
+            return value if all(map(is_, items, value)) else rebuilt(value, items)
         if type(value) is list:
             return [self._copy(one, _at(name, i), depth) for i, one in enumerate(value)]
         if type(value) is dict:
@@ -78,9 +79,13 @@ class Arguments:
                 return other
             keys = _attributes(value)
             items = [self._copy(getattr(value, key), _at(name, key, True), depth) for key in keys]
-            if all(one is getattr(value, key) for key, one in zip(keys, items, strict=True)):
+            same = all(one is getattr(value, key) for key, one in zip(keys, items, strict=True))
+            # The forward may count in an object of the user's, such as a cache.
+            if same and not (items and is_of_user(type(value).__module__)):
                 return value
             other = copy.copy(value)
+            if other is value:  # it does not want to be copied, as a member of an Enum
+                return value
             for key, one in zip(keys, items, strict=True):
                 object.__setattr__(other, key, one)  # the class may be frozen
         except Exception:

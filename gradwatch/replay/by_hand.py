@@ -68,7 +68,7 @@ def explain(
     frame = sys._getframe(1)
     caller = frame.f_code.co_filename, frame.f_lineno
     try:
-        return explain_run(run_function(model, args, kwargs, loss, caller))
+        return explain_run(run_function(model, args, kwargs, loss, caller), known_bad=False)
     except ReplayError as error:
         if error.__cause__ is not None:
             raise error.__cause__ from None

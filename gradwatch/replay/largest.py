@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import heapq
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +13,8 @@ from torch import Tensor
 
 from gradwatch.measure.norms import norm_of_norms
 from gradwatch.record.explanation import Share
-from gradwatch.replay.live import BatchSeen, LiveGraph
+from gradwatch.replay.batches import Batch, BatchedEdges, Edge, Placed, in_double, shapes_in
+from gradwatch.replay.live import LiveGraph
 
 MOST = 3
 """How many parameters and examples are named."""
@@ -42,6 +41,10 @@ SHARDED = "The examples are not told apart: the parameters are sharded over rank
 SHARED_PART = "{share:.0%} of the gradient belong to no example, such as a penalty on the weights."
 OTHER_DIMENSION = "The examples are counted along dimension {dim} of the first input."
 FEWER = "In a search of {count} backwards no further example has stood out."
+LARGEST_OF_MANY = (
+    "Micro-batch {index} of {count} has the gradient with the largest norm; the shares of the "
+    "examples are those in it."
+)
 ONE_OF_MANY = (
     "Micro-batch {index} of {count} has {share:.0%} of the gradient; the shares of the examples "
     "are those in its own gradient."
@@ -98,11 +101,16 @@ def largest_by_norm(norms: Mapping[str, float]) -> tuple[Share, ...]:
     Returns:
         As :func:`largest_parameters`.
     """
-    total = norm_of_norms(list(norms.values()))
-    if not 0.0 < total < math.inf:
+    largest = max(norms.values(), default=0.0)
+    if largest == 0.0 or not all(map(math.isfinite, norms.values())):
         return ()
-    ordered = sorted(norms.items(), key=lambda item: -item[1])[:MOST]
-    return tuple(Share(name, norm, (norm / total) ** 2) for name, norm in ordered if norm > 0.0)
+    # Relative to the largest one, so that no square overflows or underflows.
+    squares = {name: (norm / largest) ** 2 for name, norm in norms.items()}
+    total = math.fsum(squares.values())
+    ordered = sorted(squares, key=lambda name: -squares[name])[:MOST]
+    return tuple(
+        Share(name, norms[name], squares[name] / total) for name in ordered if norms[name] > 0.0
+    )
 
 
 def largest_of_window(
@@ -126,31 +134,47 @@ def largest_of_window(
     chosen, notes = 0, []
     try:
         if len(graphs) > 1:
-            parts = [_part_of_window(graph, gradients) for graph in graphs]
-            total = math.fsum(parts)
-            if not math.isfinite(total) or total <= 0.0:
-                return Largest(notes=(OTHER_GRADIENTS,))
-            parts = [part / total for part in parts]
-            chosen = parts.index(max(parts))
-            notes.append(
-                ONE_OF_MANY.format(index=chosen + 1, count=len(parts), share=parts[chosen])
-            )
+            chosen, note = _largest_micro_batch(graphs, gradients)
+            notes.append(note)
         with graphs[chosen]() as graph:
             found = largest_examples(graph, scale)
+    except _CannotTellError as error:
+        return Largest(notes=(str(error),))
     except Exception as error:  # also of what the model does in the backward
         return Largest(notes=(NOT_RUN.format(error=_first_line(error)),))
     return Largest(chosen + 1, found.shares, (*notes, *found.notes))
 
 
-def _part_of_window(
-    make: Callable[[], AbstractContextManager[LiveGraph]], gradients: Mapping[str, Tensor]
+def _largest_micro_batch(
+    graphs: Sequence[Callable[[], AbstractContextManager[LiveGraph]]],
+    gradients: Mapping[str, Tensor],
+) -> tuple[int, str]:
+    """Returns the index of the micro-batch with the largest part of a gradient, and a note."""
+    # A loop's own clip of an infinite norm has left NaN or zeros of the gradients.
+    is_whole = 0.0 < _total(list(gradients.values())) < math.inf
+    parts = [_part(graph, gradients if is_whole else None) for graph in graphs]
+    total = math.fsum(parts) if all(map(math.isfinite, parts)) else 0.0
+    if total <= 0.0:
+        raise _CannotTellError(OTHER_GRADIENTS)
+    chosen = parts.index(max(parts))
+    known = {"index": chosen + 1, "count": len(parts)}
+    if not is_whole:
+        return chosen, LARGEST_OF_MANY.format(**known)
+    return chosen, ONE_OF_MANY.format(**known, share=parts[chosen] / total)
+
+
+def _part(
+    make: Callable[[], AbstractContextManager[LiveGraph]], gradients: Mapping[str, Tensor] | None
 ) -> float:
-    """Returns the inner product of one micro-batch's gradient with the direction of the whole."""
+    """Returns how far the gradient of one micro-batch goes along the whole one, or its norm."""
     with make() as graph:
-        known = {name: one for name, one in graph.parameters.items() if name in gradients}
-        whole = [gradients[name] for name in known]
-        backward = _Backward(graph.outputs, graph.gradients, list(known.values()), {}, [])
-        return _inner(backward(), whole, _total(whole))
+        names = [name for name in graph.parameters if gradients is None or name in gradients]
+        leaves = [graph.parameters[name] for name in names]
+        own = _Backward(graph.outputs, graph.gradients, leaves, {}, [])()
+        if gradients is None:
+            return _total(own)
+        whole = [gradients[name] for name in names]
+        return _inner(own, whole, _total(whole))
 
 
 def largest_examples(graph: LiveGraph, scale: float = 1.0) -> Examples:
@@ -174,7 +198,7 @@ def largest_examples(graph: LiveGraph, scale: float = 1.0) -> Examples:
     """
     if any(hasattr(one, "full_tensor") for one in graph.parameters.values()):
         return Examples(notes=(SHARDED,))
-    batch = _Batch.of(graph.input_shape, graph.batches)
+    batch = Batch.of(graph.input_shape, graph.batches)
     if batch.size == 0:
         return Examples(notes=(NO_BATCH,))
     try:
@@ -184,21 +208,21 @@ def largest_examples(graph: LiveGraph, scale: float = 1.0) -> Examples:
         return Examples(notes=(NOT_RUN.format(error=_first_line(error)),))
 
 
-def _largest_examples(graph: LiveGraph, batch: _Batch, scale: float) -> Examples:
+def _largest_examples(graph: LiveGraph, batch: Batch, scale: float) -> Examples:
     placed = {i: at for i, one in enumerate(graph.outputs) if (at := batch.place(one.shape))}
     parameters = list(graph.parameters.values())
-    inner = [
-        edge
-        for i, output in enumerate(graph.outputs)
-        if i not in placed
-        for edge in _batched_edges(output, batch, {tuple(one.shape) for one in parameters})
-    ]
+    others = [one for i, one in enumerate(graph.outputs) if i not in placed]
+    inner: list[Edge] = []
+    if others:
+        plain = _Backward(graph.outputs, graph.gradients, parameters, {}, [])
+        edges = BatchedEdges(batch, parameters, shapes_in(others, plain))
+        inner = [edge for output in others for edge in edges.below(output)]
     if not placed and not inner:
         return Examples(notes=(NO_BATCH,))
     backward = _Backward(graph.outputs, graph.gradients, parameters, placed, inner)
     with backward.hooked():
         try:
-            parts = _Parts(backward, batch.size, bool(inner) or len(placed) < len(graph.outputs))
+            parts = _Parts(backward, batch.size, has_shared=bool(others))
             found = parts.by_derivative() or parts.by_search()
         except _CannotTellError as error:
             return Examples(notes=(str(error),))
@@ -217,170 +241,6 @@ class _CannotTellError(Exception):
     """The examples cannot be told apart; the message is a note."""
 
 
-class _Placed(NamedTuple):
-    """Where the examples are in a tensor: along ``dim`` of the tensor reshaped to ``view``."""
-
-    view: tuple[int, ...]
-    dim: int
-
-    def masked(self, gradient: Tensor, mask: Tensor) -> Tensor:
-        shape = [1] * len(self.view)
-        shape[self.dim] = -1
-        # where() and not a product: that of an infinite row and 0 would be NaN.
-        kept = torch.where(mask.to(gradient.device).view(shape), gradient.reshape(self.view), 0)
-        return kept.reshape(gradient.shape)
-
-    def sums(self, values: Tensor) -> Tensor:
-        """Adds up the values of each example: ``[batch]``, float64."""
-        rows = values.detach().real.reshape(self.view).movedim(self.dim, 0)
-        return _in_double(rows.reshape(len(rows), -1)).sum(1).cpu()
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """The batch dimension of the input: how long it is, and which one."""
-
-    size: int
-    dim: int
-    lengths: frozenset[int]
-    """How many rows of a flattened output may be of one example."""
-
-    @classmethod
-    def of(cls, shape: tuple[int, ...], seen: Sequence[BatchSeen]) -> _Batch:
-        if not shape:
-            return cls(0, 0, frozenset())
-        dim = 0
-        if len(shape) > 1 and len({one.size for one in seen}) == 1:
-            # Recurrent and attention layers know which dimension is time: a layer that does not
-            # have batch_first may still be given a batch that the model has transposed.
-            dim = _dimension_of(seen[0], shape)
-        rest = [size for i, size in enumerate(shape) if i != dim]
-        lengths = {
-            math.prod(rest[i:j]) for i in range(len(rest)) for j in range(i + 1, len(rest) + 1)
-        }
-        # A language model predicts the next token, of which there is one less.
-        lengths |= {rest[0] - 1} if rest else set()
-        return cls(shape[dim], dim, frozenset(lengths - {0}))
-
-    def place(self, shape: Sequence[int]) -> _Placed | None:
-        """Finds the examples in a tensor; None if it does not have the batch dimension."""
-        sizes = tuple(shape)
-        for dim in (self.dim, 0, 1):
-            if dim < len(sizes) and sizes[dim] == self.size:
-                return _Placed(sizes, dim)
-        if not sizes or sizes[0] % self.size or sizes[0] // self.size not in self.lengths:
-            return None
-        split = (self.size, sizes[0] // self.size)
-        if self.dim == 0:
-            return _Placed((*split, *sizes[1:]), 0)
-        return _Placed((*split[::-1], *sizes[1:]), 1)
-
-
-def _dimension_of(batch: BatchSeen, shape: tuple[int, ...]) -> int:
-    fits = [dim for dim in (0, 1) if shape[dim] == batch.size]
-    if len(fits) == 2:  # as many examples as time steps
-        return 0 if batch.outermost else 1
-    return fits[0] if fits else 0
-
-
-class _Edge(NamedTuple):
-    """An edge of the graph from a tensor without batch dimension to one that has it.
-
-    Attributes:
-        node: The node that made the tensor without.
-        number: Which of its ``next_functions`` it leads to.
-        placed: Where the examples are in the tensor that has it.
-    """
-
-    node: Any
-    number: int
-    placed: _Placed
-
-
-def _batched_edges(
-    output: Tensor, batch: _Batch, parameters: set[tuple[int, ...]]
-) -> Iterator[_Edge]:
-    """Goes down from an output without batch dimension to where there still was one."""
-    nodes, seen = [output.grad_fn], {output.grad_fn}
-    while nodes:
-        node = nodes.pop()
-        for index, (child, number) in enumerate(getattr(node, "next_functions", ())):
-            if child is None or hasattr(child, "variable"):
-                continue
-            shape = tuple(child._input_metadata[number].shape)
-            placed = batch.place(shape)
-            # What happens to be as long as the batch is no batch: a penalty on a parameter, a mean
-            # over the batch.
-            penalty = shape in parameters and _of_one_leaf(child)
-            if placed is not None and not penalty and not _reduced_batch(child, shape, batch):
-                yield _Edge(node, index, placed)
-            elif child not in seen:
-                seen.add(child)
-                nodes.append(child)
-
-
-def _reduced_batch(node: Any, shape: tuple[int, ...], batch: _Batch) -> bool:
-    """Whether a tensor may be the result of a reduction along the batch dimension."""
-    if _is_transpose(node):  # what is below it shows better which dimension is which
-        return True
-    nodes, seen = [node], {node}
-    while nodes:
-        one = nodes.pop()
-        if _multiplies_over_batch(one, batch):
-            return True
-        for child, below in _tensors_below(one):
-            if below == shape and child not in seen:
-                seen.add(child)
-                nodes.append(child)
-            elif below != shape and _reduces_batch(one, below, batch):
-                return True
-    return False
-
-
-def _reduces_batch(node: Any, below: tuple[int, ...], batch: _Batch) -> bool:
-    placed, dims = batch.place(below), getattr(node, "_saved_dim", ())
-    if placed is None or placed.view != below:
-        return False
-    # torch shows -1 as an unsigned number.
-    signed = [dim - 2**64 if dim >= 2**63 else dim for dim in _as_tuple(dims)]
-    return placed.dim in [dim % len(below) for dim in signed]
-
-
-def _multiplies_over_batch(node: Any, batch: _Batch) -> bool:
-    """Whether a node is a product of two matrices, of which neither is a weight, over examples."""
-    factors = _tensors_below(node)[-2:]
-    if len(factors) < 2 or not re.search(r"[Mm]mBackward", node.name()):
-        return False
-    is_summed = factors[1][1][-2:-1] == (batch.size,)
-    return is_summed and not any(_of_one_leaf(child) for child, _ in factors)
-
-
-def _tensors_below(node: Any) -> list[tuple[Any, tuple[int, ...]]]:
-    return [
-        (child, tuple(child._input_metadata[number].shape))
-        for child, number in node.next_functions
-        if child is not None and not hasattr(child, "variable")
-    ]
-
-
-def _is_transpose(node: Any) -> bool:
-    return re.match(r"(T|Transpose|Permute|Movedim)Backward", node.name()) is not None
-
-
-def _as_tuple(dims: Any) -> tuple[int, ...]:
-    return (dims,) if isinstance(dims, int) else tuple(dims)
-
-
-def _of_one_leaf(node: Any) -> bool:
-    nodes, seen = [node], {node}
-    while nodes:
-        for child, _ in nodes.pop().next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                nodes.append(child)
-    return sum(hasattr(one, "variable") for one in seen) == 1
-
-
 class _Backward:
     """Runs backwards through one graph, from all rows of its outputs or from some of them.
 
@@ -393,8 +253,8 @@ class _Backward:
         outputs: Sequence[Tensor],
         gradients: Sequence[Tensor],
         parameters: Sequence[Tensor],
-        placed: Mapping[int, _Placed],
-        edges: Sequence[_Edge],
+        placed: Mapping[int, Placed],
+        edges: Sequence[Edge],
     ) -> None:
         self._outputs = outputs
         self._gradients = gradients
@@ -404,7 +264,7 @@ class _Backward:
         self._mask: Tensor | None = None
         self._twice = False
         self._into_leaves = False
-        self.weights: list[tuple[_Placed, Tensor]] = []
+        self.weights: list[tuple[Placed, Tensor]] = []
 
     def __call__(self, mask: Tensor | None = None, twice: bool = False) -> list[Tensor | None]:
         """Returns the gradient of each parameter; with ``mask`` ``[batch]`` of the examples in it.
@@ -448,7 +308,7 @@ class _Backward:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Masks gradients inside of the graph too, where an output has no batch dimension."""
-        edges: dict[Any, dict[int, _Placed]] = {}
+        edges: dict[Any, dict[int, Placed]] = {}
         for node, number, placed in self._edges:
             edges.setdefault(node, {})[number] = placed
         handles = [node.register_hook(self._hook(at)) for node, at in edges.items()]
@@ -458,7 +318,7 @@ class _Backward:
             for handle in handles:
                 handle.remove()
 
-    def _hook(self, at: Mapping[int, _Placed]) -> Callable[[Any, Any], tuple[Tensor | None, ...]]:
+    def _hook(self, at: Mapping[int, Placed]) -> Callable[[Any, Any], tuple[Tensor | None, ...]]:
         def hook(gradients: Any, _: Any) -> tuple[Tensor | None, ...]:
             return tuple(
                 self._weighted(one, at[i]) if i in at and one is not None else one
@@ -467,7 +327,7 @@ class _Backward:
 
         return hook
 
-    def _weighted(self, gradient: Tensor, placed: _Placed) -> Tensor:
+    def _weighted(self, gradient: Tensor, placed: Placed) -> Tensor:
         if self._mask is not None:
             return placed.masked(gradient, self._mask)
         if not self._twice:
@@ -632,15 +492,15 @@ def _inner(ones: Sequence[Tensor | None], others: Sequence[Tensor | None], norm:
 def _dot(one: Tensor, other: Tensor, norm: float) -> float:
     if one.layout is not torch.strided or other.layout is not torch.strided:
         return _dot_of_sparse(one, other, norm)
-    a, b = _in_double(one).flatten(), _in_double(other).flatten() / norm
+    a, b = in_double(one).flatten(), in_double(other).flatten() / norm
     return float(torch.vdot(a, b.to(a.device)).real)
 
 
 def _dot_of_sparse(one: Tensor, other: Tensor, norm: float) -> float:
     if one.layout is torch.strided:
         one, other = other, one
-    a = _in_double(one).coalesce()
-    b = _in_double(other)
+    a = in_double(one).coalesce()
+    b = in_double(other)
     if b.layout is torch.strided:
         rows = b[tuple(a.indices())]
     else:
@@ -654,7 +514,7 @@ def _total(gradients: Sequence[Tensor | None]) -> float:
 
 def _norm(gradient: Tensor) -> float:
     """Returns the L2 norm of a gradient, in which nothing overflows or underflows."""
-    values = _in_double(gradient)
+    values = in_double(gradient)
     if values.layout is not torch.strided:
         values = values.coalesce().values()
     if values.numel() == 0:
@@ -663,13 +523,6 @@ def _norm(gradient: Tensor) -> float:
     if largest == 0.0 or not math.isfinite(largest):
         return largest
     return largest * float(torch.linalg.vector_norm(values / largest))
-
-
-def _in_double(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    if tensor.device.type == "mps":  # which has no float64
-        tensor = tensor.cpu()
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _first_line(error: BaseException) -> str:

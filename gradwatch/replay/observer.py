@@ -38,6 +38,7 @@ _MIX = frozenset(
     | {"scatter_add_", "scatter_reduce", "scatter_reduce_", "put", "put_", "bincount", "histc"}
     | {"embedding_dense_backward", "convolution_backward", "native_batch_norm_backward"}
 )
+_OF_NUMBERS = frozenset({"self", "other", "exponent", "value"})
 # They look at no value, and their result is one that they were given.
 _NO_VALUES = frozenset({"detach", "alias", "is_same_size", "sym_size", "sym_numel", "prim_layout"})
 
@@ -108,7 +109,8 @@ class Details:
     """What an operation was given and returned; only for those that were asked for.
 
     Attributes:
-        operands: Its operands, before it ran.
+        operands: Its operands, before it ran: the tensors first, then Python's numbers. The other
+            attributes are those of the tensors.
         result: Its result.
         zero_examples: For each operand the examples in which it has an exact 0.
         origins: For each operand where it came in from, if it came from outside.
@@ -179,6 +181,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._producers: dict[int, int] = {}
         self._tainted: dict[int, Roots] = {}
         self._good: set[int] = set()
+        self._unread: frozenset[int | None] = frozenset()  # operands of the one that is running
         self._batched: set[int] = set()
         self._frames = Frames(self.modules)
         self._sequences: list[int] = []
@@ -255,6 +258,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             operands = list(_tensors((*args, *kwargs.values())))
             place = self._frames.place()
             number = len(self.operations)
+            self._unread = _unread(func, args, kwargs) if "batch_norm" in name else frozenset()
             bad = [] if self._wanted else self._bad_operands(func, operands, number, place)
             if number in self._wanted:
                 self.details[number] = self._details(func, operands, args, kwargs)
@@ -318,7 +322,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operation, found = self.operations[number], []
         for one in [] if operation.writes else operands:  # what is written over is gone
             key, state = _key(one), _state(one)
-            if key is None or state is _State.FINITE:
+            if key is None or key in self._unread or state is _State.FINITE:
                 continue
             made = self._producers.get(key)
             if made is not None and self.operations[made].name in _EMPTY:
@@ -421,7 +425,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         bad = []
         for one in operands:
             key = _key(one)
-            if key is None:
+            if key is None or key in self._unread:
                 continue
             roots = self._tainted.get(key)
             if roots is None:
@@ -474,8 +478,9 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Details:
         names = _operand_names(func, args, kwargs)
         pairs = list(zip(names, operands, strict=False))
+        described = [operand_of(name, one) for name, one in pairs]
         return Details(
-            tuple(operand_of(name, one) for name, one in pairs),
+            (*described, *_numbers(func, args, kwargs)),
             zero_examples=tuple(self._examples(one, _values(one) == 0) for _, one in pairs),
             origins=tuple(self._named.get(_key(one) or 0) for _, one in pairs),
             parents=tuple(self._producers.get(_key(one) or 0, -1) for _, one in pairs),
@@ -578,11 +583,34 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
+def _unread(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> frozenset[int | None]:
+    """Returns the running statistics of a batch normalization that takes those of the batch.
+
+    It only updates them. Where the batch was bad, the training's own forward has spoiled them.
+    """
+    names = [one.name for one in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    reads = False in (given.get(name) for name in ("training", "train", "update"))
+    running = () if reads else (given.get("running_mean"), given.get("running_var"))
+    return frozenset(_key(one) for one in running if isinstance(one, Tensor))
+
+
 def _operand_names(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
     """Returns the name of each tensor among the arguments, in the order of :func:`_tensors`."""
     names = [one.name for one in func._schema.arguments]
     named = [*zip(names, args, strict=False), *kwargs.items()]
     return [name for name, value in named for _ in _tensors((value,))]
+
+
+def _numbers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Operand]:
+    """Describes the numbers of Python among the arguments that stand for a tensor."""
+    names = [one.name for one in func._schema.arguments]
+    for name, value in (*zip(names, args, strict=False), *kwargs.items()):
+        if name in _OF_NUMBERS and type(value) in (int, float):
+            infinite, nan = math.isinf(value), math.isnan(value)
+            bound = math.nan if infinite or nan else float(value)
+            counts = int(value == 0), int(nan), int(infinite), int(value == -math.inf)
+            yield Operand(name, (), type(value).__name__, bound, bound, *counts)
 
 
 def _key(tensor: Tensor) -> int | None:

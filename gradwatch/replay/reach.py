@@ -26,6 +26,7 @@ from torch.nn.modules import module as module_hooks
 from torch.optim import Optimizer
 
 from gradwatch.replay.arguments import positional
+from gradwatch.replay.stand_ins import rebuilt
 
 MOST_ITEMS = 10_000
 """The largest container into which we look; the contents of a larger one are still noted."""
@@ -94,14 +95,18 @@ class Reach:
 
     def restore(self) -> None:
         """Puts back what each place held, and the states of generators."""
-        for place in self._places:
-            place.restore()
-        for restore in self._restores:
-            restore()
+        # It calls all of them, also after one has failed: a class may be the user's own.
+        with contextlib.ExitStack() as stack:
+            for place in self._places:
+                stack.callback(place.restore)
+            for restore in self._restores:
+                stack.callback(restore)
 
     # -- one object after the other ----------------------------------------------------------------
 
     def _visit(self, value: Any, depth: int, name: str) -> None:
+        if name and id(value) in self.tensors and not self.tensors[id(value)][1]:
+            self.tensors[id(value)] = (value, name)
         if isinstance(value, _PLAIN) or depth > _DEEPEST or id(value) in self._seen:
             return
         self._seen[id(value)] = value
@@ -147,11 +152,11 @@ class Reach:
 
     def _visit_module(self, module: nn.Module, depth: int, name: str) -> None:
         self.modules.append(module)
-        self.compiled |= module._compiled_call_impl is not None or hasattr(module, "dynamo_ctx")
+        self.compiled |= module._compiled_call_impl is not None or "dynamo_ctx" in vars(module)
         inside = vars(module)
         self._places.append(_Dict(inside))
         # Hooks, and modules deep in others, are looked at as closely as those that we began with.
-        hooks = (value for key, value in inside.items() if key.endswith("_hooks") and value)
+        hooks = [v for key, v in inside.items() if key.endswith("_hooks") and isinstance(v, dict)]
         self._later((hook for some in hooks for hook in some.values()), 0)
         self._later((inside.get("_modules") or {}).values(), 0)
         self._later(inside.values(), 1)
@@ -294,6 +299,11 @@ def _numbered(name: str) -> Iterator[str]:
     return (name and f"{name}[{number}]" for number in count())
 
 
+def uncompiled(function: Any) -> Any:
+    """Returns what ``torch.compile()`` was given, if a function is what that returned."""
+    return function._torchdynamo_orig_callable if _is_compiled(function) else function
+
+
 def _is_compiled(function: object) -> bool:
     # torch marks those alike that it is told not to compile.
     return hasattr(function, "_torchdynamo_orig_callable") and not hasattr(
@@ -315,9 +325,9 @@ def _swapped(value: Any, swaps: Mapping[int, Any]) -> Any:
         return swaps[id(value)]
     if isinstance(value, tuple) and len(value) <= MOST_ITEMS:
         items = [_swapped(one, swaps) for one in value]
-        return value if all(map(is_, items, value)) else tuple.__new__(type(value), items)
-    if isinstance(value, FunctionType) and _is_compiled(value):
-        return vars(value)["_torchdynamo_orig_callable"]
+        return value if all(map(is_, items, value)) else rebuilt(value, items)
+    if isinstance(value, FunctionType):
+        return uncompiled(value)
     if isinstance(value, partial):
         parts = (value.func, value.args, tuple(value.keywords.values()))
         func, args, values = (_swapped(one, swaps) for one in parts)
@@ -347,6 +357,8 @@ class _Dict:
 
     def restore(self) -> None:
         target, saved, base = self._target, self._saved, self._base
+        for key in [key for key in base.keys(target) if key not in saved]:
+            base.__delitem__(target, key)
         if len(target) != len(saved) or not all(map(is_, base.keys(target), saved)):
             base.clear(target)
         # Where the keys are the same, somebody may be going through it: it keeps its size.
@@ -372,8 +384,9 @@ class _List:
         target, saved = self._target, self._saved
         if len(target) == len(saved) and all(map(is_, target, saved)):
             return
-        target.clear()
-        target.extend(saved)
+        base: Any = deque if isinstance(target, deque) else list
+        base.clear(target)
+        base.extend(target, saved)
 
 
 class _Set:
@@ -391,8 +404,8 @@ class _Set:
 
     def restore(self) -> None:
         if self._target != self._saved:
-            self._target.clear()
-            self._target.update(self._saved)
+            set.clear(self._target)
+            set.update(self._target, self._saved)
 
 
 class _Cell:

@@ -22,6 +22,7 @@ from gradwatch.out_of_memory import forget, is_out_of_memory, release_memory
 from gradwatch.replay.arguments import Arguments
 from gradwatch.replay.live import Kernels, LiveGraph
 from gradwatch.replay.observer import Observer
+from gradwatch.replay.reach import uncompiled
 from gradwatch.replay.search import Run
 from gradwatch.replay.stand_ins import NoLossError, ReplayError, StandIns
 from gradwatch.replay.state import Model, Undisturbed, undisturbed, without_gradients
@@ -50,18 +51,22 @@ NO_LOSS = (
 )
 
 
-def run_calls(model: Model, calls: Sequence[ForwardCall]) -> Run:
+def run_calls(
+    model: Model, calls: Sequence[ForwardCall], buffers: Mapping[int, Tensor] | None = None
+) -> Run:
     """Makes a run of one micro-batch: its forwards, and one backward from the kept gradients.
 
     Args:
         model: What is watched; its names are used.
         calls: The forwards of the micro-batch, in their order.
+        buffers: What the buffers held before, by the ``id()`` of each as it is now, as
+            :meth:`gradwatch.hooks.buffers.ModelBuffers.before_window` returns it.
 
     Returns:
         A function that runs it, each time exactly alike. It raises a :class:`ReplayError` that says
         why if that cannot be done; the training is left as it was also then.
     """
-    return partial(_run_calls, model, calls)
+    return partial(_run_calls, model, calls, buffers or {})
 
 
 def run_function(
@@ -92,6 +97,7 @@ def run_closure(
     closure: Callable[[], Any],
     scale: float = 1.0,
     context: ForwardContext | None = None,
+    buffers: Mapping[int, Tensor] | None = None,
 ) -> Run:
     """Makes a run of a closure that returns the loss, and of the backward of that loss.
 
@@ -102,11 +108,13 @@ def run_closure(
         closure: The closure; it calls the model, or a wrapper of it.
         scale: The gradient of the loss from which its backward starts.
         context: What to run it in; None for how things are then.
+        buffers: As of :func:`run_calls`, if the training has run the closure; None if not: then
+            buffers are taken as they are.
 
     Returns:
         A function as of :func:`run_calls`.
     """
-    return partial(_run_closure, model, closure, scale, context)
+    return partial(_run_closure, model, closure, scale, context, buffers)
 
 
 @contextmanager
@@ -222,11 +230,17 @@ def _instead_of_backward(called: Callable[[Any, Any], None]) -> Iterator[None]:
         torch.autograd.backward = backward
 
 
-def _run_calls(model: Model, calls: Sequence[ForwardCall], observer: Observer) -> list[str]:
+def _run_calls(
+    model: Model,
+    calls: Sequence[ForwardCall],
+    buffers: Mapping[int, Tensor],
+    observer: Observer,
+) -> list[str]:
     modules = [call.module for call in calls]
     with _errors_told(), undisturbed(model, *modules) as block:
-        notes = [*block.notes]
         given = [_arguments(call, block.stand_ins) for call in calls]
+        block.go_back(buffers, {i for one in given for i in one.names})
+        notes = [*block.notes]
         names = [(block.stand_ins.by_id[i], n) for one in given for i, n in one.names.items()]
         _tell(observer, block, names)
         for call, one in zip(calls, given, strict=True):
@@ -258,7 +272,8 @@ def _arguments(call: ForwardCall, stand_ins: StandIns) -> Arguments:
 
 def _forward(call: ForwardCall, given: Arguments) -> Any:
     with call.context.entered():
-        return unwrapped(call.module)(*given.args, **given.kwargs)
+        # A wrapper only calls what it wraps by now, but it may have hooks of the user's.
+        return call.module(*given.args, **given.kwargs)
 
 
 def _tell(observer: Observer, block: Undisturbed, inputs: Iterable[tuple[Tensor, str]]) -> None:
@@ -390,7 +405,7 @@ def _difference(whole: Tensor, part: Tensor | None) -> Tensor | None:
     return torch.where(known, whole - part, 0)
 
 
-# -- a forward by hand ----------------------------------------------------------------------------
+# -- a forward by hand -----------------------------------------------------------------------------
 
 
 def _run_function(
@@ -431,14 +446,17 @@ def _run_closure(
     closure: Callable[[], Any],
     scale: float,
     context: ForwardContext | None,
+    buffers: Mapping[int, Tensor] | None,
     observer: Observer,
 ) -> list[str]:
     with _errors_told(), undisturbed(model, closure) as block:
+        if buffers is not None:
+            block.go_back(buffers, ())
         _tell(observer, block, _batch_first(block.data))
         backwards = _Backwards(observer, block.stand_ins)
         with backwards.in_place(), observer:
             with nullcontext() if context is None else context.entered():
-                loss = block.functions[0]()
+                loss = uncompiled(block.functions[0])()
             if isinstance(loss, tuple) and len(loss) == 2:  # with its weight, as for run_batch()
                 loss = loss[0]
             if not backwards.had(loss, block.parameters.values()):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
-from gradwatch.record.explanation import ExplainedKind, Explanation, Operand
+from gradwatch.record.explanation import ALL_FINITE, ExplainedKind, Explanation, Operand
 from gradwatch.replay.advice import advice_for
 from gradwatch.replay.frames import Place, source_of
 from gradwatch.replay.observer import NO_ROOTS, Details, Observer, Operation, Root
@@ -72,18 +72,20 @@ _NAMES = {
 }
 
 
-def explain_run(run: Run) -> Explanation:
+def explain_run(run: Run, known_bad: bool = True) -> Explanation:
     """Runs a micro-batch again, twice if its gradients are bad, and says where that came from.
 
     Args:
         run: Runs it; each time exactly alike.
+        known_bad: Whether its gradients were bad before, so that finite ones are strange.
     """
     first = Observer()
     notes = run(first)
     cause, kind = _cause_of(first)
     if cause is None:
-        notes = notes if any(notes) else [NOT_AGAIN]
-        return _advised(Explanation(origin="not_found", notes=tuple(notes)))
+        if not known_bad:
+            return Explanation(origin="not_found", notes=(*notes, ALL_FINITE))
+        return _advised(Explanation(origin="not_found", notes=(*notes, NOT_AGAIN)))
     search = _Search(first, cause, kind)
     second = Observer(search.wanted())
     run(second)
@@ -157,7 +159,7 @@ def _is_meant(seen: Observer, root: Root, met: Root | None) -> bool:
         return False
     if root.source is not None:
         return root.source != "output_gradient" and root.negative and root.masks
-    if _name_of(seen.operations[root.number]) in _FILLS:
+    if _name_of(seen.operations[root.number]).rstrip("_") in _FILLS:
         return True
     # Other examples have it as well, and are none the worse for it.
     if met is None or root.examples is None or met.examples is None:
@@ -306,7 +308,8 @@ class _Search:
         if details is None:
             return "", "", None, ()
         edge = _ZERO_IS_AN_EDGE.get(name.rstrip("_"))
-        index = next((i for i, one in enumerate(details.operands) if one.name == edge), None)
+        tensors = details.operands[: len(details.parents)]
+        index = next((i for i, one in enumerate(tensors) if one.name == edge), None)
         if index is None:
             return "", "", None, ()
         operand = details.operands[index]
@@ -322,7 +325,8 @@ class _Search:
             visited.add(number)
             details = all_details[number]
             operation = self._seen.operations[number]
-            onward = [i for i, one in enumerate(details.operands) if is_edge(one)]
+            tensors = details.operands[: len(details.parents)]
+            onward = [i for i, one in enumerate(tensors) if is_edge(one)]
             onward = onward if _passes_on(operation, details, is_edge) else []
             if not onward:
                 return "", "", self._earlier(operation, details), examples

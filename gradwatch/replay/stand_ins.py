@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -55,9 +58,21 @@ def _copy(tensor: Tensor) -> Tensor:
         raise ReplayError("The model has lazy parameters or buffers that have no shape yet.")
     with torch.no_grad():
         copied = tensor.detach().clone()
-    if isinstance(tensor, nn.Parameter):
+    # Not isinstance(), which is also true of tensors of other classes that are marked so.
+    if issubclass(type(tensor), nn.Parameter):
         copied = torch.Tensor._make_subclass(type(tensor), copied, tensor.requires_grad)
     else:
         copied.requires_grad_(tensor.requires_grad)
-    vars(copied).update(vars(tensor))  # marks that optimizers, frameworks and users put there
+    for name, value in vars(tensor).items():  # marks that frameworks and users have put there
+        vars(copied).setdefault(name, value)
     return copied if tensor.is_leaf or not tensor.requires_grad else copied.clone()
+
+
+def rebuilt(value: tuple[Any, ...], items: Iterable[Any]) -> tuple[Any, ...]:
+    """Returns a tuple of the same class with other items."""
+    kind: Any = type(value)
+    try:
+        # Not with the constructor: a named tuple takes its items one by one.
+        return tuple.__new__(kind, items)
+    except TypeError:  # what torch.max() and its like return
+        return kind(items)  # type: ignore[no-any-return]

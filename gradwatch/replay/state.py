@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
@@ -40,6 +40,10 @@ UNCOMPILED = "It was run again without torch.compile, whose kernels may round di
 OWN_GENERATOR = (
     "The model draws random numbers from a generator of its own, whose state at the forward is not "
     "known: the replay may have drawn others."
+)
+MENDED = (
+    "The buffers {names} hold NaN since the forward, and what they held before is not known: they "
+    "were run again with 1 in its place."
 )
 SHARDED = "The model is sharded over ranks, so that one rank cannot run it again by itself."
 SCRIPTED = "{name} is a scripted module, whose weights cannot be replaced by copies."
@@ -75,6 +79,7 @@ class Undisturbed:
         Raises:
             ReplayError: If one cannot be copied.
         """
+        self._reach = reach
         self.stand_ins = StandIns()
         self.functions: list[Callable[..., Any]] = []
         table = ParameterTable.of(model)
@@ -98,6 +103,33 @@ class Undisturbed:
         self.notes = [UNCOMPILED] if reach.compiled else []
         if reach.draws:
             self.notes.append(OWN_GENERATOR)
+
+    @torch.no_grad()
+    def go_back(self, before: Mapping[int, Tensor], given: Collection[int]) -> None:
+        """Gives the copies of buffers the values that they had before the forward.
+
+        A forward that makes NaN often leaves it in a running statistic or a hidden state. Found
+        there by a replay, it would seem to be the cause. So where the values before are not known,
+        the copies hold 1 in place of NaN: if that was there before, the replay will be finite.
+
+        Args:
+            before: Values of buffers, by the ``id()`` of each as it is now.
+            given: The ``id()`` of tensors that the forward is given, which stay as they are.
+        """
+        names = {id(copied): name for name, copied in self.buffers.items()}
+        mended = []
+        for tensor, name in self._reach.tensors.values():
+            copied = self.stand_ins.by_id.get(id(tensor))
+            if copied is None or name or id(tensor) in given or isinstance(tensor, nn.Parameter):
+                continue
+            then = before.get(id(tensor))
+            if then is not None and then.shape == copied.shape:
+                copied.copy_(then)
+            elif copied.is_floating_point() and bool((bad := torch.isnan(copied)).any()):
+                copied.masked_fill_(bad, 1.0)
+                mended.append(names.get(id(copied), ""))
+        if any(mended):
+            self.notes.append(MENDED.format(names=", ".join(filter(None, mended))))
 
     def _copy_data(self, reach: Reach) -> list[tuple[Tensor, str]]:
         data, left = [], MOST_BYTES
@@ -152,6 +184,7 @@ def undisturbed(model: Model, *functions: Callable[..., Any]) -> Iterator[Undist
         block.functions = list(map(reach.swapped, functions))
         _unwrap(reach.modules)
         stack.enter_context(_uncompiled())
+        stack.enter_context(_without_cached_weights())
         stack.enter_context(_no_steps())
         if is_distributed() and dist.get_world_size() > 1:
             stack.enter_context(_NoCollectives())  # type: ignore[no-untyped-call]
@@ -198,6 +231,19 @@ def _uncompiled() -> Iterator[None]:
         return
     with set_stance("force_eager"):
         yield
+
+
+@contextmanager
+def _without_cached_weights() -> Iterator[None]:
+    """Hides what ``torch.nn.utils.parametrize.cached()`` has computed of the real weights."""
+    cache: dict[Any, Any] = getattr(sys.modules.get("torch.nn.utils.parametrize"), "_cache", {})
+    before = dict(cache)
+    cache.clear()
+    try:
+        yield
+    finally:
+        cache.clear()
+        cache.update(before)
 
 
 @contextmanager

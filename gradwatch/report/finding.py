@@ -67,21 +67,6 @@ def first_steps(steps: Iterable[int]) -> tuple[int, ...]:
     return tuple(map(int, steps))[:MOST_STEPS]
 
 
-def counted(amount: int, one: str, many: str = "") -> str:
-    """Formats a count with its noun.
-
-    Args:
-        amount: How many there are.
-        one: The singular.
-        many: The plural; by default, the singular with an "s".
-
-    Example:
-        >>> counted(1, "step"), counted(12000, "step")
-        ('1 step', '12,000 steps')
-    """
-    return f"{amount:,} {one if amount == 1 else many or one + 's'}"
-
-
 def named(names: Sequence[str], most: int = 3) -> str:
     """Lists at most ``most`` names, and says how many more there are.
 
@@ -91,19 +76,3 @@ def named(names: Sequence[str], most: int = 3) -> str:
     """
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
-
-
-def printable(text: str) -> str:
-    r"""Escapes characters that would move the cursor, or color, reorder or break the line.
-
-    Returns:
-        The text on one line; an escape character is shown as ``\x1b``, a line break as ``\n``.
-
-    Example:
-        >>> printable("a\x1b[31mb\nc")
-        'a\\x1b[31mb\\nc'
-    """
-    if text.isprintable():
-        return text
-    # Character by character: unicode_escape would also turn "é", which is printable, into \xe9.
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -24,7 +24,7 @@ from gradwatch.record.columns import (
     table_frame,
 )
 from gradwatch.record.records import ParameterGroups
-from gradwatch.report.finding import counted
+from gradwatch.record.wording import counted
 
 if TYPE_CHECKING:
     import pandas as pd

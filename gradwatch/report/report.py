@@ -14,8 +14,9 @@ from gradwatch.checks import described
 from gradwatch.pickles import stable_name
 from gradwatch.record.columns import Source
 from gradwatch.record.folder.files import plain_data
+from gradwatch.record.wording import counted, printable
 from gradwatch.report.explained import evidence_told, is_found
-from gradwatch.report.finding import SEVERITIES, Evidence, Finding, counted, named, printable
+from gradwatch.report.finding import SEVERITIES, Evidence, Finding, named
 from gradwatch.report.rules import ALWAYS, KINDS, RULES
 from gradwatch.report.run_data import RunData, first_and_last, read_run
 from gradwatch.report.thresholds import Thresholds

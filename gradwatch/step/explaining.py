@@ -77,12 +77,16 @@ SPOILED = (
 )
 FROM_THE_START = "They were so in the first step already."
 MADE_OUTSIDE = (
-    "That input is not data: it was computed with a graph, by code outside of the forwards that are "
-    "kept, which made it bad."
+    "That input is not data: it was computed with a graph, by code outside of the forwards that "
+    "are kept, which made it bad."
+)
+OF_A_BUFFER = (
+    "It is a buffer, of which nothing is known from before the forward: if the forward itself has "
+    'written it, look for what came first; on_nonfinite="explain" tells the two apart.'
 )
 OWN_EXAMPLES = (
-    "The examples are those of rank {rank}, with their shares in its own gradient: another rank may "
-    "have the larger ones."
+    "The examples are those of rank {rank}, with their shares in its own gradient: another rank "
+    "may have the larger ones."
 )
 LEFT = "It was " + LEFT_STALE + "." + NOT_ZEROED
 MADE = "It was " + MADE_AFTER + "."
@@ -255,13 +259,14 @@ class Explaining:
         scale = whole.factor()
         if whole.scaled:
             scale *= resolve(self._run.scale.value())
-        found = explain_closure(self._model, whole.bound(), scale, whole.context)
+        before = self._run.hooks.buffers.before_window()
+        found = explain_closure(self._model, whole.bound(), scale, whole.context, before)
         return _Found(replace(found, notes=(*whole.notes(), *found.notes)), calls)
 
     def _forwards_again(self, number: int) -> _Found:
         """Runs the forwards of a micro-batch again, and the backward from where they ended."""
         calls, notes = self.forwards.calls_of(number)
-        if not calls or not isinstance(self._model, nn.Module):
+        if not calls:
             return _Found(Explanation(origin="not_found", notes=tuple(notes)))
         # A call that was given what another one made bad, as a discriminator is by its generator,
         # would hide that: run again, each is given what it was given.
@@ -270,12 +275,16 @@ class Explaining:
         found = self._run_again(calls) if some is None or some.origin == "not_found" else some
         if len(rest) < len(calls) and found is not some and found.origin == "input":
             notes.append(MADE_OUTSIDE)
+        of_buffer = found.origin == "weights" and found.parameter not in self._run.table.names
+        if of_buffer and not self._run.hooks.buffers.restores:
+            notes.append(OF_A_BUFFER)
         return _Found(replace(found, notes=(*notes, *found.notes)), calls)
 
     def _run_again(self, calls: Sequence[ForwardCall]) -> Explanation:
         from gradwatch.replay.runs import run_calls
 
-        return _explained(run_calls(self._model, calls))
+        before = self._run.hooks.buffers.before_window()
+        return _explained(run_calls(self._model, calls, before))
 
     def _of_weights(self, first: FirstNonFinite) -> Explanation:
         """Explains gradients of weights that were bad before: there is nothing to run again."""
@@ -313,23 +322,38 @@ class Explaining:
         numbers = window.backwards[-len(window.arrivals) :] if window.arrivals else []
         given = [self.forwards.calls_of(number) for number in numbers]
         notes = tuple(dict.fromkeys(note for _, some in given for note in some))
-        model = self._model
-        if not isinstance(model, nn.Module) or not given or not all(calls for calls, _ in given):
+        if not given or not all(calls for calls, _ in given):
             return _Found(replace(found, notes=notes))
+        gradients = self._by_name(*window.gradients())
         largest = largest_of_window(
-            [partial(live_calls, model, calls) for calls, _ in given],
-            self._by_name(*window.gradients()),
+            [partial(live_calls, self._model, calls) for calls, _ in given],
+            gradients,
             resolve(norms.loss_scale),
         )
-        calls = given[largest.micro_batch - 1][0] if largest.micro_batch else ()
+        place = largest.micro_batch if len(given) > 1 else 1
+        calls = given[place - 1][0] if place else ()
+        if kind == "overflow" and calls:
+            elements = sum(one.numel() for one in gradients.values())
+            begun = self._overflow(calls, elements)
+            found = replace(begun, largest_parameters=found.largest_parameters)
         own = (OWN_EXAMPLES.format(rank=rank()),) if largest.shares and several_ranks() else ()
         explanation = replace(
             found,
-            micro_batch=largest.micro_batch,
+            micro_batch=place,
             largest_examples=largest.shares,
-            notes=(*notes, *largest.notes, *own),
+            notes=(*found.notes, *notes, *largest.notes, *own),
         )
         return _Found(explanation, calls)
+
+    def _overflow(self, calls: Sequence[ForwardCall], elements: int) -> Explanation:
+        """Looks where finite gradients became too large."""
+        from gradwatch.replay.overflow import explain_overflow
+
+        try:
+            return explain_overflow(self._model, calls, elements)
+        except Exception as error:  # the largest parameters and examples are known all the same
+            note = REPLAY_FAILED.format(error=described_error(error))
+            return Explanation(origin="not_found", kind="overflow", notes=(note,))
 
     def _largest_parameters(self, window: Window, norms: StepNorms) -> tuple[Share, ...]:
         from gradwatch.replay.largest import largest_by_norm, largest_parameters
@@ -375,6 +399,7 @@ def explain_closure(
     closure: Callable[[], Any],
     scale: float = 1.0,
     context: ForwardContext | None = None,
+    buffers: Mapping[int, Tensor] | None = None,
     asked: bool = False,
 ) -> Explanation:
     """Runs a closure that returns the loss, and says where its gradients go bad.
@@ -384,6 +409,7 @@ def explain_closure(
         closure: The closure. One that takes data from an iterator is not run.
         scale: The gradient of the loss from which its backward starts.
         context: What to run it in; None for how things are now.
+        buffers: What buffers held before; see :func:`gradwatch.replay.runs.run_closure`.
         asked: Whether the user has asked for it, and is to hear of a mistake.
 
     Raises:
@@ -394,7 +420,7 @@ def explain_closure(
         return Explanation(origin="not_found", notes=(refused,))
     from gradwatch.replay.runs import run_closure
 
-    return _explained(run_closure(model, closure, scale, context), asked)
+    return _explained(run_closure(model, closure, scale, context, buffers), asked)
 
 
 def _explained(run: Callable[[Any], list[str]], asked: bool = False) -> Explanation:

@@ -148,8 +148,6 @@ class OptimizerRegistry:
         run = self._run
         if not run.scale.looked:
             run.scale.look()
-        if self._forwards is not None:
-            self._forwards.note_backward(backward.number)
         silence = self._silence
         silence.backwards += 1
         silence.others = 0
@@ -167,12 +165,10 @@ class OptimizerRegistry:
         if run.hooks.added.watching:
             self._watch_what_is_added()
         run.hooks.arrivals.on_begin = self._begin_backward
-        forwards = self._forwards
-        if forwards is not None:
-            # With one optimizer nothing else is kept, so the windows need not be asked.
-            held = len(self.followed[0].window.backwards) if self.followed else 0
-            if len(forwards.by_number) > held:
-                forwards.keep_only(self._open_backwards())
+        # With one optimizer nothing else is held, so the windows need not be asked.
+        held = self.followed[0].window.backwards if self.followed else ()
+        if self._forwards is not None and len(self._forwards.by_number) > len(held):
+            self._forwards.keep_only(self._open_backwards())
 
     def _open_backwards(self) -> set[int]:
         """Returns the numbers of the backwards that a step may still use."""

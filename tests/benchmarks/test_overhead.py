@@ -55,7 +55,7 @@ def test_script_measures_and_writes(tiny, tmp_path, capsys):
     """A short run writes a table per setting and one of targets, and names every peer."""
     from benchmarks.overhead import __main__ as overhead
     from benchmarks.overhead.other_tools import PEERS
-    from benchmarks.overhead.variants import BOTH, CLIP, MANAGED, WATCH
+    from benchmarks.overhead.variants import BOTH, CLIP, EXPLAIN, MANAGED, WATCH
 
     page = tmp_path / "RESULTS.md"
     options = ["--quick", "--workload", "gpt", "--rounds", 2]
@@ -85,7 +85,7 @@ def test_script_measures_and_writes(tiny, tmp_path, capsys):
             float(inside[name].split()[0]) > 0 for name in (f"{CLIP}, nothing clipped", WATCH)
         )
         assert inside["a loop of .norm().item()"] == "-"
-        assert calls[WATCH] == ("+5" if "one" in heading else "+10")
+        assert calls[WATCH] == calls[EXPLAIN] == ("+5" if "one" in heading else "+10")
         assert all((name in names) != (f"- {name}: not measured" in text) for name in PEERS)
     targets = tables["Targets"]
     assert {row[3] for row in targets[2:]} <= {"**reached**", "**not reached**", "**not measured**"}

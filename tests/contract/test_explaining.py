@@ -419,8 +419,8 @@ def test_a_loop_without_an_optimizer_is_explained_once_its_steps_are_certain() -
             model.zero_grad()
             model(bad() if index == 25 else good()).square().mean().backward()
             with torch.no_grad():
-                for one in model.parameters():
-                    one -= 1e-3 * one.grad.nan_to_num(0.0, 0.0, 0.0)
+                for weight in model.parameters():
+                    weight.sub_(weight.grad.nan_to_num(0.0, 0.0, 0.0), alpha=1e-3)
     (one,) = watcher.explanations
     assert (one.step, one.optimizer, one.operation) == (26, "none", "log")
 
@@ -572,9 +572,9 @@ def test_a_failing_replay_ends_as_a_note(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_log_tells_each_explanation_once(caplog: pytest.LogCaptureFixture) -> None:
     """A warning in the log of gradwatch with its paragraph."""
     model, optimizer = setting()
-    with caplog.at_level(logging.WARNING, "gradwatch"):
-        with gradwatch.watch(model, optimizer, on_nonfinite="explain") as watcher:
-            train(model, optimizer, [[bad()], [good()]])
+    watched = gradwatch.watch(model, optimizer, on_nonfinite="explain")
+    with caplog.at_level(logging.WARNING, "gradwatch"), watched as watcher:
+        train(model, optimizer, [[bad()], [good()]])
     text = str(watcher.explanations[0])
     assert [one.getMessage() for one in caplog.records].count(text) == 1
 
@@ -658,3 +658,59 @@ def test_nothing_is_left_for_the_collector() -> None:
             assert held() is None
     finally:
         gc.enable()
+
+
+class Normalized(nn.Module):
+    """A logarithm, and running statistics that its infinity spoils in the forward itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.last = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a number for each row."""
+        return self.last(self.norm(x.log()))
+
+
+@pytest.mark.parametrize("options", [{"on_nonfinite": "explain"}, {"explain": True}], ids=str)
+def test_running_statistics_that_the_batch_has_spoiled_are_not_to_blame(
+    options: dict[str, Any],
+) -> None:
+    """The forward writes NaN there before anybody replays it."""
+    torch.manual_seed(0)
+    model = Normalized()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.watch(model, optimizer, **options) as watcher:
+        train(model, optimizer, [[good()], [bad().clamp_(min=0.0)]])
+    (one,) = watcher.explanations
+    assert (one.operation, one.examples, one.module) == ("log", (1,), "")
+
+
+class Codebook(nn.Module):
+    """Follows the mean of its input in a buffer that every forward reads first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(4))
+        self.last = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a number for each row."""
+        logs = x.log()
+        result = self.last(logs - self.center)
+        with torch.no_grad():
+            self.center.lerp_(logs.mean(0), 0.1)
+        return result
+
+
+def test_a_buffer_that_the_batch_has_spoiled_is_not_to_blame() -> None:
+    """Where steps are skipped, its value from before the window is known."""
+    torch.manual_seed(0)
+    model = Codebook()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.watch(model, optimizer, on_nonfinite="explain") as watcher:
+        train(model, optimizer, [[good()], [bad().clamp_(min=0.0)], [good()]])
+    (one,) = watcher.explanations
+    assert (one.operation, one.examples) == ("log", (1,))
+    assert model.center.isfinite().all()

@@ -93,6 +93,48 @@ def test_an_overflow_names_parameters_and_examples(clip):
     assert all(math.isfinite(one.norm) for one in found.largest_parameters)
 
 
+class Divided(nn.Module):
+    """A layer whose result is divided by almost nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.layer(x) / 1e-25
+
+
+def test_an_overflow_names_the_line():
+    """The operation from which the elements are so large is named, and it is in the text."""
+    model = Divided()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with gradwatch.watch(model, optimizer, on_nonfinite="explain") as watcher:
+        model(torch.randn(16, 4)).mean().backward()
+        optimizer.step()
+    (found,) = watcher.explanations
+    assert (found.kind, found.origin, found.operation) == ("overflow", "operation", "div")
+    assert (found.module, found.source) == ("", "return self.layer(x) / 1e-25")
+    assert len(found.largest_parameters) == 2
+    assert len(found.largest_examples) == 3
+    assert found.source in str(found)
+    assert "overflow" in str(found).lower()
+
+
+def test_an_overflow_that_the_loop_has_clipped():
+    """A loop's own clip makes zeros of such gradients; the micro-batch is found all the same."""
+    torch.manual_seed(0)
+    model = zoo.small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with gradwatch.watch(model, optimizer, on_nonfinite="explain") as watcher:
+        for factor in (1.0, 1e25, 1.0):
+            (model(torch.randn(16, 4)).mean() * factor).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    (found,) = watcher.explanations
+    assert (found.kind, found.micro_batch, found.origin) == ("overflow", 2, "output_gradient")
+    assert len(found.largest_parameters) == len(found.largest_examples) == 3
+
+
 def test_units_under_a_scaler():
     """With a GradScaler norms are in true units."""
     model = zoo.small()

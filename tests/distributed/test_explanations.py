@@ -1,5 +1,7 @@
 """Explanations where there are several ranks: each writes its own, and waits for no other."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -31,3 +33,33 @@ def test_that_of_another_rank_is_in_the_folder(tmp_path):
     history = load(tmp_path)
     assert history.explanations()[["step", "rank"]].to_dict("list") == {"step": [2], "rank": [1]}
     assert history.report().kinds[0] == "nan"
+
+
+def _train_on_bad_data(folder):
+    torch.manual_seed(0)
+    model = DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(4, 4), zoo.small()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.watch(
+        model, optimizer, run_dir=folder, on_nonfinite="explain", keep_batches=True
+    ) as watcher:
+        for step in range(1, 4):
+            x = torch.ones(2, 4)
+            if step == 2 and dist.get_rank() == 1:
+                x[1] = math.nan
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return watcher.history.explanations()["origin"].tolist()
+
+
+def test_the_rank_with_bad_data_says_which(tmp_path):
+    """The report names the input and the example, although the first rank never saw them."""
+    origins = on_ranks(_train_on_bad_data, 2, folder=tmp_path)
+    assert origins == [["not_found"], ["input"]]
+    finding = load(tmp_path).report().findings[0]
+    assert finding.kind == "nan"
+    assert (finding.explanation.rank, finding.explanation.examples) == (1, (1,))
+    (path,) = (tmp_path / "nonfinite").glob("*/batch.pt")
+    (kept,) = torch.load(path, weights_only=True)["calls"]
+    assert path.parent.name == "step-000002-rank-1"
+    assert kept["args"][0].isnan().any(1).tolist() == [False, True]

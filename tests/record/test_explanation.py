@@ -5,6 +5,7 @@ import json
 import math
 import pickle
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -396,6 +397,8 @@ def _some(inner):
         examples=st.lists(st.integers(0, 99), unique=True, max_size=10).map(sorted).map(tuple),
         count=counts,
         size=counts,
+        nan_count=counts,
+        inf_count=counts,
         result_shape=shapes,
         result_dtype=dtypes,
         inputs=st.lists(operands, max_size=3).map(tuple),
@@ -488,6 +491,23 @@ def test_control_characters_are_escaped():
     )
     assert "\x1b" not in str(explanation) + explanation.summary
     assert "\\x1b" in str(explanation)
+
+
+def test_what_the_result_has_is_told_apart_from_the_gradients():
+    """A NaN in the gradients may have begun as an Inf; a result may have both."""
+    base = Explanation(origin="operation", operation="exp", phase="forward", count=3, size=8)
+    assert "3 of 8 elements of the result are Inf." in str(replace(base, inf_count=3))
+    assert "3 of 8 elements of the result are NaN or Inf." in str(
+        replace(base, nan_count=1, inf_count=2)
+    )
+    assert "3 of 8 elements of the result are NaN." in str(base)
+
+
+def test_a_number_next_to_a_whole_one():
+    """Enough digits show that it is beyond: 1.0000001 is not 1."""
+    angle = Operand("self", (2,), "float32", -0.0, 1.0000001192)
+    found = Explanation(origin="operation", operation="acos", phase="forward", inputs=(angle,))
+    assert "This is acos outside of [-1, 1], 0 to 1.0000001." in str(found)
 
 
 def test_ranks_are_named():

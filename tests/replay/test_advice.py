@@ -2,7 +2,7 @@
 
 import re
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -80,8 +80,34 @@ CASES = [
         source="torch.where(x > 0, torch.log(x), 0.0)",
     ),
     _unary("log_zero", torch.log, 0.0, 1.0, made_by="_softmax"),
+    _unary("log_zero", torch.log, 0.0, 1.0, module_class="GaussianNLLLoss"),
     _unary("log_zero", torch.log, 0.0, 1.0, made_by="sigmoid", also=HALVES),
+    _unary(
+        "log_zero",
+        torch.log,
+        0.0,
+        1.0,
+        made_by="rsub",
+        source="torch.log(1 - torch.sigmoid(x))",
+        also=HALVES,
+    ),
     _unary("log_negative", torch.log, -1.0, 0.0, 1.0),
+    _unary(
+        "log_negative",
+        torch.log,
+        -1.0,
+        1.0,
+        source="F.poisson_nll_loss(x, y, log_input=False)",
+        also={"target": t(1.0, 1.0)},
+    ),
+    _case(
+        "div_zero",
+        "div",
+        torch.div,
+        t(1.0, 0.0),
+        t(0.0, 2.0),
+        source="F.gaussian_nll_loss(m, y, v, eps=0.0)",
+    ),
     _unary("log1p_edge", torch.log1p, -1.0, 0.0),
     _unary("log1p_edge", torch.log1p, -1.0, 0.0, dtype=torch.bfloat16),
     _unary("log1p_below", torch.log1p, -1.5, 0.0),
@@ -257,9 +283,14 @@ FROM_OPERANDS = {
     "tan_pole": ("tan", "backward", "inf", (t(1.5707964),)),
     "one_per_channel": ("native_batch_norm", "forward", "nan", (t((1.0, 2.0)),)),
     "weight_norm_zero": ("_weight_norm_interface", "forward", "nan", (t(0.0, 0.0),)),
+    "mask": ("masked_fill", "forward", "inf", (t(0.0, 1.0), torch.tensor([True, False]))),
     "bce_edge": ("binary_cross_entropy", "backward", "inf", (t(0.0, 1.0),)),
 }
-TOLD = {"`drop_last=True`", "`need_weights=False`"}  # options, that are given where they belong
+TOLD = {
+    "`drop_last=True`",
+    "`log_input=False`",
+    "`need_weights=False`",
+}  # options, that are given where they belong
 
 
 def _leaves(case):
@@ -297,6 +328,8 @@ def _explanation(case, phase, kind, operands, result):
         module_class=case.module_class,
         inputs=operands,
         count=int((~torch.isfinite(result)).sum()),
+        nan_count=int(result.isnan().sum()),
+        inf_count=int(result.isinf().sum()),
         size=result.numel(),
         result_shape=tuple(result.shape),
         result_dtype=str(result.dtype).removeprefix("torch."),
@@ -479,6 +512,10 @@ def test_nothing_is_said_that_the_numbers_do_not_show():
         "div", (Operand("self", (), "float32", 1.0, 1.0), Operand("other", (), "float32", 2.0, 2.0))
     )
     assert circumstance(facts_of(divided)) is None
+    by_number = replace(divided, inputs=divided.inputs[:1], kind="inf")
+    assert circumstance(facts_of(by_number)) is None
+    times_inf = _made("mul", (Operand("self", (2,), "float32", 1.0, 2.0),))
+    assert circumstance(facts_of(times_inf)) is None
     squared = _made(
         "pow",
         (Operand("self", (2,), "float16", 0.0, 300.0, zeros=1),),
@@ -487,6 +524,23 @@ def test_nothing_is_said_that_the_numbers_do_not_show():
         source="x**2",
     )
     assert circumstance(facts_of(squared)).key == "gradient_too_large"
+
+
+def test_a_logarithm_of_what_a_sigmoid_leaves():
+    """1 - sigmoid(x) is sigmoid(-x): the advice for sigmoid(x) would be wrong."""
+    explanation = _explained(next(case for case in CASES if case.made_by == "rsub"))
+    assert "`F.logsigmoid(-x)`" in advice_for(explanation)
+    x = t(3.0)
+    assert torch.isclose(F.logsigmoid(-x), torch.log(1 - torch.sigmoid(x)))
+
+
+def test_what_a_nan_began_as():
+    """The gradients are NaN, and the operation made an Inf: the advice is about that."""
+    operand = Operand("self", (2,), "float32", -1.0, 1.0, zeros=1)
+    began = _made("log", (operand,), kind="nan", count=1, inf_count=1)
+    assert circumstance(facts_of(began)).key == "log_zero"
+    both = _made("log", (operand,), kind="nan", count=2, nan_count=1, inf_count=1)
+    assert circumstance(facts_of(both)).key == "log_negative"
 
 
 def test_data():
@@ -520,9 +574,10 @@ def test_weights_that_were_bad():
 def test_the_loss_outside_and_what_was_not_found():
     """Both say what replays the loss, too."""
     for origin in ("output_gradient", "not_found"):
-        advice = advice_for(Explanation(origin=origin))
+        advice = advice_for(Explanation(origin=origin, step=3))
         assert "`watcher.explain(closure)`" in advice
         assert "`gradwatch.explain(model, *args, loss=...)`" in advice
+    assert "weights and the batch" in advice_for(Explanation())
 
 
 def test_one_of_several():

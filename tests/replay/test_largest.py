@@ -604,10 +604,21 @@ def test_a_window_that_gives_other_gradients():
     """Where the sum of the replays does not point along the step's gradients, nothing is named."""
     model, x, rows = zoo_case("mlp")
     runs = [partial(live, model, x, rows)] * 2
-    zeros = {name: torch.zeros_like(one) for name, one in model.named_parameters()}
     (-rows(model(x)).sum()).backward()
-    for gradients in (zeros, float64.gradients(model)):
-        assert largest_of_window(runs, gradients) == (0, (), (largest.OTHER_GRADIENTS,))
+    found = largest_of_window(runs, float64.gradients(model))
+    assert found == (0, (), (largest.OTHER_GRADIENTS,))
+
+
+@pytest.mark.parametrize("left", [0.0, math.nan])
+def test_a_window_whose_gradients_are_lost(left):
+    """Where a clip has left zeros or NaN, the micro-batch with the largest norm is taken."""
+    model, x, rows = zoo_case("mlp")
+    runs = [partial(live, model, x, rows, scale=scale) for scale in (1.0, 3.0, 2.0)]
+    lost = {name: torch.full_like(one, left) for name, one in model.named_parameters()}
+    found = largest_of_window(runs, lost, 3.0)
+    assert_agree(found, *expected(model, x, rows))
+    assert found.micro_batch == 2
+    assert found.notes == (largest.LARGEST_OF_MANY.format(index=2, count=3),)
 
 
 @pytest.mark.parametrize("name", list(zoo.MODELS))

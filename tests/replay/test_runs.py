@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import gradwatch
 from gradwatch.hooks.context import ForwardContext
 from gradwatch.replay.runs import run_calls, run_closure
 from gradwatch.replay.stand_ins import ReplayError
@@ -424,3 +425,128 @@ def test_a_closure_that_returns_no_loss(value):
     """It is told what is missing."""
     with pytest.raises(ReplayError, match="must return the loss"):
         run_closure(zoo.small(), lambda: value)(Seen())
+
+
+# -- what the forward has left ---------------------------------------------------------------------
+
+
+class Centered(nn.Module):
+    """Subtracts a running mean, which a NaN in the batch would poison."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.register_buffer("mean", torch.ones(4))
+        self.newest = torch.zeros(4)
+
+    def forward(self, x):
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+        self.newest = x.detach()[0] / self.mean
+        return self.layer((x - self.mean).sqrt())
+
+
+class WithMeans(Seen):
+    """Notes what the buffer holds when it is named."""
+
+    def name_buffer(self, tensor, name):
+        self.buffers[name] = tensor.clone()
+
+
+def test_buffers_hold_what_they_held_before_the_forward():
+    """A watcher's copies of the buffers are used, also where the forward has replaced the buffer."""
+    model = Centered()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.watch(model, optimizer, on_nonfinite="skip") as watcher:
+        with kept(model) as calls:
+            model(X + float("nan")).sum().backward()
+        before = watcher._run.hooks.buffers.before_window()
+        seen = WithMeans()
+        assert run_calls(model, calls, before)(seen) == []
+        assert seen.buffers["mean"].tolist() == [1, 1, 1, 1]
+        assert bool(model.mean.isnan().all())
+    with gradwatch.watch(model, optimizer) as watcher:
+        assert watcher._run.hooks.buffers.before_window() == {}
+
+
+def test_a_buffer_that_is_nan_since_the_forward():
+    """Where nothing was copied it begins with 1, and a note says so."""
+    model = Centered()
+    with kept(model) as calls:
+        model(X + float("nan")).sum().backward()
+    seen = WithMeans()
+    (note,) = run_calls(model, calls)(seen)
+    assert note.startswith("The buffers mean hold NaN since the forward")
+    assert seen.buffers["mean"].tolist() == [1, 1, 1, 1]
+    assert bool(seen.inputs[0][1].isnan().all())  # the input stays as it is
+    assert bool(model.mean.isnan().all())
+
+
+def test_an_input_that_the_model_keeps():
+    """A batch that the model has put into an attribute is still the batch that it was given."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x):
+            self.x = x
+            return self.layer(self.x)
+
+    model, x = Net(), X + float("nan")
+    with kept(model) as calls:
+        model(x).sum().backward()
+    for run in (run_calls(model, calls), run_closure(model, lambda: model(x).sum(), buffers={})):
+        seen = Seen()
+        run(seen)
+        assert _named(seen) == ["x"]
+        assert bool(seen.gradients["layer.weight"].isnan().all())
+
+
+def test_the_weights_of_a_cached_parametrization():
+    """A replay inside of cached() computes its weights from the stand-ins."""
+    model = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+    with nn.utils.parametrize.cached():
+        loss = model(X).sum()
+        seen = Seen()
+        run_closure(model, lambda: model(X).sum())(seen)
+        assert model.parametrizations.weight.original0.grad is None
+        loss.backward()  # its graph is still there
+    _assert_same_gradients(model, seen)
+
+
+def test_hooks_on_a_wrapper():
+    """What a hook on a wrapper makes of the output is part of the computation."""
+    inner = nn.Linear(4, 2)
+    model = nn.DataParallel(inner)
+    model.register_forward_hook(lambda module, args, output: output * 3)
+    with kept(model) as calls:
+        model(X).sum().backward()
+    seen = Seen()
+    run_calls(model, calls)(seen)
+    assert list(seen.gradients) == ["weight", "bias"]
+    assert torch.equal(seen.gradients["weight"], inner.weight.grad)
+
+
+def test_results_of_torch_as_arguments():
+    """A forward may be given what torch.max() returns, or a packed sequence."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 2)
+            self.cell = nn.LSTM(4, 2)
+
+        def forward(self, largest, packed):
+            return self.layer(largest.values), self.cell(packed)[0].data
+
+    model = Net()
+    packed = nn.utils.rnn.pack_sequence([X[:3], X[:2]])
+    with kept(model) as calls:
+        left, right = model(X.max(1), packed)
+        (left.sum() + right.sum()).backward()
+    seen = Seen()
+    run_calls(model, calls)(seen)
+    assert _named(seen)[:2] == ["largest[0]", "largest[1]"]
+    assert "packed.data" in _named(seen)
+    _assert_same_gradients(model, seen)

@@ -2,6 +2,7 @@
 
 import random
 from collections import OrderedDict, defaultdict, deque
+from enum import Enum
 from functools import partial
 
 import numpy as np
@@ -528,3 +529,77 @@ def test_compiled_models(how, way):
         return _training(model)
 
     assert disturbance(make, way, lambda: len(compiled)) == []
+
+
+class Mode(Enum):
+    """Has a value that could be copied."""
+
+    FAST = ["fast"]  # noqa: RUF012
+
+
+class Cache:
+    """What some models are given to keep keys in; it counts."""
+
+    def __init__(self):
+        self.length = 0
+        self.keys = []
+        self.mode = Mode.FAST
+
+
+@ways
+def test_an_argument_that_the_forward_writes_to(way):
+    """An object, a list and a dict among the arguments are as the training has left them."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x, cache, log, named):
+            cache.length += 1
+            cache.keys.append(x.detach())
+            assert cache.mode is Mode.FAST
+            log.append(1)
+            named[len(named)] = 1
+            return self.layer(x)
+
+    ends = []
+
+    def make():
+        ends[:] = [Cache(), [], {}]
+        model, x = Net(), torch.randn(8, 6)
+        return model, lambda step: model(x + step, *ends).square().mean()
+
+    def extra():
+        cache, log, named = ends
+        return cache.length, cache.keys, log, named
+
+    assert disturbance(make, way, extra) == []
+
+
+class Stubborn(dict):
+    """Cannot be cleared, nor written to as a dict is."""
+
+    def clear(self):
+        raise TypeError("no")
+
+    def __setitem__(self, key, value):
+        raise TypeError("no")
+
+
+@ways
+def test_containers_of_classes_of_their_own(way):
+    """They are put back without their own methods."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+            self.values = Stubborn(a=torch.zeros(1), b=1)
+
+        def forward(self, x):
+            dict.__setitem__(self.values, f"step {len(self.values)}", 1)
+            self.values["a"].add_(1)
+            return self.layer(x)
+
+    assert disturbance(lambda: _training(Net()), way) == []

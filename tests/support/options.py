@@ -24,6 +24,7 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "raising_sink": lambda: {"sinks": [Raises()]},
     "skip": lambda: {"on_nonfinite": "skip"},
     "raise": lambda: {"on_nonfinite": "raise"},
+    "explain": lambda: {"on_nonfinite": "explain"},
     "every_statistic": lambda: {"statistics": STATISTICS},
     "every_second": lambda: {"statistics": STATISTICS, "every": 2},
     "exploding": lambda: {"exploding_norm": 1e-9},

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gradwatch.report.finding import Evidence, Finding, Severity, counted, first_steps
+from gradwatch.record.wording import counted
+from gradwatch.report.finding import Evidence, Finding, Severity, first_steps
 from gradwatch.report.run_data import RunData
 from gradwatch.report.thresholds import Thresholds
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gradwatch.report.finding import Evidence, Finding, counted, first_steps
+from gradwatch.record.wording import counted
+from gradwatch.report.finding import Evidence, Finding, first_steps
 from gradwatch.report.rates import rate_at
 from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds

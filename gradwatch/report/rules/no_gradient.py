@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from gradwatch.record.columns import safe_text
-from gradwatch.report.finding import Evidence, Finding, counted, named
+from gradwatch.record.wording import counted
+from gradwatch.report.finding import Evidence, Finding, named
 from gradwatch.report.run_data import RunData
 from gradwatch.report.thresholds import Thresholds
 

@@ -10,8 +10,9 @@ import numpy as np
 from gradwatch.record.columns import Array
 from gradwatch.record.events import ToldCause, told_cause
 from gradwatch.record.explanation import Explanation
+from gradwatch.record.wording import counted
 from gradwatch.report.explained import is_found
-from gradwatch.report.finding import Evidence, Finding, counted, first_steps
+from gradwatch.report.finding import Evidence, Finding, first_steps
 from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from gradwatch.record.columns import Array
 from gradwatch.record.explanation import Explanation
-from gradwatch.report.finding import Evidence, Finding, Severity, counted, first_steps
+from gradwatch.record.wording import counted
+from gradwatch.report.finding import Evidence, Finding, Severity, first_steps
 from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
 

@@ -424,6 +424,23 @@ class TestReplay:
         assert x[5].abs().max() > 1e3
         assert load(tmp_path).report().kinds[0] in ("nan", "inf")
 
+    def test_of_several_optimizers_has_their_labels(self, tmp_path):
+        """Two optimizers that step together have a folder each for the same bad step."""
+        model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        optimizers = {
+            "first": torch.optim.SGD(model[0].parameters(), lr=0.1),
+            "second": torch.optim.SGD(model[1].parameters(), lr=0.1),
+        }
+        with gradwatch.watch(model, optimizers, run_dir=tmp_path, on_nonfinite="explain"):
+            for step in range(1, 4):
+                x = torch.full((2, 4), float("nan") if step == 3 else 1.0)
+                model(x).sum().backward()
+                for optimizer in optimizers.values():
+                    optimizer.step()
+                    optimizer.zero_grad()
+        assert _named(tmp_path) == ["step-000003-first", "step-000003-second"]
+        assert load(tmp_path).explanations()["optimizer"].tolist() == ["first", "second"]
+
     def test_of_the_first_step_is_there_after_an_error(self, tmp_path, capsys):
         """With `raise` no step may ever be recorded; `gradwatch explain` has the line."""
         with pytest.raises(gradwatch.NonFiniteGradientError):
