@@ -25,8 +25,8 @@ _DEEPEST = 3  # functions that are called by functions
 _MOST_ITEMS = 64  # of a container that is looked into: a batch, and not a data set
 
 DRAWS = (
-    "The function that computes the loss has an iterator in a variable. Running it again would move "
-    "that on, so it was not run again whole: take the batch from the iterator before it."
+    "The function that computes the loss has an iterator in a variable, which running it again "
+    "would move on, so it was not run again whole. Take the batch from the iterator before it."
 )
 FAILED = "The closure could not be kept, after an error: {error}"
 CHANGED_IN_PLACE = (
@@ -150,11 +150,16 @@ class KeptClosures:
         if dropped is self._current and isinstance(dropped, KeptClosure):
             self._current = None
 
-    def note_backward(self, number: int) -> bool:
-        """Notes that a backward has ended; returns whether anything is known of it."""
+    def note_backward(self, number: int, held: dict[int, list[Any]]) -> None:
+        """Notes that a backward has ended.
+
+        Args:
+            number: Its number.
+            held: What else is held of each backward; to be told which to :meth:`drop`.
+        """
         if self._current is not None:
             self.by_number[number] = self._current
-        return self._current is not None
+            held.setdefault(number, [])
 
 
 def why_not_again(function: Callable[..., Any]) -> str:

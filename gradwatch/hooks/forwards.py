@@ -253,12 +253,14 @@ class KeptForwards:
             self.by_number.setdefault(number, []).extend(found)
         elif number not in self.by_number and self._look_inside():
             self._reasons[number] = FIRST_NOT_SEEN
-        if self.closures.note_backward(number):
-            self.by_number.setdefault(number, [])
+        self.closures.note_backward(number, self.by_number)
         if len(self.by_number) > MOST_KEPT:
-            oldest, *others = self.by_number
-            self.keep_only(others)
-            self._reasons[oldest] = DROPPED
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        oldest, *others = self.by_number
+        self.keep_only(others)
+        self._reasons[oldest] = DROPPED
 
     def note_whole(
         self, replay: Callable[..., Tensor] | None, args: tuple[Any, ...], divisor: float, why: str

@@ -9,6 +9,7 @@ same objects are there again. Tensors that are found in them are replaced for th
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
 import sys
 from collections import OrderedDict, deque
@@ -25,7 +26,6 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.optim import Optimizer
 
-from gradwatch.replay.arguments import positional
 from gradwatch.replay.stand_ins import rebuilt
 
 MOST_ITEMS = 10_000
@@ -297,6 +297,23 @@ def _global_hooks() -> Iterator[dict[int, Any]]:
 
 def _numbered(name: str) -> Iterator[str]:
     return (name and f"{name}[{number}]" for number in count())
+
+
+def positional(forward: Callable[..., Any], args: tuple[Any, ...]) -> list[str]:
+    """Returns what a function calls its positional arguments."""
+    names: list[str] = []
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):  # written in C, without a signature
+        parameters = []
+    for one in parameters:
+        if one.kind is one.VAR_POSITIONAL:
+            rest = len(args) - len(names)
+            names.extend(f"{one.name}[{i}]" for i in range(rest))
+        elif one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD):
+            names.append(one.name)
+    names.extend(f"args[{i}]" for i in range(len(names), len(args)))
+    return names[: len(args)]
 
 
 def uncompiled(function: Any) -> Any:

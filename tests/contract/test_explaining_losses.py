@@ -55,7 +55,9 @@ def batches(*bad: int, count: int = 6) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-Loop = Callable[[gradwatch.Watcher, Model, torch.optim.Optimizer, list[tuple[Tensor, Tensor]]], None]
+Loop = Callable[
+    [gradwatch.Watcher, Model, torch.optim.Optimizer, list[tuple[Tensor, Tensor]]], None
+]
 
 
 def by_run_batch(watcher, model, optimizer, given) -> None:

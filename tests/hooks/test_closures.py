@@ -79,7 +79,7 @@ def test_nothing_but_references() -> None:
     batch = torch.zeros(3)
     closures = KeptClosures()
     closures.begin(lambda part: part.sum(), batch)
-    assert closures.note_backward(7)
+    closures.note_backward(7, {})
     closures.end()
     one = closures.by_number[7]
     assert isinstance(one, KeptClosure)
@@ -96,16 +96,17 @@ def test_nothing_but_references() -> None:
 
 def test_a_backward_of_something_else_has_none() -> None:
     """A closure is that of the backwards between its begin and its end."""
-    closures = KeptClosures()
-    assert not closures.note_backward(1)
+    closures, held = KeptClosures(), {1: ["a forward"]}
+    closures.note_backward(1, held)
     closures.begin(lambda: None)
-    assert closures.note_backward(2)
-    assert closures.note_backward(3)
+    closures.note_backward(2, held)
+    closures.note_backward(3, held)
     closures.end()
-    assert not closures.note_backward(4)
+    closures.note_backward(4, held)
     closures.refuse("Because.")
-    assert closures.note_backward(5)
+    closures.note_backward(5, held)
     assert sorted(closures.by_number) == [2, 3, 5]
+    assert held == {1: ["a forward"], 2: [], 3: [], 5: []}
     assert closures.by_number[5] == "Because."
 
 
