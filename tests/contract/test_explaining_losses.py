@@ -1,5 +1,7 @@
 """The line in the loss: managed loops, closures of optimizers, and watcher.explain(closure)."""
 
+# ruff: noqa: B023 - the functions are called while the variables have their values, and not only then
+
 import copy
 import gc
 import weakref
@@ -61,12 +63,14 @@ Loop = Callable[
 
 
 def by_run_batch(watcher, model, optimizer, given) -> None:
+    """Train with ``run_batch()``."""
     for batch in given:
         watcher.run_batch(lambda part: loss_of(model(part[0]), part[1]), batch)
         watcher.step()
 
 
 def by_run_batch_with_weights(watcher, model, optimizer, given) -> None:
+    """Train with ``run_batch()``, whose closure returns a weight as well."""
     for number, (x, target) in enumerate(given):
         batch = {"x": x, "target": target}
         watcher.run_batch(lambda part: (loss_of(model(part["x"]), part["target"]), 2), batch)
@@ -74,12 +78,14 @@ def by_run_batch_with_weights(watcher, model, optimizer, given) -> None:
 
 
 def by_function(watcher, model, optimizer, given) -> None:
+    """Train with ``backward()`` of a function."""
     for x, target in given:
         watcher.backward(lambda: loss_of(model(x), target), weight=len(x))
         watcher.step()
 
 
 def by_parts(watcher, model, optimizer, given) -> None:
+    """Train with ``backward()`` of a function of a part."""
     for batch in given:
         for x, target in watcher.micro_batches(batch, size=6):
             watcher.backward(lambda: loss_of(model(x), target))
@@ -87,6 +93,7 @@ def by_parts(watcher, model, optimizer, given) -> None:
 
 
 def by_closure(watcher, model, optimizer, given) -> None:
+    """Train with a closure for ``optimizer.step()``."""
     for x, target in given:
 
         def closure():
@@ -283,7 +290,10 @@ def test_a_function_gives_the_same_gradients_as_its_loss() -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with gradwatch.watch(model, optimizer, accumulate=2) as watcher:
             for x, target in batches():
-                make = lambda x=x, target=target: loss_of(model(x), target)
+
+                def make(x=x, target=target) -> Tensor:
+                    return loss_of(model(x), target)
+
                 watcher.backward(make if as_function else make(), weight=3)
                 watcher.step()
         found.append((state_of(model, optimizer), watcher.history.steps().loss.tolist()))
@@ -301,15 +311,17 @@ def test_a_function_gives_the_same_gradients_as_its_loss() -> None:
 def test_backward_refuses_what_is_no_loss(given: Any, told: str) -> None:
     """The error says what came, and what to write."""
     model = nn.Linear(2, 1)
-    with gradwatch.watch(model, torch.optim.SGD(model.parameters(), lr=0.1)) as watcher:
-        with pytest.raises(TypeError, match=f"{told}.*Write watcher.backward"):
-            watcher.backward(given)
+    watching = gradwatch.watch(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    told = f"{told}.*Write watcher.backward"
+    with watching as watcher, pytest.raises(TypeError, match=told):
+        watcher.backward(given)
 
 
 # -- explain(closure) ------------------------------------------------------------------------------
 
 
 def whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """Return all that must not change."""
     return pieces(state_of(model, optimizer))
 
 
@@ -321,8 +333,10 @@ def test_explain_works_at_any_time_and_changes_nothing(mode: str, moment: str) -
     model = Model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     ((x, target),) = batches(0, count=1)
-    closure = lambda: loss_of(model(x), target)  # noqa: E731
     found = []
+
+    def closure() -> Tensor:
+        return loss_of(model(x), target)
 
     def explain(now: str) -> None:
         if now == moment:
@@ -461,6 +475,7 @@ def test_a_copy_explains_nothing() -> None:
 
 
 def rows(values: Tensor) -> Iterator[Tensor]:
+    """Yield rows."""
     yield from values
 
 

@@ -19,9 +19,7 @@ def kept(function: Any, *args: Any) -> KeptClosure:
 
 def test_variables_keep_their_values() -> None:
     """A local variable that is bound anew afterwards is, in the copy, what it was."""
-    found = []
-    for value in (1, 2, 3):
-        found.append(kept(lambda: value))
+    found = [kept(lambda: value) for value in (1, 2, 3)]  # noqa: B023
     assert [one.bound()() for one in found] == [1, 2, 3]
 
 
@@ -129,8 +127,8 @@ def test_what_draws_from_an_iterator_is_refused(how: str) -> None:
 
     functions = {
         "variable": inner,
-        "called": lambda: inner(),
-        "argument": partial(lambda given: next(given), stream),
+        "called": lambda: [inner()],
+        "argument": partial(lambda given: [next(given)], stream),
         "default": lambda given=stream: next(given),
         "partial": partial(lambda function: function(), inner),
     }

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from gradwatch_lightning import GradientMonitor
 from tests.integrations.lightning.conftest import CapturingLogger, trainer
@@ -77,7 +77,7 @@ class Classifier(LightningModule):
         return getattr(torch.optim, self.optimizer)(self.parameters(), lr=0.02, **options)
 
 
-class Data(torch.utils.data.Dataset):
+class Data(Dataset):
     """Rows of four numbers; of the batch with number ``bad`` row 2 has the class that is gone."""
 
     def __init__(self, bad):
