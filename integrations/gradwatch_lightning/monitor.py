@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,7 +13,6 @@ from torch.optim import Optimizer
 from gradwatch import AccumulatePolicy, Event, Explanation, History, NoiseScale, Watcher
 from gradwatch.adapters import (
     SharedOptions,
-    build_watcher,
     check_options,
     shown,
     warn_safely,
@@ -22,20 +20,16 @@ from gradwatch.adapters import (
 )
 from gradwatch_lightning.loggers import LoggedSteps
 from gradwatch_lightning.replays import TrainingSteps
-from gradwatch_lightning.tensorboard import tensorboard_sinks
 from gradwatch_lightning.trainer import (
     TrainerAccumulation,
     accumulate_policy_of,
     accumulates,
     is_watchable,
-    logged_step_of,
     loss_divisor_of,
-    optimizers_of,
     refuse_two_clips,
     refuse_two_numbers,
-    scaler_of,
-    watched_of,
 )
+from gradwatch_lightning.watchers import watcher_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -277,7 +271,9 @@ class GradientMonitor(Callback):
             return
         self._waits = False
         try:
-            self._watcher = self._made(trainer, module)
+            several = self._accumulation.policy is not None or accumulates(trainer)
+            self._watcher = watcher_of(trainer, module, self._options, self._log, several)
+            self._logged = LoggedSteps(accumulates=several)
             # Restore before attach(): from then on each backward is counted, on top of this state.
             if self._state:
                 self._watcher.load_state_dict(self._state)
@@ -290,19 +286,6 @@ class GradientMonitor(Callback):
             if self._options.acts:  # without its clip, it would silently be another training
                 raise
             warn_safely(NOT_WATCHED.format(kind=type(error).__name__, error=error))
-
-    def _made(self, trainer: Trainer, module: LightningModule) -> Watcher:
-        sinks = [*self._options.sinks, *(tensorboard_sinks(trainer) if self._log else ())]
-        options = replace(self._options, scaler=scaler_of(trainer), sinks=tuple(sinks))
-        watched = watched_of(trainer, module, with_lazy=self._options.acts)
-        tensors = watched.values() if isinstance(watched, Mapping) else watched.parameters()
-        optimizers = optimizers_of(trainer, set(map(id, tensors)), self._options.acts)
-        watcher = build_watcher(watched, optimizers, options)
-        may_accumulate = self._accumulation.policy is not None or accumulates(trainer)
-        self._logged = LoggedSteps(accumulates=may_accumulate)
-        watcher.leave_windows(may_accumulate)
-        watcher.global_step = logged_step_of(trainer)
-        return watcher
 
     def _detach(self, trainer: Trainer) -> None:
         # A Trainer that only validates may have the same callbacks, in the middle of a fit.

@@ -460,7 +460,7 @@ def test_explain_is_recorded(tmp_path) -> None:
     with gradwatch.watch(model, optimizer, sinks=[sink], run_dir=tmp_path) as watcher:
         model(x).sum().backward()
         optimizer.step()
-        watcher.explain(lambda: (model(x) / x.norm()).sum())
+        watcher.explain(lambda: model(x).div(x.norm()).sum() * 1.0)
     assert [event.kind for event in watcher.events] == ["explained"]
     assert [event.kind for event in sink.events] == ["explained"]
     (read,) = gradwatch.load(tmp_path).explanations().itertuples()
@@ -487,3 +487,64 @@ def test_explain_refuses_a_closure_that_draws() -> None:
     assert found.origin == "not_found"
     assert "iterator" in found.notes[0]
     assert len(list(stream)) == 3
+
+
+# -- note_micro_batch(), for adapters --------------------------------------------------------------
+
+
+def by_framework(mode: str, note: Callable[..., Any], accumulate: int = 2) -> gradwatch.Watcher:
+    """Train as a framework does, that tells an adapter before each of its micro-batches."""
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    watcher = gradwatch.watch(model, optimizer, on_nonfinite=mode)
+    watcher.leave_windows(accumulates=accumulate > 1)
+
+    def replay(x: Tensor, target: Tensor) -> Tensor:
+        return loss_of(model(x), target)
+
+    with watcher:
+        for number, (x, target) in enumerate(batches(3), start=1):
+            note(watcher, replay, x, target)
+            (replay(x, target) / accumulate).backward()
+            if number % accumulate == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    return watcher
+
+
+def test_a_framework_says_how_to_run_its_micro_batch_again() -> None:
+    """The line in the loss is found, in the micro-batch that went bad."""
+    watcher = by_framework(
+        "explain",
+        lambda watcher, replay, *batch: watcher.note_micro_batch(replay, *batch, divisor=2),
+    )
+    (found,) = watcher.explanations
+    assert (found.step, found.micro_batch, found.source) == (2, 2, LINE)
+    assert found.examples == (3,)
+
+
+def test_a_framework_may_say_that_it_cannot() -> None:
+    """Without a function the model is run again; with a reason nothing is, and it is told."""
+    watcher = by_framework("explain", lambda watcher, *_: watcher.note_micro_batch(None))
+    assert watcher.explanations[0].origin == "output_gradient"
+    watcher = by_framework(
+        "explain", lambda watcher, *_: watcher.note_micro_batch(None, reason="It is far away.")
+    )
+    (found,) = watcher.explanations
+    assert (found.origin, found.notes) == ("not_found", ("It is far away.",))
+
+
+def test_nothing_is_noted_where_nobody_asks() -> None:
+    """Without explain, before and after, a note does nothing and holds nothing."""
+    held = []
+
+    def note(watcher: gradwatch.Watcher, replay: Any, *batch: Any) -> None:
+        batch = (batch[0].clone(), batch[1])
+        watcher.note_micro_batch(replay, *batch)
+        held.append(weakref.ref(batch[0]))
+
+    watcher = by_framework("skip", note)
+    note(watcher, None, torch.zeros(2), None)
+    assert not any(one() is not None for one in held)
+    assert watcher.explanations == []
