@@ -422,8 +422,8 @@ class Watcher:
         The closure is run again under observation, and the backward of what it returns. It can be
         called at any time, also outside of the ``with`` block. Nothing of it stays: weights,
         gradients, buffers and random states are afterwards what they were, and so is what the
-        closure writes to its variables. A closure may call ``backward()`` itself. One that takes
-        its data from an iterator is not run.
+        closure writes to its variables; not so what it writes to a file or a logger. A closure may
+        call ``backward()`` itself. One that takes its data from an iterator is not run.
 
         Args:
             closure: Returns the loss, a tensor of one element.

@@ -12,7 +12,7 @@ import contextlib
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from types import CellType, CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -21,7 +21,7 @@ from gradwatch.errors import described_error
 from gradwatch.hooks.context import ForwardContext
 from gradwatch.measure.deferred import FloatOrDeferred, resolve
 
-_DEEPEST = 3  # functions that are called by functions
+_DEEPEST = 6  # functions and methods that are called by functions, attributes of objects
 _MOST_ITEMS = 64  # of a container that is looked into: a batch, and not a data set
 
 DRAWS = (
@@ -167,27 +167,51 @@ def why_not_again(function: Callable[..., Any]) -> str:
 
     What takes a batch from an iterator would take that of the next step.
     """
-    return DRAWS if _draws(function, 0, set()) else ""
+    return DRAWS if _draws(function, (), 0, set()) else ""
 
 
-def _draws(function: object, depth: int, seen: set[int]) -> bool:
-    if id(function) in seen or depth > _DEEPEST:
+Names = tuple[str, ...]
+
+
+def _draws(value: Any, names: Names, depth: int, seen: set[tuple[int, Names]]) -> bool:
+    """Returns whether a value is, or leads to, an iterator that code with these names may use.
+
+    Of an object it is looked at the attributes with these names, and at the methods.
+    """
+    if isinstance(value, Iterator):
+        return not isinstance(value, io.IOBase)  # files are iterators, too, and are written to
+    key = id(value), names
+    if depth > _DEEPEST or key in seen or isinstance(value, Tensor | type):
         return False
-    seen.add(id(function))
-    if isinstance(function, partial):
-        values = [function.func, *function.args, *function.keywords.values()]
-        return any(map(_is_drawn_from, values)) or any(_draws(one, depth, seen) for one in values)
-    function = getattr(function, "__func__", function)
-    if not isinstance(function, FunctionType):
-        return False
-    values = [*_values(_variables_of(function)), *(function.__defaults__ or ())]
-    inner = (one for one in values if isinstance(one, FunctionType | partial))
-    return any(map(_is_drawn_from, values)) or any(_draws(one, depth + 1, seen) for one in inner)
+    if not isinstance(value, MethodType):  # which is made anew each time, and so has no id
+        seen.add(key)
+    return any(_draws(one, using, depth + 1, seen) for one, using in _leads_to(value, names))
 
 
-def _is_drawn_from(value: object) -> bool:
-    # Files are iterators, too, and closures write to them.
-    return isinstance(value, Iterator) and not isinstance(value, io.IOBase)
+def _leads_to(value: Any, names: Names) -> Iterator[tuple[Any, Names]]:
+    """Yields what a value leads to, each with the names of the code that may use it."""
+    if isinstance(value, partial):
+        for one in (value.func, *value.args, *value.keywords.values()):
+            yield one, names
+    elif isinstance(value, MethodType):
+        yield value.__func__, names
+        yield value.__self__, _names_in(value.__func__)
+    elif isinstance(value, FunctionType):
+        own = _names_in(value)
+        for one in (*_values(_variables_of(value)), *(value.__defaults__ or ())):
+            yield one, own
+    else:
+        inside = getattr(value, "__dict__", {})
+        for name in names:
+            if name in inside:
+                yield inside[name], names
+            elif isinstance(method := getattr(type(value), name, None), FunctionType):
+                yield MethodType(method, value), names
+
+
+def _names_in(function: Any) -> Names:
+    code = getattr(function, "__code__", None)
+    return () if code is None else tuple(_names(code))
 
 
 Variables = tuple[tuple[CellType, ...], dict[str, Any]]
@@ -234,7 +258,7 @@ def _tensors(values: Iterable[Any], depth: int = 0) -> Iterator[Tensor]:
     for value in values:
         if isinstance(value, Tensor):
             yield value
-        elif depth < _DEEPEST and isinstance(value, tuple | list | Mapping):
+        elif depth < 3 and isinstance(value, tuple | list | Mapping):
             inner = value.values() if isinstance(value, Mapping) else value
             if len(value) <= _MOST_ITEMS:
                 yield from _tensors(inner, depth + 1)

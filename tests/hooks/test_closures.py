@@ -117,10 +117,34 @@ def test_a_tensor_that_is_changed_in_place_is_noticed() -> None:
     assert "in place" in one.notes()[0]
 
 
-@pytest.mark.parametrize("how", ["variable", "called", "argument", "default", "partial"])
+class Holder:
+    """An object that has an iterator, and methods of which some use it."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream, self.batch = stream, 3
+
+    def draw(self) -> Any:
+        """Return the next item."""
+        return next(self.stream)
+
+    def outer(self) -> Any:
+        """Return the next item, by another method."""
+        return self.draw()
+
+    def harmless(self) -> int:
+        """Return what is there."""
+        return self.batch
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["variable", "called", "argument", "default", "partial", "method", "by_method", "of_object"],
+)
 def test_what_draws_from_an_iterator_is_refused(how: str) -> None:
     """A second call would take the next batch."""
     stream = iter([1, 2])
+
+    holder = Holder(stream)
 
     def inner() -> Any:
         return next(stream)
@@ -131,6 +155,9 @@ def test_what_draws_from_an_iterator_is_refused(how: str) -> None:
         "argument": partial(lambda given: [next(given)], stream),
         "default": lambda given=stream: next(given),
         "partial": partial(lambda function: function(), inner),
+        "method": holder.draw,
+        "by_method": holder.outer,
+        "of_object": lambda: [holder.draw()],
     }
     assert "iterator" in why_not_again(functions[how])
     assert next(stream) == 1
@@ -140,3 +167,10 @@ def test_a_file_is_no_iterator_of_data() -> None:
     """A closure that writes a log is run again."""
     log = io.StringIO()
     assert why_not_again(lambda: log.write("x")) == ""
+
+
+def test_an_iterator_that_is_not_used_does_no_harm() -> None:
+    """An object may have one that the function has nothing to do with."""
+    holder = Holder(iter([1]))
+    assert why_not_again(holder.harmless) == ""
+    assert why_not_again(lambda: [holder.harmless()]) == ""
