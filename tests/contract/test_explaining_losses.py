@@ -548,3 +548,64 @@ def test_nothing_is_noted_where_nobody_asks() -> None:
     note(watcher, None, torch.zeros(2), None)
     assert not any(one() is not None for one in held)
     assert watcher.explanations == []
+
+
+# -- batches that do not fit, and loops that cannot be run again -----------------------------------
+
+
+def test_a_batch_that_was_halved_is_explained_by_its_part() -> None:
+    """Of a batch that ran in parts, because memory ran out, the part that is bad is run again."""
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def closure(part: tuple[Tensor, Tensor]) -> Tensor:
+        if len(part[0]) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss_of(model(part[0]), part[1])
+
+    with gradwatch.watch(model, optimizer, on_nonfinite="explain") as watcher:
+        for batch in batches(1, count=2):
+            watcher.run_batch(closure, batch)
+            watcher.step()
+    (found,) = watcher.explanations
+    assert (found.step, found.micro_batch, found.source) == (2, 2, LINE)
+    assert found.examples == (0,)  # row 3 of six, in the second part of three
+
+
+def test_a_closure_that_steps_an_optimizer_is_explained_up_to_the_model() -> None:
+    """A replay moves no weight: what would is refused, and the model's part is run again."""
+    model, other = Model(), nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    inner = torch.optim.SGD(other.parameters(), lr=0.01)
+    before = pieces(other.state_dict())
+
+    def closure(part: tuple[Tensor, Tensor]) -> Tensor:
+        inner.step()
+        return loss_of(model(part[0]), part[1])
+
+    with gradwatch.watch(model, optimizer, on_nonfinite="explain") as watcher:
+        watcher.run_batch(closure, batches(0, count=1)[0])
+        watcher.step()
+    (found,) = watcher.explanations
+    assert found.origin == "output_gradient"
+    assert "steps an optimizer" in found.notes[0]
+    assert list(differences(before, pieces(other.state_dict()))) == []
+
+
+def test_batches_are_kept_with_their_targets(tmp_path) -> None:
+    """With keep_batches=True the run folder has all that the closure was given."""
+    pytest.importorskip("pyarrow")
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    options = {"on_nonfinite": "explain", "run_dir": tmp_path, "keep_batches": True}
+    ((x, target),) = batches(0, count=1)
+    with gradwatch.watch(model, optimizer, **options) as watcher:
+        watcher.run_batch(lambda part: loss_of(model(part[0]), part[1]), (x, target))
+        watcher.step()
+    (file,) = tmp_path.glob("nonfinite/*/batch.pt")
+    kept = torch.load(file, weights_only=True)
+    leaves = torch.utils._pytree.tree_leaves(kept)
+    tensors = [one for one in leaves if isinstance(one, Tensor)]
+    for wanted in (x, target):
+        assert any(one.shape == wanted.shape and torch.equal(one, wanted) for one in tensors)
