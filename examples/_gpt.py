@@ -57,10 +57,21 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, VOCABULARY)
 
-    def forward(self, characters: Tensor) -> Tensor:
-        """Maps character codes ``[batch, time]`` to logits ``[batch, time, VOCABULARY]``."""
+    def forward(self, characters: Tensor, following: Tensor, weights: Tensor) -> Tensor:
+        """Returns the loss of predicting each next character.
+
+        Args:
+            characters: Character codes ``[batch, time]``.
+            following: The codes of those that follow them ``[batch, time]``.
+            weights: How much each of these counts ``[batch, time]``: 0 for padding.
+
+        Returns:
+            The weighted mean ``[]`` in nats per character.
+        """
         x = self.characters(characters) + self.positions.weight[: characters.shape[1]]
-        return self.head(self.norm(self.blocks(x)))
+        logits = self.head(self.norm(self.blocks(x)))
+        losses = F.cross_entropy(logits.transpose(1, 2), following, reduction="none")
+        return (losses * weights).sum() / weights.sum()
 
 
 def read_library() -> tuple[Tensor, Tensor]:
@@ -85,7 +96,7 @@ def batch_loss(
     """Draws random pieces of the text, and returns the loss of predicting each next character.
 
     Args:
-        model: Maps character codes ``[size, time]`` to logits.
+        model: A :class:`GPT`, or a wrapper of one.
         text: Character codes ``[length]``.
         size: Number of pieces in the batch.
         padding_only: Whether to give every character the weight 0, as if the batch were all
@@ -97,10 +108,8 @@ def batch_loss(
     device = text.device
     starts = torch.randint(len(text) - CONTEXT, (size, 1), device=device)
     pieces = text[starts + torch.arange(CONTEXT + 1, device=device)]
-    logits = model(pieces[:, :-1]).flatten(0, 1)
-    losses = F.cross_entropy(logits, pieces[:, 1:].flatten(), reduction="none")
-    counts = torch.full_like(losses, 0.0 if padding_only else 1.0)
-    return (losses * counts).sum() / counts.sum()
+    weights = torch.full((size, CONTEXT), 0.0 if padding_only else 1.0, device=device)
+    return model(pieces[:, :-1], pieces[:, 1:], weights)
 
 
 @torch.no_grad()

@@ -28,7 +28,9 @@ def print_summary(watcher: gradwatch.Watcher, logdir: Path) -> None:
     print()
     for name, value in rows.items():
         print(f"  {name:<{width}}  {value}")
-    if watcher.events:
+    for explanation in watcher.explanations[:1]:
+        print(f"\n{explanation}")
+    if watcher.events and not watcher.explanations:
         print(f"\nFirst event: {watcher.events[0].message}")
     board = f"{command('tensorboard')} --logdir {logdir}"
     print(f"\nNext, see every parameter at every step, in the tab Gradients: {board}")

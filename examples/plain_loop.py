@@ -2,7 +2,7 @@
 
 The text is on every machine that has Python: the source code of its standard library. The learning
 rate is high, so that clipping has something to do. --poison-step N breaks one batch in the way that
-it happens in practice, to show how gradwatch catches it.
+it happens in practice, to show how gradwatch catches it, and finds the line that made the NaN.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--clip", type=float, default=0.6, help="largest total norm; 0: no clip")
     parser.add_argument(
         "--on-nonfinite",
-        choices=("record", "skip", "raise"),
-        default="skip",
+        choices=("record", "skip", "explain", "raise"),
+        default="explain",
         help="what to do with a step whose gradients hold a NaN",
     )
     parser.add_argument(

@@ -9,6 +9,7 @@ was given, and the operations that these came from.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -42,6 +43,7 @@ _PASS_ON = frozenset(
 _KEEP_ZERO = frozenset(
     {"mul", "div", "neg", "abs", "sqrt", "pow", "square", "relu", "clamp", "sin"}
 )
+_ADD_UP = frozenset({"sum", "mean", "cumsum", "amax", "linalg_vector_norm"})  # 0 if all of it is
 _ZERO_IS_AN_EDGE = {
     "log": "self",
     "log2": "self",
@@ -366,6 +368,8 @@ def _passes_on(operation: Operation, details: Details, edge: Callable[[Operand],
     if _name_of(operation).rstrip("_") in _PASS_ON:
         return True
     result = details.result
+    if _name_of(operation) in _ADD_UP and edge is _has_zero:
+        return any(one.zeros == math.prod(one.shape) for one in details.operands[:1])
     if edge is not _has_zero or _name_of(operation).rstrip("_") not in _KEEP_ZERO or not result:
         return False
     return any(one.zeros >= result.zeros for one in details.operands)

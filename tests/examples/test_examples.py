@@ -200,7 +200,7 @@ def test_a_poisoned_batch_costs_one_step(tmp_path: Path) -> None:
     output = run_example("plain_loop.py", "--steps", 6, "--poison-step", 3, "--logdir", tmp_path)
     assert row(output, "steps") == "6"
     assert row(output, "skipped") == "1"
-    assert row(output, "events") == "1 nan, 1 skipped"
+    assert row(output, "events") == "1 explained, 1 nan, 1 skipped"
     assert "First event: NaN in the gradient of head.bias" in output
     assert "nan nats" not in output
 
