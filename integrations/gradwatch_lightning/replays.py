@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.profilers import PassThroughProfiler
 
 from gradwatch import Watcher
 
@@ -25,10 +26,10 @@ class TrainingSteps:
     """Notes each ``training_step`` of a fit for the watcher, so that it can be run again."""
 
     def __init__(self, trainer: Trainer, module: LightningModule, watcher: Watcher) -> None:
-        """Stands before the strategy's ``training_step``, which no callback of Lightning does.
+        """Comes before the strategy's ``training_step``, until :meth:`end`.
 
-        The last of the hooks, ``on_train_batch_start`` of the module, may still draw random
-        numbers.
+        No hook of a callback would do: those of other callbacks and of the module come after ours,
+        and may draw random numbers.
         """
         self._trainer, self._module, self._watcher = trainer, module, watcher
         self._again = _made_again(trainer, module)
@@ -74,17 +75,20 @@ def _made_again(trainer: Trainer, module: LightningModule) -> Callable[..., Any]
 
 @contextmanager
 def _unheard(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Makes what a module logs and prints go nowhere for a block."""
+    """Makes what a module logs, prints and profiles go nowhere for a block."""
     modules = [one for one in module.modules() if isinstance(one, LightningModule)]
     before = [(vars(one), {name: vars(one).get(name) for name in _SILENT}) for one in modules]
     loggers = trainer.loggers
+    of_trainer = vars(trainer)
+    profiler = of_trainer.get("profiler")  # Lightning's types do not know it
     try:
         for inside, _ in before:
             inside.update(dict.fromkeys(_SILENT, _nothing))
         trainer.loggers = [DummyLogger() for _ in loggers]
+        of_trainer["profiler"] = PassThroughProfiler()
         yield
     finally:
-        trainer.loggers = loggers
+        trainer.loggers, of_trainer["profiler"] = loggers, profiler
         for inside, had in before:
             for name, value in had.items():
                 if value is None:

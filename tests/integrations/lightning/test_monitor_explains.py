@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torchmetrics
 from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -55,7 +56,8 @@ class Classifier(LightningModule):
         x, target = batch["x"], batch["target"]
         if self.gathers:
             self.all_gather(x.mean())
-        loss = self.loss(x + 0.01 * torch.rand_like(x), target)
+        with self.trainer.profiler.profile("the loss"):
+            loss = self.loss(x + 0.01 * torch.rand_like(x), target)
         self.mean(x.mean())
         self.cat(x[:1, 0])
         self.steps.append((batch_idx, self.global_step))
@@ -100,7 +102,8 @@ def fit(mode, module=None, bad=3, monitor=None, **options):
     module = module or Classifier()
     monitor = monitor or GradientMonitor(on_nonfinite=mode)
     logger = CapturingLogger()
-    one = trainer(monitor, logger=logger, max_epochs=2, **options)
+    profiler = SimpleProfiler()
+    one = trainer(monitor, logger=logger, profiler=profiler, max_epochs=2, **options)
     one.fit(module, DataLoader(Data(bad), batch_size=4))
     assert "training_step" not in vars(one.strategy)
     own = {"log", "log_dict", "print"}
@@ -115,6 +118,7 @@ def fit(mode, module=None, bad=3, monitor=None, **options):
         "steps": module.steps,
         "cat": module.cat.compute(),
         "numbers": (one.global_step, one.current_epoch),
+        "profiled": len(profiler.recorded_durations["the loss"]),
     }
     return module, monitor, pieces(same)
 
