@@ -31,8 +31,6 @@ def torch_generators() -> list[torch.Generator]:
     return found
 
 
-# Public, but the annotations of NumPy do not have it.
-_get_bit_generator: Callable[[], Any] = np.random.get_bit_generator  # type: ignore[attr-defined]
 # Asking does not initialize it.
 _HAS_MPS = torch.backends.mps.is_built() and torch.backends.mps.is_available()
 
@@ -58,11 +56,12 @@ class RandomState:
         if raw is None or raw.raw != _python.bytes or _python.owner.gauss_next is not _python.gauss:
             _python.read()
         self.python: PythonState = _python.state
-        owner = _get_bit_generator()
-        raw = _numpy.raw
-        if raw is None or owner is not _numpy.owner or raw.raw != _numpy.bytes or _numpy.has_gauss:
-            _numpy.read(owner)
-        self.numpy: NumpyState = _numpy.state
+        known = _Numpy.known or _Numpy()  # not before, as importing numpy.random takes a while
+        owner = known.get()
+        raw = known.raw
+        if raw is None or owner is not known.owner or raw.raw != known.bytes or known.has_gauss:
+            known.read(owner)
+        self.numpy: NumpyState = known.state
 
     def put_back(self) -> None:
         """Restores the saved states."""
@@ -99,8 +98,13 @@ class _Python:
 class _Numpy:
     """The same for NumPy's global generator, whose bytes are at an address that NumPy documents."""
 
+    known: _Numpy | None = None
+
     def __init__(self) -> None:
-        self.read(_get_bit_generator())
+        _Numpy.known = self
+        # Public, but the annotations of NumPy do not have it.
+        self.get: Callable[[], Any] = np.random.get_bit_generator  # type: ignore[attr-defined]
+        self.read(self.get())
 
     def read(self, owner: Any) -> None:
         self.owner = owner
@@ -115,4 +119,3 @@ class _Numpy:
 
 
 _python = _Python(getattr(random.getstate, "__self__"))  # noqa: B009
-_numpy = _Numpy()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gradwatch.pickles import stable_name
-from gradwatch.record.circumstances import circumstance
 from gradwatch.record.folder.files import plain_data
 from gradwatch.record.operations import Facts, Operand, shown_name, values_of
 from gradwatch.record.wording import counted, listed, number, printable, wrapped
@@ -406,6 +405,8 @@ def _phrase(it: Explanation) -> str:
     facts = facts_of(it)
     if not facts.operation:
         return ""
+    from gradwatch.record.circumstances import circumstance  # few runs need it
+
     if (known := circumstance(facts)) is not None:
         return known.told(facts)
     named = printable(shown_name(it.operation))

@@ -159,6 +159,7 @@ PUBLIC = [
     "ClipPolicy",
     "CurvatureEvery",
     "Event",
+    "Explanation",
     "GradwatchWarning",
     "History",
     "Layout",
@@ -176,6 +177,7 @@ PUBLIC = [
     "ZClip",
     "check_gradients",
     "curvature",
+    "explain",
     "load",
     "watch",
 ]

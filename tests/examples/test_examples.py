@@ -196,12 +196,13 @@ def test_the_same_seed_gives_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_a_poisoned_batch_costs_one_step(tmp_path: Path) -> None:
-    """By default the poisoned step is skipped, the event says which, and training goes on."""
+    """By default the poisoned step is skipped and explained to its line; training goes on."""
     output = run_example("plain_loop.py", "--steps", 6, "--poison-step", 3, "--logdir", tmp_path)
     assert row(output, "steps") == "6"
     assert row(output, "skipped") == "1"
     assert row(output, "events") == "1 explained, 1 nan, 1 skipped"
-    assert "First event: NaN in the gradient of head.bias" in output
+    assert "return (losses * weights).sum() / weights.sum()" in output
+    assert "Made possible by what is in the argument weights." in output
     assert "nan nats" not in output
 
 
