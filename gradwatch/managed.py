@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from gradwatch.accumulate.splitting import batch_length, largest_part, split_batch
 from gradwatch.checks import described, shown
 from gradwatch.errors import AccumulationError
-from gradwatch.hooks.closures import KeptClosure
 from gradwatch.hooks.data_parallel import GradientSync, broadcast_buffers, can_hold
 from gradwatch.measure.deferred import (
     FloatOrDeferred,
@@ -30,6 +29,9 @@ from gradwatch.record.events import loop_event, out_of_memory_event
 from gradwatch.step.mistakes import NO_STEPS
 from gradwatch.step.optimizer_steps import OptimizerSteps
 from gradwatch.step.run import Run
+
+if TYPE_CHECKING:
+    from gradwatch.hooks.closures import KeptClosure
 
 TWICE = (
     "watcher.backward() was called again before the loop over watcher.micro_batches() had gone on "

@@ -32,7 +32,6 @@ from gradwatch.hooks.context import REPLAY
 from gradwatch.hooks.data_parallel import DataParallel, GradientSync, rank, wrappers_of
 from gradwatch.hooks.engines import engines_of
 from gradwatch.hooks.exchange import OTHERS_WAIT, Exchange
-from gradwatch.hooks.forwards import KeptForwards
 from gradwatch.hooks.model import ModelHooks
 from gradwatch.hooks.optimizer import stepped_by
 from gradwatch.managed import BatchRunner, Closure, ManagedLoop
@@ -126,7 +125,8 @@ class Watcher:
         ranks = DataParallel.of(model, wrappers)
         self._run = Run(table, options, self._hooks, ranks, self._global_step_of)
         if options.explain:
-            from gradwatch.step.explaining import Explaining  # few runs need it
+            from gradwatch.hooks.forwards import KeptForwards  # few runs need them
+            from gradwatch.step.explaining import Explaining
 
             self._run.explaining = Explaining(self._run, model, KeptForwards(model))
         check_noise_scale_exists(options.accumulate, single_process=ranks is None)

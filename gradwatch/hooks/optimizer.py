@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,10 +15,12 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from gradwatch.hooks.checkpoint import OptimizerCheckpoint
-from gradwatch.hooks.closures import KeptClosures
 from gradwatch.hooks.snapshot import WeightSnapshot
 from gradwatch.measure.deferred import FloatOrDeferred, defer_copy, number_or_nan
 from gradwatch.measure.parameters import is_sharded, optimizer_parameters
+
+if TYPE_CHECKING:
+    from gradwatch.hooks.closures import KeptClosures
 
 
 class StepListener(Protocol):

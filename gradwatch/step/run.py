@@ -11,7 +11,6 @@ from gradwatch.accumulate.policies import AccumulationPlan
 from gradwatch.errors import warn_safely
 from gradwatch.guard import Stopwatch
 from gradwatch.hooks.data_parallel import DataParallel, rank
-from gradwatch.hooks.forwards import ForwardCall
 from gradwatch.hooks.model import ModelHooks
 from gradwatch.hooks.scaler import LossScale
 from gradwatch.measure.parameters import ParameterTable
@@ -28,6 +27,7 @@ from gradwatch.step.replicas import Replicas
 from gradwatch.step.together import JointSteps
 
 if TYPE_CHECKING:
+    from gradwatch.hooks.forwards import ForwardCall
     from gradwatch.step.explaining import Explaining
 
 POISONED = "poisoned"

@@ -29,18 +29,20 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gradwatch.errors import described_error, warn_safely
-from gradwatch.hooks.forwards import ForwardCall
 from gradwatch.hooks.generators import RandomState
 from gradwatch.record.explanation import Explanation
 from gradwatch.record.folder.files import plain_data, sync_folder, write_whole
 from gradwatch.record.folder.ranks import SessionTimes
+
+if TYPE_CHECKING:
+    from gradwatch.hooks.forwards import ForwardCall
 
 NONFINITE = "nonfinite"
 NAME = "explanation.json"
