@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from gradwatch.accumulate.splitting import batch_length, largest_part, split_batch
 from gradwatch.checks import described, shown
 from gradwatch.errors import AccumulationError
+from gradwatch.hooks.closures import KeptClosure
 from gradwatch.hooks.data_parallel import GradientSync, broadcast_buffers, can_hold
 from gradwatch.measure.deferred import (
     FloatOrDeferred,
@@ -213,6 +215,11 @@ NOTHING_ARRIVED = (
     "depend on them, or the backward ran where its hooks cannot be seen (compiled autograd). "
     "Check that the loss was computed by this model, and run the backward uncompiled."
 )
+NO_LOSS_GIVEN = (
+    "watcher.backward() needs the loss of a micro-batch, a tensor of one element, or a function "
+    "without arguments that returns it, got {value}. Write watcher.backward(loss), or "
+    "watcher.backward(lambda: criterion(model(x), y))."
+)
 WINDOW_FULL = (
     "watcher.{call}() was called for micro-batch {next}, but the window of {wanted} "
     "(watch(accumulate={wanted})) is full. Call watcher.step() after every micro-batch: it "
@@ -266,11 +273,44 @@ class ManagedLoop:
         self._communicated = True
         self.holds_all = False
         self.manages = run.accumulation.checked
+        # Where a micro-batch that goes bad is kept, to be run again; None if nobody asks.
+        self.closures = None if run.explaining is None else run.explaining.forwards.closures
 
     # -- called by the training loop -------------------------------------------------------------
 
-    def backward(self, loss: Tensor, weight: float | Tensor | None) -> None:
+    def backward(self, loss: Tensor | Callable[[], Tensor], weight: float | Tensor | None) -> None:
         """Runs the backward of one micro-batch; see :meth:`gradwatch.watcher.Watcher.backward`."""
+        if isinstance(loss, Tensor):
+            if self.closures is not None:
+                self.closures.losses_given = True
+            self.run_backward(loss, weight, None)
+            return
+        if not callable(loss):
+            raise TypeError(NO_LOSS_GIVEN.format(value=described(loss)))
+        self._filled("backward")  # without an optimizer, it is refused before the forward
+        with self.kept(loss) as kept:
+            found: object = loss()
+            if not isinstance(found, Tensor) or found.numel() != 1:
+                text = f"a function that returned {_described(found)}"
+                raise TypeError(NO_LOSS_GIVEN.format(value=text))
+            self.run_backward(found, weight, kept)
+
+    @contextmanager
+    def kept(self, function: Callable[..., Any], *args: Any) -> Iterator[KeptClosure | None]:
+        """Keeps the function that computes the loss of the backward in the block, if asked for."""
+        if self.closures is None:
+            yield None
+            return
+        scaled = self._run.options.scaler is not None
+        try:
+            yield self.closures.begin(function, *args, scaled=scaled)
+        finally:
+            self.closures.end()
+
+    def run_backward(
+        self, loss: Tensor, weight: float | Tensor | None, kept: KeptClosure | None
+    ) -> None:
+        """Runs the backward of a loss; ``kept`` is the function that has returned it, if known."""
         before = self._filled("backward")
         self.manages = True
         if before == 0:
@@ -283,6 +323,8 @@ class ManagedLoop:
         self.weight = self.newest_weight = 1.0 if given is None else given
         if before == 0:
             self._divisor = self._expected(given) if weighs else 1.0
+        if kept is not None and weighs:
+            kept.weight, kept.divisor = self.newest_weight, self._divisor
         was = [(one.window.arrivals, one.window.backward_count) for one in self._optimizers]
         self._run_backward(self._shared(loss) if weighs else loss)
         self._note(was, loss, weighs)
@@ -574,8 +616,9 @@ class BatchRunner:
 
     def _run_part(self, closure: Closure, part: Any) -> tuple[Tensor, float | Tensor]:
         """Runs a micro-batch; its graph is freed on return, before the next micro-batch begins."""
-        loss, weight = _loss_and_weight(closure(part))
-        self._managed.backward(loss, weight)
+        with self._managed.kept(closure, part) as kept:
+            loss, weight = _loss_and_weight(closure(part))
+            self._managed.run_backward(loss, weight, kept)
         wide = torch.promote_types(loss.dtype, torch.float32)
         return loss.detach().reshape(()).to(wide), as_operand(self._managed.newest_weight)
 

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from functools import partial
 from itertools import repeat
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,11 @@ STATE_VERSION = 3
 SUMMARY = "gradwatch: the run has ended with findings ({found}). See {asked}."
 SUMMARY_STEPS = 20  # in a shorter run most rules of the report find nothing
 
+NO_CLOSURE = (
+    "watcher.explain(closure) needs a function without arguments that returns the loss, a tensor "
+    "of one element that was computed by the model, got {value}. Write "
+    "watcher.explain(lambda: criterion(model(x), y))."
+)
 BEFORE_ENTERED = (
     "A backward of the watched model came before the watcher was entered, so it was not recorded: "
     "write the loop inside of with gradwatch.watch(...) as watcher: or call watcher.attach() "
@@ -207,6 +213,34 @@ class Watcher:
             with self._shield:
                 self._registry.note_loss(loss, divisor)
 
+    def note_micro_batch(
+        self,
+        replay: Callable[..., Tensor] | None,
+        *args: Any,
+        divisor: float = 1.0,
+        reason: str = "",
+    ) -> None:
+        """Says how the micro-batch that is about to begin can be run again, with its loss.
+
+        To be called by an adapter whose framework computes the loss, each time before it does so.
+        Without ``explain=True`` it does nothing. If the gradients of the micro-batch are bad,
+        ``replay(*args)`` is called before the step, with the random state of now. What it changes
+        is put back where the model, ``args``, or variables of ``replay`` lead to it. What else it
+        would do twice (log, count, communicate) it must leave out itself.
+
+        Args:
+            replay: Returns the loss as the framework's user wrote it, a tensor of one element; None
+                if the micro-batch cannot be run again whole.
+            args: What it is called with: the batch. They are held until the step.
+            divisor: What the framework divides the loss by before the backward.
+            reason: Why not even the modules inside of the model can be run again; empty if they
+                can. A sentence.
+        """
+        if self._state != "attached" or self._run.explaining is None:
+            return
+        # Not inside of the shield, where no gradients are recorded: that would be noted, too.
+        self._run.explaining.forwards.note_whole(replay, args, divisor, reason)
+
     def close(self) -> None:
         """Removes every hook, delivers outstanding records to the sinks and closes these.
 
@@ -280,7 +314,9 @@ class Watcher:
 
     # -- a loop that leaves backward and step to gradwatch ---------------------------------------
 
-    def backward(self, loss: Tensor, weight: float | Tensor | None = None) -> None:
+    def backward(
+        self, loss: Tensor | Callable[[], Tensor], weight: float | Tensor | None = None
+    ) -> None:
         """Runs the backward of one micro-batch.
 
         The gradient of a window is the mean over its micro-batches, weighted where weights are
@@ -289,7 +325,11 @@ class Watcher:
         one communicates its gradients.
 
         Args:
-            loss: Tensor ``[]``; neither divided by the number of micro-batches nor scaled.
+            loss: Tensor ``[]``; neither divided by the number of micro-batches nor scaled. Or a
+                function without arguments that returns it, which is called at once:
+                ``watcher.backward(lambda: criterion(model(x), y))``. With
+                ``on_nonfinite="explain"`` the function is called again if the gradients are bad,
+                and the line in it is found; of a loss only the model's part is run again.
             weight: Weight of the micro-batch, at least 0: a number, or a tensor ``[]`` on any
                 device. If left out, all micro-batches weigh the same; inside :meth:`micro_batches`
                 each weighs its number of examples.
@@ -297,7 +337,7 @@ class Watcher:
         Raises:
             RuntimeError: If no optimizer was named.
             AccumulationError: If the window is full already.
-            TypeError: If the weight is of another type.
+            TypeError: If loss or weight is of another type.
             ValueError: If it is negative or not finite.
         """
         self._managed.backward(loss, weight)
@@ -375,6 +415,52 @@ class Watcher:
             TypeError: If the batch cannot be split, or the closure returns something else.
         """
         return self._batches.run(closure, batch)
+
+    def explain(self, closure: Callable[[], Tensor]) -> Explanation:
+        """Says where the gradients of a loss go bad, to the line of code.
+
+        The closure is run again under observation, and the backward of what it returns. It can be
+        called at any time, also outside of the ``with`` block. Nothing of it stays: weights,
+        gradients, buffers and random states are afterwards what they were, and so is what the
+        closure writes to its variables; not so what it writes to a file or a logger. A closure may
+        call ``backward()`` itself. One that takes its data from an iterator is not run.
+
+        Args:
+            closure: Returns the loss, a tensor of one element.
+
+        Returns:
+            The explanation, which is also the newest of :attr:`explanations`, with the step that
+            is under way. If the closure raises, its origin is ``"not_found"`` and a note says why.
+
+        Raises:
+            TypeError: If the closure is not callable, or returns something else.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1)
+            >>> x = torch.zeros(3, 2)
+            >>> found = watch(model).explain(lambda: (model(x) / x.norm()).sum())
+            >>> found.operation, found.source
+            ('div', '>>> found = watch(model).explain(lambda: (model(x) / x.norm()).sum())')
+        """
+        if self._is_copy:
+            refuse_copy()
+        if not callable(closure):
+            raise TypeError(NO_CLOSURE.format(value=described(closure)))
+        from gradwatch.replay.stand_ins import NoLossError  # few runs need it
+        from gradwatch.step.explaining import explain_closure
+
+        returned = _Returned()
+        try:
+            found = explain_closure(self._model, partial(_noted, closure, returned), asked=True)
+        except NoLossError:
+            raise TypeError(NO_CLOSURE.format(value=returned.described())) from None
+        if not returned.may_be_loss():
+            raise TypeError(NO_CLOSURE.format(value=returned.described()))
+        labels = [one.label for one in self._registry.followed]
+        step, label = self._registry.steps + 1, next(iter(labels), "")
+        found = replace(found, step=step, optimizer=label, rank=rank())
+        self._run.explain(found, labeled=len(labels) > 1)
+        return found
 
     @property
     def micro_batch_size(self) -> int | None:
@@ -599,6 +685,31 @@ class Watcher:
             if self._run.explaining is not None:
                 self._run.explaining.forwards.note_backward(backward.number)
             self._registry.add(backward, self._managed.weight)
+
+
+class _Returned:
+    """What a closure has returned. No list, for a replay puts back what is in lists."""
+
+    def __init__(self) -> None:
+        self.value: object = None
+
+    def may_be_loss(self) -> bool:
+        # None also if it raised, or if it called the backward itself.
+        value = self.value
+        return value is None or (isinstance(value, Tensor) and value.numel() == 1)
+
+    def described(self) -> str:
+        value = self.value
+        if isinstance(value, Tensor):
+            grad = "" if value.requires_grad else " that requires no gradient"
+            return f"one that returned a tensor of shape {list(value.shape)}{grad}"
+        return f"one that returned {described(value)}"
+
+
+def _noted(closure: Callable[[], Tensor], returned: _Returned) -> Tensor:
+    loss = closure()
+    returned.value = loss
+    return loss
 
 
 class _Exchanging:

@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from itertools import chain
@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gradwatch.errors import described_error
 from gradwatch.hooks.buffers import entries, is_wrapped
+from gradwatch.hooks.closures import KeptClosures
 from gradwatch.hooks.context import REPLAY, ForwardContext
 from gradwatch.hooks.data_parallel import fully_sharded
 
@@ -70,6 +71,10 @@ CHANGED = (
 SEVERAL_TIMES = (
     "The gradient of an output arrived more than once in this micro-batch, as with a gradient "
     "penalty: only the last arrival is run again, and not the backward of a backward."
+)
+CALLED_OTHERWISE = (
+    "The framework may have called the model for something else than its forward, which is "
+    "therefore not run again by itself."
 )
 FAILED = "Nothing was kept of the forwards, after an error: {error}"
 
@@ -169,6 +174,7 @@ class KeptForwards:
         nested: How often it has called itself.
         running: What is kept of its forward.
         by_number: What is held of each backward, by its number.
+        closures: The closures of the backwards, where they are known.
     """
 
     def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
@@ -179,6 +185,7 @@ class KeptForwards:
         self._handles: list[RemovableHandle] = []
         self.alive: set[weakref.ref[_Forward]] = set()
         self.by_number: dict[int, list[_Differentiated]] = {}
+        self.closures = KeptClosures()
         self._reasons: dict[int, str] = {}
         self._looked_inside = False
         self.serial = 0
@@ -205,6 +212,7 @@ class KeptForwards:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.closures.end()
         self.keep_only(())
         for reference in list(self.alive):
             one = reference()
@@ -243,18 +251,48 @@ class KeptForwards:
             found.sort(key=_place)
         if found:
             self.by_number.setdefault(number, []).extend(found)
-        elif number not in self.by_number:
-            self._look_inside(number)
+        elif number not in self.by_number and self._look_inside():
+            self._reasons[number] = FIRST_NOT_SEEN
+        self.closures.note_backward(number, self.by_number)
         if len(self.by_number) > MOST_KEPT:
-            oldest, *others = self.by_number
-            self.keep_only(others)
-            self._reasons[oldest] = DROPPED
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        oldest, *others = self.by_number
+        self.keep_only(others)
+        self._reasons[oldest] = DROPPED
+
+    def note_whole(
+        self, replay: Callable[..., Tensor] | None, args: tuple[Any, ...], divisor: float, why: str
+    ) -> None:
+        """Notes what an adapter says of the micro-batch that is about to begin.
+
+        See :meth:`gradwatch.Watcher.note_micro_batch`.
+        """
+        if why:
+            self.closures.refuse(why)
+            return
+        try:
+            if replay is None:
+                self.closures.end()
+                self._look_inside()
+                return
+            # Some frameworks call a wrapper for another function than the forward of the model.
+            wrapped = self._model is None or is_wrapped(self._model)
+        except Exception as error:
+            self.fail(error)
+            return
+        kept = self.closures.begin(replay, *args, scaled=True, alone=wrapped)
+        if kept is not None:
+            kept.divisor = divisor
 
     def keep_only(self, numbers: Collection[int]) -> None:
         """Drops the forwards of all other backwards than these."""
         for number in list(self.by_number):
             if number in numbers:
                 continue
+            if self.closures.by_number:
+                self.closures.drop(number)
             for one, _ in self.by_number.pop(number):
                 one.uses -= 1
                 if one.uses == 0:  # let_go() without its frame, as this runs in every step
@@ -269,7 +307,12 @@ class KeptForwards:
             The calls; empty if they cannot be run again, which the sentences then give the reason
             of.
         """
-        if number not in self.by_number:
+        whole = self.closures.by_number.get(number)
+        if isinstance(whole, str):
+            return [], [whole]
+        if whole is not None and whole.alone:
+            return [], [CALLED_OTHERWISE]
+        if not self.by_number.get(number):
             return [], [self._never or self._reasons.get(number, NOT_SEEN)]
         calls, notes = [], [self._reasons[number]] if number in self._reasons else []
         for one, gradients in self.by_number[number]:
@@ -298,17 +341,20 @@ class KeptForwards:
                     module.register_forward_hook(_After(self), with_kwargs=True, always_call=True),
                 )
 
-    def _look_inside(self, number: int) -> None:
-        """Hooks the modules in the model, as the loop does not call the model itself."""
+    def _look_inside(self) -> bool:
+        """Hooks the modules in the model, as the loop does not call the model itself.
+
+        Returns whether it has just done so.
+        """
         model = self._model
         if model is not None and model._compiled_call_impl is not None:
             self._never = COMPILED_IN_PLACE
         known = self._looked_inside or self.serial > 0  # the loop calls the model, at other times
         if known or model is None or self._never or is_wrapped(model):
-            return
+            return False
         self._looked_inside = True
         self._hook(list(entries(model)))
-        self._reasons[number] = FIRST_NOT_SEEN
+        return True
 
     def fail(self, error: Exception) -> None:
         """Gives up after an error: the training goes on, and a bad step says why."""

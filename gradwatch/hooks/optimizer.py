@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 from gradwatch.hooks.checkpoint import OptimizerCheckpoint
+from gradwatch.hooks.closures import KeptClosures
 from gradwatch.hooks.snapshot import WeightSnapshot
 from gradwatch.measure.deferred import FloatOrDeferred, defer_copy, number_or_nan
 from gradwatch.measure.parameters import is_sharded, optimizer_parameters
@@ -29,6 +30,9 @@ class StepListener(Protocol):
     passed_over: bool
     """Whether the step is refused, but its optimizer goes on evaluating the closure: it is undone
     at its end, and these backwards belong to no window."""
+
+    closures: KeptClosures | None
+    """Where closures are kept, to be run again; None if nobody asks."""
 
     beyond_undo: bool
     """Whether the step has moved the weights, and nothing was kept to put them back."""
@@ -140,7 +144,8 @@ class StepBoundary:
                 return closure()  # the step goes on as it would have, and is undone at its end
             # Refused gradients are hidden; calling the closure again would produce new ones.
             if not self._refused:
-                last = closure()
+                kept = self._listener.closures
+                last = closure() if kept is None else _evaluate(closure, kept)
                 with self._shield:
                     self._gradients_ready(last)
             return last
@@ -204,6 +209,14 @@ class StepBoundary:
         if self._checkpoint is not None:
             self._checkpoint.restore()
             self._checkpoint = None
+
+
+def _evaluate(closure: Closure, kept: KeptClosures) -> Any:
+    kept.begin(closure)
+    try:
+        return closure()
+    finally:
+        kept.end()
 
 
 def _evaluates_once(optimizer: Optimizer) -> bool | None:

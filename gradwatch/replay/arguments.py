@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from operator import is_
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from gradwatch.replay.reach import is_of_user
+from gradwatch.replay.reach import is_of_user, positional
 from gradwatch.replay.stand_ins import StandIns, rebuilt
 
 _DEEPEST = 4
@@ -39,7 +38,7 @@ class Arguments:
         self.names: dict[int, str] = {}
         self._stand_ins = stand_ins
         self._copies: dict[int, Any] = {}
-        names = _positional(forward, args)
+        names = positional(forward, args)
         self.args = tuple(self._copy(one, name, 0) for one, name in zip(args, names, strict=True))
         self.kwargs = {name: self._copy(one, name, 0) for name, one in kwargs.items()}
 
@@ -102,20 +101,3 @@ def _attributes(value: Any) -> list[str]:
 
 def _at(name: str, key: object, is_attribute: bool = False) -> str:
     return f"{name}.{key}" if is_attribute else f"{name}[{key!r}]"
-
-
-def _positional(forward: Callable[..., Any], args: tuple[Any, ...]) -> list[str]:
-    """Returns what a function calls its positional arguments."""
-    names: list[str] = []
-    try:
-        parameters = list(inspect.signature(forward).parameters.values())
-    except (TypeError, ValueError):  # written in C, without a signature
-        parameters = []
-    for one in parameters:
-        if one.kind is one.VAR_POSITIONAL:
-            rest = len(args) - len(names)
-            names.extend(f"{one.name}[{i}]" for i in range(rest))
-        elif one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD):
-            names.append(one.name)
-    names.extend(f"args[{i}]" for i in range(len(names), len(args)))
-    return names[: len(args)]

@@ -9,6 +9,7 @@ same objects are there again. Tensors that are found in them are replaced for th
 from __future__ import annotations
 
 import contextlib
+import inspect
 import random
 import sys
 from collections import OrderedDict, deque
@@ -71,6 +72,7 @@ class Reach:
         self._places: list[_Place] = []
         self._restores: list[Callable[[], object]] = []
         self._arrays: dict[int, Any] = {}
+        self._swaps: Mapping[int, Any] = {}
         self._seen: dict[int, object] = {}  # ids are only good while the objects are there
         self._waiting: deque[tuple[object, int, str]] = deque((root, 0, "") for root in roots)
         self._waiting.extend((hooks, 0, "") for hooks in _global_hooks())
@@ -80,12 +82,16 @@ class Reach:
     def replace(self, stand_ins: Mapping[int, Tensor]) -> None:
         """Writes other tensors in place of those found, by ``id()``; those not listed stay."""
         # Arrays as well: NumPy knows no version counter, and a forward may write to one.
-        swaps: dict[int, Any] = {**self._arrays, **stand_ins}
+        swaps = self._swaps = {**self._arrays, **stand_ins}
         for place in self._places:
             for key, value in place.items():
                 other = _swapped(value, swaps)
                 if other is not value:
                     place.set(key, other)
+
+    def swapped(self, value: Any) -> Any:
+        """Returns a value as :meth:`replace` has written it: a ``partial`` is no place."""
+        return _swapped(value, self._swaps)
 
     def restore(self) -> None:
         """Puts back what each place held, and the states of generators."""
@@ -243,7 +249,11 @@ class Reach:
             self._later([method.__func__], depth)
 
     def _visit_partial(self, value: partial[Any], depth: int, name: str) -> None:
-        self._later([value.func, *value.args, *value.keywords.values()], depth)
+        # First what it is called with: that is the batch.
+        named = zip(positional(value.func, value.args), value.args, strict=True)
+        self._waiting.extend((one, depth, name) for name, one in named)
+        self._waiting.extend((one, depth, name) for name, one in value.keywords.items())
+        self._later([value.func], depth)
 
     def _visit_descriptor(self, value: Any, depth: int, name: str) -> None:
         parts = ("__func__", "fget", "fset")
@@ -287,6 +297,23 @@ def _global_hooks() -> Iterator[dict[int, Any]]:
 
 def _numbered(name: str) -> Iterator[str]:
     return (name and f"{name}[{number}]" for number in count())
+
+
+def positional(forward: Callable[..., Any], args: tuple[Any, ...]) -> list[str]:
+    """Returns what a function calls its positional arguments."""
+    names: list[str] = []
+    try:
+        parameters = list(inspect.signature(forward).parameters.values())
+    except (TypeError, ValueError):  # written in C, without a signature
+        parameters = []
+    for one in parameters:
+        if one.kind is one.VAR_POSITIONAL:
+            rest = len(args) - len(names)
+            names.extend(f"{one.name}[{i}]" for i in range(rest))
+        elif one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD):
+            names.append(one.name)
+    names.extend(f"args[{i}]" for i in range(len(names), len(args)))
+    return names[: len(args)]
 
 
 def uncompiled(function: Any) -> Any:

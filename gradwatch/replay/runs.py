@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -23,7 +24,7 @@ from gradwatch.replay.live import Kernels, LiveGraph
 from gradwatch.replay.observer import Observer
 from gradwatch.replay.reach import uncompiled
 from gradwatch.replay.search import Run
-from gradwatch.replay.stand_ins import ReplayError, StandIns
+from gradwatch.replay.stand_ins import NoLossError, ReplayError, StandIns
 from gradwatch.replay.state import Model, Undisturbed, undisturbed, without_gradients
 
 WRITTEN_TO = (
@@ -451,17 +452,34 @@ def _run_closure(
     with _errors_told(), undisturbed(model, closure) as block:
         if buffers is not None:
             block.go_back(buffers, ())
-        _tell(observer, block, block.data)
+        _tell(observer, block, _batch_first(block.data))
         backwards = _Backwards(observer, block.stand_ins)
         with backwards.in_place(), observer:
             with nullcontext() if context is None else context.entered():
-                loss = uncompiled(closure)()
+                loss = uncompiled(block.functions[0])()
+            if isinstance(loss, tuple) and len(loss) == 2:  # with its weight, as for run_batch()
+                loss = loss[0]
             if not backwards.had(loss, block.parameters.values()):
                 if not (isinstance(loss, Tensor) and loss.requires_grad):
-                    raise ReplayError(NO_LOSS.format(value=_described(loss)))
+                    raise NoLossError(NO_LOSS.format(value=_described(loss)))
                 torch.autograd.backward(loss, torch.full_like(loss, scale))
         _end(observer, block)
     return [*block.notes]
+
+
+def _batch_first(data: list[tuple[Tensor, str]]) -> list[tuple[Tensor, str]]:
+    """Puts a tensor first that has the batch in its first dimension.
+
+    In the variables of a closure there may be others, such as the weights of classes. Most often
+    inputs and targets are there, of the same length; and inputs have more dimensions.
+    """
+    lengths = Counter(tensor.shape[0] for tensor, _ in data if tensor.dim())
+
+    def order(pair: tuple[Tensor, str]) -> tuple[int, int]:
+        tensor = pair[0]
+        return (-lengths[tensor.shape[0]], -tensor.dim()) if tensor.dim() else (0, 0)
+
+    return sorted(data, key=order)
 
 
 class _Backwards:

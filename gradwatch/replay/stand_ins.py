@@ -14,6 +14,10 @@ class ReplayError(RuntimeError):
     """A micro-batch cannot be run again; the message is a sentence that says why."""
 
 
+class NoLossError(ReplayError):
+    """A closure has returned no loss, and has run no backward."""
+
+
 class StandIns:
     """Copies of tensors, one for each, however often it is asked for.
 

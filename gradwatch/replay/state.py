@@ -69,6 +69,7 @@ class Undisturbed:
         buffers: Those of its buffers, by name.
         modules: The modules by name, without torch's wrappers, outermost first.
         data: Copies of tensors that the functions have in variables, with their names.
+        functions: The functions that the block may call, with copies of what they are given.
         notes: Sentences: what is different from how the training ran it.
     """
 
@@ -80,6 +81,7 @@ class Undisturbed:
         """
         self._reach = reach
         self.stand_ins = StandIns()
+        self.functions: list[Callable[..., Any]] = []
         table = ParameterTable.of(model)
         slots = [s for one in reach.modules for s in (one._parameters, one._buffers)]
         for tensor in (*table.tensors, *(one for some in slots for one in some.values())):
@@ -179,6 +181,7 @@ def undisturbed(model: Model, *functions: Callable[..., Any]) -> Iterator[Undist
         stack.enter_context(without_gradients(leaves))
         stack.callback(reach.restore)
         reach.replace(block.stand_ins.by_id)
+        block.functions = list(map(reach.swapped, functions))
         _unwrap(reach.modules)
         stack.enter_context(_uncompiled())
         stack.enter_context(_without_cached_weights())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from gradwatch.errors import described_error, logger
 from gradwatch.hooks.backward import inside_backward
+from gradwatch.hooks.closures import KeptClosure, why_not_again
+from gradwatch.hooks.context import ForwardContext
 from gradwatch.hooks.data_parallel import rank, several_ranks
 from gradwatch.hooks.forwards import ForwardCall, KeptForwards
 from gradwatch.measure.deferred import FloatOrDeferred, resolve
@@ -61,6 +63,11 @@ OTHER_RANK = (
 IN_BACKWARD = (
     "The optimizer steps inside of the backward, when weights from before and after the step are "
     "mixed: nothing can be run again then."
+)
+GIVE_A_FUNCTION = (
+    "The loss is made outside of the model, and watcher.backward(loss) was given no more than the "
+    "result. Write watcher.backward(lambda: criterion(model(x), y)), and the line in the loss is "
+    "found too."
 )
 ONE_OF_SEVERAL = "It is only known that it was one of {count} micro-batches."
 NOT_ALL = "Of these the newest {most} were run again."
@@ -227,6 +234,37 @@ class Explaining:
 
     def _replayed(self, number: int) -> _Found:
         """Runs the micro-batch of a backward again, and looks where it goes bad."""
+        whole = self.forwards.closures.by_number.get(number)
+        if whole is None or isinstance(whole, str):
+            return self._with_hint(self._forwards_again(number))
+        found = self._whole_again(whole, number)
+        if found.explanation.origin != "not_found" or whole.alone:
+            return found
+        other = self._forwards_again(number)
+        notes = dict.fromkeys((*found.explanation.notes, *other.explanation.notes))
+        return other._replace(explanation=replace(other.explanation, notes=tuple(notes)))
+
+    def _with_hint(self, found: _Found) -> _Found:
+        given = self.forwards.closures.losses_given
+        if found.explanation.origin != "output_gradient" or not given:
+            return found
+        notes = (*found.explanation.notes, GIVE_A_FUNCTION)
+        return found._replace(explanation=replace(found.explanation, notes=notes))
+
+    def _whole_again(self, whole: KeptClosure, number: int) -> _Found:
+        """Runs a closure again, which makes the loss as well."""
+        calls, _ = self.forwards.calls_of(number)
+        if whole.args and isinstance(self._model, nn.Module):
+            calls = [ForwardCall(self._model, whole.args, {}, [], whole.context)]
+        scale = whole.factor()
+        if whole.scaled:
+            scale *= resolve(self._run.scale.value())
+        before = self._run.hooks.buffers.before_window()
+        found = explain_closure(self._model, whole.bound(), scale, whole.context, before)
+        return _Found(replace(found, notes=(*whole.notes(), *found.notes)), calls)
+
+    def _forwards_again(self, number: int) -> _Found:
+        """Runs the forwards of a micro-batch again, and the backward from where they ended."""
         calls, notes = self.forwards.calls_of(number)
         if not calls:
             return _Found(Explanation(origin="not_found", notes=tuple(notes)))
@@ -244,14 +282,9 @@ class Explaining:
 
     def _run_again(self, calls: Sequence[ForwardCall]) -> Explanation:
         from gradwatch.replay.runs import run_calls
-        from gradwatch.replay.search import explain_run
 
-        try:
-            before = self._run.hooks.buffers.before_window()
-            return explain_run(run_calls(self._model, calls, before))
-        except Exception as error:  # out of memory is one too
-            note = REPLAY_FAILED.format(error=described_error(error))
-            return Explanation(origin="not_found", notes=(note,))
+        before = self._run.hooks.buffers.before_window()
+        return _explained(run_calls(self._model, calls, before))
 
     def _of_weights(self, first: FirstNonFinite) -> Explanation:
         """Explains gradients of weights that were bad before: there is nothing to run again."""
@@ -359,6 +392,50 @@ class Explaining:
             logger.warning("%s", explanation)
         except Exception as error:  # evidence is never worth a training
             logger.warning("gradwatch: %s", FAILED.format(error=described_error(error)))
+
+
+def explain_closure(
+    model: nn.Module | Mapping[str, Tensor],
+    closure: Callable[[], Any],
+    scale: float = 1.0,
+    context: ForwardContext | None = None,
+    buffers: Mapping[int, Tensor] | None = None,
+    asked: bool = False,
+) -> Explanation:
+    """Runs a closure that returns the loss, and says where its gradients go bad.
+
+    Args:
+        model: What is watched.
+        closure: The closure. One that takes data from an iterator is not run.
+        scale: The gradient of the loss from which its backward starts.
+        context: What to run it in; None for how things are now.
+        buffers: What buffers held before; see :func:`gradwatch.replay.runs.run_closure`.
+        asked: Whether the user has asked for it, and is to hear of a mistake.
+
+    Raises:
+        NoLossError: If it returns no loss, and the user has asked.
+    """
+    refused = why_not_again(closure)
+    if refused:
+        return Explanation(origin="not_found", notes=(refused,))
+    from gradwatch.replay.runs import run_closure
+
+    return _explained(run_closure(model, closure, scale, context, buffers), asked)
+
+
+def _explained(run: Callable[[Any], list[str]], asked: bool = False) -> Explanation:
+    from gradwatch.replay.search import explain_run
+    from gradwatch.replay.stand_ins import NoLossError, ReplayError
+
+    try:
+        return explain_run(run)
+    except ReplayError as error:
+        if asked and isinstance(error, NoLossError):
+            raise
+        return Explanation(origin="not_found", notes=(str(error),))
+    except Exception as error:  # out of memory is one too
+        failed = REPLAY_FAILED.format(error=described_error(error))
+        return Explanation(origin="not_found", notes=(failed,))
 
 
 def _was_given_bad(call: ForwardCall) -> bool:

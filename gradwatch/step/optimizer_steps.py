@@ -85,6 +85,7 @@ class OptimizerSteps(Steps):
         has_begun: Whether any step has begun, be it that it raised.
         passed_over: Whether the step is refused, and the backwards in the rest of it do not count.
         beyond_undo: Whether the step has moved the weights, and nothing can put them back.
+        closures: Where closures are kept, to be run again; None if nobody asks.
         units: The number of batches that a managed loop has counted in the window; None if the loop
             is the user's own.
         ends_window: Set by a managed loop to step a window of any length.
@@ -137,6 +138,9 @@ class OptimizerSteps(Steps):
         self._doubted: list[PendingStep] = []
         self._makes_state = False
         self._explaining = run.explaining
+        # A framework passes a closure of its own, which does more than to compute the loss.
+        plain = run.explaining is not None and run.accumulation.checked
+        self.closures = run.explaining.forwards.closures if run.explaining and plain else None
         self.stale = StaleGradients()
         # FusedStep tries the optimizer out, so it is made only if it may be used.
         may_act = clip is not None or self.skip_rule.may_refuse

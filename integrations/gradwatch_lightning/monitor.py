@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradwatch import AccumulatePolicy, Event, History, NoiseScale, Watcher
+from gradwatch import AccumulatePolicy, Event, Explanation, History, NoiseScale, Watcher
 from gradwatch.adapters import (
     SharedOptions,
-    build_watcher,
     check_options,
     shown,
     warn_safely,
     with_watch_options,
 )
 from gradwatch_lightning.loggers import LoggedSteps
-from gradwatch_lightning.tensorboard import tensorboard_sinks
+from gradwatch_lightning.replays import TrainingSteps
 from gradwatch_lightning.trainer import (
     TrainerAccumulation,
     accumulate_policy_of,
     accumulates,
     is_watchable,
-    logged_step_of,
     loss_divisor_of,
-    optimizers_of,
     refuse_two_clips,
     refuse_two_numbers,
-    scaler_of,
-    watched_of,
 )
+from gradwatch_lightning.watchers import watcher_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -100,6 +95,7 @@ class GradientMonitor(Callback):
     # On the class, as pickles of earlier versions do not have them.
     _loss: Tensor | None = None
     _waits = False  # for something to watch
+    _training_steps: TrainingSteps | None = None
 
     @with_watch_options
     def __init__(
@@ -146,6 +142,15 @@ class GradientMonitor(Callback):
             RuntimeError: If nothing has been watched yet.
         """
         return self._watched("events").events
+
+    @property
+    def explanations(self) -> Sequence[Explanation]:
+        """Where bad gradients of the latest fit came from, newest last, also after its end.
+
+        Raises:
+            RuntimeError: If nothing has been watched yet.
+        """
+        return self._watched("explanations").explanations
 
     @property
     def noise_scale(self) -> NoiseScale:
@@ -248,7 +253,8 @@ class GradientMonitor(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # A copy, or the monitor in a spawned process, watches nothing yet. Lightning sets `log` and
         # `log_dict`, which are methods of the module, on each callback; a copy must not keep them.
-        fresh = {"_watcher": None, "_trainer": None, "_loss": None, "_waits": False}
+        names = ("_watcher", "_trainer", "_loss", "_training_steps")
+        fresh = {**dict.fromkeys(names), "_waits": False}
         left_out = ("log", "log_dict", "_logged")  # the last is made anew when a training starts
         kept = {key: self.__dict__[key] for key in self.__dict__ if key not in left_out}
         return {**kept, **fresh}
@@ -265,11 +271,15 @@ class GradientMonitor(Callback):
             return
         self._waits = False
         try:
-            self._watcher = self._made(trainer, module)
+            several = self._accumulation.policy is not None or accumulates(trainer)
+            self._watcher = watcher_of(trainer, module, self._options, self._log, several)
+            self._logged = LoggedSteps(accumulates=several)
             # Restore before attach(): from then on each backward is counted, on top of this state.
             if self._state:
                 self._watcher.load_state_dict(self._state)
             self._watcher.attach()
+            if self._options.explain:
+                self._training_steps = TrainingSteps(trainer, module, self._watcher)
         except Exception as error:
             self._detach(trainer)
             self._watcher = None
@@ -277,23 +287,13 @@ class GradientMonitor(Callback):
                 raise
             warn_safely(NOT_WATCHED.format(kind=type(error).__name__, error=error))
 
-    def _made(self, trainer: Trainer, module: LightningModule) -> Watcher:
-        sinks = [*self._options.sinks, *(tensorboard_sinks(trainer) if self._log else ())]
-        options = replace(self._options, scaler=scaler_of(trainer), sinks=tuple(sinks))
-        watched = watched_of(trainer, module, with_lazy=self._options.acts)
-        tensors = watched.values() if isinstance(watched, Mapping) else watched.parameters()
-        optimizers = optimizers_of(trainer, set(map(id, tensors)), self._options.acts)
-        watcher = build_watcher(watched, optimizers, options)
-        may_accumulate = self._accumulation.policy is not None or accumulates(trainer)
-        self._logged = LoggedSteps(accumulates=may_accumulate)
-        watcher.leave_windows(may_accumulate)
-        watcher.global_step = logged_step_of(trainer)
-        return watcher
-
     def _detach(self, trainer: Trainer) -> None:
         # A Trainer that only validates may have the same callbacks, in the middle of a fit.
         if self._trainer is None or self._trainer() is not trainer:
             return
+        if self._training_steps is not None:
+            self._training_steps.end()
+            self._training_steps = None
         if self._watcher is not None:
             self._watcher.close()
         self._accumulation.give_back(trainer)

@@ -1,0 +1,268 @@
+"""Closures: micro-batches that can be run again whole, with the loss that they ended in.
+
+A managed loop, an optimizer's step and an adapter each have a function that computes the loss of a
+micro-batch. References to it and to its arguments are held until the step, and nothing else. By the
+time of a replay the loop may have gone on to the next batch, so the values that the function's
+variables have now are held with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from gradwatch.errors import described_error
+from gradwatch.hooks.context import ForwardContext
+from gradwatch.measure.deferred import FloatOrDeferred, resolve
+
+_DEEPEST = 6  # functions and methods that are called by functions, attributes of objects
+_MOST_ITEMS = 64  # of a container that is looked into: a batch, and not a data set
+
+DRAWS = (
+    "The function that computes the loss has an iterator in a variable, which running it again "
+    "would move on, so it was not run again whole. Take the batch from the iterator before it."
+)
+FAILED = "The closure could not be kept, after an error: {error}"
+CHANGED_IN_PLACE = (
+    "A tensor that the micro-batch was computed from was changed in place after that, so the "
+    "replay was given other values than the training."
+)
+
+
+class KeptClosure:
+    """A function that computes the loss of one micro-batch.
+
+    Attributes:
+        args: What it is called with.
+        context: Random generators, autocast and grad mode when it was called.
+        weight: Weight of the micro-batch.
+        divisor: What weight times loss was divided by before the backward.
+        scaled: Whether the loss was multiplied by the loss scale, too, before the backward. A
+            closure that calls the backward does so itself.
+        alone: Whether nothing else may be run again in its place.
+    """
+
+    __slots__ = (
+        *("_function", "_tensors", "_variables", "_versions"),
+        *("alone", "args", "context", "divisor", "scaled", "weight"),
+    )
+
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], scaled: bool, alone: bool
+    ) -> None:
+        """Notes how things are now; copies no tensor."""
+        self._function = function
+        self._variables = _variables_of(function)
+        self.args = args
+        self.context = ForwardContext.now()
+        self.weight: FloatOrDeferred = 1.0
+        self.divisor: FloatOrDeferred = 1.0
+        self.scaled = scaled
+        self.alone = alone
+        self._tensors = list(_tensors([*args, *_values(self._variables)]))
+        self._versions = [_version(tensor) for tensor in self._tensors]
+
+    def bound(self) -> Callable[[], Any]:
+        """Returns a function without arguments whose variables have the values of that time."""
+        function = self._function
+        if isinstance(function, FunctionType):
+            cells, variables = self._variables
+            bound = FunctionType(
+                function.__code__,
+                {**function.__globals__, **variables},
+                function.__name__,
+                function.__defaults__,
+                cells,
+            )
+            bound.__kwdefaults__ = function.__kwdefaults__
+            vars(bound).update(vars(function))  # a signature, for one
+            function = bound
+        return partial(function, *self.args) if self.args else function
+
+    def factor(self) -> float:
+        """Returns what the loss was multiplied by, apart from a loss scale; waits for a device."""
+        return resolve(self.weight) / resolve(self.divisor)
+
+    def notes(self) -> list[str]:
+        """Returns sentences: what is not as it was."""
+        now = [_version(tensor) for tensor in self._tensors]
+        return [CHANGED_IN_PLACE] if now != self._versions else []
+
+
+class KeptClosures:
+    """The closures of the micro-batches that no step has used yet.
+
+    Attributes:
+        by_number: By number of a backward its closure, or why there is none.
+        losses_given: Whether a managed loop was given a loss, and not a function that returns it.
+    """
+
+    def __init__(self) -> None:
+        """Holds nothing."""
+        self.by_number: dict[int, KeptClosure | str] = {}
+        self.losses_given = False
+        self._current: KeptClosure | str | None = None
+
+    def begin(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        scaled: bool = False,
+        alone: bool = False,
+    ) -> KeptClosure | None:
+        """Notes that a function is about to compute the loss of the next backwards.
+
+        Args:
+            function: The function.
+            args: What it is called with.
+            scaled: See :class:`KeptClosure`.
+            alone: See :class:`KeptClosure`.
+
+        Returns:
+            What is kept; None after an error, which must not end a training.
+        """
+        try:
+            kept = KeptClosure(function, args, scaled, alone)
+        except Exception as error:
+            self._current = FAILED.format(error=described_error(error))
+            return None
+        self._current = kept
+        return kept
+
+    def refuse(self, reason: str) -> None:
+        """Notes that the next backwards cannot be run again at all."""
+        self._current = reason
+
+    def end(self) -> None:
+        """Notes that the next backward is of something else."""
+        self._current = None
+
+    def drop(self, number: int) -> None:
+        """Drops what is known of a backward."""
+        dropped = self.by_number.pop(number, None)
+        # A framework does not say when a micro-batch ends, but it has: its gradients were used.
+        if dropped is self._current and isinstance(dropped, KeptClosure):
+            self._current = None
+
+    def note_backward(self, number: int, held: dict[int, list[Any]]) -> None:
+        """Notes that a backward has ended.
+
+        Args:
+            number: Its number.
+            held: What else is held of each backward; to be told which to :meth:`drop`.
+        """
+        if self._current is not None:
+            self.by_number[number] = self._current
+            held.setdefault(number, [])
+
+
+def why_not_again(function: Callable[..., Any]) -> str:
+    """Returns why a function must not be called once more; empty if it may.
+
+    What takes a batch from an iterator would take that of the next step.
+    """
+    return DRAWS if _draws(function, (), 0, set()) else ""
+
+
+Names = tuple[str, ...]
+
+
+def _draws(value: Any, names: Names, depth: int, seen: set[tuple[int, Names]]) -> bool:
+    """Returns whether a value is, or leads to, an iterator that code with these names may use.
+
+    Of an object it is looked at the attributes with these names, and at the methods.
+    """
+    if isinstance(value, Iterator):
+        return not isinstance(value, io.IOBase)  # files are iterators, too, and are written to
+    key = id(value), names
+    if depth > _DEEPEST or key in seen or isinstance(value, Tensor | type):
+        return False
+    if not isinstance(value, MethodType):  # which is made anew each time, and so has no id
+        seen.add(key)
+    return any(_draws(one, using, depth + 1, seen) for one, using in _leads_to(value, names))
+
+
+def _leads_to(value: Any, names: Names) -> Iterator[tuple[Any, Names]]:
+    """Yields what a value leads to, each with the names of the code that may use it."""
+    if isinstance(value, partial):
+        for one in (value.func, *value.args, *value.keywords.values()):
+            yield one, names
+    elif isinstance(value, MethodType):
+        yield value.__func__, names
+        yield value.__self__, _names_in(value.__func__)
+    elif isinstance(value, FunctionType):
+        own = _names_in(value)
+        for one in (*_values(_variables_of(value)), *(value.__defaults__ or ())):
+            yield one, own
+    else:
+        inside = getattr(value, "__dict__", {})
+        for name in names:
+            if name in inside:
+                yield inside[name], names
+            elif isinstance(method := getattr(type(value), name, None), FunctionType):
+                yield MethodType(method, value), names
+
+
+def _names_in(function: Any) -> Names:
+    code = getattr(function, "__code__", None)
+    return () if code is None else tuple(_names(code))
+
+
+Variables = tuple[tuple[CellType, ...], dict[str, Any]]
+"""What a function reads from outside: copies of its cells, and the globals that it names."""
+
+
+def _variables_of(function: object) -> Variables:
+    if not isinstance(function, FunctionType):
+        return (), {}
+    cells = tuple(map(_copied, function.__closure__ or ()))
+    inside = function.__globals__
+    names = [name for name in _names(function.__code__) if name in inside]
+    return cells, {name: inside[name] for name in names if not _is_fixed(inside[name])}
+
+
+def _copied(cell: CellType) -> CellType:
+    try:
+        return CellType(cell.cell_contents)
+    except ValueError:  # a variable that has no value yet
+        return CellType()
+
+
+def _values(variables: Variables) -> Iterator[Any]:
+    cells, named = variables
+    for cell in cells:
+        with contextlib.suppress(ValueError):
+            yield cell.cell_contents
+    yield from named.values()
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _is_fixed(value: object) -> bool:
+    return isinstance(value, type | ModuleType)
+
+
+def _tensors(values: Iterable[Any], depth: int = 0) -> Iterator[Tensor]:
+    """Yields the tensors among values, and in the containers among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif depth < 3 and isinstance(value, tuple | list | Mapping):
+            inner = value.values() if isinstance(value, Mapping) else value
+            if len(value) <= _MOST_ITEMS:
+                yield from _tensors(inner, depth + 1)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
