@@ -12,7 +12,7 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from itertools import chain
 from operator import attrgetter
@@ -107,8 +107,8 @@ class ForwardCall:
             -1 for an inference tensor, which has none.
         context: Random generators, autocast and grad mode at the start.
         caller: File and line from which the user's code called the module; ``("", 0)`` if unknown.
-        gradients: For each output that requires a gradient, in the order of ``tree_leaves``, the
-            gradients that have arrived there: an empty list before its backward, one tensor after.
+        gradients: For each output that requires a gradient, in the order of :func:`output_tensors`,
+            what has arrived there: an empty list before its backward, one tensor after.
     """
 
     module: nn.Module
@@ -428,11 +428,11 @@ class _After(_Hook):
         if one is None or output is None:  # the forward has raised
             return
         try:
-            outputs = [output] if isinstance(output, Tensor) else tree_leaves(output)
+            outputs = [output] if isinstance(output, Tensor) else output_tensors(output)
             one.gradients = []
             seen: set[int] = set()
             for tensor in outputs:
-                if not isinstance(tensor, Tensor) or not tensor.requires_grad:
+                if not tensor.requires_grad:
                     continue
                 arrived: list[Tensor] = []
                 one.gradients.append(arrived)
@@ -459,6 +459,31 @@ def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     if not _FLAT.issuperset(map(type, leaves)):
         leaves = tree_leaves((args, kwargs))
     return [one for one in leaves if isinstance(one, Tensor)]
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """Lists the tensors in what a forward has returned, also in objects that torch does not know.
+
+    Of such an object these are its items, if it is a mapping, or else its attributes.
+    """
+    found: list[Tensor] = []
+    for leaf in tree_leaves(output):
+        if not isinstance(leaf, Tensor):
+            leaves = tree_leaves(_inside(leaf))
+            found += [one for one in leaves if isinstance(one, Tensor)]
+        else:
+            found.append(leaf)
+    return found
+
+
+def _inside(value: object) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (nn.Module, type)) or callable(value):
+        return []
+    if is_dataclass(value):
+        return [getattr(value, one.name, None) for one in fields(value)]
+    return list(getattr(value, "__dict__", {}).values())
 
 
 def _version_or_none(tensor: Tensor) -> int:

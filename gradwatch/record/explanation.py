@@ -34,6 +34,7 @@ ORIGINS = {
     "output_gradient": "it came back from the loss, which is made outside of the model",
     "not_found": "where it was born was not found",
 }
+FROM_OUTSIDE = "it came with a tensor that was made outside of the forward, or outside of torch"
 ORIGINS_OF_LARGE = {
     "input": "It came with the data.",
     "weights": "It came with the weights.",
@@ -344,7 +345,8 @@ def _beginning(it: Explanation) -> Iterator[str]:
         yield wrapped(f"{kind}, born {_in_module(it)}{':' if located else '.'}", "  ")
         yield from _location(it)
     else:
-        yield wrapped(f"{kind}: {ORIGINS[it.origin]}.", "  ")
+        known = it.origin != "input" or it.argument
+        yield wrapped(f"{kind}: {ORIGINS[it.origin] if known else FROM_OUTSIDE}.", "  ")
         yield from _location(it)
 
 
@@ -416,7 +418,7 @@ def _phrase(it: Explanation) -> str:
 def _owner(it: Explanation) -> str:
     """Returns what has the bad elements."""
     if it.origin == "input":
-        return f"the argument {printable(it.argument)}" if it.argument else "an argument"
+        return f"the argument {printable(it.argument)}" if it.argument else "the tensor"
     if it.origin == "weights":
         named = f" {printable(it.parameter)}" if it.parameter else ""
         return f"{'the' if named else 'a'} parameter or buffer{named}"

@@ -197,6 +197,7 @@ INPUT = (
     "Look at {examples} of {argument} in the data set; `torch.isfinite(x).all()` in the loader "
     "finds others. Fill in what is missing, `torch.nan_to_num(x)`, or leave such examples out."
 )
+ELSEWHERE = "Check what is computed there outside of torch, and what the tensor is made from."
 WEIGHTS = (
     "No batch can mend that: load the last good checkpoint{since}. "
     '`gradwatch.watch(model, optimizer, on_nonfinite="skip")` leaves out the steps that spoil '
@@ -273,6 +274,8 @@ def advice_for(explanation: Explanation) -> str:
         return OVERFLOW
     if explanation.candidates:
         return ONE_OF
+    if explanation.origin == "input" and not explanation.argument:
+        return ELSEWHERE
     if explanation.origin == "input":
         return INPUT.format(
             argument=explanation.argument or "the input", examples=_examples(explanation)

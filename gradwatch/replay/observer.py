@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradwatch.record.explanation import Operand
 from gradwatch.replay.frames import Frames, Place, variable_of
+from gradwatch.replay.names import name_of_node, public_name
 
 Source: TypeAlias = Literal["input", "parameter", "buffer", "output_gradient", "constant"]
 Roots: TypeAlias = frozenset[int]
@@ -38,6 +39,18 @@ _MIX = frozenset(
     | {"scatter_add_", "scatter_reduce", "scatter_reduce_", "put", "put_", "bincount", "histc"}
     | {"embedding_dense_backward", "convolution_backward", "native_batch_norm_backward"}
 )
+# How many of their results are meant for others; the rest is kept for the backward, or is memory to
+# work in, of which parts are never written.
+_RESULTS = {
+    "_ctc_loss": 1,
+    "_cudnn_ctc_loss": 1,
+    "_thnn_fused_lstm_cell": 2,
+    "_thnn_fused_gru_cell": 1,
+    "mkldnn_rnn_layer": 3,
+    "_cudnn_rnn": 3,
+    "miopen_rnn": 3,
+}
+_ATTENTION = ("_scaled_dot_product_", "_flash_attention_", "_efficient_attention_")
 _OF_NUMBERS = frozenset({"self", "other", "exponent", "value"})
 # They look at no value, and their result is one that they were given.
 _NO_VALUES = frozenset({"detach", "alias", "is_same_size", "sym_size", "sym_numel", "prim_layout"})
@@ -181,6 +194,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._producers: dict[int, int] = {}
         self._tainted: dict[int, Roots] = {}
         self._good: set[int] = set()
+        self._not_looked_at: set[int] = set()
         self._unread: frozenset[int | None] = frozenset()  # operands of the one that is running
         self._batched: set[int] = set()
         self._frames = Frames(self.modules)
@@ -297,6 +311,9 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = list(_tensors((result,)))
         shared = set(keys)
         operation.writes = bool(func._schema.is_mutable)
+        wanted = _RESULTS.get(name, 1 if name.startswith(_ATTENTION) else len(results))
+        self._not_looked_at.update(key for one in results[wanted:] if (key := _key(one)))
+        self._not_looked_at.difference_update(map(_key, results[:wanted]))
         for one in results:
             key = _key(one)
             if key is None:
@@ -314,7 +331,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if number in self._wanted and results:
                 self.details[number].result = operand_of("result", results[0])
             return
-        for one in results:
+        for one in results[:wanted]:
             self._look(func, number, one, operands, bad)
 
     def _unseen(self, operands: list[Tensor], number: int) -> list[_Bad]:
@@ -533,6 +550,14 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             found = bisect_right(self._sequences, sequence) - 1
         else:
             found = bisect_left(self._sequences, sequence + 1)
+            # An operation in place may have copies made first, for its backward.
+            base = name_of_node(node)
+            named = (
+                number
+                for number in range(found, min(found + 4, len(self.operations)))
+                if public_name(self.operations[number].name).rstrip("_") == base
+            )
+            found = next(named, found)
         return found if 0 <= found < len(self.operations) else None
 
 

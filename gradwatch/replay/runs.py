@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from gradwatch.errors import described_error
 from gradwatch.hooks.context import ForwardContext
-from gradwatch.hooks.forwards import ForwardCall
+from gradwatch.hooks.forwards import ForwardCall, output_tensors
 from gradwatch.hooks.generators import torch_generators
 from gradwatch.measure.parameters import unwrapped
 from gradwatch.out_of_memory import forget, is_out_of_memory, release_memory
@@ -310,7 +310,7 @@ def _written_to(call: ForwardCall, given: Arguments) -> list[str]:
 
 
 def _with_gradient(output: Any) -> list[Tensor]:
-    return [one for one in tree_leaves(output) if isinstance(one, Tensor) and one.requires_grad]
+    return [one for one in output_tensors(output) if one.requires_grad]
 
 
 def _once(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -10,7 +10,6 @@ was given, and the operations that these came from.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from gradwatch.record.explanation import ALL_FINITE, ExplainedKind, Explanation, Operand
 from gradwatch.replay.advice import advice_for
 from gradwatch.replay.frames import Place, source_of
+from gradwatch.replay.names import name_of_node, public_name
 from gradwatch.replay.observer import NO_ROOTS, Details, Observer, Operation, Root
 
 Run = Callable[[Observer], list[str]]
@@ -27,6 +27,15 @@ MOST_ANCESTORS = 64  # operations before the cause that are looked at
 NOT_AGAIN = (
     "Run again, the micro-batch gave finite gradients: something has changed in between, or it "
     "does not give the same numbers each time."
+)
+
+MADE_ELSEWHERE = (
+    "It is no argument of the forward: a tensor that was made outside of torch, such as from NumPy "
+    "or from numbers of Python, and first used on this line."
+)
+CONSTANT = (
+    "It is no argument of the forward, and no parameter or buffer, but another tensor that the "
+    "code uses on this line."
 )
 
 # They write a constant. If that is infinite, somebody meant it.
@@ -61,17 +70,6 @@ _ZERO_IS_AN_EDGE = {
     "remainder": "other",
     "fmod": "other",
 }
-_NAMES = {
-    "_to_copy": "to",
-    "_cdist_forward": "cdist",
-    "_euclidean_dist": "cdist",
-    "_ctc_loss": "ctc_loss",
-    "_fused_rms_norm": "rms_norm",
-    "_thnn_fused_lstm_cell": "lstm_cell",
-    "_thnn_fused_gru_cell": "gru_cell",
-    "mkldnn_rnn_layer": "lstm",
-    "_safe_softmax": "softmax",
-}
 
 
 def explain_run(run: Run, known_bad: bool = True) -> Explanation:
@@ -92,7 +90,7 @@ def explain_run(run: Run, known_bad: bool = True) -> Explanation:
     second = Observer(search.wanted())
     run(second)
     found = search.explanation(second.details if _is_alike(first, second) else {})
-    return _advised(replace(found, notes=tuple(notes)))
+    return _advised(replace(found, notes=(*found.notes, *notes)))
 
 
 def _advised(explanation: Explanation) -> Explanation:
@@ -236,6 +234,8 @@ class _Search:
             )
         place = self._operation.place if self._operation is not None else Place()
         of_model = source in ("parameter", "buffer")
+        if source == "constant" and self._is_in_model(place):
+            common["notes"] = (CONSTANT if cause.name else MADE_ELSEWHERE,)
         return Explanation(
             origin="weights" if of_model else "input",
             argument="" if of_model else cause.name,
@@ -243,6 +243,9 @@ class _Search:
             **self._where(place),
             **common,
         )
+
+    def _is_in_model(self, place: Place) -> bool:
+        return place.module in self._seen.modules
 
     def _outermost(self) -> str:
         return next((kind for name, kind in self._seen.modules.values() if not name), "")
@@ -293,7 +296,7 @@ class _Search:
         if operation.place.line:  # a backward of the user's own, or a hook
             module = operation.place.module or (forward.place.module if forward else 0)
             return _name_of(operation), operation.place._replace(module=module)
-        node = _name_of_node(operation.node[0]) if operation.node else ""
+        node = name_of_node(operation.node[0]) if operation.node else ""
         if forward is None:
             return node, operation.place
         return _name_of(forward), forward.place
@@ -385,20 +388,3 @@ def _is_negative(operand: Operand) -> bool:
 
 def _name_of(operation: Operation) -> str:
     return public_name(operation.name)
-
-
-def public_name(name: str) -> str:
-    """Returns what users know an operation of torch's as: ``"_softmax"`` is ``"softmax"``."""
-    if name in _NAMES:
-        return _NAMES[name]
-    if name.startswith("_scaled_dot_product"):
-        return "scaled_dot_product_attention"
-    short = name.lstrip("_")
-    for prefix in ("native_", "cudnn_", "miopen_", "mkldnn_"):
-        short = short.removeprefix(prefix)
-    return short.removesuffix("_forward").removesuffix("_with_total_weight") or name
-
-
-def _name_of_node(name: str) -> str:
-    base = re.sub(r"Backward\d*$", "", name.rpartition("::")[2])
-    return public_name(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", base).lower())
