@@ -288,9 +288,13 @@ def _tell(observer: Observer, block: Undisturbed, inputs: Iterable[tuple[Tensor,
         if id(tensor) not in told:
             told.add(id(tensor))
             observer.name_input(tensor, name)
+    for name, tensor in block.attributes.items():
+        if id(tensor) not in told:  # an input may be kept in one
+            observer.name_buffer(tensor, name)
 
 
 def _end(observer: Observer, block: Undisturbed) -> None:
+    observer.doubtful = block.doubtful()
     observer.end({name: tensor.grad for name, tensor in block.parameters.items()})
 
 

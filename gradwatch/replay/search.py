@@ -29,6 +29,11 @@ NOT_AGAIN = (
     "does not give the same numbers each time."
 )
 
+DOUBTFUL = (
+    "{name}, which the forward writes to, is bad by now. What it held before is not known, so it "
+    "may be the cause, or what the bad forward has left there. A step that is skipped puts back "
+    'buffers: make it one with register_buffer(), and use on_nonfinite="explain".'
+)
 MADE_ELSEWHERE = (
     "It is no argument of the forward: a tensor that was made outside of torch, such as from NumPy "
     "or from numbers of Python, and first used on this line."
@@ -86,6 +91,11 @@ def explain_run(run: Run, known_bad: bool = True) -> Explanation:
         if not known_bad:
             return Explanation(origin="not_found", notes=(*notes, ALL_FINITE))
         return _advised(Explanation(origin="not_found", notes=(*notes, NOT_AGAIN)))
+    # From the first one on that was read: even a comparison with NaN changes what comes after.
+    doubtful = [one for one in first.roots if one.source == "buffer" and one.name in first.doubtful]
+    if doubtful and doubtful[0].number <= cause.number:
+        notes = [*notes, DOUBTFUL.format(name=doubtful[0].name)]
+        return _advised(Explanation(origin="not_found", kind=kind, notes=tuple(notes)))
     search = _Search(first, cause, kind)
     second = Observer(search.wanted())
     run(second)

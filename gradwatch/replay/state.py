@@ -41,10 +41,6 @@ OWN_GENERATOR = (
     "The model draws random numbers from a generator of its own, whose state at the forward is not "
     "known: the replay may have drawn others."
 )
-MENDED = (
-    "The buffers {names} hold NaN since the forward, and what they held before is not known: they "
-    "were run again with 1 in its place."
-)
 SHARDED = "The model is sharded over ranks, so that one rank cannot run it again by itself."
 SCRIPTED = "{name} is a scripted module, whose weights cannot be replaced by copies."
 COMMUNICATES = (
@@ -67,6 +63,7 @@ class Undisturbed:
         stand_ins: The copies.
         parameters: The copies of the model's parameters, by name.
         buffers: Those of its buffers, by name.
+        attributes: Those of other tensors that are attributes of its modules, by name.
         modules: The modules by name, without torch's wrappers, outermost first.
         data: Copies of tensors that the functions have in variables, with their names.
         functions: The functions that the block may call, with copies of what they are given.
@@ -100,6 +97,17 @@ class Undisturbed:
             for key, buffer in one._buffers.items()
             if buffer is not None
         }
+        self.attributes: dict[str, Tensor] = {}
+        self._places: dict[str, tuple[dict[str, Any], str]] = {}
+        for name, one in self.modules:
+            prefix = f"{name}." if name else ""
+            self._places |= {f"{prefix}{key}": (one._buffers, key) for key in one._buffers}
+            for key, value in vars(one).items():
+                copied = self.stand_ins.by_id.get(id(value)) if isinstance(value, Tensor) else None
+                if copied is not None:
+                    self.attributes[f"{prefix}{key}"] = copied
+                    self._places[f"{prefix}{key}"] = vars(one), key
+        self._unknown: dict[str, tuple[Tensor, int]] = {}
         self.notes = [UNCOMPILED] if reach.compiled else []
         if reach.draws:
             self.notes.append(OWN_GENERATOR)
@@ -109,27 +117,40 @@ class Undisturbed:
         """Gives the copies of buffers the values that they had before the forward.
 
         A forward that makes NaN often leaves it in a running statistic or a hidden state. Found
-        there by a replay, it would seem to be the cause. So where the values before are not known,
-        the copies hold 1 in place of NaN: if that was there before, the replay will be finite.
+        there by a replay, it would seem to be the cause; see :meth:`doubtful`.
 
         Args:
             before: Values of buffers, by the ``id()`` of each as it is now.
             given: The ``id()`` of tensors that the forward is given, which stay as they are.
         """
-        names = {id(copied): name for name, copied in self.buffers.items()}
-        mended = []
+        known = set()
         for tensor, name in self._reach.tensors.values():
-            copied = self.stand_ins.by_id.get(id(tensor))
-            if copied is None or name or id(tensor) in given or isinstance(tensor, nn.Parameter):
+            copied, then = self.stand_ins.by_id.get(id(tensor)), before.get(id(tensor))
+            if copied is None or then is None or name or id(tensor) in given:
                 continue
-            then = before.get(id(tensor))
-            if then is not None and then.shape == copied.shape:
+            if then.shape == copied.shape:
                 copied.copy_(then)
-            elif copied.is_floating_point() and bool((bad := torch.isnan(copied)).any()):
-                copied.masked_fill_(bad, 1.0)
-                mended.append(names.get(id(copied), ""))
-        if any(mended):
-            self.notes.append(MENDED.format(names=", ".join(filter(None, mended))))
+                known.add(id(copied))
+        self._unknown = {
+            name: (copied, copied._version)
+            for name, copied in (self.buffers | self.attributes).items()
+            if id(copied) not in known
+        }
+
+    def doubtful(self) -> set[str]:
+        """Names the buffers and attributes of which it is not known what they held before.
+
+        These are those that the forward has written to: what is bad there may be its own doing.
+        """
+        return {
+            name
+            for name, (copied, version) in self._unknown.items()
+            if copied._version != version or not self._is_in_place(name, copied)
+        }
+
+    def _is_in_place(self, name: str, copied: Tensor) -> bool:
+        holder, key = self._places.get(name, ({}, ""))
+        return holder.get(key) is copied
 
     def _copy_data(self, reach: Reach) -> list[tuple[Tensor, str]]:
         data, left = [], MOST_BYTES

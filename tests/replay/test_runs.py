@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import gradwatch
 from gradwatch.hooks.context import ForwardContext
 from gradwatch.replay.runs import run_calls, run_closure
+from gradwatch.replay.search import explain_run
 from gradwatch.replay.stand_ins import ReplayError
 from tests.replay.replayed import Seen, kept
 from tests.support import zoo
@@ -469,16 +470,17 @@ def test_buffers_hold_what_they_held_before_the_forward():
 
 
 def test_a_buffer_that_is_nan_since_the_forward():
-    """Where nothing was copied it begins with 1, and a note says so."""
+    """Where nothing was copied it is run as it is, and what it held before is said not to be known."""
     model = Centered()
     with kept(model) as calls:
         model(X + float("nan")).sum().backward()
     seen = WithMeans()
-    (note,) = run_calls(model, calls)(seen)
-    assert note.startswith("The buffers mean hold NaN since the forward")
-    assert seen.buffers["mean"].tolist() == [1, 1, 1, 1]
-    assert bool(seen.inputs[0][1].isnan().all())  # the input stays as it is
-    assert bool(model.mean.isnan().all())
+    assert run_calls(model, calls)(seen) == []
+    assert bool(seen.buffers["mean"].isnan().all())
+    assert seen.doubtful == {"mean", "newest"}
+    found = explain_run(run_calls(model, calls))
+    assert found.origin == "not_found"
+    assert found.notes[0].startswith("mean, which the forward writes to, is bad by now.")
 
 
 def test_an_input_that_the_model_keeps():
