@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal, TypeAlias
@@ -126,6 +126,8 @@ class Details:
             attributes are those of the tensors.
         result: Its result.
         zero_examples: For each operand the examples in which it has an exact 0.
+        zero_rows: For each operand the examples in which it is nothing but 0.
+        zero_results: The examples in which the result has an exact 0; None if it has none.
         origins: For each operand where it came in from, if it came from outside.
         parents: For each operand the number of the operation that made it; -1 for none.
     """
@@ -133,6 +135,8 @@ class Details:
     operands: tuple[Operand, ...]
     result: Operand | None = None
     zero_examples: tuple[tuple[int, ...] | None, ...] = ()
+    zero_rows: tuple[tuple[int, ...] | None, ...] = ()
+    zero_results: tuple[int, ...] | None = None
     origins: tuple[tuple[Source, str] | None, ...] = ()
     parents: tuple[int, ...] = ()
 
@@ -332,7 +336,9 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         if self._wanted:
             if number in self._wanted and results:
-                self.details[number].result = operand_of("result", results[0])
+                details, first = self.details[number], results[0]
+                details.result = operand_of("result", first)
+                details.zero_results = self._examples(first, _values(first) == 0)
             return
         for one in results[:wanted]:
             self._look(func, number, one, operands, bad)
@@ -502,11 +508,14 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return Details(
             (*described, *_numbers(func, args, kwargs)),
             zero_examples=tuple(self._examples(one, _values(one) == 0) for _, one in pairs),
+            zero_rows=tuple(self._examples(one, _values(one) == 0, torch.all) for _, one in pairs),
             origins=tuple(self._named.get(_key(one) or 0) for _, one in pairs),
             parents=tuple(self._producers.get(_key(one) or 0, -1) for _, one in pairs),
         )
 
-    def _examples(self, tensor: Tensor, bad: Tensor) -> tuple[int, ...] | None:
+    def _examples(
+        self, tensor: Tensor, bad: Tensor, of: Callable[[Tensor, int], Tensor] = torch.any
+    ) -> tuple[int, ...] | None:
         """Returns the indices along the batch dimension of elements; None if it has none."""
         size, key = self.batch, _key(tensor)
         if size is None or not size or not tensor.dim() or key not in self._batched:
@@ -522,7 +531,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             rows = bad.movedim(list(shape).index(size), 0).reshape(size, -1)
         else:
             return None
-        return tuple(torch.nonzero(rows.any(1)).flatten().tolist())
+        return tuple(torch.nonzero(of(rows, 1)).flatten().tolist())
 
     # -- which forward operation a backward operation belongs to --------------------------------
 

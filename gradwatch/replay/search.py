@@ -50,13 +50,26 @@ _FILLS = frozenset(
 )
 # Their result holds elements that they were given, as they were.
 _PASS_ON = frozenset(
-    {"clone", "contiguous", "copy", "to_copy", "cat", "stack", "gather", "index", "index_select"}
+    {
+        "clone",
+        "contiguous",
+        "copy",
+        "to",
+        "index_put",
+        "index_copy",
+        "cat",
+        "stack",
+        "gather",
+        "index",
+        "index_select",
+    }
     | {"masked_fill", "where", "roll", "flip", "repeat", "constant_pad_nd", "lift_fresh", "reshape"}
     | {"embedding", "slice_backward", "select_backward", "tril", "triu"}
 )
 _KEEP_ZERO = frozenset(
     {"mul", "div", "neg", "abs", "sqrt", "pow", "square", "relu", "clamp", "sin"}
 )
+_OVERWRITE = frozenset({"copy", "index_put", "index_copy", "put", "scatter", "masked_scatter"})
 _ADD_UP = frozenset({"sum", "mean", "cumsum", "amax", "linalg_vector_norm"})  # 0 if all of it is
 _ZERO_IS_AN_EDGE = {
     "log": "self",
@@ -274,7 +287,7 @@ class _Search:
     def _of_operation(self, common: dict[str, Any], details: dict[int, Details]) -> Explanation:
         cause, forward = self._cause, self._forward
         operation = self._seen.operations[cause.number]
-        name, place = self._name_and_place(operation)
+        name, place = self._name_and_place(operation, forward)
         of_forward = details.get(cause.number if forward is None else forward)
         operands = of_forward.operands if of_forward is not None else ()
         if operation.backward and not operation.place.line and cause.number in details:
@@ -299,10 +312,11 @@ class _Search:
             **common,
         )
 
-    def _name_and_place(self, operation: Operation) -> tuple[str, Place]:
+    def _name_and_place(self, operation: Operation, number: int | None) -> tuple[str, Place]:
+        """Returns name and place of an operation; ``number`` is that of its forward operation."""
         if not operation.backward:
             return _name_of(operation), operation.place
-        forward = None if self._forward is None else self._seen.operations[self._forward]
+        forward = None if number is None else self._seen.operations[number]
         if operation.place.line:  # a backward of the user's own, or a hook
             module = operation.place.module or (forward.place.module if forward else 0)
             return _name_of(operation), operation.place._replace(module=module)
@@ -340,32 +354,32 @@ class _Search:
             visited.add(number)
             details = all_details[number]
             operation = self._seen.operations[number]
-            tensors = details.operands[: len(details.parents)]
-            onward = [i for i, one in enumerate(tensors) if is_edge(one)]
-            onward = onward if _passes_on(operation, details, is_edge) else []
-            if not onward:
-                return "", "", self._earlier(operation, details), examples
-            index = onward[0]
+            onward = _given_by(operation, details, is_edge)
+            if onward is None:
+                return "", "", self._earlier(number, details), examples
+            index = onward
 
     def _by_mask(
         self, mask: Root, details: dict[int, Details]
     ) -> tuple[str, str, Explanation | None, tuple[int, ...]]:
         if mask.source is not None:
             return (*_named((mask.source, mask.name)), None, ())
-        operation = self._seen.operations[mask.number]
-        return "", "", self._earlier(operation, details.get(mask.number)), ()
+        return "", "", self._earlier(mask.number, details.get(mask.number)), ()
 
-    def _earlier(self, operation: Operation, details: Details | None) -> Explanation:
+    def _earlier(self, number: int, details: Details | None) -> Explanation:
+        operation = self._seen.operations[number]
         result = None if details is None else details.result
+        forward = self._seen.forward_of(number)
+        name, place = self._name_and_place(operation, forward)
         return Explanation(
             origin="operation",
             phase="backward" if operation.backward else "forward",
             kind=self._kind,
-            operation=_name_of(operation),
+            operation=name,
             inputs=() if details is None else details.operands,
             result_shape=() if result is None else result.shape,
             result_dtype="" if result is None else result.dtype,
-            **self._where(operation.place),
+            **self._where(place),
         )
 
 
@@ -376,16 +390,26 @@ def _named(origin: tuple[str, str] | None) -> tuple[str, str]:
     return ("", name) if source in ("parameter", "buffer") else (name, "")
 
 
-def _passes_on(operation: Operation, details: Details, edge: Callable[[Operand], bool]) -> bool:
-    """Returns whether an operation was given the value at the edge, rather than made it."""
-    if _name_of(operation).rstrip("_") in _PASS_ON:
-        return True
-    result = details.result
-    if _name_of(operation) in _ADD_UP and edge is _has_zero:
-        return any(one.zeros == math.prod(one.shape) for one in details.operands[:1])
-    if edge is not _has_zero or _name_of(operation).rstrip("_") not in _KEEP_ZERO or not result:
-        return False
-    return any(one.zeros >= result.zeros for one in details.operands)
+def _given_by(
+    operation: Operation, details: Details, edge: Callable[[Operand], bool]
+) -> int | None:
+    """Returns the operand that a value at the edge came from; None if the operation has made it."""
+    name, result = _name_of(operation).rstrip("_"), details.result
+    tensors = details.operands[: len(details.parents)]
+    # What is written over is not where the value came from.
+    first = 1 if operation.writes and name in _OVERWRITE else 0
+    onward = [i for i, one in enumerate(tensors) if i >= first and edge(one)]
+    if name in _PASS_ON or not onward:
+        return onward[0] if onward else None
+    if edge is not _has_zero or result is None:
+        return None
+    if name in _ADD_UP:
+        rows, zeros = details.zero_rows[0], details.zero_results
+        by_row = bool(rows and zeros and set(zeros) <= set(rows))
+        return 0 if by_row or tensors[0].zeros == math.prod(tensors[0].shape) else None
+    if name not in _KEEP_ZERO:
+        return None
+    return next((i for i in onward if tensors[i].zeros >= result.zeros), None)
 
 
 def _has_zero(operand: Operand) -> bool:
