@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import re
 
-from gradwatch.record.circumstances import Circumstance, circumstance, circumstance_called
+from gradwatch.record.circumstances import (
+    CIRCUMSTANCES,
+    Circumstance,
+    circumstance,
+    circumstance_called,
+)
 from gradwatch.record.explanation import Explanation, facts_of
-from gradwatch.record.operations import Facts, shown_name
+from gradwatch.record.operations import Facts, plain_name, shown_name
 from gradwatch.record.wording import number
 
 ADVICE = {
@@ -41,8 +46,12 @@ ADVICE = {
     "`(x - x.mean()) / (x.std(correction=0) + {eps})`.",
     "norm_divides": "A vector of zeros has no direction. Add an eps: "
     "`x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + {eps})`.",
-    "count_zero": "Where nothing is summed or counted, divide by 1, `x / y.clamp(min=1)`; for a "
-    "sum of weights `x / y.clamp(min={eps})`.",
+    "rms_zero": "Add an eps under the root: "
+    "`x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + {eps})`.",
+    "count_zero": "Where nothing is counted, divide by 1: `x / y.clamp(min=1)`.",
+    "sum_zero": "Keep the sum away from 0: `x / y.clamp(min={eps})` if it is never negative, "
+    "`x / torch.where(y.abs() < {eps}, {eps}, y)` if it may be; `x / y.clamp(min=1)` only where it "
+    "counts something.",
     "div_zero": "Keep the divisor away from 0: `x / y.clamp(min={eps})` if it is never negative, "
     "`x / torch.where(y.abs() < {eps}, {eps}, y)` if it may be.",
     "modulo_zero": "Keep the divisor away from 0: `{call}(x, y.clamp(min={eps}))`.",
@@ -255,7 +264,7 @@ POLES = {
 }
 """Where the slope is infinite, with a number that is safe there."""
 
-DIVISIONS = ("spread_zero", "norm_divides", "count_zero", "div_zero", "normalize_in_half")
+DIVISIONS = tuple(one.key for one in CIRCUMSTANCES if one.phrase.startswith("division by"))
 NORM_EPS = {"float16": "1e-3"}
 EPS = {"float16": "1e-4"}
 TINY = {"float16": "1e-4", "float64": "1e-24"}
@@ -345,13 +354,12 @@ def _hidden_later(facts: Facts) -> bool:
 
 def _made_of(facts: Facts, operation: str) -> bool:
     """Whether the bad input came from an operation; the line tells it where nothing else does."""
-    if facts.made_by:
-        return facts.made_op == operation
-    return bool(re.search(rf"\b{operation}\(", facts.source))
+    made = facts.made(facts.x)[:1] + ((plain_name(facts.made_by),) if facts.made_by else ())
+    return operation in made if made else bool(re.search(rf"\b{operation}\(", facts.source))
 
 
 def _filled(advice: str, facts: Facts) -> str:
-    op, dtype = shown_name(facts.operation).rstrip("_"), facts.dtype
+    op, dtype = shown_name(facts.operation), facts.dtype
     return advice.format(
         op=op,
         call=f"torch.{facts.op}",

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradwatch.record.explanation import Operand
+from gradwatch.record.operations import name_of_node, public_name
 from gradwatch.replay.frames import Frames, Place, variable_of
-from gradwatch.replay.names import name_of_node, public_name
 
 Source: TypeAlias = Literal["input", "parameter", "buffer", "output_gradient", "constant"]
 Roots: TypeAlias = frozenset[int]

@@ -15,15 +15,16 @@ from dataclasses import replace
 from typing import Any
 
 from gradwatch.record.explanation import ALL_FINITE, ExplainedKind, Explanation, Operand
+from gradwatch.record.operations import LIMITS, name_of_node, public_name
 from gradwatch.replay.advice import advice_for
 from gradwatch.replay.frames import Place, source_of
-from gradwatch.replay.names import name_of_node, public_name
 from gradwatch.replay.observer import NO_ROOTS, Details, Observer, Operation, Root
 
 Run = Callable[[Observer], list[str]]
 """Runs the same forward and backward under an observer; returns sentences of what to know of it."""
 
 MOST_ANCESTORS = 64  # operations before the cause that are looked at
+MOST_MADE_BY = 4  # of these are named
 NOT_AGAIN = (
     "Run again, the micro-batch gave finite gradients: something has changed in between, or it "
     "does not give the same numbers each time."
@@ -71,6 +72,9 @@ _KEEP_ZERO = frozenset(
 )
 _OVERWRITE = frozenset({"copy", "index_put", "index_copy", "put", "scatter", "masked_scatter"})
 _ADD_UP = frozenset({"sum", "mean", "cumsum", "amax", "linalg_vector_norm"})  # 0 if all of it is
+# What is 0 stays so in them, or only an eps has been added; the last ones only by a number.
+_BOUND = frozenset({"clamp", "clamp_min", "abs", "neg"})
+_SCALE = frozenset({"add", "mul", "div"})
 _ZERO_IS_AN_EDGE = {
     "log": "self",
     "log2": "self",
@@ -288,13 +292,13 @@ class _Search:
         cause, forward = self._cause, self._forward
         operation = self._seen.operations[cause.number]
         name, place = self._name_and_place(operation, forward)
-        of_forward = details.get(cause.number if forward is None else forward)
-        operands = of_forward.operands if of_forward is not None else ()
-        if operation.backward and not operation.place.line and cause.number in details:
+        # In a backward of the user's own, or a hook, it is no gradient of an operation.
+        itself = forward is None or (operation.backward and operation.place.line)
+        of_forward = details.get(cause.number if itself else forward)
+        operands = () if of_forward is None else self._operands(of_forward, details)
+        if not itself and operation.backward and cause.number in details:
             here = details[cause.number].operands
             operands += tuple(replace(one, name="gradient") for one in here[:1])
-        elif operation.backward and cause.number in details:
-            operands = details[cause.number].operands
         if forward is None and not place.line:
             # Only the backward is known, and no line that it is of.
             return Explanation(origin="not_found", operation=name, inputs=operands, **common)
@@ -324,6 +328,31 @@ class _Search:
         if forward is None:
             return node, operation.place
         return _name_of(forward), forward.place
+
+    def _operands(self, of: Details, details: dict[int, Details]) -> tuple[Operand, ...]:
+        tensors = zip(of.operands, of.parents, strict=False)
+        made = [replace(one, made_by=self._made_by(number, details)) for one, number in tensors]
+        return (*made, *of.operands[len(made) :])
+
+    def _made_by(self, number: int, details: dict[int, Details]) -> tuple[str, ...]:
+        """Names the operations that a tensor was computed with, along the first operand of each."""
+        names: list[str] = []
+        seen: set[int] = set()
+        while number >= 0 and number not in seen and len(names) < MOST_MADE_BY:
+            seen.add(number)
+            operation = self._seen.operations[number]
+            of = details.get(number)
+            name, several = _name_of(operation).rstrip("_"), len(operation.parents) > 1
+            if name == "pow" and of is not None and (0.5, 0.5) in _numbers_of(of):
+                name = "sqrt"
+            whole = name == "to" and of is not None and of.operands[0].dtype not in LIMITS
+            if whole or not (
+                name in _PASS_ON or name in _BOUND or (name in _SCALE and not several)
+            ):
+                names.append(name)
+            first = 1 if operation.writes and name in _OVERWRITE and several else 0
+            number = operation.parents[first] if operation.parents else -1
+        return tuple(names)
 
     # -- what made it possible -----------------------------------------------------------------
 
@@ -410,6 +439,10 @@ def _given_by(
     if name not in _KEEP_ZERO:
         return None
     return next((i for i in onward if tensors[i].zeros >= result.zeros), None)
+
+
+def _numbers_of(details: Details) -> list[tuple[float, float]]:
+    return [(one.low, one.high) for one in details.operands if one.is_number]
 
 
 def _has_zero(operand: Operand) -> bool:
