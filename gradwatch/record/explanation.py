@@ -10,14 +10,29 @@ from typing import Any, Literal
 
 from gradwatch.pickles import stable_name
 from gradwatch.record.folder.files import plain_data
-from gradwatch.record.operations import Facts, Operand, shown_name, values_of
+from gradwatch.record.operations import Facts, Operand, shown_name, shown_operand, values_of
 from gradwatch.record.wording import counted, listed, number, printable, wrapped
 
 __all__ = ["ExplainedKind", "Explanation", "Operand", "Origin", "Phase", "Share"]
 
 NOTHING_BAD = "Nothing bad was found"
 ALL_FINITE = "All gradients are finite, and so is the loss."
-"""The note of an explanation by hand that found nothing."""
+"""The note of an explanation that was asked for, and found nothing."""
+NOT_AGAIN = (
+    "Run again, the micro-batch gave finite gradients: something has changed in between, or it "
+    "does not give the same numbers each time."
+)
+"""The note of one that is about bad gradients, and has not found them again."""
+NO_ARGUMENT = (
+    "It is no argument of the forward, and no parameter or buffer, but another tensor that the "
+    "code uses on this line."
+)
+"""The note of an ``"input"`` that is none."""
+ATTRIBUTE = (
+    "It is a plain attribute: state_dict() leaves it out, and a step that is skipped does not put "
+    "it back. With register_buffer() it would be a buffer."
+)
+"""The note of ``"weights"`` that are neither a parameter nor a buffer."""
 
 Origin = Literal["operation", "input", "weights", "output_gradient", "not_found"]
 Phase = Literal["forward", "backward"]
@@ -30,14 +45,15 @@ TOO_LARGE = {
 }
 ORIGINS = {
     "input": "it came with the data",
-    "weights": "the weights had it before the forward",
+    "weights": "it was in the model before the forward",
     "output_gradient": "it came back from the loss, which is made outside of the model",
     "not_found": "where it was born was not found",
 }
+OTHER_TENSOR = "it was in another tensor that the forward uses"
 FROM_OUTSIDE = "it came with a tensor that was made outside of the forward, or outside of torch"
 ORIGINS_OF_LARGE = {
     "input": "It came with the data.",
-    "weights": "It came with the weights.",
+    "weights": "It was in the model before the forward.",
     "output_gradient": "It came back from the loss, which is made outside of the model.",
 }
 MOST_EXAMPLES = 8
@@ -81,8 +97,9 @@ class Explanation:
         optimizer: Label of its optimizer; empty without a watcher.
         rank: Rank of the process whose batch it was.
         micro_batch: The micro-batch in its window, counted from 1; 0 if not known.
-        origin: ``"operation"`` of the model or the loss; ``"input"``: the data; ``"weights"``:
-            parameters or buffers that were bad before; ``"output_gradient"``: what came back from
+        origin: ``"operation"`` of the model or the loss; ``"input"``: the data, or another tensor
+            that was made outside of the forward; ``"weights"``: parameters, buffers or other
+            tensors of the model that were bad before; ``"output_gradient"``: what came back from
             the loss, which is made outside of the module; ``"not_found"``.
         phase: ``"forward"`` or ``"backward"``, for an operation; else None.
         kind: ``"nan"``, ``"inf"``, ``"overflow"`` (finite gradients whose norm is infinite) or
@@ -95,8 +112,9 @@ class Explanation:
         file: The file of the user's line; empty if none is known.
         line: Its number, counted from 1; 0 if none is known.
         source: The line itself, stripped.
-        argument: The input that was bad, such as ``"x"`` or ``"batch['image']"``; empty for none.
-        parameter: The parameter or buffer that was bad; empty for none.
+        argument: The input that was bad, such as ``"x"`` or ``"batch['image']"``; for a tensor that
+            is no argument what the line calls it; empty for none.
+        parameter: The parameter, buffer or other tensor of the model that was bad; empty for none.
         since_step: The first step in which the weights were bad; 0 if not known or not asked.
         examples: Indices of the bad examples along the batch dimension; empty if not known.
         count: Number of bad elements in the result.
@@ -155,6 +173,12 @@ class Explanation:
         of a row of -inf, examples 3 and 17``.
         """
         return _summary(self)
+
+    def __repr__(self) -> str:
+        """Shows what differs from the defaults, as code that makes an equal one."""
+        given = [one for one in fields(self) if getattr(self, one.name) != one.default]
+        told = ", ".join(f"{one.name}={getattr(self, one.name)!r}" for one in given)
+        return f"{type(self).__name__}({told})"
 
     def __str__(self) -> str:
         return "\n".join(_paragraph(self))
@@ -281,10 +305,13 @@ def _summary(it: Explanation) -> str:
         told = f"{kind} {born} {_in_module(it)}{at}{f': {phrase}' if phrase else ''}"
     elif it.kind in TOO_LARGE:
         told = f"{kind}: {TOO_LARGE[it.kind]}"
+    elif it.origin == "input" and (NO_ARGUMENT in it.notes or not it.argument):
+        told = f"{kind} in a tensor from outside of the forward"
+        told += f": {printable(it.argument)}" if it.argument else ""
     elif it.origin == "input":
-        told = f"{kind} in the data{f': {printable(it.argument)}' if it.argument else ''}"
+        told = f"{kind} in the data: {printable(it.argument)}"
     elif it.origin == "weights":
-        told = f"{kind} in the weights before the forward"
+        told = f"{kind} in the model before the forward"
         told += f": {printable(it.parameter)}" if it.parameter else ""
         told += f", since step {it.since_step}" if it.since_step else ""
     elif it.origin == "output_gradient":
@@ -301,8 +328,12 @@ def _paragraph(it: Explanation) -> Iterator[str]:
     yield from _beginning(it)
     yield from _details(it)
     if it.origin == "operation" and (it.argument or it.parameter):
-        source = f"argument {it.argument}" if it.argument else f"parameter or buffer {it.parameter}"
-        yield wrapped(f"Made possible by what is in the {printable(source)}.", "  ")
+        source = (
+            f"the argument {it.argument}"
+            if it.argument
+            else f"{it.parameter}, a tensor of the model"
+        )
+        yield wrapped(f"Made possible by what is in {printable(source)}.", "  ")
     above, depth = it.made_possible_by, 0
     while above is not None and depth < 3:
         named = shown_name(above.operation) if above.operation else "an operation"
@@ -345,9 +376,16 @@ def _beginning(it: Explanation) -> Iterator[str]:
         yield wrapped(f"{kind}, born {_in_module(it)}{':' if located else '.'}", "  ")
         yield from _location(it)
     else:
-        known = it.origin != "input" or it.argument
-        yield wrapped(f"{kind}: {ORIGINS[it.origin] if known else FROM_OUTSIDE}.", "  ")
+        yield wrapped(f"{kind}: {_origin(it)}.", "  ")
         yield from _location(it)
+
+
+def _origin(it: Explanation) -> str:
+    if it.origin != "input":
+        return ORIGINS[it.origin]
+    if NO_ARGUMENT in it.notes:
+        return OTHER_TENSOR
+    return ORIGINS["input"] if it.argument else FROM_OUTSIDE
 
 
 def _details(it: Explanation) -> Iterator[str]:
@@ -362,7 +400,7 @@ def _details(it: Explanation) -> Iterator[str]:
         if it.origin == "operation":
             yield f"Its {'input' if len(it.inputs) == 1 else 'inputs'}:"
         for one in it.inputs[:MOST_OPERANDS]:
-            yield wrapped(f"  {_operand_words(one)}", "      ")
+            yield wrapped(f"  {_operand_words(one, it.operation)}", "      ")
         if (more := len(it.inputs) - MOST_OPERANDS) > 0:
             yield f"  and {more:,} more"
 
@@ -378,7 +416,9 @@ def _extent(it: Explanation) -> str:
         return f"This is {phrase}{f': {bad}' if bad else ''}{where}"
     if not bad and (where or it.argument or it.parameter):
         bad = f"{_owner(it)} {'is bad' if it.kind in TOO_LARGE else f'has {KINDS[it.kind]}'}"
-    return f"{bad[:1].upper()}{bad[1:]}{where}"
+    # A name stays as it is.
+    begins = bad.startswith(("all ", "the ", "a "))
+    return f"{bad[:1].upper() if begins else bad[:1]}{bad[1:]}{where}"
 
 
 def _when(it: Explanation) -> str:
@@ -417,14 +457,15 @@ def _phrase(it: Explanation) -> str:
 
 def _owner(it: Explanation) -> str:
     """Returns what has the bad elements."""
+    if it.origin == "input" and NO_ARGUMENT in it.notes and it.argument:
+        return printable(it.argument)
     if it.origin == "input":
         return f"the argument {printable(it.argument)}" if it.argument else "the tensor"
     if it.origin == "weights":
-        named = f" {printable(it.parameter)}" if it.parameter else ""
-        return f"{'the' if named else 'a'} parameter or buffer{named}"
+        return printable(it.parameter) or "a tensor of the model"
     if it.origin == "output_gradient":
         return f"the gradient at the output of {_module(it)}"
-    return "the gradient" if it.phase == "backward" else "the result"
+    return "the gradient" if facts_of(it).backward else "the result"
 
 
 def _bad_elements(it: Explanation) -> str:
@@ -444,8 +485,8 @@ def _bad_elements(it: Explanation) -> str:
     return f"{it.count:,}{of} of {owner}{form} {'is' if it.count == 1 else 'are'} {kind}"
 
 
-def _operand_words(one: Operand) -> str:
-    name = printable(one.name) or "input"
+def _operand_words(one: Operand, operation: str) -> str:
+    name = printable(shown_operand(one.name, operation))
     if one.is_number:
         return f"{name}: {number(one.low)}" if not math.isnan(one.low) else f"{name}: {one.dtype}"
     told = f"{name}: {f'{printable(one.dtype)} {list(one.shape)}'.strip()}"
@@ -453,6 +494,8 @@ def _operand_words(one: Operand) -> str:
         return f"{told}, empty"
     if math.isnan(one.low):
         told += ", no finite element"
+    elif one.low == one.high and (one.nans or one.infs):
+        told += f", {number(one.low)} where finite"
     elif one.low == one.high:
         told += f", all {number(one.low)}" if one.size > 1 else f", {number(one.low)}"
     else:

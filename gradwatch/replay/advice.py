@@ -10,7 +10,13 @@ from gradwatch.record.circumstances import (
     circumstance,
     circumstance_called,
 )
-from gradwatch.record.explanation import Explanation, facts_of
+from gradwatch.record.explanation import (
+    ATTRIBUTE,
+    NO_ARGUMENT,
+    NOT_AGAIN,
+    Explanation,
+    facts_of,
+)
 from gradwatch.record.operations import Facts, plain_name, shown_name
 from gradwatch.record.wording import number
 
@@ -80,7 +86,7 @@ ADVICE = {
     # Where functions end, and where they have poles.
     "arc_outside": "Rounding is enough to leave the range: `{call}(x.clamp(-1 + {edge}, 1 - "
     "{edge}))`.",
-    "arc_edge": "The slope of {op} is infinite there: `{call}(x.clamp(-1 + {edge}, 1 - {edge}))`.",
+    "arc_edge": "{op} or its slope is infinite there: `{call}(x.clamp(-1 + {edge}, 1 - {edge}))`.",
     "logit_outside": "Bound the input: `torch.logit(x, eps={edge})`.",
     "logit_edge": "Bound the input, `torch.logit(x, eps={edge})`, or stay with the logits that the "
     "probability was made of.",
@@ -206,12 +212,30 @@ INPUT = (
     "Look at {examples} of {argument} in the data set; `torch.isfinite(x).all()` in the loader "
     "finds others. Fill in what is missing, `torch.nan_to_num(x)`, or leave such examples out."
 )
+OTHER_TENSOR = (
+    "Look at what {argument} was made from, and at the code that has written to it since."
+)
 ELSEWHERE = "Check what is computed there outside of torch, and what the tensor is made from."
 WEIGHTS = (
     "No batch can mend that: load the last good checkpoint{since}. "
     '`gradwatch.watch(model, optimizer, on_nonfinite="skip")` leaves out the steps that spoil '
     "weights."
 )
+FIRST_WEIGHTS = "Look at how it was initialized, or at the checkpoint that it was loaded from."
+UPDATED = (
+    "Load the last good checkpoint{since}. The gradients of the steps before were finite, or these "
+    "would have been left out, so the optimizer's own update made it, or the loop has written it: "
+)
+UPDATE = "lower the learning rate, and look at the optimizer's eps."
+UPDATE_IN = {
+    "float16": "in float16 the usual eps of 1e-8 is 0, and what is beyond 65504 is Inf. Keep the "
+    "weights in float32 (master weights) and use `torch.autocast(device, dtype=torch.float16)`, or "
+    "give the optimizer `eps=1e-4`.",
+    "bfloat16": "lower the learning rate, look at the optimizer's eps, or keep the weights in "
+    "float32 (master weights) and use `torch.autocast(device, dtype=torch.bfloat16)`.",
+}
+"""By the dtype of the weights."""
+ATTRIBUTES = "Look at the code that writes to {parameter}, and start it anew with finite values."
 BUFFERS = (
     "Running statistics do not recover: load them from a checkpoint{since}, or start them anew: "
     "`norm.reset_running_stats()`."
@@ -221,13 +245,14 @@ OUTPUT_GRADIENT = (
     "give the whole closure, `watcher.explain(closure)`, or call "
     "`gradwatch.explain(model, *args, loss=...)`."
 )
-NOT_FOUND = (
-    "Run the micro-batch by hand, loss included: `gradwatch.explain(model, *args, loss=...)`; "
-    "`watcher.explain(closure)` replays a closure that returns the loss."
+CHANGED = (
+    "Look for what differs from call to call: random numbers that are not torch's, what the loop "
+    "changes in between, or operations of torch's that differ themselves, which "
+    "`torch.use_deterministic_algorithms(True)` finds."
 )
-NOT_FOUND_BY_HAND = (
-    "Give it the weights and the batch with which the gradients went bad, and the loss: "
-    "`gradwatch.explain(model, *args, loss=...)`."
+BACKWARD_ALONE = (
+    "The forward that this backward belongs to was not seen. `torch.autograd.detect_anomaly()` "
+    "around forward and backward shows where it ran."
 )
 ONE_OF = "Look at each of these lines: print the smallest and largest element of what it is given."
 OVERFLOW = (
@@ -272,10 +297,16 @@ EDGE = {"float16": "1e-3", "bfloat16": "1e-2"}
 EXP_MAX = {"float16": "10", "float64": "700"}
 
 
-def advice_for(explanation: Explanation) -> str:
+def advice_for(explanation: Explanation, skips: bool = False) -> str:
     """Returns what to try: one to three sentences; code is between backticks.
 
-    It says nothing that the explanation does not show, so it is general where that knows little.
+    It says nothing that the explanation does not show, so it is general where that knows little,
+    and empty where its notes say all there is.
+
+    Args:
+        explanation: The explanation.
+        skips: Whether steps with bad gradients are left out, so that only the update of one with
+            finite gradients can have spoiled weights.
     """
     if explanation.kind == "spike":
         return SPIKE.format(examples=_largest_examples(explanation))
@@ -283,22 +314,40 @@ def advice_for(explanation: Explanation) -> str:
         return OVERFLOW
     if explanation.candidates:
         return ONE_OF
-    if explanation.origin == "input" and not explanation.argument:
-        return ELSEWHERE
     if explanation.origin == "input":
-        return INPUT.format(
-            argument=explanation.argument or "the input", examples=_examples(explanation)
-        )
+        return _for_input(explanation)
     if explanation.origin == "weights":
-        since = explanation.since_step
-        before = f", of before step {since}" if since else ""
-        is_buffer = explanation.parameter.rpartition(".")[2] in ("running_mean", "running_var")
-        return (BUFFERS if is_buffer else WEIGHTS).format(since=before)
+        return _for_weights(explanation, skips)
     if explanation.origin == "output_gradient":
         return OUTPUT_GRADIENT
     if explanation.origin == "not_found":
-        return NOT_FOUND if explanation.step else NOT_FOUND_BY_HAND
+        if NOT_AGAIN in explanation.notes:
+            return CHANGED
+        return BACKWARD_ALONE if explanation.operation else ""
     return _for_operation(explanation)
+
+
+def _for_input(explanation: Explanation) -> str:
+    argument = explanation.argument
+    if not argument:
+        return ELSEWHERE
+    if NO_ARGUMENT in explanation.notes:
+        return OTHER_TENSOR.format(argument=argument)
+    return INPUT.format(argument=argument, examples=_examples(explanation))
+
+
+def _for_weights(explanation: Explanation, skips: bool) -> str:
+    since = explanation.since_step
+    before = f", from before the update of step {since - 1:,}" if since > 1 else ""
+    if ATTRIBUTE in explanation.notes:
+        return ATTRIBUTES.format(parameter=explanation.parameter)
+    if explanation.parameter.rpartition(".")[2] in ("running_mean", "running_var"):
+        return BUFFERS.format(since=before)
+    if 1 in (since, explanation.step):
+        return FIRST_WEIGHTS
+    if not skips:
+        return WEIGHTS.format(since=before)
+    return UPDATED.format(since=before) + UPDATE_IN.get(explanation.result_dtype, UPDATE)
 
 
 def _for_operation(explanation: Explanation) -> str:

@@ -288,6 +288,7 @@ def _tell(observer: Observer, block: Undisturbed, inputs: Iterable[tuple[Tensor,
         if id(tensor) not in told:
             told.add(id(tensor))
             observer.name_input(tensor, name)
+    observer.attributes = set(block.attributes)
     for name, tensor in block.attributes.items():
         if id(tensor) not in told:  # an input may be kept in one
             observer.name_buffer(tensor, name)

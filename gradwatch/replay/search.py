@@ -14,7 +14,15 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
-from gradwatch.record.explanation import ALL_FINITE, ExplainedKind, Explanation, Operand
+from gradwatch.record.explanation import (
+    ALL_FINITE,
+    ATTRIBUTE,
+    NO_ARGUMENT,
+    NOT_AGAIN,
+    ExplainedKind,
+    Explanation,
+    Operand,
+)
 from gradwatch.record.operations import LIMITS, name_of_node, public_name
 from gradwatch.replay.advice import advice_for
 from gradwatch.replay.frames import Place, source_of
@@ -25,11 +33,6 @@ Run = Callable[[Observer], list[str]]
 
 MOST_ANCESTORS = 64  # operations before the cause that are looked at
 MOST_MADE_BY = 4  # of these are named
-NOT_AGAIN = (
-    "Run again, the micro-batch gave finite gradients: something has changed in between, or it "
-    "does not give the same numbers each time."
-)
-
 DOUBTFUL = (
     "{name}, which the forward writes to, is bad by now. What it held before is not known, so it "
     "may be the cause, or what the bad forward has left there. A step that is skipped puts back "
@@ -39,11 +42,6 @@ MADE_ELSEWHERE = (
     "It is no argument of the forward: a tensor that was made outside of torch, such as from NumPy "
     "or from numbers of Python, and first used on this line."
 )
-CONSTANT = (
-    "It is no argument of the forward, and no parameter or buffer, but another tensor that the "
-    "code uses on this line."
-)
-
 # They write a constant. If that is infinite, somebody meant it.
 _FILLS = frozenset(
     {"fill", "full", "full_like", "new_full", "masked_fill", "index_fill", "scalar_tensor"}
@@ -262,7 +260,9 @@ class _Search:
         place = self._operation.place if self._operation is not None else Place()
         of_model = source in ("parameter", "buffer")
         if source == "constant" and self._is_in_model(place):
-            common["notes"] = (CONSTANT if cause.name else MADE_ELSEWHERE,)
+            common["notes"] = (NO_ARGUMENT if cause.name else MADE_ELSEWHERE,)
+        if of_model and cause.name in self._seen.attributes:
+            common["notes"] = (ATTRIBUTE,)
         return Explanation(
             origin="weights" if of_model else "input",
             argument="" if of_model else cause.name,
@@ -293,8 +293,8 @@ class _Search:
         operation = self._seen.operations[cause.number]
         name, place = self._name_and_place(operation, forward)
         # In a backward of the user's own, or a hook, it is no gradient of an operation.
-        itself = forward is None or (operation.backward and operation.place.line)
-        of_forward = details.get(cause.number if itself else forward)
+        itself = forward is None or bool(operation.backward and operation.place.line)
+        of_forward = details.get(cause.number if forward is None or itself else forward)
         operands = () if of_forward is None else self._operands(of_forward, details)
         if not itself and operation.backward and cause.number in details:
             here = details[cause.number].operands

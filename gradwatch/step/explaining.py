@@ -384,6 +384,8 @@ class Explaining:
     def _record(self, found: _Found, optimizer: str, step: int) -> None:
         run = self._run
         explanation = replace(found.explanation, optimizer=optimizer, step=step, rank=rank())
+        if explanation.origin == "weights":
+            explanation = replace(explanation, advice=self._advice(explanation))
         self._newest[optimizer] = explanation
         try:
             kept = found.calls if run.options.keep_batches else ()
@@ -392,6 +394,11 @@ class Explaining:
             logger.warning("%s", explanation)
         except Exception as error:  # evidence is never worth a training
             logger.warning("gradwatch: %s", FAILED.format(error=described_error(error)))
+
+    def _advice(self, explanation: Explanation) -> str:
+        from gradwatch.replay.advice import advice_for
+
+        return advice_for(explanation, skips=self._run.options.on_nonfinite == "skip")
 
 
 def explain_closure(
@@ -424,11 +431,12 @@ def explain_closure(
 
 
 def _explained(run: Callable[[Any], list[str]], asked: bool = False) -> Explanation:
+    """Explains a run; one that the user has asked for need not be bad."""
     from gradwatch.replay.search import explain_run
     from gradwatch.replay.stand_ins import NoLossError, ReplayError
 
     try:
-        return explain_run(run)
+        return explain_run(run, known_bad=not asked)
     except ReplayError as error:
         if asked and isinstance(error, NoLossError):
             raise
