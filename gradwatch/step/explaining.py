@@ -54,6 +54,10 @@ MOST_CULPRITS = 32
 MOST_REPLAYS = 8
 """The most micro-batches of a step that are run again, where one of several was bad."""
 
+MOVED = (
+    "The loop threw these gradients away, and the weights have moved before that was seen: the "
+    "micro-batch cannot be run again as it was."
+)
 FAILED = "The explanation of this step failed: {error}"
 REPLAY_FAILED = "The micro-batch could not be run again: {error}"
 OTHER_RANK = (
@@ -100,6 +104,17 @@ class _Found(NamedTuple):
     calls: Sequence[ForwardCall] = ()
 
 
+class _Discarded(NamedTuple):
+    """A window with bad gradients that the loop has thrown away, and nothing has explained yet."""
+
+    optimizer: str
+    step: int
+    window: Window
+    first: FirstNonFinite
+    kind: ExplainedKind
+    weights: list[int]  # their version counters
+
+
 class Explaining:
     """Explains the bad steps of a run.
 
@@ -118,6 +133,7 @@ class Explaining:
         self._newest: dict[str, Explanation] = {}  # by optimizer
         self._looked: dict[str, int] = {}  # the newest step that was looked at
         self._bad_since: dict[int, int] = {}  # by index of a parameter
+        self._discarded: _Discarded | None = None
 
     def newest_of(self, optimizer: str) -> Explanation | None:
         """Returns the newest explanation of an optimizer's steps."""
@@ -143,6 +159,8 @@ class Explaining:
             norms: The norms of the step.
             found_inf: Above 0 if a scaler has found an overflow, which is no accident.
         """
+        if self._discarded is not None:
+            self._look_at_discarded()
         after, before = norms.after, norms.before
         finite = after.finite and (before is after or before.finite)
         overflowed = after.overflowed or before.overflowed
@@ -155,6 +173,42 @@ class Explaining:
             self._look_closer(optimizer, step, window, norms)
         except Exception as error:
             self._record(_Found(_failed(error)), optimizer, step)
+
+    def note_discarded(self, optimizer: str, step: int, window: Window) -> None:
+        """Notes that the loop has thrown away the gradients of a window, to explain bad ones.
+
+        That shows inside of the next backward, where nothing can be run again: it is done when that
+        has ended, before the next step or forward.
+        """
+        first = window.first_nonfinite
+        if first is None or first.origin is Origin.AFTER or not inside_backward():
+            return
+        kind: ExplainedKind = "nan" if first.is_nan else "inf"
+        if self._discarded is not None or not self._is_due(optimizer, kind, first.index):
+            return
+        versions = self._versions(window)
+        self._discarded = _Discarded(optimizer, step, window.copy(), first, kind, versions)
+        self.forwards.awaited = list(window.backwards)
+        self.forwards.on_forward = self._look_at_discarded
+
+    def _look_at_discarded(self) -> None:
+        one = self._discarded
+        if one is None or inside_backward():
+            return
+        try:
+            if self._versions(one.window) == one.weights:
+                found = self._nonfinite(one.first, one.kind, one.window)
+            else:
+                found = _Found(Explanation(origin="not_found", kind=one.kind, notes=(MOVED,)))
+            self._record(found, one.optimizer, one.step)
+        except Exception as error:
+            self._record(_Found(_failed(error)), one.optimizer, one.step)
+        finally:
+            self._discarded = self.forwards.on_forward = None
+            self.forwards.awaited = ()
+
+    def _versions(self, window: Window) -> list[int]:
+        return [self._run.table.tensors[index]._version for index in window.indices]
 
     def look_at_spike(self, optimizer: str, step: int, window: Window, norms: StepNorms) -> None:
         """Explains a step that ``skip_spikes`` leaves out; waits for a device."""
@@ -178,12 +232,10 @@ class Explaining:
         kind: ExplainedKind = "nan" if first.is_nan else "inf"
         if not self._is_due(optimizer, kind, first.index, first.origin, *first.weights[:1]):
             return
-        found = self._nonfinite(first, kind, window, norms)
+        found = self._nonfinite(first, kind, window)
         self._record(found, optimizer, step)
 
-    def _nonfinite(
-        self, first: FirstNonFinite, kind: ExplainedKind, window: Window, norms: StepNorms
-    ) -> _Found:
+    def _nonfinite(self, first: FirstNonFinite, kind: ExplainedKind, window: Window) -> _Found:
         if first.origin is Origin.WEIGHTS:
             return _Found(self._of_weights(first))
         unknown = Explanation(origin="not_found", kind=kind, micro_batch=first.micro_batch)

@@ -236,6 +236,8 @@ class OptimizerSteps(Steps):
             self._record_discard(
                 self._pending(norms, self.step + 1, discarded=AT_END if at_end else AT_ZERO_GRAD)
             )
+            if self._explaining is not None:
+                self._explaining.note_discarded(self.label, self.step + 1, self.window)
         self.window.reset()
         self._losses = []
         self.stale.forget()

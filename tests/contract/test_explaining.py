@@ -714,3 +714,45 @@ def test_a_buffer_that_the_batch_has_spoiled_is_not_to_blame() -> None:
     (one,) = watcher.explanations
     assert (one.operation, one.examples) == ("log", (1,))
     assert model.center.isfinite().all()
+
+
+class Directions(nn.Module):
+    """Divides by the norm of each example, which may be 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.head(self.inner(x) / x.norm(dim=1, keepdim=True)).mean()
+
+
+@pytest.mark.parametrize("zeroes", ["before the forward", "before the backward"])
+def test_a_loop_that_leaves_out_the_step_itself(zeroes):
+    """Its bad micro-batch is explained before the next step, and the training is what it would be."""
+
+    def train(mode):
+        torch.manual_seed(0)
+        model = Directions()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with gradwatch.watch(model, optimizer, on_nonfinite=mode) as watcher:
+            for step in range(8):
+                x = torch.randn(3, 4)
+                if step in (3, 4):
+                    x[1] = 0
+                if zeroes == "before the forward":
+                    optimizer.zero_grad()
+                loss = model(x)
+                if zeroes == "before the backward":
+                    optimizer.zero_grad()
+                loss.backward()
+                if loss.isfinite():
+                    optimizer.step()
+        return watcher, [p.clone() for p in model.parameters()], torch.get_rng_state()
+
+    watcher, weights, random = train("explain")
+    found = [(one.step, one.operation, one.examples) for one in watcher.explanations]
+    assert found == [(4, "div", (1,)), (4, "div", (1,))]
+    _, others, other_random = train("skip")
+    assert all(map(torch.equal, weights, others))
+    assert torch.equal(random, other_random)
