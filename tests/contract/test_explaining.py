@@ -756,3 +756,31 @@ def test_a_loop_that_leaves_out_the_step_itself(zeroes):
     _, others, other_random = train("skip")
     assert all(map(torch.equal, weights, others))
     assert torch.equal(random, other_random)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("managed", [False, True])
+def test_bad_data_under_a_scaler_is_explained(fused, managed):
+    """A scaler leaves out the step; that it is bad without the scale, too, makes it an accident."""
+    torch.manual_seed(0)
+    model = Directions()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    options = {"scaler": scaler} if managed else {}
+    with gradwatch.watch(model, optimizer, on_nonfinite="explain", **options) as watcher:
+        for step in range(6):
+            x = torch.randn(3, 4)
+            if step == 3:
+                x[1] = 0
+            loss = model(x)
+            if managed:
+                watcher.backward(loss)
+                watcher.step()
+                continue
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    found = [(one.step, one.operation, one.examples) for one in watcher.explanations]
+    assert found == [(4, "div", (1,))]
+    assert list(watcher.history.steps()["outcome"]).count("skipped_scaler") == 1
