@@ -135,6 +135,7 @@ class Explaining:
         self._looked: dict[str, int] = {}  # the newest step that was looked at
         self._bad_since: dict[int, int] = {}  # by index of a parameter
         self._discarded: _Discarded | None = None
+        self._explained: set[int] = set()  # numbers of backwards
         self._scale = 1.0  # what the gradients of a replay are divided by
 
     def newest_of(self, optimizer: str) -> Explanation | None:
@@ -197,6 +198,8 @@ class Explaining:
         first = window.first_nonfinite
         if first is None or first.origin is Origin.AFTER or self._discarded is not None:
             return
+        if not self._explained.isdisjoint(window.backwards):  # as a part of another optimizer's
+            return
         kind: ExplainedKind = "nan" if first.is_nan else "inf"
         scale = float(resolve(scale))
         if not self._is_due(optimizer, kind, first.index, scale > 0):
@@ -253,6 +256,7 @@ class Explaining:
         kind: ExplainedKind = "nan" if first.is_nan else "inf"
         if not self._is_due(optimizer, kind, first.index, first.origin, *first.weights[:1]):
             return
+        self._explained.update(window.backwards)
         found = self._nonfinite(first, kind, window)
         self._record(found, optimizer, step)
 

@@ -202,19 +202,20 @@ def test_a_hundred_are_kept() -> None:
 # -- what is held, and for how long --------------------------------------------------------------
 
 
+def micro_batch(model: nn.Module, is_bad: bool) -> tuple[weakref.ref, weakref.ref]:
+    """Runs one; in a frame of its own, as a frame that is looked at keeps its variables."""
+    batch = bad() if is_bad else good()
+    output = model(batch)
+    output.square().mean().backward()
+    return weakref.ref(batch), weakref.ref(output)
+
+
 def test_inputs_die_after_the_step() -> None:
     """Of each micro-batch the input is held until the step, and the output never."""
     model, optimizer = setting()
     with gradwatch.watch(model, optimizer, on_nonfinite="explain"):
         for step in range(3):
-            held, outputs = [], []
-            for _ in range(3):
-                batch = bad() if step == 1 else good()
-                output = model(batch)
-                output.square().mean().backward()
-                held.append(weakref.ref(batch))
-                outputs.append(weakref.ref(output))
-                del batch, output
+            held, outputs = zip(*(micro_batch(model, step == 1) for _ in range(3)), strict=True)
             assert all(one() is not None for one in held)
             assert all(one() is None for one in outputs)
             optimizer.step()
