@@ -186,6 +186,8 @@ class KeptForwards:
         self.alive: set[weakref.ref[_Forward]] = set()
         self.by_number: dict[int, list[_Differentiated]] = {}
         self.closures = KeptClosures()
+        self.awaited: Collection[int] = ()
+        self.on_forward: Callable[[], None] | None = None
         self._reasons: dict[int, str] = {}
         self._looked_inside = False
         self.serial = 0
@@ -289,7 +291,7 @@ class KeptForwards:
     def keep_only(self, numbers: Collection[int]) -> None:
         """Drops the forwards of all other backwards than these."""
         for number in list(self.by_number):
-            if number in numbers:
+            if number in numbers or number in self.awaited:
                 continue
             if self.closures.by_number:
                 self.closures.drop(number)
@@ -298,7 +300,8 @@ class KeptForwards:
                 if one.uses == 0:  # let_go() without its frame, as this runs in every step
                     one.module, one.args, one.kwargs, one.tensors, one.context = _NOTHING
         if self._reasons:
-            self._reasons = {one: why for one, why in self._reasons.items() if one in numbers}
+            kept = {*numbers, *self.awaited}
+            self._reasons = {one: why for one, why in self._reasons.items() if one in kept}
 
     def calls_of(self, number: int) -> tuple[list[ForwardCall], list[str]]:
         """Returns the forwards of a backward, in their order, and sentences about them.
@@ -388,6 +391,8 @@ class _Before(_Hook):
         busy = kept.measuring is not None and kept.measuring.busy
         if REPLAY.under_way or busy or not torch.is_grad_enabled():
             return
+        if kept.on_forward is not None:
+            kept.on_forward()
         try:
             one = _Forward()
             leaves = [*args, *kwargs.values()]

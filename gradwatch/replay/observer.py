@@ -662,6 +662,8 @@ def _key(tensor: Tensor) -> int | None:
 
 def _values(tensor: Tensor) -> Tensor:
     """Returns the elements that a tensor stores: for a sparse one those that are not left out."""
+    if tensor._is_zerotensor():  # of forward-mode differentiation; it has no memory
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     if tensor.layout is torch.sparse_coo:
         return tensor._values()
     if tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
