@@ -90,22 +90,11 @@ def _divisor(facts: Facts) -> str:
     made = facts.made(facts.y)
     if not made:
         return _divisor_in_line(facts)
-    rooted, made = made[0] == "sqrt", made[1:] if made[0] == "sqrt" else made
-    first, second = (*made, "", "")[:2]
-    if first in ("std", "var"):
-        return "spread"
-    if first == "norm" and not rooted:
-        return "norm"
-    if rooted:
-        squares = second in _SQUARES
-        return (
-            "norm"
-            if first == "matmul" or (first in ("sum", "add") and squares)
-            else ("mean square" if first == "mean" and squares else "other")
-        )
+    if made[0] == "sqrt":
+        return _ROOTS.get(made[1:3]) or _ROOTS.get(made[1:2], "other")
     if facts.y.dtype in _WHOLE or "to" in made[:2]:
         return "count"
-    return "sum" if first in _SUMS else "other"
+    return _MADE_BY.get(made[0], "other")
 
 
 def _divisor_in_line(facts: Facts) -> str:
@@ -123,8 +112,18 @@ def _divides_by(what: str) -> Callable[[Facts], bool]:
 
 
 _WHOLE = ("int", "bool", "int64", "int32", "int16", "int8", "uint8")
-_SUMS = ("sum", "count_nonzero", "index_add", "scatter_add", "segment_reduce")
-_SQUARES = ("pow", "square", "mul")
+_ROOTS = {
+    ("sum", "square"): "norm",
+    ("add", "square"): "norm",
+    ("mean", "square"): "mean square",
+    ("var",): "spread",
+}
+_MADE_BY = {
+    "std": "spread",
+    "var": "spread",
+    "norm": "norm",
+    **dict.fromkeys(("sum", "index_add", "scatter_add", "segment_reduce"), "sum"),
+}
 
 
 def _eps_is_zero(facts: Facts) -> bool:

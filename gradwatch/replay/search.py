@@ -23,7 +23,7 @@ from gradwatch.record.explanation import (
     Explanation,
     Operand,
 )
-from gradwatch.record.operations import LIMITS, name_of_node, public_name
+from gradwatch.record.operations import LIMITS, name_of_node, plain_name, public_name
 from gradwatch.replay.advice import advice_for
 from gradwatch.replay.frames import Place, source_of
 from gradwatch.replay.observer import NO_ROOTS, Details, Observer, Operation, Root
@@ -211,9 +211,17 @@ class _Search:
             return None
         return self._seen.forward_of(self._cause.number)
 
+    def _number(self) -> int:
+        """Returns the number of the operation that is told."""
+        # In a backward of the user's own, or a hook, it is no gradient of an operation.
+        own = (
+            self._operation is not None and self._operation.backward and self._operation.place.line
+        )
+        return self._cause.number if self._forward is None or own else self._forward
+
     def wanted(self) -> set[int]:
         """Lists the operations whose values are to be looked at."""
-        start = self._cause.number if self._forward is None else self._forward
+        start = self._number()
         wanted = {self._cause.number, start}
         waiting = [start]
         while waiting and len(wanted) < MOST_ANCESTORS:
@@ -292,11 +300,10 @@ class _Search:
         cause, forward = self._cause, self._forward
         operation = self._seen.operations[cause.number]
         name, place = self._name_and_place(operation, forward)
-        # In a backward of the user's own, or a hook, it is no gradient of an operation.
-        itself = forward is None or bool(operation.backward and operation.place.line)
-        of_forward = details.get(cause.number if forward is None or itself else forward)
+        number = self._number()
+        of_forward = details.get(number)
         operands = () if of_forward is None else self._operands(of_forward, details)
-        if not itself and operation.backward and cause.number in details:
+        if number != cause.number and cause.number in details:
             here = details[cause.number].operands
             operands += tuple(replace(one, name="gradient") for one in here[:1])
         if forward is None and not place.line:
@@ -343,13 +350,9 @@ class _Search:
             operation = self._seen.operations[number]
             of = details.get(number)
             name, several = _name_of(operation).rstrip("_"), len(operation.parents) > 1
-            if name == "pow" and of is not None and (0.5, 0.5) in _numbers_of(of):
-                name = "sqrt"
-            whole = name == "to" and of is not None and of.operands[0].dtype not in LIMITS
-            if whole or not (
-                name in _PASS_ON or name in _BOUND or (name in _SCALE and not several)
-            ):
-                names.append(name)
+            kept = name in _PASS_ON or name in _BOUND or (name in _SCALE and not several)
+            if not kept or (name == "to" and of is not None and of.operands[0].dtype not in LIMITS):
+                names += [name] if of is None else _computed(name, of)
             first = 1 if operation.writes and name in _OVERWRITE and several else 0
             number = operation.parents[first] if operation.parents else -1
         return tuple(names)
@@ -441,8 +444,18 @@ def _given_by(
     return next((i for i in onward if tensors[i].zeros >= result.zeros), None)
 
 
-def _numbers_of(details: Details) -> list[tuple[float, float]]:
-    return [(one.low, one.high) for one in details.operands if one.is_number]
+def _computed(name: str, details: Details) -> list[str]:
+    """Names what an operation computes: roots and squares have several forms."""
+    powers = [one.low for one in details.operands if one.is_number] if name == "pow" else []
+    if powers[:1] in ([0.5], [2]):
+        return ["sqrt" if powers[0] < 1 else "square"]
+    same = [*zip(details.parents, details.origins, strict=True)][:2]
+    if len(same) == 2 and same[0] == same[1] != (-1, None):
+        if name == "mul":
+            return ["square"]
+        if plain_name(name) == "matmul":
+            return ["sum", "square"]
+    return [name]
 
 
 def _has_zero(operand: Operand) -> bool:
