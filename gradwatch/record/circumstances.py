@@ -35,7 +35,7 @@ class Circumstance:
     def told(self, facts: Facts) -> str:
         """Returns the phrase for these facts."""
         told = self.phrase.format(
-            op=shown_name(facts.operation),
+            op="division" if facts.op == "div" else shown_name(facts.operation),
             of="at" if facts.backward else "of",
             low=number(facts.x.low),
             high=number(facts.x.high),

@@ -328,12 +328,8 @@ def _paragraph(it: Explanation) -> Iterator[str]:
     yield from _beginning(it)
     yield from _details(it)
     if it.origin == "operation" and (it.argument or it.parameter):
-        source = (
-            f"the argument {it.argument}"
-            if it.argument
-            else f"{it.parameter}, a tensor of the model"
-        )
-        yield wrapped(f"Made possible by what is in {printable(source)}.", "  ")
+        source = f"input {it.argument}" if it.argument else f"model's {it.parameter}"
+        yield wrapped(f"Made possible by what is in the {printable(source)}.", "  ")
     above, depth = it.made_possible_by, 0
     while above is not None and depth < 3:
         named = shown_name(above.operation) if above.operation else "an operation"
@@ -460,9 +456,9 @@ def _owner(it: Explanation) -> str:
     if it.origin == "input" and NO_ARGUMENT in it.notes and it.argument:
         return printable(it.argument)
     if it.origin == "input":
-        return f"the argument {printable(it.argument)}" if it.argument else "the tensor"
+        return f"the input {printable(it.argument)}" if it.argument else "the tensor"
     if it.origin == "weights":
-        return printable(it.parameter) or "a tensor of the model"
+        return f"the model's {printable(it.parameter) or 'weights'}"
     if it.origin == "output_gradient":
         return f"the gradient at the output of {_module(it)}"
     return "the gradient" if facts_of(it).backward else "the result"
@@ -488,7 +484,8 @@ def _bad_elements(it: Explanation) -> str:
 def _operand_words(one: Operand, operation: str) -> str:
     name = printable(shown_operand(one.name, operation))
     if one.is_number:
-        return f"{name}: {number(one.low)}" if not math.isnan(one.low) else f"{name}: {one.dtype}"
+        infinite = "-inf" if one.negative_infs else "inf"
+        return f"{name}: {number(one.low) if not one.infs else infinite}"
     told = f"{name}: {f'{printable(one.dtype)} {list(one.shape)}'.strip()}"
     if 0 in one.shape:
         return f"{told}, empty"

@@ -43,7 +43,7 @@ class Operand:
         infs: Number of elements that are plus or minus infinity.
         negative_infs: How many of those are minus infinity; None if not counted.
         made_by: The operations that it was computed with, the last one first, as far as they are
-            followed; without those that only copy, pick or bound elements. ``"sqrt"`` and
+            followed; without those that only copy, pick or scale elements. ``"sqrt"`` and
             ``"square"`` are powers and products as well, and ``"to"`` is a conversion from integers
             or booleans.
     """

@@ -70,9 +70,9 @@ _KEEP_ZERO = frozenset(
 )
 _OVERWRITE = frozenset({"copy", "index_put", "index_copy", "put", "scatter", "masked_scatter"})
 _ADD_UP = frozenset({"sum", "mean", "cumsum", "amax", "linalg_vector_norm"})  # 0 if all of it is
-# What is 0 stays so in them, or only an eps has been added; the last ones only by a number.
-_BOUND = frozenset({"clamp", "clamp_min", "abs", "neg"})
-_SCALE = frozenset({"add", "mul", "div"})
+# What is 0 stays so in them, or only an eps has been added: in the second ones by a number.
+_SIGNS = frozenset({"abs", "neg"})
+_SCALES = frozenset({"add", "mul", "div"})
 _ZERO_IS_AN_EDGE = {
     "log": "self",
     "log2": "self",
@@ -350,7 +350,7 @@ class _Search:
             operation = self._seen.operations[number]
             of = details.get(number)
             name, several = _name_of(operation).rstrip("_"), len(operation.parents) > 1
-            kept = name in _PASS_ON or name in _BOUND or (name in _SCALE and not several)
+            kept = name in _PASS_ON or name in _SIGNS or (name in _SCALES and not several)
             if not kept or (name == "to" and of is not None and of.operands[0].dtype not in LIMITS):
                 names += [name] if of is None else _computed(name, of)
             first = 1 if operation.writes and name in _OVERWRITE and several else 0
