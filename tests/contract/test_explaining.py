@@ -169,6 +169,28 @@ def test_recorded_steps_are_explained_and_so_are_the_weights_that_they_spoil() -
     assert second.result_shape == tuple(names[second.parameter].shape)
 
 
+@pytest.mark.parametrize("options", [{"on_nonfinite": "explain"}, {"explain": True}])
+def test_weights_that_the_optimizer_has_spoiled(options: dict[str, Any]) -> None:
+    """In float16 the eps of AdamW is 0: finite gradients make a NaN, which no skip prevents."""
+    model = nn.Linear(4, 2).half()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    batch = torch.zeros(3, 4, dtype=torch.float16)  # the weight's gradient is 0
+    with gradwatch.watch(model, optimizer, **options) as watcher:
+        for _ in range(3):
+            model(batch).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        first = watcher.explanations[0]
+        steps = watcher.history.steps()
+    assert steps["nonfinite"].tolist()[0] == 0
+    assert (first.step, first.origin, first.parameter) == (2, "weights", "weight")
+    assert first.result_dtype == "float16"
+    skips = "on_nonfinite" in options
+    assert ("the optimizer's own update made it" in first.advice) == skips
+    assert ("eps of 1e-8 is 0" in first.advice) == skips
+    assert ('on_nonfinite="skip"' in first.advice) == (not skips)
+
+
 def test_many_bad_steps_are_explained_seldom() -> None:
     """The first four, then the 8th, 16th, ...; another culprit is explained at once."""
     model, optimizer = setting()
