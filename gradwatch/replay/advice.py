@@ -223,8 +223,8 @@ WEIGHTS = (
 )
 FIRST_WEIGHTS = "Look at how it was initialized, or at the checkpoint that it was loaded from."
 UPDATED = (
-    "Load the last good checkpoint{since}. The gradients of the steps before were finite, or these "
-    "would have been left out, so the optimizer's own update made it, or the loop has written it: "
+    "Load the last good checkpoint{since}. The gradients of all steps that were taken before are "
+    "finite, so the optimizer's own update made it, or the loop has written it: "
 )
 UPDATE = "lower the learning rate, and look at the optimizer's eps."
 UPDATE_IN = {
@@ -297,7 +297,7 @@ EDGE = {"float16": "1e-3", "bfloat16": "1e-2"}
 EXP_MAX = {"float16": "10", "float64": "700"}
 
 
-def advice_for(explanation: Explanation, skips: bool = False) -> str:
+def advice_for(explanation: Explanation, by_update: bool = False) -> str:
     """Returns what to try: one to three sentences; code is between backticks.
 
     It says nothing that the explanation does not show, so it is general where that knows little,
@@ -305,8 +305,8 @@ def advice_for(explanation: Explanation, skips: bool = False) -> str:
 
     Args:
         explanation: The explanation.
-        skips: Whether steps with bad gradients are left out, so that only the update of one with
-            finite gradients can have spoiled weights.
+        by_update: Whether no step with bad gradients was taken, so that an update with finite ones
+            has spoiled the weights.
     """
     if explanation.kind == "spike":
         return SPIKE.format(examples=_largest_examples(explanation))
@@ -317,7 +317,7 @@ def advice_for(explanation: Explanation, skips: bool = False) -> str:
     if explanation.origin == "input":
         return _for_input(explanation)
     if explanation.origin == "weights":
-        return _for_weights(explanation, skips)
+        return _for_weights(explanation, by_update)
     if explanation.origin == "output_gradient":
         return OUTPUT_GRADIENT
     if explanation.origin == "not_found":
@@ -336,7 +336,7 @@ def _for_input(explanation: Explanation) -> str:
     return INPUT.format(argument=argument, examples=_examples(explanation))
 
 
-def _for_weights(explanation: Explanation, skips: bool) -> str:
+def _for_weights(explanation: Explanation, by_update: bool) -> str:
     since = explanation.since_step
     before = f", from before the update of step {since - 1:,}" if since > 1 else ""
     if ATTRIBUTE in explanation.notes:
@@ -345,7 +345,7 @@ def _for_weights(explanation: Explanation, skips: bool) -> str:
         return BUFFERS.format(since=before)
     if 1 in (since, explanation.step):
         return FIRST_WEIGHTS
-    if not skips:
+    if not by_update:
         return WEIGHTS.format(since=before)
     return UPDATED.format(since=before) + UPDATE_IN.get(explanation.result_dtype, UPDATE)
 

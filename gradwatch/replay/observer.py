@@ -171,6 +171,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         gradient_roots: Roots of each parameter's gradient that is not finite, by name.
         bad_gradients: Whether such a gradient holds a NaN, by name.
         batch: Number of examples in the batch; None if not known.
+        variables: Names of those inputs that are variables of the functions, and no arguments.
         attributes: Names of those buffers that are none, but other tensors of the model.
         doubtful: Names of buffers that the forward writes to, and of which nobody knows what they
             held before: what is bad there may be what the same forward has left in the training.
@@ -193,6 +194,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.output_roots: Roots = NO_ROOTS
         self.gradient_roots: dict[str, Roots] = {}
         self.bad_gradients: dict[str, bool] = {}
+        self.variables: Collection[str] = ()
         self.attributes: Collection[str] = ()
         self.doubtful: Collection[str] = ()
         self._wanted = wanted

@@ -426,6 +426,7 @@ def _run_function(
         given = Arguments(module.forward, args, kwargs, block.stand_ins)
         inputs = [(block.stand_ins.by_id[i], name) for i, name in given.names.items()]
         _tell(observer, block, [*inputs, *block.data])
+        observer.variables = {name for _, name in block.data} - set(given.names.values())
         observer.caller = caller
         with observer:
             output = module(*given.args, **given.kwargs)

@@ -267,7 +267,8 @@ class _Search:
             )
         place = self._operation.place if self._operation is not None else Place()
         of_model = source in ("parameter", "buffer")
-        if source == "constant" and self._is_in_model(place):
+        is_given = source == "input" and cause.name not in self._seen.variables
+        if not (of_model or is_given) and self._is_in_model(place):
             common["notes"] = (NO_ARGUMENT if cause.name else MADE_ELSEWHERE,)
         if of_model and cause.name in self._seen.attributes:
             common["notes"] = (ATTRIBUTE,)

@@ -133,6 +133,7 @@ class Explaining:
         self._counts: Counter[tuple[object, ...]] = Counter()
         self._newest: dict[str, Explanation] = {}  # by optimizer
         self._looked: dict[str, int] = {}  # the newest step that was looked at
+        self._first_bad_taken = math.inf  # the first step that was taken with bad gradients
         self._bad_since: dict[int, int] = {}  # by index of a parameter
         self._discarded: _Discarded | None = None
         self._explained: set[int] = set()  # numbers of backwards
@@ -179,6 +180,8 @@ class Explaining:
             self._look_closer(optimizer, step, window, norms)
         except Exception as error:
             self._record(_Found(_failed(error)), optimizer, step)
+        if not finite and self._run.options.on_nonfinite == "record":
+            self._first_bad_taken = min(self._first_bad_taken, step)
 
     def note_discarded(
         self, optimizer: str, step: int, window: Window, scale: FloatOrDeferred = 0.0
@@ -477,7 +480,9 @@ class Explaining:
     def _advice(self, explanation: Explanation) -> str:
         from gradwatch.replay.advice import advice_for
 
-        return advice_for(explanation, skips=self._run.options.on_nonfinite == "skip")
+        # Those of a bad step are only there after it.
+        bad_since = explanation.since_step or explanation.step
+        return advice_for(explanation, by_update=bad_since <= self._first_bad_taken)
 
 
 def explain_closure(

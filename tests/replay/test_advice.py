@@ -614,7 +614,7 @@ def test_weights_that_were_bad():
 def test_weights_that_an_update_has_spoiled(dtype, told):
     """Where bad steps are skipped, that is no advice: the gradients before were finite."""
     weights = Explanation(origin="weights", parameter="w", since_step=118, result_dtype=dtype)
-    advice = advice_for(weights, skips=True)
+    advice = advice_for(weights, by_update=True)
     assert "on_nonfinite" not in advice
     assert "the optimizer's own update made it" in advice
     assert told in advice
