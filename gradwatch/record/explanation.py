@@ -10,7 +10,14 @@ from typing import Any, Literal
 
 from gradwatch.pickles import stable_name
 from gradwatch.record.folder.files import plain_data
-from gradwatch.record.operations import Facts, Operand, shown_name, shown_operand, values_of
+from gradwatch.record.operations import (
+    Facts,
+    Operand,
+    shown_fields,
+    shown_name,
+    shown_operand,
+    values_of,
+)
 from gradwatch.record.wording import counted, listed, number, printable, wrapped
 
 __all__ = ["ExplainedKind", "Explanation", "Operand", "Origin", "Phase", "Share"]
@@ -175,10 +182,7 @@ class Explanation:
         return _summary(self)
 
     def __repr__(self) -> str:
-        """Shows what differs from the defaults, as code that makes an equal one."""
-        given = [one for one in fields(self) if getattr(self, one.name) != one.default]
-        told = ", ".join(f"{one.name}={getattr(self, one.name)!r}" for one in given)
-        return f"{type(self).__name__}({told})"
+        return shown_fields(self)
 
     def __str__(self) -> str:
         return "\n".join(_paragraph(self))

@@ -23,6 +23,14 @@ def values_of(record: Any) -> tuple[Any, ...]:
     return tuple(None if value != value else value for value in values)
 
 
+def shown_fields(record: Any) -> str:
+    """Returns code that makes an equal dataclass, without the fields that have their defaults."""
+    given = {one.name: getattr(record, one.name) for one in fields(record)}
+    defaults = {one.name: one.default for one in fields(record)}
+    told = [f"{name}={value!r}" for name, value in given.items() if value != defaults[name]]
+    return f"{type(record).__name__}({', '.join(told)})"
+
+
 @stable_name
 @dataclass(frozen=True, slots=True, eq=False)
 class Operand:
@@ -64,6 +72,9 @@ class Operand:
 
     def __hash__(self) -> int:
         return hash(values_of(self))
+
+    def __repr__(self) -> str:
+        return shown_fields(self)
 
     @property
     def size(self) -> int:
