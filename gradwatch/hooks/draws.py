@@ -117,7 +117,8 @@ def _attributes(value: Any, names: Names, path: str) -> Iterator[tuple[Any, Name
         elif type(found).__name__ == "member_descriptor" and hasattr(value, name):  # a slot
             yield getattr(value, name), names, path and f"{path}.{name}"
         elif isinstance(found, property) and isinstance(found.fget, FunctionType):
-            yield MethodType(found.fget, value), names, path
+            if is_of_user(found.fget.__module__):
+                yield MethodType(found.fget, value), names, path
 
 
 def variables_of(function: object) -> Variables:

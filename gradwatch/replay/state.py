@@ -9,6 +9,7 @@ backward.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -48,6 +49,14 @@ SCRIPTED = "{name} is a scripted module, whose weights cannot be replaced by cop
 COMMUNICATES = (
     "{what} communicates with other ranks, and this rank would wait for them for ever: they do not "
     "run the micro-batch again."
+)
+CANNOT_PUT_BACK = (
+    "The forward takes items from {drawn}, which cannot be put back: the next batches would get "
+    "others. So the micro-batch was not run again."
+)
+TAKES = (
+    "The forward takes items from {drawn}, of which the replay has taken the next ones, and not "
+    "those that the training had."
 )
 STEPS = "The closure steps an optimizer, so that running it again would move the weights."
 WAITED = "Another thread of this process was replaying a micro-batch, and did not end."
@@ -204,11 +213,14 @@ def undisturbed(model: Model, *functions: Callable[..., Any]) -> Iterator[Undist
         stack.enter_context(_unwarned())
         reach = Reach([model if isinstance(model, nn.Module) else dict(model), *functions])
         _refuse(reach)
+        takes = _taken_from(reach, functions)
         block = Undisturbed(model, reach)
         leaves = [tensor for tensor, _ in reach.tensors.values() if tensor.is_leaf]
         leaves += [p for one in reach.optimizers for p in optimizer_parameters(one)]
         stack.enter_context(without_gradients(leaves))
+        block.notes.extend(takes)
         stack.callback(reach.restore)
+        stack.enter_context(_environment())
         reach.replace(block.stand_ins.by_id)
         block.functions = list(map(reach.swapped, functions))
         _unwrap(reach.modules)
@@ -319,6 +331,33 @@ def _refuse(reach: Reach) -> None:
             raise ReplayError(SHARDED)
         if several and isinstance(module, nn.SyncBatchNorm) and module.training:
             raise ReplayError(COMMUNICATES.format(what=name))
+
+
+def _taken_from(reach: Reach, functions: Iterable[Callable[..., Any]]) -> list[str]:
+    """Returns sentences that say what a replay takes other items from than the training did.
+
+    Raises:
+        ReplayError: If it would take items from something that cannot be put back.
+    """
+    found = []
+    for drawn, is_put_back in reach.drawn(functions):
+        if not is_put_back:
+            raise ReplayError(CANNOT_PUT_BACK.format(drawn=drawn))
+        found.append(TAKES.format(drawn=drawn))
+    return list(dict.fromkeys(found))
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """Puts back the environment variables."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        now = dict(os.environ)
+        for name in now.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update({name: one for name, one in before.items() if now.get(name) != one})
 
 
 def _unwrap(modules: Iterable[nn.Module]) -> None:
