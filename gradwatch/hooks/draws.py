@@ -10,9 +10,18 @@ import contextlib
 import io
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from dis import get_instructions
+from functools import lru_cache, partial
 from queue import Queue, SimpleQueue
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import (
+    CellType,
+    CodeType,
+    FunctionType,
+    GeneratorType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -71,6 +80,8 @@ def _is_drawn(value: Any, names: Names) -> bool:
         with contextlib.suppress(ValueError):  # closed
             return value.readable() and not value.writable()
         return False
+    if isinstance(value, GeneratorType) and value.gi_frame is None:  # it has ended
+        return False
     return isinstance(value, Iterator)
 
 
@@ -84,41 +95,57 @@ def _leads_to(value: Any, names: Names, path: str) -> Iterator[tuple[Any, Names,
         yield value.__self__, names_in(value.__func__), path or "self"
     elif isinstance(value, FunctionType):
         own = names_in(value)
-        cells, variables = variables_of(value)
-        for name, cell in zip(value.__code__.co_freevars, cells, strict=True):
-            with contextlib.suppress(ValueError):  # an empty cell
-                yield cell.cell_contents, own, name
-        for name, one in variables.items():
+        for name, one in _outside(value):
             yield one, own, name
-        for one in value.__defaults__ or ():
-            yield one, own, ""
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple, dict)):
         if len(value) <= _MOST_ITEMS:
-            for number, one in enumerate(value):
-                yield one, names, path and f"{path}[{number}]"
-    elif isinstance(value, dict):
-        if len(value) <= _MOST_ITEMS:
-            for key, one in value.items():
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            for key, one in items:
                 yield one, names, path and f"{path}[{key!r}]"
     else:
         yield from _attributes(value, names, path)
 
 
+def _outside(function: FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yields what the code of a function uses from outside, by name, and its defaults."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # an empty cell
+            yield name, cell.cell_contents
+    # An attribute of the same name as a global variable is another thing.
+    for name in _globals_of(function.__code__):
+        value = function.__globals__.get(name)
+        if not _is_fixed(value):
+            yield name, value
+    for value in function.__defaults__ or ():
+        yield "", value
+
+
+@lru_cache
+def _globals_of(code: CodeType) -> Names:
+    names = [i.argval for i in get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names += _globals_of(constant)
+    return tuple(dict.fromkeys(names))
+
+
 def _attributes(value: Any, names: Names, path: str) -> Iterator[tuple[Any, Names, str]]:
     kind = type(value)
-    if isinstance(value, Iterator) and hasattr(kind, "__next__"):
+    if isinstance(value, Iterator):
         names = (*names, "__next__")
     inside = getattr(value, "__dict__", {})
     for name in names:
+        where = path and f"{path}.{name}"
         if name in inside:
-            yield inside[name], names, path and f"{path}.{name}"
-        elif isinstance(found := getattr(kind, name, None), FunctionType):
+            yield inside[name], names, where
+            continue
+        found = getattr(kind, name, None)
+        if isinstance(found, property):
+            found = found.fget
+        if isinstance(found, MemberDescriptorType) and hasattr(value, name):  # a slot
+            yield getattr(value, name), names, where
+        elif isinstance(found, FunctionType) and not _is_of_base(found.__module__):
             yield MethodType(found, value), names, path
-        elif type(found).__name__ == "member_descriptor" and hasattr(value, name):  # a slot
-            yield getattr(value, name), names, path and f"{path}.{name}"
-        elif isinstance(found, property) and isinstance(found.fget, FunctionType):
-            if is_of_user(found.fget.__module__):
-                yield MethodType(found.fget, value), names, path
 
 
 def variables_of(function: object) -> Variables:
@@ -155,10 +182,14 @@ def _is_fixed(value: object) -> bool:
     return isinstance(value, type | ModuleType)
 
 
+def _is_of_base(module: str) -> bool:
+    root = str(module).partition(".")[0]
+    return root in sys.stdlib_module_names or root in ("torch", "gradwatch")
+
+
 def is_of_user(module: str) -> bool:
     """Returns whether a Python module is the user's: neither a library's, nor ours."""
-    root = module.partition(".")[0]
-    if root in sys.stdlib_module_names or root in ("torch", "gradwatch"):
+    if _is_of_base(module):
         return False
     file = getattr(sys.modules.get(module), "__file__", None) or ""
     return not any(folder in file for folder in _LIBRARIES)

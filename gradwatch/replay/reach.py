@@ -52,6 +52,7 @@ MOST_BYTES = 2**28
 """The largest array that is copied; the data of a training may be far larger."""
 
 _DEEPEST = 4  # containers in containers, and functions called by functions
+_IN_MEMORY: tuple[Any, ...] = (io.StringIO, io.BytesIO)
 _PLAIN = (str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device, torch.Size)
 _OURS = "gradwatch"
 
@@ -129,7 +130,7 @@ class Reach:
         for module in self.modules:
             code += [module.forward, *_hooks(module)]
         for function in code:
-            if not (callable(function) and _is_written_by_user(function)):
+            if not _is_written_by_user(function):
                 continue
             for one in drawn_by(function):
                 seen = id(one.value) in self._seen and is_of_user(type(one.value).__module__)
@@ -268,15 +269,15 @@ class Reach:
         parts = (*reduced[1], *(one for one in reduced[2:3] if isinstance(one, tuple)))
         self._later((one for one in parts if not isinstance(one, int)), depth + 1)
 
-    def _visit_file(self, value: Any, depth: int, name: str) -> None:
+    def _visit_file(self, file: Any, depth: int, name: str) -> None:
         with contextlib.suppress(ValueError, OSError):  # closed, or a pipe
-            if isinstance(value, (io.StringIO, io.BytesIO)):
-                self._restores.append(partial(value.__setstate__, value.__getstate__()))
-            elif not value.readable() or value.writable() or not value.seekable():
+            if isinstance(file, _IN_MEMORY):
+                self._restores.append(partial(file.__setstate__, file.__getstate__()))
+            elif not file.readable() or file.writable() or not file.seekable():
                 return
             else:
-                self._restores.append(partial(value.seek, value.tell()))
-            self._put_back.add(id(value))
+                self._restores.append(partial(file.seek, file.tell()))
+            self._put_back.add(id(file))
 
     def _visit_context(self, variable: ContextVar[Any], depth: int, name: str) -> None:
         with contextlib.suppress(LookupError):  # it has no value
