@@ -154,8 +154,10 @@ class Reach:
                 return
         if kind.__module__ in ("builtins", "itertools") and hasattr(kind, "__next__"):
             self._visit_iterator(value, depth)
-        elif is_of_user(kind.__module__) or (depth <= 1 and callable(value)) or _is_data(value):
+        elif is_of_user(kind.__module__) or (depth <= 1 and callable(value)):
             self._visit_object(value, depth, name)
+        elif _is_data(value):
+            self._visit_object(value, depth - 1, name)  # all of it, as it does not lead anywhere
 
     def _visits(self) -> Iterator[tuple[Any, Callable[[Any, int, str], None]]]:
         yield Tensor, self._visit_tensor
