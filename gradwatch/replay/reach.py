@@ -269,7 +269,7 @@ class Reach:
         self._copies = known
         reduced = value.__reduce_ex__(4)
         parts = (*reduced[1], *(one for one in reduced[2:3] if isinstance(one, tuple)))
-        self._later((one for one in parts if not isinstance(one, int)), depth + 1)
+        self._later(parts, depth)
 
     def _visit_file(self, file: Any, depth: int, name: str) -> None:
         with contextlib.suppress(ValueError, OSError):  # closed, or a pipe
@@ -410,6 +410,9 @@ def _copied_iterator(value: Any, known: dict[int, Any]) -> Any:
     make, args, *state = value.__reduce_ex__(4)
 
     def copied(part: Any) -> Any:
+        if type(part) is tuple:
+            parts = tuple(map(copied, part))
+            return part if all(map(is_, parts, part)) else parts
         return _copied_iterator(part, known) if isinstance(part, Iterator) else part
 
     other = known[id(value)] = make(*map(copied, args))

@@ -223,6 +223,7 @@ if sys.version_info < (3, 14):
         "cycle": stream(lambda: itertools.cycle([1.0, 2.0])),
         "cycle of an iterator": stream(lambda: itertools.cycle(iter([1.0, 2.0, 3.0, 4.0]))),
         "chain": stream(lambda: itertools.chain([1.0], iter([2.0, 3.0, 4.0]))),
+        "chain of a list": stream(lambda: itertools.chain.from_iterable([[1.0], iter([2, 3, 4])])),
         "islice": stream(lambda: itertools.islice(itertools.count(), 2, 9)),
         "tee": stream(lambda: itertools.tee(range(9))[1]),
     }
