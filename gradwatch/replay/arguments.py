@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from gradwatch.replay.reach import is_of_user, positional
+from gradwatch.hooks.draws import is_of_user
+from gradwatch.replay.reach import positional
 from gradwatch.replay.stand_ins import StandIns, rebuilt
 
 _DEEPEST = 4
