@@ -160,12 +160,13 @@ class Examples:
         if rows is None or self.size is None or tensor.layout is not torch.strided:
             return None
         each, item = rows.each, tensor.element_size()
+        first = tensor.storage_offset() * item // each
         for axis, (length, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
             step = stride * item
-            if step and length > 1 and step <= each < step * length and each % step == 0:
-                # A part of the rows, or a few of them: which ones depends on where it begins.
-                inner, first = each // step, tensor.storage_offset() * item // each
-                ids = rows.ids
+            one_row = length == 1 and step == each
+            if one_row or (step and step <= each < step * length and each % step == 0):
+                # Some of the rows: which ones depends on where it begins.
+                inner, ids = each // step, rows.ids
                 if first % len(ids) or length // inner % len(ids):
                     ids = ids.roll(-first)[: -(-length // inner)]
                 return _Axis(axis, inner, ids)
