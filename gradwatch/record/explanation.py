@@ -31,14 +31,18 @@ TOO_LARGE = {
 ORIGINS = {
     "input": "it came with the data",
     "weights": "the weights had it before the forward",
-    "output_gradient": "it came back from the loss, which is made outside of the model",
+    "output_gradient": "it came back from the loss, which is made outside of the model's forward",
     "not_found": "where it was born was not found",
 }
+OF_A_PART = (
+    "it came back to the output of {module}, from what ran after that outside of the forwards that "
+    "are kept"
+)
 FROM_OUTSIDE = "it came with a tensor that was made outside of the forward, or outside of torch"
 ORIGINS_OF_LARGE = {
-    "input": "It came with the data.",
-    "weights": "It came with the weights.",
-    "output_gradient": "It came back from the loss, which is made outside of the model.",
+    "input": "it came with the data",
+    "weights": "it came with the weights",
+    "output_gradient": ORIGINS["output_gradient"],
 }
 MOST_EXAMPLES = 8
 MOST_OPERANDS = 6
@@ -82,13 +86,13 @@ class Explanation:
         rank: Rank of the process whose batch it was.
         micro_batch: The micro-batch in its window, counted from 1; 0 if not known.
         origin: ``"operation"`` of the model or the loss; ``"input"``: the data; ``"weights"``:
-            parameters or buffers that were bad before; ``"output_gradient"``: what came back from
-            the loss, which is made outside of the module; ``"not_found"``.
+            parameters or buffers that were bad before; ``"output_gradient"``: what came back to the
+            output of a module, from the loss or what else is made outside of it; ``"not_found"``.
         phase: ``"forward"`` or ``"backward"``, for an operation; else None.
         kind: ``"nan"``, ``"inf"``, ``"overflow"`` (finite gradients whose norm is infinite) or
             ``"spike"`` (a step that ``skip_spikes`` left out).
-        module: The module whose code ran the operation, as in ``named_modules()``; ``""`` for the
-            outermost one; None outside of the model.
+        module: The module whose code ran the operation, or whose output had the gradient, as in
+            ``named_modules()``; ``""`` for the outermost one; None outside of the model.
         module_class: Its class; empty outside of the model.
         operation: torch's name of the operation, without overload: ``"log"``. For an operation of
             the backward that of the forward operation that it belongs to. Empty if none is known.
@@ -288,7 +292,12 @@ def _summary(it: Explanation) -> str:
         told += f": {printable(it.parameter)}" if it.parameter else ""
         told += f", since step {it.since_step}" if it.since_step else ""
     elif it.origin == "output_gradient":
-        told = f"{kind} in the gradient that came back from the loss, outside of the model"
+        told = f"{kind} in the gradient that came back "
+        told += (
+            f"to the output of {_module(it)}"
+            if it.module
+            else "from the loss, outside of the model"
+        )
     else:
         told = f"{kind}: where it was born was not found"
     told += f", {_examples(it.examples, 3)}" if it.examples else ""
@@ -340,14 +349,21 @@ def _beginning(it: Explanation) -> Iterator[str]:
             yield wrapped(f"It began {_in_module(it)}{':' if located else '.'}", "  ")
             yield from _location(it)
         elif it.origin in ORIGINS_OF_LARGE:
-            yield ORIGINS_OF_LARGE[it.origin]
+            told = _origin(it, ORIGINS_OF_LARGE)
+            yield wrapped(f"{told[:1].upper()}{told[1:]}.", "  ")
     elif it.origin == "operation":
         yield wrapped(f"{kind}, born {_in_module(it)}{':' if located else '.'}", "  ")
         yield from _location(it)
     else:
         known = it.origin != "input" or it.argument
-        yield wrapped(f"{kind}: {ORIGINS[it.origin] if known else FROM_OUTSIDE}.", "  ")
+        yield wrapped(f"{kind}: {_origin(it, ORIGINS) if known else FROM_OUTSIDE}.", "  ")
         yield from _location(it)
+
+
+def _origin(it: Explanation, origins: Mapping[str, str]) -> str:
+    if it.origin == "output_gradient" and it.module:
+        return OF_A_PART.format(module=_module(it))
+    return origins[it.origin]
 
 
 def _details(it: Explanation) -> Iterator[str]:

@@ -208,9 +208,14 @@ BUFFERS = (
     "`norm.reset_running_stats()`."
 )
 OUTPUT_GRADIENT = (
-    "The loss is made outside of the module, where this replay cannot see it. To get its line, "
-    "give the whole closure, `watcher.explain(closure)`, or call "
+    "The loss is made outside of the model's forward, where this replay cannot see it. To get its "
+    "line, give the whole closure, `watcher.explain(closure)`, or call "
     "`gradwatch.explain(model, *args, loss=...)`."
+)
+OUTPUT_OF_A_PART = (
+    "Look at what is done with that output: it is not part of a forward that was run again. To get "
+    "its line, give the whole closure, `watcher.explain(closure)`, or do it in the forward of the "
+    "watched model, and call that."
 )
 NOT_FOUND = (
     "Run the micro-batch by hand, loss included: `gradwatch.explain(model, *args, loss=...)`; "
@@ -286,7 +291,7 @@ def advice_for(explanation: Explanation) -> str:
         is_buffer = explanation.parameter.rpartition(".")[2] in ("running_mean", "running_var")
         return (BUFFERS if is_buffer else WEIGHTS).format(since=before)
     if explanation.origin == "output_gradient":
-        return OUTPUT_GRADIENT
+        return OUTPUT_OF_A_PART if explanation.module else OUTPUT_GRADIENT
     if explanation.origin == "not_found":
         return NOT_FOUND if explanation.step else NOT_FOUND_BY_HAND
     return _for_operation(explanation)

@@ -14,6 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import zip_longest
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -100,6 +101,7 @@ class Root:
         examples: Indices of the bad examples along the batch dimension; None if it has none.
         operands: What the operation was given.
         via: Roots of infinite operands that were made NaN by it.
+        call: For a gradient that came back, the module whose output it is of, and its caller.
     """
 
     number: int
@@ -115,6 +117,7 @@ class Root:
     examples: tuple[int, ...] | None
     operands: tuple[Operand, ...] = ()
     via: Roots = NO_ROOTS
+    call: Place | None = None
 
 
 @dataclass(slots=True)
@@ -198,6 +201,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._is_idle = False  # what is done to look at a tensor is no operation of the run
         self._kept: list[object] = []  # ids are only good while what they are of is there
         self._named: dict[int, tuple[Source, str]] = {}
+        self._calls: dict[int, Place] = {}
         self._producers: dict[int, int] = {}
         self._tainted: dict[int, Roots] = {}
         self._good: set[int] = set()
@@ -231,19 +235,33 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensor.dim() and key is not None and tensor.shape[0] == self.batch:
             self._batched.add(key)
 
-    def begin_backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """Notes the end of the forward; ``gradients`` are those that the backward starts from."""
+    def begin_backward(
+        self,
+        outputs: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        calls: Sequence[tuple[nn.Module, tuple[str, int]]] = (),
+    ) -> None:
+        """Notes the end of the forward.
+
+        Args:
+            outputs: Its outputs.
+            gradients: Those that the backward starts from, one for each output.
+            calls: For each output the module that returned it, and file and line of its caller.
+        """
         self._is_idle = True
         with torch.no_grad():
             for output in outputs:
                 self.output_roots |= self._roots_of(output)
         self._is_idle = False
-        for gradient in gradients:
+        for gradient, call in zip_longest(gradients, calls):
             if gradient is not None:
                 self._name(gradient, "output_gradient", "")
                 key = _key(gradient)
                 if key is not None and gradient.dim():
                     self._batched.add(key)
+                if key is not None and call is not None:
+                    module, (file, line) = call
+                    self._calls[key] = Place(file, line, id(module))
         self.first_backward = len(self.operations)
 
     def end(self, gradients: Mapping[str, Tensor | None]) -> None:
@@ -483,6 +501,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if tensor.dim() and tensor.shape[0] == self.batch:  # targets, most likely
                 self._batched.add(key)
         self.roots.append(self._root_of(number, tensor, source, name, None))
+        self.roots[-1].call = self._calls.get(key)
         self._kept.append(tensor)
         roots = self._tainted[key] = frozenset({len(self.roots) - 1})
         return roots

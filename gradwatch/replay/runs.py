@@ -251,13 +251,15 @@ def _run_calls(
                 observer.caller = call.caller
                 outputs.append(_forward(call, one))
         kept = [gradient for call in calls for gradient in call.gradients]
-        leaves = [leaf for output in outputs for leaf in _with_gradient(output)]
+        found = [(leaf, i) for i, one in enumerate(outputs) for leaf in _with_gradient(one)]
+        leaves = [leaf for leaf, _ in found]
+        made_by = [(unwrapped(calls[i].module), calls[i].caller) for _, i in found]
         ends, problem = _ends(leaves, kept)
         notes.extend(problem)
         # Not inside of the observer: what is done in there is not part of the training.
         starts = _starts(ends)
         with observer:
-            observer.begin_backward(leaves, [starts.get(id(leaf)) for leaf in leaves])
+            observer.begin_backward(leaves, [starts.get(id(leaf)) for leaf in leaves], made_by)
             begin = [leaf for leaf in _once(leaves) if id(leaf) in starts]
             if begin:
                 with _without_strangers(begin, block.stand_ins):

@@ -244,17 +244,10 @@ class _Search:
     def _from_outside(self, common: dict[str, Any]) -> Explanation:
         cause, source = self._cause, self._cause.source
         if source == "output_gradient":
-            file, line = self._seen.caller
-            return Explanation(
-                origin="output_gradient",
-                phase="backward",
-                module="",
-                module_class=self._outermost(),
-                file=file,
-                line=line,
-                source=source_of(file, line),
-                **common,
-            )
+            where = self._where(cause.call or Place())
+            if where["module"] is None:
+                where |= {"module": "", "module_class": self._outermost()}
+            return Explanation(origin="output_gradient", phase="backward", **where, **common)
         place = self._operation.place if self._operation is not None else Place()
         of_model = source in ("parameter", "buffer")
         if source == "constant" and self._is_in_model(place):

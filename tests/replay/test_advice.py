@@ -578,6 +578,9 @@ def test_the_loss_outside_and_what_was_not_found():
         assert "`watcher.explain(closure)`" in advice
         assert "`gradwatch.explain(model, *args, loss=...)`" in advice
     assert "weights and the batch" in advice_for(Explanation())
+    part = advice_for(Explanation(origin="output_gradient", module="encoder", step=3))
+    assert "`watcher.explain(closure)`" in part
+    assert "loss" not in part
 
 
 def test_one_of_several():
