@@ -129,7 +129,11 @@ def live_calls(model: Model, calls: Sequence[ForwardCall]) -> Iterator[LiveGraph
         ReplayError: As the run of :func:`run_calls`.
     """
     modules = [call.module for call in calls]
-    with _errors_told(), undisturbed(model, *modules) as block, Kernels() as kernels:
+    with (
+        _errors_told(),
+        undisturbed(model, *modules, given=_passed_on(calls)) as block,
+        Kernels() as kernels,
+    ):
         given = [_arguments(call, block.stand_ins) for call in calls]
         inputs = [block.stand_ins.by_id[i] for one in given for i in one.names]
         outputs = [_forward(call, one) for call, one in zip(calls, given, strict=True)]
@@ -237,7 +241,7 @@ def _run_calls(
     observer: Observer,
 ) -> list[str]:
     modules = [call.module for call in calls]
-    with _errors_told(), undisturbed(model, *modules) as block:
+    with _errors_told(), undisturbed(model, *modules, given=_passed_on(calls)) as block:
         given = [_arguments(call, block.stand_ins) for call in calls]
         block.go_back(buffers, {i for one in given for i in one.names})
         notes = [*block.notes]
@@ -268,7 +272,11 @@ def _run_calls(
     return notes
 
 
-def _arguments(call: ForwardCall, stand_ins: StandIns) -> Arguments:
+def _passed_on(calls: Sequence[ForwardCall]) -> list[object]:
+    return [one for call in calls for one in _arguments(call, None).passed_on]
+
+
+def _arguments(call: ForwardCall, stand_ins: StandIns | None) -> Arguments:
     return Arguments(unwrapped(call.module).forward, call.args, call.kwargs, stand_ins)
 
 
@@ -422,8 +430,9 @@ def _run_function(
     caller: tuple[str, int],
     observer: Observer,
 ) -> list[str]:
-    with _errors_told(), undisturbed(model, *([] if loss is None else [loss])) as block:
-        module = unwrapped(model)
+    module, functions = unwrapped(model), [] if loss is None else [loss]
+    passed_on = Arguments(module.forward, args, kwargs, None).passed_on
+    with _errors_told(), undisturbed(model, *functions, given=passed_on) as block:
         given = Arguments(module.forward, args, kwargs, block.stand_ins)
         inputs = [(block.stand_ins.by_id[i], name) for i, name in given.names.items()]
         _tell(observer, block, [*inputs, *block.data])
