@@ -31,6 +31,7 @@ class Arguments:
     Attributes:
         args: The positional ones.
         kwargs: Those by keyword.
+        named: Both, with what the forward calls them.
         names: For each tensor in them, by ``id()`` of the original, what the forward calls it.
         passed_on: What is no copy, and may be written to: functions, modules, random generators.
     """
@@ -50,6 +51,7 @@ class Arguments:
         names = positional(forward, args)
         self.args = tuple(self._copy(one, name, 0) for one, name in zip(args, names, strict=True))
         self.kwargs = {name: self._copy(one, name, 0) for name, one in kwargs.items()}
+        self.named = [*zip(names, self.args, strict=True), *self.kwargs.items()]
 
     def _copy(self, value: Any, name: str, depth: int) -> Any:
         if isinstance(value, Tensor):
@@ -90,7 +92,7 @@ class Arguments:
                 for key, one in value.items():
                     other[key] = self._copy(one, _at(name, key), depth)
                 return other
-            keys = _attributes(value)
+            keys = attributes_of(value)
             items = [self._copy(getattr(value, key), _at(name, key, True), depth) for key in keys]
             same = all(one is getattr(value, key) for key, one in zip(keys, items, strict=True))
             # The forward may count in an object of the user's, such as a cache.
@@ -106,7 +108,8 @@ class Arguments:
         return other
 
 
-def _attributes(value: Any) -> list[str]:
+def attributes_of(value: Any) -> list[str]:
+    """Lists the attributes that an object has of its own."""
     if is_dataclass(value):
         return [one.name for one in fields(value)]
     slots = [key for kind in type(value).__mro__ for key in vars(kind).get("__slots__", ())]

@@ -174,6 +174,9 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         gradient_roots: Roots of each parameter's gradient that is not finite, by name.
         bad_gradients: Whether such a gradient holds a NaN, by name.
         batch: Number of examples in the batch; None if not known.
+        doubtful_from: Number of the first operation that reads what the forward has changed in an
+            object, so that from there on nobody knows what the training has computed; None for
+            none.
         doubtful: Names of buffers that the forward writes to, and of which nobody knows what they
             held before: what is bad there may be what the same forward has left in the training.
     """
@@ -196,6 +199,9 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.gradient_roots: dict[str, Roots] = {}
         self.bad_gradients: dict[str, bool] = {}
         self.doubtful: Collection[str] = ()
+        self.doubtful_from: int | None = None
+        self._noted: set[int] = set()  # tensors of which it is noted when they are read first
+        self._reads: dict[int, int] = {}
         self._wanted = wanted
         self.batch: int | None = None
         self._is_idle = False  # what is done to look at a tensor is no operation of the run
@@ -234,6 +240,19 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = _key(tensor)
         if tensor.dim() and key is not None and tensor.shape[0] == self.batch:
             self._batched.add(key)
+
+    def note_reads(self, tensors: Iterable[Tensor]) -> None:
+        """Has it noted when these tensors are read first; see :meth:`first_read`."""
+        for tensor in tensors:
+            key = _key(tensor)
+            if key is not None:
+                self._noted.add(key)
+                self._kept.append(tensor)
+
+    def first_read(self, tensors: Iterable[Tensor]) -> int | None:
+        """Returns the number of the first operation that was given one of these tensors."""
+        keys = set(map(_key, tensors))
+        return min((number for key, number in self._reads.items() if key in keys), default=None)
 
     def begin_backward(
         self,
@@ -329,6 +348,8 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             backward=node is not None and not place.recomputed,
         )
         self.operations.append(operation)
+        for key in self._noted.intersection(keys):
+            self._reads.setdefault(key, number)
         self._sequences.append(operation.sequence)
         batched = name not in _MIX and any(key in self._batched for key in keys)
         if batched and _reduces_first(func, args, kwargs):

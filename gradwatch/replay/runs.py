@@ -20,6 +20,7 @@ from gradwatch.hooks.generators import torch_generators
 from gradwatch.measure.parameters import unwrapped
 from gradwatch.out_of_memory import forget, is_out_of_memory, release_memory
 from gradwatch.replay.arguments import Arguments
+from gradwatch.replay.changes import CHANGES, Objects
 from gradwatch.replay.live import Kernels, LiveGraph
 from gradwatch.replay.observer import Observer
 from gradwatch.replay.reach import uncompiled
@@ -249,6 +250,12 @@ def _run_calls(
         _tell(observer, block, names)
         for call, one in zip(calls, given, strict=True):
             notes.extend(WRITTEN_TO.format(name=name) for name in _written_to(call, one))
+        objects = Objects(
+            [pair for one in given for pair in one.named],
+            block.modules,
+            _seen_tensors(calls, block),
+        )
+        observer.note_reads(objects.tensors)
         with observer:
             outputs = []
             for call, one in zip(calls, given, strict=True):
@@ -268,8 +275,15 @@ def _run_calls(
             if begin:
                 with _without_strangers(begin, block.stand_ins):
                     torch.autograd.backward(begin, [starts[id(leaf)] for leaf in begin])
-        _end(observer, block)
+        notes += _end(observer, block, objects)
     return notes
+
+
+def _seen_tensors(calls: Sequence[ForwardCall], block: Undisturbed) -> set[int]:
+    """Returns the ids of the copies of tensors whose version counters were noted."""
+    leaves = tree_leaves([(call.args, dict(call.kwargs)) for call in calls])
+    copies = (block.stand_ins.by_id.get(id(one)) for one in leaves)
+    return {id(one) for one in copies if one is not None}
 
 
 def _passed_on(calls: Sequence[ForwardCall]) -> list[object]:
@@ -303,9 +317,16 @@ def _tell(observer: Observer, block: Undisturbed, inputs: Iterable[tuple[Tensor,
             observer.name_buffer(tensor, name)
 
 
-def _end(observer: Observer, block: Undisturbed) -> None:
+def _end(observer: Observer, block: Undisturbed, objects: Objects | None = None) -> list[str]:
+    """Ends the observation; returns sentences of what the forward has changed in objects."""
     observer.doubtful = block.doubtful()
+    notes = []
+    if objects is not None:
+        changed = objects.changed()
+        observer.doubtful_from = 0 if changed.spoiled else observer.first_read(changed.tensors)
+        notes = [CHANGES.format(name=name) for name in changed.names]
     observer.end({name: tensor.grad for name, tensor in block.parameters.items()})
+    return notes
 
 
 def _written_to(call: ForwardCall, given: Arguments) -> list[str]:
@@ -465,8 +486,11 @@ def _run_closure(
     observer: Observer,
 ) -> list[str]:
     with _errors_told(), undisturbed(model, closure) as block:
+        objects = None
         if buffers is not None:
             block.go_back(buffers, ())
+            objects = Objects((), block.modules)
+            observer.note_reads(objects.tensors)
         _tell(observer, block, _batch_first(block.data))
         backwards = _Backwards(observer, block.stand_ins)
         with backwards.in_place(), observer:
@@ -478,8 +502,8 @@ def _run_closure(
                 if not (isinstance(loss, Tensor) and loss.requires_grad):
                     raise NoLossError(NO_LOSS.format(value=_described(loss)))
                 torch.autograd.backward(loss, torch.full_like(loss, scale))
-        _end(observer, block)
-    return [*block.notes]
+        notes = _end(observer, block, objects)
+    return [*block.notes, *notes]
 
 
 def _batch_first(data: list[tuple[Tensor, str]]) -> list[tuple[Tensor, str]]:

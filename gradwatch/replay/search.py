@@ -109,11 +109,23 @@ def explain_run(run: Run, known_bad: bool = True) -> Explanation:
     if doubtful and doubtful[0].number <= cause.number:
         notes = [*notes, DOUBTFUL.format(name=doubtful[0].name)]
         return _advised(Explanation(origin="not_found", kind=kind, notes=tuple(notes)))
+    if _is_doubtful(first, cause):
+        return _advised(Explanation(origin="not_found", kind=kind, notes=tuple(notes)))
     search = _Search(first, cause, kind)
     second = Observer(search.wanted())
     run(second)
     found = search.explanation(second.details if _is_alike(first, second) else {})
     return _advised(replace(found, notes=(*found.notes, *notes)))
+
+
+def _is_doubtful(seen: Observer, cause: Root) -> bool:
+    """Returns whether a cause may come of what the forward has changed in an object."""
+    if seen.doubtful_from is None or cause.source not in (None, "constant"):
+        return False  # what came in bad from elsewhere is so whatever was computed
+    number: int | None = cause.number
+    if cause.source is None:
+        number = seen.forward_of(cause.number)
+    return number is None or number >= seen.doubtful_from
 
 
 def _advised(explanation: Explanation) -> Explanation:

@@ -53,6 +53,12 @@ class Seen(TorchDispatchMode):
     def name_input(self, tensor, argument):
         self.inputs.append((argument, tensor))
 
+    def note_reads(self, tensors):
+        pass
+
+    def first_read(self, tensors):
+        return None
+
     def begin_backward(self, outputs, gradients, calls=()):
         self.outputs, self.starts = list(outputs), list(gradients)
         self.begun += 1
