@@ -70,7 +70,7 @@ class Objects:
         ``known`` are the ``id()`` of tensors of which it is said otherwise that they are written
         to.
         """
-        self._arguments = dict(arguments)
+        self._arguments = list(arguments)
         self._modules = [
             (f"{name}." if name else "self.", one)
             for name, one in modules
@@ -94,13 +94,17 @@ class Objects:
         told = [path for path in before | now if path in paths and self._is_told(path, tensors)]
         numbers = (before[path].value for path in paths if path in before)
         return Changed(
-            list(dict.fromkeys(str(path[0]) for path in told)),
+            list(dict.fromkeys(map(self._name_of, told))),
             list(tensors.values()),
             any(isinstance(one, float) and not math.isfinite(one) for one in numbers),
         )
 
+    def _name_of(self, path: Path) -> str:
+        root = path[0]
+        return self._arguments[root][0] if isinstance(root, int) else str(root)
+
     def _is_told(self, path: Path, tensors: Collection[int]) -> bool:
-        if path[0] in self._arguments:
+        if isinstance(path[0], int):
             return True
         seen = self._before.get(path)
         if seen is None or id(seen.value) in tensors:
@@ -113,10 +117,11 @@ class Objects:
 
     def _look(self) -> dict[Path, _Seen]:
         found: dict[Path, _Seen] = {}
-        for name, value in self._arguments.items():
+        # By number: several forwards call their arguments alike.
+        for number, (_, value) in enumerate(self._arguments):
             # An argument that is a tensor, and is written to, is told of as such.
             if not isinstance(value, Tensor):
-                self._visit(value, (name,), found, everything=True)
+                self._visit(value, (number,), found, everything=True)
         for prefix, module in self._modules:
             for key, value in vars(module).items():
                 known = key in _OF_TORCH or key.endswith("_hooks") or isinstance(value, Tensor)

@@ -200,8 +200,8 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.bad_gradients: dict[str, bool] = {}
         self.doubtful: Collection[str] = ()
         self.doubtful_from: int | None = None
-        self._noted: set[int] = set()  # tensors of which it is noted when they are read first
-        self._reads: dict[int, int] = {}
+        self._unread_yet: set[int | None] = set()
+        self._reads: dict[int | None, int] = {}
         self._wanted = wanted
         self.batch: int | None = None
         self._is_idle = False  # what is done to look at a tensor is no operation of the run
@@ -246,7 +246,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors:
             key = _key(tensor)
             if key is not None:
-                self._noted.add(key)
+                self._unread_yet.add(key)
                 self._kept.append(tensor)
 
     def first_read(self, tensors: Iterable[Tensor]) -> int | None:
@@ -348,8 +348,9 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             backward=node is not None and not place.recomputed,
         )
         self.operations.append(operation)
-        for key in self._noted.intersection(keys):
-            self._reads.setdefault(key, number)
+        read = self._unread_yet.intersection(keys)
+        self._unread_yet -= read
+        self._reads.update(dict.fromkeys(read, number))
         self._sequences.append(operation.sequence)
         batched = name not in _MIX and any(key in self._batched for key in keys)
         if batched and _reduces_first(func, args, kwargs):
