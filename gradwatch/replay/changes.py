@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 from torch import Tensor, nn
@@ -21,8 +21,13 @@ CHANGES = (
     "{name}, which the forward changes, was another one then: the replay was given what the "
     "training's forward has left of it."
 )
+TAKEN_BACK = (
+    "{name}, which the forward changes, was taken to have been {value}: from there the forward "
+    "brings it to what it is now."
+)
 MOST_ITEMS = 1_000
 """The largest container into which we look."""
+MOST_LOOKED_AT = 20_000
 
 _DEEPEST = 4
 _MOST_BYTES = 2**16  # the largest array whose elements are compared
@@ -31,6 +36,7 @@ _CONTAINERS = (dict, list, tuple, deque, set)
 _OF_TORCH = frozenset({"_parameters", "_buffers", "_modules", "training"})
 
 Path = tuple[object, ...]
+"""What leads to a value: the number of an argument or the name of an attribute, then keys."""
 
 
 class _Seen(NamedTuple):
@@ -45,11 +51,17 @@ class Changed(NamedTuple):
         names: The names of the objects.
         tensors: Tensors that were in what has changed, before that.
         spoiled: Whether a number among it was NaN or infinite before that.
+        earlier: Numbers that may have been there before the forward of the training: as far away
+            as the replay has moved those that it found.
+        taken_back: Sentences about numbers that were put there, and that the forward has brought to
+            what it had left in the training.
     """
 
     names: list[str]
     tensors: list[Tensor]
     spoiled: bool
+    earlier: dict[Path, float]
+    taken_back: list[str]
 
 
 class Objects:
@@ -64,11 +76,15 @@ class Objects:
         arguments: Iterable[tuple[str, object]],
         modules: Iterable[tuple[str, nn.Module]],
         known: Collection[int] = (),
+        earlier: Mapping[Path, float] | None = None,
     ) -> None:
-        """Looks at arguments and at the attributes of the user's modules, with their names.
+        """Looks at the objects.
 
-        ``known`` are the ``id()`` of tensors of which it is said otherwise that they are written
-        to.
+        Args:
+            arguments: Arguments, with their names.
+            modules: Modules, with their names; only attributes of the user's own are looked at.
+            known: The ``id()`` of tensors of which it is said otherwise that they are written to.
+            earlier: Numbers to put in place of those that are there.
         """
         self._arguments = list(arguments)
         self._modules = [
@@ -78,6 +94,9 @@ class Objects:
         ]
         self._known = known
         self._before = self._look()
+        self._earlier = dict(earlier or {})
+        for path, value in self._earlier.items():
+            self._put(path, value)
         values = [seen.value for seen in self._before.values()]
         self.tensors = [one for one in values if isinstance(one, Tensor)]
 
@@ -92,16 +111,58 @@ class Objects:
             and any(path[:length] in paths for length in range(1, len(path) + 1))
         }
         told = [path for path in before | now if path in paths and self._is_told(path, tensors)]
-        numbers = (before[path].value for path in paths if path in before)
+        numbers = {path: before[path].value for path in paths if path in before}
         return Changed(
             list(dict.fromkeys(map(self._name_of, told))),
             list(tensors.values()),
-            any(isinstance(one, float) and not math.isfinite(one) for one in numbers),
+            any(isinstance(one, float) and not math.isfinite(one) for one in numbers.values()),
+            {
+                path: 2 * old - new
+                for path, old in numbers.items()
+                if path in now
+                and _is_number(old)
+                and _is_number(new := now[path].value)
+                and self._can_be_put(path)
+            },
+            [
+                TAKEN_BACK.format(name=self._name_of(path, whole=True), value=value)
+                for path, value in self._earlier.items()
+            ],
         )
 
-    def _name_of(self, path: Path) -> str:
-        root = path[0]
-        return self._arguments[root][0] if isinstance(root, int) else str(root)
+    def _can_be_put(self, path: Path) -> bool:
+        """Returns whether a number can be written in place, and the replay puts it back."""
+        holder, key = self._holder(path)
+        if isinstance(holder, (dict, list, deque)):
+            return True
+        return is_of_user(type(holder).__module__) and key in getattr(holder, "__dict__", ())
+
+    def _put(self, path: Path, value: float) -> None:
+        holder, key = self._holder(path)
+        if isinstance(holder, _CONTAINERS):
+            holder[key] = value  # type: ignore[index]
+        else:
+            object.__setattr__(holder, str(key), value)
+
+    def _holder(self, path: Path) -> tuple[object, object]:
+        if len(path) > 1:
+            return self._before[path[:-1]].value, path[-1]
+        return next(
+            (one, key)
+            for prefix, one in self._modules
+            for key in vars(one)
+            if f"{prefix}{key}" == path[0]
+        )
+
+    def _name_of(self, path: Path, whole: bool = False) -> str:
+        root, holder = path[0], path[:1]
+        name = self._arguments[root][0] if isinstance(root, int) else str(root)
+        for key in path[1:] if whole else ():
+            name += (
+                f"[{key!r}]" if isinstance(self._before[holder].value, _CONTAINERS) else f".{key}"
+            )
+            holder = (*holder, key)
+        return name
 
     def _is_told(self, path: Path, tensors: Collection[int]) -> bool:
         if isinstance(path[0], int):
@@ -130,6 +191,8 @@ class Objects:
         return found
 
     def _visit(self, value: Any, path: Path, found: dict[Path, _Seen], everything: bool) -> None:
+        if len(found) >= MOST_LOOKED_AT:
+            return
         found[path] = _Seen(value, _token(value, self._known))
         if len(path) <= _DEEPEST:
             for key, one in _items(value, everything):
@@ -155,6 +218,10 @@ def _token(value: Any, known: Collection[int]) -> tuple[object, ...]:
     if isinstance(value, _CONTAINERS):
         return id(value), len(value)
     return (id(value),)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def _items(value: Any, everything: bool) -> Iterable[tuple[object, Any]]:

@@ -177,6 +177,9 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         doubtful_from: Number of the first operation that reads what the forward has changed in an
             object, so that from there on nobody knows what the training has computed; None for
             none.
+        earlier: Numbers to run it with, in place of what the forward has left in objects; see
+            :class:`gradwatch.replay.changes.Changed`.
+        may_be_earlier: Numbers that may have been there before the forward.
         doubtful: Names of buffers that the forward writes to, and of which nobody knows what they
             held before: what is bad there may be what the same forward has left in the training.
     """
@@ -200,6 +203,8 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.bad_gradients: dict[str, bool] = {}
         self.doubtful: Collection[str] = ()
         self.doubtful_from: int | None = None
+        self.earlier: Mapping[tuple[object, ...], float] = {}
+        self.may_be_earlier: Mapping[tuple[object, ...], float] = {}
         self._unread_yet: set[int | None] = set()
         self._reads: dict[int | None, int] = {}
         self._wanted = wanted

@@ -254,6 +254,7 @@ def _run_calls(
             [pair for one in given for pair in one.named],
             block.modules,
             _seen_tensors(calls, block),
+            observer.earlier,
         )
         observer.note_reads(objects.tensors)
         with observer:
@@ -324,7 +325,8 @@ def _end(observer: Observer, block: Undisturbed, objects: Objects | None = None)
     if objects is not None:
         changed = objects.changed()
         observer.doubtful_from = 0 if changed.spoiled else observer.first_read(changed.tensors)
-        notes = [CHANGES.format(name=name) for name in changed.names]
+        observer.may_be_earlier = changed.earlier
+        notes = [CHANGES.format(name=name) for name in changed.names] + changed.taken_back
     observer.end({name: tensor.grad for name, tensor in block.parameters.items()})
     return notes
 
@@ -489,7 +491,7 @@ def _run_closure(
         objects = None
         if buffers is not None:
             block.go_back(buffers, ())
-            objects = Objects((), block.modules)
+            objects = Objects((), block.modules, earlier=observer.earlier)
             observer.note_reads(objects.tensors)
         _tell(observer, block, _batch_first(block.data))
         backwards = _Backwards(observer, block.stand_ins)

@@ -19,6 +19,7 @@ from gradwatch.replay.advice import advice_for
 from gradwatch.replay.frames import Place, source_of
 from gradwatch.replay.names import name_of_node, public_name
 from gradwatch.replay.observer import NO_ROOTS, Details, Observer, Operation, Root
+from gradwatch.replay.stand_ins import ReplayError
 
 Run = Callable[[Observer], list[str]]
 """Runs the same forward and backward under an observer; returns sentences of what to know of it."""
@@ -97,8 +98,7 @@ def explain_run(run: Run, known_bad: bool = True) -> Explanation:
         run: Runs it; each time exactly alike.
         known_bad: Whether its gradients were bad before, so that finite ones are strange.
     """
-    first = Observer()
-    notes = run(first)
+    first, notes = _first_run(run)
     cause, kind = _cause_of(first)
     if cause is None:
         if not known_bad:
@@ -113,9 +113,26 @@ def explain_run(run: Run, known_bad: bool = True) -> Explanation:
         return _advised(Explanation(origin="not_found", kind=kind, notes=tuple(notes)))
     search = _Search(first, cause, kind)
     second = Observer(search.wanted())
+    second.earlier = first.earlier
     run(second)
     found = search.explanation(second.details if _is_alike(first, second) else {})
     return _advised(replace(found, notes=(*found.notes, *notes)))
+
+
+def _first_run(run: Run) -> tuple[Observer, list[str]]:
+    """Runs it; once more if numbers that it moves, such as a counter, may have been others then."""
+    first = Observer()
+    notes = run(first)
+    if not first.may_be_earlier:
+        return first, notes
+    again = Observer()
+    again.earlier = first.may_be_earlier
+    try:
+        others = run(again)
+    except ReplayError:
+        return first, notes
+    # If it does not end where the training did, they were not these.
+    return (first, notes) if again.may_be_earlier else (again, others)
 
 
 def _is_doubtful(seen: Observer, cause: Root) -> bool:

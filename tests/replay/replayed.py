@@ -25,6 +25,7 @@ class Seen(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.caller = ("", 0)
+        self.earlier: dict[Any, Any] = {}
         self.callers: list[tuple[str, int]] = []
         self.modules: dict[str, nn.Module] = {}
         self.parameters: dict[str, Tensor] = {}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch.replay.changes import CHANGES
+from gradwatch.replay.changes import CHANGES, TAKEN_BACK
 
 
 def _explained(model, *given, **named):
@@ -147,6 +147,7 @@ class Counting(nn.Module):
         self.change = change
         self.t, self.flag, self.name, self.scale = 0, False, "", 0.0
         self.state, self.array, self.seen = Cache(()), np.zeros(3), []
+        self.counts = {"t": 0}
 
     def forward(self, x):
         self.change(self)
@@ -166,11 +167,9 @@ def _count_in_array(model):
 
 
 CHANGED = {
-    "number": (_change("t", lambda model: model.t + 1), "self.t"),
     "flag": (_change("flag", lambda model: not model.flag), "self.flag"),
     "text": (_change("name", lambda model: model.name + "a"), "self.name"),
-    "float": (_change("scale", lambda model: model.scale + 0.5), "self.scale"),
-    "object": (_count, "self.state"),
+    "float": (_change("scale", lambda model: model.scale**2 + 0.5), "self.scale"),
     "array": (_count_in_array, "self.array"),
 }
 
@@ -182,6 +181,72 @@ def test_a_plain_attribute_that_the_forward_changes_is_named(kind):
     found = _explained(Counting(change))
     assert (found.operation, found.examples) == ("sqrt", (1,))
     assert found.notes == (CHANGES.format(name=name),)
+
+
+def _count_in_dict(model):
+    model.counts["t"] += 2
+
+
+COUNTED = {
+    "number": (_change("t", lambda model: model.t + 1), "self.t", 0),
+    "float": (_change("scale", lambda model: model.scale - 0.5), "self.scale", 0.0),
+    "object": (_count, "self.state.calls", 0),
+    "dict": (_count_in_dict, "self.counts['t']", 0),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTED)
+def test_a_number_that_the_forward_moves_is_taken_back(kind):
+    """By as much as the replay has moved it, if it then ends where the training has ended."""
+    change, name, value = COUNTED[kind]
+    model = Counting(change)
+    found = _explained(model)
+    assert (found.operation, found.examples) == ("sqrt", (1,))
+    assert found.notes == (TAKEN_BACK.format(name=name, value=value),)
+    assert (model.t, model.scale, model.state.calls, model.counts["t"]) == {
+        "number": (1, 0.0, 0, 0),
+        "float": (0, -0.5, 0, 0),
+        "object": (0, 0.0, 1, 0),
+        "dict": (0, 0.0, 0, 2),
+    }[kind]
+
+
+class AtACount(nn.Module):
+    """Goes bad in its third forward, and would in another way in its fourth."""
+
+    def __init__(self, counter):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.counter = counter
+
+    def forward(self, x, counter=None):
+        counter = counter or self.counter
+        counter.calls += 1
+        hidden = self.layer(x)
+        if counter.calls == 3:
+            hidden = torch.log(hidden * 0) * hidden
+        if counter.calls == 4:
+            hidden = hidden / (hidden * 0)
+        return hidden.square().mean()
+
+
+@pytest.mark.parametrize("place", ["argument", "attribute"])
+def test_the_branch_of_the_training_is_run(place):
+    """A counter decides, and it is one further by the time of the replay."""
+    counter = Cache(None)
+    model = AtACount(None if place == "argument" else counter)
+    given = (counter,) if place == "argument" else ()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with gradwatch.watch(model, optimizer, on_nonfinite="explain") as watcher:
+        for _ in range(3):
+            model(torch.ones(3, 4), *given).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    (found,) = watcher.explanations
+    assert found.operation == "log"
+    name = "counter.calls" if place == "argument" else "self.counter.calls"
+    assert found.notes == (TAKEN_BACK.format(name=name, value=2),)
+    assert counter.calls == 3
 
 
 UNCHANGED = {
@@ -230,7 +295,7 @@ def test_by_hand_objects_are_what_is_given():
 @pytest.mark.parametrize("way", ["managed", "closure"])
 def test_closures_tell_attributes_too(way):
     """A closure that is run again is given the attributes as the training has left them."""
-    model = Counting(CHANGED["number"][0])
+    model = Counting(COUNTED["number"][0])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with gradwatch.watch(model, optimizer, on_nonfinite="explain") as watcher:
         if way == "managed":
@@ -239,4 +304,4 @@ def test_closures_tell_attributes_too(way):
             model(torch.zeros(3, 4)).backward()
         optimizer.step()
     (found,) = watcher.explanations
-    assert (found.operation, found.notes) == ("sqrt", (CHANGES.format(name="self.t"),))
+    assert (found.operation, found.notes) == ("sqrt", (TAKEN_BACK.format(name="self.t", value=0),))
