@@ -193,10 +193,13 @@ class Objects:
     def _visit(self, value: Any, path: Path, found: dict[Path, _Seen], everything: bool) -> None:
         if len(found) >= MOST_LOOKED_AT:
             return
-        found[path] = _Seen(value, _token(value, self._known))
-        if len(path) <= _DEEPEST:
-            for key, one in _items(value, everything):
-                self._visit(one, (*path, key), found, everything)
+        try:
+            found[path] = _Seen(value, _token(value, self._known))
+            inside = list(_items(value, everything)) if len(path) <= _DEEPEST else []
+        except Exception:  # a container of a class of the user's own: the replay does without
+            return
+        for key, one in inside:
+            self._visit(one, (*path, key), found, everything)
 
 
 _NO = _Seen(None, ())
@@ -228,7 +231,7 @@ def _items(value: Any, everything: bool) -> Iterable[tuple[object, Any]]:
     if isinstance(value, _CONTAINERS):
         if len(value) > MOST_ITEMS or isinstance(value, set):
             return ()
-        return list(value.items() if isinstance(value, dict) else enumerate(value))
+        return value.items() if isinstance(value, dict) else enumerate(value)
     if isinstance(value, (*_PLAIN, Tensor, np.ndarray, nn.Module, type)) or callable(value):
         return ()
     if not everything and not is_of_user(type(value).__module__):

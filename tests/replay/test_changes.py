@@ -285,6 +285,21 @@ def test_a_number_that_is_infinite_since_the_forward():
     assert CHANGES.format(name="self.last") in found.notes
 
 
+class Strange(dict):
+    """Tells nobody what is in it."""
+
+    def items(self):
+        raise RuntimeError("no")
+
+
+def test_a_container_that_cannot_be_looked_into():
+    """The cause is found all the same."""
+    model = Counting(lambda model: None)
+    model.state = Strange(a=1)
+    found = _explained(model)
+    assert (found.operation, found.notes) == ("sqrt", ())
+
+
 def test_by_hand_objects_are_what_is_given():
     """There nothing has run before, so there is nothing to say."""
     model, cache = Caching(_appended), Cache([])
