@@ -116,6 +116,9 @@ def _kind_of(code: CodeType) -> _Kind:
         return _Kind.CHECKPOINT
     if file.startswith(_OURS):
         return _Kind.OURS
+    # What a mode or a subclass of the user's own does is not a line of the model.
+    if code.co_name in ("__torch_function__", "__torch_dispatch__"):
+        return _Kind.LIBRARY
     if file.startswith((_TORCH, "<frozen ")):
         return _Kind.LIBRARY
     if file.startswith(_PYTHON) and not any(part in file for part in _PACKAGES):

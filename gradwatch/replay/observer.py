@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import zip_longest
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradwatch.record.explanation import Operand
+from gradwatch.replay.examples import Examples
 from gradwatch.replay.frames import Frames, Place, variable_of
 from gradwatch.replay.names import name_of_node, public_name
 
@@ -33,12 +34,6 @@ NO_ROOTS: Roots = frozenset()
 _EMPTY = frozenset(
     {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
     | {"resize_", "set_"}
-)
-# Their result has a first dimension of its own.
-_MIX = frozenset(
-    {"index_put", "index_put_", "index_add", "index_add_", "scatter", "scatter_", "scatter_add"}
-    | {"scatter_add_", "scatter_reduce", "scatter_reduce_", "put", "put_", "bincount", "histc"}
-    | {"embedding_dense_backward", "convolution_backward", "native_batch_norm_backward"}
 )
 # How many of their results are meant for others; the rest is kept for the backward, or is memory to
 # work in, of which parts are never written.
@@ -173,7 +168,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output_roots: Roots of outputs that are not finite.
         gradient_roots: Roots of each parameter's gradient that is not finite, by name.
         bad_gradients: Whether such a gradient holds a NaN, by name.
-        batch: Number of examples in the batch; None if not known.
+        examples: Which example of the batch elements belong to.
         doubtful_from: Number of the first operation that reads what the forward has changed in an
             object, so that from there on nobody knows what the training has computed; None for
             none.
@@ -202,13 +197,13 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.gradient_roots: dict[str, Roots] = {}
         self.bad_gradients: dict[str, bool] = {}
         self.doubtful: Collection[str] = ()
+        self.examples = Examples()
         self.doubtful_from: int | None = None
         self.earlier: Mapping[tuple[object, ...], float] = {}
         self.may_be_earlier: Mapping[tuple[object, ...], float] = {}
         self._unread_yet: set[int | None] = set()
         self._reads: dict[int | None, int] = {}
         self._wanted = wanted
-        self.batch: int | None = None
         self._is_idle = False  # what is done to look at a tensor is no operation of the run
         self._kept: list[object] = []  # ids are only good while what they are of is there
         self._named: dict[int, tuple[Source, str]] = {}
@@ -218,7 +213,6 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._good: set[int] = set()
         self._not_looked_at: set[int] = set()
         self._unread: frozenset[int | None] = frozenset()  # operands of the one that is running
-        self._batched: set[int] = set()
         self._frames = Frames(self.modules)
         self._sequences: list[int] = []
 
@@ -240,11 +234,9 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def name_input(self, tensor: Tensor, argument: str) -> None:
         """Says which argument a tensor is; the first one with a dimension has the batch in it."""
         self._name(tensor, "input", argument)
-        if tensor.dim() and self.batch is None:
-            self.batch = tensor.shape[0]
         key = _key(tensor)
-        if tensor.dim() and key is not None and tensor.shape[0] == self.batch:
-            self._batched.add(key)
+        if key is not None:
+            self.examples.note_input(key, tensor)
 
     def note_reads(self, tensors: Iterable[Tensor]) -> None:
         """Has it noted when these tensors are read first; see :meth:`first_read`."""
@@ -277,12 +269,12 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for output in outputs:
                 self.output_roots |= self._roots_of(output)
         self._is_idle = False
-        for gradient, call in zip_longest(gradients, calls):
+        for output, gradient, call in zip_longest(outputs, gradients, calls):
             if gradient is not None:
                 self._name(gradient, "output_gradient", "")
                 key = _key(gradient)
-                if key is not None and gradient.dim():
-                    self._batched.add(key)
+                if key is not None:
+                    self.examples.note_like(key, gradient, _key(output), output)
                 if key is not None and call is not None:
                     module, (file, line) = call
                     self._calls[key] = Place(file, line, id(module))
@@ -357,9 +349,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._unread_yet -= read
         self._reads.update(dict.fromkeys(read, number))
         self._sequences.append(operation.sequence)
-        batched = name not in _MIX and any(key in self._batched for key in keys)
-        if batched and _reduces_first(func, args, kwargs):
-            batched = False
+        pairs = list(zip(keys, operands, strict=True))
         results = list(_tensors((result,)))
         shared = set(keys)
         operation.writes = bool(func._schema.is_mutable)
@@ -373,7 +363,8 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if key in shared and not operation.writes:
                 operation.views = True
                 continue
-            (self._batched.add if batched else self._batched.discard)(key)
+            if key not in shared:
+                self.examples.note_result(func, args, kwargs, pairs, (key, one))
             self._producers[key] = number
         if name in _EMPTY:
             for one in results:
@@ -383,7 +374,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if number in self._wanted and results:
                 details, first = self.details[number], results[0]
                 details.result = operand_of("result", first)
-                details.zero_results = self._examples(first, _values(first) == 0)
+                details.zero_results = self.examples.of(_key(first), first, _values(first) == 0)
             return
         for one in results[:wanted]:
             self._look(func, number, one, operands, bad)
@@ -485,7 +476,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             size=values.numel(),
             shape=tuple(tensor.shape),
             dtype=_dtype(tensor),
-            examples=self._examples(tensor, nan | inf),
+            examples=self.examples.of(_key(tensor), tensor, nan | inf),
         )
 
     # -- operands ------------------------------------------------------------------------------
@@ -525,8 +516,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         source, name = self._named.get(key, ("constant", ""))
         if source == "constant":
             name = variable_of(tensor, place.file, place.line)
-            if tensor.dim() and tensor.shape[0] == self.batch:  # targets, most likely
-                self._batched.add(key)
+            self.examples.note_given(key, tensor)  # targets, most likely
         self.roots.append(self._root_of(number, tensor, source, name, None))
         self.roots[-1].call = self._calls.get(key)
         self._kept.append(tensor)
@@ -551,33 +541,14 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         names = _operand_names(func, args, kwargs)
         pairs = list(zip(names, operands, strict=False))
         described = [operand_of(name, one) for name, one in pairs]
+        zeros_of = [(_key(one), one, _values(one) == 0) for _, one in pairs]
         return Details(
             (*described, *_numbers(func, args, kwargs)),
-            zero_examples=tuple(self._examples(one, _values(one) == 0) for _, one in pairs),
-            zero_rows=tuple(self._examples(one, _values(one) == 0, torch.all) for _, one in pairs),
+            zero_examples=tuple(self.examples.of(*zeros) for zeros in zeros_of),
+            zero_rows=tuple(self.examples.wholly(*zeros) for zeros in zeros_of),
             origins=tuple(self._named.get(_key(one) or 0) for _, one in pairs),
             parents=tuple(self._producers.get(_key(one) or 0, -1) for _, one in pairs),
         )
-
-    def _examples(
-        self, tensor: Tensor, bad: Tensor, of: Callable[[Tensor, int], Tensor] = torch.any
-    ) -> tuple[int, ...] | None:
-        """Returns the indices along the batch dimension of elements; None if it has none."""
-        size, key = self.batch, _key(tensor)
-        if size is None or not size or not tensor.dim() or key not in self._batched:
-            return None
-        if bad.shape != tensor.shape:  # sparse, or complex as real
-            return None
-        shape = tensor.shape
-        if shape[0] == size:
-            rows = bad.reshape(size, -1)
-        elif shape[0] and shape[0] % size == 0:
-            rows = bad.reshape(size, -1)  # flattened, the batch first
-        elif size in shape:
-            rows = bad.movedim(list(shape).index(size), 0).reshape(size, -1)
-        else:
-            return None
-        return tuple(torch.nonzero(of(rows, 1)).flatten().tolist())
 
     # -- which forward operation a backward operation belongs to --------------------------------
 
@@ -617,17 +588,6 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
             found = next(named, found)
         return found if 0 <= found < len(self.operations) else None
-
-
-def _reduces_first(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Returns whether an operation sums, or the like, over the first dimension of its operand."""
-    names = [one.name for one in func._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    if "keepdim" not in names or not args or not isinstance(args[0], Tensor):
-        return False
-    dims = given.get("dim")
-    dims = [dims] if isinstance(dims, int) else dims
-    return not dims or 0 in dims or -args[0].dim() in dims
 
 
 def operand_of(name: str, tensor: Tensor) -> Operand:
@@ -706,6 +666,8 @@ def _key(tensor: Tensor) -> int | None:
 
 def _values(tensor: Tensor) -> Tensor:
     """Returns the elements that a tensor stores: for a sparse one those that are not left out."""
+    if tensor._is_zerotensor():  # of forward-mode differentiation; it has no memory
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
     if tensor.layout is torch.sparse_coo:
         return tensor._values()
     if tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):

@@ -211,10 +211,13 @@ def _is_meant(seen: Observer, root: Root, met: Root | None) -> bool:
         return False
     if root.source is not None:
         return root.source != "output_gradient" and root.negative and root.masks
-    if _name_of(seen.operations[root.number]).rstrip("_") in _FILLS:
+    name = _name_of(seen.operations[root.number]).rstrip("_")
+    if name in _FILLS:
         return True
-    # Other examples have it as well, and are none the worse for it.
-    if met is None or root.examples is None or met.examples is None:
+    # Other examples have it as well, and are none the worse for it. That is said of a logarithm of
+    # 0 or a division by 0, but never of an overflow.
+    of_zero = name in _ZERO_IS_AN_EDGE and name != "pow"
+    if met is None or root.examples is None or met.examples is None or not of_zero:
         return False
     return bool(set(root.examples) - set(met.examples))
 

@@ -113,6 +113,7 @@ class _Discarded(NamedTuple):
     first: FirstNonFinite
     kind: ExplainedKind
     weights: list[int]  # their version counters
+    scale: float  # the loss scale, if a scaler has left out the step; else 0
 
 
 class Explaining:
@@ -134,6 +135,8 @@ class Explaining:
         self._looked: dict[str, int] = {}  # the newest step that was looked at
         self._bad_since: dict[int, int] = {}  # by index of a parameter
         self._discarded: _Discarded | None = None
+        self._explained: set[int] = set()  # numbers of backwards
+        self._scale = 1.0  # what the gradients of a replay are divided by
 
     def newest_of(self, optimizer: str) -> Explanation | None:
         """Returns the newest explanation of an optimizer's steps."""
@@ -157,14 +160,17 @@ class Explaining:
             step: The number of the step.
             window: Its micro-batches.
             norms: The norms of the step.
-            found_inf: Above 0 if a scaler has found an overflow, which is no accident.
+            found_inf: Above 0 if a scaler has found an overflow; see :meth:`note_discarded`.
         """
         if self._discarded is not None:
             self._look_at_discarded()
         after, before = norms.after, norms.before
         finite = after.finite and (before is after or before.finite)
         overflowed = after.overflowed or before.overflowed
-        if (finite and not overflowed) or (found_inf != 0.0 and resolve(found_inf) > 0):
+        if finite and not overflowed:
+            return
+        if found_inf != 0.0 and resolve(found_inf) > 0:
+            self.note_discarded(optimizer, step, window, norms.loss_scale)
             return
         if self._looked.get(optimizer) == step:  # a closure is evaluated several times in a step
             return
@@ -174,38 +180,56 @@ class Explaining:
         except Exception as error:
             self._record(_Found(_failed(error)), optimizer, step)
 
-    def note_discarded(self, optimizer: str, step: int, window: Window) -> None:
-        """Notes that the loop has thrown away the gradients of a window, to explain bad ones.
+    def note_discarded(
+        self, optimizer: str, step: int, window: Window, scale: FloatOrDeferred = 0.0
+    ) -> None:
+        """Notes that nothing will use the gradients of a window, to explain bad ones.
 
-        That shows inside of the next backward, where nothing can be run again: it is done when that
-        has ended, before the next step or forward.
+        If that shows inside of the next backward, where nothing can be run again, it is done when
+        that has ended, before the next step or forward.
+
+        Args:
+            optimizer: Its label.
+            step: The number of the step that it would have been.
+            window: Its micro-batches.
+            scale: The loss scale, if a scaler has left out the step. An overflow of scaled
+                gradients is no accident: only what is bad without the scale, too, is explained.
         """
         first = window.first_nonfinite
-        if first is None or first.origin is Origin.AFTER or not inside_backward():
+        if first is None or first.origin is Origin.AFTER or self._discarded is not None:
+            return
+        if not self._explained.isdisjoint(window.backwards):  # as a part of another optimizer's
             return
         kind: ExplainedKind = "nan" if first.is_nan else "inf"
-        if self._discarded is not None or not self._is_due(optimizer, kind, first.index):
+        scale = float(resolve(scale))
+        if not self._is_due(optimizer, kind, first.index, scale > 0):
             return
         versions = self._versions(window)
-        self._discarded = _Discarded(optimizer, step, window.copy(), first, kind, versions)
-        self.forwards.awaited = list(window.backwards)
-        self.forwards.on_forward = self._look_at_discarded
+        self._discarded = _Discarded(optimizer, step, window.copy(), first, kind, versions, scale)
+        if inside_backward():
+            self.forwards.awaited = list(window.backwards)
+            self.forwards.on_forward = self._look_at_discarded
+        else:
+            self._look_at_discarded()
 
     def _look_at_discarded(self) -> None:
         one = self._discarded
         if one is None or inside_backward():
             return
         try:
+            self._scale = one.scale or 1.0
             if self._versions(one.window) == one.weights:
                 found = self._nonfinite(one.first, one.kind, one.window)
             else:
                 found = _Found(Explanation(origin="not_found", kind=one.kind, notes=(MOVED,)))
-            self._record(found, one.optimizer, one.step)
+            scaled = one.scale > 0 and found.explanation.origin in ("not_found", "output_gradient")
+            if not scaled:
+                self._record(found, one.optimizer, one.step)
         except Exception as error:
             self._record(_Found(_failed(error)), one.optimizer, one.step)
         finally:
             self._discarded = self.forwards.on_forward = None
-            self.forwards.awaited = ()
+            self.forwards.awaited, self._scale = (), 1.0
 
     def _versions(self, window: Window) -> list[int]:
         return [self._run.table.tensors[index]._version for index in window.indices]
@@ -232,6 +256,7 @@ class Explaining:
         kind: ExplainedKind = "nan" if first.is_nan else "inf"
         if not self._is_due(optimizer, kind, first.index, first.origin, *first.weights[:1]):
             return
+        self._explained.update(window.backwards)
         found = self._nonfinite(first, kind, window)
         self._record(found, optimizer, step)
 
@@ -309,7 +334,7 @@ class Explaining:
         if whole.args and isinstance(self._model, nn.Module):
             calls = [ForwardCall(self._model, whole.args, {}, [], whole.context)]
         scale = whole.factor()
-        if whole.scaled:
+        if whole.scaled and self._scale == 1.0:
             scale *= resolve(self._run.scale.value())
         before = self._run.hooks.buffers.before_window()
         found = explain_closure(self._model, whole.bound(), scale, whole.context, before)
@@ -320,6 +345,8 @@ class Explaining:
         calls, notes = self.forwards.calls_of(number)
         if not calls:
             return _Found(Explanation(origin="not_found", notes=tuple(notes)))
+        if self._scale != 1.0:
+            calls = [_divided(call, self._scale) for call in calls]
         # A call that was given what another one made bad, as a discriminator is by its generator,
         # would hide that: run again, each is given what it was given.
         rest = [call for call in calls if not _was_given_bad(call)]
@@ -495,6 +522,11 @@ def _was_given_bad(call: ForwardCall) -> bool:
     leaves = tree_leaves((call.args, dict(call.kwargs)))
     computed = [one for one in leaves if isinstance(one, Tensor) and one.grad_fn is not None]
     return any(any(count_nonfinite(one.detach())) for one in computed)
+
+
+@torch.no_grad()
+def _divided(call: ForwardCall, scale: float) -> ForwardCall:
+    return replace(call, gradients=[[one / scale for one in some] for some in call.gradients])
 
 
 def _failed(error: Exception, kind: ExplainedKind = "nan") -> Explanation:

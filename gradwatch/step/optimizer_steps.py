@@ -669,6 +669,9 @@ class OptimizerSteps(Steps):
         """
         norms = self.window.unused_norms(self._scale_at_backward, together)
         if norms is not None and (self._run.shards is not None or not norms.before.finite):
+            if self._explaining is not None:
+                scale = self._scale_at_backward
+                self._explaining.note_discarded(self.label, self.step + 1, self.window, scale)
             self._norms = norms
             self._outcome = StepOutcome("skipped_scaler")
             self.finish(self.optimizer, in_time=at_once)

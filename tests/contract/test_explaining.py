@@ -202,19 +202,20 @@ def test_a_hundred_are_kept() -> None:
 # -- what is held, and for how long --------------------------------------------------------------
 
 
+def micro_batch(model: nn.Module, is_bad: bool) -> tuple[weakref.ref, weakref.ref]:
+    """Runs one; in a frame of its own, as a frame that is looked at keeps its variables."""
+    batch = bad() if is_bad else good()
+    output = model(batch)
+    output.square().mean().backward()
+    return weakref.ref(batch), weakref.ref(output)
+
+
 def test_inputs_die_after_the_step() -> None:
     """Of each micro-batch the input is held until the step, and the output never."""
     model, optimizer = setting()
     with gradwatch.watch(model, optimizer, on_nonfinite="explain"):
         for step in range(3):
-            held, outputs = [], []
-            for _ in range(3):
-                batch = bad() if step == 1 else good()
-                output = model(batch)
-                output.square().mean().backward()
-                held.append(weakref.ref(batch))
-                outputs.append(weakref.ref(output))
-                del batch, output
+            held, outputs = zip(*(micro_batch(model, step == 1) for _ in range(3)), strict=True)
             assert all(one() is not None for one in held)
             assert all(one() is None for one in outputs)
             optimizer.step()
@@ -796,3 +797,31 @@ def test_what_came_back_is_told_of_the_module_that_was_called(way: str) -> None:
     assert "the output of encoder (Linear)" in str(one)
     assert "loss" not in one.summary
     assert "outside of the forwards that are kept" in " ".join(str(one).split())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("managed", [False, True])
+def test_bad_data_under_a_scaler_is_explained(fused, managed):
+    """A scaler leaves out the step; that it is bad without the scale, too, makes it an accident."""
+    torch.manual_seed(0)
+    model = Directions()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    options = {"scaler": scaler} if managed else {}
+    with gradwatch.watch(model, optimizer, on_nonfinite="explain", **options) as watcher:
+        for step in range(6):
+            x = torch.randn(3, 4)
+            if step == 3:
+                x[1] = 0
+            loss = model(x)
+            if managed:
+                watcher.backward(loss)
+                watcher.step()
+                continue
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    found = [(one.step, one.operation, one.examples) for one in watcher.explanations]
+    assert found == [(4, "div", (1,))]
+    assert list(watcher.history.steps()["outcome"]).count("skipped_scaler") == 1
