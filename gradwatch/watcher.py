@@ -28,7 +28,7 @@ from gradwatch.guard import UNTOUCHED, Overhead, Shield
 from gradwatch.hessian.every import CurvatureEvery, sampler_of
 from gradwatch.history import History
 from gradwatch.hooks.backward import Backward, FirstBackward, expect_no_first
-from gradwatch.hooks.context import REPLAY
+from gradwatch.hooks.context import REPLAY, is_replaying
 from gradwatch.hooks.data_parallel import DataParallel, GradientSync, rank, wrappers_of
 from gradwatch.hooks.engines import engines_of
 from gradwatch.hooks.exchange import OTHERS_WAIT, Exchange
@@ -670,7 +670,7 @@ class Watcher:
                     self._run.replicas.note_arrivals()
 
     def _before_forward(self, module: nn.Module, args: object) -> None:
-        if not torch.is_grad_enabled() or REPLAY.under_way:
+        if not torch.is_grad_enabled() or (REPLAY.under_way and is_replaying()):
             return
         if not (self._curvature and self._curvature.busy):
             with self._shield:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gradwatch.hooks.context import REPLAY
+from gradwatch.hooks.context import REPLAY, is_replaying
 from gradwatch.hooks.snapshot import is_looked_at
 from gradwatch.measure.parameters import local_part, named_modules, wraps
 
@@ -324,7 +324,9 @@ class _BeforeForward:
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         # In a compiled model this is a constant: nothing of the hook is left in its graph.
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or REPLAY.under_way:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return
+        if REPLAY.under_way and is_replaying():
             return
         self._buffers.begin_window()
 

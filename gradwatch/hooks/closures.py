@@ -9,19 +9,18 @@ variables have now are held with it.
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor
 
 from gradwatch.errors import described_error
 from gradwatch.hooks.context import ForwardContext
+from gradwatch.hooks.draws import Variables, drawn_by, variables_of
 from gradwatch.measure.deferred import FloatOrDeferred, resolve
 
-_DEEPEST = 6  # functions and methods that are called by functions, attributes of objects
 _MOST_ITEMS = 64  # of a container that is looked into: a batch, and not a data set
 
 DRAWS = (
@@ -58,7 +57,7 @@ class KeptClosure:
     ) -> None:
         """Notes how things are now; copies no tensor."""
         self._function = function
-        self._variables = _variables_of(function)
+        self._variables = variables_of(function)
         self.args = args
         self.context = ForwardContext.now()
         self.weight: FloatOrDeferred = 1.0
@@ -167,71 +166,7 @@ def why_not_again(function: Callable[..., Any]) -> str:
 
     What takes a batch from an iterator would take that of the next step.
     """
-    return DRAWS if _draws(function, (), 0, set()) else ""
-
-
-Names = tuple[str, ...]
-
-
-def _draws(value: Any, names: Names, depth: int, seen: set[tuple[int, Names]]) -> bool:
-    """Returns whether a value is, or leads to, an iterator that code with these names may use.
-
-    Of an object it is looked at the attributes with these names, and at the methods.
-    """
-    if isinstance(value, Iterator):
-        return not isinstance(value, io.IOBase)  # files are iterators, too, and are written to
-    key = id(value), names
-    if depth > _DEEPEST or key in seen or isinstance(value, Tensor | type):
-        return False
-    if not isinstance(value, MethodType):  # which is made anew each time, and so has no id
-        seen.add(key)
-    return any(_draws(one, using, depth + 1, seen) for one, using in _leads_to(value, names))
-
-
-def _leads_to(value: Any, names: Names) -> Iterator[tuple[Any, Names]]:
-    """Yields what a value leads to, each with the names of the code that may use it."""
-    if isinstance(value, partial):
-        for one in (value.func, *value.args, *value.keywords.values()):
-            yield one, names
-    elif isinstance(value, MethodType):
-        yield value.__func__, names
-        yield value.__self__, _names_in(value.__func__)
-    elif isinstance(value, FunctionType):
-        own = _names_in(value)
-        for one in (*_values(_variables_of(value)), *(value.__defaults__ or ())):
-            yield one, own
-    else:
-        inside = getattr(value, "__dict__", {})
-        for name in names:
-            if name in inside:
-                yield inside[name], names
-            elif isinstance(method := getattr(type(value), name, None), FunctionType):
-                yield MethodType(method, value), names
-
-
-def _names_in(function: Any) -> Names:
-    code = getattr(function, "__code__", None)
-    return () if code is None else tuple(_names(code))
-
-
-Variables = tuple[tuple[CellType, ...], dict[str, Any]]
-"""What a function reads from outside: copies of its cells, and the globals that it names."""
-
-
-def _variables_of(function: object) -> Variables:
-    if not isinstance(function, FunctionType):
-        return (), {}
-    cells = tuple(map(_copied, function.__closure__ or ()))
-    inside = function.__globals__
-    names = [name for name in _names(function.__code__) if name in inside]
-    return cells, {name: inside[name] for name in names if not _is_fixed(inside[name])}
-
-
-def _copied(cell: CellType) -> CellType:
-    try:
-        return CellType(cell.cell_contents)
-    except ValueError:  # a variable that has no value yet
-        return CellType()
+    return DRAWS if next(drawn_by(function), None) else ""
 
 
 def _values(variables: Variables) -> Iterator[Any]:
@@ -240,17 +175,6 @@ def _values(variables: Variables) -> Iterator[Any]:
         with contextlib.suppress(ValueError):
             yield cell.cell_contents
     yield from named.values()
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
-
-
-def _is_fixed(value: object) -> bool:
-    return isinstance(value, type | ModuleType)
 
 
 def _tensors(values: Iterable[Any], depth: int = 0) -> Iterator[Tensor]:

@@ -102,7 +102,8 @@ class _Replay:
     """Whether a replay is under way: gradwatch's own hooks on the model then do nothing.
 
     Attributes:
-        under_way: To be read where a hook runs in every forward, as a call would cost a frame.
+        under_way: Whether there is one in any thread. To be read before :func:`is_replaying` where
+            a hook runs in every forward, as a call would cost a frame.
     """
 
     __slots__ = ("under_way",)
@@ -113,18 +114,27 @@ class _Replay:
 
 REPLAY = _Replay()
 
+# torch gives this to its own threads as well, in which a backward runs on accelerators and where
+# backwards are deeply nested, and only to those that work for the thread that has set it.
+_KEY = "gradwatch.replaying"
+
 
 @contextmanager
 def replaying() -> Iterator[None]:
-    """Makes gradwatch's own hooks do nothing for a block."""
-    # One flag for all threads: on accelerators the backward runs in threads of torch's.
-    before, REPLAY.under_way = REPLAY.under_way, True
+    """Makes gradwatch's own hooks do nothing for a block, in this thread alone.
+
+    Only one thread at a time may be in such a block.
+    """
+    before = REPLAY.under_way, is_replaying()
     try:
+        REPLAY.under_way = True
+        torch._C._stash_obj_in_tls(_KEY, True)
         yield
     finally:
-        REPLAY.under_way = before
+        torch._C._stash_obj_in_tls(_KEY, before[1])
+        REPLAY.under_way = before[0]
 
 
 def is_replaying() -> bool:
-    """Returns whether a replay is under way."""
-    return REPLAY.under_way
+    """Returns whether what this thread does is part of a replay: others go on training."""
+    return REPLAY.under_way and torch._C._is_key_in_tls(_KEY) and torch._C._get_obj_in_tls(_KEY)

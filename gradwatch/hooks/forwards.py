@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from gradwatch.errors import described_error
 from gradwatch.hooks.buffers import entries, is_wrapped
 from gradwatch.hooks.closures import KeptClosures
-from gradwatch.hooks.context import REPLAY, ForwardContext
+from gradwatch.hooks.context import REPLAY, ForwardContext, is_replaying
 from gradwatch.hooks.data_parallel import fully_sharded
 
 MOST_KEPT = 256
@@ -389,7 +389,7 @@ class _Before(_Hook):
             kept.nested += module is kept.outer
             return
         busy = kept.measuring is not None and kept.measuring.busy
-        if REPLAY.under_way or busy or not torch.is_grad_enabled():
+        if busy or not torch.is_grad_enabled() or (REPLAY.under_way and is_replaying()):
             return
         if kept.on_forward is not None:
             kept.on_forward()

@@ -20,7 +20,7 @@ from gradwatch.hooks.backward import (
     on_incoming,
 )
 from gradwatch.hooks.buffers import ModelBuffers
-from gradwatch.hooks.context import REPLAY
+from gradwatch.hooks.context import REPLAY, is_replaying
 from gradwatch.hooks.data_parallel import fully_sharded, rank, reduced_by
 from gradwatch.measure.deferred import Deferred
 from gradwatch.measure.norms import (
@@ -197,7 +197,7 @@ class ModelHooks:
             self.added.watch(self.arrivals.hooked_indices())
 
     def _hook_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        if REPLAY.under_way:
+        if REPLAY.under_way and is_replaying():
             return
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:

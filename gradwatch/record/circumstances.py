@@ -19,8 +19,8 @@ class Circumstance:
         key: Its name.
         operations: Plain names of the operations that it is about, or ``"*"`` for all.
         when: Whether the facts show it.
-        phrase: It in a few words. ``{op}`` is the operation; ``{of}`` is "of" in the forward and
-            "at" in the backward, where "the gradient of" comes before all of it.
+        phrase: It in a few words. ``{op}`` is the operation; ``{of}`` is "of", or "at" for the
+            gradient of the operation, where "the gradient of" comes before all of it.
     """
 
     key: str
@@ -35,7 +35,7 @@ class Circumstance:
     def told(self, facts: Facts) -> str:
         """Returns the phrase for these facts."""
         told = self.phrase.format(
-            op=shown_name(facts.operation),
+            op="division" if facts.op == "div" else shown_name(facts.operation),
             of="at" if facts.backward else "of",
             low=number(facts.x.low),
             high=number(facts.x.high),
@@ -83,15 +83,47 @@ def _divides_by_zero(facts: Facts) -> bool:
     return facts.y.zeros > 0
 
 
-def _divides_by(facts: Facts, *names: str) -> bool:
-    """Whether the divisor is a 0 that one of these operations gave, by the record or the line."""
-    in_line = bool(re.search(rf"\b({'|'.join(names)})\(", facts.source))
-    return _divides_by_zero(facts) and (facts.made_op in names or in_line)
+def _divisor(facts: Facts) -> str:
+    """Returns what a divisor of 0 is: ``"spread"``, ``"norm"``, ``"mean square"`` and so on."""
+    if not _divides_by_zero(facts):
+        return ""
+    made = facts.made(facts.y)
+    if not made:
+        return _divisor_in_line(facts)
+    if made[0] == "sqrt":
+        return _ROOTS.get(made[1:3]) or _ROOTS.get(made[1:2], "other")
+    if facts.y.dtype in _WHOLE or "to" in made[:2]:
+        return "count"
+    return _MADE_BY.get(made[0], "other")
 
 
-def _divides_by_count(facts: Facts) -> bool:
-    whole = facts.y.dtype in ("int", "bool", "int64", "int32", "int16", "int8", "uint8")
-    return _divides_by_zero(facts) and (whole or facts.made_op in ("sum", "count_nonzero"))
+def _divisor_in_line(facts: Facts) -> str:
+    """Returns the same where it is not known what made the divisor."""
+    if facts.y.dtype in _WHOLE:
+        return "count"
+    for what, names in (("spread", "std|var"), ("norm", "norm|vector_norm")):
+        if re.search(rf"\b({names})\(", facts.source):
+            return what
+    return "other"
+
+
+def _divides_by(what: str) -> Callable[[Facts], bool]:
+    return lambda facts: _divisor(facts) == what
+
+
+_WHOLE = ("int", "bool", "int64", "int32", "int16", "int8", "uint8")
+_ROOTS = {
+    ("sum", "square"): "norm",
+    ("add", "square"): "norm",
+    ("mean", "square"): "mean square",
+    ("var",): "spread",
+}
+_MADE_BY = {
+    "std": "spread",
+    "var": "spread",
+    "norm": "norm",
+    **dict.fromkeys(("sum", "index_add", "scatter_add", "segment_reduce"), "sum"),
+}
 
 
 def _eps_is_zero(facts: Facts) -> bool:
@@ -225,16 +257,13 @@ _TABLE: tuple[tuple[str, str, Callable[[Facts], bool], str], ...] = (
     (
         "spread_zero",
         "div",
-        lambda f: _divides_by(f, "std", "var"),
+        _divides_by("spread"),
         "division by a standard deviation or variance of 0",
     ),
-    (
-        "norm_divides",
-        "div",
-        lambda f: _divides_by(f, "norm", "vector_norm"),
-        "division by a norm of 0",
-    ),
-    ("count_zero", "div", _divides_by_count, "division by a sum or count of 0"),
+    ("norm_divides", "div", _divides_by("norm"), "division by a norm of 0"),
+    ("rms_zero", "div", _divides_by("mean square"), "division by a root mean square of 0"),
+    ("count_zero", "div", _divides_by("count"), "division by a count of 0"),
+    ("sum_zero", "div", _divides_by("sum"), "division by a sum of 0"),
     ("div_zero", "div", _divides_by_zero, "division by 0"),
     ("modulo_zero", "fmod remainder", lambda f: f.y.zeros > 0, "{op} by 0"),
     ("inf_by_inf", "div", lambda f: f.kind == "nan" and f.x.infs > 0 and f.y.infs > 0, "Inf / Inf"),

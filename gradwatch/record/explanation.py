@@ -10,14 +10,36 @@ from typing import Any, Literal
 
 from gradwatch.pickles import stable_name
 from gradwatch.record.folder.files import plain_data
-from gradwatch.record.operations import Facts, Operand, shown_name, values_of
+from gradwatch.record.operations import (
+    Facts,
+    Operand,
+    shown_fields,
+    shown_name,
+    shown_operand,
+    values_of,
+)
 from gradwatch.record.wording import counted, listed, number, printable, wrapped
 
 __all__ = ["ExplainedKind", "Explanation", "Operand", "Origin", "Phase", "Share"]
 
 NOTHING_BAD = "Nothing bad was found"
 ALL_FINITE = "All gradients are finite, and so is the loss."
-"""The note of an explanation by hand that found nothing."""
+"""The note of an explanation that was asked for, and found nothing."""
+NOT_AGAIN = (
+    "Run again, the micro-batch gave finite gradients: something has changed in between, or it "
+    "does not give the same numbers each time."
+)
+"""The note of one that is about bad gradients, and has not found them again."""
+NO_ARGUMENT = (
+    "It is no argument of the forward, and no parameter or buffer, but another tensor that the "
+    "code uses on this line."
+)
+"""The note of an ``"input"`` that is none."""
+ATTRIBUTE = (
+    "It is a plain attribute: state_dict() leaves it out, and a step that is skipped does not put "
+    "it back. With register_buffer() it would be a buffer."
+)
+"""The note of ``"weights"`` that are neither a parameter nor a buffer."""
 
 Origin = Literal["operation", "input", "weights", "output_gradient", "not_found"]
 Phase = Literal["forward", "backward"]
@@ -30,7 +52,7 @@ TOO_LARGE = {
 }
 ORIGINS = {
     "input": "it came with the data",
-    "weights": "the weights had it before the forward",
+    "weights": "it was in the model before the forward",
     "output_gradient": "it came back from the loss, which is made outside of the model's forward",
     "not_found": "where it was born was not found",
 }
@@ -38,11 +60,12 @@ OF_A_PART = (
     "it came back to the output of {module}, from what ran after that outside of the forwards that "
     "are kept"
 )
+OTHER_TENSOR = "it was in another tensor that the forward uses"
 FROM_OUTSIDE = "it came with a tensor that was made outside of the forward, or outside of torch"
 ORIGINS_OF_LARGE = {
-    "input": "it came with the data",
-    "weights": "it came with the weights",
-    "output_gradient": ORIGINS["output_gradient"],
+    "input": "It came with the data.",
+    "weights": "It was in the model before the forward.",
+    "output_gradient": "It came back from the loss, which is made outside of the model's forward.",
 }
 MOST_EXAMPLES = 8
 MOST_OPERANDS = 6
@@ -85,9 +108,11 @@ class Explanation:
         optimizer: Label of its optimizer; empty without a watcher.
         rank: Rank of the process whose batch it was.
         micro_batch: The micro-batch in its window, counted from 1; 0 if not known.
-        origin: ``"operation"`` of the model or the loss; ``"input"``: the data; ``"weights"``:
-            parameters or buffers that were bad before; ``"output_gradient"``: what came back to the
-            output of a module, from the loss or what else is made outside of it; ``"not_found"``.
+        origin: ``"operation"`` of the model or the loss; ``"input"``: the data, or another tensor
+            that was made outside of the forward; ``"weights"``: parameters, buffers or other
+            tensors of the model that were bad before; ``"output_gradient"``: what came back to
+            the output of a module, from the loss or what else is made outside of it;
+            ``"not_found"``.
         phase: ``"forward"`` or ``"backward"``, for an operation; else None.
         kind: ``"nan"``, ``"inf"``, ``"overflow"`` (finite gradients whose norm is infinite) or
             ``"spike"`` (a step that ``skip_spikes`` left out).
@@ -99,8 +124,9 @@ class Explanation:
         file: The file of the user's line; empty if none is known.
         line: Its number, counted from 1; 0 if none is known.
         source: The line itself, stripped.
-        argument: The input that was bad, such as ``"x"`` or ``"batch['image']"``; empty for none.
-        parameter: The parameter or buffer that was bad; empty for none.
+        argument: The input that was bad, such as ``"x"`` or ``"batch['image']"``; for a tensor that
+            is no argument what the line calls it; empty for none.
+        parameter: The parameter, buffer or other tensor of the model that was bad; empty for none.
         since_step: The first step in which the weights were bad; 0 if not known or not asked.
         examples: Indices of the bad examples along the batch dimension; empty if not known.
         count: Number of bad elements in the result.
@@ -159,6 +185,9 @@ class Explanation:
         of a row of -inf, examples 3 and 17``.
         """
         return _summary(self)
+
+    def __repr__(self) -> str:
+        return shown_fields(self)
 
     def __str__(self) -> str:
         return "\n".join(_paragraph(self))
@@ -285,10 +314,13 @@ def _summary(it: Explanation) -> str:
         told = f"{kind} {born} {_in_module(it)}{at}{f': {phrase}' if phrase else ''}"
     elif it.kind in TOO_LARGE:
         told = f"{kind}: {TOO_LARGE[it.kind]}"
+    elif it.origin == "input" and (NO_ARGUMENT in it.notes or not it.argument):
+        told = f"{kind} in a tensor from outside of the forward"
+        told += f": {printable(it.argument)}" if it.argument else ""
     elif it.origin == "input":
-        told = f"{kind} in the data{f': {printable(it.argument)}' if it.argument else ''}"
+        told = f"{kind} in the data: {printable(it.argument)}"
     elif it.origin == "weights":
-        told = f"{kind} in the weights before the forward"
+        told = f"{kind} in the model before the forward"
         told += f": {printable(it.parameter)}" if it.parameter else ""
         told += f", since step {it.since_step}" if it.since_step else ""
     elif it.origin == "output_gradient":
@@ -310,7 +342,7 @@ def _paragraph(it: Explanation) -> Iterator[str]:
     yield from _beginning(it)
     yield from _details(it)
     if it.origin == "operation" and (it.argument or it.parameter):
-        source = f"argument {it.argument}" if it.argument else f"parameter or buffer {it.parameter}"
+        source = f"input {it.argument}" if it.argument else f"model's {it.parameter}"
         yield wrapped(f"Made possible by what is in the {printable(source)}.", "  ")
     above, depth = it.made_possible_by, 0
     while above is not None and depth < 3:
@@ -349,21 +381,28 @@ def _beginning(it: Explanation) -> Iterator[str]:
             yield wrapped(f"It began {_in_module(it)}{':' if located else '.'}", "  ")
             yield from _location(it)
         elif it.origin in ORIGINS_OF_LARGE:
-            told = _origin(it, ORIGINS_OF_LARGE)
-            yield wrapped(f"{told[:1].upper()}{told[1:]}.", "  ")
+            told = f"I{OF_A_PART[1:]}.".format(module=_module(it)) if _of_a_part(it) else ""
+            yield wrapped(told or ORIGINS_OF_LARGE[it.origin], "  ")
     elif it.origin == "operation":
         yield wrapped(f"{kind}, born {_in_module(it)}{':' if located else '.'}", "  ")
         yield from _location(it)
     else:
-        known = it.origin != "input" or it.argument
-        yield wrapped(f"{kind}: {_origin(it, ORIGINS) if known else FROM_OUTSIDE}.", "  ")
+        yield wrapped(f"{kind}: {_origin(it)}.", "  ")
         yield from _location(it)
 
 
-def _origin(it: Explanation, origins: Mapping[str, str]) -> str:
-    if it.origin == "output_gradient" and it.module:
+def _of_a_part(it: Explanation) -> bool:
+    return it.origin == "output_gradient" and bool(it.module)
+
+
+def _origin(it: Explanation) -> str:
+    if _of_a_part(it):
         return OF_A_PART.format(module=_module(it))
-    return origins[it.origin]
+    if it.origin != "input":
+        return ORIGINS[it.origin]
+    if NO_ARGUMENT in it.notes:
+        return OTHER_TENSOR
+    return ORIGINS["input"] if it.argument else FROM_OUTSIDE
 
 
 def _details(it: Explanation) -> Iterator[str]:
@@ -378,7 +417,7 @@ def _details(it: Explanation) -> Iterator[str]:
         if it.origin == "operation":
             yield f"Its {'input' if len(it.inputs) == 1 else 'inputs'}:"
         for one in it.inputs[:MOST_OPERANDS]:
-            yield wrapped(f"  {_operand_words(one)}", "      ")
+            yield wrapped(f"  {_operand_words(one, it.operation)}", "      ")
         if (more := len(it.inputs) - MOST_OPERANDS) > 0:
             yield f"  and {more:,} more"
 
@@ -394,7 +433,9 @@ def _extent(it: Explanation) -> str:
         return f"This is {phrase}{f': {bad}' if bad else ''}{where}"
     if not bad and (where or it.argument or it.parameter):
         bad = f"{_owner(it)} {'is bad' if it.kind in TOO_LARGE else f'has {KINDS[it.kind]}'}"
-    return f"{bad[:1].upper()}{bad[1:]}{where}"
+    # A name stays as it is.
+    begins = bad.startswith(("all ", "the ", "a "))
+    return f"{bad[:1].upper() if begins else bad[:1]}{bad[1:]}{where}"
 
 
 def _when(it: Explanation) -> str:
@@ -433,14 +474,15 @@ def _phrase(it: Explanation) -> str:
 
 def _owner(it: Explanation) -> str:
     """Returns what has the bad elements."""
+    if it.origin == "input" and NO_ARGUMENT in it.notes and it.argument:
+        return printable(it.argument)
     if it.origin == "input":
-        return f"the argument {printable(it.argument)}" if it.argument else "the tensor"
+        return f"the input {printable(it.argument)}" if it.argument else "the tensor"
     if it.origin == "weights":
-        named = f" {printable(it.parameter)}" if it.parameter else ""
-        return f"{'the' if named else 'a'} parameter or buffer{named}"
+        return f"the model's {printable(it.parameter) or 'weights'}"
     if it.origin == "output_gradient":
         return f"the gradient at the output of {_module(it)}"
-    return "the gradient" if it.phase == "backward" else "the result"
+    return "the gradient" if facts_of(it).backward else "the result"
 
 
 def _bad_elements(it: Explanation) -> str:
@@ -460,15 +502,18 @@ def _bad_elements(it: Explanation) -> str:
     return f"{it.count:,}{of} of {owner}{form} {'is' if it.count == 1 else 'are'} {kind}"
 
 
-def _operand_words(one: Operand) -> str:
-    name = printable(one.name) or "input"
+def _operand_words(one: Operand, operation: str) -> str:
+    name = printable(shown_operand(one.name, operation))
     if one.is_number:
-        return f"{name}: {number(one.low)}" if not math.isnan(one.low) else f"{name}: {one.dtype}"
+        infinite = "-inf" if one.negative_infs else "inf"
+        return f"{name}: {number(one.low) if not one.infs else infinite}"
     told = f"{name}: {f'{printable(one.dtype)} {list(one.shape)}'.strip()}"
     if 0 in one.shape:
         return f"{told}, empty"
     if math.isnan(one.low):
         told += ", no finite element"
+    elif one.low == one.high and (one.nans or one.infs):
+        told += f", {number(one.low)} where finite"
     elif one.low == one.high:
         told += f", all {number(one.low)}" if one.size > 1 else f", {number(one.low)}"
     else:

@@ -23,6 +23,14 @@ def values_of(record: Any) -> tuple[Any, ...]:
     return tuple(None if value != value else value for value in values)
 
 
+def shown_fields(record: Any) -> str:
+    """Returns code that makes an equal dataclass, without the fields that have their defaults."""
+    given = {one.name: getattr(record, one.name) for one in fields(record)}
+    defaults = {one.name: one.default for one in fields(record)}
+    told = [f"{name}={value!r}" for name, value in given.items() if value != defaults[name]]
+    return f"{type(record).__name__}({', '.join(told)})"
+
+
 @stable_name
 @dataclass(frozen=True, slots=True, eq=False)
 class Operand:
@@ -42,6 +50,10 @@ class Operand:
         nans: Number of elements that are NaN.
         infs: Number of elements that are plus or minus infinity.
         negative_infs: How many of those are minus infinity; None if not counted.
+        made_by: The operations that it was computed with, the last one first, as far as they are
+            followed; without those that only copy, pick or scale elements. ``"sqrt"`` and
+            ``"square"`` are powers and products as well, and ``"to"`` is a conversion from integers
+            or booleans.
     """
 
     name: str
@@ -53,12 +65,16 @@ class Operand:
     nans: int = 0
     infs: int = 0
     negative_infs: int | None = None
+    made_by: tuple[str, ...] = ()
 
     def __eq__(self, other: object) -> bool:
         return values_of(self) == values_of(other) if isinstance(other, Operand) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(values_of(self))
+
+    def __repr__(self) -> str:
+        return shown_fields(self)
 
     @property
     def size(self) -> int:
@@ -81,18 +97,71 @@ class Operand:
         return self.name == "gradient" or self.name.startswith("grad_")
 
 
-_PREFIX = re.compile(r"^(aten(::|\.)|torch\.|prims\.|_+|linalg_|special_|native_|cudnn_|miopen_)")
-_SUFFIX = re.compile(r"(\.\w+|_backward|_forward|_impl|_ex|(?<=[a-z0-9])_+)$")
+_NAMES = {
+    "_to_copy": "to",
+    "_cdist_forward": "cdist",
+    "_euclidean_dist": "cdist",
+    "_fused_rms_norm": "rms_norm",
+    "_thnn_fused_lstm_cell": "lstm_cell",
+    "_thnn_fused_gru_cell": "gru_cell",
+    "_weight_norm_interface": "weight_norm",
+    "mkldnn_rnn_layer": "lstm",
+    "_safe_softmax": "softmax",
+}
+_OF_BACKENDS = ("native_", "cudnn_", "miopen_", "mkldnn_")
+
+
+def public_name(operation: str) -> str:
+    """Returns what users know an operation of torch's as; one in place keeps its underscore.
+
+    Example:
+        >>> public_name("_softmax"), public_name("native_layer_norm"), public_name("div_")
+        ('softmax', 'layer_norm', 'div_')
+    """
+    if operation in _NAMES:
+        return _NAMES[operation]
+    if operation.startswith("_scaled_dot_product"):
+        return "scaled_dot_product_attention"
+    short = operation.lstrip("_")
+    for prefix in _OF_BACKENDS:
+        short = short.removeprefix(prefix)
+    return short.removesuffix("_forward").removesuffix("_with_total_weight") or operation
+
+
+def name_of_node(node: str) -> str:
+    """Returns the same for a node of the graph.
+
+    Example:
+        >>> name_of_node("SoftmaxBackward0"), name_of_node("torch::autograd::CopySlices")
+        ('softmax', 'copy_slices')
+    """
+    base = re.sub(r"Backward\d*$", "", node.rpartition("::")[2])
+    return public_name(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", base).lower())
+
+
+def shown_name(operation: str) -> str:
+    """Returns the name of an operation as texts have it: in place or not, in the backward or not.
+
+    Example:
+        >>> shown_name("aten._log_softmax"), shown_name("nll_loss_forward"), shown_name("div_")
+        ('log_softmax', 'nll_loss', 'div')
+    """
+    name = re.sub(r"^(aten(::|\.)|torch\.|prims\.)", "", operation)
+    name = public_name(re.sub(r"\.\w+$", "", name))
+    return re.sub(r"(_backward|_ex|(?<=[a-z0-9])_+)$", "", name) or operation
+
+
+_FAMILY = re.compile(r"^(linalg_|special_)")
 _SAME = {
     "addmm addbmm addmv addr baddbmm bmm chain_matmul dot einsum inner linear matmul mm multi_dot "
-    "mv outer tensordot": "matmul",
+    "mv outer tensordot vdot": "matmul",
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution "
-    "convolution_overrideable mkldnn_convolution slow_conv2d thnn_conv2d": "convolution",
-    "divide true_divide div_tensor __truediv__": "div",
-    "multiply __mul__": "mul",
-    "subtract rsub __sub__": "sub",
-    "float_power __pow__": "pow",
-    "to_copy to half bfloat16 float copy type": "to",
+    "convolution_overrideable slow_conv2d thnn_conv2d": "convolution",
+    "divide true_divide truediv div_tensor": "div",
+    "multiply": "mul",
+    "subtract rsub": "sub",
+    "float_power": "pow",
+    "half bfloat16 float copy type": "to",
     "arccos": "acos",
     "arcsin": "asin",
     "arctanh": "atanh",
@@ -103,45 +172,49 @@ _SAME = {
     "std_mean": "std",
     "nll_loss2d nll_loss_nd": "nll_loss",
     "cross_entropy_loss": "cross_entropy",
-    "safe_softmax masked_softmax": "softmax",
+    "masked_softmax": "softmax",
     "masked_log_softmax": "log_softmax",
     "batch_norm_legit batch_norm_legit_no_training batch_norm_with_update": "batch_norm",
-    "fused_rms_norm": "rms_norm",
-    "weight_norm_interface": "weight_norm",
     "inv": "inverse",
     "eig": "eigh",
-    "masked_fill where masked_scatter": "where",
+    "masked_fill masked_scatter": "where",
 }
 _ALIASES = {name: one for names, one in _SAME.items() for name in names.split()}
 
 
-def shown_name(operation: str) -> str:
-    """Returns the name of an operation as users know it, such as ``"softmax"`` for ``"_softmax"``.
-
-    Example:
-        >>> shown_name("aten._log_softmax"), shown_name("nll_loss_forward"), shown_name("div_")
-        ('log_softmax', 'nll_loss', 'div_')
-    """
-    name = re.sub(r"^(aten(::|\.)|torch\.|prims\.)", "", operation)
-    name = re.sub(r"\.\w+$", "", name)
-    name = re.sub(r"^_*(native_)?", "", name)
-    name = re.sub(r"(_backward|_forward)$", "", name)
-    return {"to_copy": "to", "weight_norm_interface": "weight_norm"}.get(name, name) or operation
-
-
 def plain_name(operation: str) -> str:
-    """Returns one name for all forms of an operation: in-place, with outputs, of a backend.
+    """Returns one name for operations that fail alike, of which texts may show several.
 
     Example:
         >>> plain_name("linalg_vector_norm"), plain_name("addmm_"), plain_name("_softmax")
         ('norm', 'matmul', 'softmax')
     """
-    name, before = operation.lower(), ""
-    while name != before and name not in _ALIASES:
-        before = name
-        name = _PREFIX.sub("", name)
-        name = name if name in _ALIASES else _SUFFIX.sub("", name)
+    name = re.sub(r"_+(impl)?$", "", _FAMILY.sub("", shown_name(operation.lower()))) or operation
     return _ALIASES.get(name, name)
+
+
+_OPERANDS = {
+    "div": {"other": "divisor"},
+    "fmod": {"other": "divisor"},
+    "remainder": {"other": "divisor"},
+    "pow": {"self": "base"},
+    "matmul": {"self": "input", "mat2": "other", "batch1": "input", "batch2": "other"},
+}
+_ADDED = ("addmm", "addmv", "addbmm", "baddbmm", "addr")
+
+
+def shown_operand(name: str, operation: str) -> str:
+    """Returns what a text calls an operand: most of torch's names, but no ``self``.
+
+    Example:
+        >>> shown_operand("self", "log"), shown_operand("other", "div_")
+        ('input', 'divisor')
+    """
+    if shown_name(operation) in _ADDED:
+        # The layer's bias, most often; the input of the layer is the first factor.
+        return {"self": "added", "mat2": "other", "batch2": "other"}.get(name, name)
+    named = _OPERANDS.get(plain_name(operation), {})
+    return named.get(name, "input" if name in ("self", "") else name)
 
 
 @dataclass(frozen=True)
@@ -173,15 +246,21 @@ class Facts:
         """The plain name."""
         return plain_name(self.operation)
 
-    @cached_property
-    def made_op(self) -> str:
-        """The plain name of the operation that made it possible."""
-        return plain_name(self.made_by)
-
     @property
     def backward(self) -> bool:
-        """Whether it is an operation of the backward."""
-        return self.phase == "backward"
+        """Whether it is the gradient of the operation.
+
+        It is not where the user's own backward, or a hook, calls the operation itself: then no
+        gradient arrives at it.
+        """
+        if self.phase != "backward":
+            return False
+        return not self.inputs or self.gradient is not None
+
+    def made(self, operand: Operand) -> tuple[str, ...]:
+        """The plain names of what an operand was made by, the last operation first."""
+        names = operand.made_by or ((self.made_by,) if self.made_by else ())
+        return tuple(map(plain_name, names))
 
     @cached_property
     def operands(self) -> tuple[Operand, ...]:

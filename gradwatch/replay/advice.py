@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import re
 
-from gradwatch.record.circumstances import Circumstance, circumstance, circumstance_called
-from gradwatch.record.explanation import Explanation, facts_of
-from gradwatch.record.operations import Facts, shown_name
+from gradwatch.record.circumstances import (
+    CIRCUMSTANCES,
+    Circumstance,
+    circumstance,
+    circumstance_called,
+)
+from gradwatch.record.explanation import (
+    ATTRIBUTE,
+    NO_ARGUMENT,
+    NOT_AGAIN,
+    Explanation,
+    facts_of,
+)
+from gradwatch.record.operations import Facts, plain_name, shown_name
 from gradwatch.record.wording import number
 
 ADVICE = {
@@ -41,8 +52,12 @@ ADVICE = {
     "`(x - x.mean()) / (x.std(correction=0) + {eps})`.",
     "norm_divides": "A vector of zeros has no direction. Add an eps: "
     "`x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + {eps})`.",
-    "count_zero": "Where nothing is summed or counted, divide by 1, `x / y.clamp(min=1)`; for a "
-    "sum of weights `x / y.clamp(min={eps})`.",
+    "rms_zero": "Add an eps under the root: "
+    "`x / torch.sqrt(x.square().mean(dim=-1, keepdim=True) + {eps})`.",
+    "count_zero": "Where nothing is counted, divide by 1: `x / y.clamp(min=1)`.",
+    "sum_zero": "Keep the sum away from 0: `x / y.clamp(min={eps})` if it is never negative, "
+    "`x / torch.where(y.abs() < {eps}, {eps}, y)` if it may be; `x / y.clamp(min=1)` only where it "
+    "counts something.",
     "div_zero": "Keep the divisor away from 0: `x / y.clamp(min={eps})` if it is never negative, "
     "`x / torch.where(y.abs() < {eps}, {eps}, y)` if it may be.",
     "modulo_zero": "Keep the divisor away from 0: `{call}(x, y.clamp(min={eps}))`.",
@@ -71,7 +86,7 @@ ADVICE = {
     # Where functions end, and where they have poles.
     "arc_outside": "Rounding is enough to leave the range: `{call}(x.clamp(-1 + {edge}, 1 - "
     "{edge}))`.",
-    "arc_edge": "The slope of {op} is infinite there: `{call}(x.clamp(-1 + {edge}, 1 - {edge}))`.",
+    "arc_edge": "{op} or its slope is infinite there: `{call}(x.clamp(-1 + {edge}, 1 - {edge}))`.",
     "logit_outside": "Bound the input: `torch.logit(x, eps={edge})`.",
     "logit_edge": "Bound the input, `torch.logit(x, eps={edge})`, or stay with the logits that the "
     "probability was made of.",
@@ -197,12 +212,30 @@ INPUT = (
     "Look at {examples} of {argument} in the data set; `torch.isfinite(x).all()` in the loader "
     "finds others. Fill in what is missing, `torch.nan_to_num(x)`, or leave such examples out."
 )
+OTHER_TENSOR = (
+    "Look at what {argument} was made from, and at the code that has written to it since."
+)
 ELSEWHERE = "Check what is computed there outside of torch, and what the tensor is made from."
 WEIGHTS = (
     "No batch can mend that: load the last good checkpoint{since}. "
     '`gradwatch.watch(model, optimizer, on_nonfinite="skip")` leaves out the steps that spoil '
     "weights."
 )
+FIRST_WEIGHTS = "Look at how it was initialized, or at the checkpoint that it was loaded from."
+UPDATED = (
+    "Load the last good checkpoint{since}. The gradients of all steps that were taken before are "
+    "finite, so the optimizer's own update made it, or the loop has written it: "
+)
+UPDATE = "lower the learning rate, and look at the optimizer's eps."
+UPDATE_IN = {
+    "float16": "in float16 the usual eps of 1e-8 is 0, and what is beyond 65504 is Inf. Keep the "
+    "weights in float32 (master weights) and use `torch.autocast(device, dtype=torch.float16)`, or "
+    "give the optimizer `eps=1e-4`.",
+    "bfloat16": "lower the learning rate, look at the optimizer's eps, or keep the weights in "
+    "float32 (master weights) and use `torch.autocast(device, dtype=torch.bfloat16)`.",
+}
+"""By the dtype of the weights."""
+ATTRIBUTES = "Look at the code that writes to {parameter}, and start it anew with finite values."
 BUFFERS = (
     "Running statistics do not recover: load them from a checkpoint{since}, or start them anew: "
     "`norm.reset_running_stats()`."
@@ -217,13 +250,14 @@ OUTPUT_OF_A_PART = (
     "its line, give the whole closure, `watcher.explain(closure)`, or do it in the forward of the "
     "watched model, and call that."
 )
-NOT_FOUND = (
-    "Run the micro-batch by hand, loss included: `gradwatch.explain(model, *args, loss=...)`; "
-    "`watcher.explain(closure)` replays a closure that returns the loss."
+CHANGED = (
+    "Look for what differs from call to call: random numbers that are not torch's, what the loop "
+    "changes in between, or operations of torch's that differ themselves, which "
+    "`torch.use_deterministic_algorithms(True)` finds."
 )
-NOT_FOUND_BY_HAND = (
-    "Give it the weights and the batch with which the gradients went bad, and the loss: "
-    "`gradwatch.explain(model, *args, loss=...)`."
+BACKWARD_ALONE = (
+    "The forward that this backward belongs to was not seen. `torch.autograd.detect_anomaly()` "
+    "around forward and backward shows where it ran."
 )
 ONE_OF = "Look at each of these lines: print the smallest and largest element of what it is given."
 OVERFLOW = (
@@ -260,7 +294,7 @@ POLES = {
 }
 """Where the slope is infinite, with a number that is safe there."""
 
-DIVISIONS = ("spread_zero", "norm_divides", "count_zero", "div_zero", "normalize_in_half")
+DIVISIONS = tuple(one.key for one in CIRCUMSTANCES if one.phrase.startswith("division by"))
 NORM_EPS = {"float16": "1e-3"}
 EPS = {"float16": "1e-4"}
 TINY = {"float16": "1e-4", "float64": "1e-24"}
@@ -268,10 +302,16 @@ EDGE = {"float16": "1e-3", "bfloat16": "1e-2"}
 EXP_MAX = {"float16": "10", "float64": "700"}
 
 
-def advice_for(explanation: Explanation) -> str:
+def advice_for(explanation: Explanation, by_update: bool = False) -> str:
     """Returns what to try: one to three sentences; code is between backticks.
 
-    It says nothing that the explanation does not show, so it is general where that knows little.
+    It says nothing that the explanation does not show, so it is general where that knows little,
+    and empty where its notes say all there is.
+
+    Args:
+        explanation: The explanation.
+        by_update: Whether no step with bad gradients was taken, so that an update with finite ones
+            has spoiled the weights.
     """
     if explanation.kind == "spike":
         return SPIKE.format(examples=_largest_examples(explanation))
@@ -279,22 +319,40 @@ def advice_for(explanation: Explanation) -> str:
         return OVERFLOW
     if explanation.candidates:
         return ONE_OF
-    if explanation.origin == "input" and not explanation.argument:
-        return ELSEWHERE
     if explanation.origin == "input":
-        return INPUT.format(
-            argument=explanation.argument or "the input", examples=_examples(explanation)
-        )
+        return _for_input(explanation)
     if explanation.origin == "weights":
-        since = explanation.since_step
-        before = f", of before step {since}" if since else ""
-        is_buffer = explanation.parameter.rpartition(".")[2] in ("running_mean", "running_var")
-        return (BUFFERS if is_buffer else WEIGHTS).format(since=before)
+        return _for_weights(explanation, by_update)
     if explanation.origin == "output_gradient":
         return OUTPUT_OF_A_PART if explanation.module else OUTPUT_GRADIENT
     if explanation.origin == "not_found":
-        return NOT_FOUND if explanation.step else NOT_FOUND_BY_HAND
+        if NOT_AGAIN in explanation.notes:
+            return CHANGED
+        return BACKWARD_ALONE if explanation.operation else ""
     return _for_operation(explanation)
+
+
+def _for_input(explanation: Explanation) -> str:
+    argument = explanation.argument
+    if not argument:
+        return ELSEWHERE
+    if NO_ARGUMENT in explanation.notes:
+        return OTHER_TENSOR.format(argument=argument)
+    return INPUT.format(argument=argument, examples=_examples(explanation))
+
+
+def _for_weights(explanation: Explanation, by_update: bool) -> str:
+    since = explanation.since_step
+    before = f", from before the update of step {since - 1:,}" if since > 1 else ""
+    if ATTRIBUTE in explanation.notes:
+        return ATTRIBUTES.format(parameter=explanation.parameter)
+    if explanation.parameter.rpartition(".")[2] in ("running_mean", "running_var"):
+        return BUFFERS.format(since=before)
+    if 1 in (since, explanation.step):
+        return FIRST_WEIGHTS
+    if not by_update:
+        return WEIGHTS.format(since=before)
+    return UPDATED.format(since=before) + UPDATE_IN.get(explanation.result_dtype, UPDATE)
 
 
 def _for_operation(explanation: Explanation) -> str:
@@ -350,13 +408,12 @@ def _hidden_later(facts: Facts) -> bool:
 
 def _made_of(facts: Facts, operation: str) -> bool:
     """Whether the bad input came from an operation; the line tells it where nothing else does."""
-    if facts.made_by:
-        return facts.made_op == operation
-    return bool(re.search(rf"\b{operation}\(", facts.source))
+    made = facts.made(facts.x)[:1] + ((plain_name(facts.made_by),) if facts.made_by else ())
+    return operation in made if made else bool(re.search(rf"\b{operation}\(", facts.source))
 
 
 def _filled(advice: str, facts: Facts) -> str:
-    op, dtype = shown_name(facts.operation).rstrip("_"), facts.dtype
+    op, dtype = shown_name(facts.operation), facts.dtype
     return advice.format(
         op=op,
         call=f"torch.{facts.op}",

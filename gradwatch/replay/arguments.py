@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gradwatch.replay.reach import is_of_user, positional
+from gradwatch.hooks.draws import is_of_user
+from gradwatch.replay.reach import positional
 from gradwatch.replay.stand_ins import StandIns, rebuilt
 
 _DEEPEST = 4

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 from torch import Tensor, nn
 
+from gradwatch.hooks.draws import is_of_user
 from gradwatch.replay.arguments import attributes_of
-from gradwatch.replay.reach import is_of_user
 
 CHANGES = (
     "{name}, which the forward changes, was another one then: the replay was given what the "

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradwatch.record.explanation import Operand
+from gradwatch.record.operations import name_of_node, public_name
 from gradwatch.replay.examples import Examples
 from gradwatch.replay.frames import Frames, Place, variable_of
-from gradwatch.replay.names import name_of_node, public_name
 
 Source: TypeAlias = Literal["input", "parameter", "buffer", "output_gradient", "constant"]
 Roots: TypeAlias = frozenset[int]
@@ -168,6 +168,8 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         output_roots: Roots of outputs that are not finite.
         gradient_roots: Roots of each parameter's gradient that is not finite, by name.
         bad_gradients: Whether such a gradient holds a NaN, by name.
+        variables: Names of those inputs that are variables of the functions, and no arguments.
+        attributes: Names of those buffers that are none, but other tensors of the model.
         examples: Which example of the batch elements belong to.
         doubtful_from: Number of the first operation that reads what the forward has changed in an
             object, so that from there on nobody knows what the training has computed; None for
@@ -196,6 +198,8 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.output_roots: Roots = NO_ROOTS
         self.gradient_roots: dict[str, Roots] = {}
         self.bad_gradients: dict[str, bool] = {}
+        self.variables: Collection[str] = ()
+        self.attributes: Collection[str] = ()
         self.doubtful: Collection[str] = ()
         self.examples = Examples()
         self.doubtful_from: int | None = None

@@ -9,15 +9,31 @@ same objects are there again. Tensors that are found in them are replaced for th
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
+import io
 import random
 import sys
+import threading
+from argparse import Namespace
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
+from enum import Enum
 from functools import partial
 from itertools import count, repeat
 from operator import is_
-from types import BuiltinMethodType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import (
+    BuiltinMethodType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +42,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.optim import Optimizer
 
+from gradwatch.hooks.draws import Drawn, drawn_by, is_of_user
 from gradwatch.hooks.generators import torch_generators
 from gradwatch.replay.stand_ins import rebuilt
 
@@ -36,9 +53,9 @@ MOST_BYTES = 2**28
 """The largest array that is copied; the data of a training may be far larger."""
 
 _DEEPEST = 4  # containers in containers, and functions called by functions
+_IN_MEMORY: tuple[Any, ...] = (io.StringIO, io.BytesIO)
 _PLAIN = (str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device, torch.Size)
 _OURS = "gradwatch"
-_LIBRARIES = ("site-packages", "dist-packages")
 
 
 class _Place(Protocol):
@@ -72,7 +89,8 @@ class Reach:
         self.draws = False
         self._places: list[_Place] = []
         self._restores: list[Callable[[], object]] = []
-        self._arrays: dict[int, Any] = {}
+        self._copies: dict[int, Any] = {}
+        self._put_back: set[int] = set()
         self._swaps: Mapping[int, Any] = {}
         self._seen: dict[int, object] = {}  # ids are only good while the objects are there
         self._waiting: deque[tuple[object, int, str]] = deque((root, 0, "") for root in roots)
@@ -82,8 +100,8 @@ class Reach:
 
     def replace(self, stand_ins: Mapping[int, Tensor]) -> None:
         """Writes other tensors in place of those found, by ``id()``; those not listed stay."""
-        # Arrays as well: NumPy knows no version counter, and a forward may write to one.
-        swaps = self._swaps = {**self._arrays, **stand_ins}
+        # Arrays and iterators as well: a forward may write to one, or take from it.
+        swaps = self._swaps = {**self._copies, **stand_ins}
         for place in self._places:
             for key, value in place.items():
                 other = _swapped(value, swaps)
@@ -103,6 +121,23 @@ class Reach:
             for restore in self._restores:
                 stack.callback(restore)
 
+    def drawn(self, functions: Iterable[Callable[..., Any]]) -> Iterator[tuple[Drawn, bool]]:
+        """Yields what running again takes items from, each with whether it is put back.
+
+        Args:
+            functions: Other functions that are run; forwards and hooks of modules are known.
+        """
+        code = [*functions]
+        for module in self.modules:
+            code += [module.forward, *_hooks(module)]
+        for function in code:
+            if not _is_written_by_user(function):
+                continue
+            for one in drawn_by(function):
+                seen = id(one.value) in self._seen and is_of_user(type(one.value).__module__)
+                known = id(one.value) in self._copies or id(one.value) in self._put_back
+                yield one, known or seen
+
     # -- one object after the other ----------------------------------------------------------------
 
     def _visit(self, value: Any, depth: int, name: str) -> None:
@@ -118,8 +153,12 @@ class Reach:
             if isinstance(value, kinds):
                 visit(value, depth, name)
                 return
-        if is_of_user(kind.__module__) or (depth <= 1 and callable(value)):
+        if kind.__module__ in ("builtins", "itertools") and hasattr(kind, "__next__"):
+            self._visit_iterator(value, depth)
+        elif is_of_user(kind.__module__) or (depth <= 1 and callable(value)):
             self._visit_object(value, depth, name)
+        elif _is_data(value):
+            self._visit_object(value, depth - 1, name)  # all of it, as it does not lead anywhere
 
     def _visits(self) -> Iterator[tuple[Any, Callable[[Any, int, str], None]]]:
         yield Tensor, self._visit_tensor
@@ -133,12 +172,20 @@ class Reach:
         yield partial, self._visit_partial
         yield (staticmethod, classmethod, property), self._visit_descriptor
         yield np.ndarray, self._visit_array
+        yield (array, bytearray), self._visit_bytes
+        yield (SimpleNamespace, Namespace, threading.local), self._visit_object
+        yield io.IOBase, self._visit_file
+        yield ContextVar, self._visit_context
+        yield np.random.SeedSequence, self._visit_seeds
         yield torch.Generator, self._visit_generator
         yield (
             (np.random.Generator, np.random.RandomState, np.random.BitGenerator),
             self._visit_numpy,
         )
         yield random.Random, self._visit_random
+        pandas: Any = sys.modules.get("pandas")
+        if pandas is not None:
+            yield (pandas.DataFrame, pandas.Series), self._visit_frame
         yield Optimizer, lambda value, depth, name: self.optimizers.append(value)
         yield type, self._visit_class
         yield ModuleType, lambda value, depth, name: None
@@ -157,8 +204,7 @@ class Reach:
         inside = vars(module)
         self._places.append(_Dict(inside))
         # Hooks, and modules deep in others, are looked at as closely as those that we began with.
-        hooks = [v for key, v in inside.items() if key.endswith("_hooks") and isinstance(v, dict)]
-        self._later((hook for some in hooks for hook in some.values()), 0)
+        self._later(_hooks(module), 0)
         self._later((inside.get("_modules") or {}).values(), 0)
         self._later(inside.values(), 1)
         self._visit_classes(type(module), 1)
@@ -169,6 +215,11 @@ class Reach:
             self._places.append(_Dict(inside))
             names = (name and f"{name}.{key}" for key in inside)
             self._later(inside.values(), depth + 1, names)
+        slots = _Slots(value)
+        if slots.has_any:
+            self._places.append(slots)
+            for slot, one in slots.items():
+                self._waiting.append((one, depth + 1, name and f"{name}.{slot.__name__}"))
         self._visit_classes(type(value), depth + 1)
 
     def _visit_classes(self, kind: type, depth: int) -> None:
@@ -200,7 +251,45 @@ class Reach:
 
     def _visit_array(self, value: Any, depth: int, name: str) -> None:
         if not value.dtype.hasobject and value.nbytes <= MOST_BYTES:
-            self._arrays[id(value)] = value.copy()
+            self._copies[id(value)] = value.copy()
+
+    def _visit_bytes(self, value: array[Any] | bytearray, depth: int, name: str) -> None:
+        if len(value) * getattr(value, "itemsize", 1) <= MOST_BYTES:
+            self._copies[id(value)] = copy.copy(value)
+
+    def _visit_frame(self, value: Any, depth: int, name: str) -> None:
+        if np.sum(value.memory_usage()) <= MOST_BYTES:
+            self._copies[id(value)] = value.copy()
+
+    def _visit_iterator(self, value: Any, depth: int) -> None:
+        known = dict(self._copies)
+        try:
+            _copied_iterator(value, known)
+        except TypeError:  # a generator; from Python 3.14 on those of itertools as well
+            return
+        self._copies = known
+        reduced = value.__reduce_ex__(4)
+        parts = (*reduced[1], *(one for one in reduced[2:3] if isinstance(one, tuple)))
+        self._later(parts, depth)
+
+    def _visit_file(self, file: Any, depth: int, name: str) -> None:
+        with contextlib.suppress(ValueError, OSError):  # closed, or a pipe
+            if isinstance(file, _IN_MEMORY):
+                self._restores.append(partial(file.__setstate__, file.__getstate__()))
+            elif not file.readable() or file.writable() or not file.seekable():
+                return
+            else:
+                self._restores.append(partial(file.seek, file.tell()))
+            self._put_back.add(id(file))
+
+    def _visit_context(self, variable: ContextVar[Any], depth: int, name: str) -> None:
+        with contextlib.suppress(LookupError):  # it has no value
+            value = variable.get()
+            self._restores.append(partial(variable.reset, variable.set(value)))
+            self._later([value], depth + 1)
+
+    def _visit_seeds(self, value: np.random.SeedSequence, depth: int, name: str) -> None:
+        self._copies[id(value)] = type(value)(**value.state)
 
     # -- functions ---------------------------------------------------------------------------------
 
@@ -290,20 +379,89 @@ _PYTHON = getattr(random.getstate, "__self__", None)
 _NUMPY: Any = getattr(np.random.get_state, "__self__", None)
 
 
-def is_of_user(module: str) -> bool:
-    """Returns whether a Python module is the user's: neither a library's, nor ours."""
-    root = module.partition(".")[0]
-    if root in sys.stdlib_module_names or root in ("torch", _OURS):
-        return False
-    file = getattr(sys.modules.get(module), "__file__", None) or ""
-    return not any(folder in file for folder in _LIBRARIES)
-
-
 def _global_hooks() -> Iterator[dict[int, Any]]:
     """Yields the dicts of the hooks that torch calls for every module."""
     for name, value in vars(module_hooks).items():
         if name.startswith("_global_") and isinstance(value, dict):
             yield value
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    """Yields the hooks on a module."""
+    for key, value in vars(module).items():
+        if key.endswith("_hooks") and isinstance(value, dict):
+            yield from value.values()
+
+
+def _is_written_by_user(function: Any) -> bool:
+    while isinstance(function, partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    written = function if isinstance(function, FunctionType) else type(function)
+    return is_of_user(str(written.__module__))
+
+
+def _copied_iterator(value: Any, known: dict[int, Any]) -> Any:
+    """Copies an iterator with those that it takes from, but with nothing else.
+
+    Args:
+        value: The iterator.
+        known: Copies by ``id()``; it adds those that it makes.
+
+    Raises:
+        TypeError: If one of them cannot be copied.
+    """
+    if id(value) in known:
+        return known[id(value)]
+    if type(value).__module__ not in ("builtins", "itertools"):
+        raise TypeError
+    if hasattr(value, "__copy__"):  # what itertools.tee() returns
+        known[id(value)] = copy.copy(value)
+        return known[id(value)]
+    make, args, *state = value.__reduce_ex__(4)
+
+    def copied(part: Any) -> Any:
+        if type(part) is tuple:
+            parts = tuple(map(copied, part))
+            return part if all(map(is_, parts, part)) else parts
+        return _copied_iterator(part, known) if isinstance(part, Iterator) else part
+
+    other = known[id(value)] = make(*map(copied, args))
+    if state and state[0] is not None:
+        parts = state[0]
+        if isinstance(parts, tuple):
+            # A list is what itertools.cycle() has seen so far, and adds to.
+            parts = tuple(list(one) if type(one) is list else copied(one) for one in parts)
+        other.__setstate__(parts)
+    return other
+
+
+_DATA = (*_PLAIN, Tensor, np.ndarray, np.generic, Enum, type)
+_DEEPEST_DATA = 5
+
+
+def _is_data(value: object, depth: int = 0) -> bool:
+    """Returns whether an object of an installed package holds nothing but data.
+
+    These are caches of keys and values, configurations and the like. What leads to a model, a
+    thread or a file is part of a machinery that has its own ideas of what it holds.
+    """
+    if isinstance(value, _DATA):
+        return True
+    if depth > _DEEPEST_DATA:
+        return False
+    if isinstance(value, dict):
+        inside: Iterable[object] = [*value.keys(), *value.values()]
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        inside = value
+    else:
+        root = type(value).__module__.partition(".")[0]
+        attributes = getattr(value, "__dict__", None)
+        if root in sys.stdlib_module_names or root in ("torch", _OURS) or not attributes:
+            return False
+        inside = attributes.values()
+    items = list(inside)
+    return len(items) <= MOST_ITEMS and all(_is_data(one, depth + 1) for one in items)
 
 
 def _numbered(name: str) -> Iterator[str]:
@@ -393,6 +551,42 @@ class _Dict:
         for key, value in saved.items():
             if dict.get(target, key, self) is not value:
                 base.__setitem__(target, key, value)
+
+
+class _Slots:
+    """The attributes of an object for which its class has slots."""
+
+    def __init__(self, target: object) -> None:
+        self._target = target
+        self._saved: list[tuple[Any, Any]] = []
+        self._empty: list[Any] = []
+        for kind in type(target).__mro__:
+            if "__slots__" not in vars(kind):
+                continue
+            for slot in vars(kind).values():
+                if not isinstance(slot, MemberDescriptorType):
+                    continue
+                try:
+                    self._saved.append((slot, slot.__get__(target)))
+                except AttributeError:
+                    self._empty.append(slot)
+
+    @property
+    def has_any(self) -> bool:
+        return bool(self._saved or self._empty)
+
+    def items(self) -> Iterable[tuple[Any, Any]]:
+        return self._saved
+
+    def set(self, key: Any, value: Any) -> None:
+        key.__set__(self._target, value)  # the class may be frozen
+
+    def restore(self) -> None:
+        for slot, value in self._saved:
+            slot.__set__(self._target, value)
+        for slot in self._empty:
+            with contextlib.suppress(AttributeError):
+                slot.__delete__(self._target)
 
 
 class _List:

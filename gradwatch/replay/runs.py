@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._pytree import tree_leaves
 
 from gradwatch.errors import described_error
-from gradwatch.hooks.context import ForwardContext
+from gradwatch.hooks.context import ForwardContext, is_replaying
 from gradwatch.hooks.forwards import ForwardCall, output_tensors
 from gradwatch.hooks.generators import torch_generators
 from gradwatch.measure.parameters import unwrapped
@@ -207,7 +207,7 @@ def _inputs_seen(inputs: list[Tensor]) -> Iterator[None]:
     handle = register_module_forward_pre_hook(
         lambda _, args: (
             inputs.extend(one.detach() for one in tree_leaves(args) if isinstance(one, Tensor))
-            if not inputs
+            if not inputs and is_replaying()
             else None
         )
     )
@@ -225,14 +225,28 @@ def _pairs(tensors: Any, gradients: Any = None) -> list[tuple[Tensor, Tensor | N
 @contextmanager
 def _instead_of_backward(called: Callable[[Any, Any], None]) -> Iterator[None]:
     """Calls a function instead of ``torch.autograd.backward``, which then does nothing."""
+    with _backward_replaced(
+        lambda tensors, grad_tensors=None, *_, **__: called(tensors, grad_tensors)
+    ):
+        yield
+
+
+@contextmanager
+def _backward_replaced(called: Callable[..., None]) -> Iterator[None]:
+    """Calls a function instead of ``torch.autograd.backward``, but in no other thread."""
     backward = torch.autograd.backward
-    torch.autograd.backward = lambda tensors, grad_tensors=None, *_, **__: called(
-        tensors, grad_tensors
-    )
+    waits = True
+
+    def instead(*args: Any, **kwargs: Any) -> None:
+        (called if waits and is_replaying() else backward)(*args, **kwargs)
+
+    torch.autograd.backward = instead
     try:
         yield
     finally:
-        torch.autograd.backward = backward
+        waits = False
+        if torch.autograd.backward is instead:  # else another thread has put something around it
+            torch.autograd.backward = backward
 
 
 def _run_calls(
@@ -313,6 +327,7 @@ def _tell(observer: Observer, block: Undisturbed, inputs: Iterable[tuple[Tensor,
         if id(tensor) not in told:
             told.add(id(tensor))
             observer.name_input(tensor, name)
+    observer.attributes = set(block.attributes)
     for name, tensor in block.attributes.items():
         if id(tensor) not in told:  # an input may be kept in one
             observer.name_buffer(tensor, name)
@@ -459,6 +474,7 @@ def _run_function(
         given = Arguments(module.forward, args, kwargs, block.stand_ins)
         inputs = [(block.stand_ins.by_id[i], name) for i, name in given.names.items()]
         _tell(observer, block, [*inputs, *block.data])
+        observer.variables = {name for _, name in block.data} - set(given.names.values())
         observer.caller = caller
         with observer:
             output = module(*given.args, **given.kwargs)
@@ -535,11 +551,8 @@ class _Backwards:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Puts it in the place of torch's function for a block."""
-        torch.autograd.backward = self
-        try:
+        with _backward_replaced(self):
             yield
-        finally:
-            torch.autograd.backward = self._backward
 
     def __call__(self, tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
         # A checkpoint calls it as well, inside of a backward.

@@ -14,10 +14,18 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
-from gradwatch.record.explanation import ALL_FINITE, ExplainedKind, Explanation, Operand
+from gradwatch.record.explanation import (
+    ALL_FINITE,
+    ATTRIBUTE,
+    NO_ARGUMENT,
+    NOT_AGAIN,
+    ExplainedKind,
+    Explanation,
+    Operand,
+)
+from gradwatch.record.operations import LIMITS, name_of_node, plain_name, public_name
 from gradwatch.replay.advice import advice_for
 from gradwatch.replay.frames import Place, source_of
-from gradwatch.replay.names import name_of_node, public_name
 from gradwatch.replay.observer import NO_ROOTS, Details, Observer, Operation, Root
 from gradwatch.replay.stand_ins import ReplayError
 
@@ -25,11 +33,7 @@ Run = Callable[[Observer], list[str]]
 """Runs the same forward and backward under an observer; returns sentences of what to know of it."""
 
 MOST_ANCESTORS = 64  # operations before the cause that are looked at
-NOT_AGAIN = (
-    "Run again, the micro-batch gave finite gradients: something has changed in between, or it "
-    "does not give the same numbers each time."
-)
-
+MOST_MADE_BY = 4  # of these are named
 DOUBTFUL = (
     "{name}, which the forward writes to, is bad by now. What it held before is not known, so it "
     "may be the cause, or what the bad forward has left there. A step that is skipped puts back "
@@ -39,11 +43,6 @@ MADE_ELSEWHERE = (
     "It is no argument of the forward: a tensor that was made outside of torch, such as from NumPy "
     "or from numbers of Python, and first used on this line."
 )
-CONSTANT = (
-    "It is no argument of the forward, and no parameter or buffer, but another tensor that the "
-    "code uses on this line."
-)
-
 # They write a constant. If that is infinite, somebody meant it.
 _FILLS = frozenset(
     {"fill", "full", "full_like", "new_full", "masked_fill", "index_fill", "scalar_tensor"}
@@ -72,6 +71,9 @@ _KEEP_ZERO = frozenset(
 )
 _OVERWRITE = frozenset({"copy", "index_put", "index_copy", "put", "scatter", "masked_scatter"})
 _ADD_UP = frozenset({"sum", "mean", "cumsum", "amax", "linalg_vector_norm"})  # 0 if all of it is
+# What is 0 stays so in them, or only an eps has been added: in the second ones by a number.
+_SIGNS = frozenset({"abs", "neg"})
+_SCALES = frozenset({"add", "mul", "div"})
 _ZERO_IS_AN_EDGE = {
     "log": "self",
     "log2": "self",
@@ -241,9 +243,17 @@ class _Search:
             return None
         return self._seen.forward_of(self._cause.number)
 
+    def _number(self) -> int:
+        """Returns the number of the operation that is told."""
+        # In a backward of the user's own, or a hook, it is no gradient of an operation.
+        own = (
+            self._operation is not None and self._operation.backward and self._operation.place.line
+        )
+        return self._cause.number if self._forward is None or own else self._forward
+
     def wanted(self) -> set[int]:
         """Lists the operations whose values are to be looked at."""
-        start = self._cause.number if self._forward is None else self._forward
+        start = self._number()
         wanted = {self._cause.number, start}
         waiting = [start]
         while waiting and len(wanted) < MOST_ANCESTORS:
@@ -282,8 +292,11 @@ class _Search:
             return Explanation(origin="output_gradient", phase="backward", **where, **common)
         place = self._operation.place if self._operation is not None else Place()
         of_model = source in ("parameter", "buffer")
-        if source == "constant" and self._is_in_model(place):
-            common["notes"] = (CONSTANT if cause.name else MADE_ELSEWHERE,)
+        is_given = source == "input" and cause.name not in self._seen.variables
+        if not (of_model or is_given) and self._is_in_model(place):
+            common["notes"] = (NO_ARGUMENT if cause.name else MADE_ELSEWHERE,)
+        if of_model and cause.name in self._seen.attributes:
+            common["notes"] = (ATTRIBUTE,)
         return Explanation(
             origin="weights" if of_model else "input",
             argument="" if of_model else cause.name,
@@ -313,13 +326,12 @@ class _Search:
         cause, forward = self._cause, self._forward
         operation = self._seen.operations[cause.number]
         name, place = self._name_and_place(operation, forward)
-        of_forward = details.get(cause.number if forward is None else forward)
-        operands = of_forward.operands if of_forward is not None else ()
-        if operation.backward and not operation.place.line and cause.number in details:
+        number = self._number()
+        of_forward = details.get(number)
+        operands = () if of_forward is None else self._operands(of_forward, details)
+        if number != cause.number and cause.number in details:
             here = details[cause.number].operands
             operands += tuple(replace(one, name="gradient") for one in here[:1])
-        elif operation.backward and cause.number in details:
-            operands = details[cause.number].operands
         if forward is None and not place.line:
             # Only the backward is known, and no line that it is of.
             return Explanation(origin="not_found", operation=name, inputs=operands, **common)
@@ -349,6 +361,27 @@ class _Search:
         if forward is None:
             return node, operation.place
         return _name_of(forward), forward.place
+
+    def _operands(self, of: Details, details: dict[int, Details]) -> tuple[Operand, ...]:
+        tensors = zip(of.operands, of.parents, strict=False)
+        made = [replace(one, made_by=self._made_by(number, details)) for one, number in tensors]
+        return (*made, *of.operands[len(made) :])
+
+    def _made_by(self, number: int, details: dict[int, Details]) -> tuple[str, ...]:
+        """Names the operations that a tensor was computed with, along the first operand of each."""
+        names: list[str] = []
+        seen: set[int] = set()
+        while number >= 0 and number not in seen and len(names) < MOST_MADE_BY:
+            seen.add(number)
+            operation = self._seen.operations[number]
+            of = details.get(number)
+            name, several = _name_of(operation).rstrip("_"), len(operation.parents) > 1
+            kept = name in _PASS_ON or name in _SIGNS or (name in _SCALES and not several)
+            if not kept or (name == "to" and of is not None and of.operands[0].dtype not in LIMITS):
+                names += [name] if of is None else _computed(name, of)
+            first = 1 if operation.writes and name in _OVERWRITE and several else 0
+            number = operation.parents[first] if operation.parents else -1
+        return tuple(names)
 
     # -- what made it possible -----------------------------------------------------------------
 
@@ -435,6 +468,20 @@ def _given_by(
     if name not in _KEEP_ZERO:
         return None
     return next((i for i in onward if tensors[i].zeros >= result.zeros), None)
+
+
+def _computed(name: str, details: Details) -> list[str]:
+    """Names what an operation computes: roots and squares have several forms."""
+    powers = [one.low for one in details.operands if one.is_number] if name == "pow" else []
+    if powers[:1] in ([0.5], [2]):
+        return ["sqrt" if powers[0] < 1 else "square"]
+    same = [*zip(details.parents, details.origins, strict=True)][:2]
+    if len(same) == 2 and same[0] == same[1] != (-1, None):
+        if name == "mul":
+            return ["square"]
+        if plain_name(name) == "matmul":
+            return ["sum", "square"]
+    return [name]
 
 
 def _has_zero(operand: Operand) -> bool:

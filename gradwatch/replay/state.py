@@ -9,7 +9,10 @@ backward.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradwatch.hooks.context import replaying
+from gradwatch.hooks.context import is_replaying, replaying
 from gradwatch.hooks.data_parallel import is_distributed
 from gradwatch.hooks.generators import RandomState
 from gradwatch.measure.parameters import (
@@ -47,7 +50,19 @@ COMMUNICATES = (
     "{what} communicates with other ranks, and this rank would wait for them for ever: they do not "
     "run the micro-batch again."
 )
+CANNOT_PUT_BACK = (
+    "The forward takes items from {drawn}, which cannot be put back: the next batches would get "
+    "others. So the micro-batch was not run again."
+)
+TAKES = (
+    "The forward takes items from {drawn}, of which the replay has taken the next ones, and not "
+    "those that the training had."
+)
 STEPS = "The closure steps an optimizer, so that running it again would move the weights."
+WAITED = "Another thread of this process was replaying a micro-batch, and did not end."
+LONGEST_WAIT = 60.0
+"""Seconds that a thread waits for the replay of another one."""
+
 MOST_BYTES = 2**30
 """The most that is copied of tensors that are neither in a module nor require a gradient."""
 
@@ -175,7 +190,8 @@ def undisturbed(
     """Lets a block run a model, forward and backward, and puts everything back that it changes.
 
     In the block gradients are recorded, whatever was so outside; gradwatch's own hooks do nothing;
-    anomaly detection is off; compiled code runs uncompiled. What is put back, also after an error:
+    anomaly detection is off; compiled code runs uncompiled. Other threads go on as they are, but
+    for those that replay as well, which wait. What is put back, also after an error or Ctrl-C:
     the tensors of modules and ``.grad``, attributes of modules and of objects that they hold
     (containers up to four deep), what hooks and ``functions`` have in closures, defaults and global
     variables, and the states of random generators.
@@ -188,32 +204,120 @@ def undisturbed(
     Raises:
         ReplayError: If the model cannot be run again without disturbing the training.
     """
-    state = RandomState()
     with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # the training has told them
+        stack.enter_context(_one_at_a_time())
+        interrupts = stack.enter_context(_Interrupts())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autograd.set_detect_anomaly(False))
-        stack.callback(state.put_back)
+        if torch.is_anomaly_enabled():
+            stack.enter_context(torch.autograd.set_detect_anomaly(False))
+        stack.callback(RandomState().put_back)
         stack.enter_context(replaying())
+        stack.enter_context(_unwarned())
         watched = model if isinstance(model, nn.Module) else dict(model)
         reach = Reach([watched, *functions, *given])
         _refuse(reach)
+        takes = _taken_from(reach, functions)
         block = Undisturbed(model, reach)
         leaves = [tensor for tensor, _ in reach.tensors.values() if tensor.is_leaf]
         leaves += [p for one in reach.optimizers for p in optimizer_parameters(one)]
         stack.enter_context(without_gradients(leaves))
+        block.notes.extend(takes)
         stack.callback(reach.restore)
+        stack.enter_context(_environment())
         reach.replace(block.stand_ins.by_id)
         block.functions = list(map(reach.swapped, functions))
         _unwrap(reach.modules)
         stack.enter_context(_uncompiled())
-        stack.enter_context(_without_cached_weights())
+        stack.enter_context(_without_cached_weights(set(map(id, reach.modules))))
         stack.enter_context(_no_steps())
         if is_distributed() and dist.get_world_size() > 1:
             stack.enter_context(_NoCollectives())  # type: ignore[no-untyped-call]
-        yield block
+        with interrupts.let_through():
+            yield block
+
+
+_TURN = threading.RLock()
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Waits until no other thread replays: some of what is replaced is there once in a process."""
+    if not _TURN.acquire(timeout=LONGEST_WAIT):
+        raise ReplayError(WAITED)
+    try:
+        yield
+    finally:
+        _TURN.release()
+
+
+class _Interrupts:
+    """Holds Ctrl-C back until everything is put back, but for the part that may be left early."""
+
+    def __init__(self) -> None:
+        self._known: Any = None
+        self._held: list[tuple[int, Any]] = []
+        self._lets_through = False
+
+    def __enter__(self) -> _Interrupts:
+        # Python calls handlers in the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            known = signal.getsignal(signal.SIGINT)
+            if callable(known):
+                self._known = known
+                signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._known is not None:
+            # The function that is run may have set a handler of its own.
+            if signal.getsignal(signal.SIGINT) == self._handle:
+                signal.signal(signal.SIGINT, self._known)
+            for number, frame in self._held:
+                self._known(number, frame)
+
+    @contextmanager
+    def let_through(self) -> Iterator[None]:
+        """Lets one through in a block, which ends the block if it raises."""
+        self._lets_through = True
+        try:
+            yield
+        finally:
+            self._lets_through = False
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self._lets_through:
+            self._lets_through = False  # the next one must not end what puts things back
+            self._known(number, frame)
+            self._lets_through = True  # the handler has only noted it
+        else:
+            self._held.append((number, frame))
+
+
+class _InReplay:
+    """A pattern for the filters of warnings that matches every warning of a replay."""
+
+    def match(self, text: str) -> bool:
+        return is_replaying()
+
+
+_UNWARNED = ("ignore", _InReplay(), Warning, None, 0)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Silences the warnings of a replay, which the training has told already.
+
+    Not those of other threads, and not with ``warnings.catch_warnings()``: entered and left in two
+    threads at once, that leaves the filters of one of them for good.
+    """
+    filters: Any = warnings.filters
+    filters.insert(0, _UNWARNED)
+    try:
+        yield
+    finally:
+        if _UNWARNED in filters:
+            filters.remove(_UNWARNED)
 
 
 def _is_wrapper(module: nn.Module) -> bool:
@@ -231,6 +335,33 @@ def _refuse(reach: Reach) -> None:
             raise ReplayError(SHARDED)
         if several and isinstance(module, nn.SyncBatchNorm) and module.training:
             raise ReplayError(COMMUNICATES.format(what=name))
+
+
+def _taken_from(reach: Reach, functions: Iterable[Callable[..., Any]]) -> list[str]:
+    """Returns sentences that say what a replay takes other items from than the training did.
+
+    Raises:
+        ReplayError: If it would take items from something that cannot be put back.
+    """
+    found = []
+    for drawn, is_put_back in reach.drawn(functions):
+        if not is_put_back:
+            raise ReplayError(CANNOT_PUT_BACK.format(drawn=drawn))
+        found.append(TAKES.format(drawn=drawn))
+    return list(dict.fromkeys(found))
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """Puts back the environment variables."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        now = dict(os.environ)
+        for name in now.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update({name: one for name, one in before.items() if now.get(name) != one})
 
 
 def _unwrap(modules: Iterable[nn.Module]) -> None:
@@ -259,16 +390,22 @@ def _uncompiled() -> Iterator[None]:
 
 
 @contextmanager
-def _without_cached_weights() -> Iterator[None]:
-    """Hides what ``torch.nn.utils.parametrize.cached()`` has computed of the real weights."""
+def _without_cached_weights(modules: Collection[int]) -> Iterator[None]:
+    """Hides what ``torch.nn.utils.parametrize.cached()`` has computed of the real weights.
+
+    ``modules`` are the ``id()`` of those whose weights are replaced; the cache is that of all.
+    """
     cache: dict[Any, Any] = getattr(sys.modules.get("torch.nn.utils.parametrize"), "_cache", {})
-    before = dict(cache)
-    cache.clear()
+    before = _taken(cache, modules)
     try:
         yield
     finally:
-        cache.clear()
+        _taken(cache, modules)
         cache.update(before)
+
+
+def _taken(cache: dict[Any, Any], modules: Collection[int]) -> dict[Any, Any]:
+    return {key: cache.pop(key) for key in list(cache) if key[0] in modules}
 
 
 @contextmanager
@@ -297,7 +434,7 @@ def without_gradients(leaves: Iterable[Tensor], hooks: bool = False) -> Iterator
 
 @contextmanager
 def _no_steps() -> Iterator[None]:
-    """Refuses steps of optimizers, before any other hook is told of one."""
+    """Refuses steps of optimizers in a replay, before any other hook is told of one."""
     handle = register_optimizer_step_pre_hook(_refuse_step)
     # The dict is private; without a place at its front a watcher would count the step.
     _global_optimizer_pre_hooks.move_to_end(handle.id, last=False)  # type: ignore[attr-defined]
@@ -308,7 +445,8 @@ def _no_steps() -> Iterator[None]:
 
 
 def _refuse_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    raise ReplayError(STEPS)
+    if is_replaying():
+        raise ReplayError(STEPS)
 
 
 class _NoCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]

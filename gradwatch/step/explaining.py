@@ -133,6 +133,7 @@ class Explaining:
         self._counts: Counter[tuple[object, ...]] = Counter()
         self._newest: dict[str, Explanation] = {}  # by optimizer
         self._looked: dict[str, int] = {}  # the newest step that was looked at
+        self._first_bad_taken = math.inf  # the first step that was taken with bad gradients
         self._bad_since: dict[int, int] = {}  # by index of a parameter
         self._discarded: _Discarded | None = None
         self._explained: set[int] = set()  # numbers of backwards
@@ -179,6 +180,8 @@ class Explaining:
             self._look_closer(optimizer, step, window, norms)
         except Exception as error:
             self._record(_Found(_failed(error)), optimizer, step)
+        if not finite and self._run.options.on_nonfinite == "record":
+            self._first_bad_taken = min(self._first_bad_taken, step)
 
     def note_discarded(
         self, optimizer: str, step: int, window: Window, scale: FloatOrDeferred = 0.0
@@ -463,6 +466,8 @@ class Explaining:
     def _record(self, found: _Found, optimizer: str, step: int) -> None:
         run = self._run
         explanation = replace(found.explanation, optimizer=optimizer, step=step, rank=rank())
+        if explanation.origin == "weights":
+            explanation = replace(explanation, advice=self._advice(explanation))
         self._newest[optimizer] = explanation
         try:
             kept = found.calls if run.options.keep_batches else ()
@@ -471,6 +476,13 @@ class Explaining:
             logger.warning("%s", explanation)
         except Exception as error:  # evidence is never worth a training
             logger.warning("gradwatch: %s", FAILED.format(error=described_error(error)))
+
+    def _advice(self, explanation: Explanation) -> str:
+        from gradwatch.replay.advice import advice_for
+
+        # Those of a bad step are only there after it.
+        bad_since = explanation.since_step or explanation.step
+        return advice_for(explanation, by_update=bad_since <= self._first_bad_taken)
 
 
 def explain_closure(
@@ -503,11 +515,12 @@ def explain_closure(
 
 
 def _explained(run: Callable[[Any], list[str]], asked: bool = False) -> Explanation:
+    """Explains a run; one that the user has asked for need not be bad."""
     from gradwatch.replay.search import explain_run
     from gradwatch.replay.stand_ins import NoLossError, ReplayError
 
     try:
-        return explain_run(run)
+        return explain_run(run, known_bad=not asked)
     except ReplayError as error:
         if asked and isinstance(error, NoLossError):
             raise

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from gradwatch.checks import described
+from gradwatch.hooks.context import REPLAY
 from gradwatch.record.events import counted_names, loop_event
 from gradwatch.step.run import Run
 
@@ -238,7 +239,8 @@ class Silence:
     def look_at_model(self, step: int) -> None:
         """Tells if the model has other parameters than when it was watched."""
         gained, lost = change = self._run.hooks.changed_parameters()
-        if change in (self._known_change, ((), ())):
+        # Another thread may step its optimizer while this model is replayed, with copies in it.
+        if REPLAY.under_way or change in (self._known_change, ((), ())):
             return
         self._known_change = change
         text = REPLACED if gained and lost else GAINED if gained else REMOVED

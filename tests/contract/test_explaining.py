@@ -167,6 +167,29 @@ def test_recorded_steps_are_explained_and_so_are_the_weights_that_they_spoil() -
     assert second.kind == "nan"
     assert second.count == int(names[second.parameter].isnan().sum()) > 0
     assert second.result_shape == tuple(names[second.parameter].shape)
+    assert 'on_nonfinite="skip"' in second.advice
+
+
+@pytest.mark.parametrize("options", [{"on_nonfinite": "explain"}, {"explain": True}])
+def test_weights_that_the_optimizer_has_spoiled(options: dict[str, Any]) -> None:
+    """In float16 the eps of AdamW is 0: finite gradients make a NaN, which no skip prevents."""
+    model = nn.Linear(4, 2).half()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    batch = torch.zeros(3, 4, dtype=torch.float16)  # the weight's gradient is 0
+    with gradwatch.watch(model, optimizer, **options) as watcher:
+        for _ in range(3):
+            model(batch).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found = watcher.explanations
+        norms = watcher.history.steps()["grad_norm"]
+    assert math.isfinite(norms.iloc[0])
+    assert [one.step for one in found] == [2, 3]
+    for one in found:
+        assert (one.origin, one.parameter, one.result_dtype) == ("weights", "weight", "float16")
+        assert "the optimizer's own update made it" in one.advice
+        assert "eps of 1e-8 is 0" in one.advice
+        assert "on_nonfinite" not in one.advice
 
 
 def test_many_bad_steps_are_explained_seldom() -> None:

@@ -450,7 +450,9 @@ def test_finite_gradients_are_said_to_be() -> None:
     model, x = nn.Linear(2, 1), torch.ones(3, 2)
     found = gradwatch.watch(model).explain(lambda: model(x).sum())
     assert found.origin == "not_found"
-    assert "finite" in found.notes[0]
+    assert found.notes == ("All gradients are finite, and so is the loss.",)
+    assert str(found).startswith("Nothing bad was found.\n")
+    assert found.advice == ""
 
 
 def test_explain_is_recorded(tmp_path) -> None:

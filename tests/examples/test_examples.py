@@ -202,7 +202,7 @@ def test_a_poisoned_batch_costs_one_step(tmp_path: Path) -> None:
     assert row(output, "skipped") == "1"
     assert row(output, "events") == "1 explained, 1 nan, 1 skipped"
     assert "return (losses * weights).sum() / weights.sum()" in output
-    assert "Made possible by what is in the argument weights." in output
+    assert "Made possible by what is in the input weights." in output
     assert "nan nats" not in output
 
 

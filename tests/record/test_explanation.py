@@ -13,8 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradwatch import Explanation
-from gradwatch.record.explanation import Operand, Share
-from gradwatch.record.operations import plain_name, shown_name
+from gradwatch.record.explanation import NO_ARGUMENT, Operand, Share
+from gradwatch.record.operations import (
+    name_of_node,
+    plain_name,
+    public_name,
+    shown_name,
+    shown_operand,
+)
 
 NAN, INF = math.nan, math.inf
 SCORES = Operand("self", (32, 8, 8), "float32", -3.1, 4.2, infs=256, negative_infs=256)
@@ -179,7 +185,7 @@ NaN in micro-batch 2 of step 120 (optimizer AdamW), born in the forward of encod
 This is softmax of a row of -inf: 256 of 2,048 elements of the result (float32, [32, 8, 8]) are NaN,
   in examples 3 and 17.
 Its input:
-  self: float32 [32, 8, 8], -3.1 to 4.2, 256 are -inf
+  input: float32 [32, 8, 8], -3.1 to 4.2, 256 are -inf
 Made possible by masked_fill in the forward of encoder.layers.1 (Attention):
   model.py:40
     scores = scores.masked_fill(mask, float("-inf"))
@@ -199,7 +205,7 @@ Inf, born in the backward of the model (Net):
 This is the gradient of sqrt at 0: 1 of 4 elements of the gradient (float16, [4]) is Inf, in
   example 5.
 Its inputs:
-  self: float16 [4], 0 to 9, 1 is 0
+  input: float16 [4], 0 to 9, 1 is 0
   gradient: float16 [4], all 0.25""",
         (
             "Inf born in the backward of the model (Net), model.py:12: the gradient of sqrt at 0, "
@@ -214,7 +220,7 @@ NaN in step 3, born in the forward, outside of the model:
     loss = F.cross_entropy(logits, target)
 This is nll_loss without a target that counts: the result (float32) is NaN.
 Its inputs:
-  self: float32 [2, 10], -4 to -1
+  input: float32 [2, 10], -4 to -1
   target: int64 [2], all -100""",
         (
             "NaN born in the forward, outside of the model, train.py:7: nll_loss without a target that "
@@ -225,16 +231,16 @@ Its inputs:
         DATA,
         """\
 NaN in step 120 (optimizer AdamW): it came with the data.
-12 of 4,096 elements of the argument batch['image'] (float32, [32, 128]) are NaN, in examples 3, 17,
+12 of 4,096 elements of the input batch['image'] (float32, [32, 128]) are NaN, in examples 3, 17,
   18, 19, 20, 21, 22, 23 and 4 more.""",
         "NaN in the data: batch['image'], examples 3, 17, 18 and 9 more",
     ),
     "weights": (
         WEIGHTS,
         """\
-Inf in step 120 (optimizer AdamW): the weights had it before the forward.
-All 100 elements of the parameter or buffer head.weight (float32, [10, 10]) are Inf, since step 118.""",
-        "Inf in the weights before the forward: head.weight, since step 118",
+Inf in step 120 (optimizer AdamW): it was in the model before the forward.
+All 100 elements of the model's head.weight (float32, [10, 10]) are Inf, since step 118.""",
+        "Inf in the model before the forward: head.weight, since step 118",
     ),
     "output": (
         OUTPUT,
@@ -317,8 +323,8 @@ NaN, born in the backward of head:
 Inf, born in the forward of head (Head).
 This is log of 0: all 2 elements of the result are Inf.
 Its input:
-  self: float32 [2], all 0
-Made possible by what is in the argument x.""",
+  input: float32 [2], all 0
+Made possible by what is in the input x.""",
         "Inf born in the forward of head (Head): log of 0",
     ),
     "nothing": (
@@ -531,7 +537,7 @@ def test_ranks_are_named():
     ("operation", "plain", "shown"),
     [
         ("log", "log", "log"),
-        ("log_", "log", "log_"),
+        ("log_", "log", "log"),
         ("_softmax", "softmax", "softmax"),
         ("aten::_log_softmax", "log_softmax", "log_softmax"),
         ("aten.div.Tensor", "div", "div"),
@@ -539,7 +545,7 @@ def test_ranks_are_named():
         ("linalg_vector_norm", "norm", "linalg_vector_norm"),
         ("native_batch_norm", "batch_norm", "batch_norm"),
         ("_native_batch_norm_legit", "batch_norm", "batch_norm_legit"),
-        ("cudnn_batch_norm", "batch_norm", "cudnn_batch_norm"),
+        ("cudnn_batch_norm", "batch_norm", "batch_norm"),
         ("native_layer_norm", "layer_norm", "layer_norm"),
         ("nll_loss_forward", "nll_loss", "nll_loss"),
         ("nll_loss2d_forward", "nll_loss", "nll_loss2d"),
@@ -548,13 +554,15 @@ def test_ranks_are_named():
         ("convolution", "convolution", "convolution"),
         ("_to_copy", "to", "to"),
         ("special_erfinv", "erfinv", "special_erfinv"),
-        ("linalg_inv_ex", "inverse", "linalg_inv_ex"),
+        ("linalg_inv_ex", "inverse", "linalg_inv"),
         ("_linalg_slogdet", "slogdet", "linalg_slogdet"),
         ("var_mean", "var", "var_mean"),
         ("log1p", "log1p", "log1p"),
         ("exp2", "exp2", "exp2"),
-        ("masked_fill_", "where", "masked_fill_"),
-        ("_", "", "_"),
+        ("masked_fill_", "where", "masked_fill"),
+        ("sigmoid_backward", "sigmoid", "sigmoid"),
+        ("__truediv__", "div", "truediv"),
+        ("_", "_", "_"),
         ("", "", ""),
     ],
 )
@@ -562,3 +570,93 @@ def test_the_names_of_an_operation(operation, plain, shown):
     """All that torch calls an operation means the same; users see the name that they know."""
     assert plain_name(operation) == plain
     assert shown_name(operation) == shown
+
+
+def test_the_name_that_is_recorded():
+    """torch's own, in place or not, without what is of its inside; a node has that of its forward."""
+    recorded = [public_name(one) for one in ("log_", "_softmax", "native_layer_norm_backward")]
+    assert recorded == ["log_", "softmax", "layer_norm_backward"]
+    assert public_name("_scaled_dot_product_flash_attention") == "scaled_dot_product_attention"
+    assert [name_of_node(one) for one in ("LogBackward0", "NativeLayerNormBackward0")] == [
+        *("log", "layer_norm")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "operation", "shown"),
+    [
+        ("self", "log_", "input"),
+        ("other", "div", "divisor"),
+        ("other", "fmod", "divisor"),
+        ("other", "mul", "other"),
+        ("self", "pow", "base"),
+        ("exponent", "pow", "exponent"),
+        ("mat2", "mm", "other"),
+        ("self", "addmm", "added"),
+        ("mat1", "addmm", "mat1"),
+        ("weight", "native_layer_norm", "weight"),
+        ("", "log", "input"),
+    ],
+)
+def test_operands_have_names_that_users_know(name, operation, shown):
+    """torch's dispatcher calls the first one "self", which reads as the module."""
+    assert shown_operand(name, operation) == shown
+
+
+def test_a_number_that_is_infinite():
+    """It is shown as such: it has no finite element."""
+    minus = Operand("other", (), "float", NAN, NAN, infs=1, negative_infs=1)
+    found = Explanation(origin="operation", operation="mul", inputs=(SCORES, minus))
+    assert "\n  other: -inf" in str(found)
+
+
+def test_one_finite_value_beside_others_that_are_not():
+    """It is not said that all are 1."""
+    divisor = Operand("other", (4,), "float32", 1.0, 1.0, infs=2, negative_infs=0)
+    found = Explanation(origin="operation", operation="div", inputs=(divisor,))
+    assert "\n  divisor: float32 [4], 1 where finite, 2 are +inf" in str(found)
+
+
+def test_an_operation_of_the_user_s_own_backward():
+    """It is that operation, and no gradient of it; no gradient arrives at it."""
+    divisor = Operand("other", (4,), "float32", 0.0, 2.0, zeros=1)
+    own = Explanation(
+        origin="operation",
+        phase="backward",
+        kind="inf",
+        module="head",
+        operation="div",
+        inputs=(Operand("self", (4,), "float32", 1.0, 1.0), divisor),
+        count=1,
+        size=4,
+    )
+    assert own.summary == "Inf born in the backward of head: division by 0"
+    assert "This is division by 0: 1 of 4 elements of the result is Inf." in str(own)
+    gradient = Operand("gradient", (4,), "float32", 1.0, 1.0)
+    of_forward = replace(own, inputs=(*own.inputs, gradient))
+    assert "the gradient of division by 0: 1 of 4 elements of the gradient" in str(of_forward)
+
+
+def test_a_tensor_that_is_no_argument():
+    """It is not said to be data: a constant, or one that was made outside of torch."""
+    constant = Explanation(
+        origin="input", argument="w", count=1, size=4, result_shape=(4,), notes=(NO_ARGUMENT,)
+    )
+    assert constant.summary == "NaN in a tensor from outside of the forward: w"
+    assert str(constant) == (
+        "NaN: it was in another tensor that the forward uses.\n"
+        "1 of 4 elements of w ([4]) is NaN.\n"
+        "Note: It is no argument of the forward, and no parameter or buffer, but another tensor that "
+        "the code\n  uses on this line."
+    )
+    assert "data" not in str(replace(constant, argument="", notes=()))
+
+
+def test_a_repr_is_short():
+    """It has what differs from the defaults, and is code that makes an equal one."""
+    assert repr(NOT_FOUND) == (
+        "Explanation(step=8, notes=('The batch was changed in place after the forward.',))"
+    )
+    names = {"Explanation": Explanation, "Operand": Operand, "Share": Share, "nan": NAN, "inf": INF}
+    for explanation, _, _ in TEXTS.values():
+        assert eval(repr(explanation), names) == explanation

@@ -13,7 +13,14 @@ from torch.nn import functional as F
 import gradwatch
 from gradwatch import Explanation
 from gradwatch.record.circumstances import CIRCUMSTANCES, circumstance
-from gradwatch.record.explanation import Operand, Share, facts_of
+from gradwatch.record.explanation import (
+    ATTRIBUTE,
+    NO_ARGUMENT,
+    NOT_AGAIN,
+    Operand,
+    Share,
+    facts_of,
+)
 from gradwatch.replay.advice import ADVICE, advice_for
 from gradwatch.replay.observer import operand_of
 
@@ -44,6 +51,7 @@ class Case:
     weight: Any = 1.0  # what the result is multiplied by: the gradient that arrives
     source: str = ""
     made_by: str = ""
+    made: tuple = ()  # what the last input was computed with
     module_class: str = ""
     then: Any = None
     also: dict = field(default_factory=dict)
@@ -140,7 +148,13 @@ CASES = [
     _case("spread_zero", "div", torch.div, t(1.0, 1.0), t(0.0), source="(x - x.mean()) / x.std()"),
     _case("norm_divides", "div", torch.div, t(0.0, 0.0), t(0.0), made_by="linalg_vector_norm"),
     _case("count_zero", "div", torch.div, t(0.0), torch.tensor([0])),
-    _case("count_zero", "div", torch.div, t(0.0), t(0.0), made_by="sum"),
+    _case("sum_zero", "div", torch.div, t(0.0), t(0.0), made_by="sum"),
+    _case("rms_zero", "div", torch.div, t((0.0, 0.0)), t(0.0), made=("sqrt", "mean", "square")),
+    _case("norm_divides", "div", torch.div, t((0.0, 0.0)), t(0.0), made=("sqrt", "sum", "square")),
+    _case("spread_zero", "div", torch.div, t(0.0, 0.0), t(0.0), made=("sqrt", "var")),
+    _case("count_zero", "div", torch.div, t(0.0), t(0.0), made=("sum", "to", "ne")),
+    _case("div_zero", "div", torch.div, t(0.0), t(0.0), made=("sqrt", "mm")),
+    _case("div_zero", "div", torch.div, t(0.0), t(0.0), made=("mm",), source="x / y + x.std()"),
     _case("div_zero", "div", torch.div, t(1.0, 0.0), t(0.0, 2.0)),
     _case(
         "div_zero",
@@ -307,6 +321,7 @@ def _explained(case):
     result = case.call(*leaves)
     phase = "forward" if not torch.isfinite(result).all() else "backward"
     operands = [operand_of(*pair) for pair in zip(case.names, case.inputs, strict=False)]
+    operands[-1] = replace(operands[-1], made_by=case.made)
     if phase == "backward":
         weight = torch.as_tensor(case.weight, dtype=result.dtype).expand(result.shape)
         wanted = [one for one in leaves if one.requires_grad]
@@ -416,6 +431,8 @@ def test_what_torch_does_not_show_here(key):
     """A second derivative, another backend or an older torch: known from the operands alone."""
     operation, phase, kind, tensors = FROM_OPERANDS[key]
     operands = tuple(operand_of(*pair) for pair in zip(("self", "other"), tensors, strict=False))
+    if phase == "backward":
+        operands += (operand_of("gradient", t(1.0)),)
     explanation = _made(operation, operands, phase=phase, kind=kind, result_dtype="float32", size=2)
     known = circumstance(facts_of(explanation))
     assert known is not None
@@ -518,7 +535,10 @@ def test_nothing_is_said_that_the_numbers_do_not_show():
     assert circumstance(facts_of(times_inf)) is None
     squared = _made(
         "pow",
-        (Operand("self", (2,), "float16", 0.0, 300.0, zeros=1),),
+        (
+            Operand("self", (2,), "float16", 0.0, 300.0, zeros=1),
+            Operand("gradient", (2,), "float16", 1.0, 1.0),
+        ),
         phase="backward",
         kind="inf",
         source="x**2",
@@ -559,28 +579,72 @@ def test_data():
     assert not torch.isfinite(x).all()
 
 
+def test_a_tensor_that_is_no_argument():
+    """Nothing is said of a data set."""
+    advice = advice_for(Explanation(origin="input", argument="w", notes=(NO_ARGUMENT,)))
+    assert advice.startswith("Look at what w was made from")
+    assert "data" not in advice
+
+
 def test_weights_that_were_bad():
     """A parameter needs a checkpoint; running statistics can start anew."""
-    advice = advice_for(Explanation(origin="weights", parameter="head.weight", since_step=118))
-    assert "load the last good checkpoint, of before step 118." in advice
+    weights = Explanation(origin="weights", parameter="head.weight", since_step=118)
+    advice = advice_for(weights)
+    assert "load the last good checkpoint, from before the update of step 117." in advice
+    assert 'on_nonfinite="skip"' in advice
+    assert "was initialized" in advice_for(replace(weights, since_step=1))
     buffer = advice_for(Explanation(origin="weights", parameter="body.1.running_var"))
     norm = nn.BatchNorm1d(2)
     norm.running_var.fill_(float("nan"))
     assert "`norm.reset_running_stats()`" in buffer
     norm.reset_running_stats()
     assert torch.isfinite(norm.running_var).all()
+    attribute = replace(weights, parameter="ema", notes=(ATTRIBUTE,))
+    assert advice_for(attribute).startswith("Look at the code that writes to ema")
 
 
-def test_the_loss_outside_and_what_was_not_found():
-    """Both say what replays the loss, too."""
-    for origin in ("output_gradient", "not_found"):
-        advice = advice_for(Explanation(origin=origin, step=3))
-        assert "`watcher.explain(closure)`" in advice
-        assert "`gradwatch.explain(model, *args, loss=...)`" in advice
-    assert "weights and the batch" in advice_for(Explanation())
+@pytest.mark.parametrize(
+    ("dtype", "told"),
+    [
+        ("float32", "lower the learning rate"),
+        ("bfloat16", "float32 (master weights)"),
+        ("float16", "the usual eps of 1e-8 is 0"),
+    ],
+)
+def test_weights_that_an_update_has_spoiled(dtype, told):
+    """Where bad steps are skipped, that is no advice: the gradients before were finite."""
+    weights = Explanation(origin="weights", parameter="w", since_step=118, result_dtype=dtype)
+    advice = advice_for(weights, by_update=True)
+    assert "on_nonfinite" not in advice
+    assert "the optimizer's own update made it" in advice
+    assert told in advice
+    assert len(advice) < 500
+
+
+def test_an_eps_that_is_0():
+    """What is said of float16 is so: Adam divides 0 by 0 with its usual eps, and not with 1e-4."""
+    for eps, finite in ((1e-8, False), (1e-4, True)):
+        weight = nn.Parameter(torch.ones(2, dtype=torch.float16))
+        weight.grad = torch.zeros_like(weight)
+        torch.optim.AdamW([weight], eps=eps).step()
+        assert bool(torch.isfinite(weight).all()) == finite
+
+
+def test_the_loss_outside():
+    """The advice says what replays the loss, too."""
+    advice = advice_for(Explanation(origin="output_gradient", step=3))
+    assert "`watcher.explain(closure)`" in advice
+    assert "`gradwatch.explain(model, *args, loss=...)`" in advice
     part = advice_for(Explanation(origin="output_gradient", module="encoder", step=3))
     assert "`watcher.explain(closure)`" in part
     assert "loss" not in part
+
+
+def test_what_was_not_found():
+    """What fits the reason; nothing where the note says all there is."""
+    assert advice_for(Explanation(notes=("Memory ran out.",))) == ""
+    assert "differs from call to call" in advice_for(Explanation(notes=(NOT_AGAIN,)))
+    assert "detect_anomaly" in advice_for(Explanation(operation="mm"))
 
 
 def test_one_of_several():
