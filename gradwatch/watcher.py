@@ -429,8 +429,10 @@ class Watcher:
             closure: Returns the loss, a tensor of one element.
 
         Returns:
-            The explanation, which is also the newest of :attr:`explanations`, with the step that
-            is under way. If the closure raises, its origin is ``"not_found"`` and a note says why.
+            The explanation, which is also the newest of :attr:`explanations`. Its step is the one
+            under way; the one that has just ended, if no backward has come since (nor a forward,
+            with ``explain=True``). If the closure raises, its origin is ``"not_found"`` and a note
+            says why.
 
         Raises:
             TypeError: If the closure is not callable, or returns something else.
@@ -456,10 +458,9 @@ class Watcher:
             raise TypeError(NO_CLOSURE.format(value=returned.described())) from None
         if not returned.may_be_loss():
             raise TypeError(NO_CLOSURE.format(value=returned.described()))
-        labels = [one.label for one in self._registry.followed]
-        step, label = self._registry.steps + 1, next(iter(labels), "")
+        label, step = self._registry.step_asked_for()
         found = replace(found, step=step, optimizer=label, rank=rank())
-        self._run.explain(found, labeled=len(labels) > 1)
+        self._run.explain(found, labeled=len(self._registry.followed) > 1)
         return found
 
     @property

@@ -53,15 +53,19 @@ TOO_LARGE = {
 ORIGINS = {
     "input": "it came with the data",
     "weights": "it was in the model before the forward",
-    "output_gradient": "it came back from the loss, which is made outside of the model",
+    "output_gradient": "it came back from the loss, which is made outside of the model's forward",
     "not_found": "where it was born was not found",
 }
+OF_A_PART = (
+    "it came back to the output of {module}, from what ran after that outside of the forwards that "
+    "are kept"
+)
 OTHER_TENSOR = "it was in another tensor that the forward uses"
 FROM_OUTSIDE = "it came with a tensor that was made outside of the forward, or outside of torch"
 ORIGINS_OF_LARGE = {
     "input": "It came with the data.",
     "weights": "It was in the model before the forward.",
-    "output_gradient": "It came back from the loss, which is made outside of the model.",
+    "output_gradient": "It came back from the loss, which is made outside of the model's forward.",
 }
 MOST_EXAMPLES = 8
 MOST_OPERANDS = 6
@@ -106,13 +110,14 @@ class Explanation:
         micro_batch: The micro-batch in its window, counted from 1; 0 if not known.
         origin: ``"operation"`` of the model or the loss; ``"input"``: the data, or another tensor
             that was made outside of the forward; ``"weights"``: parameters, buffers or other
-            tensors of the model that were bad before; ``"output_gradient"``: what came back from
-            the loss, which is made outside of the module; ``"not_found"``.
+            tensors of the model that were bad before; ``"output_gradient"``: what came back to
+            the output of a module, from the loss or what else is made outside of it;
+            ``"not_found"``.
         phase: ``"forward"`` or ``"backward"``, for an operation; else None.
         kind: ``"nan"``, ``"inf"``, ``"overflow"`` (finite gradients whose norm is infinite) or
             ``"spike"`` (a step that ``skip_spikes`` left out).
-        module: The module whose code ran the operation, as in ``named_modules()``; ``""`` for the
-            outermost one; None outside of the model.
+        module: The module whose code ran the operation, or whose output had the gradient, as in
+            ``named_modules()``; ``""`` for the outermost one; None outside of the model.
         module_class: Its class; empty outside of the model.
         operation: torch's name of the operation, without overload: ``"log"``. For an operation of
             the backward that of the forward operation that it belongs to. Empty if none is known.
@@ -319,7 +324,12 @@ def _summary(it: Explanation) -> str:
         told += f": {printable(it.parameter)}" if it.parameter else ""
         told += f", since step {it.since_step}" if it.since_step else ""
     elif it.origin == "output_gradient":
-        told = f"{kind} in the gradient that came back from the loss, outside of the model"
+        told = f"{kind} in the gradient that came back "
+        told += (
+            f"to the output of {_module(it)}"
+            if it.module
+            else "from the loss, outside of the model"
+        )
     else:
         told = f"{kind}: where it was born was not found"
     told += f", {_examples(it.examples, 3)}" if it.examples else ""
@@ -371,7 +381,8 @@ def _beginning(it: Explanation) -> Iterator[str]:
             yield wrapped(f"It began {_in_module(it)}{':' if located else '.'}", "  ")
             yield from _location(it)
         elif it.origin in ORIGINS_OF_LARGE:
-            yield ORIGINS_OF_LARGE[it.origin]
+            told = f"I{OF_A_PART[1:]}.".format(module=_module(it)) if _of_a_part(it) else ""
+            yield wrapped(told or ORIGINS_OF_LARGE[it.origin], "  ")
     elif it.origin == "operation":
         yield wrapped(f"{kind}, born {_in_module(it)}{':' if located else '.'}", "  ")
         yield from _location(it)
@@ -380,7 +391,13 @@ def _beginning(it: Explanation) -> Iterator[str]:
         yield from _location(it)
 
 
+def _of_a_part(it: Explanation) -> bool:
+    return it.origin == "output_gradient" and bool(it.module)
+
+
 def _origin(it: Explanation) -> str:
+    if _of_a_part(it):
+        return OF_A_PART.format(module=_module(it))
     if it.origin != "input":
         return ORIGINS[it.origin]
     if NO_ARGUMENT in it.notes:

@@ -241,9 +241,14 @@ BUFFERS = (
     "`norm.reset_running_stats()`."
 )
 OUTPUT_GRADIENT = (
-    "The loss is made outside of the module, where this replay cannot see it. To get its line, "
-    "give the whole closure, `watcher.explain(closure)`, or call "
+    "The loss is made outside of the model's forward, where this replay cannot see it. To get its "
+    "line, give the whole closure, `watcher.explain(closure)`, or call "
     "`gradwatch.explain(model, *args, loss=...)`."
+)
+OUTPUT_OF_A_PART = (
+    "Look at what is done with that output: it is not part of a forward that was run again. To get "
+    "its line, give the whole closure, `watcher.explain(closure)`, or do it in the forward of the "
+    "watched model, and call that."
 )
 CHANGED = (
     "Look for what differs from call to call: random numbers that are not torch's, what the loop "
@@ -319,7 +324,7 @@ def advice_for(explanation: Explanation, by_update: bool = False) -> str:
     if explanation.origin == "weights":
         return _for_weights(explanation, by_update)
     if explanation.origin == "output_gradient":
-        return OUTPUT_GRADIENT
+        return OUTPUT_OF_A_PART if explanation.module else OUTPUT_GRADIENT
     if explanation.origin == "not_found":
         if NOT_AGAIN in explanation.notes:
             return CHANGED

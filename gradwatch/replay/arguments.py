@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from operator import is_
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from gradwatch.hooks.draws import is_of_user
@@ -16,7 +18,12 @@ from gradwatch.replay.reach import positional
 from gradwatch.replay.stand_ins import StandIns, rebuilt
 
 _DEEPEST = 4
-_NEVER = (nn.Module, type, str, bytes, bytearray)
+_PLAIN = (bool, int, float, complex, str, bytes, type, type(None))
+# A generator of random numbers may be that of the model, too: what one draws the other does not.
+_NEVER = (
+    *(nn.Module, bytearray, torch.Generator, random.Random),
+    *(np.random.Generator, np.random.RandomState, np.random.BitGenerator),
+)
 
 
 class Arguments:
@@ -25,7 +32,9 @@ class Arguments:
     Attributes:
         args: The positional ones.
         kwargs: Those by keyword.
+        named: Both, with what the forward calls them.
         names: For each tensor in them, by ``id()`` of the original, what the forward calls it.
+        passed_on: What is no copy, and may be written to: functions, modules, random generators.
     """
 
     def __init__(
@@ -33,24 +42,31 @@ class Arguments:
         forward: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        stand_ins: StandIns,
+        stand_ins: StandIns | None,
     ) -> None:
-        """Copies them."""
+        """Copies them; without ``stand_ins`` no tensor or array, to see what is passed on."""
         self.names: dict[int, str] = {}
+        self.passed_on: list[object] = []
         self._stand_ins = stand_ins
         self._copies: dict[int, Any] = {}
         names = positional(forward, args)
         self.args = tuple(self._copy(one, name, 0) for one, name in zip(args, names, strict=True))
         self.kwargs = {name: self._copy(one, name, 0) for name, one in kwargs.items()}
+        self.named = [*zip(names, self.args, strict=True), *self.kwargs.items()]
 
     def _copy(self, value: Any, name: str, depth: int) -> Any:
         if isinstance(value, Tensor):
             self.names.setdefault(id(value), name)
-            return self._stand_ins.of(value)
+            return value if self._stand_ins is None else self._stand_ins.of(value)
+        if isinstance(value, _PLAIN):
+            return value
         if depth > _DEEPEST or isinstance(value, _NEVER) or callable(value):
+            self.passed_on.append(value)
             return value
         if id(value) not in self._copies:
-            self._copies[id(value)] = self._copy_container(value, name, depth + 1)
+            copied = self._copies[id(value)] = self._copy_container(value, name, depth + 1)
+            if copied is value and not isinstance(value, tuple):
+                self.passed_on.append(value)
         return self._copies[id(value)]
 
     def _copy_container(self, value: Any, name: str, depth: int) -> Any:
@@ -66,7 +82,7 @@ class Arguments:
         if type(value) is dict:
             return {key: self._copy(one, _at(name, key), depth) for key, one in value.items()}
         if isinstance(value, np.ndarray):
-            return value.copy()
+            return value if self._stand_ins is None else value.copy()
         return self._copy_object(value, name, depth)
 
     def _copy_object(self, value: Any, name: str, depth: int) -> Any:
@@ -77,7 +93,7 @@ class Arguments:
                 for key, one in value.items():
                     other[key] = self._copy(one, _at(name, key), depth)
                 return other
-            keys = _attributes(value)
+            keys = attributes_of(value)
             items = [self._copy(getattr(value, key), _at(name, key, True), depth) for key in keys]
             same = all(one is getattr(value, key) for key, one in zip(keys, items, strict=True))
             # The forward may count in an object of the user's, such as a cache.
@@ -93,7 +109,8 @@ class Arguments:
         return other
 
 
-def _attributes(value: Any) -> list[str]:
+def attributes_of(value: Any) -> list[str]:
+    """Lists the attributes that an object has of its own."""
     if is_dataclass(value):
         return [one.name for one in fields(value)]
     slots = [key for kind in type(value).__mro__ for key in vars(kind).get("__slots__", ())]

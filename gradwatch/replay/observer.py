@@ -14,6 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import zip_longest
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -95,6 +96,7 @@ class Root:
         examples: Indices of the bad examples along the batch dimension; None if it has none.
         operands: What the operation was given.
         via: Roots of infinite operands that were made NaN by it.
+        call: For a gradient that came back, the module whose output it is of, and its caller.
     """
 
     number: int
@@ -110,6 +112,7 @@ class Root:
     examples: tuple[int, ...] | None
     operands: tuple[Operand, ...] = ()
     via: Roots = NO_ROOTS
+    call: Place | None = None
 
 
 @dataclass(slots=True)
@@ -168,6 +171,12 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         variables: Names of those inputs that are variables of the functions, and no arguments.
         attributes: Names of those buffers that are none, but other tensors of the model.
         examples: Which example of the batch elements belong to.
+        doubtful_from: Number of the first operation that reads what the forward has changed in an
+            object, so that from there on nobody knows what the training has computed; None for
+            none.
+        earlier: Numbers to run it with, in place of what the forward has left in objects; see
+            :class:`gradwatch.replay.changes.Changed`.
+        may_be_earlier: Numbers that may have been there before the forward.
         doubtful: Names of buffers that the forward writes to, and of which nobody knows what they
             held before: what is bad there may be what the same forward has left in the training.
     """
@@ -193,10 +202,16 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.attributes: Collection[str] = ()
         self.doubtful: Collection[str] = ()
         self.examples = Examples()
+        self.doubtful_from: int | None = None
+        self.earlier: Mapping[tuple[object, ...], float] = {}
+        self.may_be_earlier: Mapping[tuple[object, ...], float] = {}
+        self._unread_yet: set[int | None] = set()
+        self._reads: dict[int | None, int] = {}
         self._wanted = wanted
         self._is_idle = False  # what is done to look at a tensor is no operation of the run
         self._kept: list[object] = []  # ids are only good while what they are of is there
         self._named: dict[int, tuple[Source, str]] = {}
+        self._calls: dict[int, Place] = {}
         self._producers: dict[int, int] = {}
         self._tainted: dict[int, Roots] = {}
         self._good: set[int] = set()
@@ -227,19 +242,46 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key is not None:
             self.examples.note_input(key, tensor)
 
-    def begin_backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-        """Notes the end of the forward; ``gradients`` are those that the backward starts from."""
+    def note_reads(self, tensors: Iterable[Tensor]) -> None:
+        """Has it noted when these tensors are read first; see :meth:`first_read`."""
+        for tensor in tensors:
+            key = _key(tensor)
+            if key is not None:
+                self._unread_yet.add(key)
+                self._kept.append(tensor)
+
+    def first_read(self, tensors: Iterable[Tensor]) -> int | None:
+        """Returns the number of the first operation that was given one of these tensors."""
+        keys = set(map(_key, tensors))
+        return min((number for key, number in self._reads.items() if key in keys), default=None)
+
+    def begin_backward(
+        self,
+        outputs: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        calls: Sequence[tuple[nn.Module, tuple[str, int]]] = (),
+    ) -> None:
+        """Notes the end of the forward.
+
+        Args:
+            outputs: Its outputs.
+            gradients: Those that the backward starts from, one for each output.
+            calls: For each output the module that returned it, and file and line of its caller.
+        """
         self._is_idle = True
         with torch.no_grad():
             for output in outputs:
                 self.output_roots |= self._roots_of(output)
         self._is_idle = False
-        for output, gradient in zip(outputs, gradients, strict=True):
+        for output, gradient, call in zip_longest(outputs, gradients, calls):
             if gradient is not None:
                 self._name(gradient, "output_gradient", "")
                 key = _key(gradient)
                 if key is not None:
                     self.examples.note_like(key, gradient, _key(output), output)
+                if key is not None and call is not None:
+                    module, (file, line) = call
+                    self._calls[key] = Place(file, line, id(module))
         self.first_backward = len(self.operations)
 
     def end(self, gradients: Mapping[str, Tensor | None]) -> None:
@@ -307,6 +349,9 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             backward=node is not None and not place.recomputed,
         )
         self.operations.append(operation)
+        read = self._unread_yet.intersection(keys)
+        self._unread_yet -= read
+        self._reads.update(dict.fromkeys(read, number))
         self._sequences.append(operation.sequence)
         pairs = list(zip(keys, operands, strict=True))
         results = list(_tensors((result,)))
@@ -477,6 +522,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name = variable_of(tensor, place.file, place.line)
             self.examples.note_given(key, tensor)  # targets, most likely
         self.roots.append(self._root_of(number, tensor, source, name, None))
+        self.roots[-1].call = self._calls.get(key)
         self._kept.append(tensor)
         roots = self._tainted[key] = frozenset({len(self.roots) - 1})
         return roots

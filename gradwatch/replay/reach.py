@@ -43,6 +43,7 @@ from torch.nn.modules import module as module_hooks
 from torch.optim import Optimizer
 
 from gradwatch.hooks.draws import Drawn, drawn_by, is_of_user
+from gradwatch.hooks.generators import torch_generators
 from gradwatch.replay.stand_ins import rebuilt
 
 MOST_ITEMS = 10_000
@@ -351,10 +352,14 @@ class Reach:
     # -- generators --------------------------------------------------------------------------------
 
     def _visit_generator(self, generator: torch.Generator, depth: int, name: str) -> None:
+        if any(generator is one for one in torch_generators()):
+            return  # a global one, which is put back by itself
         self.draws = True
         self._restores.append(partial(generator.set_state, generator.get_state()))
 
     def _visit_numpy(self, generator: Any, depth: int, name: str) -> None:
+        if any(generator is one for one in (_NUMPY, _NUMPY._bit_generator)):
+            return
         self.draws = True
         if isinstance(generator, np.random.RandomState):
             state = generator.get_state(legacy=False)
@@ -364,8 +369,14 @@ class Reach:
         self._restores.append(partial(setattr, bits, "state", bits.state))
 
     def _visit_random(self, generator: random.Random, depth: int, name: str) -> None:
+        if generator is _PYTHON or isinstance(generator, random.SystemRandom):
+            return
         self.draws = True
         self._restores.append(partial(generator.setstate, generator.getstate()))
+
+
+_PYTHON = getattr(random.getstate, "__self__", None)
+_NUMPY: Any = getattr(np.random.get_state, "__self__", None)
 
 
 def _global_hooks() -> Iterator[dict[int, Any]]:

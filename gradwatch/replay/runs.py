@@ -20,6 +20,7 @@ from gradwatch.hooks.generators import torch_generators
 from gradwatch.measure.parameters import unwrapped
 from gradwatch.out_of_memory import forget, is_out_of_memory, release_memory
 from gradwatch.replay.arguments import Arguments
+from gradwatch.replay.changes import CHANGES, Objects
 from gradwatch.replay.live import Kernels, LiveGraph
 from gradwatch.replay.observer import Observer
 from gradwatch.replay.reach import uncompiled
@@ -129,7 +130,11 @@ def live_calls(model: Model, calls: Sequence[ForwardCall]) -> Iterator[LiveGraph
         ReplayError: As the run of :func:`run_calls`.
     """
     modules = [call.module for call in calls]
-    with _errors_told(), undisturbed(model, *modules) as block, Kernels() as kernels:
+    with (
+        _errors_told(),
+        undisturbed(model, *modules, given=_passed_on(calls)) as block,
+        Kernels() as kernels,
+    ):
         given = [_arguments(call, block.stand_ins) for call in calls]
         inputs = [block.stand_ins.by_id[i] for one in given for i in one.names]
         outputs = [_forward(call, one) for call, one in zip(calls, given, strict=True)]
@@ -251,7 +256,7 @@ def _run_calls(
     observer: Observer,
 ) -> list[str]:
     modules = [call.module for call in calls]
-    with _errors_told(), undisturbed(model, *modules) as block:
+    with _errors_told(), undisturbed(model, *modules, given=_passed_on(calls)) as block:
         given = [_arguments(call, block.stand_ins) for call in calls]
         block.go_back(buffers, {i for one in given for i in one.names})
         notes = [*block.notes]
@@ -259,28 +264,48 @@ def _run_calls(
         _tell(observer, block, names)
         for call, one in zip(calls, given, strict=True):
             notes.extend(WRITTEN_TO.format(name=name) for name in _written_to(call, one))
+        objects = Objects(
+            [pair for one in given for pair in one.named],
+            block.modules,
+            _seen_tensors(calls, block),
+            observer.earlier,
+        )
+        observer.note_reads(objects.tensors)
         with observer:
             outputs = []
             for call, one in zip(calls, given, strict=True):
                 observer.caller = call.caller
                 outputs.append(_forward(call, one))
         kept = [gradient for call in calls for gradient in call.gradients]
-        leaves = [leaf for output in outputs for leaf in _with_gradient(output)]
+        found = [(leaf, i) for i, one in enumerate(outputs) for leaf in _with_gradient(one)]
+        leaves = [leaf for leaf, _ in found]
+        made_by = [(unwrapped(calls[i].module), calls[i].caller) for _, i in found]
         ends, problem = _ends(leaves, kept)
         notes.extend(problem)
         # Not inside of the observer: what is done in there is not part of the training.
         starts = _starts(ends)
         with observer:
-            observer.begin_backward(leaves, [starts.get(id(leaf)) for leaf in leaves])
+            observer.begin_backward(leaves, [starts.get(id(leaf)) for leaf in leaves], made_by)
             begin = [leaf for leaf in _once(leaves) if id(leaf) in starts]
             if begin:
                 with _without_strangers(begin, block.stand_ins):
                     torch.autograd.backward(begin, [starts[id(leaf)] for leaf in begin])
-        _end(observer, block)
+        notes += _end(observer, block, objects)
     return notes
 
 
-def _arguments(call: ForwardCall, stand_ins: StandIns) -> Arguments:
+def _seen_tensors(calls: Sequence[ForwardCall], block: Undisturbed) -> set[int]:
+    """Returns the ids of the copies of tensors whose version counters were noted."""
+    leaves = tree_leaves([(call.args, dict(call.kwargs)) for call in calls])
+    copies = (block.stand_ins.by_id.get(id(one)) for one in leaves)
+    return {id(one) for one in copies if one is not None}
+
+
+def _passed_on(calls: Sequence[ForwardCall]) -> list[object]:
+    return [one for call in calls for one in _arguments(call, None).passed_on]
+
+
+def _arguments(call: ForwardCall, stand_ins: StandIns | None) -> Arguments:
     return Arguments(unwrapped(call.module).forward, call.args, call.kwargs, stand_ins)
 
 
@@ -308,9 +333,17 @@ def _tell(observer: Observer, block: Undisturbed, inputs: Iterable[tuple[Tensor,
             observer.name_buffer(tensor, name)
 
 
-def _end(observer: Observer, block: Undisturbed) -> None:
+def _end(observer: Observer, block: Undisturbed, objects: Objects | None = None) -> list[str]:
+    """Ends the observation; returns sentences of what the forward has changed in objects."""
     observer.doubtful = block.doubtful()
+    notes = []
+    if objects is not None:
+        changed = objects.changed()
+        observer.doubtful_from = 0 if changed.spoiled else observer.first_read(changed.tensors)
+        observer.may_be_earlier = changed.earlier
+        notes = [CHANGES.format(name=name) for name in changed.names] + changed.taken_back
     observer.end({name: tensor.grad for name, tensor in block.parameters.items()})
+    return notes
 
 
 def _written_to(call: ForwardCall, given: Arguments) -> list[str]:
@@ -435,8 +468,9 @@ def _run_function(
     caller: tuple[str, int],
     observer: Observer,
 ) -> list[str]:
-    with _errors_told(), undisturbed(model, *([] if loss is None else [loss])) as block:
-        module = unwrapped(model)
+    module, functions = unwrapped(model), [] if loss is None else [loss]
+    passed_on = Arguments(module.forward, args, kwargs, None).passed_on
+    with _errors_told(), undisturbed(model, *functions, given=passed_on) as block:
         given = Arguments(module.forward, args, kwargs, block.stand_ins)
         inputs = [(block.stand_ins.by_id[i], name) for i, name in given.names.items()]
         _tell(observer, block, [*inputs, *block.data])
@@ -470,8 +504,11 @@ def _run_closure(
     observer: Observer,
 ) -> list[str]:
     with _errors_told(), undisturbed(model, closure) as block:
+        objects = None
         if buffers is not None:
             block.go_back(buffers, ())
+            objects = Objects((), block.modules, earlier=observer.earlier)
+            observer.note_reads(objects.tensors)
         _tell(observer, block, _batch_first(block.data))
         backwards = _Backwards(observer, block.stand_ins)
         with backwards.in_place(), observer:
@@ -483,8 +520,8 @@ def _run_closure(
                 if not (isinstance(loss, Tensor) and loss.requires_grad):
                     raise NoLossError(NO_LOSS.format(value=_described(loss)))
                 torch.autograd.backward(loss, torch.full_like(loss, scale))
-        _end(observer, block)
-    return [*block.notes]
+        notes = _end(observer, block, objects)
+    return [*block.notes, *notes]
 
 
 def _batch_first(data: list[tuple[Tensor, str]]) -> list[tuple[Tensor, str]]:

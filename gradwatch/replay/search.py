@@ -27,6 +27,7 @@ from gradwatch.record.operations import LIMITS, name_of_node, plain_name, public
 from gradwatch.replay.advice import advice_for
 from gradwatch.replay.frames import Place, source_of
 from gradwatch.replay.observer import NO_ROOTS, Details, Observer, Operation, Root
+from gradwatch.replay.stand_ins import ReplayError
 
 Run = Callable[[Observer], list[str]]
 """Runs the same forward and backward under an observer; returns sentences of what to know of it."""
@@ -99,8 +100,7 @@ def explain_run(run: Run, known_bad: bool = True) -> Explanation:
         run: Runs it; each time exactly alike.
         known_bad: Whether its gradients were bad before, so that finite ones are strange.
     """
-    first = Observer()
-    notes = run(first)
+    first, notes = _first_run(run)
     cause, kind = _cause_of(first)
     if cause is None:
         if not known_bad:
@@ -111,11 +111,40 @@ def explain_run(run: Run, known_bad: bool = True) -> Explanation:
     if doubtful and doubtful[0].number <= cause.number:
         notes = [*notes, DOUBTFUL.format(name=doubtful[0].name)]
         return _advised(Explanation(origin="not_found", kind=kind, notes=tuple(notes)))
+    if _is_doubtful(first, cause):
+        return _advised(Explanation(origin="not_found", kind=kind, notes=tuple(notes)))
     search = _Search(first, cause, kind)
     second = Observer(search.wanted())
+    second.earlier = first.earlier
     run(second)
     found = search.explanation(second.details if _is_alike(first, second) else {})
     return _advised(replace(found, notes=(*found.notes, *notes)))
+
+
+def _first_run(run: Run) -> tuple[Observer, list[str]]:
+    """Runs it; once more if numbers that it moves, such as a counter, may have been others then."""
+    first = Observer()
+    notes = run(first)
+    if not first.may_be_earlier:
+        return first, notes
+    again = Observer()
+    again.earlier = first.may_be_earlier
+    try:
+        others = run(again)
+    except ReplayError:
+        return first, notes
+    # If it does not end where the training did, they were not these.
+    return (first, notes) if again.may_be_earlier else (again, others)
+
+
+def _is_doubtful(seen: Observer, cause: Root) -> bool:
+    """Returns whether a cause may come of what the forward has changed in an object."""
+    if seen.doubtful_from is None or cause.source not in (None, "constant"):
+        return False  # what came in bad from elsewhere is so whatever was computed
+    number: int | None = cause.number
+    if cause.source is None:
+        number = seen.forward_of(cause.number)
+    return number is None or number >= seen.doubtful_from
 
 
 def _advised(explanation: Explanation) -> Explanation:
@@ -257,17 +286,10 @@ class _Search:
     def _from_outside(self, common: dict[str, Any]) -> Explanation:
         cause, source = self._cause, self._cause.source
         if source == "output_gradient":
-            file, line = self._seen.caller
-            return Explanation(
-                origin="output_gradient",
-                phase="backward",
-                module="",
-                module_class=self._outermost(),
-                file=file,
-                line=line,
-                source=source_of(file, line),
-                **common,
-            )
+            where = self._where(cause.call or Place())
+            if where["module"] is None:
+                where |= {"module": "", "module_class": self._outermost()}
+            return Explanation(origin="output_gradient", phase="backward", **where, **common)
         place = self._operation.place if self._operation is not None else Place()
         of_model = source in ("parameter", "buffer")
         is_given = source == "input" and cause.name not in self._seen.variables

@@ -41,6 +41,7 @@ class StandIns:
         if found is None:
             self._originals.append(tensor)
             found = self.by_id[id(tensor)] = _copy(tensor)
+            self.by_id[id(found)] = found  # it may be found in a place where it was put
         return found
 
     def is_known(self, tensor: Tensor) -> bool:

@@ -41,8 +41,8 @@ from gradwatch.replay.stand_ins import ReplayError, StandIns
 
 UNCOMPILED = "It was run again without torch.compile, whose kernels may round differently."
 OWN_GENERATOR = (
-    "The model draws random numbers from a generator of its own, whose state at the forward is not "
-    "known: the replay may have drawn others."
+    "The model draws random numbers from a generator of its own, or one that it is given, whose "
+    "state at the forward is not known: the replay may have drawn others."
 )
 SHARDED = "The model is sharded over ranks, so that one rank cannot run it again by itself."
 SCRIPTED = "{name} is a scripted module, whose weights cannot be replaced by copies."
@@ -184,7 +184,9 @@ class Undisturbed:
 
 
 @contextmanager
-def undisturbed(model: Model, *functions: Callable[..., Any]) -> Iterator[Undisturbed]:
+def undisturbed(
+    model: Model, *functions: Callable[..., Any], given: Iterable[object] = ()
+) -> Iterator[Undisturbed]:
     """Lets a block run a model, forward and backward, and puts everything back that it changes.
 
     In the block gradients are recorded, whatever was so outside; gradwatch's own hooks do nothing;
@@ -197,6 +199,7 @@ def undisturbed(model: Model, *functions: Callable[..., Any]) -> Iterator[Undist
     Args:
         model: The module, or a mapping from names to leaf tensors.
         functions: Other functions that the block will call, such as a closure.
+        given: Other objects that the block will give them, and that are put back as well.
 
     Raises:
         ReplayError: If the model cannot be run again without disturbing the training.
@@ -211,7 +214,8 @@ def undisturbed(model: Model, *functions: Callable[..., Any]) -> Iterator[Undist
         stack.callback(RandomState().put_back)
         stack.enter_context(replaying())
         stack.enter_context(_unwarned())
-        reach = Reach([model if isinstance(model, nn.Module) else dict(model), *functions])
+        watched = model if isinstance(model, nn.Module) else dict(model)
+        reach = Reach([watched, *functions, *given])
         _refuse(reach)
         takes = _taken_from(reach, functions)
         block = Undisturbed(model, reach)

@@ -53,6 +53,8 @@ class OptimizerRegistry:
     def __init__(self, run: Run, shield: Shield, curvature: MeasureCurvature | None = None) -> None:
         """Follows no optimizer yet; ``curvature`` is measured after steps of the first one."""
         self.followed: list[OptimizerSteps] = []
+        self._finished: OptimizerSteps | None = None  # whose step has ended last
+        self._serial = 0  # the number of forwards that were kept until then
         self.managed: list[OptimizerSteps] = []
         self._run = run
         self._bad_weights = BadWeights(run.table.tensors)
@@ -142,6 +144,19 @@ class OptimizerRegistry:
         """The number of steps so far, of the optimizer that has taken the most."""
         everyone = (*self.followed, self._unowned)
         return max((one.step for one in everyone if one is not None), default=0)
+
+    def step_asked_for(self) -> tuple[str, int]:
+        """Returns the optimizer and the step that a question is about that is asked now.
+
+        That is the step under way; the one that has just ended, if nothing has come since.
+        """
+        for one in self.followed:
+            if one.window.arrivals or one.stepping is not None:
+                return one.label, one.step + 1
+        if not self.followed:
+            return "", self.steps or 1  # each backward counts as one
+        last, kept = self._finished or self.followed[0], self._forwards
+        return last.label, last.step + (kept is not None and kept.serial > self._serial) or 1
 
     def add(self, backward: Backward, weight: FloatOrDeferred) -> None:
         """Adds a backward that has ended to the window of every optimizer that it concerns."""
@@ -381,7 +396,9 @@ class OptimizerRegistry:
 
     def _on_finished(self, steps: OptimizerSteps) -> None:
         self._silence.backwards = self._silence.others = 0
+        self._finished = steps
         if self._forwards is not None:
+            self._serial = self._forwards.serial
             alone = len(self.followed) == 1 and self._unowned is None
             self._forwards.keep_only(() if alone else self._open_backwards())
         if steps.step % LOOK_EVERY in LOOK_AT:

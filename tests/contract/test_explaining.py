@@ -782,6 +782,46 @@ def test_a_loop_that_leaves_out_the_step_itself(zeroes):
     assert torch.equal(random, other_random)
 
 
+class Parts(nn.Module):
+    """Its loss is made by a method, between and after the forwards of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(4, 4, bias=False)
+        self.decoder = nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the loss."""
+        hidden = self.encoder(x)  # the call
+        return self.decoder(hidden.abs().sqrt()).mean()
+
+    compute_loss = forward
+
+
+@pytest.mark.parametrize("way", ["forward", "compute_loss", "by parts"])
+def test_what_came_back_is_told_of_the_module_that_was_called(way: str) -> None:
+    """The loop calls layers, or a method that does: the line between them is not seen."""
+    torch.manual_seed(0)
+    model = Parts()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.watch(model, optimizer, on_nonfinite="explain") as watcher:
+        for x in (good(), bad() * torch.tensor([[1.0], [0.0], [1.0]])):
+            if way == "by parts":
+                hidden = model.encoder(x)  # the call
+                model.decoder(hidden.abs().sqrt()).mean().backward()
+            else:
+                getattr(model, way)(x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    (one,) = watcher.explanations
+    assert (one.origin, one.module, one.module_class) == ("output_gradient", "encoder", "Linear")
+    assert one.source.endswith("# the call")
+    assert one.examples == (1,)
+    assert "the output of encoder (Linear)" in str(one)
+    assert "loss" not in one.summary
+    assert "outside of the forwards that are kept" in " ".join(str(one).split())
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("managed", [False, True])
 def test_bad_data_under_a_scaler_is_explained(fused, managed):

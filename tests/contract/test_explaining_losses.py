@@ -363,7 +363,10 @@ def test_explain_works_at_any_time_and_changes_nothing(mode: str, moment: str) -
 
     (one,) = found
     assert (one.operation, one.source, one.examples) == ("log", LINE, (3,))
-    assert one.step == {"before": 1, "forward": 3, "backward": 3}.get(moment, one.step)
+    # Without explain=True a forward is not seen.
+    forward = 3 if mode == "explain" else 2
+    wanted = {"before": 1, "forward": forward, "backward": 3 if mode == "explain" else 2}
+    assert one.step == wanted.get(moment, 3 if mode == "explain" else 2)
     assert one in watcher.explanations
 
 
@@ -465,7 +468,33 @@ def test_explain_is_recorded(tmp_path) -> None:
     assert [event.kind for event in watcher.events] == ["explained"]
     assert [event.kind for event in sink.events] == ["explained"]
     (read,) = gradwatch.load(tmp_path).explanations().itertuples()
-    assert (read.step, read.operation, read.optimizer) == (2, "div", "SGD")
+    assert (read.step, read.operation, read.optimizer) == (1, "div", "SGD")
+    assert watcher.events[0].step == 1
+
+
+def test_explain_is_of_the_step_that_has_ended_last() -> None:
+    """Between two steps it is the step before: of the optimizer that took it."""
+    model = nn.ModuleDict({"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)})
+    optimizers = {name: torch.optim.SGD(one.parameters(), lr=0.1) for name, one in model.items()}
+    with gradwatch.watch(model, optimizers) as watcher:
+        found = []
+        for name in ("a", "a", "b"):
+            found.append(watcher.explain(lambda: model["a"](torch.zeros(2)).sum().sqrt()))
+            model[name](torch.ones(2)).sum().backward()
+            found.append(watcher.explain(lambda: model["a"](torch.zeros(2)).sum().sqrt()))
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+    places = [(one.optimizer, one.step) for one in found]
+    assert places == [("a", 1), ("a", 1), ("a", 1), ("a", 2), ("a", 2), ("b", 1)]
+
+
+def test_explain_without_an_optimizer() -> None:
+    """Each backward then counts as a step."""
+    model = nn.Linear(2, 1)
+    with gradwatch.watch(model) as watcher:
+        assert watcher.explain(lambda: model(torch.ones(2)).sum()).step == 1
+        model(torch.ones(2)).sum().backward()
+        assert watcher.explain(lambda: model(torch.ones(2)).sum()).step == 1
 
 
 def test_a_copy_explains_nothing() -> None:

@@ -127,6 +127,7 @@ OUTPUT = Explanation(
     result_dtype="float32",
     examples=(0, 1, 2, 3),
 )
+OUTPUT_OF_A_PART = replace(OUTPUT, module="body.enc", module_class="Linear", file="m.py", line=9)
 ONE_OF = Explanation(step=5, candidates=(MASK, SQRT), examples=(1,))
 SPIKE = Explanation(
     step=900,
@@ -244,10 +245,21 @@ All 100 elements of the model's head.weight (float32, [10, 10]) are Inf, since s
     "output": (
         OUTPUT,
         """\
-NaN in micro-batch 1 of step 1: it came back from the loss, which is made outside of the model.
+NaN in micro-batch 1 of step 1: it came back from the loss, which is made outside of the model's
+  forward.
 2 of 40 elements of the gradient at the output of the model (Net) (float32, [4, 10]) are NaN, in
   examples 0 to 3.""",
         "NaN in the gradient that came back from the loss, outside of the model, examples 0 to 3",
+    ),
+    "output of a part": (
+        OUTPUT_OF_A_PART,
+        """\
+NaN in micro-batch 1 of step 1: it came back to the output of body.enc (Linear), from what ran after
+  that outside of the forwards that are kept.
+  m.py:9
+2 of 40 elements of the gradient at the output of body.enc (Linear) (float32, [4, 10]) are NaN, in
+  examples 0 to 3.""",
+        "NaN in the gradient that came back to the output of body.enc (Linear), examples 0 to 3",
     ),
     "one of": (
         ONE_OF,

@@ -25,6 +25,7 @@ class Seen(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.caller = ("", 0)
+        self.earlier: dict[Any, Any] = {}
         self.callers: list[tuple[str, int]] = []
         self.modules: dict[str, nn.Module] = {}
         self.parameters: dict[str, Tensor] = {}
@@ -53,7 +54,13 @@ class Seen(TorchDispatchMode):
     def name_input(self, tensor, argument):
         self.inputs.append((argument, tensor))
 
-    def begin_backward(self, outputs, gradients):
+    def note_reads(self, tensors):
+        pass
+
+    def first_read(self, tensors):
+        return None
+
+    def begin_backward(self, outputs, gradients, calls=()):
         self.outputs, self.starts = list(outputs), list(gradients)
         self.begun += 1
 

@@ -635,6 +635,9 @@ def test_the_loss_outside():
     advice = advice_for(Explanation(origin="output_gradient", step=3))
     assert "`watcher.explain(closure)`" in advice
     assert "`gradwatch.explain(model, *args, loss=...)`" in advice
+    part = advice_for(Explanation(origin="output_gradient", module="encoder", step=3))
+    assert "`watcher.explain(closure)`" in part
+    assert "loss" not in part
 
 
 def test_what_was_not_found():

@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
-from tests.replay.replayed import WAYS, disturbance
+from gradwatch.replay.runs import run_calls
+from gradwatch.replay.state import OWN_GENERATOR
+from tests.replay.replayed import WAYS, Seen, disturbance, kept
 from tests.support import zoo
 
 ways = pytest.mark.parametrize("way", WAYS)
@@ -603,3 +605,120 @@ def test_containers_of_classes_of_their_own(way):
             return self.layer(x)
 
     assert disturbance(lambda: _training(Net()), way) == []
+
+
+class Sampler:
+    """Draws from a generator that it holds."""
+
+    def __init__(self, generator):
+        self.generator = generator
+
+    def __call__(self):
+        """Return a number."""
+        return _drawn(self.generator)
+
+
+def _drawn(generator):
+    if isinstance(generator, torch.Generator):
+        return torch.rand((), generator=generator).item()
+    return float(generator.random())
+
+
+GENERATORS = {
+    "torch": lambda: torch.Generator().manual_seed(1),
+    "numpy": lambda: np.random.default_rng(1),
+    "old numpy": lambda: np.random.RandomState(1),
+    "python": lambda: random.Random(1),
+}
+FORMS = {
+    "argument": (lambda one: one, _drawn),
+    "dict": (lambda one: {"of": [one]}, lambda given: _drawn(given["of"][0])),
+    "object": (lambda one: Cache(), lambda given: _drawn(given.mode)),
+    "function": (lambda one: lambda: _drawn(one), lambda given: given()),
+    "callable object": (Sampler, lambda given: given()),
+    "method": (lambda one: Sampler(one).__call__, lambda given: given()),
+}
+
+
+class Noised(nn.Module):
+    """Is given what it draws from."""
+
+    def __init__(self, draw):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        self.draw = draw
+
+    def forward(self, x, source):
+        return self.layer(x) * self.draw(source)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", GENERATORS)
+def test_a_generator_among_the_arguments(kind, form):
+    """It goes on as if the replay had not drawn, and the replay says that it may draw others."""
+    wrapped, draw = FORMS[form]
+    ends = []
+
+    def make():
+        generator = GENERATORS[kind]()
+        ends[:] = [generator]
+        source = wrapped(generator)
+        if form == "object":
+            source.mode = generator
+        model, x = Noised(draw), torch.randn(8, 6)
+        return model, lambda step: model(x, source=source).square().mean()
+
+    for way in WAYS:
+        drawn = disturbance(make, way, lambda: _drawn(ends[0]), compares_gradients=False)
+        assert drawn == []
+    model, loss_of = make()
+    with kept(model) as calls:
+        loss_of(0).backward()
+    assert run_calls(model, calls)(Seen()) == [OWN_GENERATOR]
+
+
+@pytest.mark.parametrize(
+    "generator",
+    [torch.default_generator, np.random.mtrand._rand, random.getstate.__self__],
+    ids=["torch", "numpy", "python"],
+)
+def test_a_global_generator_as_an_argument(generator):
+    """Of it the state at the forward is known."""
+    model, x = Noised(_drawn), torch.randn(8, 6)
+    with kept(model) as calls:
+        model(x, generator).square().mean().backward()
+    seen = Seen()
+    assert run_calls(model, calls)(seen) == []
+    assert torch.equal(seen.gradients["layer.weight"], model.layer.weight.grad)
+
+
+@ways
+def test_what_else_an_argument_leads_to(way):
+    """A module, a function that counts and one that writes to a tensor are as they were."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x, norm, tick):
+            return self.layer(norm(x)) + tick()
+
+    ends = []
+
+    def make():
+        norm, counts, total = nn.BatchNorm1d(6), [], torch.zeros(())
+
+        def tick():
+            counts.append(1)
+            return total.add_(1.0).item()
+
+        ends[:] = [norm, counts, total]
+        model, x = Net(), torch.randn(8, 6)
+        return model, lambda step: model(x, norm, tick).square().mean()
+
+    def extra():
+        norm, counts, total = ends
+        return norm.state_dict(), norm.weight.grad, counts, total
+
+    assert disturbance(make, way, extra, compares_gradients=False) == []
