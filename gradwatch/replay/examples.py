@@ -161,7 +161,9 @@ class Examples:
             return None
         each, item = rows.each, tensor.element_size()
         first = tensor.storage_offset() * item // each
-        for axis, (length, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        sides = [*enumerate(zip(tensor.shape, tensor.stride(), strict=True))]
+        # A single row only if nothing else can be it: the stride of a length of 1 says little.
+        for axis, (length, stride) in sorted(sides, key=lambda side: side[1][0] == 1):
             step = stride * item
             one_row = length == 1 and step == each
             if one_row or (step and step <= each < step * length and each % step == 0):
@@ -245,9 +247,13 @@ def _reordered(
     if name == "index":
         indices = given.get("indices") or ()
         used = [one for one in indices if one is not None]
-        if len(used) != 1 or len(indices) <= axis or indices[axis] is None or used[0].dim() != 1:
+        if len(used) != 1:
             return None
-        return ids[used[0].cpu()]
+        index = used[0].cpu()
+        if index.dtype is torch.bool and indices[0] is used[0] and axis == 0:
+            return ids[index.nonzero()[:, 0]]
+        along = len(indices) > axis and indices[axis] is used[0] and index.dim() == 1
+        return ids[index] if along else None
     dims = _dimensions(given, rank)
     if name == "index_select":
         return ids[given["index"].cpu()]
@@ -279,7 +285,8 @@ def _indexed(
     """Returns where the rows lie in ``operand[indices]``; ``position`` 0 is the operand."""
     used = [i for i, one in enumerate(indices) if one is not None]
     if position > 0:  # a table that is looked up by tensors that are themselves of the batch
-        return axis if used == [0] else None
+        looked_up = used == [0] and indices[0] is not None and indices[0].dtype is not torch.bool
+        return axis if looked_up else None
     first = indices[used[0]] if used else None
     if axis not in used:
         return axis if axis < min(used, default=axis + 1) else None
