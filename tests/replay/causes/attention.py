@@ -35,7 +35,9 @@ class Attention(nn.Module):
         return self.out((p @ v).transpose(1, 2).flatten(2))
 
 
-@cause("softmax", module="blocks.1", phase="forward", examples=(1, 4), at=Attention, loop="operation")
+@cause(
+    "softmax", module="blocks.1", phase="forward", examples=(1, 4), at=Attention, loop="operation"
+)
 def row_without_any_key():
     """A softmax of a row that is all -Inf, in one block of three."""
 
@@ -96,24 +98,6 @@ def softmax_by_hand():
     x = torch.randn(4, 5, 4)
     x[3] *= 100
     return Training(Net(forward), x, loss=square)
-
-
-@cause("div", module="layers.1", phase="forward")
-def temperature_of_zero():
-    """A division of all scores by a scalar tensor that is 0."""
-
-    def attend(x, temperature):
-        scores = x @ x.mT / temperature  # <- born
-        return x + scores.softmax(-1) @ x
-
-    def forward(self, x, step):
-        x = self.fc(x)
-        for number, layer in enumerate(self.layers):
-            x = layer(x, torch.tensor(1.0 - number * step))
-        return x
-
-    layers = nn.ModuleList([Lambda(attend), Lambda(attend)])
-    return Training(Net(forward, layers=layers), torch.randn(4, 5, 4), 1.0, loss=square)
 
 
 @cause("log", module="", phase="forward", examples=(2,))

@@ -90,7 +90,7 @@ def factor_that_is_infinite():
     return Training(Net(forward), torch.randn(4, 4), loss=square)
 
 
-@cause("div", module="", phase="backward", loop="operation")
+@cause("div", module="fc", phase="backward", loop="operation")
 def hook_on_a_gradient():
     """A lambda in a hook divides a gradient of 0 by its norm."""
 

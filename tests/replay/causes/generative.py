@@ -82,19 +82,6 @@ def logit_of_one():
     return Training(Net(forward, layers=nn.ModuleList([Scale(), Lambda(logit), Scale()])), x)
 
 
-@cause("log", module="", phase="forward", examples=(1,))
-def noise_of_a_uniform_number_of_one():
-    """A log within a log on one line: the outer one is that of 0."""
-
-    def forward(self, x, uniform):
-        noise = -torch.log(-torch.log(uniform))  # <- born
-        return F.softmax(self.fc(x) + noise, dim=-1)
-
-    uniform = torch.rand(4, 4) * 0.9 + 0.05
-    uniform[1, 0] = 1
-    return Training(Net(forward), torch.randn(4, 4), uniform, loss=square)
-
-
 @cause("div", module="", phase="forward", examples=(3,), loop="operation")
 def last_step_of_a_noise_schedule():
     """A buffer is 0 at the time step of one example, and is divided by."""
@@ -127,30 +114,6 @@ def ratio_of_policies():
     old = torch.tensor([0.0, 0.0, -500.0, 0.0])
     advantage = torch.tensor([1.0, 1.0, -1.0, 1.0])
     return Training(Net(forward), torch.randn(4, 4), torch.randn(4, 4), old, advantage)
-
-
-@cause("div", module="", phase="forward")
-def advantages_that_are_all_equal():
-    """A standardization of numbers that the parameters have no part in."""
-
-    def forward(self, state, reward):
-        advantage = (reward - reward.mean()) / reward.std()  # <- born
-        return -(self.fc(state).log_softmax(-1)[:, 0] * advantage).mean()
-
-    return Training(Net(forward), torch.randn(4, 4), torch.ones(4))
-
-
-@cause("atanh", module="", phase="forward", examples=(0,))
-def action_at_its_bound():
-    """An inverse of tanh at 1."""
-
-    def forward(self, state, action):
-        before = torch.atanh(action)  # <- born
-        return (before - self.fc(state)).square().mean()
-
-    action = torch.rand(4, 4) * 0.9
-    action[0, 1] = 1
-    return Training(Net(forward), torch.randn(4, 4), action)
 
 
 @cause("acos", module="", phase="backward", examples=(1,))
@@ -192,15 +155,3 @@ def eigenvectors_of_equal_eigenvalues():
     model = Net(forward)
     nn.init.eye_(model.fc.weight)
     return Training(model, torch.randn(4))
-
-
-@cause("cumprod", module="", phase="forward", examples=(1,))
-def running_product_that_overflows():
-    """A clamp hides the Inf in the forward, and not in the gradient."""
-
-    def forward(self, x):
-        return torch.cumprod(self.fc(x), dim=1).clamp(max=10)  # <- born
-
-    model = Net(forward)
-    nn.init.eye_(model.fc.weight)
-    return Training(model, batch(1, 1e30), loss=square)

@@ -23,20 +23,6 @@ def layer_norm_of_a_constant_row():
     return Training(Net(forward, norm=Lambda(normalize)), {"x": batch(1, 2.0)}, loss=square)
 
 
-@cause("sqrt", module="norm", phase="backward", examples=(2,))
-def gradient_of_a_deviation_of_zero():
-    """The epsilon is outside of the root: the forward is finite, the gradient is not."""
-
-    def normalize(x):
-        deviation = torch.sqrt(x.var(-1, keepdim=True, unbiased=False))  # <- born
-        return (x - x.mean(-1, keepdim=True)) / (deviation + 1e-5)
-
-    def forward(self, x):
-        return self.norm(self.fc(x))
-
-    return Training(Net(forward, norm=Lambda(normalize)), batch(2, 0.0), loss=square)
-
-
 @cause("sqrt", module="", phase="forward", examples=(2,))
 def variance_by_moments():
     """A difference of two means of squares that rounding makes negative."""
@@ -210,42 +196,6 @@ def mean_of_an_empty_crop():
     return Training(model, torch.randn(2, 3, 8, 8), 6, loss=square)
 
 
-@cause("sqrt", module="edges", phase="backward", examples=(1,))
-def edges_of_a_flat_image():
-    """A magnitude of two derivatives that are 0."""
-
-    class Edges(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("kernel", torch.tensor([[-1.0, 0, 1]]).expand(1, 1, 3, 3).clone())
-
-        def forward(self, x):
-            gx, gy = F.conv2d(x, self.kernel), F.conv2d(x, self.kernel.mT)
-            return torch.sqrt(gx**2 + gy**2)  # <- born
-
-    gray = nn.Conv2d(3, 1, 1, bias=False)
-    model = Net(lambda self, x: self.edges(self.gray(x)), gray=gray, edges=Edges())
-    return Training(model, batch(1, 0.0, 4, 3, 8, 8), loss=square)
-
-
-@cause("div", module="", phase="forward", examples=(1,))
-def union_of_empty_boxes():
-    """A local function within a local function, and a slice of the examples."""
-
-    def overlap(a, b):
-        def area(box):
-            return (box[:, 2] - box[:, 0]) * (box[:, 3] - box[:, 1])
-
-        low, high = torch.max(a[:, :2], b[:, :2]), torch.min(a[:, 2:], b[:, 2:])
-        inter = (high - low).clamp(min=0).prod(1)
-        return inter / (area(a) + area(b) - inter)  # <- born
-
-    def forward(self, x, boxes):
-        return 1 - overlap(self.fc(x), boxes)
-
-    return Training(Net(forward), batch(1, 0.0), batch(1, 0.0, draw=torch.rand), loss=square)
-
-
 @cause("log", module="spectrogram", phase="forward", examples=(2,))
 def spectrogram_of_silence():
     """A log of a power that a complex Fourier transform gave."""
@@ -286,14 +236,3 @@ def node_without_neighbors():
     edges[3] = edges[:, 3] = 0
     model = Net(forward, conv=Lambda(propagate))
     return Training(model, torch.randn(6, 4), edges, loss=square)
-
-
-@cause("div", module="", phase="forward")
-def group_without_members():
-    """The mean of a group that no row was added to."""
-
-    def forward(self, x, group):
-        total = torch.zeros(3, 4).index_add(0, group, self.fc(x))
-        return total / torch.bincount(group, minlength=3)[:, None]  # <- born
-
-    return Training(Net(forward), torch.randn(4, 4), torch.tensor([0, 0, 2, 2]), loss=square)

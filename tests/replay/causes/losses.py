@@ -37,19 +37,6 @@ def cross_entropy_of_a_saturated_sigmoid():
     return Training(model, x, loss=CrossEntropy())
 
 
-@cause("log", phase="forward", examples=(3,))
-def divergence_from_a_target_of_zero():
-    """A Kullback-Leibler divergence with a target probability of 0."""
-
-    def divergence(logits):
-        p = logits.softmax(-1)
-        return (target * torch.log(target / p)).sum(-1).mean()  # <- born
-
-    target = torch.full((4, 4), 0.25)
-    target[3] = torch.tensor([0.0, 0.5, 0.5, 0.0])
-    return Training(nn.Linear(4, 4), torch.randn(4, 4), loss=divergence)
-
-
 @cause("div", module="", phase="forward")
 def mean_over_no_token():
     """A masked mean over nothing, of which only the loss is NaN: the gradients are finite."""
@@ -95,50 +82,6 @@ def root_of_the_error_of_a_perfect_fit():
         return torch.sqrt(F.mse_loss(output, torch.zeros(4, 4)))  # <- born
 
     return Training(nn.Linear(4, 4, bias=False), torch.zeros(4, 4), loss=loss)
-
-
-@cause("div", phase="forward")
-def correlation_with_a_constant():
-    """A division of scalars: the target does not vary."""
-
-    def loss(output):
-        x, y = output - output.mean(), target - target.mean()
-        return 1 - (x * y).sum() / (x.norm() * y.norm())  # <- born
-
-    target = torch.ones(4, 1)
-    return Training(nn.Linear(4, 1), torch.randn(4, 4), loss=loss)
-
-
-@cause("div", phase="forward", examples=(1,))
-def relative_error_of_a_target_of_zero():
-    """A division of a number by 0 gives Inf."""
-
-    def loss(output):
-        return torch.mean(torch.abs((target - output) / target))  # <- born
-
-    target = batch(1, 0.0, 4, 1, draw=torch.rand)
-    return Training(nn.Linear(4, 1), torch.randn(4, 4), loss=loss)
-
-
-@cause("exp", phase="forward")
-def contrastive_loss_without_the_maximum():
-    """An exp of similarities that overflows, of which Inf divided by Inf is made."""
-
-    def loss(output):
-        e = torch.exp(output @ output.T / 0.01)  # <- born
-        return -(e.diagonal() / e.sum(1)).log().mean()
-
-    return Training(nn.Linear(4, 4), torch.randn(4, 4) * 5, loss=loss)
-
-
-@cause("pow", phase="backward")
-def power_of_an_error_of_zero():
-    """A power below 1 of an absolute error has an infinite gradient at 0."""
-
-    def loss(output):
-        return (output.abs() ** 0.45).mean()  # <- born
-
-    return Training(nn.Linear(4, 4, bias=False), batch(2, 0.0), loss=loss)
 
 
 @cause("ctc_loss", module="", phase="forward", examples=(1,), loop="operation")

@@ -148,18 +148,6 @@ def call_over_several_lines():
     return Training(Net(forward), batch(0, 0.0), loss=square)
 
 
-@cause("div", module="", phase="forward", examples=(3,))
-def subclass_of_a_layer():
-    """A forward that calls that of torch's layer."""
-
-    class Cosine(nn.Linear):
-        def forward(self, x):
-            y = super().forward(x)
-            return y / (x.norm(dim=1, keepdim=True) * self.weight.norm(dim=1))  # <- born
-
-    return Training(Cosine(4, 2, bias=False), batch(3, 0.0), loss=square)
-
-
 @cause("div", phase="forward")
 def parametrization_of_a_zero_row():
     """A row of a weight is divided by its norm whenever the weight is read."""
@@ -232,14 +220,3 @@ def branch_by_a_random_number():
     model = Net(forward)
     model.generator = random.Random(3)
     return Training(model, torch.randn(3, 4))
-
-
-@cause("log", module="", phase="forward", loop="operation")
-def comprehension_over_a_list():
-    """A lambda that is called for each tensor of a list."""
-
-    def forward(self, xs):
-        log = lambda h: torch.log(h.relu()).mean()  # noqa: E731  # <- born
-        return torch.stack([log(self.fc(x)) for x in xs]).mean()
-
-    return Training(Net(forward), [torch.randn(2, 4), torch.randn(3, 4)])
