@@ -51,6 +51,7 @@ def _check(cause, explanation):
     assert not explanation.candidates, told
     if cause.origin == "operation":
         assert explanation.operation == cause.operation, told
+    if "born" in cause.lines:
         assert (explanation.file, explanation.line) == (cause.file, cause.lines["born"]), told
     for name in ("phase", "module", "examples"):
         if getattr(cause, name) is not None:

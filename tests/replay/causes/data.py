@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -123,6 +124,42 @@ def statistic_of_a_frozen_norm():
     """A NaN in a buffer."""
     model = Net(lambda self, x: self.bn(self.fc(x)), bn=nn.BatchNorm1d(4))
     model.bn.eval().running_var[1] = NAN
+    return Training(model, torch.randn(4, 4), loss=square)
+
+
+@cause(origin="weights", parameter="scale", loop="weights")
+def attribute_that_is_no_buffer():
+    """A NaN in a tensor that is a plain attribute of the model."""
+
+    def forward(self, x):
+        return self.fc(x) * self.scale  # <- born
+
+    model = Net(forward)
+    model.scale = torch.tensor([1.0, NAN, 1.0, 1.0])
+    return Training(model, torch.randn(4, 4), loss=square)
+
+
+@cause(origin="input", loop="input")
+def constant_of_numpy():
+    """A NaN that was computed outside of torch, and is no argument."""
+
+    def forward(self, x):
+        with np.errstate(invalid="ignore"):
+            scale = np.sqrt(np.array([1.0, -1.0, 1.0, 1.0], dtype="float32"))
+        return self.fc(x) * torch.from_numpy(scale)  # <- born
+
+    return Training(Net(forward), torch.randn(4, 4), loss=square)
+
+
+@cause("mul", module="", phase="forward", examples=(0, 1, 2, 3))
+def number_of_python():
+    """A constant of NaN that is a number of Python."""
+
+    def forward(self, x):
+        return self.fc(x) * self.scale  # <- born
+
+    model = Net(forward)
+    model.scale = NAN
     return Training(model, torch.randn(4, 4), loss=square)
 
 

@@ -209,17 +209,18 @@ def backward_of_a_reentrant_checkpoint():
     return checkpointed(RootBlock(), True, 0.0)
 
 
-@cause("sqrt", module="outer.0", phase="backward", at=RootBlock)
+@cause("sqrt", module="outer.inner", phase="backward", at=RootBlock)
 def checkpoint_in_a_checkpoint():
-    """A checkpoint whose second run has a checkpoint, which is run again later."""
+    """The second run of the outer one has the inner one, which is run again later."""
 
-    def inner(self, x):
-        return checkpoint(self, x, use_reentrant=False)
+    def outer(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
 
     def forward(self, x):
-        return checkpoint(lambda h: inner(self.outer[0], h), self.fc(x), use_reentrant=False)
+        return checkpoint(self.outer, self.fc(x), use_reentrant=False)
 
-    return Training(Net(forward, outer=nn.ModuleList([RootBlock()])), batch(1, 0.0), loss=square)
+    model = Net(forward, outer=Net(outer, inner=RootBlock()))
+    return Training(model, batch(1, 0.0), loss=square)
 
 
 @cause("sqrt", module="body.1", phase="backward", at=RootBlock)
@@ -242,6 +243,19 @@ def division_under_vmap():
         return (unit - 1).square().mean()
 
     return Training(Net(forward), batch(0, 0.0))
+
+
+@cause("sqrt", module="", phase="backward", examples=(2,))
+def derivative_by_torch_func():
+    """torch.func.grad at a point where the derivative is infinite."""
+
+    def slope(t):
+        return torch.func.grad(lambda one: one.sqrt().sum())(t)  # <- born
+
+    def forward(self, t):
+        return self.fc(slope(t)).square().mean()
+
+    return Training(Net(forward), batch(2, 0.0, draw=torch.rand))
 
 
 @cause("log", module="learner", phase="forward", examples=(3,))
