@@ -61,13 +61,17 @@ class Arguments:
         if isinstance(value, _PLAIN):
             return value
         if depth > _DEEPEST or isinstance(value, _NEVER) or callable(value):
-            self.passed_on.append(value)
-            return value
+            return self._pass_on(value)
         if id(value) not in self._copies:
-            copied = self._copies[id(value)] = self._copy_container(value, name, depth + 1)
+            copied = self._copy_container(value, name, depth + 1)
             if copied is value and not isinstance(value, tuple):
-                self.passed_on.append(value)
+                copied = self._pass_on(value)
+            self._copies[id(value)] = copied
         return self._copies[id(value)]
+
+    def _pass_on(self, value: Any) -> Any:
+        self.passed_on.append(value)
+        return value if self._stand_ins is None else self._stand_ins.swapped(value)
 
     def _copy_container(self, value: Any, name: str, depth: int) -> Any:
         if isinstance(value, tuple):

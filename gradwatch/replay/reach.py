@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from enum import Enum
 from functools import partial
-from itertools import count, repeat
+from itertools import chain, count, repeat
 from operator import is_
 from types import (
     BuiltinMethodType,
@@ -121,22 +121,23 @@ class Reach:
             for restore in self._restores:
                 stack.callback(restore)
 
-    def drawn(self, functions: Iterable[Callable[..., Any]]) -> Iterator[tuple[Drawn, bool]]:
+    def drawn(
+        self, functions: Iterable[Callable[..., Any]], given: Iterable[object] = ()
+    ) -> Iterator[tuple[Drawn, bool]]:
         """Yields what running again takes items from, each with whether it is put back.
 
         Args:
             functions: Other functions that are run; forwards and hooks of modules are known.
+            given: What else they are given.
         """
         code = [*functions]
         for module in self.modules:
             code += [module.forward, *_hooks(module)]
-        for function in code:
-            if not _is_written_by_user(function):
-                continue
-            for one in drawn_by(function):
-                seen = id(one.value) in self._seen and is_of_user(type(one.value).__module__)
-                known = id(one.value) in self._copies or id(one.value) in self._put_back
-                yield one, known or seen
+        code = [partial(id, *given), *filter(_is_written_by_user, code)]
+        for one in chain.from_iterable(map(drawn_by, code)):
+            seen = id(one.value) in self._seen and is_of_user(type(one.value).__module__)
+            known = id(one.value) in self._copies or id(one.value) in self._put_back
+            yield one, known or seen
 
     # -- one object after the other ----------------------------------------------------------------
 

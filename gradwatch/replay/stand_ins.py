@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -24,11 +24,16 @@ class StandIns:
     A copy is a leaf that requires a gradient if its original does. No hook of the original is on
     it, and its ``.grad`` is its own. The copy of a tensor that was computed is no leaf, as some
     code writes to such a tensor in place; its gradient ends there.
+
+    Attributes:
+        by_id: The copies, by the ``id()`` of the original.
+        swapped: Returns what stands in for another object, such as an iterator, or the object.
     """
 
     def __init__(self) -> None:
         """Has no copy yet."""
         self.by_id: dict[int, Tensor] = {}
+        self.swapped: Callable[[Any], Any] = lambda value: value
         self._originals: list[Tensor] = []  # ids are only good while these are there
 
     def of(self, tensor: Tensor) -> Tensor:

@@ -215,9 +215,10 @@ def undisturbed(
         stack.enter_context(replaying())
         stack.enter_context(_unwarned())
         watched = model if isinstance(model, nn.Module) else dict(model)
-        reach = Reach([watched, *functions, *given])
+        others = list(given)
+        reach = Reach([watched, *functions, *others])
         _refuse(reach)
-        takes = _taken_from(reach, functions)
+        takes = _taken_from(reach, functions, others)
         block = Undisturbed(model, reach)
         leaves = [tensor for tensor, _ in reach.tensors.values() if tensor.is_leaf]
         leaves += [p for one in reach.optimizers for p in optimizer_parameters(one)]
@@ -226,6 +227,7 @@ def undisturbed(
         stack.callback(reach.restore)
         stack.enter_context(_environment())
         reach.replace(block.stand_ins.by_id)
+        block.stand_ins.swapped = reach.swapped
         block.functions = list(map(reach.swapped, functions))
         _unwrap(reach.modules)
         stack.enter_context(_uncompiled())
@@ -337,14 +339,16 @@ def _refuse(reach: Reach) -> None:
             raise ReplayError(COMMUNICATES.format(what=name))
 
 
-def _taken_from(reach: Reach, functions: Iterable[Callable[..., Any]]) -> list[str]:
+def _taken_from(
+    reach: Reach, functions: Iterable[Callable[..., Any]], given: Iterable[object]
+) -> list[str]:
     """Returns sentences that say what a replay takes other items from than the training did.
 
     Raises:
         ReplayError: If it would take items from something that cannot be put back.
     """
     found = []
-    for drawn, is_put_back in reach.drawn(functions):
+    for drawn, is_put_back in reach.drawn(functions, given):
         if not is_put_back:
             raise ReplayError(CANNOT_PUT_BACK.format(drawn=drawn))
         found.append(TAKES.format(drawn=drawn))

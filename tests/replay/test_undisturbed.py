@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 from gradwatch.replay.runs import run_calls
+from gradwatch.replay.stand_ins import ReplayError
 from gradwatch.replay.state import OWN_GENERATOR
 from tests.replay.replayed import WAYS, Seen, disturbance, kept
 from tests.support import zoo
@@ -722,3 +723,40 @@ def test_what_else_an_argument_leads_to(way):
         return norm.state_dict(), norm.weight.grad, counts, total
 
     assert disturbance(make, way, extra, compares_gradients=False) == []
+
+
+ITERATORS = {
+    "list": lambda: iter([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]),
+    "enumerate": lambda: enumerate("abcdefg"),
+    "generator": lambda: (i for i in range(9)),
+}
+
+
+class Taking(nn.Module):
+    """Takes an item from what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x, items):
+        next(items["of"])
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("kind", ITERATORS)
+def test_an_iterator_among_the_arguments(kind):
+    """It is not moved on: a copy is, or nothing is run again."""
+    model, items = Taking(), ITERATORS[kind]()
+    with kept(model) as calls:
+        model(torch.randn(8, 6), {"of": items}).square().mean().backward()
+    run = run_calls(model, calls)
+    if kind == "generator":
+        with pytest.raises(ReplayError, match="cannot be put back"):
+            run(Seen())
+    else:
+        (note,) = run(Seen())
+        assert "of which the replay has taken the next ones" in note
+    expected = ITERATORS[kind]()
+    next(expected)
+    assert next(items) == next(expected)
