@@ -491,6 +491,8 @@ def _bad_elements(it: Explanation) -> str:
         return ""
     owner = _owner(it)
     kind = "NaN or Inf" if it.nan_count and it.inf_count else KINDS[kind]
+    if it.kind == "overflow":  # they are finite: what is too large counts as infinite in the search
+        kind = "too large"
     dtype = printable(it.result_dtype)
     shape = str(list(it.result_shape)) if it.result_shape else ""
     form = f" ({', '.join(filter(None, (dtype, shape)))})" if dtype or shape else ""

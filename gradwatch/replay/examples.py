@@ -245,7 +245,7 @@ def _reordered(
         parts = [one for one in placed if one is not None and one[:2] == found[:2]]
         return torch.cat([one.ids for one in parts]) if len(parts) == len(placed) else None
     if name == "index":
-        indices = given.get("indices") or ()
+        indices: Sequence[Tensor | None] = given.get("indices") or ()
         used = [one for one in indices if one is not None]
         if len(used) != 1:
             return None
@@ -284,10 +284,10 @@ def _indexed(
 ) -> int | None:
     """Returns where the rows lie in ``operand[indices]``; ``position`` 0 is the operand."""
     used = [i for i, one in enumerate(indices) if one is not None]
-    if position > 0:  # a table that is looked up by tensors that are themselves of the batch
-        looked_up = used == [0] and indices[0] is not None and indices[0].dtype is not torch.bool
-        return axis if looked_up else None
     first = indices[used[0]] if used else None
+    if position > 0:  # a table that is looked up by tensors that are themselves of the batch
+        looked_up = used == [0] and first is not None and first.dtype is not torch.bool
+        return axis if looked_up else None
     if axis not in used:
         return axis if axis < min(used, default=axis + 1) else None
     # table[arange(batch), target]: each row for itself.

@@ -177,6 +177,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         earlier: Numbers to run it with, in place of what the forward has left in objects; see
             :class:`gradwatch.replay.changes.Changed`.
         may_be_earlier: Numbers that may have been there before the forward.
+        changed_inputs: Names of inputs that were written to after the forward had begun.
         doubtful: Names of buffers that the forward writes to, and of which nobody knows what they
             held before: what is bad there may be what the same forward has left in the training.
     """
@@ -200,6 +201,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.bad_gradients: dict[str, bool] = {}
         self.variables: Collection[str] = ()
         self.attributes: Collection[str] = ()
+        self.changed_inputs: Collection[str] = ()
         self.doubtful: Collection[str] = ()
         self.examples = Examples()
         self.doubtful_from: int | None = None

@@ -262,8 +262,9 @@ def _run_calls(
         notes = [*block.notes]
         names = [(block.stand_ins.by_id[i], n) for one in given for i, n in one.names.items()]
         _tell(observer, block, names)
-        for call, one in zip(calls, given, strict=True):
-            notes.extend(WRITTEN_TO.format(name=name) for name in _written_to(call, one))
+        written = [name for pair in zip(calls, given, strict=True) for name in _written_to(*pair)]
+        notes.extend(WRITTEN_TO.format(name=name) for name in written)
+        observer.changed_inputs = written
         objects = Objects(
             [pair for one in given for pair in one.named],
             block.modules,

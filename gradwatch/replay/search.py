@@ -107,9 +107,11 @@ def explain_run(run: Run, known_bad: bool = True) -> Explanation:
             return Explanation(origin="not_found", notes=(*notes, ALL_FINITE))
         return _advised(Explanation(origin="not_found", notes=(*notes, NOT_AGAIN)))
     # From the first one on that was read: even a comparison with NaN changes what comes after.
-    doubtful = [one for one in first.roots if one.source == "buffer" and one.name in first.doubtful]
+    suspects = {"buffer": first.doubtful, "input": first.changed_inputs}
+    doubtful = [one for one in first.roots if one.name in suspects.get(one.source or "", ())]
     if doubtful and doubtful[0].number <= cause.number:
-        notes = [*notes, DOUBTFUL.format(name=doubtful[0].name)]
+        if doubtful[0].source == "buffer":  # of an input it is among the notes
+            notes = [*notes, DOUBTFUL.format(name=doubtful[0].name)]
         return _advised(Explanation(origin="not_found", kind=kind, notes=tuple(notes)))
     if _is_doubtful(first, cause):
         return _advised(Explanation(origin="not_found", kind=kind, notes=tuple(notes)))
