@@ -16,7 +16,6 @@ from gradwatch.clip.zclip import ZClip
 from gradwatch.errors import AccumulationError, GradwatchWarning, NonFiniteGradientError
 from gradwatch.hessian.every import CurvatureEvery
 from gradwatch.history import History, load
-from gradwatch.record.explanation import Explanation
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.records import Event, Layout, RecordBatch, Sink, StepRecord
 from gradwatch.watcher import Watcher, watch
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from gradwatch.gradcheck.check import check_gradients
     from gradwatch.gradcheck.result import WrongGradientError
     from gradwatch.hessian.curvature import curvature
+    from gradwatch.record.explanation import Explanation
+    from gradwatch.replay.by_hand import explain
     from gradwatch.report.report import Report
     from gradwatch.report.thresholds import Thresholds
 
@@ -67,6 +68,7 @@ __all__ = [
 ]
 
 _ON_DEMAND = {
+    "Explanation": "gradwatch.record.explanation",
     "Report": "gradwatch.report.report",
     "Thresholds": "gradwatch.report.thresholds",
     "WrongGradientError": "gradwatch.gradcheck.result",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gradwatch.accumulate.noise_scale import NoiseScale
 from gradwatch.guard import Overhead
-from gradwatch.record.explanation import Explanation
 from gradwatch.record.kept import KeptRecords
 from gradwatch.record.records import RecordBatch, StepRecord
+
+if TYPE_CHECKING:
+    from gradwatch.record.explanation import Explanation
 
 IS_A_COPY = (
     "This watcher is a copy (unpickled, or made by copy.deepcopy()): it holds the record of the "

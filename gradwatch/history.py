@@ -24,7 +24,6 @@ from gradwatch.record.columns import (
     explanations_frame,
     table_frame,
 )
-from gradwatch.record.explanation import Explanation
 from gradwatch.record.folder.reader import FolderSource
 from gradwatch.record.records import Layout, RecordBatch
 
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
+    from gradwatch.record.explanation import Explanation
     from gradwatch.report.report import Report
     from gradwatch.report.thresholds import Thresholds
 

@@ -47,13 +47,13 @@ from gradwatch.options import (
 )
 from gradwatch.pickles import stable_name
 from gradwatch.record.events import loop_event
-from gradwatch.record.explanation import Explanation
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.records import Event, Sink, StepRecord
 from gradwatch.step.registry import OptimizerRegistry
 from gradwatch.step.run import Run
 
 if TYPE_CHECKING:
+    from gradwatch.record.explanation import Explanation
     from gradwatch.report.report import Report
     from gradwatch.report.thresholds import Thresholds
 

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradwatch.pickles import stable_name
-from gradwatch.record.explanation import Explanation, Share
 from gradwatch.record.records import (
     NO_GRADIENT,
     Event,
@@ -22,6 +21,8 @@ from gradwatch.record.records import (
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from gradwatch.record.explanation import Explanation
 
 Array = NDArray[Any]
 
@@ -417,12 +418,14 @@ EXPLANATION_COLUMNS = (
 def _column_of_tuples(values: Sequence[Sequence[object]]) -> Array:
     column = np.empty(len(values), object)
     for row, several in enumerate(values):
-        column[row] = tuple(one.name if isinstance(one, Share) else one for one in several)
+        column[row] = tuple(getattr(one, "name", one) for one in several)
     return column
 
 
 def explanations_frame(explanations: Sequence[Explanation]) -> pd.DataFrame:
     """Makes a data frame of the :data:`EXPLANATION_COLUMNS`, one row per explanation."""
+    from gradwatch.record.explanation import Explanation  # few runs need it
+
     dtypes = _dtypes(Explanation)
     table: dict[str, Column] = {}
     for name in EXPLANATION_COLUMNS:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -15,8 +15,10 @@ from gradwatch.errors import NonFiniteGradientError
 from gradwatch.hooks.data_parallel import rank, several_ranks
 from gradwatch.measure.norms import FirstNonFinite, Measurement, Origin
 from gradwatch.measure.parameters import ParameterTable
-from gradwatch.record.explanation import Explanation
 from gradwatch.record.records import Event, EventKind, StepRecord
+
+if TYPE_CHECKING:
+    from gradwatch.record.explanation import Explanation
 
 ToldCause = Literal["weights", "loop", "overflow", "after"]
 

@@ -239,6 +239,8 @@ class Explaining:
 
     def look_at_spike(self, optimizer: str, step: int, window: Window, norms: StepNorms) -> None:
         """Explains a step that ``skip_spikes`` leaves out; waits for a device."""
+        if self._looked.get(optimizer) == step:  # its norm is beyond float32, too
+            return
         try:
             if self._is_due(optimizer, "spike"):
                 self._record(self._too_large("spike", window, norms), optimizer, step)

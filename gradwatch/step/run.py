@@ -17,8 +17,6 @@ from gradwatch.measure.parameters import ParameterTable
 from gradwatch.measure.sharded import Shards
 from gradwatch.options import Options
 from gradwatch.record.events import changed_event, explained_event, poisoned_event
-from gradwatch.record.explanation import Explanation
-from gradwatch.record.folder.explanations import ExplanationStore
 from gradwatch.record.folder.ranks import RankLog
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.recorder import Recorder, RingBuffer, SinkHub
@@ -28,6 +26,8 @@ from gradwatch.step.together import JointSteps
 
 if TYPE_CHECKING:
     from gradwatch.hooks.forwards import ForwardCall
+    from gradwatch.record.explanation import Explanation
+    from gradwatch.record.folder.explanations import ExplanationStore
     from gradwatch.step.explaining import Explaining
 
 POISONED = "poisoned"
@@ -167,4 +167,8 @@ def _log_of_rank(options: Options) -> Callable[[Sequence[Event]], None] | None:
 
 def _store_of(options: Options) -> ExplanationStore | None:
     folder = _folder_of(options)
-    return None if folder is None else ExplanationStore(folder, rank())
+    if folder is None:
+        return None
+    from gradwatch.record.folder.explanations import ExplanationStore  # few runs need it
+
+    return ExplanationStore(folder, rank())

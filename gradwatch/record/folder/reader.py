@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -33,9 +33,7 @@ from gradwatch.record.columns import (
     take_rows,
     truths_in,
 )
-from gradwatch.record.explanation import Explanation
 from gradwatch.record.folder.event_log import event_files, read_events
-from gradwatch.record.folder.explanations import KeptExplanation, read_explanations
 from gradwatch.record.folder.meta import EVENTS, PARAMETERS, STEPS, check_whole, read_meta
 from gradwatch.record.folder.parts import Part, list_parts, uncovered
 from gradwatch.record.folder.ranks import RankNotes, SessionTimes
@@ -53,6 +51,10 @@ from gradwatch.record.folder.tables import (
     truths_of,
 )
 from gradwatch.record.records import Event, Layout, ParameterGroups, StepRecord, clipped_by
+
+if TYPE_CHECKING:
+    from gradwatch.record.explanation import Explanation
+    from gradwatch.record.folder.explanations import KeptExplanation
 
 TRIES = 50
 PAUSE_S = 0.02
@@ -175,6 +177,8 @@ class FolderSource:
 
     def kept_explanations(self) -> Sequence[KeptExplanation]:
         """Reads the explanations by step, with what is in the folder beside them."""
+        from gradwatch.record.folder.explanations import read_explanations  # few runs need it
+
         kept = read_explanations(self._folder)
         return self.steadily(lambda: self._valid(kept)) if kept else ()
 

@@ -21,11 +21,6 @@ from gradwatch.hooks.data_parallel import rank
 from gradwatch.pickles import stable_name
 from gradwatch.record.columns import Array
 from gradwatch.record.folder.event_log import EventLog, event_files, lines_of, read_events
-from gradwatch.record.folder.explanations import (
-    read_explanations,
-    remove_explanation,
-    set_aside_explanations,
-)
 from gradwatch.record.folder.files import write_whole
 from gradwatch.record.folder.lock import WriterLock
 from gradwatch.record.folder.meta import (
@@ -294,6 +289,8 @@ def finish_setting_aside(folder: Path, before: float) -> None:
     target = newest_earlier(folder)
     if target is None or (folder / STEPS).exists() or not (target / STEPS).exists():
         return
+    from gradwatch.record.folder.explanations import set_aside_explanations  # few runs need it
+
     set_aside_explanations(folder, target, before)
     for table in TABLES:
         if (folder / table).exists() and not (target / table).exists():
@@ -426,6 +423,8 @@ class Session:
                 kept = [logged for logged in events if rule.keeps(session, logged.event)]
                 if len(kept) < len(events):
                     write_whole(path, lines_of(kept))
+        from gradwatch.record.folder.explanations import read_explanations, remove_explanation
+
         times = SessionTimes.of(self._meta.sessions)
         for one in read_explanations(self._folder):
             of = one.session(times)
