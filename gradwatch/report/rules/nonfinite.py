@@ -48,12 +48,13 @@ SCALED = (
 )
 FROM_START = (
     "It was there in the first step: check the inputs, the initial weights, and functions at the "
-    "edge of their domain, such as log(0), sqrt(0) or 0/0, in and after {module}."
+    "edge of their domain, such as log(0), sqrt(0) or 0/0, in the model and the loss{explain}."
 )
 SUDDEN = (
     "The norms before that were ordinary, so look for a single bad batch, or a function at the "
-    "edge of its domain (log(0), sqrt(0), 0/0) in or after {module}. Check the data of {place} in "
-    "step {step}{on_rank}{else_skip}."
+    "edge of its domain (log(0), sqrt(0), 0/0) in the model or the loss: the first gradient that "
+    "went bad is most often that of the last layer, wherever it began. Check the data of {place} "
+    "in step {step}{on_rank}{explain}."
 )
 OF_CAUSE: dict[ToldCause, str] = {
     "weights": (
@@ -84,7 +85,8 @@ INITIAL_WEIGHTS = (
 )
 ON_RANK = " on rank {rank}"
 ON_ANY_RANK = ", on every rank: the record does not tell which of them it came from"
-SKIP = '; watch(..., on_nonfinite="skip") skips such steps'
+EXPLAIN = '; watch(..., on_nonfinite="explain") names the line that made it'
+AND_SKIP = ", and skips such steps"
 
 
 def nonfinite(run: RunData, limits: Thresholds) -> Iterator[Finding]:
@@ -215,14 +217,13 @@ def _advice(steps: OptimizerArrays, bad: Array, event: pd.Series | None, limits:
     before = steps["grad_norm"][:row]
     before = before[np.isfinite(before)]
     facts = {
-        "module": "the model" if event is None else str(event["module"]) or "the model",
         "place": _place(
             0 if event is None else int(event["micro_batch"]),
             max(1, int(steps["micro_batches"][row])),
         ),
         "step": int(steps.step[row]),
         "on_rank": "" if event is None else _on_rank(int(event["rank"])),
-        "else_skip": SKIP if (bad & steps.applied).any() else "",
+        "explain": EXPLAIN + (AND_SKIP if (bad & steps.applied).any() else ""),
     }
     # The most certain cause first: what was seen, a loss scale, rising norms, the step itself.
     cause = None if event is None else told_cause(str(event["message"]))
