@@ -218,6 +218,8 @@ class Examples:
         rows = None if key is None else self._rows.get(key)
         if rows is None or not self.size or marked.shape != tensor.shape or not tensor.dim():
             return None
+        if not bool(marked.any()):  # most often, and what follows is slow
+            return ()
         item = tensor.element_size()
         address = torch.full((1,) * tensor.dim(), int(tensor.storage_offset()) * item)
         for axis, (length, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
