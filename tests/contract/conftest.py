@@ -1,5 +1,6 @@
 """Settings of the contract suites."""
 
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -13,3 +14,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_scaler_left() -> None:
+    """No scaler of an earlier test is left in a cycle: a watcher that knows of one looks for it in
+    the frames of the loop, and up to Python 3.12 a frame that was looked at keeps its variables.
+    """
+    gc.collect()

@@ -225,20 +225,26 @@ def test_a_hundred_are_kept() -> None:
 # -- what is held, and for how long --------------------------------------------------------------
 
 
-def micro_batch(model: nn.Module, is_bad: bool) -> tuple[weakref.ref, weakref.ref]:
+def micro_batch(model: nn.Module, is_bad: bool = False) -> tuple[weakref.ref, torch.Tensor]:
     """Runs one; in a frame of its own, as a frame that is looked at keeps its variables."""
     batch = bad() if is_bad else good()
     output = model(batch)
     output.square().mean().backward()
-    return weakref.ref(batch), weakref.ref(output)
+    return weakref.ref(batch), output
 
 
+@pytest.mark.usefixtures("no_scaler_left")
 def test_inputs_die_after_the_step() -> None:
     """Of each micro-batch the input is held until the step, and the output never."""
     model, optimizer = setting()
     with gradwatch.watch(model, optimizer, on_nonfinite="explain"):
         for step in range(3):
-            held, outputs = zip(*(micro_batch(model, step == 1) for _ in range(3)), strict=True)
+            held, outputs = [], []
+            for _ in range(3):
+                batch, output = micro_batch(model, step == 1)
+                held.append(batch)
+                outputs.append(weakref.ref(output))
+                del output
             assert all(one() is not None for one in held)
             assert all(one() is None for one in outputs)
             optimizer.step()
@@ -246,22 +252,19 @@ def test_inputs_die_after_the_step() -> None:
             optimizer.zero_grad()
 
 
+@pytest.mark.usefixtures("no_scaler_left")
 def test_inputs_die_after_the_step_though_the_loop_still_has_the_output() -> None:
     """A loop keeps its variables until it sets them anew; the graph keeps no input of the model."""
     model, optimizer = setting()
     with gradwatch.watch(model, optimizer, on_nonfinite="explain"):
-        batch = good()
-        held = weakref.ref(batch)
-        output = model(batch)
-        loss = output.square().mean()
-        loss.backward()
-        del batch
+        held, output = micro_batch(model)
         optimizer.step()
         assert held() is None
         assert output.grad_fn is not None
 
 
 @pytest.mark.parametrize("how", ["no_grad", "no backward", "raises"])
+@pytest.mark.usefixtures("no_scaler_left")
 def test_what_has_no_backward_is_not_held(how: str) -> None:
     """A validation, with and without no_grad(), and a forward that raises."""
     model, optimizer = setting()
@@ -281,6 +284,7 @@ def test_what_has_no_backward_is_not_held(how: str) -> None:
         train(model, optimizer, [[good()]])
 
 
+@pytest.mark.usefixtures("no_scaler_left")
 def test_what_is_thrown_away_is_dropped_with_the_next_backward() -> None:
     """Nothing tells before that the loop has thrown the gradients away."""
     model, optimizer = setting()
@@ -295,6 +299,7 @@ def test_what_is_thrown_away_is_dropped_with_the_next_backward() -> None:
             optimizer.zero_grad()
 
 
+@pytest.mark.usefixtures("no_scaler_left")
 def test_a_loop_that_never_steps_holds_a_bounded_number() -> None:
     """Gradients that are never used and never reset keep the newest micro-batches only."""
     model = nn.Linear(2, 1)
@@ -308,6 +313,7 @@ def test_a_loop_that_never_steps_holds_a_bounded_number() -> None:
         assert sum(one() is not None for one in held) <= 256
 
 
+@pytest.mark.usefixtures("no_scaler_left")
 def test_nothing_is_held_after_the_end() -> None:
     """Closing the watcher in the middle of a window frees it, and takes every hook from the model."""
     model, optimizer = setting()
@@ -324,6 +330,7 @@ def test_nothing_is_held_after_the_end() -> None:
     assert not model._forward_pre_hooks
 
 
+@pytest.mark.usefixtures("no_scaler_left")
 def test_a_copy_of_a_watched_model_keeps_nothing() -> None:
     """Its hooks do nothing, and a pickled one needs no gradwatch."""
     model, optimizer = setting()
@@ -663,6 +670,7 @@ def test_bad_options_are_refused(
         gradwatch.watch(model, optimizer, **options)
 
 
+@pytest.mark.usefixtures("no_scaler_left")
 def test_nothing_is_left_for_the_collector() -> None:
     """What is kept is in no cycle: without a collection it goes at the step, double backward or not."""
     model, optimizer = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)), None

@@ -186,6 +186,7 @@ def test_the_variables_of_that_time_are_used() -> None:
 
 
 @pytest.mark.parametrize("loop", [by_run_batch, by_function, by_closure])
+@pytest.mark.usefixtures("no_scaler_left")
 def test_nothing_is_held_after_the_step(loop: Loop) -> None:
     """Closure and batch are free once their step is over, also a bad one."""
     held = []
@@ -565,6 +566,7 @@ def test_a_framework_may_say_that_it_cannot() -> None:
     assert (found.origin, found.notes) == ("not_found", ("It is far away.",))
 
 
+@pytest.mark.usefixtures("no_scaler_left")
 def test_nothing_is_noted_where_nobody_asks() -> None:
     """Without explain, before and after, a note does nothing and holds nothing."""
     held = []

@@ -207,6 +207,15 @@ def test_the_cached_weights_of_another_model_stay():
 # -- Ctrl-C ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C raises an error, also where the tests were started with signals ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_an_interrupt_in_a_replay(where):
     """Weights, attributes, gradients, handlers and torch's functions are those from before."""
@@ -245,6 +254,7 @@ def test_an_interrupt_in_a_replay(where):
     optimizer.step()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_an_interrupt_while_things_are_replaced_or_put_back(moment, monkeypatch):
     """It is held back until all is as it was."""
@@ -266,6 +276,7 @@ def test_an_interrupt_while_things_are_replaced_or_put_back(moment, monkeypatch)
     assert not is_replaying()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_second_interrupt_does_not_keep_things_from_being_put_back(monkeypatch):
     """The first one ends the replay; the second one waits."""
     from gradwatch.replay.reach import Reach
