@@ -18,7 +18,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def no_scaler_left() -> None:
-    """No scaler of an earlier test is left in a cycle: a watcher that knows of one looks for it in
-    the frames of the loop, and up to Python 3.12 a frame that was looked at keeps its variables.
-    """
+    """No scaler of an earlier test is left in a cycle of references."""
+    # A watcher that knows of one looks for it in the frames of the loop. Up to Python 3.12 a frame
+    # that was looked at keeps what its variables were.
     gc.collect()
