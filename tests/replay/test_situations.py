@@ -254,6 +254,7 @@ def _communicating():
     return reasons
 
 
+@pytest.mark.slow
 def test_one_rank_replays_alone():
     """A rank that replays makes the others wait for nothing, and the training goes on alike."""
     plain = on_ranks(_one_rank_replays, 2, rank_that_replays=-1)

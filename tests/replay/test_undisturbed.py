@@ -505,6 +505,7 @@ def test_autocast(inside, way):
     assert disturbance(make, way) == []
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the compiler itself
 @ways
 @pytest.mark.parametrize("how", ["wrapper", "method", "part", "function"])
