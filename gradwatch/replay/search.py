@@ -50,21 +50,9 @@ _FILLS = frozenset(
 )
 # Their result holds elements that they were given, as they were.
 _PASS_ON = frozenset(
-    {
-        "clone",
-        "contiguous",
-        "copy",
-        "to",
-        "index_put",
-        "index_copy",
-        "cat",
-        "stack",
-        "gather",
-        "index",
-        "index_select",
-    }
-    | {"masked_fill", "where", "roll", "flip", "repeat", "constant_pad_nd", "lift_fresh", "reshape"}
-    | {"embedding", "slice_backward", "select_backward", "tril", "triu"}
+    {"clone", "contiguous", "copy", "to", "reshape", "roll", "flip", "repeat", "tril", "triu"}
+    | {"cat", "stack", "gather", "index", "index_select", "index_put", "index_copy", "embedding"}
+    | {"masked_fill", "where", "constant_pad_nd", "lift_fresh", "slice_backward", "select_backward"}
 )
 _KEEP_ZERO = frozenset(
     {"mul", "div", "neg", "abs", "sqrt", "pow", "square", "relu", "clamp", "sin"}
