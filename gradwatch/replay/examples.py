@@ -71,12 +71,15 @@ class Examples:
     Attributes:
         size: Number of examples in the batch; None if not known.
         dimension: The dimension of the inputs along which they lie.
+        unsure: Whether that may be another one: a module that takes the time first and the batch
+            second has been given what was taken for the batch first. Then none is named.
     """
 
     def __init__(self, dimension: int = 0) -> None:
         """Knows of no tensor yet."""
         self.size: int | None = None
         self.dimension = dimension
+        self.unsure = False
         self._rows: dict[int, _Rows] = {}  # by memory
 
     def note_input(self, key: int, tensor: Tensor) -> None:
@@ -135,6 +138,11 @@ class Examples:
                 if ids is not None and len(ids) == length:
                     self._keep(key, tensor, found._replace(ids=ids))
                     return
+
+    def note_time_first(self, operands: Sequence[tuple[int | None, Tensor]]) -> None:
+        """Notes what an operation in a module that takes the time first is given."""
+        found = next((self._axis(*one) for one in operands if one[1].dim() == 3), None)
+        self.unsure |= found is not None and found.axis == 0 and found.inner == 1
 
     def of(self, key: int | None, tensor: Tensor, marked: Tensor) -> tuple[int, ...] | None:
         """Returns the examples in which any element is marked; None if that is not known.
@@ -216,7 +224,13 @@ class Examples:
         self, key: int | None, tensor: Tensor, marked: Tensor, everywhere: bool
     ) -> tuple[int, ...] | None:
         rows = None if key is None else self._rows.get(key)
-        if rows is None or not self.size or marked.shape != tensor.shape or not tensor.dim():
+        if (
+            rows is None
+            or self.unsure
+            or not self.size
+            or marked.shape != tensor.shape
+            or not tensor.dim()
+        ):
             return None
         if not bool(marked.any()):  # most often, and what follows is slow
             return ()

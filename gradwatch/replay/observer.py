@@ -218,6 +218,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._tainted: dict[int, Roots] = {}
         self._good: set[int] = set()
         self._not_looked_at: set[int] = set()
+        self._time_first: set[int] = set()  # ids of modules
         self._unread: frozenset[int | None] = frozenset()  # operands of the one that is running
         self._frames = Frames(self.modules)
         self._sequences: list[int] = []
@@ -227,6 +228,8 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def name_module(self, module: nn.Module, name: str) -> None:
         """Says what a module is called; ``""`` for the outermost one."""
         self.modules.setdefault(id(module), (name, type(module).__name__))
+        if getattr(module, "batch_first", None) is False:
+            self._time_first.add(id(module))
         self._kept.append(module)
 
     def name_parameter(self, tensor: Tensor, name: str) -> None:
@@ -356,22 +359,14 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._reads.update(dict.fromkeys(read, number))
         self._sequences.append(operation.sequence)
         pairs = list(zip(keys, operands, strict=True))
+        if place.module in self._time_first:
+            self.examples.note_time_first(pairs)
         results = list(_tensors((result,)))
-        shared = set(keys)
         operation.writes = bool(func._schema.is_mutable)
+        self._note_results(func, args, kwargs, pairs, results)
         wanted = _RESULTS.get(name, 1 if name.startswith(_ATTENTION) else len(results))
         self._not_looked_at.update(key for one in results[wanted:] if (key := _key(one)))
         self._not_looked_at.difference_update(map(_key, results[:wanted]))
-        for one in results:
-            key = _key(one)
-            if key is None:
-                continue
-            if key in shared and not operation.writes:
-                operation.views = True
-                continue
-            if key not in shared:
-                self.examples.note_result(func, args, kwargs, pairs, (key, one))
-            self._producers[key] = number
         if name in _EMPTY:
             for one in results:
                 self._tainted.pop(_key(one) or 0, None)
@@ -384,6 +379,27 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         for one in results[:wanted]:
             self._look(func, number, one, operands, bad)
+
+    def _note_results(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        operands: Sequence[tuple[int | None, Tensor]],
+        results: Sequence[Tensor],
+    ) -> None:
+        """Notes which memory an operation has written, and which examples are in it."""
+        operation, shared = self.operations[-1], {key for key, _ in operands}
+        for one in results:
+            key = _key(one)
+            if key is None:
+                continue
+            if key in shared and not operation.writes:
+                operation.views = True
+                continue
+            if key not in shared:
+                self.examples.note_result(func, args, kwargs, operands, (key, one))
+            self._producers[key] = len(self.operations) - 1
 
     def _unseen(self, operands: list[Tensor], number: int) -> list[_Bad]:
         """Returns bad operands in which nobody wrote anything, or something other than torch."""

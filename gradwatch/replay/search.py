@@ -267,7 +267,7 @@ class _Search:
             "size": cause.size,
             "result_shape": cause.shape,
             "result_dtype": cause.dtype,
-            "examples": cause.examples or (),
+            "examples": () if self._seen.examples.unsure else cause.examples or (),
         }
         if cause.source is not None:
             return self._from_outside(common)

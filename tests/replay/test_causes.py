@@ -62,3 +62,27 @@ def _check(cause, explanation):
     if "possible" in cause.lines:
         assert explanation.made_possible_by is not None, told
         assert explanation.made_possible_by.line == cause.lines["possible"], told
+
+
+class TimeFirst(torch.nn.Module):
+    """A recurrent layer that takes the time first; the square root of a row of zeros."""
+
+    def __init__(self, turns):
+        super().__init__()
+        self.layer = torch.nn.GRU(4, 4)
+        self.turns = turns
+
+    def forward(self, x):
+        x = x.transpose(0, 1) if self.turns else x
+        kept = x.abs().sum(-1, keepdim=True) > 0
+        return (self.layer(x)[0] * kept).pow(2).sum(-1).sqrt().mean()
+
+
+@pytest.mark.parametrize(("turns", "examples"), [(True, (1,)), (False, ())])
+def test_the_batch_is_not_taken_for_the_time(turns, examples):
+    """No example is named where a layer that takes the time first is given dimension 0 as such."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 4)
+    x[1, 2] = 0
+    found = gradwatch.explain(TimeFirst(turns), x)
+    assert (found.operation, found.examples) == ("sqrt", examples)
