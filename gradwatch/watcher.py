@@ -8,7 +8,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
-from functools import partial
 from itertools import repeat
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -63,11 +62,6 @@ STATE_VERSION = 3
 SUMMARY = "gradwatch: the run has ended with findings ({found}). See {asked}."
 SUMMARY_STEPS = 20  # in a shorter run most rules of the report find nothing
 
-NO_CLOSURE = (
-    "watcher.explain(closure) needs a function without arguments that returns the loss, a tensor "
-    "of one element that was computed by the model, got {value}. Write "
-    "watcher.explain(lambda: criterion(model(x), y))."
-)
 BEFORE_ENTERED = (
     "A backward of the watched model came before the watcher was entered, so it was not recorded: "
     "write the loop inside of with gradwatch.watch(...) as watcher: or call watcher.attach() "
@@ -446,18 +440,9 @@ class Watcher:
         """
         if self._is_copy:
             refuse_copy()
-        if not callable(closure):
-            raise TypeError(NO_CLOSURE.format(value=described(closure)))
-        from gradwatch.replay.stand_ins import NoLossError  # few runs need it
-        from gradwatch.step.explaining import explain_closure
+        from gradwatch.step.explaining import explain_asked  # few runs need it
 
-        returned = _Returned()
-        try:
-            found = explain_closure(self._model, partial(_noted, closure, returned), asked=True)
-        except NoLossError:
-            raise TypeError(NO_CLOSURE.format(value=returned.described())) from None
-        if not returned.may_be_loss():
-            raise TypeError(NO_CLOSURE.format(value=returned.described()))
+        found = explain_asked(self._model, closure)
         label, step = self._registry.step_asked_for()
         found = replace(found, step=step, optimizer=label, rank=rank())
         self._run.explain(found, labeled=len(self._registry.followed) > 1)
@@ -686,31 +671,6 @@ class Watcher:
             if self._run.explaining is not None:
                 self._run.explaining.forwards.note_backward(backward.number)
             self._registry.add(backward, self._managed.weight)
-
-
-class _Returned:
-    """What a closure has returned. No list, for a replay puts back what is in lists."""
-
-    def __init__(self) -> None:
-        self.value: object = None
-
-    def may_be_loss(self) -> bool:
-        # None also if it raised, or if it called the backward itself.
-        value = self.value
-        return value is None or (isinstance(value, Tensor) and value.numel() == 1)
-
-    def described(self) -> str:
-        value = self.value
-        if isinstance(value, Tensor):
-            grad = "" if value.requires_grad else " that requires no gradient"
-            return f"one that returned a tensor of shape {list(value.shape)}{grad}"
-        return f"one that returned {described(value)}"
-
-
-def _noted(closure: Callable[[], Tensor], returned: _Returned) -> Tensor:
-    loss = closure()
-    returned.value = loss
-    return loss
 
 
 class _Exchanging:

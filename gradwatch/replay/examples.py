@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradwatch.replay.operands import memory_of, named_arguments
+
 # The rows of their results are others than those of their operands.
 _LOSE = frozenset(
     {"index_put", "index_add", "index_copy", "index_fill", "scatter", "scatter_add", "put", "take"}
@@ -70,38 +72,36 @@ class Examples:
 
     Attributes:
         size: Number of examples in the batch; None if not known.
-        dimension: The dimension of the inputs along which they lie.
-        unsure: Whether that may be another one: a module that takes the time first and the batch
-            second has been given what was taken for the batch first. Then none is named.
+        unsure: Whether they may lie along another dimension than the first: a module that takes the
+            time first and the batch second has been given what was taken for the batch first. Then
+            none is named.
     """
 
-    def __init__(self, dimension: int = 0) -> None:
+    def __init__(self) -> None:
         """Knows of no tensor yet."""
         self.size: int | None = None
-        self.dimension = dimension
         self.unsure = False
-        self._rows: dict[int, _Rows] = {}  # by memory
+        self._rows: dict[int | None, _Rows] = {}  # by memory
 
-    def note_input(self, key: int, tensor: Tensor) -> None:
-        """Notes an input, or another tensor that is given; the first one tells the batch size."""
-        if tensor.dim() <= self.dimension or tensor.layout is not torch.strided:
-            return
-        if self.size is None:
-            self.size = tensor.shape[self.dimension]
-        self.note_given(key, tensor)
+    def note_input(self, tensor: Tensor) -> None:
+        """Notes an input; the first one with a dimension tells the batch size."""
+        if self.size is None and tensor.dim():
+            self.size = tensor.shape[0]
+        self.note_given(tensor)
 
-    def note_given(self, key: int, tensor: Tensor) -> None:
+    def note_given(self, tensor: Tensor) -> None:
         """Notes a tensor that is given, if it is as long as the batch."""
-        if tensor.dim() > self.dimension and tensor.layout is torch.strided:
-            stride = tensor.stride(self.dimension)
-            if tensor.shape[self.dimension] == self.size and stride:
-                ids = torch.arange(self.size)
-                self._rows[key] = _Rows(stride * tensor.element_size(), ids)
+        key = memory_of(tensor)
+        if key is None or not tensor.dim() or tensor.layout is not torch.strided:
+            return
+        stride = tensor.stride(0)
+        if tensor.shape[0] == self.size and stride:
+            self._rows[key] = _Rows(stride * tensor.element_size(), torch.arange(self.size))
 
-    def note_like(self, key: int, tensor: Tensor, other_key: int | None, other: Tensor) -> None:
+    def note_like(self, tensor: Tensor, other: Tensor) -> None:
         """Notes a tensor whose examples lie as those of another one of the same shape."""
-        found = self._axis(other_key, other)
-        if found is not None and tensor.shape == other.shape:
+        key, found = memory_of(tensor), self._axis(memory_of(other), other)
+        if key is not None and found is not None and tensor.shape == other.shape:
             self._keep(key, tensor, found)
 
     def note_result(
@@ -120,9 +120,10 @@ class Examples:
         name = func.overloadpacket.__name__.rstrip("_")
         if name in _LOSE:
             return
-        names = [one.name for one in func._schema.arguments]
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
         placed = [self._axis(*one) for one in operands]
+        if not any(placed):  # as of most operations on weights
+            return
+        given = named_arguments(func, args, kwargs)
         for position, found in enumerate(placed):
             if found is None:
                 continue
@@ -144,16 +145,16 @@ class Examples:
         found = next((self._axis(*one) for one in operands if one[1].dim() == 3), None)
         self.unsure |= found is not None and found.axis == 0 and found.inner == 1
 
-    def of(self, key: int | None, tensor: Tensor, marked: Tensor) -> tuple[int, ...] | None:
+    def of(self, tensor: Tensor, marked: Tensor) -> tuple[int, ...] | None:
         """Returns the examples in which any element is marked; None if that is not known.
 
         ``marked`` has the shape of the tensor.
         """
-        return self._found(key, tensor, marked, everywhere=False)
+        return self._found(tensor, marked, everywhere=False)
 
-    def wholly(self, key: int | None, tensor: Tensor, marked: Tensor) -> tuple[int, ...] | None:
+    def wholly(self, tensor: Tensor, marked: Tensor) -> tuple[int, ...] | None:
         """Returns the examples in which every element is marked; None if that is not known."""
-        return self._found(key, tensor, marked, everywhere=True)
+        return self._found(tensor, marked, everywhere=True)
 
     # -- where the examples lie ------------------------------------------------------------------
 
@@ -164,7 +165,7 @@ class Examples:
 
     def _axis(self, key: int | None, tensor: Tensor) -> _Axis | None:
         """Returns where the rows lie in a tensor; None if that is not known."""
-        rows = None if key is None else self._rows.get(key)
+        rows = self._rows.get(key)
         if rows is None or self.size is None or tensor.layout is not torch.strided:
             return None
         each, item = rows.each, tensor.element_size()
@@ -220,10 +221,8 @@ class Examples:
             return axis if given.get("keepdim") else axis - sum(one < axis for one in dims)
         return axis
 
-    def _found(
-        self, key: int | None, tensor: Tensor, marked: Tensor, everywhere: bool
-    ) -> tuple[int, ...] | None:
-        rows = None if key is None else self._rows.get(key)
+    def _found(self, tensor: Tensor, marked: Tensor, everywhere: bool) -> tuple[int, ...] | None:
+        rows = self._rows.get(memory_of(tensor))
         if (
             rows is None
             or self.unsure

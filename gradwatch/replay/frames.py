@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.hooks.graph import ENGINE_CODE
+from gradwatch.replay.operands import memory_of
 
 
 class _Kind(IntEnum):
@@ -180,7 +181,5 @@ def _is_same(value: object, tensor: Tensor) -> bool:
         return False
     if value is tensor:
         return True
-    try:
-        return bool(value.untyped_storage()._cdata == tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
-        return False
+    memory = memory_of(value)
+    return memory is not None and memory == memory_of(tensor)

@@ -9,11 +9,9 @@ Values are looked at once, when an operation ends; nothing is kept but numbers.
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from itertools import zip_longest
 from typing import Any, Literal, TypeAlias
 
@@ -25,6 +23,21 @@ from gradwatch.record.explanation import Operand
 from gradwatch.record.operations import name_of_node, public_name
 from gradwatch.replay.examples import Examples
 from gradwatch.replay.frames import Frames, Place, variable_of
+from gradwatch.replay.operands import (
+    State,
+    can_mask,
+    covers,
+    dtype_of,
+    has_nan,
+    is_finite,
+    memory_of,
+    named_arguments,
+    numbers_in,
+    operand_of,
+    state_of,
+    tensors_in,
+    values_of,
+)
 
 Source: TypeAlias = Literal["input", "parameter", "buffer", "output_gradient", "constant"]
 Roots: TypeAlias = frozenset[int]
@@ -47,7 +60,6 @@ _RESULTS = {
     "miopen_rnn": 3,
 }
 _ATTENTION = ("_scaled_dot_product_", "_flash_attention_", "_efficient_attention_")
-_OF_NUMBERS = frozenset({"self", "other", "exponent", "value"})
 # They look at no value, and their result is one that they were given.
 _NO_VALUES = frozenset({"detach", "alias", "is_same_size", "sym_size", "sym_numel", "prim_layout"})
 
@@ -94,7 +106,6 @@ class Root:
         shape: Its shape.
         dtype: Its dtype.
         examples: Indices of the bad examples along the batch dimension; None if it has none.
-        operands: What the operation was given.
         via: Roots of infinite operands that were made NaN by it.
         call: For a gradient that came back, the module whose output it is of, and its caller.
     """
@@ -110,7 +121,6 @@ class Root:
     shape: tuple[int, ...]
     dtype: str
     examples: tuple[int, ...] | None
-    operands: tuple[Operand, ...] = ()
     via: Roots = NO_ROOTS
     call: Place | None = None
 
@@ -139,12 +149,6 @@ class Details:
     parents: tuple[int, ...] = ()
 
 
-class _State(IntEnum):
-    FINITE = 0
-    INFINITE = 1
-    NAN = 2
-
-
 @dataclass(slots=True)
 class _Bad:
     """An operand or a result that is not finite, while its operation is looked at."""
@@ -164,7 +168,6 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         roots: All roots, in the order in which they were seen.
         modules: Name and class of each module, by ``id()``.
         details: Of the operations that are wanted, by number.
-        first_backward: Number of the first operation of the backward; None before.
         output_roots: Roots of outputs that are not finite.
         gradient_roots: Roots of each parameter's gradient that is not finite, by name.
         bad_gradients: Whether such a gradient holds a NaN, by name.
@@ -195,7 +198,6 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.roots: list[Root] = []
         self.modules: dict[int, tuple[str, str]] = {}
         self.details: dict[int, Details] = {}
-        self.first_backward: int | None = None
         self.output_roots: Roots = NO_ROOTS
         self.gradient_roots: dict[str, Roots] = {}
         self.bad_gradients: dict[str, bool] = {}
@@ -243,21 +245,19 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def name_input(self, tensor: Tensor, argument: str) -> None:
         """Says which argument a tensor is; the first one with a dimension has the batch in it."""
         self._name(tensor, "input", argument)
-        key = _key(tensor)
-        if key is not None:
-            self.examples.note_input(key, tensor)
+        self.examples.note_input(tensor)
 
     def note_reads(self, tensors: Iterable[Tensor]) -> None:
         """Has it noted when these tensors are read first; see :meth:`first_read`."""
         for tensor in tensors:
-            key = _key(tensor)
+            key = memory_of(tensor)
             if key is not None:
                 self._unread_yet.add(key)
                 self._kept.append(tensor)
 
     def first_read(self, tensors: Iterable[Tensor]) -> int | None:
         """Returns the number of the first operation that was given one of these tensors."""
-        keys = set(map(_key, tensors))
+        keys = set(map(memory_of, tensors))
         return min((number for key, number in self._reads.items() if key in keys), default=None)
 
     def begin_backward(
@@ -281,24 +281,22 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for output, gradient, call in zip_longest(outputs, gradients, calls):
             if gradient is not None:
                 self._name(gradient, "output_gradient", "")
-                key = _key(gradient)
-                if key is not None:
-                    self.examples.note_like(key, gradient, _key(output), output)
+                self.examples.note_like(gradient, output)
+                key = memory_of(gradient)
                 if key is not None and call is not None:
                     module, (file, line) = call
                     self._calls[key] = Place(file, line, id(module))
-        self.first_backward = len(self.operations)
 
     def end(self, gradients: Mapping[str, Tensor | None]) -> None:
         """Looks at the gradients of the parameters, by name."""
         self._is_idle = True
         for name, gradient in gradients.items():
-            if gradient is not None and not _is_finite(gradient):
+            if gradient is not None and not is_finite(gradient):
                 self.gradient_roots[name] = self._roots_of(gradient)
-                self.bad_gradients[name] = _has_nan(gradient)
+                self.bad_gradients[name] = has_nan(gradient)
 
     def _name(self, tensor: Tensor, source: Source, name: str) -> None:
-        key = _key(tensor)
+        key = memory_of(tensor)
         if key is None:
             return
         self._named.setdefault(key, (source, name))
@@ -319,10 +317,11 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if packet is None or name in _NO_VALUES or self._is_idle:
             return func(*args, **kwargs)
         with torch.no_grad():
-            operands = list(_tensors((*args, *kwargs.values())))
+            operands = list(tensors_in((*args, *kwargs.values())))
             place = self._frames.place()
             number = len(self.operations)
-            self._unread = _unread(func, args, kwargs) if "batch_norm" in name else frozenset()
+            norm = "batch_norm" in name
+            self._unread = _unread(named_arguments(func, args, kwargs)) if norm else frozenset()
             bad = [] if self._wanted else self._bad_operands(func, operands, number, place)
             if number in self._wanted:
                 self.details[number] = self._details(func, operands, args, kwargs)
@@ -343,7 +342,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         bad: list[_Bad],
     ) -> None:
         number = len(self.operations)
-        keys = [_key(one) for one in operands]
+        keys = [memory_of(one) for one in operands]
         node: Any = torch._C._current_autograd_node()  # None outside of a backward
         operation = Operation(
             name,
@@ -361,21 +360,21 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         pairs = list(zip(keys, operands, strict=True))
         if place.module in self._time_first:
             self.examples.note_time_first(pairs)
-        results = list(_tensors((result,)))
+        results = list(tensors_in((result,)))
         operation.writes = bool(func._schema.is_mutable)
         self._note_results(func, args, kwargs, pairs, results)
         wanted = _RESULTS.get(name, 1 if name.startswith(_ATTENTION) else len(results))
-        self._not_looked_at.update(key for one in results[wanted:] if (key := _key(one)))
-        self._not_looked_at.difference_update(map(_key, results[:wanted]))
+        self._not_looked_at.update(key for one in results[wanted:] if (key := memory_of(one)))
+        self._not_looked_at.difference_update(map(memory_of, results[:wanted]))
         if name in _EMPTY:
             for one in results:
-                self._tainted.pop(_key(one) or 0, None)
+                self._tainted.pop(memory_of(one) or 0, None)
             return
         if self._wanted:
             if number in self._wanted and results:
                 details, first = self.details[number], results[0]
                 details.result = operand_of("result", first)
-                details.zero_results = self.examples.of(_key(first), first, _values(first) == 0)
+                details.zero_results = self.examples.of(first, values_of(first) == 0)
             return
         for one in results[:wanted]:
             self._look(func, number, one, operands, bad)
@@ -391,7 +390,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Notes which memory an operation has written, and which examples are in it."""
         operation, shared = self.operations[-1], {key for key, _ in operands}
         for one in results:
-            key = _key(one)
+            key = memory_of(one)
             if key is None:
                 continue
             if key in shared and not operation.writes:
@@ -405,8 +404,8 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Returns bad operands in which nobody wrote anything, or something other than torch."""
         operation, found = self.operations[number], []
         for one in [] if operation.writes else operands:  # what is written over is gone
-            key, state = _key(one), _state(one)
-            if key is None or key in self._unread or state is _State.FINITE:
+            key, state = memory_of(one), state_of(one)
+            if key is None or key in self._unread or state is State.FINITE:
                 continue
             made = self._producers.get(key)
             if made is not None and self.operations[made].name in _EMPTY:
@@ -414,25 +413,25 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._tainted[key] = roots = frozenset({len(self.roots) - 1})
             else:
                 roots = self._from_outside(key, one, number, operation.place)
-            found.append(_Bad(one, roots, state is _State.NAN))
+            found.append(_Bad(one, roots, state is State.NAN))
         return found
 
     def _look(
         self, func: Any, number: int, result: Tensor, operands: list[Tensor], bad: list[_Bad]
     ) -> None:
-        key = _key(result)
+        key = memory_of(result)
         # The roots of a view are those of what it is a view of.
         if key is None or self.operations[number].views:
             return
-        state = _state(result)
-        if state is _State.FINITE:
-            if not self.operations[number].writes or _covers(result):
+        state = state_of(result)
+        if state is State.FINITE:
+            if not self.operations[number].writes or covers(result):
                 self._tainted.pop(key, None)
             return
         bad = bad or self._unseen(operands, number)
-        roots = self._roots_at(func, number, result, state is _State.NAN, bad)
+        roots = self._roots_at(func, number, result, state is State.NAN, bad)
         before = self._tainted.get(key, NO_ROOTS) if self.operations[number].writes else NO_ROOTS
-        self._tainted[key] = roots | (before if not _covers(result) else NO_ROOTS)
+        self._tainted[key] = roots | (before if not covers(result) else NO_ROOTS)
 
     def _roots_at(
         self, func: Any, number: int, result: Tensor, nan: bool, bad: list[_Bad]
@@ -482,7 +481,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _root_of(
         self, number: int, tensor: Tensor, source: Source | None, name: str, at: Tensor | None
     ) -> Root:
-        values = _values(tensor)
+        values = values_of(tensor)
         nan, inf = torch.isnan(values), torch.isinf(values)
         if at is not None:
             nan, inf = nan & at, inf & at
@@ -494,11 +493,11 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             nans=int(nan.sum()),
             infs=int(inf.sum()),
             negative=real and bool((values[inf] < 0).all()),
-            masks=real and _can_mask(values),
+            masks=real and can_mask(values),
             size=values.numel(),
             shape=tuple(tensor.shape),
-            dtype=_dtype(tensor),
-            examples=self.examples.of(_key(tensor), tensor, nan | inf),
+            dtype=dtype_of(tensor),
+            examples=self.examples.of(tensor, nan | inf),
         )
 
     # -- operands ------------------------------------------------------------------------------
@@ -508,37 +507,31 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> list[_Bad]:
         bad = []
         for one in operands:
-            key = _key(one)
+            key = memory_of(one)
             if key is None or key in self._unread:
                 continue
             roots = self._tainted.get(key)
+            if roots is None and (key in self._producers or key in self._good):
+                continue
+            state = state_of(one)
+            if state is State.FINITE:
+                # Of a view it is not known whether the rest is finite as well.
+                if roots is None and covers(one):
+                    self._good.add(key)
+                    self._kept.append(one)
+                continue
             if roots is None:
-                if key in self._producers:
-                    continue
-                if key in self._good:
-                    continue
-                state = _state(one)
-                if state is _State.FINITE:
-                    # Of a view it is not known whether the rest is finite as well.
-                    if _covers(one):
-                        self._good.add(key)
-                        self._kept.append(one)
-                    continue
                 roots = self._from_outside(key, one, number, place)
-            else:
-                state = _state(one)
-                if state is _State.FINITE:
-                    continue
             # What is written to is not there any more when the operation has run.
-            mask = ~torch.isfinite(_values(one)) if func._schema.is_mutable else None
-            bad.append(_Bad(one, roots, state is _State.NAN, mask))
+            mask = ~torch.isfinite(values_of(one)) if func._schema.is_mutable else None
+            bad.append(_Bad(one, roots, state is State.NAN, mask))
         return bad
 
     def _from_outside(self, key: int, tensor: Tensor, number: int, place: Place) -> Roots:
         source, name = self._named.get(key, ("constant", ""))
         if source == "constant":
             name = variable_of(tensor, place.file, place.line)
-            self.examples.note_given(key, tensor)  # targets, most likely
+            self.examples.note_given(tensor)  # targets, most likely
         self.roots.append(self._root_of(number, tensor, source, name, None))
         self.roots[-1].call = self._calls.get(key)
         self._kept.append(tensor)
@@ -547,9 +540,9 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _roots_of(self, tensor: Tensor) -> Roots:
         """Returns the roots of a tensor at the end of the forward, or of the backward."""
-        if _is_finite(tensor):
+        if is_finite(tensor):
             return NO_ROOTS
-        key = _key(tensor)
+        key = memory_of(tensor)
         if key is None:
             return NO_ROOTS
         roots = self._tainted.get(key)
@@ -560,16 +553,17 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _details(
         self, func: Any, operands: list[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Details:
-        names = _operand_names(func, args, kwargs)
+        given = named_arguments(func, args, kwargs)
+        names = [name for name, value in given.items() for _ in tensors_in((value,))]
         pairs = list(zip(names, operands, strict=False))
         described = [operand_of(name, one) for name, one in pairs]
-        zeros_of = [(_key(one), one, _values(one) == 0) for _, one in pairs]
+        zeros_of = [(one, values_of(one) == 0) for _, one in pairs]
         return Details(
-            (*described, *_numbers(func, args, kwargs)),
+            (*described, *numbers_in(given)),
             zero_examples=tuple(self.examples.of(*zeros) for zeros in zeros_of),
             zero_rows=tuple(self.examples.wholly(*zeros) for zeros in zeros_of),
-            origins=tuple(self._named.get(_key(one) or 0) for _, one in pairs),
-            parents=tuple(self._producers.get(_key(one) or 0, -1) for _, one in pairs),
+            origins=tuple(self._named.get(memory_of(one) or 0) for _, one in pairs),
+            parents=tuple(self._producers.get(memory_of(one) or 0, -1) for _, one in pairs),
         )
 
     # -- which forward operation a backward operation belongs to --------------------------------
@@ -612,133 +606,15 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found if 0 <= found < len(self.operations) else None
 
 
-def operand_of(name: str, tensor: Tensor) -> Operand:
-    """Describes a tensor: shape, dtype, range of its finite elements, and how many are not."""
-    values = _values(tensor)
-    shape, dtype = tuple(tensor.shape), _dtype(tensor)
-    if not values.numel() or values.is_quantized or values.is_meta:
-        return Operand(name, shape, dtype, math.nan, math.nan)
-    if values.is_complex():
-        values = torch.view_as_real(values.resolve_conj())
-    if values.dtype is torch.bool:
-        values = values.to(torch.uint8)
-    if not values.dtype.is_floating_point:
-        low, high = torch.aminmax(values)
-        return Operand(name, shape, dtype, float(low), float(high), int((values == 0).sum()))
-    finite = values[torch.isfinite(values)]
-    lowest, highest = torch.aminmax(finite) if finite.numel() else (math.nan, math.nan)
-    return Operand(
-        name,
-        shape,
-        dtype,
-        float(lowest),
-        float(highest),
-        zeros=int((values == 0).sum()),
-        nans=int(torch.isnan(values).sum()),
-        infs=int(torch.isinf(values).sum()),
-        negative_infs=int(torch.isneginf(values).sum()),
-    )
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-
-
-def _unread(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> frozenset[int | None]:
+def _unread(given: Mapping[str, Any]) -> frozenset[int | None]:
     """Returns the running statistics of a batch normalization that takes those of the batch.
 
     It only updates them. Where the batch was bad, the training's own forward has spoiled them.
     """
-    names = [one.name for one in func._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
     reads = False in (given.get(name) for name in ("training", "train", "update"))
     running = () if reads else (given.get("running_mean"), given.get("running_var"))
-    return frozenset(_key(one) for one in running if isinstance(one, Tensor))
-
-
-def _operand_names(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
-    """Returns the name of each tensor among the arguments, in the order of :func:`_tensors`."""
-    names = [one.name for one in func._schema.arguments]
-    named = [*zip(names, args, strict=False), *kwargs.items()]
-    return [name for name, value in named for _ in _tensors((value,))]
-
-
-def _numbers(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Operand]:
-    """Describes the numbers of Python among the arguments that stand for a tensor."""
-    names = [one.name for one in func._schema.arguments]
-    for name, value in (*zip(names, args, strict=False), *kwargs.items()):
-        if name in _OF_NUMBERS and type(value) in (int, float):
-            infinite, nan = math.isinf(value), math.isnan(value)
-            bound = math.nan if infinite or nan else float(value)
-            counts = int(value == 0), int(nan), int(infinite), int(value == -math.inf)
-            yield Operand(name, (), type(value).__name__, bound, bound, *counts)
-
-
-def _key(tensor: Tensor) -> int | None:
-    """Returns what stands for the memory of a tensor; None if it has none of its own."""
-    try:
-        return int(_values(tensor).untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return None
-
-
-def _values(tensor: Tensor) -> Tensor:
-    """Returns the elements that a tensor stores: for a sparse one those that are not left out."""
-    if tensor._is_zerotensor():  # of forward-mode differentiation; it has no memory
-        return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    if tensor.layout is torch.sparse_coo:
-        return tensor._values()
-    if tensor.layout in (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc):
-        return tensor.values()
-    return tensor
-
-
-def _state(tensor: Tensor) -> _State:
-    values = _values(tensor)
-    if not (values.is_floating_point() or values.is_complex()) or not values.numel():
-        return _State.FINITE
-    if values.is_meta or values.is_quantized or values.layout is not torch.strided:
-        return _State.FINITE
-    if values.is_complex():
-        values = torch.view_as_real(values.resolve_conj())
-    if values.dtype.itemsize < 2:  # float8 knows no comparison
-        values = values.float()
-    # One pass, which tells of NaN as well.
-    low, high = (one.item() for one in torch.aminmax(values))
-    if math.isnan(low):
-        return _State.NAN
-    return _State.INFINITE if math.isinf(low) or math.isinf(high) else _State.FINITE
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return _state(tensor) is _State.FINITE
-
-
-def _has_nan(tensor: Tensor) -> bool:
-    return bool(torch.isnan(_values(tensor)).any())
+    return frozenset(memory_of(one) for one in running if isinstance(one, Tensor))
 
 
 def _is_nan_at(tensor: Tensor, where: Tensor) -> bool:
     return bool((torch.isnan(tensor) & where).any())
-
-
-def _covers(tensor: Tensor) -> bool:
-    """Returns whether a tensor is all that its memory holds."""
-    try:
-        return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
-    except (NotImplementedError, RuntimeError):
-        return True
-
-
-def _can_mask(values: Tensor) -> bool:
-    """Returns whether all elements are minus infinity or one and the same finite value."""
-    rest = values[~torch.isneginf(values)]
-    return not rest.numel() or bool((rest == rest[0]).all() & torch.isfinite(rest[0]))
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from gradwatch.checks import described
 from gradwatch.errors import described_error, logger
 from gradwatch.hooks.backward import inside_backward
 from gradwatch.hooks.closures import KeptClosure, why_not_again
@@ -42,9 +43,6 @@ from gradwatch.step.window import Window
 
 T = TypeVar("T")
 
-MOST_KEPT = 100
-"""Explanations that are kept, the newest ones."""
-
 ALWAYS = 4
 """So many bad steps with the same culprit are explained; then the 8th, the 16th and so on."""
 
@@ -57,6 +55,11 @@ MOST_REPLAYS = 8
 MOVED = (
     "The loop threw these gradients away, and the weights have moved before that was seen: the "
     "micro-batch cannot be run again as it was."
+)
+NO_CLOSURE = (
+    "watcher.explain(closure) needs a function without arguments that returns the loss, a tensor "
+    "of one element that was computed by the model, got {value}. Write "
+    "watcher.explain(lambda: criterion(model(x), y))."
 )
 FAILED = "The explanation of this step failed: {error}"
 REPLAY_FAILED = "The micro-batch could not be run again: {error}"
@@ -474,7 +477,6 @@ class Explaining:
         try:
             kept = found.calls if run.options.keep_batches else ()
             run.explain(explanation, kept, labeled=run.joint_steps.several)
-            del run.explanations[:-MOST_KEPT]
             logger.warning("%s", explanation)
         except Exception as error:  # evidence is never worth a training
             logger.warning("gradwatch: %s", FAILED.format(error=described_error(error)))
@@ -514,6 +516,53 @@ def explain_closure(
     from gradwatch.replay.runs import run_closure
 
     return _explained(run_closure(model, closure, scale, context, buffers), asked)
+
+
+def explain_asked(
+    model: nn.Module | Mapping[str, Tensor], closure: Callable[[], Tensor]
+) -> Explanation:
+    """Explains a closure that the user has given; see :meth:`gradwatch.watcher.Watcher.explain`.
+
+    Raises:
+        TypeError: If it is not callable, or returns no loss.
+    """
+    if not callable(closure):
+        raise TypeError(NO_CLOSURE.format(value=described(closure)))
+    from gradwatch.replay.stand_ins import NoLossError  # few runs need it
+
+    returned = _Returned()
+    try:
+        found = explain_closure(model, partial(_noted, closure, returned), asked=True)
+    except NoLossError:
+        raise TypeError(NO_CLOSURE.format(value=returned.described())) from None
+    if not returned.may_be_loss():
+        raise TypeError(NO_CLOSURE.format(value=returned.described()))
+    return found
+
+
+class _Returned:
+    """What a closure has returned. No list, for a replay puts back what is in lists."""
+
+    def __init__(self) -> None:
+        self.value: object = None
+
+    def may_be_loss(self) -> bool:
+        # None also if it raised, or if it called the backward itself.
+        value = self.value
+        return value is None or (isinstance(value, Tensor) and value.numel() == 1)
+
+    def described(self) -> str:
+        value = self.value
+        if isinstance(value, Tensor):
+            grad = "" if value.requires_grad else " that requires no gradient"
+            return f"one that returned a tensor of shape {list(value.shape)}{grad}"
+        return f"one that returned {described(value)}"
+
+
+def _noted(closure: Callable[[], Tensor], returned: _Returned) -> Tensor:
+    loss = closure()
+    returned.value = loss
+    return loss
 
 
 def _explained(run: Callable[[Any], list[str]], asked: bool = False) -> Explanation:

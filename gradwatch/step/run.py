@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from gradwatch.record.folder.explanations import ExplanationStore
     from gradwatch.step.explaining import Explaining
 
+MOST_EXPLANATIONS = 100
+"""Explanations that are kept in memory, the newest ones."""
+
 POISONED = "poisoned"
 """What is told once in a run: that buffers hold a NaN."""
 
@@ -148,6 +151,7 @@ class Run:
             labeled: Whether there are several optimizers, so that names must tell them apart.
         """
         self.explanations.append(explanation)
+        del self.explanations[:-MOST_EXPLANATIONS]
         self.note(explained_event(explanation))
         if self._store is not None:
             self._store.write(explanation, calls, labeled=labeled)

@@ -22,7 +22,7 @@ from gradwatch.record.explanation import (
     facts_of,
 )
 from gradwatch.replay.advice import ADVICE, advice_for
-from gradwatch.replay.observer import operand_of
+from gradwatch.replay.operands import operand_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:(std|var).*degrees of freedom")
 
