@@ -1,0 +1,1 @@
+"""Every model that a process trains, found without a line in its code."""
