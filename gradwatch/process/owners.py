@@ -369,8 +369,25 @@ class _Graph:
         module = self._modules[key]
         if type(module) in _CONTAINERS:
             return 2
-        around = _is_facade(type(module)) or isinstance(module, _Loss)
+        around = isinstance(module, _Loss) or self._is_facade(module)
         return int(around or self._passes_on(module) or self._averages(module))
+
+    def _is_facade(self, module: nn.Module) -> bool:
+        """Returns whether calling a module is something else than running the model in it.
+
+        An object that offers training and prediction may be a module that holds the model.
+        """
+        home = next(one for one in type(module).__mro__ if "__call__" in vars(one))
+        if home is nn.Module or home.__module__.partition(".")[0] == "torch":
+            return False
+        used = _names_in(vars(home)["__call__"])
+        running = {"__call__", "_call_impl", "forward", *self._trained_in(module)}
+        return used.isdisjoint(running) or not used.isdisjoint(("no_grad", "inference_mode"))
+
+    def _trained_in(self, module: nn.Module) -> list[str]:
+        """Names the children that hold any of the parameters."""
+        children = module._modules.items()
+        return [name for name, child in children if self.held.get(id(child))]
 
     def _passes_on(self, module: nn.Module) -> bool:
         """Returns whether a module holds a model twice: as it is, and as it is to be called."""
@@ -383,7 +400,7 @@ class _Graph:
         It is called for the mean.
         """
         children = {name: one for name, one in module._modules.items() if one is not None}
-        trained = [name for name, one in children.items() if self.held.get(id(one))]
+        trained = self._trained_in(module)
         copies = [name for name in children if name not in trained]
         if len(trained) != 1 or not copies or values_of(module, "_parameters"):
             return False
@@ -394,17 +411,6 @@ class _Graph:
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-
-
-def _is_facade(kind: type[nn.Module]) -> bool:
-    """Returns whether calling such a module is something else than running its forward.
-
-    An object that offers training and prediction may be a module that holds the model.
-    """
-    home = next(one for one in kind.__mro__ if "__call__" in vars(one))
-    if home is nn.Module or home.__module__.partition(".")[0] == "torch":
-        return False
-    return _names_in(vars(home)["__call__"]).isdisjoint(("__call__", "_call_impl", "forward"))
 
 
 def _names_in(function: Any) -> set[str]:

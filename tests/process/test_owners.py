@@ -50,6 +50,15 @@ class Holder(nn.Module):
         return [part(x) for part in self.children()]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _nothing_is_frozen():
+    """The tests freeze what was imported (conftest.py); programs seldom do."""
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(params=["searched", "noted"])
 def noted(request):
     """Nothing that was noted, or all that the test builds: the answers are the same."""
@@ -195,6 +204,17 @@ class CallsAlone(nn.Module):
         return self.two(self.one(x))
 
 
+class CallsItsChild(nn.Module):
+    """Has a __call__ instead of a forward, as in other libraries, around all that it holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(1, 1), nn.Tanh())
+
+    def __call__(self, x):
+        return self.layers(x)
+
+
 def _of(module):
     return module, [module]
 
@@ -213,6 +233,7 @@ ONE_MODEL = {
     "parametrized": _weight_normed,
     "a bare nn.Module": _in_place_of_a_module,
     "an own __call__ that runs forward": lambda: _of(Calls()),
+    "an own __call__ that is the forward": lambda: _of(CallsItsChild()),
     "an own __call__ around several parts": lambda: _of(CallsAlone()),
     "an ensemble": lambda: (m := Holder(a=Net(), b=Net()), [m.b]),
     "a bare container of parts": lambda: _of(nn.ModuleDict({"g": Net(), "d": Net()})),
@@ -247,6 +268,30 @@ class Facade(nn.Module):
 
     def predict(self, source):
         return self.model(source)
+
+
+class Predictor(nn.Module):
+    """Calls the model, but not to train it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def __call__(self, x):
+        with torch.no_grad():
+            return self.model(x)
+
+
+class CalledAverage(nn.Module):
+    """A mean of the weights with a __call__ of its own."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.online = model
+        self.mean = copy.deepcopy(model).requires_grad_(False)
+
+    def __call__(self, x):
+        return self.mean(x)
 
 
 class Criterion(nn.modules.loss._Loss):
@@ -286,7 +331,9 @@ class PassesOn(nn.Module):
 
 AROUND = {
     "an object that trains": Facade,
+    "an object that predicts": Predictor,
     "a loss": Criterion,
+    "a mean that is called": CalledAverage,
     "a moving average": Average,
     "a wrapper with two names": PassesOn,
     "a list": lambda model: nn.ModuleList([model]),
