@@ -16,6 +16,7 @@ from gradwatch.clip.zclip import ZClip
 from gradwatch.errors import AccumulationError, GradwatchWarning, NonFiniteGradientError
 from gradwatch.hessian.every import CurvatureEvery
 from gradwatch.history import History, load
+from gradwatch.process.watchers import watch_all
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.records import Event, Layout, RecordBatch, Sink, StepRecord
 from gradwatch.watcher import Watcher, watch
@@ -65,6 +66,7 @@ __all__ = [
     "explain",
     "load",
     "watch",
+    "watch_all",
 ]
 
 _ON_DEMAND = {
