@@ -26,7 +26,7 @@ from gradwatch.adapters import check_options
 from gradwatch.checks import described
 from gradwatch.errors import described_error, tell_instead, tell_no_more, warn_safely
 from gradwatch.hooks.backward import give_way_no_more, give_way_with, is_watched
-from gradwatch.hooks.context import REPLAY
+from gradwatch.hooks.context import REPLAY, is_replaying
 from gradwatch.hooks.optimizer import is_trial, parameters_held
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.process.backward import BeforeBackward, is_tracing
@@ -120,8 +120,8 @@ class ProcessWatch:
         self._kinds: Counter[tuple[str, int]] = Counter()
         self._early = EarlyForwards() if self._options.explain else None
         self._errors: list[str] = []
-        self._claiming = False
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._claiming: int | None = None  # the thread that does
         self._births: BuiltOptimizers | None = None
         self._before_backward = BeforeBackward(self._claim)
         self._step_handle: RemovableHandle | None = None
@@ -248,8 +248,13 @@ class ProcessWatch:
                 self._note_error(type(optimizer).__name__, error)
 
     def _is_ignored(self) -> bool:
-        """Returns whether an optimizer that is built now is none of the training's."""
-        return self._state != "attached" or self._claiming or is_trial() or REPLAY.under_way
+        """Returns whether what this thread does now is none of the training's."""
+        ours = (
+            self._claiming == threading.get_ident()
+            or is_trial()
+            or (REPLAY.under_way and is_replaying())
+        )
+        return ours or self._state != "attached"
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Claims an optimizer that steps without a backward that was noticed."""
@@ -264,10 +269,10 @@ class ProcessWatch:
 
     def _claim(self) -> None:
         """Watches the models of all optimizers that wait; called before a backward."""
-        if self._claiming or self._state != "attached":
+        if self._is_ignored():
             return
         with self._lock:
-            self._claiming = True
+            self._claiming = threading.get_ident()
             try:
                 self._end_what_is_over()
                 self._claim_all(self._take_complete())
@@ -276,7 +281,7 @@ class ProcessWatch:
             except Exception as error:  # what could not be watched must not end the training
                 self._note_error("The model", error)
             finally:
-                self._claiming = False
+                self._claiming = None
 
     def _take_complete(self) -> list[Optimizer]:
         waiting = [one for ref in self._waiting if (one := ref()) is not None]
@@ -394,7 +399,7 @@ class ProcessWatch:
         wanted = set(map(id, tensors))
         for one in self._all:
             if not one.ended and not one.ids.isdisjoint(wanted):
-                self._left = self._left or not self._claiming
+                self._left = self._left or not self._is_ignored()
                 self._end(one)
 
     def _end_what_is_over(self) -> None:
