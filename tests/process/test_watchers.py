@@ -69,6 +69,7 @@ def only(watching):
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_every_step_from_the_first_is_measured_under_the_models_own_names(micro_batches):
+    """Every step from the first is measured under the model's own names."""
     with gradwatch.watch_all() as watching:
         seen = train(*build(), micro_batches=micro_batches)
     watcher = only(watching)
@@ -78,6 +79,7 @@ def test_every_step_from_the_first_is_measured_under_the_models_own_names(micro_
 
 
 def test_training_is_bit_identical():
+    """Training is bit identical."""
     def run():
         torch.manual_seed(3)
         case = zoo.mlp()
@@ -97,6 +99,7 @@ def test_training_is_bit_identical():
 
 
 def test_an_optimizer_that_was_built_before_is_found():
+    """An optimizer that was built before is found."""
     model, optimizer = build()
     with gradwatch.watch_all() as watching:
         seen = train(model, optimizer)
@@ -104,6 +107,7 @@ def test_an_optimizer_that_was_built_before_is_found():
 
 
 def test_each_model_has_a_watcher_and_shares_it_among_its_optimizers():
+    """Each model has a watcher and shares it among its optimizers."""
     with gradwatch.watch_all() as watching:
         first, second = Net(), nn.Sequential(nn.Linear(3, 2))
         inner = torch.optim.SGD(first.inner.parameters(), lr=0.1)
@@ -122,6 +126,7 @@ def test_each_model_has_a_watcher_and_shares_it_among_its_optimizers():
 
 
 def test_what_never_steps_is_not_shown(tmp_path):
+    """What never steps is not shown."""
     with gradwatch.watch_all(run_dir=tmp_path / "run") as watching:
         frozen, _unused = build(model=nn.Sequential(nn.Linear(3, 1)))
         train(*build())
@@ -131,6 +136,7 @@ def test_what_never_steps_is_not_shown(tmp_path):
 
 
 def test_models_that_are_built_anew_each_have_a_history_and_a_folder(tmp_path):
+    """Models that are built anew each have a history and a folder."""
     with gradwatch.watch_all(run_dir=tmp_path) as watching:
         for fold in range(3):
             train(*build(), steps=fold + 1)
@@ -147,6 +153,7 @@ def test_models_that_are_built_anew_each_have_a_history_and_a_folder(tmp_path):
 
 
 def test_an_optimizer_that_is_built_later_for_the_same_model_joins_its_watcher():
+    """An optimizer that is built later for the same model joins its watcher."""
     with gradwatch.watch_all() as watching:
         model, optimizer = build()
         train(model, optimizer)
@@ -160,6 +167,7 @@ def test_an_optimizer_that_is_built_later_for_the_same_model_joins_its_watcher()
 
 @pytest.mark.parametrize("way", ["copied", "unpickled"])
 def test_optimizers_that_were_copied_or_unpickled_are_found(way):
+    """Optimizers that were copied or unpickled are found."""
     pair = build()
     with gradwatch.watch_all() as watching:
         if way == "copied":
@@ -174,6 +182,7 @@ def test_optimizers_that_were_copied_or_unpickled_are_found(way):
 
 
 def test_gradients_that_are_set_by_hand_are_measured_from_the_first_step_on():
+    """Gradients that are set by hand are measured from the first step on."""
     with gradwatch.watch_all() as watching:
         model, optimizer = build()
         for scale in (1.0, 2.0):
@@ -186,6 +195,7 @@ def test_gradients_that_are_set_by_hand_are_measured_from_the_first_step_on():
 
 
 def test_a_step_that_a_scaler_skips_first_is_there():
+    """A step that a scaler skips first is there."""
     with gradwatch.watch_all() as watching:
         model, optimizer = build()
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
@@ -200,6 +210,7 @@ def test_a_step_that_a_scaler_skips_first_is_there():
 
 
 def test_the_engine_is_as_torch_made_it_once_all_models_are_known():
+    """The engine is as torch made it once all models are known."""
     entry = torch.autograd._engine_run_backward
     with gradwatch.watch_all():
         model, optimizer = build()
@@ -212,6 +223,7 @@ def test_the_engine_is_as_torch_made_it_once_all_models_are_known():
 
 
 def test_a_model_that_the_program_watches_is_left_to_it():
+    """A model that the program watches is left to it."""
     with gradwatch.watch_all() as watching:
         model, optimizer = build()
         with gradwatch.watch(model, optimizer) as watcher:
@@ -222,6 +234,7 @@ def test_a_model_that_the_program_watches_is_left_to_it():
 
 
 def test_a_model_that_the_program_watches_later_is_given_up():
+    """A model that the program watches later is given up."""
     with gradwatch.watch_all() as watching:
         model, optimizer = build()
         train(model, optimizer, steps=2)
@@ -232,6 +245,7 @@ def test_a_model_that_the_program_watches_later_is_given_up():
 
 
 def test_trial_optimizers_of_gradwatch_are_no_models():
+    """Trial optimizers of gradwatch are no models."""
     with gradwatch.watch_all(clip=1.0) as watching:
         model = Net()
         train(model, torch.optim.AdamW(model.parameters(), lr=0.01, fused=True))
@@ -239,6 +253,7 @@ def test_trial_optimizers_of_gradwatch_are_no_models():
 
 
 def test_the_first_step_is_explained():
+    """The first step is explained."""
     with gradwatch.watch_all(on_nonfinite="explain") as watching:
         model, optimizer = build()
         batch = torch.randn(5, 3)
@@ -251,6 +266,7 @@ def test_the_first_step_is_explained():
 
 
 def test_each_model_has_its_own_clip():
+    """Each model has its own clip."""
     with gradwatch.watch_all(clip=gradwatch.ZClip()) as watching:
         one, other = build(), build(model=nn.Sequential(nn.Linear(3, 1)))
         train(*one)
@@ -260,6 +276,7 @@ def test_each_model_has_its_own_clip():
 
 
 def test_sinks_are_made_for_each_model():
+    """Sinks are made for each model."""
     class Sink:
         def __init__(self):
             self.steps = 0
@@ -278,6 +295,7 @@ def test_sinks_are_made_for_each_model():
 
 
 def test_the_report_has_a_part_for_each_model():
+    """The report has a part for each model."""
     with gradwatch.watch_all() as watching:
         train(*build())
         train(*build(model=nn.Sequential(nn.Linear(3, 1))))
@@ -295,6 +313,7 @@ def test_the_report_has_a_part_for_each_model():
     ],
 )
 def test_where_nothing_was_watched_the_reason_is_said(act, text):
+    """Where nothing was watched the reason is said."""
     with gradwatch.watch_all() as watching:
         act()
     if "built, but" in text or not watching._built:  # optimizers of other tests may be in memory
@@ -303,6 +322,7 @@ def test_where_nothing_was_watched_the_reason_is_said(act, text):
 
 
 def test_a_model_that_cannot_be_watched_is_told_of_and_trained():
+    """A model that cannot be watched is told of and trained."""
     told = []
 
     class Broken(torch.optim.SGD):
@@ -331,6 +351,7 @@ def test_a_model_that_cannot_be_watched_is_told_of_and_trained():
 
 
 def test_one_line_tells_of_each_model_at_its_first_step(tmp_path):
+    """One line tells of each model at its first step."""
     told = []
     watching = ProcessWatch({"run_dir": tmp_path}, say=told.append).attach()
     try:
@@ -345,6 +366,7 @@ def test_one_line_tells_of_each_model_at_its_first_step(tmp_path):
 
 
 def test_what_would_be_a_warning_is_said():
+    """What would be a warning is said."""
     told = []
     watching = ProcessWatch({}, say=told.append).attach()
     try:
@@ -357,6 +379,7 @@ def test_what_would_be_a_warning_is_said():
 
 
 def test_no_more_than_a_hundred_models_of_a_kind_are_watched():
+    """No more than a hundred models of a kind are watched."""
     told = []
     watching = ProcessWatch({}, say=told.append).attach()
     try:
@@ -369,6 +392,7 @@ def test_no_more_than_a_hundred_models_of_a_kind_are_watched():
 
 
 def test_models_of_two_threads_are_both_watched():
+    """Models of two threads are both watched."""
     seen = {}
 
     def work(name, model):
@@ -388,6 +412,7 @@ def test_models_of_two_threads_are_both_watched():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()")
 def test_a_forked_child_watches_nothing(tmp_path):
+    """A forked child watches nothing."""
     watching = gradwatch.watch_all(run_dir=tmp_path).attach()
     try:
         train(*build(), steps=2)
@@ -409,16 +434,19 @@ def test_a_forked_child_watches_nothing(tmp_path):
 
 @pytest.mark.parametrize("name", ["accumulate", "scaler", "curvature"])
 def test_options_of_one_loop_are_refused(name):
+    """Options of one loop are refused."""
     with pytest.raises(TypeError, match=rf"gradwatch.watch\(model, optimizer, {name}=...\)"):
         ProcessWatch({name: 2})
 
 
 def test_sinks_that_all_models_would_share_are_refused():
+    """Sinks that all models would share are refused."""
     with pytest.raises(TypeError, match=r"sinks=lambda name: \["):
         gradwatch.watch_all(sinks=[object()])
 
 
 def test_it_is_attached_once():
+    """It is attached once."""
     watching = gradwatch.watch_all().attach()
     watching.close()
     with pytest.raises(RuntimeError, match="attached before"):
