@@ -234,6 +234,7 @@ class ProcessWatch:
         if self._is_ignored():
             return
         with self._lock:
+            self._built[type(optimizer).__name__] = None
             self._waiting.append(weakref.ref(optimizer))
             self._before_backward.wait()
             if self._step_handle is None:
@@ -292,7 +293,6 @@ class ProcessWatch:
         return complete
 
     def _claim_all(self, optimizers: Sequence[Optimizer]) -> None:
-        self._built.update(dict.fromkeys(type(one).__name__ for one in optimizers))
         new = [
             one
             for one in optimizers
