@@ -92,7 +92,11 @@ class ProcessWatch:
     """
 
     def __init__(
-        self, options: Mapping[str, Any], *, say: Callable[[str], None] | None = None
+        self,
+        options: Mapping[str, Any],
+        *,
+        say: Callable[[str], None] | None = None,
+        is_first: bool = False,
     ) -> None:
         """Starts with the options of :func:`watch_all`, unchecked; attaches nothing yet.
 
@@ -100,6 +104,7 @@ class ProcessWatch:
             options: By name; those that are left out have their defaults.
             say: Receives one line for each model when it takes its first step, and what would be a
                 warning otherwise. It must not raise. None to warn as Python does.
+            is_first: Whether no optimizer can have been built yet, so that none is searched for.
         """
         given = dict(options)
         for name in ("accumulate", "scaler", "curvature"):
@@ -111,6 +116,7 @@ class ProcessWatch:
         self._sinks_of = cast("Callable[[str], Iterable[Sink]]", sinks)
         self._options = check_options("watch_all", given, accumulate=1, scaler=None)
         self._say = say
+        self._is_first = is_first
         self._state = "new"
         self._all: list[_Watched] = []
         self._shown: list[_Watched] = []
@@ -147,7 +153,7 @@ class ProcessWatch:
         self._births = BuiltOptimizers(
             self._on_built, None if self._early is None else self._on_complete
         )
-        for optimizer in optimizers_there():
+        for optimizer in () if self._is_first else optimizers_there():
             self._on_built(optimizer)
         return self
 
