@@ -289,13 +289,14 @@ class ProcessWatch:
                 self._note_error("The model", error)
             finally:
                 self._claiming = None
+                # Only now: a backward of another thread waits until its model is watched.
+                if not self._waiting:
+                    self._wait_no_more()
 
     def _take_complete(self) -> list[Optimizer]:
         waiting = [one for ref in self._waiting if (one := ref()) is not None]
         complete = list({id(one): one for one in waiting if is_complete(one)}.values())
         self._waiting = [weakref.ref(one) for one in waiting if not is_complete(one)]
-        if not self._waiting:
-            self._wait_no_more()
         return complete
 
     def _claim_all(self, optimizers: Sequence[Optimizer]) -> None:
