@@ -149,7 +149,7 @@ def _compiled(source: str | bytes, name: str) -> CodeType:
 
 
 def _launch(code: CodeType, namespace: dict[str, Any]) -> None:
-    _deepen()
+    _deepen(execs=1)
     exec(code, namespace)
 
 
@@ -165,12 +165,22 @@ def _run_module(program: Program) -> None:
         run("__main__", False)
 
 
-def _deepen() -> None:
-    """Leaves the program as many frames below the recursion limit as it has without us."""
-    depth, frame = 0, sys._getframe(1)
+def _deepen(execs: int = 0) -> None:
+    """Leaves the program as many frames below the recursion limit as it has without us.
+
+    Args:
+        execs: The calls of ``exec()`` between the caller and the program.
+    """
+    depth, frame = execs if _EXECS_COUNT else 0, sys._getframe(1)
     while frame is not None:
-        depth, frame = depth + 1, frame.f_back  # type: ignore[assignment]
+        inside = frame.f_back is not None
+        # What another module has started came through exec() as well.
+        depth += 1 + (_EXECS_COUNT and inside and frame.f_code.co_name == "<module>")
+        frame = frame.f_back  # type: ignore[assignment]
     sys.setrecursionlimit(sys.getrecursionlimit() + depth)
 
 
-frames.add_launchers(_launch.__code__, _run_module.__code__)
+_EXECS_COUNT = sys.version_info < (3, 12)
+"""Whether a call of exec() counts for the recursion limit, like a frame."""
+
+frames.add_launchers(*(one.__code__ for one in (_code, _compiled, _launch, _run_module)))
