@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 
@@ -90,7 +88,7 @@ def _file(name: str, arguments: Sequence[str]) -> Program:
     ):
         return Program("folder", name, arguments)
     _refuse_interpreter(name, arguments)
-    path = shutil.which(name) if os.path.dirname(name) == "" else None
+    path = None if os.path.dirname(name) else _on_path(name)
     if path is None:
         raise UsageError((NO_MAIN if os.path.isdir(name) else NO_FILE).format(name=name))
     _refuse_launcher(name, arguments)
@@ -118,6 +116,8 @@ def _is_archive(name: str) -> bool:
 
 def _refuse_interpreter(name: str, arguments: Sequence[str]) -> None:
     if _INTERPRETERS.fullmatch(os.path.basename(name)):
+        import shlex
+
         words = ("gradwatch", "run", *(arguments or ("train.py",)))
         raise UsageError(INTERPRETER.format(better=shlex.join(words)))
 
@@ -130,6 +130,8 @@ def _refuse_launcher(name: str, arguments: Sequence[str]) -> None:
         del words[0]
     elif name == "accelerate" and words:
         return  # `accelerate config` and others train nothing
+    import shlex
+
     # Which word is the program cannot be known without the launcher's own list of options.
     start = next((at for at, word in enumerate(words) if word.endswith(".py")), len(words))
     before = "".join(f"{shlex.quote(word)} " for word in words[:start])
@@ -160,10 +162,18 @@ def _python_of(path: str) -> str | None:
         words = [_in_shell(os.fsdecode(shell[1]), path)]
     if not words or not _INTERPRETERS.fullmatch(os.path.basename(words[0])):
         return None
-    return words[0] if os.path.dirname(words[0]) else shutil.which(words[0])
+    return words[0] if os.path.dirname(words[0]) else _on_path(words[0])
+
+
+def _on_path(name: str) -> str | None:
+    import shutil  # few programs are commands
+
+    return shutil.which(name)
 
 
 def _in_shell(python: str, path: str) -> str:
+    import shlex
+
     # uv's scripts that can be moved look beside themselves:
     # "$(dirname -- "$(realpath -- "$0")")"/'python'
     if python.startswith('"$(dirname'):
