@@ -1,0 +1,1 @@
+"""Every model that a process trains, watched without a line in its loop."""
