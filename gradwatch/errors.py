@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gradwatch.pickles import stable_name
@@ -70,8 +71,25 @@ class GradwatchWarning(UserWarning):
     """Something in gradwatch failed or was left out; the training itself is untouched."""
 
 
+_listeners: list[Callable[[str], None]] = []
+
+
+def tell_instead(listener: Callable[[str], None]) -> None:
+    """Has warnings told to a function, as in a program that shall print what it always did."""
+    _listeners.append(listener)
+
+
+def tell_no_more(listener: Callable[[str], None]) -> None:
+    """Ends :func:`tell_instead`; safe to call again."""
+    if listener in _listeners:
+        _listeners.remove(listener)
+
+
 def warn_safely(message: str) -> None:
     """Warns, or logs where the user's filters turn warnings into errors: never raises."""
+    if _listeners:
+        _listeners[-1](message)
+        return
     try:
         warnings.warn(message, GradwatchWarning, stacklevel=3)
     except Exception:

@@ -48,6 +48,7 @@ from gradwatch.pickles import stable_name
 from gradwatch.record.events import loop_event
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.records import Event, Sink, StepRecord
+from gradwatch.record.wording import counted
 from gradwatch.step.registry import OptimizerRegistry
 from gradwatch.step.run import Run
 
@@ -92,8 +93,10 @@ class Watcher:
     Attributes:
         global_step: Called at the end of a step; returns its position on the x-axis of loggers. An
             adapter sets it to return the framework's own count. None counts optimizer steps.
+        label: The name of the model among those of :func:`gradwatch.watch_all`; else empty.
     """
 
+    label = ""
     _state = "new"  # here, as __del__ also follows an __init__ that raised
     _is_copy = False
 
@@ -146,6 +149,13 @@ class Watcher:
             f"{', '.join(followed) or 'no optimizer yet'}, {_STATES.get(self._state, self._state)})"
         )
 
+    def described(self) -> str:
+        """Says in a few words what is watched: ``"2 parameters (9 elements), Adam"``."""
+        table, optimizers = self._run.table, [one.label for one in self._registry.followed]
+        elements = sum(tensor.numel() for tensor in table.tensors)
+        what = f"{counted(len(table), 'parameter')} ({counted(elements, 'element')})"
+        return ", ".join([what, *optimizers])
+
     # -- life ----------------------------------------------------------------------------------
 
     def attach(self) -> Watcher:
@@ -176,6 +186,30 @@ class Watcher:
         if self._sync is not None:
             self._sync.before_forwards(self._model, self._before_forward)
         return self
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Follows one more optimizer of the watched parameters, before its first step.
+
+        Optimizers that step parameters of the named ones are found without it.
+
+        Args:
+            optimizer: Holds no parameter that is not watched.
+
+        Raises:
+            TypeError: If it is not an optimizer.
+            ValueError: If it holds parameters that are not watched.
+        """
+        for one in optimizer_list(optimizer, self._run.table):
+            self._registry.follow(one)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the program has dropped the model and its optimizers."""
+        return False
+
+    def on_first_step(self, call: Callable[[], None]) -> None:
+        """Has a function called when an optimizer has taken its first step; it must not raise."""
+        self._registry.on_first_step = call
 
     def leave_windows(self, accumulates: bool) -> None:
         """Lets a framework decide when to communicate and when to step.
@@ -798,6 +832,7 @@ def build_watcher(
     model: nn.Module | Mapping[str, Tensor],
     optimizer: Optimizers,
     options: Options,
+    model_of: Callable[[], nn.Module | Mapping[str, Tensor] | None] | None = None,
 ) -> Watcher:
     """Does what :func:`watch` does, for an adapter, which has checked its options before.
 

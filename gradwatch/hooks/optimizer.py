@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -565,6 +566,7 @@ def _listens(optimizer: Optimizer) -> bool:
     if not parameters or any(map(is_sharded, parameters)):
         return False
     device = parameters[0].device
+    _trial.under_way = True
     try:
         scaled, plain = (torch.ones(2, device=device, requires_grad=True) for _ in range(2))
         accepted = inspect.signature(type(optimizer)).parameters
@@ -583,6 +585,16 @@ def _listens(optimizer: Optimizer) -> bool:
         return torch.equal(plain, before)
     except Exception:  # an optimizer not from torch may take other arguments, or refuse these
         return False
+    finally:
+        _trial.under_way = False
+
+
+_trial = threading.local()
+
+
+def is_trial() -> bool:
+    """Returns whether the optimizer that this thread is building is one of gradwatch's trials."""
+    return getattr(_trial, "under_way", False)
 
 
 REFUSED = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, count, repeat
 from typing import Any
@@ -48,11 +48,13 @@ class OptimizerRegistry:
             found.
         managed: The steps of those optimizers that a managed loop steps: the named ones, or all if
             none was named.
+        on_first_step: Called when an optimizer has taken its first step; None if nobody asks.
     """
 
     def __init__(self, run: Run, shield: Shield, curvature: MeasureCurvature | None = None) -> None:
         """Follows no optimizer yet; ``curvature`` is measured after steps of the first one."""
         self.followed: list[OptimizerSteps] = []
+        self.on_first_step: Callable[[], None] | None = None
         self._finished: OptimizerSteps | None = None  # whose step has ended last
         self._serial = 0  # the number of forwards that were kept until then
         self.managed: list[OptimizerSteps] = []
@@ -314,20 +316,40 @@ class OptimizerRegistry:
                 self._run.other_steps += 1
                 self._silence.note_other_step(type(optimizer).__name__, self.followed)
 
+    def follow(self, optimizer: Optimizer) -> None:
+        """Follows one more optimizer of the watched parameters, before it has stepped."""
+        if any(optimizer is member for one in self.followed for member in one.members):
+            return
+        with self._shield:
+            indices = self._indices(stepped_by(optimizer)[-1])
+            self._take_in(optimizer, indices, self._holding(indices))
+
+    def _holding(self, indices: Sequence[int]) -> list[OptimizerSteps]:
+        """Lists the optimizers that hold any of some parameters."""
+        return [one for one in self.followed if not set(indices).isdisjoint(one.window.indices)]
+
     def _on_found(self, optimizer: Optimizer, indices: list[int]) -> None:
         stepping = [index for one in self.followed if one.stepping for index in one.window.indices]
         if not set(indices).isdisjoint(stepping):
             return  # its step runs inside that of another optimizer, as in SAM: one step, not two
-        before = [one for one in self.followed if not set(indices).isdisjoint(one.window.indices)]
+        before = self._holding(indices)
         if self._named and not before:
             self._silence.tell_left_out(type(optimizer).__name__, indices)
             return
+        found = self._take_in(optimizer, indices, before)
+        if self._named and not any(one.step for one in before):
+            self._silence.tell_another(before[0], found)
+
+    def _take_in(
+        self, optimizer: Optimizer, indices: list[int], before: Sequence[OptimizerSteps]
+    ) -> OptimizerSteps:
+        """Follows an optimizer from now on, with what is known of its parameters already."""
         windows = [one.window for one in self.followed]
         ended = []
         if self._unowned is not None:
             windows = [self._unowned.window, *windows]
             ended = self._unowned.ended_of(indices)
-        parts = [window.part(indices) for window in windows]
+        parts = [window.part(indices) for window in windows] or [self._window(indices)]
         found = self._follow(optimizer, max(parts, key=lambda part: len(part.arrived)))
         owners: list[Steps] = [one for one in (self._unowned, *before) if one is not None]
         owner = max(owners, key=lambda one: one.window.backwards[-1:], default=found)
@@ -336,8 +358,7 @@ class OptimizerRegistry:
             self._unowned.release(indices)
         if ended:
             self._replay(found, ended)
-        if self._named and not any(one.step for one in before):
-            self._silence.tell_another(before[0], found)
+        return found
 
     def _replay(self, found: OptimizerSteps, ended: Sequence[EndedWindow]) -> None:
         # These steps are over: none of them belongs together with the one that is about to begin.
@@ -402,6 +423,8 @@ class OptimizerRegistry:
             alone = len(self.followed) == 1 and self._unowned is None
             self._forwards.keep_only(() if alone else self._open_backwards())
         if steps.step % LOOK_EVERY in LOOK_AT:
+            if self.on_first_step is not None and steps.step == 1:
+                self.on_first_step()
             self._silence.look_at_model(steps.step)
             self._run.hooks.buffers.look_again()
             steps.forget_groups()
