@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import threading
 import weakref
@@ -28,6 +29,7 @@ from gradwatch.hooks.backward import give_way_no_more, give_way_with, is_watched
 from gradwatch.hooks.context import REPLAY
 from gradwatch.hooks.optimizer import is_trial, parameters_held
 from gradwatch.measure.parameters import ParameterTable, optimizer_parameters
+from gradwatch.process.acting import refuse_dishonest
 from gradwatch.process.backward import BeforeBackward, is_tracing
 from gradwatch.process.optimizers import BuiltOptimizers, is_complete, optimizers_there
 from gradwatch.process.owners import Owner, owners_of
@@ -255,6 +257,8 @@ class ProcessWatch:
                 self._claiming = False
 
     def _take_complete(self) -> list[Optimizer]:
+        if self._options.acts and len(self._waiting) > 1:
+            gc.collect()  # one that was replaced may still lie in a cycle with its scheduler
         waiting = [one for ref in self._waiting if (one := ref()) is not None]
         complete = list({id(one): one for one in waiting if is_complete(one)}.values())
         self._waiting = [weakref.ref(one) for one in waiting if not is_complete(one)]
@@ -298,6 +302,7 @@ class ProcessWatch:
             self._note_error(owner.label, error)
 
     def _build(self, owner: Owner, model: nn.Module | Mapping[str, Tensor]) -> None:
+        refuse_dishonest(self._options, owner.optimizers, model)
         table = ParameterTable.of(model).tensors
         self._give_way(table)  # to a larger model that holds one that was watched before
         label = self._free_label(owner.label)
