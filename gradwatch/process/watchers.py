@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import threading
 import weakref
@@ -18,8 +19,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from gradwatch import lifetime
 from gradwatch.adapters import check_options
@@ -27,9 +26,10 @@ from gradwatch.checks import described
 from gradwatch.errors import described_error, tell_instead, tell_no_more, warn_safely
 from gradwatch.hooks.backward import give_way_no_more, give_way_with, is_watched
 from gradwatch.hooks.context import REPLAY, is_replaying
-from gradwatch.hooks.optimizer import is_trial, parameters_held
+from gradwatch.hooks.optimizer import OptimizerDiscovery, is_trial, parameters_held
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.options import CHECKS
+from gradwatch.process.acting import refuse_dishonest
 from gradwatch.process.backward import BeforeBackward, is_tracing
 from gradwatch.process.forwards import EarlyForwards
 from gradwatch.process.optimizers import BuiltOptimizers, is_complete, optimizers_there
@@ -135,7 +135,7 @@ class ProcessWatch:
         self._claiming: int | None = None  # the thread that does
         self._births: BuiltOptimizers | None = None
         self._before_backward = BeforeBackward(self._claim)
-        self._step_handle: RemovableHandle | None = None
+        self._steps: OptimizerDiscovery | None = None
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -248,8 +248,8 @@ class ProcessWatch:
             self._built[type(optimizer).__name__] = None
             self._waiting.append(weakref.ref(optimizer))
             self._before_backward.wait()
-            if self._step_handle is None:
-                self._step_handle = register_optimizer_step_pre_hook(self._before_step)
+            if self._steps is None:
+                self._steps = OptimizerDiscovery(self._before_step)
 
     def _on_complete(self, optimizer: Optimizer) -> None:
         """Keeps the forwards of an optimizer's model from now on, to explain its first step."""
@@ -268,16 +268,16 @@ class ProcessWatch:
         )
         return ours or self._state != "attached"
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer) -> None:
         """Claims an optimizer that steps without a backward that was noticed."""
         if any(ref() is optimizer for ref in self._waiting) and not is_tracing():
             self._claim()
 
     def _wait_no_more(self) -> None:
         self._before_backward.stop()
-        if self._step_handle is not None:
-            self._step_handle.remove()
-            self._step_handle = None
+        if self._steps is not None:
+            self._steps.remove()
+            self._steps = None
 
     def _claim(self) -> None:
         """Watches the models of all optimizers that wait; called before a backward."""
@@ -299,6 +299,8 @@ class ProcessWatch:
                     self._wait_no_more()
 
     def _take_complete(self) -> list[Optimizer]:
+        if self._options.acts and len(self._waiting) > 1:
+            gc.collect()  # one that was replaced may still lie in a cycle with its scheduler
         waiting = [one for ref in self._waiting if (one := ref()) is not None]
         complete = list({id(one): one for one in waiting if is_complete(one)}.values())
         self._waiting = [weakref.ref(one) for one in waiting if not is_complete(one)]
@@ -358,6 +360,7 @@ class ProcessWatch:
             self._note_error(owner.label, error)
 
     def _build(self, owner: Owner, model: nn.Module | Mapping[str, Tensor]) -> None:
+        refuse_dishonest(self._options, owner.optimizers, model)
         table = ParameterTable.of(model).tensors
         self._give_way(table)  # to a larger model that holds one that was watched before
         label = self._free_label(owner.label)
