@@ -42,7 +42,7 @@ def test_a_dict_that_somebody_has_stays_full():
 def test_namespaces_are_not_emptied():
     """Modules and class bodies keep their names, which are no copies."""
     namespace = {"local_variables": local_variables, "sys": sys}
-    exec("x = 1\nseen = local_variables(sys._getframe())\ny = x", namespace)  # noqa: S102
+    exec("x = 1\nseen = local_variables(sys._getframe())\ny = x", namespace)
     assert namespace["y"] == namespace["seen"]["x"] == 1
 
     class Body:
