@@ -567,7 +567,7 @@ class BatchRunner:
         self._managed = managed
         self._optimizers = optimizers
         self._model = model
-        self._modules: list[weakref.ref[nn.Module]] | None = None
+        self._known: list[weakref.ref[nn.Module]] | None = None
         self._devices = {tensor.device for tensor in run.table.tensors}
 
     def run(self, closure: Closure, batch: Any) -> Tensor:
@@ -594,13 +594,7 @@ class BatchRunner:
     # -- one attempt -----------------------------------------------------------------------------
 
     def _start(self) -> _Start:
-        modules = self._modules
-        if modules is None:
-            model = self._model.module()
-            modules = [] if model is None else list(map(weakref.ref, model.modules()))
-            self._modules = modules
-        there = [module for one in modules if (module := one()) is not None]
-        return _Start(self._run, self._managed, self._optimizers, there)
+        return _Start(self._run, self._managed, self._optimizers, self._modules())
 
     def _attempt(
         self, start: _Start, closure: Closure, batch: Any, size: int
@@ -638,6 +632,13 @@ class BatchRunner:
 
     # -- cooperation of the ranks ----------------------------------------------------------------
 
+    def _modules(self) -> list[nn.Module]:
+        """Lists the modules of the model as it was for the first batch."""
+        if self._known is None:
+            model = self._model.module()
+            self._known = [] if model is None else list(map(weakref.ref, model.modules()))
+        return [module for one in self._known if (module := one()) is not None]
+
     @property
     def _may_run_again(self) -> bool:
         """Whether a rank can run a batch again without the other ranks waiting inside theirs.
@@ -649,7 +650,7 @@ class BatchRunner:
         ranks = self._run.data_parallel
         if ranks is None or self._run.shards is not None:
             return self._run.shards is None
-        synced = any(isinstance(module, nn.SyncBatchNorm) for module in self._modules)
+        synced = any(isinstance(module, nn.SyncBatchNorm) for module in self._modules())
         return not synced and all(map(can_hold, ranks.wrappers))
 
     def _communicate_ahead(self, length: int) -> None:

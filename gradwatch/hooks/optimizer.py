@@ -163,11 +163,19 @@ class StepBoundary:
             # Refused gradients are hidden; calling the closure again would produce new ones.
             if not self._refused:
                 kept = self._listener.closures
-                last = closure() if kept is None else _evaluate(closure, kept)
-                optimizer = self._optimizer()  # not kept here, as optimizers may keep a closure
-                with self._shield:
-                    if optimizer is not None:
-                        self._gradients_ready(optimizer, last)
+                noted = None if kept is None else kept.begin(closure)
+                try:
+                    last = closure()
+                    if kept is not None:
+                        kept.end()
+                    optimizer = self._optimizer()  # not kept here, as optimizers may keep a closure
+                    with self._shield:
+                        if optimizer is not None:
+                            self._gradients_ready(optimizer, last)
+                finally:
+                    # Not at the end of the step, which may raise: the closure leads to the model.
+                    if kept is not None:
+                        kept.forget(noted)
             return last
 
         return evaluate
@@ -231,14 +239,6 @@ class StepBoundary:
 
 def _members(optimizer: Optimizer) -> list[Optimizer]:
     return [optimizer, *wrapped_in(optimizer)]
-
-
-def _evaluate(closure: Closure, kept: KeptClosures) -> Any:
-    kept.begin(closure)
-    try:
-        return closure()
-    finally:
-        kept.end()
 
 
 def _evaluates_once(optimizer: Optimizer) -> bool | None:
