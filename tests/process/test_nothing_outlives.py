@@ -2,11 +2,13 @@
 
 import gc
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gradwatch.adapters import check_options
 from gradwatch.watcher import build_watcher
@@ -314,10 +316,8 @@ def test_a_step_that_raised_keeps_nothing():
             loss.backward()
             return loss
 
-        try:
+        with suppress(RuntimeError):
             optimizer.step(closure)
-        except RuntimeError:
-            pass
         references = _everything(model, optimizer)
         del model, optimizer, closure
         assert _left(references) == []
@@ -342,3 +342,33 @@ def test_a_scaled_step_that_was_left_out():
         assert watcher.is_over
     watcher.close()
     assert watcher.history.steps()["outcome"].tolist() == ["applied", "skipped_scaler"]
+
+
+def _left_of_replica(watched, **wrapper):
+    """Returns what is left of a training under DDP before and after a look of the collector."""
+    with _no_collector():
+        inner = _net()
+        model = DistributedDataParallel(inner, **wrapper)
+        optimizer = _adam(model)
+        watcher = _watched(model, optimizer) if watched else None
+        _train(model, optimizer)
+        _backward(model)
+        references = _everything(model, optimizer)
+        del model, inner, optimizer
+        left = _left(references)
+    gc.collect()
+    if watcher is not None:
+        assert watcher.is_over
+        watcher.close()
+        assert watcher.last.step == 3
+    return left, _left(references)
+
+
+@pytest.mark.parametrize("wrapper", [{}, {"gradient_as_bucket_view": True}], ids=str)
+def test_a_replica_goes_as_it_would(wrapper):
+    """What DistributedDataParallel itself keeps is kept, and nothing else."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert _left_of_replica(True, **wrapper) == _left_of_replica(False, **wrapper)
+    finally:
+        dist.destroy_process_group()
