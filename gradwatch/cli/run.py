@@ -69,7 +69,9 @@ CHILDREN = (
     "`python -m gradwatch run`, or call gradwatch.watch_all() in the function that they run."
 )
 CANNOT = "Nothing is watched: {error}"
-LOOK = "The run is in {folder}: gradwatch report {folder} (while it trains: gradwatch tail {folder})."
+LOOK = (
+    "The run is in {folder}: gradwatch report {folder} (while it trains: gradwatch tail {folder})."
+)
 LOOK_BOARD = "TensorBoard: tensorboard --logdir {folder}"
 MORE = "... and {count} models more."
 

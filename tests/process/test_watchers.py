@@ -80,6 +80,7 @@ def test_every_step_from_the_first_is_measured_under_the_models_own_names(micro_
 
 def test_training_is_bit_identical():
     """Training is bit identical."""
+
     def run():
         torch.manual_seed(3)
         case = zoo.mlp()
@@ -277,6 +278,7 @@ def test_each_model_has_its_own_clip():
 
 def test_sinks_are_made_for_each_model():
     """Sinks are made for each model."""
+
     class Sink:
         def __init__(self):
             self.steps = 0
