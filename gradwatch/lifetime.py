@@ -23,6 +23,12 @@ class Open(Protocol):
 
 
 _open: WeakSet[Open] = WeakSet()  # whoever forgets to close must not keep a model in memory
+_ended_by_owner: WeakSet[Open] = WeakSet()
+
+
+def left_to_owner(one: Open) -> None:
+    """Leaves the end of an open object to what has made it; in a fork it is still disowned."""
+    _ended_by_owner.add(one)
 
 
 def opened(one: Open) -> None:
@@ -50,7 +56,8 @@ def close_quietly(one: Open) -> None:
 
 def _close_all() -> None:
     for one in list(_open):
-        close_quietly(one)
+        if one not in _ended_by_owner:
+            close_quietly(one)
 
 
 def _disown_all() -> None:

@@ -21,7 +21,7 @@ from gradwatch.clip.robust import RobustClip
 from gradwatch.clip.spikes import AUTO_Z
 from gradwatch.contracts import Contract
 from gradwatch.hessian.every import CurvatureEvery
-from gradwatch.hooks.backward import is_watched
+from gradwatch.hooks.backward import ask_to_give_way, is_watched
 from gradwatch.hooks.data_parallel import refuse_fsdp1, reshard
 from gradwatch.hooks.optimizer import is_wrapper, parameters_held, parts_of, stepped_by
 from gradwatch.measure.parameters import ParameterTable
@@ -439,6 +439,8 @@ def check_unwatched(table: ParameterTable) -> None:
     Raises:
         RuntimeError: If another watcher is attached to one of the tensors.
     """
+    if any(map(is_watched, table.tensors)):
+        ask_to_give_way(table.tensors)
     for name, tensor in zip(table.names, table.tensors, strict=True):
         if is_watched(tensor):
             raise RuntimeError(WATCHED_ALREADY.format(name=name))

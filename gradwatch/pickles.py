@@ -7,10 +7,11 @@ Pickles of version 0.1 name the real modules of that time, and load through alia
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
+from itertools import accumulate
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -100,6 +101,8 @@ def find_inner(name: str) -> Any:
 
 def stable_name(thing: T) -> T:
     """Decorates a class or function so that it is pickled as one of the module ``gradwatch``."""
+    import inspect  # here, so that `import gradwatch` does not load it
+
     kind: Any = thing
     if isinstance(kind, type) and "__annotations__" in vars(kind):
         # Resolved now: string annotations of a class are looked up in the module that it names,
@@ -127,8 +130,9 @@ def add_aliases(moved: Mapping[str, str], home: str) -> None:
             module, _Moved(module, home, {old: new or old for old, _, new in pairs})
         )
         # A module is imported after its packages. Make those that no longer exist.
-        while (module := module.rpartition(".")[0]) != home and module not in sys.modules:
-            sys.modules[module] = _Moved(module, home, {})
+        for package in accumulate(module.split(".")[:-1], "{}.{}".format):
+            if package not in sys.modules and find_spec(package) is None:
+                sys.modules[package] = _Moved(package, home, {})
 
 
 class _Moved(ModuleType):

@@ -88,6 +88,9 @@ class Arrivals(dict[int, Tensor]):
     ) -> None:
         """Starts with no parameter hooked.
 
+        torch's C++ holds the hooks, and so whatever they lead to for as long as the parameters
+        live: no function that is given may refer to the parameters, other than weakly.
+
         Args:
             on_end: Called at the end of each backward, when every ``.grad`` is final and before
                 any code of the user runs.
@@ -303,3 +306,23 @@ def is_watched(tensor: Tensor) -> bool:
     # Looked up on the tensor, not in a list of ours: a copy of a watched model has no hooks.
     hooks: dict[int, Any] = getattr(tensor, "_post_accumulate_grad_hooks", None) or {}
     return any(isinstance(h, partial) and isinstance(h.args[0], Arrivals) for h in hooks.values())
+
+
+_giving_way: list[Callable[[Sequence[Tensor]], None]] = []
+
+
+def give_way_with(release: Callable[[Sequence[Tensor]], None]) -> None:
+    """Has a function called when a user watches tensors: it ends watchers that nobody asked for."""
+    _giving_way.append(release)
+
+
+def give_way_no_more(release: Callable[[Sequence[Tensor]], None]) -> None:
+    """Ends :func:`give_way_with`; safe to call again."""
+    if release in _giving_way:
+        _giving_way.remove(release)
+
+
+def ask_to_give_way(tensors: Sequence[Tensor]) -> None:
+    """Asks the watchers that give way to leave some tensors, which a user is about to watch."""
+    for release in _giving_way:
+        release(tensors)

@@ -4,6 +4,8 @@ import ast
 import gc
 import inspect
 import os
+import pickle
+import pkgutil
 import subprocess
 import sys
 import tracemalloc
@@ -117,20 +119,35 @@ def _python(code: str, folder: Path) -> str:
     return result.stdout
 
 
+HEAVY = """
+import sys
+def heavy(*more):
+    every = {"pandas", "pyarrow", "lightning", "pytorch_lightning", "tensorboard", "matplotlib", "IPython", "gradwatch_lightning", "gradwatch_tensorboard", *more}
+    return sorted(every & set(sys.modules))
+"""
+
+
 def test_import_loads_nothing_heavy(tmp_path: Path) -> None:
-    """`import gradwatch` loads no pandas, no framework, no plotting; nor does a watched step."""
-    code = """
-import sys, torch, gradwatch
-heavy = {"pandas", "lightning", "pytorch_lightning", "tensorboard", "matplotlib", "gradwatch_lightning", "gradwatch_tensorboard"}
-print(sorted(heavy & set(sys.modules)))
+    """`import gradwatch` loads neither torch nor NumPy, and nothing else that takes long."""
+    code = f"""{HEAVY}
+import gradwatch
+print(gradwatch.__version__, len(dir(gradwatch)) > 30, heavy("torch", "numpy", "inspect"))
+"""
+    assert _python(code, tmp_path) == f"{gradwatch.__version__} True []\n"
+
+
+def test_watching_loads_nothing_heavy(tmp_path: Path) -> None:
+    """A watched step loads no pandas, no framework, no plotting."""
+    code = f"""{HEAVY}
+import torch, gradwatch
 w = torch.ones(2, requires_grad=True)
 optimizer = torch.optim.SGD([w], lr=0.1)
-with gradwatch.watch({"w": w}, optimizer, clip=1.0) as watcher:
+with gradwatch.watch({{"w": w}}, optimizer, clip=1.0) as watcher:
     w.sum().backward()
     optimizer.step()
-print(sorted(heavy & set(sys.modules)))
+print(heavy())
 """
-    assert _python(code, tmp_path).split("\n")[:2] == ["[]", "[]"]
+    assert _python(code, tmp_path) == "[]\n"
 
 
 def test_import_is_quick(tmp_path: Path) -> None:
@@ -180,6 +197,7 @@ PUBLIC = [
     "explain",
     "load",
     "watch",
+    "watch_all",
 ]
 
 
@@ -245,6 +263,64 @@ def test_the_public_names_are_these() -> None:
     imported = {"Any", "TYPE_CHECKING", "import_module"}
     public = {name for name in dir(gradwatch) if not name.startswith("_")} - imported
     assert {n for n in public if not inspect.ismodule(getattr(gradwatch, n))} == set(PUBLIC)
+
+
+def test_type_checkers_see_the_public_names() -> None:
+    """What is imported on demand is imported for type checkers from the same modules."""
+    tree = ast.parse(Path(gradwatch.__file__).read_text(encoding="utf-8"))
+    (block,) = [one for one in tree.body if isinstance(one, ast.If)]
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    seen = {
+        (alias.name, alias.asname, one.module)
+        for one in block.body
+        if isinstance(one, ast.ImportFrom)
+        for alias in one.names
+    }
+    # "as" its own name: only so does a checker let others import it from here.
+    assert seen == {(name, name, home) for name, home in gradwatch._HOMES.items()}
+
+
+def test_no_module_has_the_name_of_something_public() -> None:
+    """Importing a module of the package sets its name there, and would replace the public one."""
+    modules = {module.name for module in pkgutil.iter_modules(gradwatch.__path__)}
+    assert len(modules) > 20
+    assert modules & {*PUBLIC, "load_ipython_extension", "unload_ipython_extension"} == set()
+
+
+def test_all_public_names_come_with_a_star(tmp_path: Path) -> None:
+    """`from gradwatch import *` and `help(gradwatch)` have what was not imported before."""
+    code = """
+import io, pydoc
+from gradwatch import *
+import gradwatch
+print([name for name in gradwatch.__all__ if globals()[name] is not getattr(gradwatch, name)])
+page = io.StringIO()
+pydoc.Helper(output=page)(gradwatch)
+print([name for name in gradwatch.__all__ if name not in page.getvalue()])
+"""
+    assert _python(code, tmp_path) == "[]\n[]\n"
+
+
+def test_an_old_pickle_loads_before_anything_else(tmp_path: Path) -> None:
+    """A pickle that names a module of an earlier version loads in a process that has imported nothing."""
+    pickled = pickle.dumps(gradwatch.ClipByNorm(2.0), protocol=0)
+    for module in (b"gradwatch", b"gradwatch.control.clip"):
+        old = pickled.replace(b"cgradwatch\n", b"c%b\n" % module)
+        assert (old == pickled) == (module == b"gradwatch")
+        code = f"""
+import pickle
+print(pickle.loads({old!r}))
+import gradwatch
+print(gradwatch.ClipByNorm(2.0))
+"""
+        first, second = _python(code, tmp_path).splitlines()
+        assert first == second
+
+
+def test_a_name_that_is_not_public_is_an_attribute_error() -> None:
+    """An unknown name is refused in the words of Python."""
+    with pytest.raises(AttributeError, match=r"^module 'gradwatch' has no attribute 'wacth'$"):
+        _ = gradwatch.wacth
 
 
 @pytest.mark.parametrize("name", [*PUBLIC, *ADAPTERS])
