@@ -7,7 +7,6 @@ What was noted tells most models without it.
 from __future__ import annotations
 
 import gc
-import inspect
 import sys
 from collections.abc import Callable, Iterable
 from types import FrameType
@@ -20,6 +19,8 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from torch.utils.hooks import RemovableHandle
+
+from gradwatch.hooks.variables import local_variables
 
 
 class NotedModules:
@@ -127,20 +128,6 @@ def _variables() -> list[Any]:
         frame: FrameType | None = waiting.pop()
         while frame is not None:
             if not str(frame.f_globals.get("__name__")).startswith(__package__):
-                found += _variables_of(frame)
+                found += local_variables(frame).values()
             frame = frame.f_back
     return found
-
-
-def _variables_of(frame: FrameType) -> list[Any]:
-    variables = frame.f_locals
-    values = list(variables.values())
-    optimized = frame.f_code.co_flags & inspect.CO_OPTIMIZED  # those of a module are its globals
-    if sys.version_info < (3, 13) and optimized and sys.getrefcount(variables) <= _UNSHARED:
-        # A snapshot, which would keep the values alive as long as the frame. It is left alone if
-        # the program holds it as well, having called locals().
-        variables.clear()
-    return values
-
-
-_UNSHARED = 3  # the frame, a variable and an argument
