@@ -27,6 +27,7 @@ from gradwatch.errors import described_error, tell_instead, tell_no_more, warn_s
 from gradwatch.hooks.backward import give_way_no_more, give_way_with, is_watched
 from gradwatch.hooks.context import REPLAY, is_replaying
 from gradwatch.hooks.optimizer import OptimizerDiscovery, is_trial, parameters_held
+from gradwatch.hooks.scaler import noted_scalers
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.options import CHECKS
 from gradwatch.process.acting import refuse_dishonest
@@ -130,6 +131,7 @@ class ProcessWatch:
         self._built: dict[str, None] = {}  # names of classes, in order
         self._left = False
         self._kinds: Counter[tuple[str, int]] = Counter()
+        self._ending = ExitStack()
         self._noted = NotedModules()
         self._early = EarlyForwards(self._noted) if self._options.explain else None
         self._errors: list[str] = []
@@ -158,6 +160,8 @@ class ProcessWatch:
             tell_instead(self._say)
         give_way_with(self._give_way)
         self._noted.attach()
+        if self._is_first:
+            self._ending.enter_context(noted_scalers())
         self._births = BuiltOptimizers(
             self._on_built, None if self._early is None else self._on_complete
         )
@@ -200,6 +204,7 @@ class ProcessWatch:
         if self._births is not None:
             self._births.remove()
         self._noted.close()
+        self._ending.close()
         self._wait_no_more()
         if self._early is not None:
             self._early.end()
