@@ -48,6 +48,7 @@ from gradwatch.options import (
 )
 from gradwatch.pickles import stable_name
 from gradwatch.record.events import loop_event
+from gradwatch.record.folder.models import ModelFolder
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.records import Event, Sink, StepRecord
 from gradwatch.record.wording import counted
@@ -55,6 +56,7 @@ from gradwatch.step.registry import OptimizerRegistry
 from gradwatch.step.run import Run
 
 if TYPE_CHECKING:
+    from gradwatch.hooks.forwards import KeptForwards
     from gradwatch.record.explanation import Explanation
     from gradwatch.report.report import Report
     from gradwatch.report.thresholds import Thresholds
@@ -95,10 +97,12 @@ class Watcher:
     Attributes:
         global_step: Called at the end of a step; returns its position on the x-axis of loggers. An
             adapter sets it to return the framework's own count. None counts optimizer steps.
+        tells_findings: Whether a line is logged at the end of a run with findings.
         label: The name of the model among those of :func:`gradwatch.watch_all`; else empty.
     """
 
     label = ""
+    tells_findings = True
     _state = "new"  # here, as __del__ also follows an __init__ that raised
     _is_copy = False
 
@@ -110,11 +114,12 @@ class Watcher:
         options: Options,
         names: Sequence[str] = (),
         model_of: Callable[[], Model | None] | None = None,
+        forwards: KeptForwards | None = None,
     ) -> None:
         """Starts with checked arguments; use :func:`watch`.
 
         ``names`` are those that the user gave to the optimizers, in the same order; empty for none.
-        For ``model_of`` see :func:`build_watcher`.
+        For ``model_of`` and ``forwards`` see :func:`build_watcher`.
         """
         self.global_step: Callable[[], int] | None = None
         self._options = options
@@ -136,7 +141,7 @@ class Watcher:
             from gradwatch.hooks.forwards import KeptForwards  # few runs need them
             from gradwatch.step.explaining import Explaining
 
-            forwards = KeptForwards(self._model)
+            forwards = forwards or KeptForwards(self._model)
             self._run.explaining = Explaining(self._run, self._model, forwards)
         check_noise_scale_exists(options.accumulate, single_process=ranks is None)
         # No loop of a model that is not held is managed, so nothing of it is held back.
@@ -149,7 +154,7 @@ class Watcher:
         self._managed = ManagedLoop(self._run, self._sync, managed)
         self._batches = BatchRunner(self._run, self._managed, self._model, managed)
         self._holder: HeldByModel | None = None
-        self._parts: list[object] = []
+        self._parts: Sequence[weakref.ref[nn.Module]] = ()
         if not self._holds:
             if ranks is not None:
                 ranks.wrappers.clear()
@@ -336,6 +341,7 @@ class Watcher:
     def __del__(self) -> None:
         # An attached watcher lives as long as the model: this is the end of both.
         if self._state == "attached":
+            self._registry.end_discovery()  # it may come inside of any step
             lifetime.close_quietly(self)
 
     # -- copies: pickle, copy, torch.save --------------------------------------------------------
@@ -669,6 +675,8 @@ class Watcher:
     def _summarize(self) -> None:
         """Logs one line at the end of a run with findings."""
         recorder = self._run.recorder
+        if not self.tells_findings:
+            return
         worth = len(recorder) >= SUMMARY_STEPS or recorder.spoken or self._run.told
         if rank() != 0 or not worth or not logger.isEnabledFor(logging.WARNING):
             return
@@ -690,7 +698,7 @@ class Watcher:
     def _let_go(self) -> None:
         """Drops everything of the program's; what is known of it stays."""
         run = self._run
-        self._parts = []
+        self._parts = ()
         if self._holder is not None:
             self._holder.end()
         self._registry.let_go()
@@ -709,16 +717,15 @@ class Watcher:
         """Looks what is left when a module or an optimizer of the program is gone."""
         if self._is_over or self._state == "closed":
             return
-        model = self._model()
-        if isinstance(model, nn.Module):
+        # Parameters that are in no module are there as long as they are in the table.
+        if any(part() is not None for part in self._parts) and self._model() is not None:
             return
-        if model is None:
-            self._hooks.buffers.let_go()
-            if self._run.explaining is not None:
-                self._run.explaining.let_go()
-        # Tensors without a module live on in the table: whether they are used shows the optimizer.
+        self._hooks.buffers.let_go()
+        if self._run.explaining is not None:
+            self._run.explaining.let_go()
         if self._registry.is_vacant:
             self._is_over = True
+            self._registry.end_discovery()
             self._stop_watching()
             self._let_go()
 
@@ -915,6 +922,7 @@ def build_watcher(
     optimizer: Optimizers,
     options: Options,
     model_of: Callable[[], nn.Module | Mapping[str, Tensor] | None] | None = None,
+    forwards: KeptForwards | None = None,
 ) -> Watcher:
     """Does what :func:`watch` does, for an adapter, which has checked its options before.
 
@@ -927,6 +935,8 @@ def build_watcher(
             watched parameters, and lets go of the parameters when the modules and the optimizers
             are gone (:attr:`Watcher.is_over`). It may be called at any moment, and must be cheap.
             No loop of such a watcher can be managed.
+        forwards: Those of the model that have been kept already, to be explained; None to begin
+            when the watcher is attached.
 
     Raises:
         TypeError: If the model or an optimizer is of a wrong type.
@@ -937,14 +947,15 @@ def build_watcher(
     sampler_of(options.curvature, model)  # refuses what cannot be had before a folder is made
     names = optimizer_names(optimizer)
     optimizers = optimizer_list(optimizer, table)
-    if options.run_dir is not None and rank() == 0:
-        folder = RunFolder(
+    late = model_of is not None  # on other ranks it says that their notes wait, too
+    if options.run_dir is not None and (late or rank() == 0):
+        folder = (ModelFolder if late else RunFolder)(
             options.run_dir,
             optimizers=list(map(describe_optimizer, optimizers, names or repeat(""))),
             options=describe_options(options),
         )
         options = replace(options, sinks=(*options.sinks, folder))
-    return Watcher(model, table, optimizers, options, names, model_of)
+    return Watcher(model, table, optimizers, options, names, model_of, forwards)
 
 
 def describe_optimizer(optimizer: Optimizer, name: str = "") -> dict[str, Any]:

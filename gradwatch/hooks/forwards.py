@@ -201,10 +201,10 @@ class KeptForwards:
         self.running: _Forward | None = None
 
     def attach(self, measuring: Measuring | None = None) -> None:
-        """Registers the hooks; forwards are not kept while ``measuring`` is busy."""
+        """Registers the hooks, once; forwards are not kept while ``measuring`` is busy."""
         self.measuring = measuring
         model = self._model.module()
-        if model is None:
+        if model is None or self._handles:
             return
         if next(fully_sharded(model), None) is not None:
             self._never = SHARDED

@@ -8,7 +8,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -270,44 +269,77 @@ def _with_closure(
 class OptimizerDiscovery:
     """Looks at the steps of all optimizers of the process, except those that are followed.
 
-    The hook is one of the whole process, and keeps nothing alive. It goes with this object.
+    Nothing of the process keeps this object alive, and it keeps no optimizer alive.
     """
 
     def __init__(self, on_step: Callable[[Optimizer], None]) -> None:
-        """Registers torch's global optimizer-step hook.
+        """Begins to look.
 
         ``on_step`` is called before each step of an optimizer that is not followed. A step hook
-        that it registers on the optimizer already runs for this step.
+        that it registers on the optimizer already runs for this step. It may begin and end other
+        discoveries, and this one.
         """
-        self._followed: dict[int, weakref.ref[Optimizer]] = {}
-        self._on_step = on_step
-        look = partial(_look, weakref.ref(self))
-        self._handle: RemovableHandle = register_optimizer_step_pre_hook(look)
+        self.followed: dict[int, weakref.ref[Optimizer]] = {}
+        self.on_step = on_step
+        self._reference = weakref.ref(self)
+        _ALL_STEPS.add(self._reference)
 
     def leave_out(self, optimizer: Optimizer) -> None:
         """Stops reporting an optimizer."""
-        self._followed[id(optimizer)] = weakref.ref(optimizer)
+        self.followed[id(optimizer)] = weakref.ref(optimizer)
+
+    def end(self) -> None:
+        """Ends looking, at any moment; torch's hook may stay, and does nothing."""
+        _ALL_STEPS.forget(self._reference)
 
     def remove(self) -> None:
-        """Removes the hook; safe to call again."""
-        self._handle.remove()
-
-    def __del__(self) -> None:
-        self._handle.remove()
+        """Ends looking; safe to call again."""
+        _ALL_STEPS.remove(self._reference)
 
 
-def _look(
-    reference: weakref.ref[OptimizerDiscovery],
-    optimizer: Optimizer,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> None:
-    discovery = reference()
-    if discovery is None:
-        return
-    known = discovery._followed.get(id(optimizer))
-    if known is None or known() is not optimizer:  # another one may have had its id before
-        discovery._on_step(optimizer)
+class _AllSteps:
+    """torch's hook on the steps of all optimizers, one for everybody who looks at them.
+
+    torch goes through the dict of these hooks while they run, and fails if it changes. So one that
+    makes or ends others must not be in it by itself.
+    """
+
+    def __init__(self) -> None:
+        self._lookers: list[weakref.ref[OptimizerDiscovery]] = []
+        self._handle: RemovableHandle | None = None
+        self._running = 0
+
+    def add(self, looker: weakref.ref[OptimizerDiscovery]) -> None:
+        self._lookers = [*(one for one in self._lookers if one() is not None), looker]
+        if self._handle is None:
+            self._handle = register_optimizer_step_pre_hook(self._look)
+
+    def forget(self, looker: weakref.ref[OptimizerDiscovery]) -> bool:
+        """Takes one out; returns whether it was there."""
+        before = self._lookers
+        self._lookers = [one for one in before if one is not looker and one() is not None]
+        return any(one is looker for one in before)
+
+    def remove(self, looker: weakref.ref[OptimizerDiscovery]) -> None:
+        known = self.forget(looker)
+        if known and not self._lookers and self._handle is not None and not self._running:
+            self._handle.remove()
+            self._handle = None
+
+    def _look(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for one in tuple(self._lookers):
+            looker = one()
+            known = None if looker is None else looker.followed.get(id(optimizer))
+            # Another optimizer, which is gone, may have had its id before.
+            if looker is not None and (known is None or known() is not optimizer):
+                self._running += 1
+                try:
+                    looker.on_step(optimizer)
+                finally:
+                    self._running -= 1
+
+
+_ALL_STEPS = _AllSteps()
 
 
 UNHOOKED = (
