@@ -30,7 +30,6 @@ from gradwatch.hooks.context import REPLAY, is_replaying
 from gradwatch.hooks.optimizer import is_trial, parameters_held
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.process.backward import BeforeBackward, is_tracing
-from gradwatch.process.forwards import EarlyForwards
 from gradwatch.process.optimizers import BuiltOptimizers, is_complete, optimizers_there
 from gradwatch.process.owners import Owner, owners_of
 from gradwatch.process.report import ProcessReport
@@ -40,6 +39,7 @@ from gradwatch.watcher import Watcher, build_watcher
 
 if TYPE_CHECKING:
     from gradwatch.clip.policy import ClipPolicy
+    from gradwatch.process.forwards import EarlyForwards
     from gradwatch.report.thresholds import Thresholds
 
 MOST_ALIKE = 100
@@ -124,7 +124,11 @@ class ProcessWatch:
         self._built: dict[str, None] = {}  # names of classes, in order
         self._left = False
         self._kinds: Counter[tuple[str, int]] = Counter()
-        self._early = EarlyForwards() if self._options.explain else None
+        self._early: EarlyForwards | None = None
+        if self._options.explain:
+            from gradwatch.process.forwards import EarlyForwards  # few runs need it
+
+            self._early = EarlyForwards()
         self._errors: list[str] = []
         self._lock = threading.Lock()
         self._claiming: int | None = None  # the thread that does
