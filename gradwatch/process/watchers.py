@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import threading
 import weakref
@@ -18,8 +19,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from gradwatch import lifetime
 from gradwatch.adapters import check_options
@@ -27,13 +26,17 @@ from gradwatch.checks import described
 from gradwatch.errors import described_error, tell_instead, tell_no_more, warn_safely
 from gradwatch.hooks.backward import give_way_no_more, give_way_with, is_watched
 from gradwatch.hooks.context import REPLAY, is_replaying
-from gradwatch.hooks.optimizer import is_trial, parameters_held
+from gradwatch.hooks.optimizer import OptimizerDiscovery, is_trial, parameters_held
 from gradwatch.measure.parameters import ParameterTable
+from gradwatch.options import CHECKS
+from gradwatch.process.acting import refuse_dishonest
 from gradwatch.process.backward import BeforeBackward, is_tracing
 from gradwatch.process.forwards import EarlyForwards
 from gradwatch.process.optimizers import BuiltOptimizers, is_complete, optimizers_there
 from gradwatch.process.owners import Owner, owners_of
 from gradwatch.process.report import ProcessReport
+from gradwatch.record.folder.models import check_models_folder
+from gradwatch.record.late_sinks import LateSinks
 from gradwatch.record.records import Sink
 from gradwatch.record.wording import listed
 from gradwatch.watcher import Watcher, build_watcher
@@ -110,11 +113,13 @@ class ProcessWatch:
         for name in ("accumulate", "scaler", "curvature"):
             if given.pop(name, None) is not None:
                 raise TypeError(OF_ONE_MODEL.format(name=name))
-        sinks = given.pop("sinks", None) or _no_sinks
-        if not callable(sinks):
+        sinks = given.pop("sinks", None)
+        if sinks is not None and not callable(sinks):
             raise TypeError(NOT_A_FUNCTION.format(value=described(sinks)))
-        self._sinks_of = cast("Callable[[str], Iterable[Sink]]", sinks)
+        self._sinks_of = cast("Callable[[str], Iterable[Sink]] | None", sinks)
         self._options = check_options("watch_all", given, accumulate=1, scaler=None)
+        if self._options.run_dir is not None:
+            check_models_folder(self._options.run_dir)
         self._say = say
         self._is_first = is_first
         self._state = "new"
@@ -130,7 +135,7 @@ class ProcessWatch:
         self._claiming: int | None = None  # the thread that does
         self._births: BuiltOptimizers | None = None
         self._before_backward = BeforeBackward(self._claim)
-        self._step_handle: RemovableHandle | None = None
+        self._steps: OptimizerDiscovery | None = None
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -243,8 +248,8 @@ class ProcessWatch:
             self._built[type(optimizer).__name__] = None
             self._waiting.append(weakref.ref(optimizer))
             self._before_backward.wait()
-            if self._step_handle is None:
-                self._step_handle = register_optimizer_step_pre_hook(self._before_step)
+            if self._steps is None:
+                self._steps = OptimizerDiscovery(self._before_step)
 
     def _on_complete(self, optimizer: Optimizer) -> None:
         """Keeps the forwards of an optimizer's model from now on, to explain its first step."""
@@ -263,16 +268,16 @@ class ProcessWatch:
         )
         return ours or self._state != "attached"
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer) -> None:
         """Claims an optimizer that steps without a backward that was noticed."""
         if any(ref() is optimizer for ref in self._waiting) and not is_tracing():
             self._claim()
 
     def _wait_no_more(self) -> None:
         self._before_backward.stop()
-        if self._step_handle is not None:
-            self._step_handle.remove()
-            self._step_handle = None
+        if self._steps is not None:
+            self._steps.remove()
+            self._steps = None
 
     def _claim(self) -> None:
         """Watches the models of all optimizers that wait; called before a backward."""
@@ -289,13 +294,16 @@ class ProcessWatch:
                 self._note_error("The model", error)
             finally:
                 self._claiming = None
+                # Only now: a backward of another thread waits until its model is watched.
+                if not self._waiting:
+                    self._wait_no_more()
 
     def _take_complete(self) -> list[Optimizer]:
+        if self._options.acts and len(self._waiting) > 1:
+            gc.collect()  # one that was replaced may still lie in a cycle with its scheduler
         waiting = [one for ref in self._waiting if (one := ref()) is not None]
         complete = list({id(one): one for one in waiting if is_complete(one)}.values())
         self._waiting = [weakref.ref(one) for one in waiting if not is_complete(one)]
-        if not self._waiting:
-            self._wait_no_more()
         return complete
 
     def _claim_all(self, optimizers: Sequence[Optimizer]) -> None:
@@ -352,13 +360,14 @@ class ProcessWatch:
             self._note_error(owner.label, error)
 
     def _build(self, owner: Owner, model: nn.Module | Mapping[str, Tensor]) -> None:
+        refuse_dishonest(self._options, owner.optimizers, model)
         table = ParameterTable.of(model).tensors
         self._give_way(table)  # to a larger model that holds one that was watched before
         label = self._free_label(owner.label)
         folder = self._options.run_dir
         options = replace(
             self._options,
-            sinks=tuple(self._sinks_of(label)),
+            sinks=self._late_sinks(label),
             run_dir=None if folder is None else str(Path(folder) / label),
             clip=copy.deepcopy(self._options.clip),  # a policy remembers the norms of one model
         )
@@ -370,6 +379,17 @@ class ProcessWatch:
         self._all.append(watched)
         watcher.attach()
         lifetime.left_to_owner(watcher)
+
+    def _late_sinks(self, label: str) -> tuple[Sink, ...]:
+        """Returns the sinks of a model, which are made when it has stepped."""
+        make = self._sinks_of
+        if make is None:
+            return ()
+
+        def made() -> tuple[Sink, ...]:
+            return cast("tuple[Sink, ...]", CHECKS["sinks"]("watch_all(sinks=)", make(label)))
+
+        return (LateSinks(made),)
 
     def _free_label(self, label: str) -> str:
         # A label of a model that was never stepped is free again when the model is gone.
@@ -494,7 +514,3 @@ class _RefusedError(Exception):
 
 def _kind(optimizer: Optimizer) -> tuple[str, int]:
     return type(optimizer).__name__, len(parameters_held(optimizer))
-
-
-def _no_sinks(label: str) -> tuple[Sink, ...]:
-    return ()
