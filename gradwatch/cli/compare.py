@@ -16,10 +16,14 @@ from numpy.typing import NDArray
 from gradwatch.cli.arguments import (
     FINE,
     RUN,
+    CommandError,
     Commands,
     add_command,
     at_least_one,
+    heading,
     open_run,
+    run_folder,
+    run_folders,
     run_name,
 )
 from gradwatch.cli.terminal import Output, as_json, or_dash, percent, shortened, text_table, times
@@ -64,14 +68,53 @@ def add_to(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
-    """Prints the comparison; returns the exit code."""
-    found = compare(arguments.a, arguments.b)
-    if arguments.json:
-        out.line(as_json(asdict(found), indent=2))
+    """Prints the comparison, of each model that both have; returns the exit code."""
+    a, b = run_folders(arguments.a) or {}, run_folders(arguments.b) or {}
+    if not (a and b) or len(a) == len(b) == 1:
+        found = compare(str(run_folder(arguments.a)), str(run_folder(arguments.b)))
+        content = asdict(found)
+        lines = _lines(found, arguments.top)
     else:
-        for line in _lines(found, arguments.top):
+        pairs = _same_models(arguments, a, b)
+        content = {
+            "a": run_name(arguments.a),
+            "b": run_name(arguments.b),
+            "models": [{"model": name, **asdict(one)} for name, one in pairs.items()],
+            "only_a": [name for name in a if name not in b],
+            "only_b": [name for name in b if name not in a],
+        }
+        lines = _lines_of_models(content, pairs, arguments.top)
+    if arguments.json:
+        out.line(as_json(content, indent=2))
+    else:
+        for line in lines:
             out.line(line)
     return FINE
+
+
+def _same_models(
+    arguments: argparse.Namespace, a: Mapping[str, Path], b: Mapping[str, Path]
+) -> dict[str, Compared]:
+    """Compares the models that are in both runs, by name."""
+    both = [name for name in a if name in b]
+    if not both:
+        raise CommandError(
+            f"{arguments.a!r} and {arguments.b!r} have no model of the same name. Name one in each "
+            f"of them, such as {str(next(iter(a.values())))!r} {str(next(iter(b.values())))!r}."
+        )
+    return {name: compare(str(a[name]), str(b[name])) for name in both}
+
+
+def _lines_of_models(
+    content: Mapping[str, Any], pairs: Mapping[str, Compared], top: int
+) -> Iterator[str]:
+    for name, found in pairs.items():
+        yield heading(name)
+        yield from _lines(found, top)
+        yield ""
+    for side in ("a", "b"):
+        if names := content[f"only_{side}"]:
+            yield f"Models only in {side.upper()}: {_named(names)}"
 
 
 def _lines(found: Compared, top: int) -> Iterator[str]:

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,12 +20,14 @@ from gradwatch.cli.arguments import (
     add_command,
     at_least_one,
     open_run,
+    run_folders,
     run_name,
 )
 from gradwatch.cli.follower import KEPT, Follower, New, declared_texts
 from gradwatch.cli.terminal import Output, as_json, event_line, number, times
 from gradwatch.record.folder.explanations import NONFINITE
 from gradwatch.record.folder.meta import NAME
+from gradwatch.record.folder.models import begun_in
 from gradwatch.record.folder.ranks import RANKS
 from gradwatch.record.records import Event, StepRecord
 from gradwatch.record.wording import counted, printable
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
     from gradwatch.cli.screen import Screen
 
 _SHORTEST_S, _LONGEST_S = 0.1, 3600.0
+
+_OF_A_RUN = ""
+"""Stands for the name of the model where the folder is a run folder itself."""
 
 _ADD_WAIT = " Add --wait to wait for it to begin."
 _NO_RICH = (
@@ -46,7 +51,8 @@ Shows the newest steps of a run, the curve of the gradient norm, how often the c
 and the events, and follows the run while it trains (a watcher writes every 64 steps or
 5 seconds). Ctrl-C ends it, with exit code 0.
 
-To a file or a pipe it writes a line per step and event instead of a screen."""
+To a file or a pipe it writes a line per step and event instead of a screen. Of a folder
+with several models, as "gradwatch run" writes it, all are shown."""
 
 _EXAMPLES = """\
 gradwatch tail runs/a
@@ -112,23 +118,28 @@ def _follow(arguments: argparse.Namespace, out: Output, view: Lines | Screen) ->
         view.waiting()
         time.sleep(arguments.interval)
 
-    follower = _begin(arguments.run, arguments.wait, arguments.once, pause)
+    followers = _begin(arguments.run, arguments.wait, arguments.once, pause)
     # Also stop when nobody reads the pipe any more: Python gets no signal for that.
     while not out.closed:
-        view.show(follower, follower.look())
+        view.show({name: (one, one.look()) for name, one in followers.items()})
         if arguments.once:
             return
         time.sleep(arguments.interval)
+        if _OF_A_RUN not in followers:
+            _join(followers, begun_in(arguments.run) or {})
 
 
-def _begin(run: str, wait: bool, once: bool, pause: Callable[[], object]) -> Follower:
+def _begin(run: str, wait: bool, once: bool, pause: Callable[[], object]) -> dict[str, Follower]:
     """Opens a run to follow; waits if its folder exists but is empty, for it is about to begin.
 
     Args:
-        run: Path of the run folder.
+        run: Path of the run folder, or of a folder of models.
         wait: Whether to wait if the folder does not exist.
         once: True never to wait.
         pause: Shows that it is waiting, and sleeps for the interval.
+
+    Returns:
+        What follows each model, by name; for a run folder itself there is no name.
 
     Raises:
         CommandError: If the folder does not exist or is not a run folder.
@@ -137,11 +148,22 @@ def _begin(run: str, wait: bool, once: bool, pause: Callable[[], object]) -> Fol
     while not once and _may_begin(folder, wait):
         pause()
     try:
-        open_run(run)
+        models = run_folders(run)
+        if models is None:
+            open_run(run)
     except CommandError as problem:
         may_come = bool(run) and not once and not folder.exists()
         raise CommandError(f"{problem}{_ADD_WAIT if may_come else ''}") from problem
-    return Follower(folder)
+    followers: dict[str, Follower] = {}
+    _join(followers, {_OF_A_RUN: folder} if models is None else models)
+    return followers
+
+
+def _join(followers: dict[str, Follower], folders: Mapping[str, Path]) -> None:
+    """Follows the models that have begun since."""
+    for name, folder in folders.items():
+        if name not in followers:
+            followers[name] = Follower(folder)
 
 
 def _may_begin(folder: Path, wait: bool) -> bool:
@@ -150,6 +172,9 @@ def _may_begin(folder: Path, wait: bool) -> bool:
         return wait
     if not folder.is_dir() or (folder / NAME).exists():
         return False
+    models = begun_in(folder)
+    if models is not None:
+        return not models
     # A watcher writes files under hidden names before it renames them, and what is not finite at
     # once, before the first steps.
     names = (path.name for path in folder.iterdir())
@@ -167,6 +192,7 @@ class Lines:
     def __init__(self, out: Output, run: str, most: int, *, json: bool) -> None:
         self._out, self._run, self._most, self._json = out, printable(run), most, json
         self._told = False
+        self._begun: set[str] = set()  # models of which steps have been written
 
     def __enter__(self) -> Lines:
         return self
@@ -181,31 +207,34 @@ class Lines:
             self._out.flush()
         self._told = True
 
-    def show(self, follower: Follower, new: New) -> None:
-        """Writes the new steps and events."""
-        for line in self._lines(follower, new):
-            self._out.line(line)
+    def show(self, looks: Mapping[str, tuple[Follower, New]]) -> None:
+        """Writes the new steps and events, by model."""
+        for model, (follower, new) in looks.items():
+            named = f"{printable(model)}  " if len(looks) > 1 and not self._json else ""
+            for line in self._lines(model, follower, new):
+                self._out.line(f"{named}{line}")
+            # Only the first look is limited: later steps are all new.
+            if follower.rows:
+                self._begun.add(model)
         # Without a flush, lines to a pipe would wait in a buffer of some thousand bytes.
         self._out.flush()
-        # Only the first look is limited: later steps are all new.
-        if follower.rows:
-            self._most = KEPT
 
-    def _lines(self, follower: Follower, new: New) -> Iterator[str]:
+    def _lines(self, model: str, follower: Follower, new: New) -> Iterator[str]:
+        most = KEPT if model in self._begun else self._most
         if self._json:
-            return _json_lines(new, self._most)
+            return _json_lines(new, most, {"model": model} if model else {})
         if not follower.rows and not self._told:
             self._told = True
             return iter([f"{self._run} has no steps yet."])
         several = len({row.optimizer for row in follower.rows}) > 1
-        return _text_lines(new, self._most, several)
+        return _text_lines(new, most, several)
 
 
-def _json_lines(new: New, most: int) -> Iterator[str]:
+def _json_lines(new: New, most: int, model: Mapping[str, str]) -> Iterator[str]:
     for row in new.rows[-most:]:
-        yield as_json({"type": "step", **asdict(row)})
+        yield as_json({"type": "step", **model, **asdict(row)})
     for event in new.events[-most:]:
-        yield as_json({"type": "event", **asdict(event)})
+        yield as_json({"type": "event", **model, **asdict(event)})
 
 
 def _text_lines(new: New, most: int, several: bool) -> Iterator[str]:

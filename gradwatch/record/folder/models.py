@@ -16,7 +16,6 @@ nothing behind.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 import weakref
@@ -25,7 +24,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from gradwatch.errors import warn_safely
-from gradwatch.pickles import stable_name
 from gradwatch.record.folder.files import UnreadableError
 from gradwatch.record.folder.lock import WriterLock
 from gradwatch.record.folder.meta import MODELS, NAME, NEWER, has_begun, read_meta
@@ -57,7 +55,6 @@ ELSEWHERE = (
 )
 
 
-@stable_name
 class ModelFolder(RunFolder):
     """The run folder of one model of a process: made when the model has taken its first steps.
 
@@ -239,10 +236,11 @@ def _model_in(line: bytes, listing: Path) -> tuple[str, float]:
         return "", 0.0
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return "", 0.0
-    version, name, stepped_at = (content.get(key) for key in ("version", "model", "time"))
+    version, name = content.get("version"), content.get("model")
     if isinstance(version, int) and version > VERSION:
         path = str(listing.parent)
         raise UnreadableError(NEWER.format(path=path, theirs=version, ours=VERSION))
-    plain = isinstance(name, str) and not set(name) & set("/\\\0:") and name not in ("", ".", "..")
-    known = isinstance(stepped_at, float) and math.isfinite(stepped_at)
-    return str(name) if plain else "", stepped_at if known else 0.0
+    if not isinstance(name, str) or set(name) & set("/\\\0:") or name in ("", ".", ".."):
+        return "", 0.0
+    stepped_at = content.get("time")
+    return name, stepped_at if isinstance(stepped_at, float) else 0.0
