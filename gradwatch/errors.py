@@ -12,6 +12,8 @@ from gradwatch.pickles import stable_name
 if TYPE_CHECKING:
     from gradwatch.record.explanation import Explanation
 
+logger = logging.getLogger("gradwatch")
+
 
 @stable_name
 class NonFiniteGradientError(RuntimeError):
@@ -63,32 +65,47 @@ class ContractError(TypeError):
     """An object of the user's (a policy, a sink) does not do what its interface asks for."""
 
 
-logger = logging.getLogger("gradwatch")
-
-
 @stable_name
 class GradwatchWarning(UserWarning):
     """Something in gradwatch failed or was left out; the training itself is untouched."""
 
 
-_listeners: list[Callable[[str], None]] = []
+class _Listener(logging.Handler):
+    """Hands on what is logged, in the place of the handlers of the program."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self.say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.say(record.getMessage())
 
 
-def tell_instead(listener: Callable[[str], None]) -> None:
-    """Has warnings told to a function, as in a program that shall print what it always did."""
-    _listeners.append(listener)
+def tell_instead(say: Callable[[str], None]) -> None:
+    """Has warnings and log lines told to a function, in a program that shall print what it did.
+
+    ``say`` must not raise.
+    """
+    logger.addHandler(_Listener(say))
+    logger.propagate = False
 
 
-def tell_no_more(listener: Callable[[str], None]) -> None:
+def tell_no_more(say: Callable[[str], None]) -> None:
     """Ends :func:`tell_instead`; safe to call again."""
-    if listener in _listeners:
-        _listeners.remove(listener)
+    for one in _listeners():
+        if one.say == say:
+            logger.removeHandler(one)
+    logger.propagate = not _listeners()
+
+
+def _listeners() -> list[_Listener]:
+    return [one for one in logger.handlers if isinstance(one, _Listener)]
 
 
 def warn_safely(message: str) -> None:
     """Warns, or logs where the user's filters turn warnings into errors: never raises."""
-    if _listeners:
-        _listeners[-1](message)
+    if listeners := _listeners():
+        listeners[-1].say(message)
         return
     try:
         warnings.warn(message, GradwatchWarning, stacklevel=3)

@@ -54,6 +54,7 @@ from gradwatch.step.registry import OptimizerRegistry
 from gradwatch.step.run import Run
 
 if TYPE_CHECKING:
+    from gradwatch.hooks.forwards import KeptForwards
     from gradwatch.record.explanation import Explanation
     from gradwatch.report.report import Report
     from gradwatch.report.thresholds import Thresholds
@@ -94,10 +95,12 @@ class Watcher:
     Attributes:
         global_step: Called at the end of a step; returns its position on the x-axis of loggers. An
             adapter sets it to return the framework's own count. None counts optimizer steps.
+        tells_findings: Whether a line is logged at the end of a run with findings.
         label: The name of the model among those of :func:`gradwatch.watch_all`; else empty.
     """
 
     label = ""
+    tells_findings = True
     _state = "new"  # here, as __del__ also follows an __init__ that raised
     _is_copy = False
 
@@ -108,10 +111,12 @@ class Watcher:
         optimizers: Sequence[Optimizer],
         options: Options,
         names: Sequence[str] = (),
+        forwards: KeptForwards | None = None,
     ) -> None:
         """Starts with checked arguments; use :func:`watch`.
 
         ``names`` are those that the user gave to the optimizers, in the same order; empty for none.
+        ``forwards`` are those that have been kept already; None to begin when it is attached.
         """
         self.global_step: Callable[[], int] | None = None
         self._options = options
@@ -126,7 +131,7 @@ class Watcher:
             from gradwatch.hooks.forwards import KeptForwards  # few runs need them
             from gradwatch.step.explaining import Explaining
 
-            self._run.explaining = Explaining(self._run, model, KeptForwards(model))
+            self._run.explaining = Explaining(self._run, model, forwards or KeptForwards(model))
         check_noise_scale_exists(options.accumulate, single_process=ranks is None)
         self._sync = GradientSync.of(model, self._run.data_parallel)
         self._exchange = self._make_exchange()
@@ -638,6 +643,8 @@ class Watcher:
     def _summarize(self) -> None:
         """Logs one line at the end of a run with findings."""
         recorder = self._run.recorder
+        if not self.tells_findings:
+            return
         worth = len(recorder) >= SUMMARY_STEPS or recorder.spoken or self._run.told
         if rank() != 0 or not worth or not logger.isEnabledFor(logging.WARNING):
             return
@@ -834,8 +841,11 @@ def build_watcher(
     optimizer: Optimizers,
     options: Options,
     model_of: Callable[[], nn.Module | Mapping[str, Tensor] | None] | None = None,
+    forwards: KeptForwards | None = None,
 ) -> Watcher:
     """Does what :func:`watch` does, for an adapter, which has checked its options before.
+
+    ``forwards`` are those of the model that have been kept already, to be explained.
 
     Raises:
         TypeError: If the model or an optimizer is of a wrong type.
@@ -854,7 +864,7 @@ def build_watcher(
             options=describe_options(options),
         )
         options = replace(options, sinks=(*options.sinks, folder))
-    return Watcher(model, table, optimizers, options, names)
+    return Watcher(model, table, optimizers, options, names, forwards)
 
 
 def describe_optimizer(optimizer: Optimizer, name: str = "") -> dict[str, Any]:

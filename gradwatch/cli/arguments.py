@@ -11,9 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from gradwatch.cli.terminal import Output, as_json, width
 from gradwatch.pickles import stable_name
-from gradwatch.record.folder.files import UnreadableError
-from gradwatch.record.folder.meta import NAME, TABLES
-from gradwatch.record.folder.models import models_in, one_run, runs_in
 from gradwatch.record.wording import printable
 
 if TYPE_CHECKING:
@@ -35,7 +32,7 @@ INTERRUPTED = 130
 TERMINATED = 143
 
 RUN = "folder of the run, as given to watch(run_dir=) or gradwatch run"
-NAME_ONE = "Name one of them, such as {example!r}."
+_NAME_ONE = "Name one of them, such as {example!r}."
 
 Commands = Any
 """What ``ArgumentParser.add_subparsers()`` returns; the class is private in argparse."""
@@ -80,14 +77,20 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+# Imported in the functions: pandas and pyarrow take a second to load, and --help needs neither. Even
+# the names of the files come with NumPy and torch.
+
+
 def run_folder(path: str) -> Path:
     """Returns the run folder that a path means: that of the only model of a process, or itself.
 
     Raises:
-        CommandError: If there are several models.
+        CommandError: If there are several models, or the only one has no steps yet.
     """
+    from gradwatch.record.folder.models import one_run
+
     with _problems_told(path):
-        return one_run(path, NAME_ONE)
+        return one_run(path, _NAME_ONE)
 
 
 def run_folders(path: str) -> dict[str, Path] | None:
@@ -96,6 +99,8 @@ def run_folders(path: str) -> dict[str, Path] | None:
     Raises:
         CommandError: If no model has steps yet.
     """
+    from gradwatch.record.folder.models import models_in, runs_in
+
     with _problems_told(path):
         return None if models_in(path) is None else runs_in(path)
 
@@ -109,15 +114,17 @@ def open_run(path: str | Path) -> History:
         OSError: If there is no permission to read it.
         ModuleNotFoundError: If pyarrow is not installed.
     """
-    # Imported here: pandas and pyarrow take a second to load, and --help needs neither.
     from gradwatch.history import load
 
+    folder = run_folder(str(path))
     with _problems_told(path):
-        return load(one_run(path, NAME_ONE))
+        return load(folder)
 
 
 @contextmanager
 def _problems_told(path: str | Path) -> Iterator[None]:
+    from gradwatch.record.folder.files import UnreadableError
+
     if not path:
         raise CommandError("RUN is empty. Name the folder of a run, such as runs/a.")
     try:
@@ -178,6 +185,8 @@ def written_whole(target: str, run: Path) -> Iterator[Path]:
 
 
 def _check_target(path: Path, run: Path) -> None:
+    from gradwatch.record.folder.meta import NAME, TABLES  # NumPy comes with it
+
     if not path.name or path.is_dir():
         raise CommandError(f"-o must be a file, got the folder {str(path)!r}.")
     if not path.parent.is_dir():

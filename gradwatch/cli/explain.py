@@ -23,7 +23,6 @@ from gradwatch.cli.arguments import (
     run_name,
 )
 from gradwatch.cli.terminal import Output, as_json, printable_lines
-from gradwatch.record.folder.models import models_in
 from gradwatch.record.wording import counted, printable
 
 if TYPE_CHECKING:
@@ -62,6 +61,8 @@ def add_to(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
     """Prints the explanations, of each model of the run; returns the exit code."""
+    from gradwatch.record.folder.models import models_in  # torch comes with it
+
     path, step = arguments.run, arguments.step
     models = models_in(path) if path else None
     if models is None:

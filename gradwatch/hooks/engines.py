@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from gradwatch.hooks.optimizer import parameters_held
 
 PIPELINE = (
     "The model is a stage of a pipeline (torch.distributed.pipelining): norms and events are those "
@@ -21,43 +23,65 @@ DEEPSPEED = (
     "of the whole model."
 )
 
-# For each engine the module that defines it, the name of its class there, how to get at the part
-# of the model that it trains, and what is to be said. Seen on torch 2.13 and DeepSpeed 0.19.
-_ENGINES: tuple[tuple[str, str, Callable[[Any], Any], str], ...] = (
+# For each engine the module that defines it, the name of its class there, how to get at what it
+# trains (modules and optimizers), and what is to be said. Seen on torch 2.13 and DeepSpeed 0.19.
+_ENGINES: tuple[tuple[str, str, Callable[[Any], Iterable[object]], str], ...] = (
     (
         "torch.distributed.pipelining.stage",
         "_PipelineStageBase",
-        lambda stage: stage.submod,
+        lambda stage: (stage.submod,),
         PIPELINE,
     ),
-    ("deepspeed.runtime.engine", "DeepSpeedEngine", lambda engine: engine.module, DEEPSPEED),
+    (
+        "deepspeed.runtime.engine",
+        "DeepSpeedEngine",
+        # Under ZeRO the optimizer in it steps flat copies of the weights.
+        lambda engine: (engine.module, getattr(engine, "basic_optimizer", None)),
+        DEEPSPEED,
+    ),
 )
 
 
 def engines_of(tensors: Iterable[Tensor]) -> list[str]:
     """Returns what is to be said about the engines that train any of some parameters."""
-    # If nobody has imported an engine, none exists, and no object need be looked at.
-    kinds = [
-        (kind, part_of, text)
-        for home, name, part_of, text in _ENGINES
-        if (kind := getattr(sys.modules.get(home), name, None)) is not None
-    ]
-    if not kinds:
-        return []
-    wanted, objects = set(map(id, tensors)), gc.get_objects()
+    wanted = set(map(id, tensors))
     return [
         text
-        for kind, part_of, text in kinds
-        if any(not wanted.isdisjoint(map(id, one)) for one in _held_by(objects, kind, part_of))
+        for home, name, parts_of, text in _ENGINES
+        if any(trains_any(wanted, parts_of, one) for one in instances_of([(home, name)]))
     ]
 
 
-def _held_by(
-    objects: Iterable[object], kind: type, part_of: Callable[[Any], Any]
-) -> Iterator[Iterable[Tensor]]:
-    for one in objects:
-        # Not isinstance(), which reads __class__: on a proxy object this may raise an error.
-        if issubclass(type(one), kind):
-            part = getattr(part_of(one), "parameters", None)
-            if part is not None:
-                yield part()
+def instances_of(classes: Iterable[tuple[str, str]]) -> list[Any]:
+    """Lists the objects of some classes, and of classes derived from them, in this process.
+
+    Args:
+        classes: For each the module that defines it, and its name there. One that nobody has
+            imported has no objects, and is not imported.
+    """
+    kinds = {getattr(sys.modules.get(home), name, None) for home, name in classes} - {None}
+    if not kinds:
+        return []  # no object need be looked at, of which there may be a million
+    # By type() and __mro__, as isinstance() reads __class__, which may raise on a proxy object.
+    return [one for one in gc.get_objects() if not kinds.isdisjoint(type(one).__mro__)]
+
+
+def trains_any(wanted: set[int], parts_of: Callable[[Any], Iterable[object]], one: object) -> bool:
+    """Returns whether an object trains any of the parameters with these ids.
+
+    Args:
+        wanted: The ids.
+        parts_of: Returns the modules and optimizers of the object; may raise.
+        one: The object.
+    """
+    try:
+        parts = list(parts_of(one))
+    except Exception:  # it is half built, or of a version that has them elsewhere
+        return False
+    return any(not wanted.isdisjoint(map(id, _parameters_of(part))) for part in parts)
+
+
+def _parameters_of(part: Any) -> Iterable[Tensor]:
+    if isinstance(part, nn.Module):
+        return part.parameters()
+    return parameters_held(part) if part is not None else ()

@@ -196,9 +196,9 @@ class KeptForwards:
         self.running: _Forward | None = None
 
     def attach(self, measuring: Measuring | None = None) -> None:
-        """Registers the hooks; forwards are not kept while ``measuring`` is busy."""
+        """Registers the hooks, once; forwards are not kept while ``measuring`` is busy."""
         self.measuring = measuring
-        if self._model is None:
+        if self._model is None or self._handles:
             return
         if next(fully_sharded(self._model), None) is not None:
             self._never = SHARDED

@@ -252,26 +252,59 @@ class OptimizerDiscovery:
     """Looks at the steps of all optimizers of the process, except those that are followed."""
 
     def __init__(self, on_step: Callable[[Optimizer], None]) -> None:
-        """Registers torch's global optimizer-step hook.
+        """Begins to look.
 
         ``on_step`` is called before each step of an optimizer that is not followed. A step hook
-        that it registers on the optimizer already runs for this step.
+        that it registers on the optimizer already runs for this step. It may begin and end other
+        discoveries, and this one.
         """
-        self._followed: set[int] = set()
-        self._on_step = on_step
-        self._handle: RemovableHandle = register_optimizer_step_pre_hook(self._look)
+        self.followed: set[int] = set()
+        self.on_step = on_step
+        _ALL_STEPS.add(self)
 
     def leave_out(self, optimizer: Optimizer) -> None:
         """Stops reporting an optimizer, which the caller must keep alive."""
-        self._followed.add(id(optimizer))
+        self.followed.add(id(optimizer))
 
     def remove(self) -> None:
-        """Removes the hook; safe to call again."""
-        self._handle.remove()
+        """Ends looking; safe to call again."""
+        _ALL_STEPS.remove(self)
+
+
+class _AllSteps:
+    """torch's hook on the steps of all optimizers, one for everybody who looks at them.
+
+    torch goes through the dict of these hooks while they run, and fails if it changes. So one that
+    makes or ends others must not be in it by itself.
+    """
+
+    def __init__(self) -> None:
+        self._lookers: list[OptimizerDiscovery] = []
+        self._handle: RemovableHandle | None = None
+        self._running = 0
+
+    def add(self, looker: OptimizerDiscovery) -> None:
+        self._lookers.append(looker)
+        if self._handle is None:
+            self._handle = register_optimizer_step_pre_hook(self._look)
+
+    def remove(self, looker: OptimizerDiscovery) -> None:
+        self._lookers = [one for one in self._lookers if one is not looker]
+        if not self._lookers and self._handle is not None and not self._running:
+            self._handle.remove()
+            self._handle = None
 
     def _look(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if id(optimizer) not in self._followed:
-            self._on_step(optimizer)
+        for one in tuple(self._lookers):
+            if id(optimizer) not in one.followed:
+                self._running += 1
+                try:
+                    one.on_step(optimizer)
+                finally:
+                    self._running -= 1
+
+
+_ALL_STEPS = _AllSteps()
 
 
 UNHOOKED = (

@@ -19,31 +19,44 @@ class BuiltOptimizers:
     class (torch 2.4 to 2.13). ``__init__`` alone would miss copies and checkpoints.
     """
 
-    def __init__(self, on_built: Callable[[Optimizer], None]) -> None:
-        """Begins to listen.
+    def __init__(
+        self,
+        on_built: Callable[[Optimizer], None],
+        on_complete: Callable[[Optimizer], None] | None = None,
+    ) -> None:
+        """Begins to listen; neither function may raise.
 
-        ``on_built`` gets the optimizer when it is not complete yet: its parameter groups follow.
-        It must not raise.
+        Args:
+            on_built: Gets the optimizer when it is not complete yet: its parameter groups follow.
+            on_complete: Gets an optimizer that was built when it holds its parameters. A copy, and
+                one that was unpickled, is not told of. None if nobody asks.
         """
         self._on_built: Callable[[Optimizer], None] | None = on_built
-        before: Callable[..., None] = getattr(Optimizer, _PATCHED)
-        listens = self
+        self._on_complete = on_complete
+        self._replaced: list[tuple[str, Any, Any]] = []
+        self._call_after(_PATCHED, lambda one: self._on_built and self._on_built(one))
+        if on_complete is not None:
+            self._call_after("__init__", lambda one: self._on_complete and self._on_complete(one))
+
+    def _call_after(self, name: str, call: Callable[[Optimizer], object]) -> None:
+        before: Callable[..., None] = getattr(Optimizer, name)
 
         @functools.wraps(before)
-        def patch_step_function(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        def and_tell(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
             before(optimizer, *args, **kwargs)
-            if listens._on_built is not None:
-                listens._on_built(optimizer)
+            call(optimizer)
 
-        self._before, self._ours = before, patch_step_function
-        setattr(Optimizer, _PATCHED, patch_step_function)
+        setattr(Optimizer, name, and_tell)
+        self._replaced.append((name, before, and_tell))
 
     def remove(self) -> None:
         """Stops listening; safe to call again."""
-        self._on_built = None
-        # Somebody else may have wrapped ours since: then it stays, and does nothing.
-        if getattr(Optimizer, _PATCHED) is self._ours:
-            setattr(Optimizer, _PATCHED, self._before)
+        self._on_built = self._on_complete = None
+        for name, before, ours in self._replaced:
+            # Somebody else may have wrapped ours since: then it stays, and does nothing.
+            if getattr(Optimizer, name) is ours:
+                setattr(Optimizer, name, before)
+        self._replaced = []
 
 
 def optimizers_there() -> list[Optimizer]:

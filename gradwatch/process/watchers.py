@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -17,19 +19,19 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
 
 from gradwatch import lifetime
 from gradwatch.adapters import check_options
 from gradwatch.checks import described
 from gradwatch.errors import described_error, tell_instead, tell_no_more, warn_safely
 from gradwatch.hooks.backward import give_way_no_more, give_way_with, is_watched
-from gradwatch.hooks.context import REPLAY
-from gradwatch.hooks.optimizer import is_trial, parameters_held
-from gradwatch.measure.parameters import ParameterTable, optimizer_parameters
+from gradwatch.hooks.context import REPLAY, is_replaying
+from gradwatch.hooks.optimizer import OptimizerDiscovery, is_trial, parameters_held
+from gradwatch.measure.parameters import ParameterTable
 from gradwatch.options import CHECKS
+from gradwatch.process.acting import refuse_dishonest
 from gradwatch.process.backward import BeforeBackward, is_tracing
+from gradwatch.process.forwards import EarlyForwards
 from gradwatch.process.optimizers import BuiltOptimizers, is_complete, optimizers_there
 from gradwatch.process.owners import Owner, owners_of
 from gradwatch.process.report import ProcessReport
@@ -43,8 +45,8 @@ if TYPE_CHECKING:
     from gradwatch.clip.policy import ClipPolicy
     from gradwatch.report.thresholds import Thresholds
 
-MOST_ENDED = 100
-"""Models of the past whose records are kept in memory, the newest ones."""
+MOST_ALIKE = 100
+"""Models of one kind that are watched: a program may copy its model in every step."""
 
 NOT_A_FUNCTION = (
     "watch_all(sinks=) takes a function of a model's name, as each model has sinks of its own, got "
@@ -58,6 +60,10 @@ ATTACHED_TWICE = (
     "This watch_all() was attached before. Make a new one with gradwatch.watch_all(...)."
 )
 WATCHES = "watching {label}: {what}{where}"
+ENOUGH = (
+    "{count} models like {label}, with the same number of parameters, were watched: those that are "
+    "built from here on are not."
+)
 CANNOT = "{label} is not watched: {error}"
 NO_OPTIMIZER = (
     "Nothing was watched: no torch.optim.Optimizer was built in this process. Children that it "
@@ -89,7 +95,11 @@ class ProcessWatch:
     """
 
     def __init__(
-        self, options: Mapping[str, Any], *, say: Callable[[str], None] | None = None
+        self,
+        options: Mapping[str, Any],
+        *,
+        say: Callable[[str], None] | None = None,
+        is_first: bool = False,
     ) -> None:
         """Starts with the options of :func:`watch_all`, unchecked; attaches nothing yet.
 
@@ -97,6 +107,7 @@ class ProcessWatch:
             options: By name; those that are left out have their defaults.
             say: Receives one line for each model when it takes its first step, and what would be a
                 warning otherwise. It must not raise. None to warn as Python does.
+            is_first: Whether no optimizer can have been built yet, so that none is searched for.
         """
         given = dict(options)
         for name in ("accumulate", "scaler", "curvature"):
@@ -110,18 +121,21 @@ class ProcessWatch:
         if self._options.run_dir is not None:
             check_models_folder(self._options.run_dir)
         self._say = say
+        self._is_first = is_first
         self._state = "new"
         self._all: list[_Watched] = []
         self._shown: list[_Watched] = []
         self._waiting: list[weakref.ref[Optimizer]] = []
         self._built: dict[str, None] = {}  # names of classes, in order
         self._left = False
+        self._kinds: Counter[tuple[str, int]] = Counter()
+        self._early = EarlyForwards() if self._options.explain else None
         self._errors: list[str] = []
-        self._claiming = False
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._claiming: int | None = None  # the thread that does
         self._births: BuiltOptimizers | None = None
         self._before_backward = BeforeBackward(self._claim)
-        self._step_handle: RemovableHandle | None = None
+        self._steps: OptimizerDiscovery | None = None
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -141,8 +155,10 @@ class ProcessWatch:
         if self._say is not None:
             tell_instead(self._say)
         give_way_with(self._give_way)
-        self._births = BuiltOptimizers(self._on_built)
-        for optimizer in optimizers_there():
+        self._births = BuiltOptimizers(
+            self._on_built, None if self._early is None else self._on_complete
+        )
+        for optimizer in () if self._is_first else optimizers_there():
             self._on_built(optimizer)
         return self
 
@@ -181,6 +197,8 @@ class ProcessWatch:
         if self._births is not None:
             self._births.remove()
         self._wait_no_more()
+        if self._early is not None:
+            self._early.end()
         give_way_no_more(self._give_way)
 
     # -- what is there to read -------------------------------------------------------------------
@@ -189,7 +207,7 @@ class ProcessWatch:
     def watchers(self) -> list[Watcher]:
         """The watchers of the models that have taken a step, in the order of their first steps.
 
-        :attr:`Watcher.label` names the model. Of models of the past the newest 100 are kept.
+        :attr:`Watcher.label` names the model.
         """
         return [one.watcher for one in self._shown]
 
@@ -224,31 +242,49 @@ class ProcessWatch:
     # -- optimizers ------------------------------------------------------------------------------
 
     def _on_built(self, optimizer: Optimizer) -> None:
-        if self._state != "attached" or self._claiming or is_trial() or REPLAY.under_way:
+        if self._is_ignored():
             return
         with self._lock:
+            self._built[type(optimizer).__name__] = None
             self._waiting.append(weakref.ref(optimizer))
             self._before_backward.wait()
-            if self._step_handle is None:
-                self._step_handle = register_optimizer_step_pre_hook(self._before_step)
+            if self._steps is None:
+                self._steps = OptimizerDiscovery(self._before_step)
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _on_complete(self, optimizer: Optimizer) -> None:
+        """Keeps the forwards of an optimizer's model from now on, to explain its first step."""
+        if not self._is_ignored() and self._early is not None and not self._is_known(optimizer):
+            try:
+                self._early.begin([optimizer])
+            except Exception as error:
+                self._note_error(type(optimizer).__name__, error)
+
+    def _is_ignored(self) -> bool:
+        """Returns whether what this thread does now is none of the training's."""
+        ours = (
+            self._claiming == threading.get_ident()
+            or is_trial()
+            or (REPLAY.under_way and is_replaying())
+        )
+        return ours or self._state != "attached"
+
+    def _before_step(self, optimizer: Optimizer) -> None:
         """Claims an optimizer that steps without a backward that was noticed."""
         if any(ref() is optimizer for ref in self._waiting) and not is_tracing():
             self._claim()
 
     def _wait_no_more(self) -> None:
         self._before_backward.stop()
-        if self._step_handle is not None:
-            self._step_handle.remove()
-            self._step_handle = None
+        if self._steps is not None:
+            self._steps.remove()
+            self._steps = None
 
     def _claim(self) -> None:
         """Watches the models of all optimizers that wait; called before a backward."""
-        if self._claiming or self._state != "attached":
+        if self._is_ignored():
             return
         with self._lock:
-            self._claiming = True
+            self._claiming = threading.get_ident()
             try:
                 self._end_what_is_over()
                 self._claim_all(self._take_complete())
@@ -257,21 +293,29 @@ class ProcessWatch:
             except Exception as error:  # what could not be watched must not end the training
                 self._note_error("The model", error)
             finally:
-                self._claiming = False
+                self._claiming = None
+                # Only now: a backward of another thread waits until its model is watched.
+                if not self._waiting:
+                    self._wait_no_more()
 
     def _take_complete(self) -> list[Optimizer]:
+        if self._options.acts and len(self._waiting) > 1:
+            gc.collect()  # one that was replaced may still lie in a cycle with its scheduler
         waiting = [one for ref in self._waiting if (one := ref()) is not None]
         complete = list({id(one): one for one in waiting if is_complete(one)}.values())
         self._waiting = [weakref.ref(one) for one in waiting if not is_complete(one)]
-        if not self._waiting:
-            self._wait_no_more()
         return complete
 
     def _claim_all(self, optimizers: Sequence[Optimizer]) -> None:
-        self._built.update(dict.fromkeys(type(one).__name__ for one in optimizers))
-        new = [one for one in optimizers if not self._is_left(one) and not self._joins(one)]
+        new = [
+            one
+            for one in optimizers
+            if not self._is_left(one) and not self._joins(one) and not self._is_enough(one)
+        ]
         for owner in owners_of(new) if new else ():
             self._watch(owner)
+        if self._early is not None and not self._waiting:
+            self._early.end()
 
     def _is_left(self, optimizer: Optimizer) -> bool:
         """Returns whether the program itself watches a parameter of the optimizer."""
@@ -281,20 +325,33 @@ class ProcessWatch:
         self._left = self._left or left
         return left
 
+    def _is_known(self, optimizer: Optimizer) -> bool:
+        """Returns whether the optimizer's model is watched, be it by the program itself."""
+        return any(map(is_watched, parameters_held(optimizer)))
+
     def _joins(self, optimizer: Optimizer) -> bool:
         """Has a watcher follow an optimizer of its model, if there is one."""
-        held = set(map(id, optimizer_parameters(optimizer)))
+        held = set(map(id, parameters_held(optimizer)))
         for one in self._all:
             if not one.ended and held and held <= one.ids:
                 one.watcher.follow(optimizer)
                 return True
         return False
 
+    def _is_enough(self, optimizer: Optimizer) -> bool:
+        """Counts a model of the optimizer's kind; returns whether there were enough of it."""
+        # Without looking for the model, which takes a while: meta-learning copies it in every step.
+        kind = _kind(optimizer)
+        self._kinds[kind] += 1
+        return self._kinds[kind] > MOST_ALIKE
+
     def _watch(self, owner: Owner) -> None:
         """Watches a model, or says why it cannot be."""
         model = owner.model()
         if model is None:
             return
+        if sum(self._kinds[kind] == MOST_ALIKE for kind in map(_kind, owner.optimizers)):
+            self._warn(ENOUGH.format(count=MOST_ALIKE, label=owner.label))
         try:
             self._build(owner, model)
         except Exception as error:
@@ -303,6 +360,7 @@ class ProcessWatch:
             self._note_error(owner.label, error)
 
     def _build(self, owner: Owner, model: nn.Module | Mapping[str, Tensor]) -> None:
+        refuse_dishonest(self._options, owner.optimizers, model)
         table = ParameterTable.of(model).tensors
         self._give_way(table)  # to a larger model that holds one that was watched before
         label = self._free_label(owner.label)
@@ -313,9 +371,10 @@ class ProcessWatch:
             run_dir=None if folder is None else str(Path(folder) / label),
             clip=copy.deepcopy(self._options.clip),  # a policy remembers the norms of one model
         )
-        watcher = build_watcher(model, owner.optimizers, options, model_of=owner.model)
+        forwards = None if self._early is None else self._early.take(model)
+        watcher = build_watcher(model, owner.optimizers, options, owner.model, forwards)
         watched = _Watched(label, watcher, table)
-        watcher.label = label
+        watcher.label, watcher.tells_findings = label, self._say is None
         watcher.on_first_step(partial(self._show, watched))
         self._all.append(watched)
         watcher.attach()
@@ -341,6 +400,9 @@ class ProcessWatch:
     def _note_error(self, label: str, error: Exception) -> None:
         text = CANNOT.format(label=label, error=described_error(error))
         self._errors.append(text)
+        self._warn(text)
+
+    def _warn(self, text: str) -> None:
         warn_safely(f"gradwatch: {text}")
 
     # -- watchers --------------------------------------------------------------------------------
@@ -350,7 +412,6 @@ class ProcessWatch:
             return
         watched.stepped = True
         self._shown.append(watched)
-        del self._shown[:-MOST_ENDED]
         if self._say is not None:
             folder = self._options.run_dir
             where = "" if folder is None else f" -> {Path(folder) / watched.label}"
@@ -364,7 +425,7 @@ class ProcessWatch:
         wanted = set(map(id, tensors))
         for one in self._all:
             if not one.ended and not one.ids.isdisjoint(wanted):
-                self._left = self._left or not self._claiming
+                self._left = self._left or not self._is_ignored()
                 self._end(one)
 
     def _end_what_is_over(self) -> None:
@@ -372,8 +433,6 @@ class ProcessWatch:
             if not one.ended and one.watcher.is_over:
                 self._end(one)
         self._all = [one for one in self._all if one.stepped or not one.ended]
-        kept = set(map(id, self._shown))
-        self._all = [one for one in self._all if not one.ended or id(one) in kept]
 
     def _end(self, watched: _Watched) -> None:
         if not watched.ended:
@@ -451,3 +510,7 @@ class _RefusedError(Exception):
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+def _kind(optimizer: Optimizer) -> tuple[str, int]:
+    return type(optimizer).__name__, len(parameters_held(optimizer))

@@ -86,6 +86,12 @@ EARLY_CLIP = (
     "{left:.3g} of their norm, and the next backward added to what was left: micro-batches then "
     "count for more the later they come. Clip once, after the last backward of a step."
 )
+CLIP_OF_LOOP = (
+    "The loop clips the gradients of {optimizer} itself, to a norm of {limit:.4g} (seen up to step "
+    "{step}), and clip={clip!r} acts on what is left: the coefficient in the records is the "
+    "product of both. Keep one of the two: leave clip= (--clip) out, or take the loop's clip away "
+    "or raise its limit."
+)
 NO_GRADIENT = (
     "{optimizer} has taken {steps} steps, and none of its parameters has ever received a gradient: "
     "the loss does not depend on them. Look for detach(), no_grad(), .item() or .data between the "
@@ -132,6 +138,12 @@ def tell_stale(run: Run, optimizer: str, step: int, steps: int) -> None:
     """Tells of this many steps in a row that began with the gradients of the step before."""
     text = STALE.format(optimizer=optimizer, steps=steps, step=step)
     run.tell(loop_event("mistake", text, step, optimizer))
+
+
+def tell_clip_of_loop(run: Run, optimizer: str, step: int, limit: float) -> None:
+    """Tells of a loop that clips to a limit, although gradwatch was asked to clip."""
+    text = CLIP_OF_LOOP.format(optimizer=optimizer, limit=limit, step=step, clip=run.options.clip)
+    run.tell(loop_event("mistake", text, step, optimizer), key=f"clip of {optimizer}'s loop")
 
 
 def tell_no_gradient(run: Run, optimizer: str, step: int) -> None:

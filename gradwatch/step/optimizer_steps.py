@@ -42,7 +42,9 @@ from gradwatch.record.events import (
 )
 from gradwatch.record.records import Event, ParameterGroups, StepRecord
 from gradwatch.step.clipping import Clipping
+from gradwatch.step.loop_clip import LoopClip
 from gradwatch.step.mistakes import (
+    tell_clip_of_loop,
     tell_early_clip,
     tell_foreign,
     tell_lost,
@@ -146,6 +148,7 @@ class OptimizerSteps(Steps):
         may_act = clip is not None or self.skip_rule.may_refuse
         self._fused = FusedStep(inner) if may_act else None
         self._clipping = Clipping(clip, inner, run.table, self._fused)
+        self._loop_clip = None if clip is None else LoopClip()
         self._norms: StepNorms | None = None
         self._rates: LearningRates = []
         self._held_parameters = len(optimizer_parameters(inner))
@@ -444,11 +447,19 @@ class OptimizerSteps(Steps):
             self._outcome = self._decide(norms, found_inf)
             if self._outcome.outcome != "applied":
                 return not self._outcome.refused and not self._left_out_cleanly()
+        if norms.after is not norms.before and self._loop_clip is not None and norms.clip_known:
+            self._look_for_clip_of_loop(self._loop_clip, norms)
         if self._clipping.policy is not None or norms.correction != 1.0:
             self._norms = self._clipping.clip_(self.window, norms, left)
         if sampler is not None:
             sampler.before_step(self._parameters())
         return True
+
+    def _look_for_clip_of_loop(self, loop_clip: LoopClip, norms: StepNorms) -> None:
+        limit = loop_clip.limit(norms)
+        if limit is not None:
+            self._loop_clip = None
+            tell_clip_of_loop(self._run, self.label, self.step + 1, limit)
 
     def _weigh(self, loss: object) -> None:
         """Checks the number of micro-batches, and weighs them against each other."""
