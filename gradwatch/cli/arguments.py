@@ -77,8 +77,8 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-# Imported in the functions: pandas and pyarrow take a second to load, and --help needs neither. Even
-# the names of the files come with NumPy and torch.
+# Imports are in the functions: pandas and pyarrow take a second to load, and --help needs neither.
+# Even the names of the files come with NumPy and torch.
 
 
 def run_folder(path: str) -> Path:

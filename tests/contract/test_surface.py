@@ -196,6 +196,7 @@ PUBLIC = [
     "curvature",
     "explain",
     "load",
+    "load_all",
     "watch",
     "watch_all",
 ]

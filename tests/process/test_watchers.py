@@ -428,7 +428,7 @@ def test_a_forked_child_watches_nothing(tmp_path):
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
         watching.close()
-    assert [path.name for path in tmp_path.iterdir()] == ["Net"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Net", "models.jsonl"]
     assert len(gradwatch.load(tmp_path / "Net").steps()) == 2
 
 
