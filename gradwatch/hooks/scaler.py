@@ -11,6 +11,7 @@ import torch
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
+from gradwatch.hooks.variables import local_variables
 from gradwatch.measure.deferred import FloatOrDeferred, defer_copy, resolve
 
 
@@ -93,8 +94,9 @@ def _at_hand(
     # A scaler of another loop, or one of an earlier run that is still in memory, must not be
     # chosen: norms would be divided by a scale that was never applied to them.
     while frame is not None and scalers:
-        own: dict[str, Any] = getattr(frame.f_locals.get("self"), "__dict__", {})
-        values = [*frame.f_locals.values(), *own.values(), *frame.f_globals.values()]
+        variables = local_variables(frame)
+        own: dict[str, Any] = getattr(variables.get("self"), "__dict__", {})
+        values = [*variables.values(), *own.values(), *frame.f_globals.values()]
         held = [scaler for scaler in scalers if any(value is scaler for value in values)]
         if held:
             return held[0] if len(held) == 1 else None

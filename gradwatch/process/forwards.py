@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch.hooks.forwards import KeptForwards
+from gradwatch.hooks.holding import ModelReference
 from gradwatch.process.owners import owners_of
 
 
@@ -28,7 +29,7 @@ class EarlyForwards:
         for owner in owners_of(optimizers):
             model = owner.model()
             if isinstance(model, nn.Module) and self._find(model) is None:
-                kept = KeptForwards(model)
+                kept = KeptForwards(ModelReference(model, owner.model))
                 kept.attach()
                 self._kept.append((weakref.ref(model), kept))
 

@@ -80,6 +80,7 @@ def test_every_step_from_the_first_is_measured_under_the_models_own_names(micro_
 
 def test_training_is_bit_identical():
     """Training is bit identical."""
+
     def run():
         torch.manual_seed(3)
         case = zoo.mlp()
@@ -132,7 +133,7 @@ def test_what_never_steps_is_not_shown(tmp_path):
         train(*build())
         frozen(torch.randn(2, 3)).sum().backward()
     assert [one.label for one in watching.watchers] == ["Net"]
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["Net"]
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()] == ["Net"]
 
 
 def test_models_that_are_built_anew_each_have_a_history_and_a_folder(tmp_path):
@@ -277,6 +278,7 @@ def test_each_model_has_its_own_clip():
 
 def test_sinks_are_made_for_each_model():
     """Sinks are made for each model."""
+
     class Sink:
         def __init__(self):
             self.steps = 0
@@ -428,7 +430,7 @@ def test_a_forked_child_watches_nothing(tmp_path):
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
         watching.close()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["Net", "models.jsonl"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["Net"]
     assert len(gradwatch.load(tmp_path / "Net").steps()) == 2
 
 

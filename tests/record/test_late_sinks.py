@@ -44,6 +44,17 @@ def test_events_before_the_first_step_come_with_it():
     assert sink.closed
 
 
+def test_a_first_step_that_raised_is_one():
+    """It comes without a record of the step."""
+    sink = CapturingSink()
+    late = LateSinks(lambda: [sink])
+    late.write(batch([], events=[event(1)]))
+    late.begin()
+    late.write(batch([], events=[event(2)]))
+    late.close()
+    assert [one.step for one in sink.events] == [1, 2]
+
+
 def test_a_sink_that_fails_keeps_the_others_from_nothing():
     """It is named in the warning, and tried again."""
     sink, broken = CapturingSink(), Broken()

@@ -34,9 +34,10 @@ def write(folder, *batches):
 @pytest.fixture
 def two(tmp_path):
     """Return a folder with the models B and A; B stepped first, and A was written first."""
-    (first, second) = ModelFolder(tmp_path / "a" / "B"), ModelFolder(tmp_path / "a" / "A")
-    second.write(runs.batch([1, 2, 3], time_s=2.0))
-    first.write(runs.batch([1, 2], time_s=1.0))
+    first, second = ModelFolder(tmp_path / "a" / "B"), ModelFolder(tmp_path / "a" / "A")
+    first.begin()
+    second.write(runs.batch([1, 2, 3]))
+    first.write(runs.batch([1, 2]))
     first.close()
     second.close()
     return tmp_path / "a"
@@ -59,6 +60,16 @@ class TestMade:
         sink.close()
         assert load(tmp_path / "Net").events()["value"].tolist() == [1.0, 2.0, 3.0]
         assert runs.steps_of(tmp_path / "Net") == [1, 2]
+
+    def test_events_of_a_first_step_that_raised_are_written(self, tmp_path):
+        """There is no step then, and the model has stepped all the same."""
+        sink = ModelFolder(tmp_path / "Net")
+        sink.write(runs.batch([], events=[runs.event(1, value=1.0)]))
+        sink.begin()
+        sink.write(runs.batch([], events=[runs.event(1, value=2.0)]))
+        sink.close()
+        assert load(tmp_path / "Net").events()["value"].tolist() == [1.0, 2.0]
+        assert runs.steps_of(tmp_path / "Net") == []
 
     def test_many_batches_of_events_are_no_loss(self, tmp_path):
         """A model whose first step comes late has them all."""
@@ -171,7 +182,7 @@ class TestRead:
         for number in range(8):
             list_model(tmp_path / f"Net-{number}", float(number))
             runs.write(tmp_path / f"Net-{number}", runs.batch([1]))
-        with pytest.raises(ValueError, match="holds 8 models: Net-0, .*, Net-4 and 3 more"):
+        with pytest.raises(ValueError, match=r"holds 8 models: Net-0, .*, Net-4 and 3 more"):
             one_run(tmp_path)
 
     def test_the_only_model_is_opened(self, tmp_path):
@@ -226,7 +237,7 @@ class TestList:
         """A process was killed while it wrote it."""
         with (two / MODELS).open("a") as file:
             file.write('{"format": "gradw')
-        write(two / "C", runs.batch([1], time_s=3.0))
+        write(two / "C", runs.batch([1]))
         assert list(load_all(two)) == ["B", "A", "C"]
 
     def test_a_newer_format_is_refused(self, two):
