@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from gradwatch.cli.terminal import Output, as_json
 from gradwatch.pickles import stable_name
-from gradwatch.record.folder.meta import NAME, TABLES
 from gradwatch.record.wording import printable
 
 if TYPE_CHECKING:
@@ -135,6 +134,8 @@ def written_whole(target: str, run: str) -> Iterator[Path]:
 
 
 def _check_target(path: Path, run: Path) -> None:
+    from gradwatch.record.folder.meta import NAME, TABLES  # NumPy comes with it
+
     if not path.name or path.is_dir():
         raise CommandError(f"-o must be a file, got the folder {str(path)!r}.")
     if not path.parent.is_dir():

@@ -9,24 +9,23 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from gradwatch import __version__
-from gradwatch.cli import compare, explain, export, plot, report, tail
-from gradwatch.cli.arguments import INTERRUPTED, PROBLEM, TERMINATED, CommandError
-from gradwatch.cli.terminal import Output, one_line
-from gradwatch.record.folder.files import UnreadableError
+if TYPE_CHECKING:
+    from gradwatch.cli.terminal import Output
 
 TRACEBACK = "GRADWATCH_TRACEBACK"
 """Environment variable; if set to 1, an error is shown with its traceback."""
 
 DESCRIPTION = """\
-Reads runs that gradwatch.watch(run_dir=) has written, or is still writing.
+Runs a training script and watches it, and reads runs: those of gradwatch run, and what
+gradwatch.watch(run_dir=) has written or is still writing.
 
 RUN is the folder of a run. Nothing in it is ever executed or changed."""
 
 EPILOG = """\
 examples:
+  gradwatch run train.py                   train under gradwatch
   gradwatch tail runs/a                    watch it train
   gradwatch report runs/a                  what went wrong, and what to try
   gradwatch explain runs/a                 what made a NaN, to the line of code
@@ -47,6 +46,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Says what is wrong with the arguments, and ends the program."""
+        from gradwatch.cli.arguments import PROBLEM
+        from gradwatch.cli.terminal import one_line
+
         hint = f"Try '{self.prog} --help'."
         self.exit(PROBLEM, f"{self.prog}: {one_line(message).rstrip('.')}. {hint}\n")
 
@@ -57,8 +59,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: What the user typed after ``gradwatch``; None for ``sys.argv``.
     """
-    out = Output(sys.stdout)
     typed = sys.argv[1:] if arguments is None else arguments
+    if typed[:1] == ["run"]:
+        # Before all else: the program shall find the process as Python starts it, and its signals,
+        # its output and its errors are its own. No other command is loaded, nor torch.
+        from gradwatch.cli.run import main as run_program
+
+        return run_program(typed[1:])
+    return _read_runs(typed)
+
+
+def _read_runs(typed: Sequence[str]) -> int:
+    from gradwatch.cli.arguments import PROBLEM
+    from gradwatch.cli.terminal import Output
+
+    out = Output(sys.stdout)
     try:
         chosen = _parser().parse_args(typed or ["--help"])
     except SystemExit as end:  # help and version are output too
@@ -69,6 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(chosen: argparse.Namespace, out: Output) -> int:
+    from gradwatch.cli.arguments import INTERRUPTED, PROBLEM
+    from gradwatch.cli.terminal import one_line
+
     try:
         code: int = chosen.run_command(chosen, out)
         out.flush()
@@ -85,6 +103,9 @@ def _run(chosen: argparse.Namespace, out: Output) -> int:
 
 
 def _reason(error: Exception) -> str:
+    from gradwatch.cli.arguments import CommandError
+    from gradwatch.record.folder.files import UnreadableError
+
     # str() of an OSError begins with "[Errno 13]", which does not help the user.
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
@@ -115,6 +136,8 @@ def _ended_by_sigterm() -> Iterator[None]:
     # By default SIGTERM ends Python without running any finally. SystemExit runs them, and with
     # them rich's Live shows the cursor again.
 
+    from gradwatch.cli.arguments import TERMINATED
+
     def end(*_: object) -> NoReturn:
         sys.exit(TERMINATED)
 
@@ -130,6 +153,9 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from gradwatch import __version__
+    from gradwatch.cli import compare, explain, export, plot, report, run, tail
+
     parser = _Parser(
         prog="gradwatch",
         description=DESCRIPTION,
@@ -140,6 +166,6 @@ def _parser() -> argparse.ArgumentParser:
     version = f"gradwatch {__version__}"
     parser.add_argument("--version", action="version", version=version, help="print it and exit")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
-    for command in (report, explain, tail, plot, compare, export):
+    for command in (run, report, explain, tail, plot, compare, export):
         command.add_to(commands)
     return parser

@@ -7,8 +7,7 @@ import importlib.util
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,15 +21,11 @@ from gradwatch.cli.arguments import (
     open_run,
     run_name,
 )
-from gradwatch.cli.follower import KEPT, Follower, New, declared_texts
-from gradwatch.cli.terminal import Output, as_json, event_line, number, times
-from gradwatch.record.folder.explanations import NONFINITE
-from gradwatch.record.folder.meta import NAME
-from gradwatch.record.folder.ranks import RANKS
-from gradwatch.record.records import Event, StepRecord
-from gradwatch.record.wording import counted, printable
+from gradwatch.cli.terminal import Output
 
 if TYPE_CHECKING:
+    from gradwatch.cli.follower import Follower
+    from gradwatch.cli.lines import Lines
     from gradwatch.cli.screen import Screen
 
 _SHORTEST_S, _LONGEST_S = 0.1, 3600.0
@@ -100,6 +95,8 @@ def _view(arguments: argparse.Namespace, out: Output) -> Lines | Screen:
         lines = True
     name = run_name(arguments.run)
     if lines:
+        from gradwatch.cli.lines import Lines  # here, as below: torch comes with it
+
         return Lines(out, name, arguments.steps, json=arguments.json)
     # Imported here, because rich need not be installed.
     from gradwatch.cli.screen import Screen
@@ -133,6 +130,8 @@ def _begin(run: str, wait: bool, once: bool, pause: Callable[[], object]) -> Fol
     Raises:
         CommandError: If the folder does not exist or is not a run folder.
     """
+    from gradwatch.cli.follower import Follower  # torch comes with it
+
     folder = Path(run)
     while not once and _may_begin(folder, wait):
         pause()
@@ -146,6 +145,10 @@ def _begin(run: str, wait: bool, once: bool, pause: Callable[[], object]) -> Fol
 
 def _may_begin(folder: Path, wait: bool) -> bool:
     """Tells whether a run may still begin: no folder (if ``wait``), or no visible file in it."""
+    from gradwatch.record.folder.explanations import NONFINITE  # torch comes with it
+    from gradwatch.record.folder.meta import NAME
+    from gradwatch.record.folder.ranks import RANKS
+
     if not folder.exists():
         return wait
     if not folder.is_dir() or (folder / NAME).exists():
@@ -154,92 +157,3 @@ def _may_begin(folder: Path, wait: bool) -> bool:
     # once, before the first steps.
     names = (path.name for path in folder.iterdir())
     return all(name.startswith(".") or name in (NONFINITE, RANKS) for name in names)
-
-
-class Lines:
-    """Writes a line per new step and event.
-
-    Args:
-        most: Maximum number of existing steps to write at the first look.
-        json: Whether the lines are JSON.
-    """
-
-    def __init__(self, out: Output, run: str, most: int, *, json: bool) -> None:
-        self._out, self._run, self._most, self._json = out, printable(run), most, json
-        self._told = False
-
-    def __enter__(self) -> Lines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def waiting(self) -> None:
-        """Says once that the run has not begun."""
-        if not self._told and not self._json:
-            self._out.line(f"Waiting for {self._run} to begin ...")
-            self._out.flush()
-        self._told = True
-
-    def show(self, follower: Follower, new: New) -> None:
-        """Writes the new steps and events."""
-        for line in self._lines(follower, new):
-            self._out.line(line)
-        # Without a flush, lines to a pipe would wait in a buffer of some thousand bytes.
-        self._out.flush()
-        # Only the first look is limited: later steps are all new.
-        if follower.rows:
-            self._most = KEPT
-
-    def _lines(self, follower: Follower, new: New) -> Iterator[str]:
-        if self._json:
-            return _json_lines(new, self._most)
-        if not follower.rows and not self._told:
-            self._told = True
-            return iter([f"{self._run} has no steps yet."])
-        several = len({row.optimizer for row in follower.rows}) > 1
-        return _text_lines(new, self._most, several)
-
-
-def _json_lines(new: New, most: int) -> Iterator[str]:
-    for row in new.rows[-most:]:
-        yield as_json({"type": "step", **asdict(row)})
-    for event in new.events[-most:]:
-        yield as_json({"type": "event", **asdict(event)})
-
-
-def _text_lines(new: New, most: int, several: bool) -> Iterator[str]:
-    """Yields a line per step, each followed by its events; other events come last."""
-    if new.resumed:
-        yield "The run was resumed."
-    rows = new.rows[-most:]
-    left_out = new.left_out + len(new.rows) - len(rows)
-    if left_out:
-        yield f"... {counted(left_out, 'step')} not shown"
-    waiting = list(new.events[-most:])
-    if rows:
-        # Events of steps that are not shown come first.
-        yield from _event_lines((one for one in waiting if one.step < rows[0].step), several)
-        waiting = [one for one in waiting if one.step >= rows[0].step]
-    for row in rows:
-        yield _step_line(row, several)
-        mine = [one for one in waiting if (one.step, one.optimizer) == (row.step, row.optimizer)]
-        yield from _event_lines(mine, several)
-        waiting = [one for one in waiting if one not in mine] if mine else waiting
-    yield from _event_lines(waiting, several)
-
-
-def _event_lines(events: Iterable[Event], several: bool) -> Iterator[str]:
-    for event in events:
-        optimizer = event.optimizer if several else ""
-        yield f"  event  {event_line(event.step, event.kind, event.message, optimizer)}"
-
-
-def _step_line(row: StepRecord, several: bool) -> str:
-    label = f"{printable(row.optimizer)} " if several else ""
-    # Pad the numbers to a fixed width, so that the lines align.
-    parts = [f"{label}step {row.step:>8,}", f"norm {number(row.grad_norm):>9}"]
-    parts += [f"{name} {text:>9}" for name, text in declared_texts(row).items() if text]
-    parts += [f"clipped {times(row.clip_coef)}"] if row.clipped else []
-    parts += [] if row.outcome == "applied" else [printable(row.outcome).replace("_", " ")]
-    return "  ".join(parts)

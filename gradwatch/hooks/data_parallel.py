@@ -317,6 +317,20 @@ def reshard(model: object) -> None:
             module.reshard()
 
 
+def shards_of(module: Any) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Lists the sharded parameters of a module that FSDP2 was applied to, each with its holder.
+
+    These are what the optimizer holds, also while the modules hold the gathered parameters. There
+    are none in another module, nor in those inside of it that have shards of their own.
+    """
+    kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if kind is None or not issubclass(type(module), kind):
+        return
+    for group in _parameter_groups(module):
+        for parameter in group.fsdp_params:
+            yield parameter._module_info.module, parameter.sharded_param
+
+
 def _parameter_groups(module: Any) -> list[Any]:
     """Lists the groups of parameters that FSDP2 communicates together for a module.
 

@@ -28,6 +28,9 @@ _WRAPPERS = {
     "_checkpoint_wrapped_module": (
         ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"),
     ),
+    # Ours, around a model and parameters that are not in it.
+    "(model)": (("gradwatch.process.owners", "Together"),),
+    "(loose)": (("gradwatch.process.owners", "Together"),),
 }
 # In a mapping nobody can tell whose these are. No user calls a module like that.
 _PREFIXES = tuple(f"{name}." for name in _WRAPPERS if name.startswith("_"))

@@ -1,1 +1,1 @@
-"""Every model that a process trains: found, watched and reported without a line in its loop."""
+"""Every model that a process trains, found without a line in its code."""

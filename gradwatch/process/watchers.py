@@ -25,7 +25,7 @@ from gradwatch.adapters import check_options
 from gradwatch.checks import described
 from gradwatch.errors import described_error, tell_instead, tell_no_more, warn_safely
 from gradwatch.hooks.backward import give_way_no_more, give_way_with, is_watched
-from gradwatch.hooks.context import REPLAY
+from gradwatch.hooks.context import REPLAY, is_replaying
 from gradwatch.hooks.optimizer import OptimizerDiscovery, is_trial, parameters_held
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.process.acting import refuse_dishonest
@@ -92,7 +92,11 @@ class ProcessWatch:
     """
 
     def __init__(
-        self, options: Mapping[str, Any], *, say: Callable[[str], None] | None = None
+        self,
+        options: Mapping[str, Any],
+        *,
+        say: Callable[[str], None] | None = None,
+        is_first: bool = False,
     ) -> None:
         """Starts with the options of :func:`watch_all`, unchecked; attaches nothing yet.
 
@@ -100,6 +104,7 @@ class ProcessWatch:
             options: By name; those that are left out have their defaults.
             say: Receives one line for each model when it takes its first step, and what would be a
                 warning otherwise. It must not raise. None to warn as Python does.
+            is_first: Whether no optimizer can have been built yet, so that none is searched for.
         """
         given = dict(options)
         for name in ("accumulate", "scaler", "curvature"):
@@ -111,6 +116,7 @@ class ProcessWatch:
         self._sinks_of = cast("Callable[[str], Iterable[Sink]]", sinks)
         self._options = check_options("watch_all", given, accumulate=1, scaler=None)
         self._say = say
+        self._is_first = is_first
         self._state = "new"
         self._all: list[_Watched] = []
         self._shown: list[_Watched] = []
@@ -120,8 +126,8 @@ class ProcessWatch:
         self._kinds: Counter[tuple[str, int]] = Counter()
         self._early = EarlyForwards() if self._options.explain else None
         self._errors: list[str] = []
-        self._claiming = False
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
+        self._claiming: int | None = None  # the thread that does
         self._births: BuiltOptimizers | None = None
         self._before_backward = BeforeBackward(self._claim)
         self._steps: OptimizerDiscovery | None = None
@@ -147,7 +153,7 @@ class ProcessWatch:
         self._births = BuiltOptimizers(
             self._on_built, None if self._early is None else self._on_complete
         )
-        for optimizer in optimizers_there():
+        for optimizer in () if self._is_first else optimizers_there():
             self._on_built(optimizer)
         return self
 
@@ -234,6 +240,7 @@ class ProcessWatch:
         if self._is_ignored():
             return
         with self._lock:
+            self._built[type(optimizer).__name__] = None
             self._waiting.append(weakref.ref(optimizer))
             self._before_backward.wait()
             if self._steps is None:
@@ -248,8 +255,13 @@ class ProcessWatch:
                 self._note_error(type(optimizer).__name__, error)
 
     def _is_ignored(self) -> bool:
-        """Returns whether an optimizer that is built now is none of the training's."""
-        return self._state != "attached" or self._claiming or is_trial() or REPLAY.under_way
+        """Returns whether what this thread does now is none of the training's."""
+        ours = (
+            self._claiming == threading.get_ident()
+            or is_trial()
+            or (REPLAY.under_way and is_replaying())
+        )
+        return ours or self._state != "attached"
 
     def _before_step(self, optimizer: Optimizer) -> None:
         """Claims an optimizer that steps without a backward that was noticed."""
@@ -264,10 +276,10 @@ class ProcessWatch:
 
     def _claim(self) -> None:
         """Watches the models of all optimizers that wait; called before a backward."""
-        if self._claiming or self._state != "attached":
+        if self._is_ignored():
             return
         with self._lock:
-            self._claiming = True
+            self._claiming = threading.get_ident()
             try:
                 self._end_what_is_over()
                 self._claim_all(self._take_complete())
@@ -276,7 +288,7 @@ class ProcessWatch:
             except Exception as error:  # what could not be watched must not end the training
                 self._note_error("The model", error)
             finally:
-                self._claiming = False
+                self._claiming = None
 
     def _take_complete(self) -> list[Optimizer]:
         if self._options.acts and len(self._waiting) > 1:
@@ -289,7 +301,6 @@ class ProcessWatch:
         return complete
 
     def _claim_all(self, optimizers: Sequence[Optimizer]) -> None:
-        self._built.update(dict.fromkeys(type(one).__name__ for one in optimizers))
         new = [
             one
             for one in optimizers
@@ -397,7 +408,7 @@ class ProcessWatch:
         wanted = set(map(id, tensors))
         for one in self._all:
             if not one.ended and not one.ids.isdisjoint(wanted):
-                self._left = self._left or not self._claiming
+                self._left = self._left or not self._is_ignored()
                 self._end(one)
 
     def _end_what_is_over(self) -> None:

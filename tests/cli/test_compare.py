@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gradwatch.cli import compare
+from gradwatch.cli import differences
 
 from .runs import batch, nan_at, train, write
 
@@ -99,7 +99,7 @@ def test_no_step_in_common(command, tmp_path):
 def test_a_long_run_is_sampled(command, runs, compared, monkeypatch):
     """Of a run with more rows than are to be read, ranges from first to last are, and it says so."""
     whole = compared("good", "sick")["parameters"]
-    monkeypatch.setattr(compare, "ROWS", 8)
+    monkeypatch.setattr(differences, "ROWS", 8)
     sampled = compared("good", "sick")["parameters"]
     assert (whole["sampled"], sampled["sampled"]) == (False, True)
     assert {one["steps"] for one in whole["parameters"]} == {100}
@@ -110,7 +110,7 @@ def test_a_long_run_is_sampled(command, runs, compared, monkeypatch):
 def test_pieces_add_up(runs, compared, monkeypatch):
     """Read in pieces, the numbers are those of one reading."""
     whole = compared("good", "sick")["parameters"]["parameters"]
-    monkeypatch.setattr(compare, "ROWS", 32)
+    monkeypatch.setattr(differences, "ROWS", 32)
     pieces = compared("good", "sick")["parameters"]["parameters"]
     for one, other in zip(whole, pieces, strict=True):
         assert one == pytest.approx(other)

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from gradwatch.cli import tail
 from gradwatch.cli.follower import KEPT, Follower, declared_texts
+from gradwatch.cli.lines import Lines
 from gradwatch.cli.terminal import Output
 from gradwatch.history import load
 from gradwatch.record.folder import parts, reader
@@ -222,7 +222,7 @@ def _screen(run, plain_only=False):
 def test_plain_says_once_that_it_waits():
     """A log is not filled with waiting."""
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    view = tail.Lines(Output(stream), "runs/\x1b宽", 10, json=False)
+    view = Lines(Output(stream), "runs/\x1b宽", 10, json=False)
     view.waiting()
     view.waiting()
     assert stream.buffer.getvalue() == b"Waiting for runs/\\x1b\\u5bbd to begin ...\n"

@@ -9,8 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gradwatch.pickles import stable_name
 
 
@@ -84,6 +82,8 @@ def plain_data(value: Any, nonfinite: Callable[[float], Any] = str) -> Any:
         return {str(key): plain_data(one, nonfinite) for key, one in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [plain_data(one, nonfinite) for one in value]
+    import numpy as np  # here, so that the command line starts without it
+
     if isinstance(value, np.ndarray | np.generic):
         return plain_data(value.tolist(), nonfinite)
     if isinstance(value, float):

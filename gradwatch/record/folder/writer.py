@@ -142,11 +142,7 @@ class RunFolder:
         self._tidies = True
         self._lock = WriterLock(self._path)
         weakref.finalize(self, self._lock.release)
-        self._attempt(lambda: self._path.mkdir(parents=True, exist_ok=True))
-        self._retry_at = 0.0  # try again at the first steps, whether this worked or not
-        if rank() == 0:  # the other ranks make the same object, and never write to it
-            with suppress(OSError):  # reported once there is something to write
-                self._lock.acquire()
+        self._reserve()
 
     @property
     def path(self) -> Path:
@@ -155,6 +151,17 @@ class RunFolder:
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self._path)!r})"
+
+    def claim(self) -> Path:
+        """Makes the folder and takes the lock, unless that has been done; returns the folder.
+
+        Raises:
+            OSError: If the disk is full, read-only or gone.
+            ValueError: If another process writes there.
+        """
+        self._path.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
+        return self._path
 
     def write(self, batch: RecordBatch) -> None:
         """Writes a batch, after those that a failing disk has not taken yet.
@@ -184,13 +191,19 @@ class RunFolder:
         finally:
             self._lock.release()
 
+    def _reserve(self) -> None:
+        self._attempt(lambda: self._path.mkdir(parents=True, exist_ok=True))
+        self._retry_at = 0.0  # try again at the first steps, whether this worked or not
+        if rank() == 0:  # the other ranks make the same object, and never write to it
+            with suppress(OSError):  # reported once there is something to write
+                self._lock.acquire()
+
     def _write_held(self) -> None:
         while self._held:
             batch = self._held[0]
             # Not before the first steps: a process that never steps leaves the folder unchanged.
             if self._session is None:
-                self._path.mkdir(parents=True, exist_ok=True)
-                self._lock.acquire()
+                self.claim()
                 self._keep_earlier(batch)
                 self._session = Session(self._path, batch.layout, self._about)
             self._session.write(batch)

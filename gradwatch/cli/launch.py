@@ -1,0 +1,105 @@
+"""Which rank of a launch this process is, and the run folder on which the ranks agree."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from itertools import count
+
+from gradwatch.cli.program import Program
+
+_RANKS = (
+    ("RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+)
+"""The variables of torchrun and what builds on it, Open MPI, other MPIs, and srun."""
+
+RUNS = "runs"
+
+
+def rank_and_size(environment: Mapping[str, str]) -> tuple[int, int]:
+    """Returns the rank of this process and the number of ranks: 0 and 1 where there is no launch."""
+    # torch.distributed cannot be asked: it may not be there yet, or not any more.
+    for rank, size in _RANKS:
+        known = environment.get(rank, ""), environment.get(size, "")
+        if all(one.isdecimal() for one in known):
+            return int(known[0]), int(known[1])
+    return 0, 1
+
+
+def default_folder(program: Program, environment: Mapping[str, str]) -> str:
+    """Returns the folder of a run that has not been given one: ``runs/train-20261130-155200``.
+
+    All ranks of a launch on one machine get the same, without talking to each other: the time is
+    that at which their launcher has started.
+    """
+    size = rank_and_size(environment)[1]
+    started = _formatted(time.time()) if size == 1 else _launched()
+    again = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    suffix = "" if size == 1 or again == "0" else f"-{again}"
+    return os.path.join(RUNS, f"{_name(program)}-{started}{suffix}")
+
+
+def reserve(folder: str) -> str:
+    """Makes a new folder, with ``-1`` behind its name if there is one already; returns its path.
+
+    Raises:
+        OSError: If no folder can be made there.
+    """
+    os.makedirs(os.path.dirname(folder) or ".", exist_ok=True)
+    for number in count():
+        path = f"{folder}-{number}" if number else folder
+        try:
+            os.mkdir(path)  # two runs may have started in the same second
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError  # count() has no end
+
+
+def give_back(folder: str) -> None:
+    """Removes a folder of :func:`reserve` in which nothing was written."""
+    for path in (folder, os.path.dirname(folder)):
+        try:
+            os.rmdir(path)
+        except OSError:  # it is not empty, or gone
+            return
+
+
+def _name(program: Program) -> str:
+    names = {"code": "code", "stdin": "stdin", "module": program.name}
+    name = names.get(program.kind)
+    if name is None:
+        name = os.path.basename(os.path.abspath(program.name))
+        name = os.path.splitext(name)[0] or name
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[:80] or "program"
+
+
+def _formatted(seconds: float) -> str:
+    return time.strftime("%Y%m%d-%H%M%S", time.localtime(seconds))
+
+
+def _launched() -> str:
+    parent = os.getppid()
+    if sys.platform == "linux":
+        try:
+            return _formatted(_started_s(parent))
+        except (OSError, ValueError, IndexError):
+            pass
+    # The system does not tell when: its number says as well which launch it was.
+    return f"{_formatted(time.time())[:8]}-p{parent}"
+
+
+def _started_s(process: int) -> int:
+    """Returns when a process has started, in whole seconds: each rank has to get the same."""
+    with open(f"/proc/{process}/stat", "rb") as file:
+        # The name in parentheses may hold anything; it is field 2, and the start is field 22.
+        ticks = int(file.read().rpartition(b")")[2].split()[19])
+    with open("/proc/stat", "rb") as file:
+        booted = next(int(line.split()[1]) for line in file if line.startswith(b"btime "))
+    return booted + ticks // os.sysconf("SC_CLK_TCK")
