@@ -40,6 +40,7 @@ _HOMES = {
     "curvature": "gradwatch.hessian.curvature",
     "explain": "gradwatch.replay.by_hand",
     "load": "gradwatch.history",
+    "load_all": "gradwatch.history",
     "watch": "gradwatch.watcher",
     "watch_all": "gradwatch.process.watchers",
 }
@@ -76,6 +77,7 @@ if TYPE_CHECKING:  # type checkers and editors do not see the names of a table; 
     from gradwatch.hessian.every import CurvatureEvery as CurvatureEvery
     from gradwatch.history import History as History
     from gradwatch.history import load as load
+    from gradwatch.history import load_all as load_all
     from gradwatch.process.watchers import watch_all as watch_all
     from gradwatch.record.explanation import Explanation as Explanation
     from gradwatch.record.folder.writer import RunFolder as RunFolder

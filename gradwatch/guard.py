@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -95,6 +96,19 @@ STOPPED = (
 UNTOUCHED = "The training goes on untouched."
 
 
+class _Blocks(threading.local):
+    """The blocks that a thread is in: another one may train another model, or step for it.
+
+    Attributes:
+        recording: The grad mode, which each thread has for itself, before each of the blocks.
+        entered: When the outermost one began.
+    """
+
+    def __init__(self) -> None:
+        self.recording: list[bool] = []
+        self.entered = 0.0
+
+
 class Shield:
     """Wraps gradwatch's code inside the training: ``with shield: ...``.
 
@@ -104,7 +118,7 @@ class Shield:
     without the clip would silently be a different training.
     """
 
-    __slots__ = ("_acts", "_entered", "_on_failure", "_recording", "_stopwatch")
+    __slots__ = ("_acts", "_blocks", "_on_failure", "_stopwatch")
 
     def __init__(self, acts: bool, on_failure: Callable[[str], str], stopwatch: Stopwatch) -> None:
         """Starts outside of any block.
@@ -118,14 +132,14 @@ class Shield:
         self._acts = acts
         self._on_failure = on_failure
         self._stopwatch = stopwatch
-        self._entered = 0.0
-        self._recording: list[bool] = []  # the grad mode before each of the nested blocks
+        self._blocks = _Blocks()
 
     def __enter__(self) -> None:
         # Blocks may nest. Only the outermost is timed, so that no time counts twice.
-        if not self._recording:
-            self._entered = time.perf_counter()
-        self._recording.append(torch.is_grad_enabled())
+        blocks = self._blocks
+        if not blocks.recording:
+            blocks.entered = time.perf_counter()
+        blocks.recording.append(torch.is_grad_enabled())
         # What torch.no_grad() does, without the ten Python calls that it takes: this code runs
         # several times in every step.
         torch._C._set_grad_enabled(False)
@@ -136,9 +150,10 @@ class Shield:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        torch._C._set_grad_enabled(self._recording.pop())
-        if not self._recording:
-            self._stopwatch.busy += time.perf_counter() - self._entered
+        blocks = self._blocks
+        torch._C._set_grad_enabled(blocks.recording.pop())
+        if not blocks.recording:
+            self._stopwatch.busy += time.perf_counter() - blocks.entered
         return error is not None and self._holds_back(error)
 
     def _holds_back(self, error: BaseException) -> bool:

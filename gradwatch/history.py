@@ -24,6 +24,7 @@ from gradwatch.record.columns import (
     explanations_frame,
     table_frame,
 )
+from gradwatch.record.folder.models import one_run, runs_in
 from gradwatch.record.folder.reader import FolderSource
 from gradwatch.record.records import Layout, RecordBatch
 
@@ -382,7 +383,8 @@ def load(path: str | os.PathLike[str]) -> History:
     Nothing in the folder is executed, so it is safe to open a run from an unknown source.
 
     Args:
-        path: The folder that ``watch(run_dir=)`` or :class:`~gradwatch.RunFolder` was given.
+        path: The folder that ``watch(run_dir=)`` or :class:`~gradwatch.RunFolder` was given. Or the
+            one that ``watch_all(run_dir=)`` or ``gradwatch run`` was given, if it holds one model.
 
     Returns:
         The history of the run. A run that was resumed reads as one run.
@@ -390,19 +392,47 @@ def load(path: str | os.PathLike[str]) -> History:
     Raises:
         TypeError: If it is not a path.
         FileNotFoundError: If there is no such folder.
-        ValueError: If it is not a run folder, is in a newer format, or parts are missing.
+        ValueError: If it is not a run folder, is in a newer format, or parts are missing; if it
+            holds several models.
         ModuleNotFoundError: If pyarrow is not installed.
     """
+    _expect_path("load", path)
+    return History(FolderSource(one_run(path)))
+
+
+@stable_name
+def load_all(path: str | os.PathLike[str]) -> dict[str, History]:
+    """Opens the runs of all models that one process has trained, also while it still trains.
+
+    Args:
+        path: The folder that ``watch_all(run_dir=)`` or ``gradwatch run`` was given. A run folder
+            counts as that of one model, with the name of the folder.
+
+    Returns:
+        By name of the model, its history, in the order of the first steps; those models that have
+        steps on disk.
+
+    Raises:
+        TypeError: If it is not a path.
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it is neither a folder of models nor a run folder, is in a newer format, or
+            parts are missing; if no model has steps on disk yet.
+        ModuleNotFoundError: If pyarrow is not installed.
+    """
+    _expect_path("load_all", path)
+    return {name: History(FolderSource(folder)) for name, folder in runs_in(path).items()}
+
+
+def _expect_path(caller: str, path: object) -> None:
     if not isinstance(path, (str, os.PathLike)):
-        raise TypeError(NOT_A_PATH.format(value=described(path)))
-    return History(FolderSource(path))
+        raise TypeError(NOT_A_PATH.format(caller=caller, value=described(path)))
 
 
 # A run may have 100,000 names, and comparing with each of them takes seconds.
 MOST_COMPARED = 5_000
 
 NOT_A_PATH = (
-    'load(path=) must be a run folder (str or PathLike), got {value}. Write load("runs/a").'
+    '{caller}(path=) must be a run folder (str or PathLike), got {value}. Write {caller}("runs/a").'
 )
 NOT_COLUMNS = '{what} must be a sequence of names, got {value}. Write ["{example}"].'
 UNKNOWN_COLUMN = "{what} must be names among {known}, got {name}."

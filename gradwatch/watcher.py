@@ -46,6 +46,7 @@ from gradwatch.options import (
 )
 from gradwatch.pickles import stable_name
 from gradwatch.record.events import loop_event
+from gradwatch.record.folder.models import ModelFolder
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.records import Event, Sink, StepRecord
 from gradwatch.record.wording import counted
@@ -855,8 +856,9 @@ def build_watcher(
     sampler_of(options.curvature, model)  # refuses what cannot be had before a folder is made
     names = optimizer_names(optimizer)
     optimizers = optimizer_list(optimizer, table)
-    if options.run_dir is not None and rank() == 0:
-        folder = RunFolder(
+    late = model_of is not None  # on other ranks it says that their notes wait, too
+    if options.run_dir is not None and (late or rank() == 0):
+        folder = (ModelFolder if late else RunFolder)(
             options.run_dir,
             optimizers=list(map(describe_optimizer, optimizers, names or repeat(""))),
             options=describe_options(options),

@@ -5,7 +5,6 @@ Nobody passes the model: it is searched for among all modules of the process.
 
 from __future__ import annotations
 
-import gc
 import inspect
 import re
 import weakref
@@ -20,6 +19,7 @@ from torch.utils.weak import TensorWeakRef
 from gradwatch.hooks.data_parallel import shards_of
 from gradwatch.hooks.optimizer import parameters_held, parts_of, stepped_by, wrapped_in
 from gradwatch.measure.parameters import unwrapped
+from gradwatch.process.modules import NotedModules, all_modules, values_of
 
 # Keys of Together that names leave out (measure/parameters.py).
 ONLY_ONE = "(model)"
@@ -113,7 +113,7 @@ class _Loose(nn.Module):
         self._parameters.update(parameters)  # register_parameter() refuses plain tensors
 
 
-def owners_of(optimizers: Sequence[Optimizer]) -> list[Owner]:
+def owners_of(optimizers: Sequence[Optimizer], noted: NotedModules | None = None) -> list[Owner]:
     """Finds the models that optimizers train, in the order of the optimizers.
 
     Optimizers of one model, or that share parameters, have one owner. An optimizer without
@@ -121,14 +121,19 @@ def owners_of(optimizers: Sequence[Optimizer]) -> list[Owner]:
 
     Args:
         optimizers: Any optimizers of the process.
+        noted: The modules that were noted. Only where they do not tell, all are searched for.
     """
     stepping = _outermost(optimizers)
     wanted = [(one, _parameters_held(one)) for one in stepping]
     wanted = [(one, parameters) for one, parameters in wanted if parameters]
     if not wanted:
         return []
-    graph = _Graph({id(t) for _, parameters in wanted for t in parameters})
+    ids = {id(tensor) for _, parameters in wanted for tensor in parameters}
+    graph = _Graph(ids, noted.modules() if noted else ())
     trained = [_Trained(graph, one, parameters) for one, parameters in wanted]
+    if noted is None or not all(one.is_known(graph, noted) for one in trained):
+        graph = _Graph(ids, all_modules())
+        trained = [_Trained(graph, one, parameters) for one, parameters in wanted]
     return [_owner(graph, group) for group in _groups(trained)]
 
 
@@ -137,7 +142,7 @@ def _outermost(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
     given = list({id(one): one for one in optimizers}.values())
     inside: set[int] = set()
     for outer in given:
-        if outer in stepped_by(outer):
+        if any(one is outer for one in stepped_by(outer)):
             own = set(map(id, _parameters_held(outer)))
             inside |= {
                 id(one)
@@ -177,6 +182,13 @@ class _Trained:
         self.tensors = {id(tensor) for tensor in parameters}
         for root in self.roots:
             self.tensors |= {id(t) for t in _tensors_in(root) if t.requires_grad}
+
+    def is_known(self, graph: _Graph, noted: NotedModules) -> bool:
+        """Returns whether the noted modules suffice to say which the model is."""
+        # With several models, or parameters that none of them holds, one may have been missed.
+        return (
+            len(self.roots) == 1 and not self.loose and graph.is_known_around(self.roots[0], noted)
+        )
 
 
 def _groups(trained: Iterable[_Trained]) -> list[list[_Trained]]:
@@ -256,29 +268,36 @@ class _Graph:
         held: By ``id(module)`` the ids of those parameters that are in it.
     """
 
-    def __init__(self, wanted: set[int]) -> None:
+    def __init__(self, wanted: set[int], modules: Iterable[nn.Module]) -> None:
+        """Looks for parameters by their ids, in modules and all that is in these."""
         self._modules: dict[int, nn.Module] = {}
         self._parents: dict[int, list[int]] = {}
         self.held: dict[int, set[int]] = {}
         own: dict[int, set[int]] = {}
-        for module in _all_modules():
+        new = [one for one in modules if type(one) not in (Together, _Loose)]
+        while new:
+            module = new.pop()
+            if id(module) in self._modules:
+                continue
             self._modules[id(module)] = module
-            for tensor in _values(module, "_parameters"):
+            for tensor in values_of(module, "_parameters"):
                 if id(tensor) in wanted:
                     own.setdefault(id(module), set()).add(id(tensor))
-            for child in _values(module, "_modules"):
-                self._parents.setdefault(id(child), []).append(id(module))
             # While the parameters are gathered, the module holds others than the optimizer does.
             for holder, tensor in shards_of(module):
                 if id(tensor) in wanted:
                     own.setdefault(id(holder), set()).add(id(tensor))
+            children = values_of(module, "_modules")
+            new += children
+            for child in children:
+                self._parents.setdefault(id(child), []).append(id(module))
         waiting = list(own.items())
         while waiting:
             key, tensors = waiting.pop()
-            new = tensors - self.held.setdefault(key, set())
-            if new:
-                self.held[key] |= new
-                waiting += [(parent, new) for parent in self._parents.get(key, ())]
+            added = tensors - self.held.setdefault(key, set())
+            if added:
+                self.held[key] |= added
+                waiting += [(parent, added) for parent in self._parents.get(key, ())]
 
     def roots_of(self, parameters: Sequence[Tensor]) -> list[nn.Module]:
         """Lists the modules that hold some parameters; few, and none that is in another."""
@@ -301,6 +320,12 @@ class _Graph:
     def is_in(self, module: nn.Module, other: nn.Module) -> bool:
         """Returns whether a module is inside of another one."""
         return module is not other and id(other) in self._around(id(module))
+
+    def is_known_around(self, module: nn.Module, noted: NotedModules) -> bool:
+        """Returns whether a module can be in no other one than those that were noted."""
+        around = self._around(id(module))
+        outermost = [key for key in around if not self._parents.get(key)]
+        return all(noted.knows(self._modules[key]) for key in outermost)
 
     def _choose(self, candidates: list[int]) -> int:
         """Returns which of several modules that hold the same parameters is the model."""
@@ -350,31 +375,11 @@ def _is_facade(kind: type[nn.Module]) -> bool:
     return code is None or not {"__call__", "_call_impl", "forward"} & set(code.co_names)
 
 
-def _all_modules() -> list[nn.Module]:
-    kinds: set[type] = {nn.Module}
-    waiting: list[type] = [nn.Module]
-    while waiting:
-        new = [kind for kind in type.__subclasses__(waiting.pop()) if kind not in kinds]
-        kinds.update(new)
-        waiting += new
-    kinds -= {Together, _Loose}
-    # Not isinstance(), which is slower, and which reads __class__: a proxy may raise an error.
-    return [one for one in gc.get_objects() if type(one) in kinds]
-
-
-def _values(module: nn.Module, attribute: str) -> list[Any]:
-    """Lists the parameters or the children of a module, without running code of its class."""
-    held: Any = module.__dict__.get(attribute)  # missing while its constructor runs
-    # A scripted module has another kind of mapping.
-    values = dict.values(held) if isinstance(held, dict) else getattr(held, "values", tuple)()
-    return [value for value in list(values) if value is not None]
-
-
 def _tensors_in(root: nn.Module) -> Iterator[Tensor]:
     seen, waiting = {id(root)}, [root]
     while waiting:
         module = waiting.pop()
-        yield from _values(module, "_parameters")
-        children = [one for one in _values(module, "_modules") if id(one) not in seen]
+        yield from values_of(module, "_parameters")
+        children = [one for one in values_of(module, "_modules") if id(one) not in seen]
         seen.update(map(id, children))
         waiting += children

@@ -28,12 +28,15 @@ from gradwatch.hooks.backward import give_way_no_more, give_way_with, is_watched
 from gradwatch.hooks.context import REPLAY, is_replaying
 from gradwatch.hooks.optimizer import OptimizerDiscovery, is_trial, parameters_held
 from gradwatch.measure.parameters import ParameterTable
+from gradwatch.options import CHECKS
 from gradwatch.process.acting import refuse_dishonest
 from gradwatch.process.backward import BeforeBackward, is_tracing
 from gradwatch.process.forwards import EarlyForwards
 from gradwatch.process.optimizers import BuiltOptimizers, is_complete, optimizers_there
 from gradwatch.process.owners import Owner, owners_of
 from gradwatch.process.report import ProcessReport
+from gradwatch.record.folder.models import check_models_folder
+from gradwatch.record.late_sinks import LateSinks
 from gradwatch.record.records import Sink
 from gradwatch.record.wording import listed
 from gradwatch.watcher import Watcher, build_watcher
@@ -110,11 +113,13 @@ class ProcessWatch:
         for name in ("accumulate", "scaler", "curvature"):
             if given.pop(name, None) is not None:
                 raise TypeError(OF_ONE_MODEL.format(name=name))
-        sinks = given.pop("sinks", None) or _no_sinks
-        if not callable(sinks):
+        sinks = given.pop("sinks", None)
+        if sinks is not None and not callable(sinks):
             raise TypeError(NOT_A_FUNCTION.format(value=described(sinks)))
-        self._sinks_of = cast("Callable[[str], Iterable[Sink]]", sinks)
+        self._sinks_of = cast("Callable[[str], Iterable[Sink]] | None", sinks)
         self._options = check_options("watch_all", given, accumulate=1, scaler=None)
+        if self._options.run_dir is not None:
+            check_models_folder(self._options.run_dir)
         self._say = say
         self._is_first = is_first
         self._state = "new"
@@ -289,6 +294,9 @@ class ProcessWatch:
                 self._note_error("The model", error)
             finally:
                 self._claiming = None
+                # Only now: a backward of another thread waits until its model is watched.
+                if not self._waiting:
+                    self._wait_no_more()
 
     def _take_complete(self) -> list[Optimizer]:
         if self._options.acts and len(self._waiting) > 1:
@@ -296,8 +304,6 @@ class ProcessWatch:
         waiting = [one for ref in self._waiting if (one := ref()) is not None]
         complete = list({id(one): one for one in waiting if is_complete(one)}.values())
         self._waiting = [weakref.ref(one) for one in waiting if not is_complete(one)]
-        if not self._waiting:
-            self._wait_no_more()
         return complete
 
     def _claim_all(self, optimizers: Sequence[Optimizer]) -> None:
@@ -361,7 +367,7 @@ class ProcessWatch:
         folder = self._options.run_dir
         options = replace(
             self._options,
-            sinks=tuple(self._sinks_of(label)),
+            sinks=self._late_sinks(label),
             run_dir=None if folder is None else str(Path(folder) / label),
             clip=copy.deepcopy(self._options.clip),  # a policy remembers the norms of one model
         )
@@ -373,6 +379,17 @@ class ProcessWatch:
         self._all.append(watched)
         watcher.attach()
         lifetime.left_to_owner(watcher)
+
+    def _late_sinks(self, label: str) -> tuple[Sink, ...]:
+        """Returns the sinks of a model, which are made when it has stepped."""
+        make = self._sinks_of
+        if make is None:
+            return ()
+
+        def made() -> tuple[Sink, ...]:
+            return cast("tuple[Sink, ...]", CHECKS["sinks"]("watch_all(sinks=)", make(label)))
+
+        return (LateSinks(made),)
 
     def _free_label(self, label: str) -> str:
         # A label of a model that was never stepped is free again when the model is gone.
@@ -497,7 +514,3 @@ class _RefusedError(Exception):
 
 def _kind(optimizer: Optimizer) -> tuple[str, int]:
     return type(optimizer).__name__, len(parameters_held(optimizer))
-
-
-def _no_sinks(label: str) -> tuple[Sink, ...]:
-    return ()

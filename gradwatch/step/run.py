@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradwatch.accumulate.policies import AccumulationPlan
@@ -17,6 +17,7 @@ from gradwatch.measure.parameters import ParameterTable
 from gradwatch.measure.sharded import Shards
 from gradwatch.options import Options
 from gradwatch.record.events import changed_event, explained_event, poisoned_event
+from gradwatch.record.folder.models import ModelFolder
 from gradwatch.record.folder.ranks import RankLog
 from gradwatch.record.folder.writer import RunFolder
 from gradwatch.record.recorder import Recorder, RingBuffer, SinkHub
@@ -99,10 +100,18 @@ class Run:
             writes=options.run_dir is not None or bool(options.sinks),
         )
         ring = RingBuffer(layout, options.buffer_size)
-        self.recorder = Recorder(ring, hub, self.replicas.note_record, _log_of_rank(options))
         self.explanations: list[Explanation] = []
         self.explaining: Explaining | None = None
-        self._store = _store_of(options)
+        self._folder = _folder_of(options)
+        self._log = _log_of_rank(self._folder)
+        self._store = _store_of(self._folder)
+        self.recorder = Recorder(
+            ring,
+            hub,
+            self.replicas.note_record,
+            None if self._log is None else self._log.note,
+            self._begin_folder if isinstance(self._folder, ModelFolder) else None,
+        )
 
     def tell(self, event: Event, key: str = "", warn: bool = True) -> None:
         """Records an event about the training loop, and warns; once in a run.
@@ -156,23 +165,37 @@ class Run:
         if self._store is not None:
             self._store.write(explanation, calls, labeled=labeled)
 
+    def _begin_folder(self) -> None:
+        """Writes what had to wait for the first step of a model."""
+        if self._log is not None:
+            self._log.begin()
+        if self._store is not None:
+            folder = self._folder if rank() == 0 else None  # another rank does not make it
+            self._store.begin(folder.claim if isinstance(folder, ModelFolder) else None)
 
-def _folder_of(options: Options) -> str | os.PathLike[str] | None:
-    """Returns the run folder, also on a rank that does not write its tables; None without one."""
-    folders = [one.path for one in options.sinks if isinstance(one, RunFolder)]
-    return next(iter(folders), options.run_dir)
+
+def _folder_of(options: Options) -> RunFolder | Path | None:
+    """Returns the run folder; its path on a rank that does not write its tables; None without."""
+    folders = [one for one in options.sinks if isinstance(one, RunFolder)]
+    path = None if options.run_dir is None else Path(options.run_dir)
+    return next(iter(folders), path)
 
 
-def _log_of_rank(options: Options) -> Callable[[Sequence[Event]], None] | None:
+def _log_of_rank(folder: RunFolder | Path | None) -> RankLog | None:
     """Returns what notes the NaN of this rank beside the run folder; None on the first rank."""
-    mine, folder = rank(), _folder_of(options)
-    return RankLog(folder, mine).note if mine and folder is not None else None
+    mine = rank()
+    if not mine or folder is None:
+        return None
+    return RankLog(_path_of(folder), mine, waits=isinstance(folder, ModelFolder))
 
 
-def _store_of(options: Options) -> ExplanationStore | None:
-    folder = _folder_of(options)
+def _store_of(folder: RunFolder | Path | None) -> ExplanationStore | None:
     if folder is None:
         return None
     from gradwatch.record.folder.explanations import ExplanationStore  # few runs need it
 
-    return ExplanationStore(folder, rank())
+    return ExplanationStore(_path_of(folder), rank(), waits=isinstance(folder, ModelFolder))
+
+
+def _path_of(folder: RunFolder | Path) -> Path:
+    return folder.path if isinstance(folder, RunFolder) else folder

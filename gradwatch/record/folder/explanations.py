@@ -24,7 +24,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -97,6 +97,20 @@ class KeptExplanation(NamedTuple):
         return self.session(times) is None
 
 
+class _Evidence(NamedTuple):
+    """An explanation as it is written.
+
+    Attributes:
+        name: What its folder is called, without a number.
+        content: What ``explanation.json`` says.
+        batch: The content of ``batch.pt``; None for no such file.
+    """
+
+    name: str
+    content: Mapping[str, Any]
+    batch: memoryview | None
+
+
 class ExplanationStore:
     """Writes the explanations of one rank; a disk that fails costs only these, with one warning."""
 
@@ -107,6 +121,7 @@ class ExplanationStore:
         *,
         most_bytes: int = MOST_BYTES,
         most_batches: int = MOST_BATCHES,
+        waits: bool = False,
     ) -> None:
         """Writes nothing yet.
 
@@ -115,7 +130,10 @@ class ExplanationStore:
             rank: Rank of this process.
             most_bytes: The most that the tensors of one batch may take.
             most_batches: The most batches in the folder, those of earlier sessions included.
+            waits: Whether to keep everything in memory until :meth:`begin`.
         """
+        self._waiting: list[_Evidence] | None = [] if waits else None
+        self._claim: Callable[[], Path] | None = None
         self._folder = Path(run_dir) / NONFINITE
         self._rank = rank
         self._most_bytes, self._most_batches = most_bytes, most_batches
@@ -134,32 +152,65 @@ class ExplanationStore:
             labeled: Whether the name of the folder has the optimizer's label.
 
         Returns:
-            The folder of the explanation; None if it could not be written.
+            The folder of the explanation; None if it waits, or could not be written.
         """
         if self._count >= MOST_EXPLANATIONS:
             return None
         self._count += 1
         try:
-            return self._write(replace(explanation, rank=self._rank), calls, labeled)
+            evidence = self._evidence(replace(explanation, rank=self._rank), calls, labeled)
+            if self._waiting is None:
+                return self._write(evidence)
+            self._waiting.append(evidence)
         except Exception as error:  # evidence is never worth a training
-            if not self._warned:
-                self._warned = True
-                path, told = str(self._folder.parent), described_error(error)
-                warn_safely(CANNOT_WRITE.format(path=path, error=told))
-            return None
+            self._warn(error)
+        return None
+
+    def begin(self, claim: Callable[[], Path] | None = None) -> None:
+        """Writes what has waited; from now on explanations are written at once. Never raises.
+
+        Args:
+            claim: Makes the run folder, unless that has been done, and returns it; None if another
+                rank makes it.
+        """
+        waiting, self._waiting = self._waiting or [], None
+        self._claim = claim
+        try:
+            for evidence in waiting:
+                self._write(evidence)
+        except Exception as error:
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            path, told = str(self._folder.parent), described_error(error)
+            warn_safely(CANNOT_WRITE.format(path=path, error=told))
 
     def read(self) -> list[Explanation]:
         """Returns all explanations that are there, of all ranks and sessions, by step."""
         return [one.explanation for one in read_explanations(self._folder.parent)]
 
-    def _write(self, explanation: Explanation, calls: Sequence[ForwardCall], labeled: bool) -> Path:
-        folder = self._new_folder(_folder_name(explanation, labeled))
+    def _evidence(
+        self, explanation: Explanation, calls: Sequence[ForwardCall], labeled: bool
+    ) -> _Evidence:
+        """Prepares what is written, now: the training may change the tensors of a batch later."""
         content = explanation.as_dict() | {"batch": None, "batch_note": "", "left_out": {}}
+        packed: memoryview | None = None
         if calls:
-            content |= self._write_batch(folder, calls)
+            described, packed = self._packed(calls)
+            content |= described
         content["written"] = time.time()
+        return _Evidence(_folder_name(explanation, labeled), content, packed)
+
+    def _write(self, evidence: _Evidence) -> Path:
+        if self._claim is not None:
+            self._folder = self._claim() / NONFINITE
+        folder = self._new_folder(evidence.name)
+        if evidence.batch is not None:
+            write_whole(folder / BATCH, evidence.batch)
         # Last: without it the folder does not count, so a reader never sees half of the evidence.
-        text = json.dumps(plain_data(content), indent=1, allow_nan=False)
+        text = json.dumps(plain_data(evidence.content), indent=1, allow_nan=False)
         write_whole(folder / NAME, text.encode())
         sync_folder(folder.parent)
         return folder
@@ -178,23 +229,22 @@ class ExplanationStore:
                 return path
         raise AssertionError  # the numbers never end
 
-    def _write_batch(self, folder: Path, calls: Sequence[ForwardCall]) -> dict[str, Any]:
-        """Writes the batch; returns what ``explanation.json`` says of it."""
-        if sum(1 for _ in self._folder.glob(f"*/{BATCH}")) >= self._most_batches:
-            return {"batch_note": TOO_MANY.format(most=self._most_batches)}
-        plain = _PlainCopy(self._most_bytes)
+    def _packed(self, calls: Sequence[ForwardCall]) -> tuple[dict[str, Any], memoryview | None]:
+        """Returns what ``explanation.json`` says of a batch, and the bytes of its file."""
+        waiting = [one.batch for one in self._waiting or () if one.batch is not None]
+        there = sum(1 for _ in self._folder.glob(f"*/{BATCH}"))
+        if there + len(waiting) >= self._most_batches:
+            return {"batch_note": TOO_MANY.format(most=self._most_batches)}, None
+        plain = _PlainCopy(self._most_bytes - sum(batch.nbytes for batch in waiting))
         try:
             content = {"calls": [_call(plain, call, place) for place, call in enumerate(calls)]}
             file = io.BytesIO()
             torch.save(content, file)
-            write_whole(folder / BATCH, file.getbuffer())
         except _TooLargeError:
-            return {"batch_note": TOO_LARGE.format(most=self._most_bytes / 2**20)}
-        except OSError:
-            raise
+            return {"batch_note": TOO_LARGE.format(most=self._most_bytes / 2**20)}, None
         except Exception as error:  # the explanation is worth more than the batch
-            return {"batch_note": NOT_KEPT.format(error=described_error(error))}
-        return {"batch": BATCH, "left_out": plain.left_out}
+            return {"batch_note": NOT_KEPT.format(error=described_error(error))}, None
+        return {"batch": BATCH, "left_out": plain.left_out}, file.getbuffer()
 
 
 def read_explanations(run_dir: Path) -> list[KeptExplanation]:

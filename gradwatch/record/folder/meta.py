@@ -15,6 +15,8 @@ from gradwatch.record.records import Layout, ParameterGroups
 FORMAT = "gradwatch run"
 VERSION = 1
 NAME = "meta.json"
+MODELS = "models.jsonl"
+"""Name of the list of models; see :mod:`.models`."""
 STEPS, PARAMETERS, EVENTS = TABLES = ("steps", "parameters", "events")
 EARLIER = "earlier-"
 GROUPS = "groups"
@@ -178,7 +180,8 @@ def _foreign(folder: Path, why: str) -> UnreadableError:
 
 def _hint(folder: Path) -> str:
     # A usual slip is to pass the parent folder: "runs" instead of "runs/a".
-    inside = sorted(str(path.parent) for path in folder.glob(f"*/{NAME}"))[:3]
+    found = (path for name in (NAME, MODELS) for path in folder.glob(f"*/{name}"))
+    inside = sorted({str(path.parent) for path in found})[:3]
     return f"Did you mean {' or '.join(map(repr, inside))}?" if inside else PASS_ANOTHER
 
 

@@ -44,11 +44,18 @@ class Note(NamedTuple):
 class RankLog:
     """What one rank notes of its own gradients; a disk that fails costs only these notes."""
 
-    def __init__(self, folder: str | os.PathLike[str], rank: int) -> None:
-        """Writes nothing yet; ``folder`` is the run folder, which the first rank writes."""
+    def __init__(self, folder: str | os.PathLike[str], rank: int, *, waits: bool = False) -> None:
+        """Writes nothing yet.
+
+        Args:
+            folder: The run folder, which the first rank writes.
+            rank: Rank of this process.
+            waits: Whether to keep the notes in memory until :meth:`begin`.
+        """
         self._path = Path(folder) / RANKS / f"{rank}.jsonl"
         self._rank = rank
         self._lines = 0
+        self._waiting: list[bytes] | None = [] if waits else None
 
     def note(self, events: Sequence[Event]) -> None:
         """Notes events that say that this rank's own gradient was not finite."""
@@ -56,13 +63,22 @@ class RankLog:
             if event.nonfinite and event.rank == self._rank and self._lines < MOST_LINES:
                 self._lines += 1
                 content = json.loads(lines_of([LoggedEvent(event, 0)])) | {"time": time.time()}
-                with suppress(OSError):
-                    self._append(json.dumps(content).encode() + b"\n")
+                self._append(json.dumps(content).encode() + b"\n")
+
+    def begin(self) -> None:
+        """Writes what has waited; from now on notes are written at once."""
+        waiting, self._waiting = self._waiting, None
+        for line in waiting or ():
+            self._append(line)
 
     def _append(self, line: bytes) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:
-            file.write(line)
+        if self._waiting is not None:
+            self._waiting.append(line)
+            return
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("ab") as file:
+                file.write(line)
 
 
 class SessionTimes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +56,19 @@ MISSING = "{user} needs pyarrow, which is not installed. Run: pip install 'gradw
 DAMAGED = "{path!r} is damaged: {why}. Copy it again, or delete it to read the rest of the run."
 
 
-def need_pyarrow(user: str) -> None:
+def need_pyarrow(user: str, *, later: bool = False) -> None:
     """Checks that pyarrow is installed.
 
     Args:
         user: The call that needs it, for the message: ``"gradwatch.load()"``.
+        later: Whether to leave the import, which takes 0.1 s, to the first use.
 
     Raises:
         ModuleNotFoundError: If it is not installed.
     """
     try:
+        if later and find_spec("pyarrow") is not None:
+            return
         import pyarrow.parquet  # noqa: F401
     except ModuleNotFoundError as error:
         # If pyarrow itself is broken and lacks a module, keep the original message.

@@ -7,7 +7,7 @@ import platform
 import shutil
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
 from functools import partial
@@ -26,6 +26,7 @@ from gradwatch.record.folder.lock import WriterLock
 from gradwatch.record.folder.meta import (
     EARLIER,
     EVENTS,
+    MODELS,
     NAME,
     PARAMETERS,
     STEPS,
@@ -55,6 +56,10 @@ _NOT_A_PATH = (
     "Write RunFolder('runs/my_run')."
 )
 _EMPTY = "RunFolder(path=) must name a folder, got an empty path. Write RunFolder('runs/my_run')."
+_HOLDS_MODELS = (
+    "{path!r} holds a folder for each model of a process, and cannot be a run folder as well. Name "
+    "another folder, such as {example!r}."
+)
 _FULL = (
     "gradwatch cannot write to the run folder {path!r}: {error}. The training goes on, and the "
     "newest steps are held in memory in case there is room again later."
@@ -103,6 +108,8 @@ class RunFolder:
     _lost_steps = 0
     _lost_events = 0
     _began = 0.0
+    _ends = False
+    _is_late = False  # whether nothing is made before the first step
 
     def __init__(
         self,
@@ -125,7 +132,7 @@ class RunFolder:
                 another process writes there.
             ModuleNotFoundError: If pyarrow is not installed.
         """
-        need_pyarrow("RunFolder()")
+        need_pyarrow("RunFolder()", later=self._is_late)
         self._path = _checked(path)
         began = datetime.now(timezone.utc)
         self._began = began.timestamp()
@@ -142,7 +149,8 @@ class RunFolder:
         self._tidies = True
         self._lock = WriterLock(self._path)
         weakref.finalize(self, self._lock.release)
-        self._reserve()
+        if not self._is_late:
+            self._reserve()
 
     @property
     def path(self) -> Path:
@@ -180,6 +188,7 @@ class RunFolder:
         If the disk takes nothing even now, or has not for so long that not everything could be
         held, a warning says what is lost.
         """
+        self._ends = True
         try:
             self._attempt(self._write_held)
             self._lose(len(self._held))
@@ -198,21 +207,29 @@ class RunFolder:
             with suppress(OSError):  # reported once there is something to write
                 self._lock.acquire()
 
+    def _may_begin(self) -> bool:
+        """Tells whether to begin a session with what is held."""
+        # Only steps tell a new run from a resumed one, so a run that is there waits for them.
+        has_steps = any(batch.steps for batch in self._held)
+        return has_steps or self._ends or next(run_parts(self._path), None) is None
+
     def _write_held(self) -> None:
         while self._held:
             batch = self._held[0]
-            # Not before the first steps: a process that never steps leaves the folder unchanged.
             if self._session is None:
+                if not self._may_begin():
+                    return
                 self.claim()
-                self._keep_earlier(batch)
+                self._keep_earlier()
                 self._session = Session(self._path, batch.layout, self._about)
             self._session.write(batch)
             self._written = self._held.pop(0)
             self._tidy(partial(self._session.tidy, batch))
 
-    def _keep_earlier(self, batch: RecordBatch) -> None:
+    def _keep_earlier(self) -> None:
+        steps = next((batch.steps for batch in self._held if batch.steps), ())
         finish_setting_aside(self._path, self._began)
-        earlier = set_aside(self._path, self._began) if begins_anew(batch.steps) else None
+        earlier = set_aside(self._path, self._began) if begins_anew(steps) else None
         if earlier is not None:
             warn_safely(_EARLIER.format(path=str(self._path), earlier=str(earlier)))
 
@@ -252,6 +269,12 @@ class RunFolder:
         del self._held[:batches]
 
 
+def run_parts(folder: Path) -> Iterator[Path]:
+    """Finds the files with the steps of the run in a folder."""
+    # Only parts count: a temporary file left by a killed process holds no steps.
+    return (folder / STEPS).glob("*.parquet")
+
+
 def begins_anew(steps: Sequence[StepRecord]) -> bool:
     """Tells whether a session's first steps begin a new run: every optimizer is at step 1."""
     # A resumed run would go on after the last step of its checkpoint.
@@ -272,8 +295,7 @@ def set_aside(folder: Path, before: float) -> Path | None:
     Raises:
         OSError: If the disk is full or read-only.
     """
-    # Only parts count: a temporary file left by a killed process holds no steps.
-    if next((folder / STEPS).glob("*.parquet"), None) is None:
+    if next(run_parts(folder), None) is None:
         return None
     target = newest_earlier(folder)
     if target is None or (target / STEPS).exists():  # if not, finish a move stopped at its start
@@ -445,14 +467,27 @@ class Session:
                 remove_explanation(one)
 
 
-def _checked(path: object) -> Path:
+def checked_path(path: object) -> Path:
+    """Checks that a path may name a folder.
+
+    Raises:
+        TypeError: If it is neither a str nor a PathLike.
+        ValueError: If it is empty.
+    """
     # A PathLike may return bytes, which cannot go into meta.json or a message as text.
     name = os.fspath(path) if isinstance(path, str | os.PathLike) else None
     if not isinstance(name, str):
         raise TypeError(_NOT_A_PATH.format(value=described(path)))
     if not name:
         raise ValueError(_EMPTY)
-    folder = Path(name)
+    return Path(name)
+
+
+def _checked(path: object) -> Path:
+    folder = checked_path(path)
+    if (folder / MODELS).exists():
+        example = str(folder / "my_run")
+        raise ValueError(_HOLDS_MODELS.format(path=str(folder), example=example))
     if folder.exists() and (not folder.is_dir() or has_begun(folder)):
         read_meta(folder)
     return folder

@@ -1,0 +1,132 @@
+"""The modules of a process: noted while they are built, or searched for among all objects.
+
+The search looks at every object of the process, half a million once a large library is imported.
+What was noted tells most models without it.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
+from weakref import WeakValueDictionary
+
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+from torch.utils.hooks import RemovableHandle
+
+
+class NotedModules:
+    """Notes each module that gets a parameter or a child, as long as it is attached.
+
+    Refers to the modules weakly.
+    """
+
+    def __init__(self) -> None:
+        # By id: a module may define == and be unhashable.
+        self._noted: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+        self._older: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self) -> None:
+        """Begins to note, by torch's hooks for all modules."""
+        self._handles = [
+            register_module_module_registration_hook(self._note),
+            register_module_parameter_registration_hook(self._note),
+        ]
+
+    def close(self) -> None:
+        """Notes no more; safe to call again."""
+        for handle in self._handles:
+            handle.remove()
+        self._noted.clear()
+        self._older.clear()
+
+    def modules(self) -> list[nn.Module]:
+        """Lists those that still exist."""
+        return list(self._noted.values())
+
+    def knows(self, module: nn.Module) -> bool:
+        """Returns whether all that a module holds was noted, from its first parameter or child on.
+
+        If so, what it is in has been noted as well. One that was built before, copied or unpickled
+        may be in others of its kind.
+        """
+        return self._noted.get(id(module)) is module and id(module) not in self._older
+
+    def _note(self, module: nn.Module, name: str, value: object) -> None:
+        key = id(module)
+        if key not in self._noted:
+            self._noted[key] = module
+            if values_of(module, "_parameters") or values_of(module, "_modules"):
+                self._older[key] = module
+
+
+def all_modules() -> list[nn.Module]:
+    """Searches the process for its modules; those are among them that are garbage already."""
+    kinds: set[type] = {nn.Module}
+    waiting: list[type] = [nn.Module]
+    while waiting:
+        found: list[type] = type.__subclasses__(waiting.pop())
+        new = [kind for kind in found if kind not in kinds]
+        kinds.update(new)
+        waiting += new
+    # Not isinstance(), which is slower, and which reads __class__: a proxy may raise an error.
+    modules = [one for one in gc.get_objects() if type(one) in kinds]
+    if gc.get_freeze_count():
+        # Nor does get_objects() list what gc.freeze() has set aside.
+        modules += [one for one in _reachable() if type(one) in kinds]
+    return modules
+
+
+def values_of(module: nn.Module, attribute: str) -> list[Any]:
+    """Lists the parameters or the children of a module, without running code of its class.
+
+    Args:
+        module: Any module, also one whose constructor is still running.
+        attribute: ``"_parameters"`` or ``"_modules"``.
+    """
+    held: Any = module.__dict__.get(attribute)
+    # A scripted module has another kind of mapping.
+    read: Callable[[], Iterable[Any]] = getattr(held, "values", tuple)
+    values = dict.values(held) if isinstance(held, dict) else read()
+    return [value for value in list(values) if value is not None]
+
+
+def _reachable() -> list[Any]:
+    """Lists what can be reached from the imported modules and the variables of running functions.
+
+    Unlike ``gc.get_objects()`` this takes a large part of a second.
+    """
+    found: dict[int, Any] = {}
+    waiting: list[Any] = [sys.modules]
+    for frame in sys._current_frames().values():
+        at: FrameType | None = frame
+        while at is not None:
+            waiting += _variables(at)
+            at = at.f_back
+    while waiting:
+        new = {id(one): one for one in waiting if id(one) not in found and gc.is_tracked(one)}
+        found |= new
+        waiting = gc.get_referents(*new.values())
+    return list(found.values())
+
+
+def _variables(frame: FrameType) -> list[Any]:
+    variables = frame.f_locals
+    values = list(variables.values())
+    optimized = frame.f_code.co_flags & inspect.CO_OPTIMIZED  # those of a module are its globals
+    if sys.version_info < (3, 13) and optimized and sys.getrefcount(variables) <= _UNSHARED:
+        # A snapshot, which would keep the values alive as long as the frame. It is left alone if
+        # the program holds it as well, having called locals().
+        variables.clear()
+    return values
+
+
+_UNSHARED = 3  # the frame, a variable and an argument
