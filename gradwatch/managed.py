@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Real
@@ -16,6 +17,7 @@ from gradwatch.accumulate.splitting import batch_length, largest_part, split_bat
 from gradwatch.checks import described, shown
 from gradwatch.errors import AccumulationError
 from gradwatch.hooks.data_parallel import GradientSync, broadcast_buffers, can_hold
+from gradwatch.hooks.holding import ModelReference
 from gradwatch.measure.deferred import (
     FloatOrDeferred,
     as_operand,
@@ -347,7 +349,8 @@ class ManagedLoop:
         if self._run.options.scaler is not None:
             self._run.options.scaler.update()
         for one in self._optimizers:
-            one.optimizer.zero_grad()
+            if one.optimizer is not None:
+                one.optimizer.zero_grad()
         return any(stepped)
 
     def micro_batches(self, batch: Any, size: int, call: str = "micro_batches") -> Iterator[Any]:
@@ -462,6 +465,8 @@ class ManagedLoop:
 
     def _step(self, steps: OptimizerSteps) -> bool:
         optimizer, scaler, before = steps.optimizer, self._run.options.scaler, steps.step
+        if optimizer is None:  # one that was found, and is gone
+            return False
         steps.units, steps.ends_window = self._progress.units, True
         try:
             if scaler is None:
@@ -553,7 +558,7 @@ class BatchRunner:
         self,
         run: Run,
         managed: ManagedLoop,
-        model: nn.Module | Mapping[str, Tensor],
+        model: ModelReference,
         optimizers: Sequence[OptimizerSteps],
     ) -> None:
         """Starts with whole batches; for ``optimizers`` see :class:`ManagedLoop`."""
@@ -561,7 +566,8 @@ class BatchRunner:
         self._run = run
         self._managed = managed
         self._optimizers = optimizers
-        self._modules = list(model.modules()) if isinstance(model, nn.Module) else []
+        self._model = model
+        self._known: list[weakref.ref[nn.Module]] | None = None
         self._devices = {tensor.device for tensor in run.table.tensors}
 
     def run(self, closure: Closure, batch: Any) -> Tensor:
@@ -588,7 +594,7 @@ class BatchRunner:
     # -- one attempt -----------------------------------------------------------------------------
 
     def _start(self) -> _Start:
-        return _Start(self._run, self._managed, self._optimizers, self._modules)
+        return _Start(self._run, self._managed, self._optimizers, self._modules())
 
     def _attempt(
         self, start: _Start, closure: Closure, batch: Any, size: int
@@ -626,6 +632,13 @@ class BatchRunner:
 
     # -- cooperation of the ranks ----------------------------------------------------------------
 
+    def _modules(self) -> list[nn.Module]:
+        """Lists the modules of the model as it was for the first batch."""
+        if self._known is None:
+            model = self._model.module()
+            self._known = [] if model is None else list(map(weakref.ref, model.modules()))
+        return [module for one in self._known if (module := one()) is not None]
+
     @property
     def _may_run_again(self) -> bool:
         """Whether a rank can run a batch again without the other ranks waiting inside theirs.
@@ -637,7 +650,7 @@ class BatchRunner:
         ranks = self._run.data_parallel
         if ranks is None or self._run.shards is not None:
             return self._run.shards is None
-        synced = any(isinstance(module, nn.SyncBatchNorm) for module in self._modules)
+        synced = any(isinstance(module, nn.SyncBatchNorm) for module in self._modules())
         return not synced and all(map(can_hold, ranks.wrappers))
 
     def _communicate_ahead(self, length: int) -> None:

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, replace
+from functools import partial
 from itertools import repeat
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from gradwatch.hooks.context import REPLAY, is_replaying
 from gradwatch.hooks.data_parallel import DataParallel, GradientSync, rank, wrappers_of
 from gradwatch.hooks.engines import engines_of
 from gradwatch.hooks.exchange import OTHERS_WAIT, Exchange
+from gradwatch.hooks.holding import HeldByModel, Model, ModelReference, call_when_gone
 from gradwatch.hooks.model import ModelHooks
 from gradwatch.hooks.optimizer import stepped_by
 from gradwatch.managed import BatchRunner, Closure, ManagedLoop
@@ -111,36 +113,54 @@ class Watcher:
         optimizers: Sequence[Optimizer],
         options: Options,
         names: Sequence[str] = (),
+        model_of: Callable[[], Model | None] | None = None,
         forwards: KeptForwards | None = None,
     ) -> None:
         """Starts with checked arguments; use :func:`watch`.
 
         ``names`` are those that the user gave to the optimizers, in the same order; empty for none.
-        ``forwards`` are those that have been kept already; None to begin when it is attached.
+        For ``model_of`` and ``forwards`` see :func:`build_watcher`.
         """
         self.global_step: Callable[[], int] | None = None
         self._options = options
-        self._model = model
-        self._optimizers = list(optimizers)
+        self._model = ModelReference(model, model_of)
+        self._kind = type(model).__name__
+        self._holds = model_of is None
+        self._held = list(optimizers) if self._holds else []
+        self._optimizers = list(map(weakref.ref, optimizers))
         self._names = list(names)
+        self._is_over = False
+        this = weakref.ref(self)
         wrappers = wrappers_of(model)
-        self._hooks = ModelHooks(model, table, self._on_backward, self._on_arrived, wrappers)
+        # Neither of the two functions keeps the watcher: torch would keep it for ever.
+        on_backward, on_arrived = partial(_on_backward, this), partial(_on_arrived, this)
+        self._hooks = ModelHooks(self._model, table, on_backward, on_arrived, wrappers)
         ranks = DataParallel.of(model, wrappers)
         self._run = Run(table, options, self._hooks, ranks, self._global_step_of)
         if options.explain:
             from gradwatch.hooks.forwards import KeptForwards  # few runs need them
             from gradwatch.step.explaining import Explaining
 
-            self._run.explaining = Explaining(self._run, model, forwards or KeptForwards(model))
+            forwards = forwards or KeptForwards(self._model)
+            self._run.explaining = Explaining(self._run, self._model, forwards)
         check_noise_scale_exists(options.accumulate, single_process=ranks is None)
-        self._sync = GradientSync.of(model, self._run.data_parallel)
+        # No loop of a model that is not held is managed, so nothing of it is held back.
+        self._sync = GradientSync.of(model, self._run.data_parallel) if self._holds else None
         self._exchange = self._make_exchange()
         self._shield = Shield(options.acts, self._give_up, self._run.stopwatch)
         self._curvature = sampler_of(options.curvature, model)
         self._registry = OptimizerRegistry(self._run, self._shield, self._curvature)
         managed = self._registry.managed
         self._managed = ManagedLoop(self._run, self._sync, managed)
-        self._batches = BatchRunner(self._run, self._managed, model, managed)
+        self._batches = BatchRunner(self._run, self._managed, self._model, managed)
+        self._holder: HeldByModel | None = None
+        self._parts: list[object] = []
+        if not self._holds:
+            if ranks is not None:
+                ranks.wrappers.clear()
+            parts = model.modules() if isinstance(model, nn.Module) else ()
+            call = partial(_note_gone, this)
+            self._parts, self._registry.on_gone = call_when_gone(list(parts), call), call
         run = weakref.ref(self._run)
         FirstBackward(table.tensors, lambda: _tell_not_entered(run()))
 
@@ -149,16 +169,16 @@ class Watcher:
         if self._is_copy:
             return f"Watcher(a copy with {len(self._run.recorder.batch().steps)} steps)"
         followed = [f"{one.label} at step {one.step}" for one in self._registry.followed]
-        model, parameters = type(self._model).__name__, len(self._run.table)
+        parameters = len(self._run.table)
         return (
-            f"Watcher({model} of {parameters} parameter{'s' * (parameters != 1)}, "
+            f"Watcher({self._kind} of {parameters} parameter{'s' * (parameters != 1)}, "
             f"{', '.join(followed) or 'no optimizer yet'}, {_STATES.get(self._state, self._state)})"
         )
 
     def described(self) -> str:
         """Says in a few words what is watched: ``"2 parameters (9 elements), Adam"``."""
         table, optimizers = self._run.table, [one.label for one in self._registry.followed]
-        elements = sum(tensor.numel() for tensor in table.tensors)
+        elements = sum(map(table.elements, range(len(table))))
         what = f"{counted(len(table), 'parameter')} ({counted(elements, 'element')})"
         return ", ".join([what, *optimizers])
 
@@ -186,11 +206,15 @@ class Watcher:
         self._state = "attached"
         lifetime.opened(self)
         self._run.stopwatch.start()
-        self._registry.attach(self._optimizers, self._names)
+        there = [one for reference in self._optimizers if (one := reference()) is not None]
+        self._registry.attach(there, self._names, finds_more=not self._holds)
         for text in engines_of(self._run.table.tensors):
             self._run.tell(loop_event("changed", text, 1))
         if self._sync is not None:
-            self._sync.before_forwards(self._model, self._before_forward)
+            self._sync.before_forwards(self._model(), self._before_forward)
+        if self._holds:
+            # Who keeps the model need not keep the watcher.
+            self._holder = HeldByModel(self._model.or_nothing(), self)
         return self
 
     def follow(self, optimizer: Optimizer) -> None:
@@ -210,8 +234,13 @@ class Watcher:
 
     @property
     def is_over(self) -> bool:
-        """Whether the program has dropped the model and its optimizers."""
-        return False
+        """Whether the program has dropped the model and its optimizers.
+
+        Nothing of them is held then, and no hook is left. The records stay readable;
+        :meth:`close` delivers those that are outstanding. Always False for :func:`watch`, which
+        keeps what it was given until it is closed.
+        """
+        return self._is_over
 
     def on_first_step(self, call: Callable[[], None]) -> None:
         """Has a function called when an optimizer has taken its first step; it must not raise."""
@@ -278,9 +307,10 @@ class Watcher:
     def close(self) -> None:
         """Removes every hook, delivers outstanding records to the sinks and closes these.
 
-        The history stays readable. Leaving the ``with`` block calls it, and so does the exit of the
-        interpreter; a second call does nothing. Whatever fails, every sink is closed. Numbers that
-        can no longer be read, after an error of the device, are a warning.
+        The history stays readable; the model and the optimizers are kept alive no longer. Leaving
+        the ``with`` block calls it, and so does the exit of the interpreter; a second call does
+        nothing. Whatever fails, every sink is closed. Numbers that can no longer be read, after an
+        error of the device, are a warning.
 
         Raises:
             Exception: If gradwatch acts (clips, skips, accumulates) and ending that fails.
@@ -293,6 +323,7 @@ class Watcher:
             # Last in, first out; one that fails keeps none of the others from running.
             with ExitStack() as ending:
                 ending.callback(self._summarize)
+                ending.callback(self._let_go)
                 ending.callback(self._run.recorder.close)
                 ending.callback(self._run.stopwatch.stop)
                 ending.callback(self._registry.end)
@@ -308,7 +339,7 @@ class Watcher:
         self._run.recorder.disown()
 
     def __del__(self) -> None:
-        # Seldom: the hooks on the model keep an attached watcher alive, and torch keeps them.
+        # An attached watcher lives as long as the model: this is the end of both.
         if self._state == "attached":
             lifetime.close_quietly(self)
 
@@ -482,7 +513,7 @@ class Watcher:
             refuse_copy()
         from gradwatch.step.explaining import explain_asked  # few runs need it
 
-        found = explain_asked(self._model, closure)
+        found = explain_asked(self._model.or_nothing(), closure)
         label, step = self._registry.step_asked_for()
         found = replace(found, step=step, optimizer=label, rank=rank())
         self._run.explain(found, labeled=len(self._registry.followed) > 1)
@@ -663,6 +694,41 @@ class Watcher:
         if self._sync is not None:
             self._sync.detach()
 
+    def _let_go(self) -> None:
+        """Drops everything of the program's; what is known of it stays."""
+        run = self._run
+        self._parts = []
+        if self._holder is not None:
+            self._holder.end()
+        self._registry.let_go()
+        self._hooks.let_go()
+        run.replicas.let_go()
+        run.table.let_go()
+        if run.data_parallel is not None:
+            run.data_parallel.wrappers.clear()
+        if self._sync is not None:
+            self._sync.let_go()
+        self._curvature = None
+        self._held = []
+        self._model.loosen()
+
+    def _note_gone(self) -> None:
+        """Looks what is left when a module or an optimizer of the program is gone."""
+        if self._is_over or self._state == "closed":
+            return
+        model = self._model()
+        if isinstance(model, nn.Module):
+            return
+        if model is None:
+            self._hooks.buffers.let_go()
+            if self._run.explaining is not None:
+                self._run.explaining.let_go()
+        # Tensors without a module live on in the table: whether they are used shows the optimizer.
+        if self._registry.is_vacant:
+            self._is_over = True
+            self._stop_watching()
+            self._let_go()
+
     def _end_watching(self) -> None:
         self._stop_watching()
         if self._exchange is not None:
@@ -688,14 +754,6 @@ class Watcher:
 
     # The backwards that gradwatch itself runs, for the curvature, are no part of the training.
 
-    def _on_arrived(self) -> None:
-        local = self._hooks.local
-        if local is not None and not (self._curvature and self._curvature.busy):
-            with self._shield:
-                local.take()
-                if self._run.replicas.watching:
-                    self._run.replicas.note_arrivals()
-
     def _before_forward(self, module: nn.Module, args: object) -> None:
         if not torch.is_grad_enabled() or (REPLAY.under_way and is_replaying()):
             return
@@ -703,16 +761,39 @@ class Watcher:
             with self._shield:
                 self._managed.before_forward()
 
-    def _on_backward(self, backward: Backward) -> None:
-        if self._curvature and self._curvature.busy:
-            return
-        if not self._managed.active and (self._managed.manages or self._sync is not None):
-            self._managed.after_other_backward()
+
+# Called by hooks that must not keep the watcher, which is given as a weak reference.
+
+
+def _on_arrived(reference: weakref.ref[Watcher]) -> None:
+    self = reference()
+    if self is None:
+        return
+    local = self._hooks.local
+    if local is not None and not (self._curvature and self._curvature.busy):
         with self._shield:
-            self._run.stopwatch.arrivals += len(backward.arrived)
-            if self._run.explaining is not None:
-                self._run.explaining.forwards.note_backward(backward.number)
-            self._registry.add(backward, self._managed.weight)
+            local.take()
+            if self._run.replicas.watching:
+                self._run.replicas.note_arrivals()
+
+
+def _on_backward(reference: weakref.ref[Watcher], backward: Backward) -> None:
+    self = reference()
+    if self is None or (self._curvature and self._curvature.busy):
+        return
+    if not self._managed.active and (self._managed.manages or self._sync is not None):
+        self._managed.after_other_backward()
+    with self._shield:
+        self._run.stopwatch.arrivals += len(backward.arrived)
+        if self._run.explaining is not None:
+            self._run.explaining.forwards.note_backward(backward.number)
+        self._registry.add(backward, self._managed.weight)
+
+
+def _note_gone(reference: weakref.ref[Watcher]) -> None:
+    self = reference()
+    if self is not None:
+        self._note_gone()
 
 
 class _Exchanging:
@@ -845,7 +926,17 @@ def build_watcher(
 ) -> Watcher:
     """Does what :func:`watch` does, for an adapter, which has checked its options before.
 
-    ``forwards`` are those of the model that have been kept already, to be explained.
+    Args:
+        model: As for :func:`watch`.
+        optimizer: As for :func:`watch`.
+        options: As they were checked.
+        model_of: Returns the model, or None once the program has dropped it. With it the watcher
+            keeps neither the model nor an optimizer alive, follows every optimizer that steps
+            watched parameters, and lets go of the parameters when the modules and the optimizers
+            are gone (:attr:`Watcher.is_over`). It may be called at any moment, and must be cheap.
+            No loop of such a watcher can be managed.
+        forwards: Those of the model that have been kept already, to be explained; None to begin
+            when the watcher is attached.
 
     Raises:
         TypeError: If the model or an optimizer is of a wrong type.
@@ -864,7 +955,7 @@ def build_watcher(
             options=describe_options(options),
         )
         options = replace(options, sinks=(*options.sinks, folder))
-    return Watcher(model, table, optimizers, options, names, forwards)
+    return Watcher(model, table, optimizers, options, names, model_of, forwards)
 
 
 def describe_optimizer(optimizer: Optimizer, name: str = "") -> dict[str, Any]:

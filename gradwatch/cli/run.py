@@ -219,7 +219,7 @@ class Run:
 
             options = {**self._options, **self._places()}
             try:
-                watch = ProcessWatch(options, say=self._say)
+                watch = ProcessWatch(options, say=self._say, is_first=True)
             except (TypeError, ValueError) as error:  # what the settings' own checks do not know
                 _complain(str(error))
                 raise SystemExit(PROBLEM) from None
@@ -268,7 +268,8 @@ class Run:
             return
         text = line.removeprefix("gradwatch: ").replace(self._cwd + os.sep, "")
         try:
-            self._stderr.write(f"gradwatch: {text}\n")
+            # Each line begins alike, so that a log of the program can be told apart.
+            self._stderr.write("".join(f"gradwatch: {one}\n" for one in text.split("\n")))
             self._stderr.flush()
         except (AttributeError, OSError, ValueError):  # it was closed, or nobody reads it
             pass

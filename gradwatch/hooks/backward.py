@@ -88,6 +88,9 @@ class Arrivals(dict[int, Tensor]):
     ) -> None:
         """Starts with no parameter hooked.
 
+        torch's C++ holds the hooks, and so whatever they lead to for as long as the parameters
+        live: no function that is given may refer to the parameters, other than weakly.
+
         Args:
             on_end: Called at the end of each backward, when every ``.grad`` is final and before
                 any code of the user runs.

@@ -8,7 +8,7 @@ be skipped, the buffers are copied when a window's first forward begins, in one 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradwatch.hooks.context import REPLAY, is_replaying
+from gradwatch.hooks.holding import ModelReference
 from gradwatch.hooks.snapshot import is_looked_at
 from gradwatch.measure.parameters import local_part, named_modules, wraps
 
@@ -30,8 +31,8 @@ SMALL_BYTES = 2**20
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
-Slot = tuple[Any, str, str]
-"""Where a module keeps a buffer: a mapping, its name there, and its name in the model."""
+Slot = tuple[Callable[[], Any], str, str]
+"""Where a buffer is: a weak reference to its module, its name there, and its name in the model."""
 
 
 @dataclass(slots=True)
@@ -69,15 +70,16 @@ class ModelBuffers:
     """The buffers of a model, as they were before the window under way.
 
     What is told after a step that held a NaN needs no copy: :meth:`poisoned` looks only then.
+    No module is kept alive, and a buffer only while its window is under way.
 
     Attributes:
         restores: Whether buffers are copied, and put back when a step is skipped.
     """
 
-    def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+    def __init__(self, model: ModelReference) -> None:
         """Reads nothing yet."""
         self.restores = self._wanted = False
-        self._model = model if isinstance(model, nn.Module) else None
+        self._model = model
         self._handles: list[RemovableHandle] = []
         self._slots: list[Slot] = []
         self._held: list[Tensor | None] = []
@@ -111,9 +113,10 @@ class ModelBuffers:
             left_out: Returns, once, whether a scaler has left out the step since the last forward.
             busy: Returns whether gradwatch itself calls the model.
         """
-        if self._model is None:
+        model = self._model.module()
+        if model is None:
             return
-        self._slots = list(_slots(self._model))
+        self._slots = list(_slots(model))
         with torch.no_grad():
             self._finite_then = {
                 id(one): (weakref.ref(one), torch.isfinite(local_part(one)).all())
@@ -124,22 +127,28 @@ class ModelBuffers:
             self._start()
 
     def _start(self) -> None:
-        self.restores = self._wanted and bool(self._slots)
-        if self.restores and self._model is not None:
+        model = self._model.module()
+        self.restores = self._wanted and bool(self._slots) and model is not None
+        if self.restores and model is not None:
             self._plan()
-            self._hook([self._model])
+            self._hook([model])
 
     def look_again(self) -> None:
         """Begins to copy if the model has buffers by now, and had none before."""
-        if self._wanted and not self.restores and self._model is not None:
-            self._slots = list(_slots(self._model))
+        if self._wanted and not self.restores and (model := self._model.module()) is not None:
+            self._slots = list(_slots(model))
             self._start()
 
     def detach(self) -> None:
         """Removes the hooks, and drops the copies; safe to call again."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._always, self._seldom, self._held = [], [], [], []
+        self._handles = []
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Drops the buffers and their copies, as the model is gone or nobody needs them."""
+        self._always, self._seldom, self._held, self._large = [], [], [], []
         self._part_of, self.restores, self._wanted = {}, False, False
 
     # -- the copy before a window ------------------------------------------------------------------
@@ -170,10 +179,10 @@ class ModelBuffers:
             return
         # The loop does not call the model itself, but modules in it, or compiled code, in which a
         # hook does nothing. Then the end of a step is the last moment before the next forward.
-        if self._model is not None and not self._hooked_inside:
+        if not self._hooked_inside and (model := self._model.module()) is not None:
             self._hooked_inside = True
-            if not is_wrapped(self._model):
-                self._hook(list(entries(self._model)))
+            if not is_wrapped(model):
+                self._hook(list(entries(model)))
                 self._trusts_hooks = True
         if not shared:
             self._take()
@@ -182,7 +191,8 @@ class ModelBuffers:
         self._takes += 1
         # A buffer may have been registered since, or be written to past its version counter.
         if is_looked_at(self._takes):
-            self._slots = list(_slots(self._model)) if self._model is not None else []
+            model = self._model.module()
+            self._slots = list(_slots(model)) if model is not None else []
             self._plan()
             return
         held, versions = self._held, self._versions
@@ -219,7 +229,10 @@ class ModelBuffers:
         }
 
     def _current(self) -> list[Tensor | None]:
-        return [place.get(key) for place, key, _ in self._slots]
+        return [
+            None if (module := one()) is None else module._buffers.get(key)
+            for one, key, _ in self._slots
+        ]
 
     # -- a step that is skipped --------------------------------------------------------------------
 
@@ -232,9 +245,12 @@ class ModelBuffers:
         changed = self._changed_without_copy()
         for copies in (*self._always, *self._seldom):
             copies.put_back()
-        for (place, key, _), tensor in zip(self._slots, self._held, strict=True):
-            if place.get(key) is not tensor and key in place:
-                place[key] = tensor
+        for (one, key, _), tensor, now in zip(
+            self._slots, self._held, self._current(), strict=True
+        ):
+            module = one()
+            if now is not tensor and module is not None and key in module._buffers:
+                module._buffers[key] = tensor
         self._versions = list(map(_version, self._large))
         return changed
 
@@ -283,9 +299,10 @@ class ModelBuffers:
         seldom if it is called often, and waits for the device.
         """
         self._looks += 1
-        if self._model is None or not is_looked_at(self._looks):
+        model = self._model.module()
+        if model is None or not is_looked_at(self._looks):
             return []
-        self._slots = self._slots or list(_slots(self._model))
+        self._slots = self._slots or list(_slots(model))
         return [name for name, tensor in self._floating() if self._is_poisoned(tensor)]
 
     def _is_poisoned(self, tensor: Tensor) -> bool:
@@ -337,19 +354,26 @@ class _BeforeForward:
 
 
 class _Scripted:
-    """The buffers of a scripted module, which has no dict of them."""
+    """A weak reference to a scripted module, which has no dict of its buffers: it stands for it."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        self._module = weakref.ref(module)
+
+    def __call__(self) -> _Scripted | None:
+        return None if self._module() is None else self
+
+    @property
+    def _buffers(self) -> _Scripted:
+        return self
 
     def __contains__(self, key: str) -> bool:
-        return hasattr(self._module, key)
+        return hasattr(self._module(), key)
 
     def __setitem__(self, key: str, tensor: Tensor) -> None:
-        setattr(self._module, key, tensor)
+        setattr(self._module(), key, tensor)
 
     def get(self, key: str) -> Any:
-        return getattr(self._module, key, None)
+        return getattr(self._module(), key, None)
 
 
 _version = attrgetter("_version")
@@ -362,12 +386,10 @@ def _slots(model: nn.Module) -> Iterator[Slot]:
             continue
         seen.add(id(module))
         prefix = f"{path}." if path else ""
-        if isinstance(module._buffers, dict):
-            place: Any = module._buffers
-        else:
-            place = _Scripted(module)
+        plain = isinstance(module._buffers, dict)
+        reference: Callable[[], Any] = weakref.ref(module) if plain else _Scripted(module)
         for key in list(module._buffers.keys()):
-            yield place, key, f"{prefix}{key}"
+            yield reference, key, f"{prefix}{key}"
 
 
 def is_wrapped(model: nn.Module) -> bool:

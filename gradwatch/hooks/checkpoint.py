@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +55,7 @@ class _Kept:
     """State, groups and counters of one optimizer."""
 
     def __init__(self, optimizer: Optimizer, tensors: bool) -> None:
-        self._optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)  # a step that raises leaves this object behind
         self._tensors = tensors
         self._state = {key: _copied(value, tensors) for key, value in optimizer.state.items()}
         self._names = {k: set(v) for k, v in optimizer.state.items() if isinstance(v, dict)}
@@ -67,8 +68,11 @@ class _Kept:
         self._counters = {n: v for n, v in vars(optimizer).items() if isinstance(v, _PLAIN)}
 
     def restore(self) -> None:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
         # Not with load_state_dict(), which casts the state to the dtype of the parameters.
-        state: dict[Any, Any] = self._optimizer.state
+        state: dict[Any, Any] = optimizer.state
         for key in [key for key in state if key not in self._state]:
             del state[key]
         for key, saved in self._state.items():
@@ -85,7 +89,7 @@ class _Kept:
                 group[name] = value
                 if isinstance(value, Tensor):  # which a scheduler may share
                     value.copy_(copied)
-        vars(self._optimizer).update(self._counters)
+        vars(optimizer).update(self._counters)
 
 
 def _copied(value: Any, tensors: bool) -> Any:

@@ -142,6 +142,12 @@ class KeptClosures:
         """Notes that the next backward is of something else."""
         self._current = None
 
+    def forget(self, kept: KeptClosure | None) -> None:
+        """Drops a closure that will not be run again, as its gradients were looked at."""
+        self._current = None
+        for number in [number for number, one in self.by_number.items() if one is kept]:
+            del self.by_number[number]
+
     def drop(self, number: int) -> None:
         """Drops what is known of a backward."""
         dropped = self.by_number.pop(number, None)

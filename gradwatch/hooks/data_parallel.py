@@ -402,6 +402,10 @@ class GradientSync:
             handle.remove()
         self._handles = []
 
+    def let_go(self) -> None:
+        """Drops the modules, after :meth:`detach`."""
+        self._parts = []
+
     def hold_back(self) -> None:
         """Makes the next forwards and backwards not communicate gradients, as far as possible."""
         held = [part.hold_back() for part in self._parts]  # any() alone would stop at the first

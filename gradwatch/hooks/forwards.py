@@ -30,6 +30,7 @@ from gradwatch.hooks.buffers import entries, is_wrapped
 from gradwatch.hooks.closures import KeptClosures
 from gradwatch.hooks.context import REPLAY, ForwardContext, is_replaying
 from gradwatch.hooks.data_parallel import fully_sharded
+from gradwatch.hooks.holding import ModelReference
 
 MOST_KEPT = 256
 """The most micro-batches that are held: a loop may never step, and never zero its gradients."""
@@ -76,6 +77,7 @@ CALLED_OTHERWISE = (
     "The framework may have called the model for something else than its forward, which is "
     "therefore not run again by itself."
 )
+MODULE_GONE = "The program has dropped the module whose forward would have to be run again."
 FAILED = "Nothing was kept of the forwards, after an error: {error}"
 
 _FOREIGN = tuple(
@@ -124,7 +126,8 @@ class _Forward:
     """A forward whose graph may be alive; the hooks on its outputs hold it.
 
     Attributes:
-        module: The module; None once the forward has been let go.
+        module: The module, weakly: the loop may keep an output longer than the model. None once the
+            forward has been let go.
         tensors: The tensors among the arguments, in their order.
         gradients: For each output that requires a gradient what has arrived since the last look.
         uses: The number of backwards for which it is held.
@@ -136,7 +139,7 @@ class _Forward:
         *("__weakref__", "args", "caller", "context", "gradients", "kwargs", "module"),
         *("serial", "tensors", "uses", "versions"),
     )
-    module: nn.Module | None
+    module: weakref.ref[nn.Module] | None
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     tensors: Sequence[Tensor]
@@ -166,6 +169,8 @@ class Measuring(Protocol):
 class KeptForwards:
     """The forwards of the micro-batches that no step has used yet.
 
+    It keeps what they were given alive, but no module.
+
     Attributes:
         measuring: Nothing is kept while it is busy; None for nobody.
         alive: The forwards of which the graph is alive, also those that were let go after a step.
@@ -177,10 +182,10 @@ class KeptForwards:
         closures: The closures of the backwards, where they are known.
     """
 
-    def __init__(self, model: nn.Module | Mapping[str, Tensor]) -> None:
+    def __init__(self, model: ModelReference) -> None:
         """Registers no hook yet."""
-        self._model = model if isinstance(model, nn.Module) else None
-        self._never = A_MAPPING if self._model is None else ""
+        self._model = model
+        self._never = A_MAPPING if model.module() is None else ""
         self.measuring: Measuring | None = None
         self._handles: list[RemovableHandle] = []
         self.alive: set[weakref.ref[_Forward]] = set()
@@ -191,30 +196,36 @@ class KeptForwards:
         self._reasons: dict[int, str] = {}
         self._looked_inside = False
         self.serial = 0
-        self.outer: nn.Module | None = None
+        self.outer: weakref.ref[nn.Module] | None = None
         self.nested = 0
         self.running: _Forward | None = None
 
     def attach(self, measuring: Measuring | None = None) -> None:
         """Registers the hooks, once; forwards are not kept while ``measuring`` is busy."""
         self.measuring = measuring
-        if self._model is None or self._handles:
+        model = self._model.module()
+        if model is None or self._handles:
             return
-        if next(fully_sharded(self._model), None) is not None:
+        if next(fully_sharded(model), None) is not None:
             self._never = SHARDED
             return
-        if isinstance(self._model, nn.ModuleList | nn.ModuleDict):  # cannot be called
+        if isinstance(model, nn.ModuleList | nn.ModuleDict):  # cannot be called
             self._looked_inside = True
-            self._hook(list(entries(self._model)))
+            self._hook(list(entries(model)))
         else:
-            self._hook([self._model])
+            self._hook([model])
 
     def detach(self) -> None:
         """Removes the hooks, and drops everything; safe to call again."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Drops everything that is kept, as the model is gone or nobody needs it."""
         self.closures.end()
+        self.awaited = ()
         self.keep_only(())
         for reference in list(self.alive):
             one = reference()
@@ -280,7 +291,8 @@ class KeptForwards:
                 self._look_inside()
                 return
             # Some frameworks call a wrapper for another function than the forward of the model.
-            wrapped = self._model is None or is_wrapped(self._model)
+            model = self._model.module()
+            wrapped = model is None or is_wrapped(model)
         except Exception as error:
             self.fail(error)
             return
@@ -322,11 +334,14 @@ class KeptForwards:
             now = _tensors(one.args, one.kwargs)
             if one.module is None or one.context is None or not _same(now, one.tensors):
                 return [], [CHANGED]
+            module = one.module()
+            if module is None:
+                return [], [MODULE_GONE]
             if any(len(arrived) > 1 for arrived in gradients):
                 notes = [*notes, SEVERAL_TIMES]
             last = [arrived[-1:] for arrived in gradients]
             given = one.args, one.kwargs, one.versions
-            calls.append(ForwardCall(one.module, *given, one.context, one.caller, last))
+            calls.append(ForwardCall(module, *given, one.context, one.caller, last))
         return calls, notes
 
     # -- hooks on the model ------------------------------------------------------------------------
@@ -349,7 +364,7 @@ class KeptForwards:
 
         Returns whether it has just done so.
         """
-        model = self._model
+        model = self._model.module()
         if model is not None and model._compiled_call_impl is not None:
             self._never = COMPILED_IN_PLACE
         known = self._looked_inside or self.serial > 0  # the loop calls the model, at other times
@@ -386,7 +401,7 @@ class _Before(_Hook):
             return
         kept = self._kept
         if kept.outer is not None:
-            kept.nested += module is kept.outer
+            kept.nested += module is kept.outer()
             return
         busy = kept.measuring is not None and kept.measuring.busy
         if busy or not torch.is_grad_enabled() or (REPLAY.under_way and is_replaying()):
@@ -404,14 +419,14 @@ class _Before(_Hook):
                 one.versions = list(map(_version, one.tensors))
             except RuntimeError:
                 one.versions = list(map(_version_or_none, one.tensors))
-            one.module, one.args, one.kwargs, one.uses = module, args, kwargs, 0
+            one.module, one.args, one.kwargs, one.uses = weakref.ref(module), args, kwargs, 0
             # Not the frame itself, which would keep all of its variables alive.
             frame = sys._getframe(1)
             while frame.f_code.co_filename.startswith(_FOREIGN) and frame.f_back is not None:
                 frame = frame.f_back
             one.caller = frame.f_code.co_filename, frame.f_lineno
             one.context = ForwardContext.now()
-            kept.outer, kept.running = module, one
+            kept.outer, kept.running = one.module, one
         except Exception as error:
             kept.fail(error)
 
@@ -424,7 +439,7 @@ class _After(_Hook):
     ) -> None:
         # Compiled, this is the same constant as in the hook before: none is running.
         kept = self._kept
-        if module is not kept.outer:
+        if kept.outer is None or module is not kept.outer():
             return
         if kept.nested:  # it has called itself
             kept.nested -= 1

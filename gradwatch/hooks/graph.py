@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import _engine_run_backward
+
+from gradwatch.hooks.variables import local_variables
 
 MOST_NODES = 4_000
 """Nodes that are looked at, from the loss on: enough to tell two graphs apart."""
@@ -70,7 +73,7 @@ def _roots(frame: FrameType | None) -> list[Any] | None:
         frame = frame.f_back
     if frame is None:
         return None
-    losses = frame.f_locals["t_outputs"]
+    losses = local_variables(frame)["t_outputs"]
     losses = (losses,) if isinstance(losses, Tensor) else losses
     # A backward may also begin at a torch.autograd.graph.GradientEdge, which has a node.
     return [one.grad_fn if isinstance(one, Tensor) else one.node for one in losses]
@@ -119,8 +122,18 @@ def _is_parameter(node: Any) -> bool:
     return bool(node.name() == _PARAMETER)
 
 
-@lru_cache(maxsize=1_000)
 def _saved_by(kind: Any) -> tuple[str, ...]:
+    # A Function of the user's may be defined where a model is, and must not stay in a cache.
+    of_user = issubclass(kind, BackwardCFunction)
+    return _list_saved_by(kind) if of_user else _known_saved_by(kind)
+
+
+@lru_cache(maxsize=1_000)
+def _known_saved_by(kind: Any) -> tuple[str, ...]:
+    return _list_saved_by(kind)
+
+
+def _list_saved_by(kind: Any) -> tuple[str, ...]:
     prefix = "_raw_saved_"
     return tuple(name.removeprefix(prefix) for name in dir(kind) if name.startswith(prefix))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from gradwatch.hooks.backward import (
 from gradwatch.hooks.buffers import ModelBuffers
 from gradwatch.hooks.context import REPLAY, is_replaying
 from gradwatch.hooks.data_parallel import fully_sharded, rank, reduced_by
+from gradwatch.hooks.holding import Model, ModelReference
 from gradwatch.measure.deferred import Deferred
 from gradwatch.measure.norms import (
     NOT_KNOWN,
@@ -53,7 +55,7 @@ class ModelHooks:
 
     def __init__(
         self,
-        model: nn.Module | Mapping[str, Tensor],
+        model: ModelReference,
         table: ParameterTable,
         on_backward: Callable[[Backward], None],
         on_arrived: Callable[[], None],
@@ -63,8 +65,8 @@ class ModelHooks:
 
         ``on_backward`` is called at the end of each backward, when every ``.grad`` is final.
         ``on_arrived`` is called before it, when DistributedDataParallel has not yet written reduced
-        gradients back; it is used only if :attr:`local` is not None. ``wrappers`` are those that
-        reduce the model's gradients.
+        gradients back; it is used only if :attr:`local` is not None. Neither may hold the
+        parameters. ``wrappers`` are those that reduce the model's gradients.
         """
         self.unhooked: set[int] = set()
         self.local = LocalNorms(wrappers, table) if wrappers else None
@@ -97,8 +99,9 @@ class ModelHooks:
             # Before the arrival hooks, so that any hook found on a parameter is not ours.
             self.freed.attach(indices, norm_type)
         self.watch_also(indices)
-        if _holds_gradients_back(self._model):
-            self._output_hook = self._model.register_forward_hook(self._hook_output)
+        model = self._model()
+        if _holds_gradients_back(model):
+            self._output_hook = model.register_forward_hook(self._hook_output)
         if self.local is not None:
             self.local.attach(norm_type)
 
@@ -140,6 +143,12 @@ class ModelHooks:
         if self.local is not None:
             self.local.detach()
 
+    def let_go(self) -> None:
+        """Drops everything of the model and its gradients, after :meth:`detach`."""
+        self.buffers.let_go()
+        if self.local is not None:
+            self.local.let_go()
+
     def watch_also(self, indices: Sequence[int]) -> list[int]:
         """Watches further parameters; one is hooked as soon as it requires a gradient.
 
@@ -169,12 +178,13 @@ class ModelHooks:
 
         Returns:
             Names of parameters that the model has now and that are not watched, and of those that
-            are watched and that it no longer has. Both are empty for a model that is sharded over
-            ranks, which replaces its parameters in every forward.
+            are watched and that it no longer has. Both are empty for a model that is gone, and for
+            one that is sharded over ranks, which replaces its parameters in every forward.
         """
-        if isinstance(self._model, nn.Module) and next(fully_sharded(self._model), None):
+        model = self._model()
+        if model is None or next(fully_sharded(model), None):
             return (), ()
-        now, known = ParameterTable.of(self._model), self._table
+        now, known = ParameterTable.of(model), self._table
         then, there = known.positions(), now.positions()
         gained = [
             name
@@ -199,19 +209,22 @@ class ModelHooks:
     def _hook_output(self, module: nn.Module, args: Any, output: Any) -> None:
         if REPLAY.under_way and is_replaying():
             return
+        hook = partial(_begin_backward, weakref.ref(self))
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
-                on_incoming(leaf, self._begin_backward)
-
-    def _begin_backward(self, gradient: Tensor) -> None:
-        # Removing the hook from the model does not remove it from graphs built before.
-        if self._output_hook is not None:
-            if not self.arrivals.under_way:
-                self.arrivals.on_begin(NO_PARAMETER)
-            self.arrivals.begin()
+                on_incoming(leaf, hook)
 
 
-def _holds_gradients_back(model: nn.Module | Mapping[str, Tensor]) -> TypeGuard[nn.Module]:
+def _begin_backward(reference: weakref.ref[ModelHooks], gradient: Tensor) -> None:
+    hooks = reference()
+    # Removing the hook from the model does not remove it from graphs built before.
+    if hooks is not None and hooks._output_hook is not None:
+        if not hooks.arrivals.under_way:
+            hooks.arrivals.on_begin(NO_PARAMETER)
+        hooks.arrivals.begin()
+
+
+def _holds_gradients_back(model: Model | None) -> TypeGuard[nn.Module]:
     """Returns whether a backward of the model may run without any parameter hook being called.
 
     Such a backward is noticed by a hook on the model's outputs instead.
@@ -223,8 +236,15 @@ def _holds_gradients_back(model: nn.Module | Mapping[str, Tensor]) -> TypeGuard[
     return model._compiled_call_impl is None
 
 
+class _WeakHook(partial[None]):
+    """A hook on a tensor: a function that gets a weak reference to what has registered it."""
+
+
 class _TensorHooks:
     """Holds at most one hook on each tensor of the parameter table."""
+
+    _see: ClassVar[Callable[..., None]]
+    """Called with a weak reference to this object, the index of a tensor, and what torch gives."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._tensors = tensors
@@ -234,14 +254,14 @@ class _TensorHooks:
     def _hook(
         self,
         indices: Iterable[int],
-        call: Callable[[int, Tensor], None],
         register: Callable[[Tensor, Callable[[Tensor], None]], RemovableHandle] = on_incoming,
     ) -> None:
-        """Registers ``call(index, ...)`` on the tensors that require a gradient, once on each."""
+        """Registers :attr:`_see` on the tensors that require a gradient, once on each."""
+        this = weakref.ref(self)
         for index in indices:
             tensor = self._tensors[index]
             if index not in self._handles and tensor.requires_grad:
-                self._handles[index] = register(tensor, partial(call, index))
+                self._handles[index] = register(tensor, _WeakHook(self._see, this, index))
 
     def detach(self) -> None:
         """Removes the hooks; safe to call again."""
@@ -259,6 +279,8 @@ class Unhooked:
 
     def __contains__(self, index: object) -> bool:
         """Returns whether a tensor has no hook that could have communicated in a backward."""
+        if not self._tensors:  # let go, so nothing tells any more
+            return False
         tensor: Any = self._tensors[index] if isinstance(index, int) else None
         # Private, as torch has no public way to list hooks (torch 2.4 to 2.13).
         kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -269,8 +291,7 @@ class Unhooked:
 def _is_ours(hook: object) -> bool:
     if not isinstance(hook, partial):
         return isinstance(getattr(hook, "__self__", None), FirstBackward)
-    owner = getattr(hook.func, "__self__", None)
-    return isinstance(owner, _TensorHooks) or isinstance(next(iter(hook.args), None), Arrivals)
+    return isinstance(hook, _WeakHook) or isinstance(next(iter(hook.args), None), Arrivals)
 
 
 Parts = list[tuple[list[int], Tensor]]
@@ -308,7 +329,7 @@ class FreedGradients(_TensorHooks):
         # private, as torch has no public way to list hooks (torch 2.4 to 2.13). Without it the
         # first step would be missed: take() notices only afterwards that a gradient is gone.
         hooked = [i for i in indices if getattr(self._tensors[i], "_post_accumulate_grad_hooks", 0)]
-        self._hook(hooked, self._see)
+        self._hook(hooked)
 
     def take(self, arrived: Sequence[int]) -> dict[int, Tensor]:
         """Returns the norms of the gradients that were freed by the end of a backward.
@@ -321,11 +342,15 @@ class FreedGradients(_TensorHooks):
         """
         norms, self._norms = self._norms, {}
         gone = [index for index in arrived if self._tensors[index].grad is None]
-        self._hook(gone, self._see)
+        self._hook(gone)
         return {index: norms[index] for index in gone if index in norms}
 
+    @staticmethod
     @torch.no_grad()
-    def _see(self, index: int, gradient: Tensor) -> None:
+    def _see(reference: weakref.ref[FreedGradients], index: int, gradient: Tensor) -> None:
+        self = reference()
+        if self is None:
+            return
         norms = Deferred(gradient_norms([gradient], self._norm_type))
         mend_underflow_(norms, [gradient], self._norm_type)
         self._norms[index] = norms.tensor[0]
@@ -361,8 +386,8 @@ class LocalNorms(_TensorHooks):
         # Normally DDP reduces copies (its buckets) and writes the result into .grad at the end of
         # the backward, so until then one batched pass sees all local gradients. Those that are
         # reduced early must be measured one by one as they arrive.
-        self._at_end: list[tuple[DistributedDataParallel, list[int]]] = []
-        self._early: dict[int, list[DistributedDataParallel]] = {}
+        self._at_end: list[tuple[weakref.ref[DistributedDataParallel], list[int]]] = []
+        self._early: dict[int, list[weakref.ref[DistributedDataParallel]]] = {}
         taken: set[int] = set()
         self.indices: set[int] = set()
         self._total: tuple[Sequence[int], Tensor | None] | None = None
@@ -371,10 +396,10 @@ class LocalNorms(_TensorHooks):
             early = table.indices_of(_reduced_early(ddp))
             rest = set(table.indices_of(ddp.module.parameters())).difference(early)
             # An unused wrapper of the same parameters may still be in memory.
-            self._at_end.append((ddp, sorted(rest - taken)))
+            self._at_end.append((weakref.ref(ddp), sorted(rest - taken)))
             taken |= rest
             for index in early:
-                self._early.setdefault(index, []).append(ddp)
+                self._early.setdefault(index, []).append(weakref.ref(ddp))
         self._parts: Parts = []
         self._unsettled: list[tuple[tuple[list[int], Tensor], list[Tensor], list[int]]] = []
         self._held: list[tuple[list[Tensor], list[int]]] = []
@@ -383,7 +408,7 @@ class LocalNorms(_TensorHooks):
     def attach(self, norm_type: float) -> None:
         """Registers hooks on the parameters whose gradients must be measured as they arrive."""
         self._norm_type = norm_type
-        self._hook(self._early, self._see, on_accumulated)
+        self._hook(self._early, on_accumulated)
 
     def take(self) -> None:
         """Measures at the end of a backward, before DDP writes reduced gradients back."""
@@ -391,7 +416,10 @@ class LocalNorms(_TensorHooks):
         self._total = None
         self._parts = [(list(arrived), torch.stack(list(arrived.values())))] if arrived else []
         self._unsettled, self._held = [], []
-        for ddp, indices in self._at_end:
+        for reference, indices in self._at_end:
+            ddp = reference()
+            if ddp is None:
+                continue
             found = [(i, g) for i in indices if (g := self._tensors[i].grad) is not None]
             some = [grad for _, grad in found[:: len(found) // _SEEN_GRADIENTS + 1]]
             # Under no_sync() nothing is reduced, and later the gradients are sums of several
@@ -418,6 +446,12 @@ class LocalNorms(_TensorHooks):
             self._total = (indices, _total(self._parts, indices, self._norm_type))
         return self._total[1]
 
+    def let_go(self) -> None:
+        """Drops the gradients that are held; what is known of them stays."""
+        if self._unsettled:
+            self._drop_what_was_not_reduced()
+        self._held = []
+
     def were_reduced(self) -> bool:
         """Returns whether gradients were reduced that a wrapper was told to hold back.
 
@@ -434,9 +468,14 @@ class LocalNorms(_TensorHooks):
         self._parts = [one for one in self._parts if not any(one is part for part in unreduced)]
         self._unsettled = []
 
+    @staticmethod
     @torch.no_grad()
-    def _see(self, index: int, tensor: Tensor) -> None:
-        reduces = any(ddp.require_backward_grad_sync for ddp in self._early[index])
+    def _see(reference: weakref.ref[LocalNorms], index: int, tensor: Tensor) -> None:
+        self = reference()
+        if self is None:
+            return
+        there = (ddp for one in self._early[index] if (ddp := one()) is not None)
+        reduces = any(ddp.require_backward_grad_sync for ddp in there)
         if reduces and tensor.grad is not None:
             self._arriving[index] = gradient_norms([tensor.grad], self._norm_type)[0]
 
@@ -489,7 +528,7 @@ class MicroBatchNorms(_TensorHooks):
     def watch(self, indices: Iterable[int]) -> None:
         """Registers hooks on those tensors that require a gradient, once on each."""
         self.watching = True
-        self._hook(indices, self._see)
+        self._hook(indices)
 
     def detach(self) -> None:
         """Removes the hooks; safe to call again."""
@@ -512,8 +551,10 @@ class MicroBatchNorms(_TensorHooks):
         self._measure()
         return _total(self._parts, indices, self._norm_type)
 
-    def _see(self, index: int, gradient: Tensor) -> None:
-        if not self.active:
+    @staticmethod
+    def _see(reference: weakref.ref[MicroBatchNorms], index: int, gradient: Tensor) -> None:
+        self = reference()
+        if self is None or not self.active:
             return
         # The number of the backward, which is private. A new number means that gradients which are
         # still held are left over from a backward that failed.

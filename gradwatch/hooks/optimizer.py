@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 class StepListener(Protocol):
     """Receives the events of each step of one optimizer."""
 
-    stepping: Optimizer | None
+    stepping: weakref.ref[Optimizer] | None
     """The optimizer whose step is running: this one, or a wrapper around it; None between steps."""
 
     passed_over: bool
@@ -62,7 +63,10 @@ Closure = Callable[[], Any]
 
 
 class StepBoundary:
-    """Tells a listener about every step of one optimizer, by means of torch's step hooks."""
+    """Tells a listener about every step of one optimizer, by means of torch's step hooks.
+
+    It does not keep the optimizer alive.
+    """
 
     def __init__(
         self,
@@ -82,8 +86,8 @@ class StepBoundary:
                 that moves the weights between two evaluations of a closure copied before its steps.
             wrappers: Optimizers around this one, which have the same listener.
         """
-        self._wrappers = wrappers
-        self._optimizer = optimizer
+        self._wrappers = [weakref.ref(one) for one in wrappers]
+        self._optimizer = weakref.ref(optimizer)
         self._listener = listener
         self._shield = shield
         self._may_refuse = may_refuse
@@ -106,12 +110,22 @@ class StepBoundary:
         for handle in self._handles:
             handle.remove()
 
+    @property
+    def is_vacant(self) -> bool:
+        """Whether the optimizer is gone."""
+        return self._optimizer() is None
+
+    def let_go(self) -> None:
+        """Drops what a step that has raised may have left."""
+        self._hidden, self._checkpoint, self._weights = [], None, None
+        self._refused = False
+
     def _before(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # Of a wrapper and the optimizer in it, the outer step is the one that counts.
         outer = self._listener.stepping
-        self._nested = outer is not None and any(outer is one for one in self._wrappers)
+        self._nested = outer is not None and any(outer() is one() for one in self._wrappers)
         if self._nested:
             return None
         # Clean up after a step that raised: torch runs no post-hook then.
@@ -123,13 +137,13 @@ class StepBoundary:
         with self._shield:
             self._listener.begin(optimizer, closure is not None)
             if closure is None:
-                self._gradients_ready(None)
+                self._gradients_ready(optimizer, None)
         if closure is None:
             return None
         self._evaluations, self._moved_first = 0, False
         if self._may_refuse and not self._evaluates_once:
             # By the time an evaluation is refused, the optimizer may have moved the parameters.
-            self._checkpoint = OptimizerCheckpoint(self._members())
+            self._checkpoint = OptimizerCheckpoint(_members(optimizer))
             self._weights = WeightSnapshot(parameters_held(optimizer))
         return _with_closure(args, kwargs, self._wrap(closure))
 
@@ -148,41 +162,49 @@ class StepBoundary:
             # Refused gradients are hidden; calling the closure again would produce new ones.
             if not self._refused:
                 kept = self._listener.closures
-                last = closure() if kept is None else _evaluate(closure, kept)
-                with self._shield:
-                    self._gradients_ready(last)
+                noted = None if kept is None else kept.begin(closure)
+                try:
+                    last = closure()
+                    if kept is not None:
+                        kept.end()
+                    optimizer = self._optimizer()  # not kept here, as optimizers may keep a closure
+                    with self._shield:
+                        if optimizer is not None:
+                            self._gradients_ready(optimizer, last)
+                finally:
+                    # Not at the end of the step, which may raise: the closure leads to the model.
+                    if kept is not None:
+                        kept.forget(noted)
             return last
 
         return evaluate
 
-    def _gradients_ready(self, loss: object) -> None:
+    def _gradients_ready(self, optimizer: Optimizer, loss: object) -> None:
         listener = self._listener
         if self._evaluations > 1 and self._checkpoint is None:
             listener.beyond_undo = True
         try:
-            self._refused = not listener.gradients_ready(self._optimizer, loss)
+            self._refused = not listener.gradients_ready(optimizer, loss)
         except BaseException:
             self._restore_checkpoint()
             raise
         if not self._refused:
             return
-        if self._checkpoint is not None and not self._stops_without_gradients():
+        if self._checkpoint is not None and not self._stops_without_gradients(optimizer):
             listener.passed_over = True
             return
-        if self._checkpoint is None and not is_of_torch(self._optimizer):
+        if self._checkpoint is None and not is_of_torch(optimizer):
             # It may do something even so: count, or move its weights to a mean of earlier ones.
-            self._checkpoint = OptimizerCheckpoint(self._members(), len(self._members()) > 1)
-            self._weights = WeightSnapshot(parameters_held(self._optimizer))
+            members = _members(optimizer)
+            self._checkpoint = OptimizerCheckpoint(members, len(members) > 1)
+            self._weights = WeightSnapshot(parameters_held(optimizer))
         # Appended, as a closure may be evaluated several times in one step.
-        self._hidden += hide_gradients(optimizer_parameters(self._optimizer))
+        self._hidden += hide_gradients(optimizer_parameters(optimizer))
 
-    def _stops_without_gradients(self) -> bool:
+    def _stops_without_gradients(self, optimizer: Optimizer) -> bool:
         # Without a gradient at its first evaluation, LBFGS ends. In a line search it would go on
         # with the zeros that it takes for them, which some of its branches are not made for.
-        return self._evaluations == 1 and type(self._optimizer) is torch.optim.LBFGS
-
-    def _members(self) -> list[Optimizer]:
-        return [self._optimizer, *wrapped_in(self._optimizer)]
+        return self._evaluations == 1 and type(optimizer) is torch.optim.LBFGS
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._nested:
@@ -214,12 +236,8 @@ class StepBoundary:
             self._checkpoint = None
 
 
-def _evaluate(closure: Closure, kept: KeptClosures) -> Any:
-    kept.begin(closure)
-    try:
-        return closure()
-    finally:
-        kept.end()
+def _members(optimizer: Optimizer) -> list[Optimizer]:
+    return [optimizer, *wrapped_in(optimizer)]
 
 
 def _evaluates_once(optimizer: Optimizer) -> bool | None:
@@ -249,7 +267,10 @@ def _with_closure(
 
 
 class OptimizerDiscovery:
-    """Looks at the steps of all optimizers of the process, except those that are followed."""
+    """Looks at the steps of all optimizers of the process, except those that are followed.
+
+    It goes with its owner: nothing of the process keeps it alive.
+    """
 
     def __init__(self, on_step: Callable[[Optimizer], None]) -> None:
         """Begins to look.
@@ -258,17 +279,23 @@ class OptimizerDiscovery:
         that it registers on the optimizer already runs for this step. It may begin and end other
         discoveries, and this one.
         """
-        self.followed: set[int] = set()
-        self.on_step = on_step
+        self._followed: dict[int, weakref.ref[Optimizer]] = {}
+        self._on_step = on_step
         _ALL_STEPS.add(self)
 
     def leave_out(self, optimizer: Optimizer) -> None:
-        """Stops reporting an optimizer, which the caller must keep alive."""
-        self.followed.add(id(optimizer))
+        """Stops reporting an optimizer."""
+        self._followed[id(optimizer)] = weakref.ref(optimizer)
 
     def remove(self) -> None:
         """Ends looking; safe to call again."""
         _ALL_STEPS.remove(self)
+
+    def look(self, optimizer: Optimizer) -> None:
+        """Reports an optimizer that is about to step, unless it is followed."""
+        known = self._followed.get(id(optimizer))
+        if known is None or known() is not optimizer:  # another one may have had its id before
+            self._on_step(optimizer)
 
 
 class _AllSteps:
@@ -279,29 +306,35 @@ class _AllSteps:
     """
 
     def __init__(self) -> None:
-        self._lookers: list[OptimizerDiscovery] = []
+        self._lookers: list[weakref.ref[OptimizerDiscovery]] = []
         self._handle: RemovableHandle | None = None
         self._running = 0
 
     def add(self, looker: OptimizerDiscovery) -> None:
-        self._lookers.append(looker)
+        self._lookers.append(weakref.ref(looker, self._forget))
         if self._handle is None:
             self._handle = register_optimizer_step_pre_hook(self._look)
 
     def remove(self, looker: OptimizerDiscovery) -> None:
-        self._lookers = [one for one in self._lookers if one is not looker]
+        for reference in self._lookers:
+            if reference() is looker:
+                self._forget(reference)
+
+    def _forget(self, reference: weakref.ref[OptimizerDiscovery]) -> None:
+        self._lookers = [one for one in self._lookers if one is not reference]
         if not self._lookers and self._handle is not None and not self._running:
             self._handle.remove()
             self._handle = None
 
     def _look(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for one in tuple(self._lookers):
-            if id(optimizer) not in one.followed:
-                self._running += 1
-                try:
-                    one.on_step(optimizer)
-                finally:
-                    self._running -= 1
+        self._running += 1
+        try:
+            for reference in tuple(self._lookers):
+                looker = reference()
+                if looker is not None:
+                    looker.look(optimizer)
+        finally:
+            self._running -= 1
 
 
 _ALL_STEPS = _AllSteps()
@@ -471,7 +504,7 @@ def restore_learning_rates(saved: LearningRates) -> None:
         group["lr"] = rate
 
 
-def carried_by(optimizer: Optimizer) -> tuple[FloatOrDeferred, FloatOrDeferred]:
+def carried_by(optimizer: Optimizer | None) -> tuple[FloatOrDeferred, FloatOrDeferred]:
     """Returns what a GradScaler has left to a fused optimizer, which unscales inside its step.
 
     Returns:
@@ -511,7 +544,7 @@ class FusedStep:
 
     def __init__(self, optimizer: Optimizer) -> None:
         """Tries out whether the optimizer obeys the attributes; the trial steps a copy of it."""
-        self._optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)
         # The class alone does not tell: a subclass of a fused optimizer may ignore the attributes,
         # and would then step with gradients that were never clipped.
         self._listens = _is_fused(optimizer) and _listens(optimizer)
@@ -520,12 +553,16 @@ class FusedStep:
     @property
     def can_scale(self) -> bool:
         """Whether the optimizer can scale the gradients in its next step."""
-        return self._listens and _is_fused(self._optimizer)  # load_state_dict() can change it
+        optimizer = self._optimizer()
+        # Asked anew, as load_state_dict() can change it.
+        return self._listens and optimizer is not None and _is_fused(optimizer)
 
     @property
     def can_skip(self) -> bool:
         """Whether the optimizer can skip its next step without leaving a trace."""
-        return self.can_scale and not _lacks_momentum_buffer(self._optimizer)
+        optimizer = self._optimizer()
+        lacks = optimizer is None or _lacks_momentum_buffer(optimizer)
+        return self.can_scale and not lacks
 
     def scale(self, factor: float | Tensor, device: torch.device) -> None:
         """Makes the next step multiply the gradients by a factor.
@@ -537,7 +574,7 @@ class FusedStep:
         if not isinstance(factor, Tensor):  # full() fills it on the device; a copy would wait
             factor = torch.full((), factor, dtype=torch.float64, device=device)
         divisor = factor.reciprocal().float()
-        scale = getattr(self._optimizer, "grad_scale", None)
+        scale = getattr(self._optimizer(), "grad_scale", None)
         # If a scaler has set its own scale, the kernel must divide by both.
         self._set("grad_scale", divisor if scale is None else scale * divisor)
 
@@ -547,7 +584,7 @@ class FusedStep:
         Args:
             refusal: Tensor ``[]``, float32: 1 to skip the step and 0 to take it.
         """
-        found = getattr(self._optimizer, "found_inf", None)
+        found = getattr(self._optimizer(), "found_inf", None)
         flag = refusal if found is None else torch.maximum(found, refusal.to(found.device))
         # Adam subtracts this number from its step counts, so it must not exceed 1; a scaler's own
         # found_inf may, as it is a sum over devices.
@@ -555,16 +592,18 @@ class FusedStep:
 
     def restore(self) -> None:
         """Restores the attributes; does nothing if none was set."""
-        for name, value in self.saved.items():
+        optimizer = self._optimizer()
+        for name, value in self.saved.items() if optimizer is not None else ():
             if value is _NOT_SET:
-                delattr(self._optimizer, name)
+                delattr(optimizer, name)
             else:
-                setattr(self._optimizer, name, value)
+                setattr(optimizer, name, value)
         self.saved = {}
 
     def _set(self, name: str, value: Tensor) -> None:
-        self.saved.setdefault(name, getattr(self._optimizer, name, _NOT_SET))
-        setattr(self._optimizer, name, value)
+        optimizer = self._optimizer()
+        self.saved.setdefault(name, getattr(optimizer, name, _NOT_SET))
+        setattr(optimizer, name, value)
 
 
 def _is_fused(optimizer: Optimizer) -> bool:

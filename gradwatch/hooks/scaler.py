@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
+from gradwatch.hooks.variables import local_variables
 from gradwatch.measure.deferred import FloatOrDeferred, defer_copy, resolve
 
 
@@ -76,10 +81,54 @@ class LossScale:
 
 def _scalers() -> list[torch.amp.GradScaler]:
     """Lists every enabled scaler of the process."""
-    # torch keeps no list of them. Not isinstance(), which reads __class__: on a proxy object this
-    # may raise an error.
-    objects = [o for o in gc.get_objects() if issubclass(type(o), torch.amp.GradScaler)]
-    return [scaler for scaler in objects if scaler.is_enabled()]
+    found = list(_noted[-1]) if _noted else _instances()
+    return [scaler for scaler in found if scaler.is_enabled()]
+
+
+def _instances() -> list[torch.amp.GradScaler]:
+    # torch keeps no list of them. Not isinstance(), which is slower, and which reads __class__: on
+    # a proxy object this may raise an error.
+    kinds: set[type] = {torch.amp.GradScaler}
+    waiting = list(kinds)
+    while waiting:
+        found: list[type] = type.__subclasses__(waiting.pop())
+        kinds.update(found)
+        waiting += found
+    return [one for one in gc.get_objects() if type(one) in kinds]
+
+
+_noted: list[WeakSet[torch.amp.GradScaler]] = []
+
+
+@contextmanager
+def noted_scalers() -> Iterator[None]:
+    """Notes the scalers that are built, so that no others need be searched for.
+
+    To be entered before the first one is built.
+    """
+    noted: WeakSet[torch.amp.GradScaler] = WeakSet()
+
+    def note_after(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def call(scaler: torch.amp.GradScaler, *args: Any, **kwargs: Any) -> None:
+            function(scaler, *args, **kwargs)
+            noted.add(scaler)
+
+        return call
+
+    kind: Any = torch.amp.GradScaler
+    before = {name: getattr(kind, name) for name in ("__init__", "__setstate__")}
+    after = {name: note_after(function) for name, function in before.items()}
+    for name, function in after.items():
+        setattr(kind, name, function)
+    _noted.append(noted)
+    try:
+        yield
+    finally:
+        _noted.remove(noted)
+        for name, function in after.items():
+            if getattr(kind, name) is function:  # else somebody has wrapped ours since
+                setattr(kind, name, before[name])
 
 
 def _at_hand(
@@ -93,8 +142,9 @@ def _at_hand(
     # A scaler of another loop, or one of an earlier run that is still in memory, must not be
     # chosen: norms would be divided by a scale that was never applied to them.
     while frame is not None and scalers:
-        own: dict[str, Any] = getattr(frame.f_locals.get("self"), "__dict__", {})
-        values = [*frame.f_locals.values(), *own.values(), *frame.f_globals.values()]
+        variables = local_variables(frame)
+        own: dict[str, Any] = getattr(variables.get("self"), "__dict__", {})
+        values = [*variables.values(), *own.values(), *frame.f_globals.values()]
         held = [scaler for scaler in scalers if any(value is scaler for value in values)]
         if held:
             return held[0] if len(held) == 1 else None

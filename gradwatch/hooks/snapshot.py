@@ -222,7 +222,7 @@ _MOST_ELEMENTS = 16
 class WeightSnapshot:
     """A few weights at one moment, to tell whether something has moved the weights since."""
 
-    __slots__ = ("_addresses", "_bytes", "_plain", "_tensors", "_values", "_versions")
+    __slots__ = ("_addresses", "_bytes", "_moved", "_plain", "_tensors", "_values", "_versions")
 
     # A perturbation (SAM) or an update by hand moves all weights, so a sample is enough. As it is
     # taken at the end of every backward, the loops run in C, and values are read through NumPy,
@@ -237,6 +237,13 @@ class WeightSnapshot:
         self._plain = list(filter(_is_plain, self._tensors))
         # Writes through ``.data`` move no version counter. On a CPU a few values tell.
         self._values = [memory for one in small if (memory := _memory_of(one)) is not None]
+        self._moved = False
+        self.take()
+
+    def let_go(self) -> None:
+        """Drops the weights; :meth:`moved` tells what it would have told until now."""
+        self._moved = self.moved()
+        self._tensors, self._plain, self._values = [], [], []
         self.take()
 
     def take(self) -> None:
@@ -250,7 +257,7 @@ class WeightSnapshot:
 
         On an accelerator a write through ``.data`` is not seen.
         """
-        return (
+        return self._moved or (
             self._versions != list(map(_version, self._tensors))
             or self._addresses != list(map(_address, self._plain))
             or self._bytes != list(map(_bytes_of, self._values))

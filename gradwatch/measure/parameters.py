@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -46,17 +46,19 @@ class ParameterTable:
     """The watched tensors; index ``i`` means the same tensor in every field.
 
     Attributes:
-        tensors: The leaf tensors, frozen ones included, in model order, each once.
+        tensors: The leaf tensors, frozen ones included, in model order, each once; empty after
+            :meth:`let_go`. Whoever needs them all shares this list and makes none of its own.
         names: Their names in the user's model, free of wrapper prefixes, each different. Where two
             would be the same without the prefixes, these stay.
         modules: For each tensor the name of the module that owns it.
         aliases: For each tensor its further names, if several modules share it (tied weights).
     """
 
-    tensors: tuple[Tensor, ...]
+    tensors: list[Tensor]
     names: tuple[str, ...]
     modules: tuple[str, ...]
     aliases: tuple[tuple[str, ...], ...]
+    _elements: list[int] = field(default_factory=list, init=False, repr=False)
 
     @classmethod
     def of(cls, model: nn.Module | Mapping[str, Tensor]) -> ParameterTable:
@@ -70,14 +72,28 @@ class ParameterTable:
             named.setdefault(id(tensor), (tensor, []))[1].append(name)
         entries = list(named.values())
         return cls(
-            tensors=tuple(tensor for tensor, _ in entries),
+            tensors=[tensor for tensor, _ in entries],
             names=tuple(names[0] for _, names in entries),
             modules=tuple(names[0].rpartition(".")[0] for _, names in entries),
             aliases=tuple(tuple(names[1:]) for _, names in entries),
         )
 
     def __len__(self) -> int:
-        return len(self.tensors)
+        return len(self.names)
+
+    def let_go(self) -> None:
+        """Drops the tensors, and keeps what is said about them; safe to call again."""
+        self._elements.extend(tensor.numel() for tensor in self.tensors)
+        self.tensors.clear()
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the tensors were let go."""
+        return not self.tensors and bool(self.names)
+
+    def elements(self, index: int) -> int:
+        """Returns the number of elements of a tensor, also after it was let go."""
+        return self.tensors[index].numel() if self.tensors else self._elements[index]
 
     def positions(self) -> dict[int, int]:
         """Maps ``id(tensor)`` to its index."""

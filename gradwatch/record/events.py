@@ -170,7 +170,7 @@ def nonfinite_event(
     if first.counts is not None:
         nan, inf = first.counts
         value = float(nan or inf)
-        counts = COUNTS.format(nan=nan, inf=inf, total=table.tensors[first.index].numel())
+        counts = COUNTS.format(nan=nan, inf=inf, total=table.elements(first.index))
     where, more = _origin(record, first, table, backwards, overflowed)
     if by_hand and first.origin is Origin.AFTER:
         first, more = replace(first, rank=None), FINITE_UNTIL_REDUCED

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gradwatch.hooks.graph import ENGINE_CODE
+from gradwatch.hooks.variables import local_variables
 from gradwatch.replay.operands import memory_of
 
 
@@ -102,7 +103,7 @@ class Frames:
             owner = self._owners[code] = _owner_of(code)
         if not owner:
             return 0
-        value = frame.f_locals.get(owner)
+        value = local_variables(frame).get(owner)
         if not isinstance(value, nn.Module) or id(value) not in self._modules:
             return 0
         # A function that is given a module as its first argument is not of the module.
@@ -149,7 +150,7 @@ def variable_of(tensor: Tensor, file: str, line: int) -> str:
         frame = frame.f_back
     while frame is not None and not frame.f_code.co_filename.startswith(_OURS):
         if not frame.f_code.co_filename.startswith((_TORCH, *_PYTHON)):
-            known = frame.f_locals | {
+            known = local_variables(frame) | {
                 name: frame.f_globals[name]
                 for name in frame.f_code.co_names
                 if name in frame.f_globals

@@ -60,6 +60,12 @@ class BackwardSteps(Steps):
         self._ended: deque[EndedWindow] = deque(maxlen=run.options.buffer_size)
         self._found_scale: FloatOrDeferred = 1.0
 
+    def let_go(self) -> None:
+        """Drops the parameters and their gradients; see :meth:`Steps.let_go`."""
+        super().let_go()
+        for one in self._ended:
+            one.window.let_go()
+
     def begin_backward(self, first: int) -> None:
         """Looks, when a backward begins, whether the window has ended without a step."""
         if self.are_steps:

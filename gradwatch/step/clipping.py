@@ -7,6 +7,7 @@ the total norm, so that both cost one pass over the gradients.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from operator import attrgetter
 
@@ -133,7 +134,7 @@ class Clipping:
         """
         self.policy = policy
         self._trusted = is_builtin(policy)
-        self._optimizer = optimizer
+        self._optimizer = weakref.ref(optimizer)
         self._table = table
         self._fused = fused
         self._scope: str = getattr(policy, "scope", "global")
@@ -141,7 +142,8 @@ class Clipping:
 
     def refresh(self) -> None:
         """Reads the parameter groups again, after one was added."""
-        groups = self._optimizer.param_groups
+        optimizer = self._optimizer()
+        groups = [] if optimizer is None else optimizer.param_groups
         members = [] if self._scope == "global" else [g["params"] for g in groups]
         self._scopes = Scopes(list(map(self._table.indices_of, members)))
 

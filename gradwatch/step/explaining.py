@@ -23,6 +23,7 @@ from gradwatch.hooks.closures import KeptClosure, why_not_again
 from gradwatch.hooks.context import ForwardContext
 from gradwatch.hooks.data_parallel import rank, several_ranks
 from gradwatch.hooks.forwards import ForwardCall, KeptForwards
+from gradwatch.hooks.holding import ModelReference
 from gradwatch.measure.deferred import FloatOrDeferred, resolve
 from gradwatch.measure.norms import FirstNonFinite, LateCheck, Origin, StepNorms, count_nonfinite
 from gradwatch.measure.parameters import local_part
@@ -126,9 +127,7 @@ class Explaining:
         forwards: What is kept of the forwards of the windows under way.
     """
 
-    def __init__(
-        self, run: Run, model: nn.Module | Mapping[str, Tensor], forwards: KeptForwards
-    ) -> None:
+    def __init__(self, run: Run, model: ModelReference, forwards: KeptForwards) -> None:
         """Explains steps of a run; ``model`` is what was given to ``watch()``."""
         self.forwards = forwards
         self._run = run
@@ -141,6 +140,11 @@ class Explaining:
         self._discarded: _Discarded | None = None
         self._explained: set[int] = set()  # numbers of backwards
         self._scale = 1.0  # what the gradients of a replay are divided by
+
+    def let_go(self) -> None:
+        """Drops what a replay would need, as nothing can be run again any more."""
+        self._discarded = self.forwards.on_forward = None
+        self.forwards.let_go()
 
     def newest_of(self, optimizer: str) -> Explanation | None:
         """Returns the newest explanation of an optimizer's steps."""
@@ -339,13 +343,16 @@ class Explaining:
     def _whole_again(self, whole: KeptClosure, number: int) -> _Found:
         """Runs a closure again, which makes the loss as well."""
         calls, _ = self.forwards.calls_of(number)
-        if whole.args and isinstance(self._model, nn.Module):
-            calls = [ForwardCall(self._model, whole.args, {}, [], whole.context)]
+        model = self._model.module()
+        if whole.args and model is not None:
+            calls = [ForwardCall(model, whole.args, {}, [], whole.context)]
         scale = whole.factor()
         if whole.scaled and self._scale == 1.0:
             scale *= resolve(self._run.scale.value())
         before = self._run.hooks.buffers.before_window()
-        found = explain_closure(self._model, whole.bound(), scale, whole.context, before)
+        found = explain_closure(
+            self._model.or_nothing(), whole.bound(), scale, whole.context, before
+        )
         return _Found(replace(found, notes=(*whole.notes(), *found.notes)), calls)
 
     def _forwards_again(self, number: int) -> _Found:
@@ -371,7 +378,7 @@ class Explaining:
         from gradwatch.replay.runs import run_calls
 
         before = self._run.hooks.buffers.before_window()
-        return _explained(run_calls(self._model, calls, before))
+        return _explained(run_calls(self._model.or_nothing(), calls, before))
 
     def _of_weights(self, first: FirstNonFinite) -> Explanation:
         """Explains gradients of weights that were bad before: there is nothing to run again."""
@@ -386,7 +393,7 @@ class Explaining:
             kind="nan" if nan else "inf",
             micro_batch=first.micro_batch,
             module=table.modules[index],
-            module_class=_class_of(self._model, table.modules[index]),
+            module_class=_class_of(self._model(), table.modules[index]),
             parameter=names[0],
             since_step=since,
             count=nan + inf,
@@ -413,7 +420,7 @@ class Explaining:
             return _Found(replace(found, notes=notes))
         gradients = self._by_name(*window.gradients())
         largest = largest_of_window(
-            [partial(live_calls, self._model, calls) for calls, _ in given],
+            [partial(live_calls, self._model.or_nothing(), calls) for calls, _ in given],
             gradients,
             resolve(norms.loss_scale),
         )
@@ -437,7 +444,7 @@ class Explaining:
         from gradwatch.replay.overflow import explain_overflow
 
         try:
-            return explain_overflow(self._model, calls, elements)
+            return explain_overflow(self._model.or_nothing(), calls, elements)
         except Exception as error:  # the largest parameters and examples are known all the same
             note = REPLAY_FAILED.format(error=described_error(error))
             return Explanation(origin="not_found", kind="overflow", notes=(note,))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -79,9 +82,10 @@ class MeasureCurvature(Protocol):
 class OptimizerSteps(Steps):
     """The steps of one optimizer; a :class:`~gradwatch.hooks.optimizer.StepListener`.
 
+    They do not keep the optimizer alive, and another one may go on where it has ended.
+
     Attributes:
-        optimizer: The optimizer, as it was named or found.
-        members: The optimizers whose steps are its steps: itself, or those that it wraps.
+        kind: The class of the optimizer.
         skip_rule: Decides which steps are skipped.
         stepping: The optimizer whose step is running: this one or one in it; None between steps.
         has_begun: Whether any step has begun, be it that it raised.
@@ -108,22 +112,21 @@ class OptimizerSteps(Steps):
         on_finished: Callable[[OptimizerSteps], None],
         on_joined: Callable[[Sequence[int]], None],
         on_first: Callable[[OptimizerSteps, Optimizer], None] | None,
+        on_gone: Callable[[], None],
     ) -> None:
         """Starts with a window, which may already contain backwards.
 
+        ``members`` are the optimizers whose steps are its steps: itself, or those that it wraps.
         The policy ``clip`` must not be shared with another optimizer, because it has a memory.
         ``on_finished`` is called at the end of every step, ``on_joined`` with the indices of
         parameters that have joined the optimizer, and ``on_first`` before the first step with the
-        one of :attr:`members` that takes it.
+        member that takes it. ``on_gone`` is called when the optimizer is gone, at any moment.
         """
         super().__init__(label, window, run, run.scale)
         options = run.options
         spikes = None if options.skip_spikes is None else SpikeRule(options.skip_spikes)
-        self.optimizer = optimizer
-        self.members = members
-        inner = members[-1]
         self.skip_rule = SkipRule(options.on_nonfinite, spikes, options.max_consecutive_skips)
-        self.stepping: Optimizer | None = None
+        self.stepping: weakref.ref[Optimizer] | None = None
         self.has_begun = False
         self.passed_over = self.beyond_undo = False
         self.in_time = True
@@ -144,17 +147,79 @@ class OptimizerSteps(Steps):
         plain = run.explaining is not None and run.accumulation.checked
         self.closures = run.explaining.forwards.closures if run.explaining and plain else None
         self.stale = StaleGradients()
-        # FusedStep tries the optimizer out, so it is made only if it may be used.
-        may_act = clip is not None or self.skip_rule.may_refuse
-        self._fused = FusedStep(inner) if may_act else None
-        self._clipping = Clipping(clip, inner, run.table, self._fused)
         self._loop_clip = None if clip is None else LoopClip()
         self._norms: StepNorms | None = None
         self._rates: LearningRates = []
+        self._tell_gone = on_gone
+        self._follow(optimizer, members, clip)
+        inner = members[-1]
         self._held_parameters = len(optimizer_parameters(inner))
         self._held_groups = len(inner.param_groups)
         self._foreign = self._held_parameters - len(window.indices)
         self.note_groups(from_step=0)
+
+    # -- the optimizer -----------------------------------------------------------------------------
+
+    def _follow(
+        self, optimizer: Optimizer, members: Sequence[Optimizer], clip: ClipPolicy | None
+    ) -> None:
+        inner = members[-1]
+        self.kind = type(members[0])
+        self._optimizer = weakref.ref(optimizer)
+        self._members = [weakref.ref(one) for one in members]
+        self._inner = weakref.ref(inner, partial(_note_gone, weakref.ref(self)))
+        # FusedStep tries the optimizer out, so it is made only if it may be used.
+        may_act = clip is not None or self.skip_rule.may_refuse
+        self._fused = FusedStep(inner) if may_act else None
+        self._clipping = Clipping(clip, inner, self._run.table, self._fused)
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer, as it was named or found; None once it is gone."""
+        return self._optimizer() or self._inner()
+
+    @property
+    def is_vacant(self) -> bool:
+        """Whether the optimizer is gone: these steps have ended, unless another one goes on."""
+        return self._inner() is None
+
+    def has(self, optimizer: Optimizer) -> bool:
+        """Returns whether the steps of an optimizer are these steps."""
+        return any(member() is optimizer for member in self._members)
+
+    def may_go_on(self, optimizer: Optimizer, indices: Sequence[int]) -> bool:
+        """Returns whether an optimizer takes the place of one that is gone.
+
+        It does if it is of the same class and holds all of its parameters, or some of them and no
+        others: a loop builds its optimizer anew in every epoch, or when it thaws layers.
+
+        Args:
+            optimizer: The new optimizer.
+            indices: Those of its parameters.
+        """
+        mine, its = set(self.window.indices), set(indices)
+        fits = type(optimizer) is self.kind and (its >= mine or its <= mine)
+        return self.is_vacant and fits and bool(mine and its)
+
+    def go_on(self, optimizer: Optimizer, members: Sequence[Optimizer]) -> None:
+        """Goes on with another optimizer, under the same label and with the same memory."""
+        self._follow(optimizer, members, self._clipping.policy)
+        self.forget_groups()
+        late = self._refresh()
+        if late:
+            self.window.widen(late)
+
+    def let_go_of_optimizer(self) -> None:
+        """Drops what a step that has raised may have left of the optimizer that is gone."""
+        self._rates, self.stepping = [], None
+        if self._fused is not None:
+            self._fused.saved = {}
+
+    def let_go(self) -> None:
+        """Drops the parameters and their gradients; see :meth:`Steps.let_go`."""
+        super().let_go()
+        self.let_go_of_optimizer()
+        self._explaining = self.closures = self._curvature = None
 
     # -- backwards ---------------------------------------------------------------------------------
 
@@ -346,14 +411,17 @@ class OptimizerSteps(Steps):
         Returns:
             Those of them that already have a gradient.
         """
-        held, groups = 0, self.members[-1].param_groups
+        inner = self._inner()
+        if inner is None:
+            return []
+        held, groups = 0, inner.param_groups
         for group in groups:
             held += len(group["params"])
         if held == self._held_parameters and len(groups) == self._held_groups:
             return []
         then, unchanged = self.window.indices, len(groups) == self._held_groups
         self._held_parameters, self._held_groups = held, len(groups)
-        now = self._run.table.indices_of(optimizer_parameters(self.members[-1]))
+        now = self._run.table.indices_of(optimizer_parameters(inner))
         if unchanged and now == then and held - len(now) == self._foreign:
             return []
         self.note_groups(from_step=self.step + 1)
@@ -377,13 +445,15 @@ class OptimizerSteps(Steps):
 
     def note_groups(self, from_step: int) -> None:
         """Notes which parameters are in which group of the optimizer, from one of its steps on."""
-        table = self._run.table
+        table, inner = self._run.table, self._inner()
+        if inner is None:
+            return
         positions = table.positions()
         members = tuple(
             tuple(sorted(positions[id(p)] for p in group["params"] if id(p) in positions))
-            for group in self.members[-1].param_groups
+            for group in inner.param_groups
         )
-        names = tuple(group_names(self.members[-1]))
+        names = tuple(group_names(inner))
         norm_type = self.window.norm_type
         groups = ParameterGroups(self.label, from_step, norm_type, names, members)
         self._run.recorder.note_groups(groups)
@@ -392,12 +462,13 @@ class OptimizerSteps(Steps):
 
     def begin(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Prepares a step: undoes what a failed one left, and scales the learning rate."""
-        if self.step == 0 and len(self.members) > 1 and self._on_first is not None:
+        if self.step == 0 and len(self._members) > 1 and self._on_first is not None:
             self._on_first(self, optimizer)
         late = self._refresh()
         if late:
             self.window.widen(late)
-        self.stepping, self._has_closure, self.has_begun = optimizer, has_closure, True
+        self.stepping, self._has_closure = weakref.ref(optimizer), has_closure
+        self.has_begun = True
         self.passed_over = self.beyond_undo = False
         if self._scale.candidates:
             self._scale.keep_scaler_of(optimizer)
@@ -509,7 +580,7 @@ class OptimizerSteps(Steps):
             self.discard()
         return self._settle_doubts_of(norms) if self._doubted else norms
 
-    def finish(self, optimizer: Optimizer, in_time: bool = True) -> None:
+    def finish(self, optimizer: Optimizer | None, in_time: bool = True) -> None:
         """Records a step that is over; ``in_time`` if no forward has begun since."""
         if self._makes_state:
             self._makes_state, self.stepping = False, None
@@ -571,6 +642,8 @@ class OptimizerSteps(Steps):
     def _look_for_mistakes(self, norms: StepNorms) -> None:
         run = self._run
         tensors = run.table.tensors
+        if run.table.is_gone:
+            return
         if self.stale.looks and self.stale.note_step(tensors, self.window.indices):
             tell_stale(run, self.label, self.step, StaleGradients.ENOUGH)
         if self.window.nonfinite_count and norms.after.norms.at_hand:
@@ -714,3 +787,13 @@ class OptimizerSteps(Steps):
         self.skip_rule.load_state_dict(state["judge"])
         if self._clipping.policy is not None:
             self._clipping.policy.load_state_dict(state["clip"])
+
+
+def _note_gone(reference: weakref.ref[OptimizerSteps], optimizer: object) -> None:
+    """Notes that an optimizer is gone; called by the interpreter at any moment."""
+    steps = reference()
+    if steps is None:
+        return
+    with suppress(Exception):  # nobody could catch it, and Python would print it
+        steps.let_go_of_optimizer()
+        steps._tell_gone()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, count, repeat
 from typing import Any
 
@@ -43,18 +45,24 @@ NO_STEP = "no optimizer has stepped yet"
 class OptimizerRegistry:
     """Follows every optimizer of the watched parameters, and the backwards without an optimizer.
 
+    No optimizer is kept alive. When one is gone its steps have ended, unless another one takes its
+    place (:meth:`OptimizerSteps.may_go_on`).
+
     Attributes:
         followed: The steps of each optimizer, in the order in which the optimizers were named or
             found.
         managed: The steps of those optimizers that a managed loop steps: the named ones, or all if
             none was named.
         on_first_step: Called when an optimizer has taken its first step; None if nobody asks.
+        on_gone: Called when an optimizer is gone, at any moment; None if nobody asks.
     """
 
     def __init__(self, run: Run, shield: Shield, curvature: MeasureCurvature | None = None) -> None:
         """Follows no optimizer yet; ``curvature`` is measured after steps of the first one."""
         self.followed: list[OptimizerSteps] = []
         self.on_first_step: Callable[[], None] | None = None
+        self.on_gone: Callable[[], None] | None = None
+        self._past: set[str] = set()  # labels of steps that have ended
         self._finished: OptimizerSteps | None = None  # whose step has ended last
         self._serial = 0  # the number of forwards that were kept until then
         self.managed: list[OptimizerSteps] = []
@@ -77,14 +85,22 @@ class OptimizerRegistry:
         self._fresh_clip = {} if clip is None else clip.state_dict()
         self._norm_type = 2.0 if clip is None else clip.norm_type
         self._forwards = None if run.explaining is None else run.explaining.forwards
+        # The hooks on the parameters must not keep this object: it leads to the parameters.
+        self._on_begin = partial(self._begin_backward, weakref.ref(self))
 
-    def attach(self, optimizers: Sequence[Optimizer], names: Sequence[str] = ()) -> None:
+    def attach(
+        self,
+        optimizers: Sequence[Optimizer],
+        names: Sequence[str] = (),
+        finds_more: bool = False,
+    ) -> None:
         """Registers the hooks on the optimizers, and on the parameters that they step.
 
         Args:
             optimizers: The optimizers that the user passed. If there are none, all watched
                 parameters are hooked, and optimizers are found at their first step.
             names: Their labels; empty to label them by class.
+            finds_more: Whether other optimizers of watched parameters are followed as well.
 
         Raises:
             ValueError: If an optimizer steps inside the backward, and an option was set that needs
@@ -96,7 +112,7 @@ class OptimizerRegistry:
             refuse_what_needs_all_gradients(self._options.deciding, f', as that of "{name}" does')
         watched = list(range(len(table)))
         accumulates = self._run.accumulation.accumulates
-        self._named = bool(optimizers)
+        self._named = bool(optimizers) and not finds_more
         self._discovery = OptimizerDiscovery(self._on_other_step)
         if optimizers:
             for optimizer, name in zip(optimizers, names or repeat(""), strict=False):
@@ -135,11 +151,28 @@ class OptimizerRegistry:
         """Removes every hook; safe to call again."""
         if self._discovery is not None:
             self._discovery.remove()
-        for boundary in self._boundaries:
+        for boundary in list(self._boundaries):
             boundary.remove()
         self._run.hooks.detach()
         if self._forwards is not None:
             self._forwards.detach()
+
+    def let_go(self) -> None:
+        """Drops everything of the model, after :meth:`detach`; what is known stays."""
+        for boundary in list(self._boundaries):
+            boundary.let_go()
+        for one in (*self.followed, self._unowned):
+            if one is not None:
+                one.let_go()
+        self._curvature = None
+        if self._run.explaining is not None:
+            self._run.explaining.let_go()
+            self._run.explaining.forwards.measuring = None
+
+    @property
+    def is_vacant(self) -> bool:
+        """Whether every optimizer that was followed is gone."""
+        return bool(self.followed) and all(one.is_vacant for one in self.followed)
 
     @property
     def steps(self) -> int:
@@ -181,7 +214,7 @@ class OptimizerRegistry:
             run.joint_steps.close()  # only now: the loop above may find steps that a scaler skipped
         if run.hooks.added.watching:
             self._watch_what_is_added()
-        run.hooks.arrivals.on_begin = self._begin_backward
+        run.hooks.arrivals.on_begin = self._on_begin
         # With one optimizer nothing else is held, so the windows need not be asked.
         held = self.followed[0].window.backwards if self.followed else ()
         if self._forwards is not None and len(self._forwards.by_number) > len(held):
@@ -206,9 +239,11 @@ class OptimizerRegistry:
             if one.window.backwards[-1:] == [newest]:
                 one.note_loss(loss, divisor)
 
-    def _begin_backward(self, first: int) -> None:
+    @staticmethod
+    def _begin_backward(reference: weakref.ref[OptimizerRegistry], first: int) -> None:
         """Looks at the open windows when a backward begins; see :class:`Arrivals`."""
-        if self._is_busy():
+        self = reference()
+        if self is None or self._is_busy():
             return
         with self._shield:
             for one in self.followed:
@@ -318,14 +353,14 @@ class OptimizerRegistry:
 
     def follow(self, optimizer: Optimizer) -> None:
         """Follows one more optimizer of the watched parameters, before it has stepped."""
-        if any(optimizer is member for one in self.followed for member in one.members):
+        if any(one.has(optimizer) for one in self.followed):
             return
         with self._shield:
             indices = self._indices(stepped_by(optimizer)[-1])
             self._take_in(optimizer, indices, self._holding(indices))
 
     def _holding(self, indices: Sequence[int]) -> list[OptimizerSteps]:
-        """Lists the optimizers that hold any of some parameters."""
+        """Lists the optimizers that hold, or held before they were gone, any of some parameters."""
         return [one for one in self.followed if not set(indices).isdisjoint(one.window.indices)]
 
     def _on_found(self, optimizer: Optimizer, indices: list[int]) -> None:
@@ -337,13 +372,18 @@ class OptimizerRegistry:
             self._silence.tell_left_out(type(optimizer).__name__, indices)
             return
         found = self._take_in(optimizer, indices, before)
-        if self._named and not any(one.step for one in before):
-            self._silence.tell_another(before[0], found)
+        there = [one for one in before if not one.is_vacant and one is not found]
+        if self._named and there and not any(one.step for one in there):
+            self._silence.tell_another(there[0], found)
 
     def _take_in(
         self, optimizer: Optimizer, indices: list[int], before: Sequence[OptimizerSteps]
     ) -> OptimizerSteps:
         """Follows an optimizer from now on, with what is known of its parameters already."""
+        heirs = [one for one in before if one.may_go_on(stepped_by(optimizer)[0], indices)]
+        if heirs:
+            shared = [len(set(indices).intersection(one.window.indices)) for one in heirs]
+            return self._go_on(heirs[shared.index(max(shared))], optimizer)
         windows = [one.window for one in self.followed]
         ended = []
         if self._unowned is not None:
@@ -358,7 +398,41 @@ class OptimizerRegistry:
             self._unowned.release(indices)
         if ended:
             self._replay(found, ended)
+        for one in before:
+            if one.is_vacant:
+                self._leave_to_another(one, indices)
         return found
+
+    def _go_on(self, steps: OptimizerSteps, optimizer: Optimizer) -> OptimizerSteps:
+        members = stepped_by(optimizer)
+        steps.go_on(optimizer, members)
+        self._run.joint_steps.follow_one_more()
+        self._hook(steps, members)
+        return steps
+
+    def _leave_to_another(self, vacant: OptimizerSteps, indices: Sequence[int]) -> None:
+        """Takes parameters from an optimizer that is gone; ends its steps if it has no others."""
+        vacant.window.leave(indices)
+        if vacant.window.indices:
+            return
+        vacant.end()
+        self.followed.remove(vacant)
+        if vacant in self.managed:
+            self.managed.remove(vacant)
+        label = vacant.label
+        self._past.add(label)
+        self._steps[label], self._controls[label] = vacant.step, vacant.state_dict()
+        self._noise[label] = vacant.weights.noise.state_dict()
+
+    def _on_gone(self) -> None:
+        """Notes that an optimizer is gone; called at any moment."""
+        self._run.joint_steps.follow_one_less()
+        gone = [one for one in self._boundaries if one.is_vacant]
+        self._boundaries = [one for one in self._boundaries if not one.is_vacant]
+        for one in gone:
+            one.let_go()
+        if self.on_gone is not None:
+            self.on_gone()
 
     def _replay(self, found: OptimizerSteps, ended: Sequence[EndedWindow]) -> None:
         # These steps are over: none of them belongs together with the one that is about to begin.
@@ -371,7 +445,7 @@ class OptimizerRegistry:
 
     def _follow(self, optimizer: Optimizer, window: Window, name: str = "") -> OptimizerSteps:
         members = stepped_by(optimizer)
-        label = name or _label(members[0], {one.label for one in self.followed})
+        label = name or _label(members[0], {*self._past, *(one.label for one in self.followed)})
         curvature = None if self.followed else self._curvature
         steps = OptimizerSteps(
             label,
@@ -384,6 +458,7 @@ class OptimizerRegistry:
             self._on_finished,
             self._on_joined,
             self._on_first if not name else None,
+            partial(_call_on_gone, weakref.ref(self)),
         )
         self.followed.append(steps)
         filling = [one.window for one in (*self.followed, self._unowned) if one is not None]
@@ -394,17 +469,20 @@ class OptimizerRegistry:
             self.managed.append(steps)
         self._run.joint_steps.follow_one_more()
         self._load_into(steps)
+        self._hook(steps, members)
+        return steps
+
+    def _hook(self, steps: OptimizerSteps, members: Sequence[Optimizer]) -> None:
         may_refuse = self._options.on_nonfinite != "record" or self._options.skip_spikes is not None
         for position, one in enumerate(members):
             wrappers = members[:position]
             self._boundaries.append(StepBoundary(one, steps, self._shield, may_refuse, wrappers))
             if self._discovery is not None:
                 self._discovery.leave_out(one)
-        return steps
 
     def _on_first(self, steps: OptimizerSteps, optimizer: Optimizer) -> None:
         """Names a wrapper's steps after what steps: so they are named where it is found."""
-        taken = {one.label for one in self.followed if one is not steps}
+        taken = {*self._past, *(one.label for one in self.followed if one is not steps)}
         label = _label(optimizer, taken)
         if label != steps.label:
             steps.label = label
@@ -473,6 +551,12 @@ class OptimizerRegistry:
         return Window(
             run.table, list(indices), self._norm_type, run.shards, bad_weights=bad_weights
         )
+
+
+def _call_on_gone(reference: weakref.ref[OptimizerRegistry]) -> None:
+    registry = reference()
+    if registry is not None:
+        registry._on_gone()
 
 
 def _label(optimizer: Optimizer, taken: Container[str]) -> str:

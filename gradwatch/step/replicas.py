@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import enum
 import math
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from operator import attrgetter
 from typing import Concatenate, ParamSpec
@@ -146,7 +147,7 @@ class Replicas:
         self._tell = tell
         self._unwritten = rank() if writes and not is_distributed() else 0
         self._parts: list[_Part] = []
-        self._known: list[DistributedDataParallel] = []
+        self._known: list[weakref.ref[DistributedDataParallel]] = []
         self._found: DataParallel | None = None
         self._steps = self._looks = 0
         self._equal: dict[str, int] = {}
@@ -174,7 +175,7 @@ class Replicas:
                 part.reduced = part.ends_reduced = True
             else:
                 part.ends_reduced = False
-                part.is_held = not part.wrapper.require_backward_grad_sync
+                part.is_held = part.is_held_back
                 # A micro-batch that is not reduced is nothing special: only after a first step on
                 # such gradients they are sampled.
                 if part.in_a_row:
@@ -231,6 +232,11 @@ class Replicas:
             if part.is_held and part.in_a_row:
                 part.weights = _Sample(self._tensors(part.indices))
 
+    def let_go(self) -> None:
+        """Drops the gradients and weights that were sampled; what is known of them stays."""
+        for part in self._parts:
+            part.gradients = part.weights = None
+
     @_never_raises
     def end(self) -> None:
         """Judges what was left open, at the end of the run."""
@@ -266,13 +272,15 @@ class Replicas:
         self._tell(loop_event(kind, text, step, parameter_and_module=(name, module)))
 
     def _tensors(self, indices: Iterable[int]) -> list[Tensor]:
+        if self._table.is_gone:
+            return []
         return [self._table.tensors[index] for index in sorted(indices)]
 
     # -- wrappers ----------------------------------------------------------------------------------
 
     def _add(self, wrappers: Iterable[DistributedDataParallel]) -> None:
         for wrapper in wrappers:
-            self._known.append(wrapper)
+            self._known.append(weakref.ref(wrapper))
             self._looks = 0
             ranks, of = group_size(wrapper), self._table.indices_of
             reduced = set(of(reduced_by(wrapper)))
@@ -280,9 +288,9 @@ class Replicas:
             unhooked = Unhooked(self._table.tensors)  # a hook may average what the wrapper ignores
             ignored = {index for index in of(ignored_by(wrapper)) if index in unhooked}
             for part in (
-                _Part(wrapper, reduced, ranks),
-                _Part(wrapper, thawed, ranks, thawed=True),
-                _Part(wrapper, ignored, ranks, ignored=True),
+                _Part(weakref.ref(wrapper), reduced, ranks),
+                _Part(weakref.ref(wrapper), thawed, ranks, thawed=True),
+                _Part(weakref.ref(wrapper), ignored, ranks, ignored=True),
             ):
                 if part.indices and ranks > 1:
                     self._parts.append(part)
@@ -299,7 +307,8 @@ class Replicas:
         if self._parts:
             self._hooks.measure_local(found)
             with suppress(ValueError):  # not of the same ranks
-                self._found = DataParallel.of(None, found)
+                ranks = DataParallel.of(None, found)
+                self._found = ranks and replace(ranks, wrappers=[])  # which it would keep
             managed = window.divisor is not None
             text = WRAPPED_LATER.format(but=NOT_MANAGED if managed else "")
             self._tell(loop_event("changed", text, step), warn=managed)
@@ -313,7 +322,7 @@ class Replicas:
     def _rewrapped(self, part: _Part) -> bool:
         """Whether a newer wrapper has taken the place of one; it is judged from now on."""
         found = wrappers_that_hold(self._tensors(part.indices))
-        fresh = [one for one in found if not any(one is known for known in self._known)]
+        fresh = [one for one in found if not any(one is known() for known in self._known)]
         if fresh:
             self._parts.remove(part)
             self._add(fresh)
@@ -335,7 +344,8 @@ class Replicas:
         if count != SAME_STEPS or not self._parts:
             return
         # A hook may leave gradients as they are on purpose, as that of local SGD does.
-        if not all(takes_the_mean(part.wrapper) for part in self._parts):
+        wrappers = [part.wrapper() for part in self._parts]
+        if not all(wrapper is None or takes_the_mean(wrapper) for wrapper in wrappers):
             return
         ranks = max(part.ranks for part in self._parts)
         self._same = same_data_event(record, count, ranks)
@@ -356,7 +366,7 @@ class _Part:
     """The parameters that one wrapper averages, or (``thawed``) those that it does not know.
 
     Attributes:
-        wrapper: The wrapper.
+        wrapper: Returns the wrapper; None once the program has dropped it.
         indices: The indices of the parameters.
         ranks: The number of ranks that it averages over.
         thawed: Whether the parameters required no gradient when they were first seen.
@@ -374,7 +384,7 @@ class _Part:
         reduced_before: Whether any step was on averaged gradients.
     """
 
-    wrapper: DistributedDataParallel
+    wrapper: weakref.ref[DistributedDataParallel]
     indices: set[int]
     ranks: int
     thawed: bool = False
@@ -396,23 +406,25 @@ class _Part:
 
     def reduces(self) -> bool:
         """Returns whether the backward that is running is reduced, or torch does not tell."""
-        if self.thawed or self.ignored:
+        wrapper = self.wrapper()
+        if self.thawed or self.ignored or wrapper is None:
             return False
-        before, self._begun = self._begun, can_hold(self.wrapper)
+        before, self._begun = self._begun, can_hold(wrapper)
         # The first reduction of a static graph does not show.
-        return is_reducing(self.wrapper) is not False or (
-            self._begun and not before and self.static
+        return is_reducing(wrapper) is not False or (
+            self._begun and not before and bool(wrapper.static_graph)
         )
+
+    @property
+    def is_held_back(self) -> bool:
+        """Whether the wrapper runs under ``no_sync()`` now."""
+        wrapper = self.wrapper()
+        return wrapper is not None and not wrapper.require_backward_grad_sync
 
     @property
     def weights_moved(self) -> bool:
         """Whether something other than the optimizer has changed the weights since the step."""
         return self.weights is not None and self.weights.change() is Change.OTHER
-
-    @property
-    def static(self) -> bool:
-        """Whether the wrapper was told that the graph never changes."""
-        return bool(self.wrapper.static_graph)
 
     @property
     def certain_after(self) -> int:

@@ -89,6 +89,17 @@ class Steps(ABC):
         self._other_steps_then = self._run.other_steps
         return True
 
+    def let_go(self) -> None:
+        """Drops the parameters and their gradients, as nothing will come any more.
+
+        What is known of the window stays, and is recorded at the end of the run.
+        """
+        self.window.let_go()
+        self.weights.let_go()
+        self._sampler = None
+        if self.weights_then is not None:
+            self.weights_then.let_go()
+
     @property
     def scale_at_backward(self) -> FloatOrDeferred:
         """The loss scale at the newest backward."""

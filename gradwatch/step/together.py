@@ -84,6 +84,10 @@ class JointSteps:
         self._optimizers += 1
         self.several = self._finds_more or self._optimizers > 1
 
+    def follow_one_less(self) -> None:
+        """Counts an optimizer that is gone."""
+        self._optimizers -= 1
+
     def find_more(self) -> None:
         """Notes that optimizers are found at their first step."""
         self._finds_more = self.several = True

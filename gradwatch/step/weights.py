@@ -121,6 +121,10 @@ class WindowWeights:
             MicroBatch(weight, norm),
         ]
 
+    def let_go(self) -> None:
+        """Drops the parameters."""
+        self._backwards.let_go()
+
     def take_over(self, window: Window, other: WindowWeights) -> None:
         """Takes over what is known of the backwards in a window that ``other`` has noted."""
         self._backwards.take_over(window, other._backwards)
@@ -268,6 +272,10 @@ class _Backwards:
         self._numbers = list(window.backwards)
         self._graphs = [other._graphs[place] for place in kept]
         self._sketches = [other._sketches[place] if alike else None for place in kept]
+
+    def let_go(self) -> None:
+        """Drops the parameters that are sketched."""
+        self._sketcher = None
 
     def end(self) -> None:
         """Ends a window whose backwards are not compared."""

@@ -402,6 +402,10 @@ class Window:
         self.divisor, self.correction = None, 1.0
         self._before = self._snapshot = self._direction = None
 
+    def let_go(self) -> None:
+        """Drops the parameters; the norms of what is in the window stay."""
+        self._tensors, self._direction, self._placed = [], None, {}
+
     def begin_again(self) -> None:
         """Empties the window, for the next evaluation of a closure inside the same step.
 
