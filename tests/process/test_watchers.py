@@ -14,7 +14,7 @@ from torch import nn
 import gradwatch
 from gradwatch.process import watchers
 from gradwatch.process.watchers import ProcessWatch
-from tests.support import float64, state, zoo
+from tests.support import float64, processes, state, zoo
 
 
 @pytest.fixture(autouse=True)
@@ -484,3 +484,20 @@ def test_it_is_attached_once():
     watching.close()
     with pytest.raises(RuntimeError, match="attached before"):
         watching.attach()
+
+
+def test_the_end_of_a_script_is_silent():
+    """Its global model and optimizer go when nothing of gradwatch can be called any more."""
+    done = processes.run(
+        code="""
+            import torch, gradwatch
+
+            watching = gradwatch.watch_all().attach()
+            model = torch.nn.Linear(2, 1)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            watching.close()
+        """
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
