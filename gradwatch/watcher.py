@@ -243,8 +243,11 @@ class Watcher:
         return self._is_over
 
     def on_first_step(self, call: Callable[[], None]) -> None:
-        """Has a function called when an optimizer has taken its first step; it must not raise."""
-        self._registry.on_first_step = call
+        """Has a function called once an optimizer has taken a step, or was stopped in it.
+
+        It must not raise.
+        """
+        self._run.on_first_step.append(call)
 
     def leave_windows(self, accumulates: bool) -> None:
         """Lets a framework decide when to communicate and when to step.
@@ -337,6 +340,7 @@ class Watcher:
         """Leaves the sinks to the process that this one was forked from; called in each fork."""
         self._state = "forked"
         self._run.recorder.disown()
+        self._run.on_first_step.clear()
 
     def __del__(self) -> None:
         # An attached watcher lives as long as the model: this is the end of both.

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch.process.watchers import MOST_ALIKE, ProcessWatch
+from gradwatch.process import watchers
+from gradwatch.process.watchers import ProcessWatch
 from tests.support import float64, state, zoo
 
 
@@ -80,6 +81,7 @@ def test_every_step_from_the_first_is_measured_under_the_models_own_names(micro_
 
 def test_training_is_bit_identical():
     """Training is bit identical."""
+
     def run():
         torch.manual_seed(3)
         case = zoo.mlp()
@@ -277,6 +279,7 @@ def test_each_model_has_its_own_clip():
 
 def test_sinks_are_made_for_each_model():
     """Sinks are made for each model."""
+
     class Sink:
         def __init__(self):
             self.steps = 0
@@ -378,16 +381,18 @@ def test_what_would_be_a_warning_is_said():
     assert any("NaN" in one for one in told)
 
 
-def test_no_more_than_a_hundred_models_of_a_kind_are_watched():
+def test_no_more_than_a_hundred_models_of_a_kind_are_watched(monkeypatch):
     """No more than a hundred models of a kind are watched."""
+    assert watchers.MOST_ALIKE == 100
+    monkeypatch.setattr(watchers, "MOST_ALIKE", 3)
     told = []
     watching = ProcessWatch({}, say=told.append).attach()
     try:
-        for _ in range(MOST_ALIKE + 3):
+        for _ in range(6):
             train(*build(), steps=1)
     finally:
         watching.close()
-    assert len(watching.watchers) == MOST_ALIKE
+    assert len(watching.watchers) == 3
     assert sum("are not" in one for one in told) == 1
 
 
