@@ -722,7 +722,7 @@ class Watcher:
         if self._is_over or self._state == "closed":
             return
         # Parameters that are in no module are there as long as they are in the table.
-        if any(part() is not None for part in self._parts) and self._model() is not None:
+        if self._model() is not None and any(part() is not None for part in self._parts):
             return
         self._hooks.buffers.let_go()
         if self._run.explaining is not None:

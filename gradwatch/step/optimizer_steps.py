@@ -219,6 +219,9 @@ class OptimizerSteps(Steps):
         super().let_go()
         self.let_go_of_optimizer()
         self._explaining = self.closures = self._curvature = None
+        inner = self._inner()
+        if inner is not None:
+            self._inner = weakref.ref(inner)  # nobody need be told any more
 
     # -- backwards ---------------------------------------------------------------------------------
 
