@@ -14,19 +14,21 @@ from torch.optim import Optimizer
 
 from gradwatch.hooks.forwards import KeptForwards
 from gradwatch.hooks.holding import ModelReference
+from gradwatch.process.modules import NotedModules
 from gradwatch.process.owners import owners_of
 
 
 class EarlyForwards:
     """Keeps forwards of models that are not watched yet."""
 
-    def __init__(self) -> None:
-        """Keeps nothing yet."""
+    def __init__(self, noted: NotedModules) -> None:
+        """Keeps nothing yet; models are looked for among the noted modules first."""
+        self._noted = noted
         self._kept: list[tuple[weakref.ref[nn.Module], KeptForwards]] = []
 
     def begin(self, optimizers: Sequence[Optimizer]) -> None:
         """Keeps the forwards of the models of some optimizers from now on."""
-        for owner in owners_of(optimizers):
+        for owner in owners_of(optimizers, self._noted):
             model = owner.model()
             if isinstance(model, nn.Module) and self._find(model) is None:
                 kept = KeptForwards(ModelReference(model, owner.model))
