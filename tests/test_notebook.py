@@ -156,6 +156,13 @@ def test_the_options_are_those_of_gradwatch_run(trained, shell):
     assert "1 step, 4 parameters" in ran.text
 
 
+def test_the_first_step_of_the_cell_is_explained(trained):
+    """A NaN in the first batch is explained to its line, though its model was built in an earlier cell."""
+    ran = trained("%%gradwatch --on-nonfinite explain\nx[1, 0] = float('nan')\ntrain(1)")
+    assert "1 of 12 elements of the input input (float32, [4, 3]) is NaN, in example 1." in ran.err
+    assert "model(x).square()" in ran.err
+
+
 @pytest.mark.parametrize(
     ("line", "told"),
     [

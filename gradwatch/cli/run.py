@@ -15,6 +15,7 @@ from gradwatch.cli.locate import UsageError, locate
 from gradwatch.cli.on_import import after_import
 from gradwatch.cli.program import Program, execute
 from gradwatch.cli.settings import SETTINGS, add_options, is_off, settle
+from gradwatch.imports import no_collection
 
 if TYPE_CHECKING:
     from gradwatch.process.watchers import ProcessWatch
@@ -202,8 +203,9 @@ class Run:
 
     def _attach(self) -> None:
         try:
-            from gradwatch import lifetime
-            from gradwatch.process.watchers import ProcessWatch
+            with no_collection():
+                from gradwatch import lifetime
+                from gradwatch.process.watchers import ProcessWatch
 
             options = {**self._options, **self._places()}
             try:
