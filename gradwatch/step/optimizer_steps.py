@@ -709,6 +709,8 @@ class OptimizerSteps(Steps):
 
     def _story(self, norms: StepNorms) -> tuple[StepRecord, list[Event]]:
         """Returns record and non-finite events of a step that will raise; flushes the sinks."""
+        if self._run.on_first_step:
+            self._run.begin()
         entry = self._pending(norms, self.step + 1).entry()
         events = [event for event in entry.events if event.nonfinite]
         self._run.recorder.note(tuple(events))

@@ -53,14 +53,12 @@ class OptimizerRegistry:
             found.
         managed: The steps of those optimizers that a managed loop steps: the named ones, or all if
             none was named.
-        on_first_step: Called when an optimizer has taken its first step; None if nobody asks.
         on_gone: Called when an optimizer is gone, at any moment; None if nobody asks.
     """
 
     def __init__(self, run: Run, shield: Shield, curvature: MeasureCurvature | None = None) -> None:
         """Follows no optimizer yet; ``curvature`` is measured after steps of the first one."""
         self.followed: list[OptimizerSteps] = []
-        self.on_first_step: Callable[[], None] | None = None
         self.on_gone: Callable[[], None] | None = None
         self._past: set[str] = set()  # labels of steps that have ended
         self._finished: OptimizerSteps | None = None  # whose step has ended last
@@ -146,6 +144,11 @@ class OptimizerRegistry:
             return False
         self._generation = generation
         return any(one.is_left_out for one in self.followed)
+
+    def end_discovery(self) -> None:
+        """Finds no optimizer any more; unlike :meth:`detach` it may be called inside a step."""
+        if self._discovery is not None:
+            self._discovery.end()
 
     def detach(self) -> None:
         """Removes every hook; safe to call again."""
@@ -500,9 +503,9 @@ class OptimizerRegistry:
             self._serial = self._forwards.serial
             alone = len(self.followed) == 1 and self._unowned is None
             self._forwards.keep_only(() if alone else self._open_backwards())
+        if self._run.on_first_step:
+            self._run.begin()
         if steps.step % LOOK_EVERY in LOOK_AT:
-            if self.on_first_step is not None and steps.step == 1:
-                self.on_first_step()
             self._silence.look_at_model(steps.step)
             self._run.hooks.buffers.look_again()
             steps.forget_groups()
