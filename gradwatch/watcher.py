@@ -154,7 +154,7 @@ class Watcher:
         self._managed = ManagedLoop(self._run, self._sync, managed)
         self._batches = BatchRunner(self._run, self._managed, self._model, managed)
         self._holder: HeldByModel | None = None
-        self._parts: list[object] = []
+        self._parts: Sequence[weakref.ref[nn.Module]] = ()
         if not self._holds:
             if ranks is not None:
                 ranks.wrappers.clear()
@@ -345,6 +345,7 @@ class Watcher:
     def __del__(self) -> None:
         # An attached watcher lives as long as the model: this is the end of both.
         if self._state == "attached":
+            self._registry.end_discovery()  # it may come inside of any step
             lifetime.close_quietly(self)
 
     # -- copies: pickle, copy, torch.save --------------------------------------------------------
@@ -701,7 +702,7 @@ class Watcher:
     def _let_go(self) -> None:
         """Drops everything of the program's; what is known of it stays."""
         run = self._run
-        self._parts = []
+        self._parts = ()
         if self._holder is not None:
             self._holder.end()
         self._registry.let_go()
@@ -720,16 +721,15 @@ class Watcher:
         """Looks what is left when a module or an optimizer of the program is gone."""
         if self._is_over or self._state == "closed":
             return
-        model = self._model()
-        if isinstance(model, nn.Module):
+        # Parameters that are in no module are there as long as they are in the table.
+        if any(part() is not None for part in self._parts) and self._model() is not None:
             return
-        if model is None:
-            self._hooks.buffers.let_go()
-            if self._run.explaining is not None:
-                self._run.explaining.let_go()
-        # Tensors without a module live on in the table: whether they are used shows the optimizer.
+        self._hooks.buffers.let_go()
+        if self._run.explaining is not None:
+            self._run.explaining.let_go()
         if self._registry.is_vacant:
             self._is_over = True
+            self._registry.end_discovery()
             self._stop_watching()
             self._let_go()
 

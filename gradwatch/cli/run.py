@@ -65,8 +65,8 @@ NO_FOLDER = "The run is not kept: {error}. To keep it elsewhere: --run-dir DIR."
 NO_TORCH = "Nothing was watched: the program did not import torch in this process."
 NO_BOARD = "Nothing is written for TensorBoard: {error}"
 CHILDREN = (
-    "It started other processes, which are not watched. If they train, start them with "
-    "`python -m gradwatch run`, or call gradwatch.watch_all() in the function that they run."
+    "Other processes that it started are not watched. If they train, start them with `python -m "
+    "gradwatch run`, or call gradwatch.watch_all() in the function that they run."
 )
 CANNOT = "Nothing is watched: {error}"
 LOOK = (

@@ -18,16 +18,7 @@ OFF = "GRADWATCH_OFF"
 """Environment variable; if set to 1, the program runs without gradwatch."""
 
 ON_NONFINITE = ("record", "skip", "raise", "explain")
-STATISTICS = (
-    "norm",
-    "max",
-    "mean",
-    "std",
-    "zeros",
-    "weight_norm",
-    "update_ratio",
-    "histogram",
-)
+STATISTICS = ("norm", "max", "mean", "std", "zeros", "weight_norm", "update_ratio")
 
 
 class Setting(NamedTuple):

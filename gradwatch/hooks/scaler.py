@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.amp.grad_scaler import OptState
@@ -77,10 +81,54 @@ class LossScale:
 
 def _scalers() -> list[torch.amp.GradScaler]:
     """Lists every enabled scaler of the process."""
-    # torch keeps no list of them. Not isinstance(), which reads __class__: on a proxy object this
-    # may raise an error.
-    objects = [o for o in gc.get_objects() if issubclass(type(o), torch.amp.GradScaler)]
-    return [scaler for scaler in objects if scaler.is_enabled()]
+    found = list(_noted[-1]) if _noted else _instances()
+    return [scaler for scaler in found if scaler.is_enabled()]
+
+
+def _instances() -> list[torch.amp.GradScaler]:
+    # torch keeps no list of them. Not isinstance(), which is slower, and which reads __class__: on
+    # a proxy object this may raise an error.
+    kinds: set[type] = {torch.amp.GradScaler}
+    waiting = list(kinds)
+    while waiting:
+        found: list[type] = type.__subclasses__(waiting.pop())
+        kinds.update(found)
+        waiting += found
+    return [one for one in gc.get_objects() if type(one) in kinds]
+
+
+_noted: list[WeakSet[torch.amp.GradScaler]] = []
+
+
+@contextmanager
+def noted_scalers() -> Iterator[None]:
+    """Notes the scalers that are built, so that no others need be searched for.
+
+    To be entered before the first one is built.
+    """
+    noted: WeakSet[torch.amp.GradScaler] = WeakSet()
+
+    def note_after(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def call(scaler: torch.amp.GradScaler, *args: Any, **kwargs: Any) -> None:
+            function(scaler, *args, **kwargs)
+            noted.add(scaler)
+
+        return call
+
+    kind: Any = torch.amp.GradScaler
+    before = {name: getattr(kind, name) for name in ("__init__", "__setstate__")}
+    after = {name: note_after(function) for name, function in before.items()}
+    for name, function in after.items():
+        setattr(kind, name, function)
+    _noted.append(noted)
+    try:
+        yield
+    finally:
+        _noted.remove(noted)
+        for name, function in after.items():
+            if getattr(kind, name) is function:  # else somebody has wrapped ours since
+                setattr(kind, name, before[name])
 
 
 def _at_hand(

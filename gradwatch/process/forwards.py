@@ -14,24 +14,27 @@ from torch.optim import Optimizer
 
 from gradwatch.hooks.forwards import KeptForwards
 from gradwatch.hooks.holding import ModelReference
-from gradwatch.process.owners import owners_of
+from gradwatch.process.modules import NotedModules
+from gradwatch.process.owners import owners_of, roots_in
 
 
 class EarlyForwards:
     """Keeps forwards of models that are not watched yet."""
 
-    def __init__(self) -> None:
-        """Keeps nothing yet."""
-        self._kept: list[tuple[weakref.ref[nn.Module], KeptForwards]] = []
+    def __init__(self, noted: NotedModules) -> None:
+        """Keeps nothing yet; models are looked for among the noted modules first."""
+        self._noted = noted
+        self._kept: list[tuple[list[weakref.ref[nn.Module]], KeptForwards]] = []
 
     def begin(self, optimizers: Sequence[Optimizer]) -> None:
         """Keeps the forwards of the models of some optimizers from now on."""
-        for owner in owners_of(optimizers):
+        for owner in owners_of(optimizers, self._noted):
             model = owner.model()
             if isinstance(model, nn.Module) and self._find(model) is None:
                 kept = KeptForwards(ModelReference(model, owner.model))
                 kept.attach()
-                self._kept.append((weakref.ref(model), kept))
+                # Not the model itself, which may have been made for this call.
+                self._kept.append(([weakref.ref(one) for one in roots_in(model)], kept))
 
     def take(self, model: nn.Module | Mapping[str, Tensor]) -> KeptForwards | None:
         """Returns what was kept of a model, which is the caller's from now on; None if nothing."""
@@ -46,4 +49,8 @@ class EarlyForwards:
         self._kept = []
 
     def _find(self, model: nn.Module | Mapping[str, Tensor]) -> KeptForwards | None:
-        return next((kept for ref, kept in self._kept if ref() is model), None)
+        wanted = [id(one) for one in roots_in(model)]
+        for roots, kept in self._kept:
+            if wanted and [id(ref()) for ref in roots] == wanted:
+                return kept
+        return None

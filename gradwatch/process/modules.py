@@ -7,7 +7,6 @@ What was noted tells most models without it.
 from __future__ import annotations
 
 import gc
-import inspect
 import sys
 from collections.abc import Callable, Iterable
 from types import FrameType
@@ -20,6 +19,8 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 from torch.utils.hooks import RemovableHandle
+
+from gradwatch.hooks.variables import local_variables
 
 
 class NotedModules:
@@ -70,6 +71,19 @@ class NotedModules:
 
 def all_modules() -> list[nn.Module]:
     """Searches the process for its modules; those are among them that are garbage already."""
+    return _modules_among(gc.get_objects())
+
+
+def frozen_modules() -> list[nn.Module]:
+    """Lists the modules that ``gc.freeze()`` may have set aside, where no search finds them.
+
+    They are reached from the imported modules and the variables of running functions, which takes
+    a large part of a second; without a call of ``gc.freeze()`` there are none.
+    """
+    return _modules_among(_reachable()) if gc.get_freeze_count() else []
+
+
+def _modules_among(values: Iterable[Any]) -> list[nn.Module]:
     kinds: set[type] = {nn.Module}
     waiting: list[type] = [nn.Module]
     while waiting:
@@ -78,11 +92,7 @@ def all_modules() -> list[nn.Module]:
         kinds.update(new)
         waiting += new
     # Not isinstance(), which is slower, and which reads __class__: a proxy may raise an error.
-    modules = [one for one in gc.get_objects() if type(one) in kinds]
-    if gc.get_freeze_count():
-        # Nor does get_objects() list what gc.freeze() has set aside.
-        modules += [one for one in _reachable() if type(one) in kinds]
-    return modules
+    return [one for one in values if type(one) in kinds]
 
 
 def values_of(module: nn.Module, attribute: str) -> list[Any]:
@@ -100,17 +110,8 @@ def values_of(module: nn.Module, attribute: str) -> list[Any]:
 
 
 def _reachable() -> list[Any]:
-    """Lists what can be reached from the imported modules and the variables of running functions.
-
-    Unlike ``gc.get_objects()`` this takes a large part of a second.
-    """
     found: dict[int, Any] = {}
-    waiting: list[Any] = [sys.modules]
-    for frame in sys._current_frames().values():
-        at: FrameType | None = frame
-        while at is not None:
-            waiting += _variables(at)
-            at = at.f_back
+    waiting = [sys.modules, *_variables()]
     while waiting:
         new = {id(one): one for one in waiting if id(one) not in found and gc.is_tracked(one)}
         found |= new
@@ -118,15 +119,15 @@ def _reachable() -> list[Any]:
     return list(found.values())
 
 
-def _variables(frame: FrameType) -> list[Any]:
-    variables = frame.f_locals
-    values = list(variables.values())
-    optimized = frame.f_code.co_flags & inspect.CO_OPTIMIZED  # those of a module are its globals
-    if sys.version_info < (3, 13) and optimized and sys.getrefcount(variables) <= _UNSHARED:
-        # A snapshot, which would keep the values alive as long as the frame. It is left alone if
-        # the program holds it as well, having called locals().
-        variables.clear()
-    return values
-
-
-_UNSHARED = 3  # the frame, a variable and an argument
+def _variables() -> list[Any]:
+    """Lists the variables of all functions that are running, but for those in this room."""
+    found: list[Any] = []
+    # No variable may be left that refers to the frame of this function: it would be a cycle.
+    waiting = list(sys._current_frames().values())
+    while waiting:
+        frame: FrameType | None = waiting.pop()
+        while frame is not None:
+            if not str(frame.f_globals.get("__name__")).startswith(__package__):
+                found += local_variables(frame).values()
+            frame = frame.f_back
+    return found

@@ -9,8 +9,10 @@ import inspect
 import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import CodeType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.loss import _Loss
 from torch.optim import Optimizer
@@ -19,7 +21,7 @@ from torch.utils.weak import TensorWeakRef
 from gradwatch.hooks.data_parallel import shards_of
 from gradwatch.hooks.optimizer import parameters_held, parts_of, stepped_by, wrapped_in
 from gradwatch.measure.parameters import unwrapped
-from gradwatch.process.modules import NotedModules, all_modules, values_of
+from gradwatch.process.modules import NotedModules, all_modules, frozen_modules, values_of
 
 # Keys of Together that names leave out (measure/parameters.py).
 ONLY_ONE = "(model)"
@@ -93,7 +95,7 @@ class Owner:
         return found
 
 
-class Together(nn.Module):
+class Together(nn.ModuleDict):
     """Holds what has no module around it: several models, or parameters that are in none."""
 
     def __init__(self, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor]) -> None:
@@ -111,6 +113,13 @@ class _Loose(nn.Module):
     def __init__(self, parameters: Mapping[str, Any]) -> None:
         super().__init__()
         self._parameters.update(parameters)  # register_parameter() refuses plain tensors
+
+
+def roots_in(model: object) -> list[nn.Module]:
+    """Lists the program's own modules in what :meth:`Owner.model` has returned."""
+    if not isinstance(model, Together):
+        return [model] if isinstance(model, nn.Module) else []
+    return [one for one in model._modules.values() if one is not None and type(one) is not _Loose]
 
 
 def owners_of(optimizers: Sequence[Optimizer], noted: NotedModules | None = None) -> list[Owner]:
@@ -133,6 +142,9 @@ def owners_of(optimizers: Sequence[Optimizer], noted: NotedModules | None = None
     trained = [_Trained(graph, one, parameters) for one, parameters in wanted]
     if noted is None or not all(one.is_known(graph, noted) for one in trained):
         graph = _Graph(ids, all_modules())
+        trained = [_Trained(graph, one, parameters) for one, parameters in wanted]
+    if any(one.loose for one in trained) and (frozen := frozen_modules()):
+        graph = _Graph(ids, [*all_modules(), *frozen])
         trained = [_Trained(graph, one, parameters) for one, parameters in wanted]
     return [_owner(graph, group) for group in _groups(trained)]
 
@@ -158,8 +170,9 @@ def _outermost(optimizers: Iterable[Optimizer]) -> list[Optimizer]:
 
 def _followed(optimizer: Optimizer) -> list[Optimizer]:
     # As options.optimizer_list() does for watch(): torch runs no step hooks on some wrappers.
-    if stepped_by(optimizer):
-        return [optimizer]
+    stepped = stepped_by(optimizer)
+    if stepped:
+        return stepped[:1]
     try:
         return parts_of(optimizer)
     except ValueError:
@@ -233,7 +246,10 @@ def _label(roots: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> str:
 
 
 def _class_name(module: nn.Module) -> str:
-    found = type(unwrapped(module))
+    module = unwrapped(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return str(getattr(module, "original_name", "ScriptModule"))
+    found = type(module)
     # torch makes such a class for a module that it shards or parametrizes.
     while made := [
         base
@@ -339,8 +355,12 @@ class _Graph:
             # Two wrappers around one model, such as DDP and torch.compile: what is in both of them.
             common = [key for key in best if around[key].issuperset(outermost)]
             if not common or len(common) == len(best):
-                return min(outermost, key=lambda key: type(self._modules[key]).__qualname__)
+                return min(outermost, key=self._size)
             best = common
+
+    def _size(self, key: int) -> tuple[int, str]:
+        module = self._modules[key]
+        return len(list(_tensors_in(module))), type(module).__qualname__
 
     def _around(self, key: int) -> set[int]:
         """Returns the modules that a module is in, and itself."""
@@ -352,27 +372,64 @@ class _Graph:
         return found
 
     def _rank(self, key: int) -> int:
-        """Returns 0 for a model, 2 for a container, 1 for what is neither."""
+        """Returns 0 for a model, 2 for a container, 1 for what is around a model."""
         module = self._modules[key]
         if type(module) in _CONTAINERS:
             return 2
-        return int(_is_facade(type(module)) or isinstance(module, _Loss))
+        around = isinstance(module, _Loss) or self._is_facade(module)
+        return int(around or self._passes_on(module) or self._averages(module))
+
+    def _is_facade(self, module: nn.Module) -> bool:
+        """Returns whether calling a module is something else than running the model in it.
+
+        An object that offers training and prediction may be a module that holds the model.
+        """
+        home = next(one for one in type(module).__mro__ if "__call__" in vars(one))
+        if home is nn.Module or home.__module__.partition(".")[0] == "torch":
+            return False
+        used = _names_in(vars(home)["__call__"])
+        running = {"__call__", "_call_impl", "forward", *self._trained_in(module)}
+        return used.isdisjoint(running) or not used.isdisjoint(("no_grad", "inference_mode"))
+
+    def _trained_in(self, module: nn.Module) -> list[str]:
+        """Names the children that hold any of the parameters."""
+        children = module._modules.items()
+        return [name for name, child in children if self.held.get(id(child))]
+
+    def _passes_on(self, module: nn.Module) -> bool:
+        """Returns whether a module holds a model twice: as it is, and as it is to be called."""
+        holding = [one for one in values_of(module, "_modules") if self.held.get(id(one))]
+        return len(holding) > 1 and len({id(unwrapped(one)) for one in holding}) == 1
+
+    def _averages(self, module: nn.Module) -> bool:
+        """Returns whether a module is a mean of the weights of the model, which it holds as well.
+
+        It is called for the mean.
+        """
+        children = {name: one for name, one in module._modules.items() if one is not None}
+        trained = self._trained_in(module)
+        copies = [name for name in children if name not in trained]
+        if len(trained) != 1 or not copies or values_of(module, "_parameters"):
+            return False
+        same = all(type(children[name]) is type(children[trained[0]]) for name in copies)
+        frozen = not any(t.requires_grad for name in copies for t in _tensors_in(children[name]))
+        used = _names_in(type(module).forward)
+        return same and frozen and trained[0] not in used and not used.isdisjoint(copies)
 
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
-def _is_facade(kind: type[nn.Module]) -> bool:
-    """Returns whether calling such a module is something else than running its forward.
-
-    An object that offers training and prediction may be a module that holds the model.
-    """
-    home = next(one for one in kind.__mro__ if "__call__" in vars(one))
-    if home is nn.Module or home.__module__.partition(".")[0] == "torch":
-        return False
-    call: Any = vars(home)["__call__"]
-    code = getattr(inspect.unwrap(call), "__code__", None)
-    return code is None or not {"__call__", "_call_impl", "forward"} & set(code.co_names)
+def _names_in(function: Any) -> set[str]:
+    """Returns the names of attributes and globals that a function uses."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    found: set[str] = set()
+    waiting = [] if code is None else [code]
+    while waiting:
+        code = waiting.pop()
+        found.update(code.co_names)
+        waiting += [one for one in code.co_consts if isinstance(one, CodeType)]  # functions in it
+    return found
 
 
 def _tensors_in(root: nn.Module) -> Iterator[Tensor]:

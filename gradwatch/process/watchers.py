@@ -27,11 +27,12 @@ from gradwatch.errors import described_error, tell_instead, tell_no_more, warn_s
 from gradwatch.hooks.backward import give_way_no_more, give_way_with, is_watched
 from gradwatch.hooks.context import REPLAY, is_replaying
 from gradwatch.hooks.optimizer import OptimizerDiscovery, is_trial, parameters_held
+from gradwatch.hooks.scaler import noted_scalers
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.options import CHECKS
 from gradwatch.process.acting import refuse_dishonest
 from gradwatch.process.backward import BeforeBackward, is_tracing
-from gradwatch.process.forwards import EarlyForwards
+from gradwatch.process.modules import NotedModules
 from gradwatch.process.optimizers import BuiltOptimizers, is_complete, optimizers_there
 from gradwatch.process.owners import Owner, owners_of
 from gradwatch.process.report import ProcessReport
@@ -43,6 +44,7 @@ from gradwatch.watcher import Watcher, build_watcher
 
 if TYPE_CHECKING:
     from gradwatch.clip.policy import ClipPolicy
+    from gradwatch.process.forwards import EarlyForwards
     from gradwatch.report.thresholds import Thresholds
 
 MOST_ALIKE = 100
@@ -129,7 +131,13 @@ class ProcessWatch:
         self._built: dict[str, None] = {}  # names of classes, in order
         self._left = False
         self._kinds: Counter[tuple[str, int]] = Counter()
-        self._early = EarlyForwards() if self._options.explain else None
+        self._ending = ExitStack()
+        self._noted = NotedModules()
+        self._early: EarlyForwards | None = None
+        if self._options.explain:
+            from gradwatch.process.forwards import EarlyForwards  # few runs need it
+
+            self._early = EarlyForwards(self._noted)
         self._errors: list[str] = []
         self._lock = threading.Lock()
         self._claiming: int | None = None  # the thread that does
@@ -155,6 +163,9 @@ class ProcessWatch:
         if self._say is not None:
             tell_instead(self._say)
         give_way_with(self._give_way)
+        self._noted.attach()
+        if self._is_first:
+            self._ending.enter_context(noted_scalers())
         self._births = BuiltOptimizers(
             self._on_built, None if self._early is None else self._on_complete
         )
@@ -196,6 +207,8 @@ class ProcessWatch:
     def _stop(self) -> None:
         if self._births is not None:
             self._births.remove()
+        self._noted.close()
+        self._ending.close()
         self._wait_no_more()
         if self._early is not None:
             self._early.end()
@@ -312,7 +325,7 @@ class ProcessWatch:
             for one in optimizers
             if not self._is_left(one) and not self._joins(one) and not self._is_enough(one)
         ]
-        for owner in owners_of(new) if new else ():
+        for owner in owners_of(new, self._noted):
             self._watch(owner)
         if self._early is not None and not self._waiting:
             self._early.end()

@@ -145,6 +145,11 @@ class OptimizerRegistry:
         self._generation = generation
         return any(one.is_left_out for one in self.followed)
 
+    def end_discovery(self) -> None:
+        """Finds no optimizer any more; unlike :meth:`detach` it may be called inside a step."""
+        if self._discovery is not None:
+            self._discovery.end()
+
     def detach(self) -> None:
         """Removes every hook; safe to call again."""
         if self._discovery is not None:

@@ -268,6 +268,22 @@ def _clip_by_gradwatch(watch: Watch) -> Any:
     return model
 
 
+@healthy()
+def _divided_before_the_clip_of_gradwatch(watch: Watch) -> Any:
+    model = net()
+    optimizer = sgd(model)
+    with watch(model, optimizer, clip=1e3) as run:  # never needed
+        for i in range(STEPS):
+            optimizer.zero_grad()
+            tokens = 7 + i % 3
+            (loss_of(model, i) * tokens).backward()
+            run.row(optimizer)
+            for parameter in model.parameters():
+                parameter.grad.div_(tokens)
+            optimizer.step()
+    return model
+
+
 @healthy(events=["nan", "skipped"])
 def _steps_left_out_by_gradwatch(watch: Watch) -> Any:
     model = net()

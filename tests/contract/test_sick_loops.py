@@ -871,6 +871,18 @@ def _a_clip_between_two_micro_batches(watch: Watch) -> None:
                 optimizer.zero_grad()
 
 
+@sick("both", kinds=("mistake",), warns=True)
+def _a_clip_beside_that_of_gradwatch(watch: Watch) -> None:
+    model = net()
+    optimizer = sgd(model)
+    with watch(model, optimizer, clip=0.5):
+        for i in range(STEPS):
+            loss_of(model, i, 100.0).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
 class _Opaque:
     """Wraps an optimizer in a way that nothing could guess."""
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import gradwatch
-from gradwatch.process.watchers import MOST_ALIKE, ProcessWatch
+from gradwatch.process import watchers
+from gradwatch.process.watchers import ProcessWatch
 from tests.support import float64, state, zoo
 
 
@@ -380,16 +381,18 @@ def test_what_would_be_a_warning_is_said():
     assert any("NaN" in one for one in told)
 
 
-def test_no_more_than_a_hundred_models_of_a_kind_are_watched():
+def test_no_more_than_a_hundred_models_of_a_kind_are_watched(monkeypatch):
     """No more than a hundred models of a kind are watched."""
+    assert watchers.MOST_ALIKE == 100
+    monkeypatch.setattr(watchers, "MOST_ALIKE", 3)
     told = []
     watching = ProcessWatch({}, say=told.append).attach()
     try:
-        for _ in range(MOST_ALIKE + 3):
+        for _ in range(6):
             train(*build(), steps=1)
     finally:
         watching.close()
-    assert len(watching.watchers) == MOST_ALIKE
+    assert len(watching.watchers) == 3
     assert sum("are not" in one for one in told) == 1
 
 
