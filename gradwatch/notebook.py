@@ -169,4 +169,5 @@ def _show(watch: ProcessWatch) -> None:
 
     report = watch.report()
     # Not the object: a terminal would show its repr(), which is one line.
-    display({"text/plain": str(report), "text/html": report._repr_html_()}, raw=True)
+    content = {"text/plain": str(report), "text/html": report._repr_html_()}
+    display(content, raw=True)  # type: ignore[no-untyped-call]

@@ -414,8 +414,10 @@ def parameters_held(optimizer: Any) -> list[Tensor]:
 def _runs_hooks(optimizer: Any) -> bool:
     # Optimizer.__init__() makes the dicts of hooks and wraps step(), once for each class (private,
     # torch 2.4 to 2.13). A class that does not call it may make the dicts by itself.
-    step = getattr(type(optimizer), "step", None)
-    return hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(step, "hooked", False)
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    # A plain dict cannot be referred to weakly, so torch can register nothing in it.
+    takes_hooks = hooks is not None and type(hooks).__weakrefoffset__ != 0
+    return takes_hooks and getattr(getattr(type(optimizer), "step", None), "hooked", False)
 
 
 def hide_gradients(parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
