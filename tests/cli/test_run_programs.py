@@ -100,6 +100,7 @@ def test_a_safe_path_is_left_safe(there):
     """Under -P no folder is put on the path."""
     (there / "program.py").write_text("import sys; print(sys.path); import beside")
     assert _assert_same(there, "program.py", before=("-P",)).code == 1
+    assert _assert_same(there, "folder", before=("-P",)).out
 
 
 @pytest.mark.parametrize("name", ["its arguments", "an error", "recursion, caught", "Ctrl-C"])
