@@ -16,7 +16,8 @@ from gradwatch.cli.launch import default_folder, give_back, rank_and_size, reser
 from gradwatch.cli.locate import UsageError, locate
 from gradwatch.cli.on_import import after_import
 from gradwatch.cli.program import Program, execute
-from gradwatch.cli.settings import SETTINGS, is_off, settle
+from gradwatch.cli.settings import SETTINGS, add_options, is_off, settle
+from gradwatch.imports import no_collection
 
 if TYPE_CHECKING:
     from gradwatch.process.watchers import ProcessWatch
@@ -147,19 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for name, setting in SETTINGS.items():
-        option = f"--{name.replace('_', '-')}"
-        if setting.metavar:
-            parser.add_argument(option, metavar=setting.metavar, help=setting.help)
-        elif setting.metavar is None:
-            parser.add_argument(option, action="store_const", const="true", help=setting.help)
-    listed = ", ".join(name for name, setting in SETTINGS.items() if setting.metavar == "")
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="options of gradwatch.watch_all() in a TOML or JSON file: those above, by their names "
-        f"in Python, and {listed}",
-    )
+    add_options(parser)
     return parser
 
 
@@ -214,8 +203,9 @@ class Run:
 
     def _attach(self) -> None:
         try:
-            from gradwatch import lifetime
-            from gradwatch.process.watchers import ProcessWatch
+            with no_collection():
+                from gradwatch import lifetime
+                from gradwatch.process.watchers import ProcessWatch
 
             options = {**self._options, **self._places()}
             try:

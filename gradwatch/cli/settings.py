@@ -5,6 +5,7 @@ They are checked before the program starts, and without torch, which the program
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -128,6 +129,23 @@ UNKNOWN = "{path} has {key!r}, which is no option.{close} It takes {known}."
 NO_TOML = "{path} is TOML, which Python reads from 3.11 on. Write it as JSON, to a file *.json."
 NOT_READ = "{path} cannot be read: {error}."
 NO_TABLE = "{path} must hold options and their values, got {value!r}."
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the settings, and ``--config``, to a parser that leaves out what is not typed."""
+    for name, setting in SETTINGS.items():
+        option = f"--{name.replace('_', '-')}"
+        if setting.metavar:
+            parser.add_argument(option, metavar=setting.metavar, help=setting.help)
+        elif setting.metavar is None:
+            parser.add_argument(option, action="store_const", const="true", help=setting.help)
+    listed = ", ".join(name for name, setting in SETTINGS.items() if setting.metavar == "")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="options of gradwatch.watch_all() in a TOML or JSON file: those above, by their names "
+        f"in Python, and {listed}",
+    )
 
 
 def settle(typed: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:

@@ -171,6 +171,7 @@ class ProcessWatch:
         )
         for optimizer in () if self._is_first else optimizers_there():
             self._on_built(optimizer)
+            self._on_complete(optimizer)
         return self
 
     def close(self) -> None:
