@@ -31,6 +31,7 @@ from gradwatch.hooks.scaler import noted_scalers
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.options import CHECKS
 from gradwatch.process.acting import refuse_dishonest
+from gradwatch.pickles import stable_name
 from gradwatch.process.backward import BeforeBackward, is_tracing
 from gradwatch.process.modules import NotedModules
 from gradwatch.process.optimizers import BuiltOptimizers, is_complete, optimizers_there
@@ -454,6 +455,7 @@ class ProcessWatch:
             lifetime.close_quietly(watched.watcher)
 
 
+@stable_name
 def watch_all(
     *,
     clip: float | str | ClipPolicy | None = None,
