@@ -30,8 +30,8 @@ from gradwatch.hooks.optimizer import OptimizerDiscovery, is_trial, parameters_h
 from gradwatch.hooks.scaler import noted_scalers
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.options import CHECKS
-from gradwatch.process.acting import refuse_dishonest
 from gradwatch.pickles import stable_name
+from gradwatch.process.acting import refuse_dishonest
 from gradwatch.process.backward import BeforeBackward, is_tracing
 from gradwatch.process.modules import NotedModules
 from gradwatch.process.optimizers import BuiltOptimizers, is_complete, optimizers_there
