@@ -30,6 +30,7 @@ from gradwatch.hooks.optimizer import OptimizerDiscovery, is_trial, parameters_h
 from gradwatch.hooks.scaler import noted_scalers
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.options import CHECKS
+from gradwatch.pickles import stable_name
 from gradwatch.process.acting import refuse_dishonest
 from gradwatch.process.backward import BeforeBackward, is_tracing
 from gradwatch.process.modules import NotedModules
@@ -454,6 +455,7 @@ class ProcessWatch:
             lifetime.close_quietly(watched.watcher)
 
 
+@stable_name
 def watch_all(
     *,
     clip: float | str | ClipPolicy | None = None,
