@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gradwatch import pickles
+from gradwatch import imports, pickles
 
 __version__ = "0.1.0"
 
@@ -97,7 +97,8 @@ else:  # a type checker that saw __getattr__() would accept any name
     def __getattr__(name: str) -> Any:
         """Imports a public name."""
         if name in _HOMES:
-            value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+            with imports.no_collection():
+                value = globals()[name] = getattr(import_module(_HOMES[name]), name)
             return value
         if name in _FOR_IPYTHON:
             return getattr(import_module("gradwatch.notebook"), name)

@@ -154,7 +154,7 @@ class Watcher:
         self._managed = ManagedLoop(self._run, self._sync, managed)
         self._batches = BatchRunner(self._run, self._managed, self._model, managed)
         self._holder: HeldByModel | None = None
-        self._parts: list[object] = []
+        self._parts: Sequence[weakref.ref[nn.Module]] = ()
         if not self._holds:
             if ranks is not None:
                 ranks.wrappers.clear()
@@ -243,8 +243,11 @@ class Watcher:
         return self._is_over
 
     def on_first_step(self, call: Callable[[], None]) -> None:
-        """Has a function called when an optimizer has taken its first step; it must not raise."""
-        self._registry.on_first_step = call
+        """Has a function called once an optimizer has taken a step, or was stopped in it.
+
+        It must not raise.
+        """
+        self._run.on_first_step.append(call)
 
     def leave_windows(self, accumulates: bool) -> None:
         """Lets a framework decide when to communicate and when to step.
@@ -337,10 +340,12 @@ class Watcher:
         """Leaves the sinks to the process that this one was forked from; called in each fork."""
         self._state = "forked"
         self._run.recorder.disown()
+        self._run.on_first_step.clear()
 
     def __del__(self) -> None:
         # An attached watcher lives as long as the model: this is the end of both.
         if self._state == "attached":
+            self._registry.end_discovery()  # it may come inside of any step
             lifetime.close_quietly(self)
 
     # -- copies: pickle, copy, torch.save --------------------------------------------------------
@@ -674,7 +679,7 @@ class Watcher:
     def _summarize(self) -> None:
         """Logs one line at the end of a run with findings."""
         recorder = self._run.recorder
-        if not self.tells_findings:
+        if not self.tells_findings or self._run.on_first_step:  # not stepped, so not shown
             return
         worth = len(recorder) >= SUMMARY_STEPS or recorder.spoken or self._run.told
         if rank() != 0 or not worth or not logger.isEnabledFor(logging.WARNING):
@@ -685,7 +690,7 @@ class Watcher:
             return
         found = [f"{one.severity} {one.kind}" for one in report if one.severity != "note"]
         if found:
-            where = f"gradwatch report {self._options.run_dir}"
+            where = f"gradwatch report {self._run.folder}"
             asked = "watcher.report()" if self._options.run_dir is None else where
             logger.warning(SUMMARY.format(found=", ".join(dict.fromkeys(found)), asked=asked))
 
@@ -697,7 +702,7 @@ class Watcher:
     def _let_go(self) -> None:
         """Drops everything of the program's; what is known of it stays."""
         run = self._run
-        self._parts = []
+        self._parts = ()
         if self._holder is not None:
             self._holder.end()
         self._registry.let_go()
@@ -716,16 +721,15 @@ class Watcher:
         """Looks what is left when a module or an optimizer of the program is gone."""
         if self._is_over or self._state == "closed":
             return
-        model = self._model()
-        if isinstance(model, nn.Module):
+        # Parameters that are in no module are there as long as they are in the table.
+        if self._model() is not None and any(part() is not None for part in self._parts):
             return
-        if model is None:
-            self._hooks.buffers.let_go()
-            if self._run.explaining is not None:
-                self._run.explaining.let_go()
-        # Tensors without a module live on in the table: whether they are used shows the optimizer.
+        self._hooks.buffers.let_go()
+        if self._run.explaining is not None:
+            self._run.explaining.let_go()
         if self._registry.is_vacant:
             self._is_over = True
+            self._registry.end_discovery()
             self._stop_watching()
             self._let_go()
 

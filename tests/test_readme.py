@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gradwatch.record.columns import EVENT_COLUMNS, STEP_COLUMNS
+from tests.support import processes
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,11 +73,21 @@ def test_snippets_run(tmp_path):
     printed = run_each(tmp_path, scripts)
     assert printed.keys() == scripts.keys()
     assert {f"README_{number}.py" for number in range(1, 5)} <= printed.keys()
-    # Below its first snippet README shows what that prints, but for the remarks at the end ("...").
-    shown = re.search(
-        r"^```text\n(gradwatch report: .*?)^\.\.\.\n```", README, re.DOTALL | re.MULTILINE
-    )
-    assert printed["README_1.py"].replace("README_1.py", "train.py").startswith(shown.group(1))
+
+
+def test_the_first_example_prints_what_readme_shows(tmp_path):
+    """Below its first script README shows what `gradwatch run` tells of it, up to the "..."."""
+    pytest.importorskip("pyarrow")
+    (tmp_path / "train.py").write_text(PYTHON.findall(README)[0], encoding="utf-8")
+    command = ["-m", "gradwatch", "run", "--on-nonfinite", "explain", "train.py"]
+    done = processes.run(*command, cwd=tmp_path)
+    shown = re.search(r"^```text\n(gradwatch: .*?)^\.\.\.\n```", README, re.DOTALL | re.MULTILINE)
+    assert done.stdout == ""
+    assert _undated(done.stderr).startswith(_undated(shown.group(1)))
+
+
+def _undated(text):
+    return re.sub(r"train-\d{8}-\d{6}", "train-DATE", text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

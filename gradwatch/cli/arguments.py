@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradwatch.cli.terminal import Output, as_json
+from gradwatch.cli.terminal import Output, as_json, width
 from gradwatch.pickles import stable_name
 from gradwatch.record.wording import printable
 
@@ -31,7 +31,8 @@ INTERRUPTED = 130
 """Ctrl-C, except in ``tail``, whose normal end it is (exit code 0)."""
 TERMINATED = 143
 
-RUN = "folder of the run, as given to watch(run_dir=)"
+RUN = "folder of the run, as given to watch(run_dir=) or gradwatch run"
+_NAME_ONE = "Name one of them, such as {example!r}."
 
 Commands = Any
 """What ``ArgumentParser.add_subparsers()`` returns; the class is private in argparse."""
@@ -76,22 +77,58 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
-def open_run(path: str) -> History:
-    """Opens a run folder.
+# Imports are in the functions: pandas and pyarrow take a second to load, and --help needs neither.
+# Even the names of the files come with NumPy and torch.
+
+
+def run_folder(path: str) -> Path:
+    """Returns the run folder that a path means: that of the only model of a process, or itself.
 
     Raises:
-        CommandError: If the folder does not exist or is not a run folder.
+        CommandError: If there are several models, or the only one has no steps yet.
+    """
+    from gradwatch.record.folder.models import one_run
+
+    with _problems_told(path):
+        return one_run(path, _NAME_ONE)
+
+
+def run_folders(path: str) -> dict[str, Path] | None:
+    """Returns the run folders of all models of a process by name; None for any other folder.
+
+    Raises:
+        CommandError: If no model has steps yet.
+    """
+    from gradwatch.record.folder.models import models_in, runs_in
+
+    with _problems_told(path):
+        return None if models_in(path) is None else runs_in(path)
+
+
+def open_run(path: str | Path) -> History:
+    """Opens a run folder, or that of the only model of a process.
+
+    Raises:
+        CommandError: If the folder does not exist or is not a run folder, or there are several
+            models.
         OSError: If there is no permission to read it.
         ModuleNotFoundError: If pyarrow is not installed.
     """
-    # Imported here: pandas and pyarrow take a second to load, and --help needs neither.
     from gradwatch.history import load
+
+    folder = run_folder(str(path))
+    with _problems_told(path):
+        return load(folder)
+
+
+@contextmanager
+def _problems_told(path: str | Path) -> Iterator[None]:
     from gradwatch.record.folder.files import UnreadableError
 
     if not path:
         raise CommandError("RUN is empty. Name the folder of a run, such as runs/a.")
     try:
-        return load(path)
+        yield
     except (UnreadableError, FileNotFoundError) as error:
         raise CommandError(str(error)) from error
 
@@ -101,8 +138,22 @@ def run_name(path: str) -> str:
     return path.rstrip(os.sep) or path
 
 
+def heading(model: str) -> str:
+    """Returns the name of a model, underlined, to stand above what is printed about it."""
+    name = printable(model)
+    return f"{name}\n{'=' * width(name)}"
+
+
+def in_models(
+    path: str, models: Iterable[str], parts: Iterable[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Returns the JSON of a folder of models, of what there is to say about each."""
+    contents = [{"model": model, **part} for model, part in zip(models, parts, strict=True)]
+    return {"run": run_name(path), "models": contents}
+
+
 @contextmanager
-def written_whole(target: str, run: str) -> Iterator[Path]:
+def written_whole(target: str, run: Path) -> Iterator[Path]:
     """Yields a temporary path to write to, and renames it to the target after success.
 
     Args:
@@ -117,7 +168,7 @@ def written_whole(target: str, run: str) -> Iterator[Path]:
             run.
     """
     path = Path(target)
-    _check_target(path, Path(run))
+    _check_target(path, run)
     # /dev/null, /dev/stdout and named pipes cannot be replaced: write to them directly.
     if path.exists() and not path.is_file():
         yield path

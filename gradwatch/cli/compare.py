@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from math import isnan
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradwatch.cli.arguments import FINE, RUN, Commands, add_command, at_least_one
+from gradwatch.cli.arguments import (
+    FINE,
+    RUN,
+    CommandError,
+    Commands,
+    add_command,
+    at_least_one,
+    heading,
+    run_folder,
+    run_folders,
+    run_name,
+)
 from gradwatch.cli.terminal import Output, as_json, or_dash, percent, shortened, text_table, times
 from gradwatch.record.wording import counted, printable
 
@@ -26,7 +38,9 @@ _DESCRIPTION = """\
 Shows two runs side by side: their settings, and the steps and parameters that both have.
 The largest differences come first.
 
-Steps are compared number by number, so two runs that began alike show where they diverge."""
+Steps are compared number by number, so two runs that began alike show where they diverge.
+Of folders with several models, as "gradwatch run" writes them, models of the same name are
+compared."""
 
 _EXAMPLES = """\
 gradwatch compare runs/a runs/b
@@ -47,16 +61,51 @@ def add_to(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
-    """Prints the comparison; returns the exit code."""
+    """Prints the comparison, of each model that both have; returns the exit code."""
     from gradwatch.cli.differences import compare  # NumPy comes with it
 
-    found = compare(arguments.a, arguments.b)
-    if arguments.json:
-        out.line(as_json(asdict(found), indent=2))
+    a, b = run_folders(arguments.a) or {}, run_folders(arguments.b) or {}
+    if not (a and b) or len(a) == len(b) == 1:
+        found = compare(str(run_folder(arguments.a)), str(run_folder(arguments.b)))
+        content, lines = asdict(found), _lines(found, arguments.top)
     else:
-        for line in _lines(found, arguments.top):
+        pairs = {name: compare(str(a[name]), str(b[name])) for name in _in_both(a, b)}
+        content = {
+            "a": run_name(arguments.a),
+            "b": run_name(arguments.b),
+            "models": [{"model": name, **asdict(one)} for name, one in pairs.items()],
+            "only_a": [name for name in a if name not in b],
+            "only_b": [name for name in b if name not in a],
+        }
+        lines = _lines_of_models(content, pairs, arguments.top)
+    if arguments.json:
+        out.line(as_json(content, indent=2))
+    else:
+        for line in lines:
             out.line(line)
     return FINE
+
+
+def _in_both(a: Mapping[str, Path], b: Mapping[str, Path]) -> list[str]:
+    both = [name for name in a if name in b]
+    if not both:
+        of_a, of_b = (str(next(iter(models.values()))) for models in (a, b))
+        raise CommandError(
+            "A and B have no model of the same name. Name one in each of them, such as "
+            f"{of_a!r} and {of_b!r}."
+        )
+    return both
+
+
+def _lines_of_models(
+    content: Mapping[str, Any], pairs: Mapping[str, Compared], top: int
+) -> Iterator[str]:
+    for place, (name, found) in enumerate(pairs.items()):
+        yield "\n" * (place > 0) + heading(name)
+        yield from _lines(found, top)
+    for side in ("a", "b"):
+        if names := content[f"only_{side}"]:
+            yield f"\nModels only in {side.upper()}: {_named(names)}"
 
 
 def _lines(found: Compared, top: int) -> Iterator[str]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,10 @@ from gradwatch.cli.arguments import (
     Commands,
     add_command,
     at_least_one,
+    heading,
+    in_models,
     open_run,
+    run_folders,
     run_name,
 )
 from gradwatch.cli.terminal import Output, as_json, printable_lines
@@ -56,18 +60,36 @@ def add_to(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
-    """Prints the explanations; returns the exit code."""
-    there = _explanations(arguments.run)
-    step = arguments.step
-    wanted = [one for one in there if step is None or one.explanation.step == step]
-    if arguments.json:
-        rows = list(map(_as_dict, wanted))
-        out.line(as_json({"run": run_name(arguments.run), "explanations": rows}, indent=2))
-    elif wanted:
-        out.line("\n\n".join(map(_as_text, wanted)))
+    """Prints the explanations, of each model of the run; returns the exit code."""
+    from gradwatch.record.folder.models import models_in  # torch comes with it
+
+    path, step = arguments.run, arguments.step
+    models = models_in(path) if path else None
+    if models is None:
+        there = _explanations(path)
+        content, text = _content(path, there, step), _text(path, there, step)
     else:
-        out.line(_none(run_name(arguments.run), step, there))
+        found = _of_models(path, models)
+        parts = [_content(str(models[name]), there, step) for name, there in found.items()]
+        content = in_models(path, found, parts)
+        texts = (
+            f"{heading(name)}\n{_text(str(models[name]), there, step)}"
+            for name, there in found.items()
+        )
+        text = "\n\n".join(texts)
+    out.line(as_json(content, indent=2) if arguments.json else text)
     return FINE
+
+
+def _of_models(path: str, models: Mapping[str, Path]) -> dict[str, Sequence[KeptExplanation]]:
+    """Reads the explanations of each model that has steps or an explanation."""
+    found = {}
+    for name, folder in models.items():
+        with suppress(CommandError):
+            found[name] = _explanations(str(folder))
+    if not found:
+        run_folders(path)  # says that no model has steps yet
+    return found
 
 
 def _explanations(path: str) -> Sequence[KeptExplanation]:
@@ -83,6 +105,20 @@ def _explanations(path: str) -> Sequence[KeptExplanation]:
             raise
         return there
     return FolderSource(path).kept_explanations()
+
+
+def _of_step(there: Sequence[KeptExplanation], step: int | None) -> list[KeptExplanation]:
+    return [one for one in there if step is None or one.explanation.step == step]
+
+
+def _content(run: str, there: Sequence[KeptExplanation], step: int | None) -> dict[str, Any]:
+    rows = list(map(_as_dict, _of_step(there, step)))
+    return {"run": run_name(run), "explanations": rows}
+
+
+def _text(run: str, there: Sequence[KeptExplanation], step: int | None) -> str:
+    wanted = _of_step(there, step)
+    return "\n\n".join(map(_as_text, wanted)) if wanted else _none(run_name(run), step, there)
 
 
 def _as_dict(one: KeptExplanation) -> dict[str, Any]:

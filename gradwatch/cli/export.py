@@ -14,6 +14,7 @@ from gradwatch.cli.arguments import (
     Commands,
     add_command,
     open_run,
+    run_folder,
     tell_written,
     written_whole,
 )
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     if arguments.output == _STDOUT:
         _print(history, table, form, out)
         return FINE
-    with written_whole(arguments.output, arguments.run) as path:
+    with written_whole(arguments.output, run_folder(arguments.run)) as path:
         rows = _write(pieces(history, table), form, path)
     content = {"table": table, "format": form, "file": arguments.output, "rows": rows}
     tell_written(arguments, out, content, f"{counted(rows, 'row')} of {table} as {form}")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import CodeType, TracebackType
 from typing import Any
 
 SHOWN = "GRADWATCH_TRACEBACK"
 """Environment variable; if set to 1, our frames stay in the tracebacks."""
 
-_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_OURS = f"{Path(__file__).absolute().parent.parent}{os.sep}"
 _TORCH = f"{os.sep}torch{os.sep}"
 
 _launchers: list[CodeType] = []
@@ -102,19 +103,20 @@ def _entries(traceback: TracebackType | None) -> Iterator[TracebackType]:
 
 
 def _without_ours(entries: Sequence[TracebackType]) -> list[TracebackType]:
+    ours: list[bool] = []
+    for entry in entries:
+        name = entry.tb_frame.f_code.co_filename
+        # A dataclass's __init__ is "<string>", and belongs to what has called it.
+        ours.append(ours[-1] if ours and name == "<string>" else name.startswith(_OURS))
     inner = len(entries)
-    while inner and _is_ours(entries[inner - 1]):
+    while inner and ours[inner - 1]:
         inner -= 1
-    kept = [one for one in entries[:inner] if not _is_ours(one)]
+    kept = [entry for entry, hidden in zip(entries[:inner], ours, strict=False) if not hidden]
     # Where the innermost frames are ours, torch has called us (a hook, the entry of its engine),
     # and plain Python shows torch's frame last; or the program has called us, and sees our error.
     if kept and not _is_torch(kept[-1]):
         kept += entries[inner:]
     return kept
-
-
-def _is_ours(entry: TracebackType) -> bool:
-    return entry.tb_frame.f_code.co_filename.startswith(_OURS)
 
 
 def _is_torch(entry: TracebackType) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 
 from gradwatch.cli.follower import KEPT, Follower, New, declared_texts
@@ -22,6 +22,7 @@ class Lines:
     def __init__(self, out: Output, run: str, most: int, *, json: bool) -> None:
         self._out, self._run, self._most, self._json = out, printable(run), most, json
         self._told = False
+        self._begun: set[str] = set()  # models of which steps have been written
 
     def __enter__(self) -> Lines:
         return self
@@ -36,31 +37,34 @@ class Lines:
             self._out.flush()
         self._told = True
 
-    def show(self, follower: Follower, new: New) -> None:
-        """Writes the new steps and events."""
-        for line in self._lines(follower, new):
-            self._out.line(line)
+    def show(self, looks: Mapping[str, tuple[Follower, New]]) -> None:
+        """Writes the new steps and events, by model."""
+        for model, (follower, new) in looks.items():
+            named = f"{printable(model)}  " if len(looks) > 1 and not self._json else ""
+            for line in self._lines(model, follower, new):
+                self._out.line(f"{named}{line}")
+            # Only the first look is limited: later steps are all new.
+            if follower.rows:
+                self._begun.add(model)
         # Without a flush, lines to a pipe would wait in a buffer of some thousand bytes.
         self._out.flush()
-        # Only the first look is limited: later steps are all new.
-        if follower.rows:
-            self._most = KEPT
 
-    def _lines(self, follower: Follower, new: New) -> Iterator[str]:
+    def _lines(self, model: str, follower: Follower, new: New) -> Iterator[str]:
+        most = KEPT if model in self._begun else self._most
         if self._json:
-            return _json_lines(new, self._most)
+            return _json_lines(new, most, {"model": model} if model else {})
         if not follower.rows and not self._told:
             self._told = True
             return iter([f"{self._run} has no steps yet."])
         several = len({row.optimizer for row in follower.rows}) > 1
-        return _text_lines(new, self._most, several)
+        return _text_lines(new, most, several)
 
 
-def _json_lines(new: New, most: int) -> Iterator[str]:
+def _json_lines(new: New, most: int, model: Mapping[str, str]) -> Iterator[str]:
     for row in new.rows[-most:]:
-        yield as_json({"type": "step", **asdict(row)})
+        yield as_json({"type": "step", **model, **asdict(row)})
     for event in new.events[-most:]:
-        yield as_json({"type": "event", **asdict(event)})
+        yield as_json({"type": "event", **model, **asdict(event)})
 
 
 def _text_lines(new: New, most: int, several: bool) -> Iterator[str]:

@@ -15,6 +15,7 @@ from gradwatch.cli.arguments import (
     add_command,
     at_least_one,
     open_run,
+    run_folder,
     tell_written,
     written_whole,
 )
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace, out: Output) -> int:
     if not len(history.steps((), **span)):
         raise CommandError(_no_steps(history, arguments))
     figure = getattr(history, f"plot_{arguments.kind}")(**span).figure
-    with written_whole(arguments.output, arguments.run) as path:
+    with written_whole(arguments.output, run_folder(arguments.run)) as path:
         figure.savefig(path, format=suffix, dpi=arguments.dpi)
     _pyplot().close(figure)
     file, kind = arguments.output, arguments.kind

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradwatch.cli.arguments import (
@@ -15,7 +16,10 @@ from gradwatch.cli.arguments import (
     CommandError,
     Commands,
     add_command,
+    heading,
+    in_models,
     open_run,
+    run_folders,
     run_name,
 )
 from gradwatch.cli.terminal import Output, as_json, printable_lines
@@ -29,6 +33,8 @@ _ANY = "any"
 _DESCRIPTION = """\
 Reads a run and prints its findings, most serious first: what was seen, why it matters,
 and what to try.
+
+Of a folder with several models, as "gradwatch run" writes it, each has its report.
 
 With --fail-on the exit code is 1 if there is one of the named findings, so that a script
 or a CI job can stop on it."""
@@ -51,16 +57,25 @@ def add_to(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace, out: Output) -> int:
-    """Prints the findings; returns the exit code."""
+    """Prints the findings, of each model of the run; returns the exit code."""
     wanted = _wanted(arguments.fail_on)
-    report = open_run(arguments.run).report()
-    failing = _failing(report.findings, wanted)
+    models = run_folders(arguments.run)
+    folders: Mapping[str, str | Path] = {"": arguments.run} if models is None else models
+    reports = {name: open_run(folder).report() for name, folder in folders.items()}
+    failing = {name: _failing(report.findings, wanted) for name, report in reports.items()}
     if arguments.json:
-        content = {"run": run_name(arguments.run), **report.to_dict(), "failed_on": failing}
+        parts = [
+            {"run": run_name(str(folders[name])), **report.to_dict(), "failed_on": failing[name]}
+            for name, report in reports.items()
+        ]
+        content = parts[0] if models is None else in_models(arguments.run, models, parts)
         out.line(as_json(content, indent=2))
     else:
-        _print(report, failing, out)
-    return FINDINGS if failing else FINE
+        for place, (name, report) in enumerate(reports.items()):
+            if models is not None:
+                out.line("\n" * (place > 0) + heading(name))
+            _print(report, failing[name], out)
+    return FINDINGS if any(failing.values()) else FINE
 
 
 def _wanted(given: Sequence[str]) -> set[str]:

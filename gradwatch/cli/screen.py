@@ -29,6 +29,8 @@ from gradwatch.record.wording import counted, printable
 
 _EVENTS = 5
 _OTHER_LINES = 11  # lines of the screen besides the table of steps and the events
+_LINES_WITH_TABLE = 14  # for a table of one step and all events; with fewer there is the curve
+_FEWEST_LINES = 3  # of one model among several
 _STALE_S = 30.0
 _CURVES = 3  # optimizers that get a curve each
 
@@ -63,29 +65,48 @@ class Screen:
         """Shows that the run has not begun."""
         self._live.update(Text(f"Waiting for {self._run} to begin ... (Ctrl-C ends)"), refresh=True)
 
-    def show(self, follower: Follower, new: New) -> None:
-        """Draws the newest state of the follower; ``new`` is already part of it."""
-        self._live.update(Group(*self._parts(follower)), refresh=True)
+    def show(self, looks: Mapping[str, tuple[Follower, New]]) -> None:
+        """Draws the newest state of each follower; what is new is already part of it."""
+        self._live.update(Group(*self._all_parts(looks)), refresh=True)
 
-    def _parts(self, follower: Follower) -> Iterator[RenderableType]:
+    def _all_parts(self, looks: Mapping[str, tuple[Follower, New]]) -> Iterator[RenderableType]:
+        lines = self._console.height - 1
+        # Of many models those are shown that train: a fold after the other, for example.
+        newest = sorted(looks, key=lambda model: -looks[model][0].changed_at)
+        shown = newest[: max(1, lines // _FEWEST_LINES)]
+        for model, (follower, _) in looks.items():
+            if model in shown:
+                yield from self._parts(follower, model if len(looks) > 1 else "", len(shown))
+        if len(shown) < len(looks):
+            yield Text(f"{len(looks) - len(shown):,} more, which have not changed since", "dim")
+        yield Text("Ctrl-C ends", style="dim")
+
+    def _parts(
+        self, follower: Follower, model: str = "", models: int = 1
+    ) -> Iterator[RenderableType]:
+        """Draws a model; ``models`` share the screen."""
         rows = list(follower.rows)
-        yield self._head(rows, time.monotonic() - follower.changed_at)
+        labels = len(_labels(rows))
+        lines = self._console.height // models
+        yield self._head(printable(model) or self._run, rows, follower)
         if not rows:
             yield Text("No steps yet.")
         else:
             yield from self._curves(rows)
             yield _clip_line(rows)
+            if models > 1 and lines < _LINES_WITH_TABLE:
+                return
             yield Text()
-            yield self._table(rows)
-        yield from _event_lines(follower, len(_labels(rows)) > 1)
-        yield Text("Ctrl-C ends", style="dim")
+            yield self._table(rows, lines)
+        yield from _event_lines(follower, labels > 1)
 
-    def _head(self, rows: Sequence[StepRecord], idle_s: float) -> Text:
+    def _head(self, name: str, rows: Sequence[StepRecord], follower: Follower) -> Text:
+        idle_s = time.monotonic() - follower.changed_at
         step = f"  step {rows[-1].step:,}" if rows else ""
         since = f"  nothing new for {_ago(idle_s)}" if idle_s >= _STALE_S else ""
         # Shorten a long path: the console would wrap it, and the step, onto a second line.
         room = max(8, self._console.width - len(step) - len(since))
-        head = Text(shortened(self._run, room), style="bold")
+        head = Text(shortened(name, room), style="bold")
         return head.append(step, style="bold green").append(since, style="yellow")
 
     def _curves(self, rows: Sequence[StepRecord]) -> Iterator[Text]:
@@ -106,9 +127,9 @@ class Screen:
         curve = Text(f"{name} ").append(sparkline(norms, columns, self._levels), style="cyan")
         return curve.append(bounds, style="dim")
 
-    def _table(self, rows: Sequence[StepRecord]) -> Table:
+    def _table(self, rows: Sequence[StepRecord], lines: int) -> Table:
         labels = _labels(rows)
-        shown = rows[-self._room(len(labels)) :]
+        shown = rows[-self._room(len(labels), lines) :]
         cells = _columns(shown, len(labels) > 1)
         for name in _LEFT_OUT:
             if _width(cells) > self._console.width:  # checked again after each column
@@ -121,9 +142,9 @@ class Screen:
             table.add_row(*map(Text, texts), style=_style(row))
         return table
 
-    def _room(self, optimizers: int) -> int:
+    def _room(self, optimizers: int, lines: int) -> int:
         taken = _OTHER_LINES + _EVENTS + (optimizers - 1 if optimizers <= _CURVES else 0)
-        return max(1, min(self._most, self._console.height - taken))
+        return max(1, min(self._most, lines - taken))
 
 
 def _event_lines(follower: Follower, several: bool) -> Iterator[Text]:

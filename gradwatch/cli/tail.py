@@ -7,7 +7,7 @@ import importlib.util
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from gradwatch.cli.arguments import (
     add_command,
     at_least_one,
     open_run,
+    run_folders,
     run_name,
 )
 from gradwatch.cli.terminal import Output
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from gradwatch.cli.screen import Screen
 
 _SHORTEST_S, _LONGEST_S = 0.1, 3600.0
+
+_OF_A_RUN = ""
+"""Stands for the name of the model where the folder is a run folder itself."""
 
 _ADD_WAIT = " Add --wait to wait for it to begin."
 _NO_RICH = (
@@ -41,7 +45,8 @@ Shows the newest steps of a run, the curve of the gradient norm, how often the c
 and the events, and follows the run while it trains (a watcher writes every 64 steps or
 5 seconds). Ctrl-C ends it, with exit code 0.
 
-To a file or a pipe it writes a line per step and event instead of a screen."""
+To a file or a pipe it writes a line per step and event instead of a screen. Of a folder
+with several models, as "gradwatch run" writes it, all are shown."""
 
 _EXAMPLES = """\
 gradwatch tail runs/a
@@ -105,54 +110,76 @@ def _view(arguments: argparse.Namespace, out: Output) -> Lines | Screen:
 
 
 def _follow(arguments: argparse.Namespace, out: Output, view: Lines | Screen) -> None:
+    from gradwatch.record.folder.models import begun_in  # torch comes with it
+
     def pause() -> None:
         view.waiting()
         time.sleep(arguments.interval)
 
-    follower = _begin(arguments.run, arguments.wait, arguments.once, pause)
+    followers = _begin(arguments.run, arguments.wait, arguments.once, pause)
     # Also stop when nobody reads the pipe any more: Python gets no signal for that.
     while not out.closed:
-        view.show(follower, follower.look())
+        view.show({name: (one, one.look()) for name, one in followers.items()})
         if arguments.once:
             return
         time.sleep(arguments.interval)
+        if _OF_A_RUN not in followers:
+            _join(followers, begun_in(arguments.run) or {})
 
 
-def _begin(run: str, wait: bool, once: bool, pause: Callable[[], object]) -> Follower:
+def _begin(run: str, wait: bool, once: bool, pause: Callable[[], object]) -> dict[str, Follower]:
     """Opens a run to follow; waits if its folder exists but is empty, for it is about to begin.
 
     Args:
-        run: Path of the run folder.
+        run: Path of the run folder, or of a folder of models.
         wait: Whether to wait if the folder does not exist.
         once: True never to wait.
         pause: Shows that it is waiting, and sleeps for the interval.
 
+    Returns:
+        What follows each model, by name; for a run folder itself there is no name.
+
     Raises:
         CommandError: If the folder does not exist or is not a run folder.
     """
-    from gradwatch.cli.follower import Follower  # torch comes with it
-
     folder = Path(run)
     while not once and _may_begin(folder, wait):
         pause()
     try:
-        open_run(run)
+        models = run_folders(run)
+        if models is None:
+            open_run(run)
     except CommandError as problem:
         may_come = bool(run) and not once and not folder.exists()
         raise CommandError(f"{problem}{_ADD_WAIT if may_come else ''}") from problem
-    return Follower(folder)
+    followers: dict[str, Follower] = {}
+    _join(followers, {_OF_A_RUN: folder} if models is None else models)
+    return followers
+
+
+def _join(followers: dict[str, Follower], folders: Mapping[str, Path]) -> None:
+    """Follows the models that have begun since."""
+    from gradwatch.cli.follower import Follower  # torch comes with it
+
+    for name, folder in folders.items():
+        if name not in followers:
+            followers[name] = Follower(folder)
 
 
 def _may_begin(folder: Path, wait: bool) -> bool:
     """Tells whether a run may still begin: no folder (if ``wait``), or no visible file in it."""
     from gradwatch.record.folder.explanations import NONFINITE  # torch comes with it
     from gradwatch.record.folder.meta import NAME
+    from gradwatch.record.folder.models import begun_in
     from gradwatch.record.folder.ranks import RANKS
 
     if not folder.exists():
         return wait
     if not folder.is_dir() or (folder / NAME).exists():
         return False
+    models = begun_in(folder)
+    if models is not None:
+        return not models
     # A watcher writes files under hidden names before it renames them, and what is not finite at
     # once, before the first steps.
     names = (path.name for path in folder.iterdir())

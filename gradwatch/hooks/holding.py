@@ -11,12 +11,14 @@ import contextlib
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 Model: TypeAlias = nn.Module | Mapping[str, Tensor]
+
+T = TypeVar("T")
 
 _ATTRIBUTE = "_watched_by_gradwatch"
 
@@ -134,7 +136,7 @@ class HeldByModel:
         self._handles, self._tensors = [], []
 
 
-def call_when_gone(objects: Sequence[object], call: Callable[[], None]) -> list[object]:
+def call_when_gone(objects: Sequence[T], call: Callable[[], None]) -> list[weakref.ref[T]]:
     """Calls a function whenever one of some objects is gone, for as long as the result is kept.
 
     It may be called at any moment, in any thread: ``call`` must be cheap, wait for nothing and hold

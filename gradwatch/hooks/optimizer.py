@@ -269,7 +269,7 @@ def _with_closure(
 class OptimizerDiscovery:
     """Looks at the steps of all optimizers of the process, except those that are followed.
 
-    It goes with its owner: nothing of the process keeps it alive.
+    Nothing of the process keeps this object alive, and it keeps no optimizer alive.
     """
 
     def __init__(self, on_step: Callable[[Optimizer], None]) -> None:
@@ -279,23 +279,28 @@ class OptimizerDiscovery:
         that it registers on the optimizer already runs for this step. It may begin and end other
         discoveries, and this one.
         """
-        self._followed: dict[int, weakref.ref[Optimizer]] = {}
-        self._on_step = on_step
-        _ALL_STEPS.add(self)
+        self.followed: dict[int, weakref.ref[Optimizer]] = {}
+        self.on_step = on_step
+        self._reference = weakref.ref(self)
+        _ALL_STEPS.add(self._reference)
 
     def leave_out(self, optimizer: Optimizer) -> None:
         """Stops reporting an optimizer."""
-        self._followed[id(optimizer)] = weakref.ref(optimizer)
+        self.followed[id(optimizer)] = weakref.ref(optimizer)
+
+    def end(self) -> None:
+        """Ends looking, at any moment; torch's hook may stay, and does nothing."""
+        _ALL_STEPS.forget(self._reference)
 
     def remove(self) -> None:
         """Ends looking; safe to call again."""
-        _ALL_STEPS.remove(self)
+        _ALL_STEPS.remove(self._reference)
 
     def look(self, optimizer: Optimizer) -> None:
         """Reports an optimizer that is about to step, unless it is followed."""
-        known = self._followed.get(id(optimizer))
+        known = self.followed.get(id(optimizer))
         if known is None or known() is not optimizer:  # another one may have had its id before
-            self._on_step(optimizer)
+            self.on_step(optimizer)
 
 
 class _AllSteps:
@@ -310,31 +315,34 @@ class _AllSteps:
         self._handle: RemovableHandle | None = None
         self._running = 0
 
-    def add(self, looker: OptimizerDiscovery) -> None:
-        self._lookers.append(weakref.ref(looker, self._forget))
+    def add(self, looker: weakref.ref[OptimizerDiscovery]) -> None:
+        self._lookers = [*(one for one in self._lookers if one() is not None), looker]
         if self._handle is None:
             self._handle = register_optimizer_step_pre_hook(self._look)
 
-    def remove(self, looker: OptimizerDiscovery) -> None:
-        for reference in self._lookers:
-            if reference() is looker:
-                self._forget(reference)
+    def forget(self, looker: weakref.ref[OptimizerDiscovery]) -> bool:
+        """Takes one out; returns whether it was there."""
+        before = self._lookers
+        self._lookers = [one for one in before if one is not looker and one() is not None]
+        return any(one is looker for one in before)
 
-    def _forget(self, reference: weakref.ref[OptimizerDiscovery]) -> None:
-        self._lookers = [one for one in self._lookers if one is not reference]
-        if not self._lookers and self._handle is not None and not self._running:
+    def remove(self, looker: weakref.ref[OptimizerDiscovery]) -> None:
+        known = self.forget(looker)
+        if known and not self._lookers and self._handle is not None and not self._running:
             self._handle.remove()
             self._handle = None
 
     def _look(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._running += 1
-        try:
-            for reference in tuple(self._lookers):
-                looker = reference()
-                if looker is not None:
-                    looker.look(optimizer)
-        finally:
-            self._running -= 1
+        for one in tuple(self._lookers):
+            looker = one()
+            known = None if looker is None else looker.followed.get(id(optimizer))
+            # Another optimizer, which is gone, may have had its id before.
+            if looker is not None and (known is None or known() is not optimizer):
+                self._running += 1
+                try:
+                    looker.on_step(optimizer)
+                finally:
+                    self._running -= 1
 
 
 _ALL_STEPS = _AllSteps()
@@ -406,8 +414,10 @@ def parameters_held(optimizer: Any) -> list[Tensor]:
 def _runs_hooks(optimizer: Any) -> bool:
     # Optimizer.__init__() makes the dicts of hooks and wraps step(), once for each class (private,
     # torch 2.4 to 2.13). A class that does not call it may make the dicts by itself.
-    step = getattr(type(optimizer), "step", None)
-    return hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(step, "hooked", False)
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    # A plain dict cannot be referred to weakly, so torch can register nothing in it.
+    takes_hooks = hooks is not None and type(hooks).__weakrefoffset__ != 0
+    return takes_hooks and getattr(getattr(type(optimizer), "step", None), "hooked", False)
 
 
 def hide_gradients(parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from gradwatch.hooks.forwards import KeptForwards
 from gradwatch.hooks.holding import ModelReference
 from gradwatch.process.modules import NotedModules
-from gradwatch.process.owners import owners_of
+from gradwatch.process.owners import owners_of, roots_in
 
 
 class EarlyForwards:
@@ -24,7 +24,7 @@ class EarlyForwards:
     def __init__(self, noted: NotedModules) -> None:
         """Keeps nothing yet; models are looked for among the noted modules first."""
         self._noted = noted
-        self._kept: list[tuple[weakref.ref[nn.Module], KeptForwards]] = []
+        self._kept: list[tuple[list[weakref.ref[nn.Module]], KeptForwards]] = []
 
     def begin(self, optimizers: Sequence[Optimizer]) -> None:
         """Keeps the forwards of the models of some optimizers from now on."""
@@ -33,7 +33,8 @@ class EarlyForwards:
             if isinstance(model, nn.Module) and self._find(model) is None:
                 kept = KeptForwards(ModelReference(model, owner.model))
                 kept.attach()
-                self._kept.append((weakref.ref(model), kept))
+                # Not the model itself, which may have been made for this call.
+                self._kept.append(([weakref.ref(one) for one in roots_in(model)], kept))
 
     def take(self, model: nn.Module | Mapping[str, Tensor]) -> KeptForwards | None:
         """Returns what was kept of a model, which is the caller's from now on; None if nothing."""
@@ -48,4 +49,8 @@ class EarlyForwards:
         self._kept = []
 
     def _find(self, model: nn.Module | Mapping[str, Tensor]) -> KeptForwards | None:
-        return next((kept for ref, kept in self._kept if ref() is model), None)
+        wanted = [id(one) for one in roots_in(model)]
+        for roots, kept in self._kept:
+            if wanted and [id(ref()) for ref in roots] == wanted:
+                return kept
+        return None

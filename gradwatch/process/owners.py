@@ -95,7 +95,7 @@ class Owner:
         return found
 
 
-class Together(nn.Module):
+class Together(nn.ModuleDict):
     """Holds what has no module around it: several models, or parameters that are in none."""
 
     def __init__(self, modules: Mapping[str, nn.Module], parameters: Mapping[str, Tensor]) -> None:
@@ -113,6 +113,13 @@ class _Loose(nn.Module):
     def __init__(self, parameters: Mapping[str, Any]) -> None:
         super().__init__()
         self._parameters.update(parameters)  # register_parameter() refuses plain tensors
+
+
+def roots_in(model: object) -> list[nn.Module]:
+    """Lists the program's own modules in what :meth:`Owner.model` has returned."""
+    if not isinstance(model, Together):
+        return [model] if isinstance(model, nn.Module) else []
+    return [one for one in model._modules.values() if type(one) is not _Loose]
 
 
 def owners_of(optimizers: Sequence[Optimizer], noted: NotedModules | None = None) -> list[Owner]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from gradwatch.record.wording import printable
@@ -48,6 +47,8 @@ class ProcessReport(Mapping[str, "Report"]):
         return "\n".join(parts)
 
     def _repr_html_(self) -> str:
+        from html import escape  # few programs show it
+
         if not self._reports:
             return f"<p>{escape(self._remark)}</p>"
         alone = len(self._reports) == 1

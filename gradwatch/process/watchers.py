@@ -32,7 +32,6 @@ from gradwatch.measure.parameters import ParameterTable
 from gradwatch.options import CHECKS
 from gradwatch.process.acting import refuse_dishonest
 from gradwatch.process.backward import BeforeBackward, is_tracing
-from gradwatch.process.forwards import EarlyForwards
 from gradwatch.process.modules import NotedModules
 from gradwatch.process.optimizers import BuiltOptimizers, is_complete, optimizers_there
 from gradwatch.process.owners import Owner, owners_of
@@ -45,6 +44,7 @@ from gradwatch.watcher import Watcher, build_watcher
 
 if TYPE_CHECKING:
     from gradwatch.clip.policy import ClipPolicy
+    from gradwatch.process.forwards import EarlyForwards
     from gradwatch.report.thresholds import Thresholds
 
 MOST_ALIKE = 100
@@ -134,7 +134,11 @@ class ProcessWatch:
         self._kinds: Counter[tuple[str, int]] = Counter()
         self._ending = ExitStack()
         self._noted = NotedModules()
-        self._early = EarlyForwards(self._noted) if self._options.explain else None
+        self._early: EarlyForwards | None = None
+        if self._options.explain:
+            from gradwatch.process.forwards import EarlyForwards  # few runs need it
+
+            self._early = EarlyForwards(self._noted)
         self._errors: list[str] = []
         self._lock = threading.Lock()
         self._claiming: int | None = None  # the thread that does
@@ -168,6 +172,7 @@ class ProcessWatch:
         )
         for optimizer in () if self._is_first else optimizers_there():
             self._on_built(optimizer)
+            self._on_complete(optimizer)
         return self
 
     def close(self) -> None:

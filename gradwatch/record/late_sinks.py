@@ -20,8 +20,13 @@ class LateSinks:
     def __init__(self, make: Callable[[], Iterable[Sink]]) -> None:
         """Makes no sink yet; ``make`` is called once, unless it raises."""
         self._make = make
+        self._has_begun = False
         self._early: tuple[Event, ...] = ()
         self._queues: list[SinkQueue] | None = None
+
+    def begin(self) -> None:
+        """Notes that the model has stepped: a step that raises is not recorded, its events are."""
+        self._has_begun = True
 
     def write(self, batch: RecordBatch) -> None:
         """Passes a batch on; keeps events that come before the first step until then.
@@ -30,7 +35,7 @@ class LateSinks:
             Exception: If the sinks cannot be made; pass the batch again.
         """
         if self._queues is None:
-            if not batch.steps:
+            if not batch.steps and not self._has_begun:
                 self._early += tuple(batch.events)
                 return
             self._queues = list(map(SinkQueue, self._make()))

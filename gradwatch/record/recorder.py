@@ -280,7 +280,6 @@ class Recorder:
         hub: SinkHub,
         on_record: Callable[[StepRecord], None] = lambda record: None,
         on_events: Callable[[Sequence[Event]], None] | None = None,
-        on_first: Callable[[], None] | None = None,
     ) -> None:
         """Starts empty.
 
@@ -289,13 +288,11 @@ class Recorder:
             hub: The sinks.
             on_record: Called with each record, once it is complete.
             on_events: Called with events, at once; None if nobody wants to know.
-            on_first: Called at the first record; None if nobody wants to know.
         """
         self._buffer = buffer
         self._hub = hub
         self._on_record = on_record
         self._on_events = on_events
-        self._on_first = on_first
         self._first_events: list[Event] = []
         self._events: deque[Event] = deque(maxlen=NEWEST_EVENTS)
         self._undelivered: list[Event] = []
@@ -389,8 +386,6 @@ class Recorder:
                 self.flush()
             return
         self._buffer.append(entry)
-        if self._last is None and self._on_first is not None:
-            self._on_first()
         self._last = entry.record
         self.skipped += entry.record.outcome != "applied"
         self._on_record(entry.record)
@@ -497,7 +492,6 @@ class Recorder:
         """Leaves the sinks, and what they have not received, to the parent of this fork."""
         self._receiving = threading.RLock()  # a thread of the parent may have held it
         self._undelivered = []
-        self._on_first = None
         self._forked = bool(self._hub)
         self._hub.disown()
 

@@ -53,14 +53,12 @@ class OptimizerRegistry:
             found.
         managed: The steps of those optimizers that a managed loop steps: the named ones, or all if
             none was named.
-        on_first_step: Called when an optimizer has taken its first step; None if nobody asks.
         on_gone: Called when an optimizer is gone, at any moment; None if nobody asks.
     """
 
     def __init__(self, run: Run, shield: Shield, curvature: MeasureCurvature | None = None) -> None:
         """Follows no optimizer yet; ``curvature`` is measured after steps of the first one."""
         self.followed: list[OptimizerSteps] = []
-        self.on_first_step: Callable[[], None] | None = None
         self.on_gone: Callable[[], None] | None = None
         self._past: set[str] = set()  # labels of steps that have ended
         self._finished: OptimizerSteps | None = None  # whose step has ended last
@@ -147,6 +145,11 @@ class OptimizerRegistry:
         self._generation = generation
         return any(one.is_left_out for one in self.followed)
 
+    def end_discovery(self) -> None:
+        """Finds no optimizer any more; unlike :meth:`detach` it may be called inside a step."""
+        if self._discovery is not None:
+            self._discovery.end()
+
     def detach(self) -> None:
         """Removes every hook; safe to call again."""
         if self._discovery is not None:
@@ -172,7 +175,7 @@ class OptimizerRegistry:
     @property
     def is_vacant(self) -> bool:
         """Whether every optimizer that was followed is gone."""
-        return bool(self.followed) and all(one.is_vacant for one in self.followed)
+        return all(one.is_vacant for one in self.followed)
 
     @property
     def steps(self) -> int:
@@ -353,11 +356,16 @@ class OptimizerRegistry:
 
     def follow(self, optimizer: Optimizer) -> None:
         """Follows one more optimizer of the watched parameters, before it has stepped."""
-        if any(one.has(optimizer) for one in self.followed):
+        if self._is_followed(optimizer):
             return
         with self._shield:
             indices = self._indices(stepped_by(optimizer)[-1])
             self._take_in(optimizer, indices, self._holding(indices))
+
+    def _is_followed(self, optimizer: Optimizer) -> bool:
+        """Returns whether an optimizer is followed, or one that it wraps and that steps for it."""
+        innermost = (stepped_by(optimizer) or [optimizer])[-1]
+        return any(one.has(optimizer) or one.has(innermost) for one in self.followed)
 
     def _holding(self, indices: Sequence[int]) -> list[OptimizerSteps]:
         """Lists the optimizers that hold, or held before they were gone, any of some parameters."""
@@ -367,6 +375,10 @@ class OptimizerRegistry:
         stepping = [index for one in self.followed if one.stepping for index in one.window.indices]
         if not set(indices).isdisjoint(stepping):
             return  # its step runs inside that of another optimizer, as in SAM: one step, not two
+        if self._is_followed(optimizer):  # a wrapper, on which torch runs no step hooks of its own
+            if self._discovery is not None:
+                self._discovery.leave_out(optimizer)
+            return
         before = self._holding(indices)
         if self._named and not before:
             self._silence.tell_left_out(type(optimizer).__name__, indices)
@@ -500,9 +512,9 @@ class OptimizerRegistry:
             self._serial = self._forwards.serial
             alone = len(self.followed) == 1 and self._unowned is None
             self._forwards.keep_only(() if alone else self._open_backwards())
+        if self._run.on_first_step:
+            self._run.begin()
         if steps.step % LOOK_EVERY in LOOK_AT:
-            if self.on_first_step is not None and steps.step == 1:
-                self.on_first_step()
             self._silence.look_at_model(steps.step)
             self._run.hooks.buffers.look_again()
             steps.forget_groups()

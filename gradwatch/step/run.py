@@ -20,6 +20,7 @@ from gradwatch.record.events import changed_event, explained_event, poisoned_eve
 from gradwatch.record.folder.models import ModelFolder
 from gradwatch.record.folder.ranks import RankLog
 from gradwatch.record.folder.writer import RunFolder
+from gradwatch.record.late_sinks import LateSinks
 from gradwatch.record.recorder import Recorder, RingBuffer, SinkHub
 from gradwatch.record.records import Event, Layout, StepRecord
 from gradwatch.step.replicas import Replicas
@@ -60,6 +61,7 @@ class Run:
         replicas: Sees whether the ranks train one model together.
         explanations: Where bad gradients came from, newest last.
         explaining: Explains bad steps; None if nobody asks.
+        on_first_step: Called by :meth:`begin`, and then forgotten.
     """
 
     def __init__(
@@ -110,8 +112,15 @@ class Run:
             hub,
             self.replicas.note_record,
             None if self._log is None else self._log.note,
-            self._begin_folder if isinstance(self._folder, ModelFolder) else None,
         )
+        self.on_first_step: list[Callable[[], None]] = []
+        if any(isinstance(sink, ModelFolder | LateSinks) for sink in options.sinks):
+            self.on_first_step.append(self._begin_writing)
+
+    @property
+    def folder(self) -> Path | None:
+        """The run folder, also on a rank that does not write its tables; None without one."""
+        return None if self._folder is None else _path_of(self._folder)
 
     def tell(self, event: Event, key: str = "", warn: bool = True) -> None:
         """Records an event about the training loop, and warns; once in a run.
@@ -165,8 +174,17 @@ class Run:
         if self._store is not None:
             self._store.write(explanation, calls, labeled=labeled)
 
-    def _begin_folder(self) -> None:
+    def begin(self) -> None:
+        """Notes that an optimizer has taken a step, or was stopped in it by an error of ours."""
+        calls, self.on_first_step = self.on_first_step, []
+        for call in calls:
+            call()
+
+    def _begin_writing(self) -> None:
         """Writes what had to wait for the first step of a model."""
+        for sink in self.options.sinks:
+            if isinstance(sink, ModelFolder | LateSinks):
+                sink.begin()
         if self._log is not None:
             self._log.begin()
         if self._store is not None:

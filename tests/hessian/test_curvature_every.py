@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import gradwatch
-from gradwatch.hessian import every
+from gradwatch.hessian import sampler
 from gradwatch.hessian.spectrum import largest_eigenpair
 
 from .matrices import symmetric
@@ -48,7 +48,7 @@ def searches(monkeypatch):
         found.append(largest_eigenpair(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(every, "largest_eigenpair", search)
+    monkeypatch.setattr(sampler, "largest_eigenpair", search)
     return found
 
 

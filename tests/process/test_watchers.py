@@ -14,7 +14,7 @@ from torch import nn
 import gradwatch
 from gradwatch.process import watchers
 from gradwatch.process.watchers import ProcessWatch
-from tests.support import float64, state, zoo
+from tests.support import float64, processes, state, zoo
 
 
 @pytest.fixture(autouse=True)
@@ -254,6 +254,27 @@ def test_trial_optimizers_of_gradwatch_are_no_models():
     assert [one.label for one in watching.watchers] == ["Net"]
 
 
+def test_a_wrapper_on_which_torch_runs_no_hooks_is_counted_once():
+    """A wrapper on which torch runs no hooks is counted once, as what it wraps."""
+
+    class Wrapper(torch.optim.Optimizer):
+        """Never calls `Optimizer.__init__()`, and has plain dicts for hooks."""
+
+        def __init__(self, inner):
+            self.inner, self.state, self.defaults = inner, {}, inner.defaults
+            self.param_groups = inner.param_groups
+            self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}
+
+        def step(self, closure=None):
+            return self.inner.step(closure)
+
+    with gradwatch.watch_all() as watching:
+        model, inner = build(torch.optim.RAdam)
+        seen = train(model, Wrapper(inner))
+    assert only(watching).history.steps()["optimizer"].tolist() == ["RAdam"] * 3
+    assert norms_of(only(watching)) == [pytest.approx(one, rel=1e-5) for one in seen]
+
+
 def test_the_first_step_is_explained():
     """The first step is explained."""
     with gradwatch.watch_all(on_nonfinite="explain") as watching:
@@ -265,6 +286,34 @@ def test_the_first_step_is_explained():
     (explanation,) = only(watching).explanations
     assert explanation.origin == "input"
     assert explanation.examples == (2,)
+
+
+def test_the_first_step_of_two_models_in_one_optimizer_is_explained():
+    """Their container is made anew each time; what was kept of the models is found all the same."""
+    with gradwatch.watch_all(on_nonfinite="explain") as watching:
+        one, other = nn.Linear(3, 3), Net()
+        scale = torch.ones(3, requires_grad=True)
+        parameters = [*one.parameters(), *other.parameters(), scale]
+        optimizer = torch.optim.SGD(parameters, lr=0.05)
+        batch = torch.randn(5, 3)
+        batch[2, 1] = math.nan
+        other(one(batch) * scale).sum().backward()
+        optimizer.step()
+    (explanation,) = only(watching).explanations
+    assert (explanation.origin, explanation.module) == ("input", "linear")
+
+
+def test_models_are_found_without_a_look_at_every_object(monkeypatch):
+    """They are noted while they are built."""
+
+    def search():
+        raise AssertionError
+
+    monkeypatch.setattr("gradwatch.process.owners.all_modules", search)
+    with gradwatch.watch_all() as watching:
+        train(*build())
+        train(*build(model=nn.Sequential(Net(), nn.Linear(1, 1))))
+    assert [one.label for one in watching.watchers] == ["Net", "Sequential"]
 
 
 def test_each_model_has_its_own_clip():
@@ -456,3 +505,20 @@ def test_it_is_attached_once():
     watching.close()
     with pytest.raises(RuntimeError, match="attached before"):
         watching.attach()
+
+
+def test_the_end_of_a_script_is_silent():
+    """Its global model and optimizer go when nothing of gradwatch can be called any more."""
+    done = processes.run(
+        code="""
+            import torch, gradwatch
+
+            watching = gradwatch.watch_all().attach()
+            model = torch.nn.Linear(2, 1)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            watching.close()
+        """
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -16,7 +16,6 @@ nothing behind.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 import weakref
@@ -25,7 +24,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from gradwatch.errors import warn_safely
-from gradwatch.pickles import stable_name
 from gradwatch.record.folder.files import UnreadableError
 from gradwatch.record.folder.lock import WriterLock
 from gradwatch.record.folder.meta import MODELS, NAME, NEWER, has_begun, read_meta
@@ -57,7 +55,6 @@ ELSEWHERE = (
 )
 
 
-@stable_name
 class ModelFolder(RunFolder):
     """The run folder of one model of a process: made when the model has taken its first steps.
 
@@ -66,7 +63,12 @@ class ModelFolder(RunFolder):
     """
 
     _is_late = True
+    _stepped_at = 0.0  # in seconds since 1970; 0 before the first step
     _claimed = False
+
+    def begin(self) -> None:
+        """Notes that the model has stepped: a step that raises is not recorded, its events are."""
+        self._stepped_at = self._stepped_at or time.time()
 
     def claim(self) -> Path:
         """Makes the folder, and lists the model; does nothing the second time.
@@ -75,7 +77,8 @@ class ModelFolder(RunFolder):
             OSError: If the disk is full, read-only or gone.
         """
         if not self._claimed:
-            list_model(self._path, self._first_step_at())
+            self.begin()
+            list_model(self._path, self._stepped_at)
             try:
                 super().claim()
             except ValueError:
@@ -85,33 +88,29 @@ class ModelFolder(RunFolder):
 
     def write(self, batch: RecordBatch) -> None:
         """Writes a batch; keeps events that come before the first step until then."""
-        waiting = self._held[-1] if self._held else None
-        if waiting is not None and not waiting.steps and not batch.steps and not self._claimed:
-            self._held[-1] = replace(waiting, events=(*waiting.events, *batch.events))
+        if batch.steps:
+            self.begin()
+        if self._held and not self._may_begin():
+            early = self._held[-1]
+            self._held[-1] = replace(early, events=(*early.events, *batch.events))
         else:
             super().write(batch)
 
     def close(self) -> None:
         """Ends the run; of a model that was never stepped nothing is left."""
-        if not self._claimed and not any(batch.steps for batch in self._held):
+        if not self._may_begin():
             self._held.clear()
         super().close()
 
     def _may_begin(self) -> bool:
-        return self._claimed or any(batch.steps for batch in self._held)
-
-    def _first_step_at(self) -> float:
-        """Returns the time of the first step, in seconds since 1970."""
-        # Models are delivered when it is their turn, or all at the end: not in the order of steps.
-        times = (batch.steps[0].time_s for batch in self._held if batch.steps)
-        return self._began + next(times, time.time() - self._began)
+        return self._stepped_at > 0
 
     def _go_elsewhere(self) -> None:
         asked, number = self._path, os.getpid()
         self._path = asked.with_name(f"{asked.name}-pid{number}")
         self._lock = WriterLock(self._path)
         weakref.finalize(self, self._lock.release)
-        list_model(self._path, self._first_step_at())
+        list_model(self._path, self._stepped_at)
         super().claim()
         warn_safely(ELSEWHERE.format(asked=str(asked), path=str(self._path)))
 
@@ -239,10 +238,11 @@ def _model_in(line: bytes, listing: Path) -> tuple[str, float]:
         return "", 0.0
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return "", 0.0
-    version, name, stepped_at = (content.get(key) for key in ("version", "model", "time"))
+    version, name = content.get("version"), content.get("model")
     if isinstance(version, int) and version > VERSION:
         path = str(listing.parent)
         raise UnreadableError(NEWER.format(path=path, theirs=version, ours=VERSION))
-    plain = isinstance(name, str) and not set(name) & set("/\\\0:") and name not in ("", ".", "..")
-    known = isinstance(stepped_at, float) and math.isfinite(stepped_at)
-    return str(name) if plain else "", stepped_at if known else 0.0
+    if not isinstance(name, str) or set(name) & set("/\\\0:") or name in ("", ".", ".."):
+        return "", 0.0
+    stepped_at = content.get("time")
+    return name, stepped_at if isinstance(stepped_at, float) else 0.0

@@ -292,6 +292,44 @@ class TestBatch:
         assert [one.step for one in store.read()] == [120]
         assert "RecursionError" in _content(tmp_path)["batch_note"]
 
+    def test_can_wait_and_is_what_it_was(self, tmp_path):
+        """Nothing is made before begin(); what the training changes meanwhile changes no file."""
+        x = torch.ones(3)
+        store = ExplanationStore(tmp_path / "run", waits=True)
+        assert store.write(explanation(1), [call(x)]) is None
+        x.zero_()
+        assert list(tmp_path.iterdir()) == []
+        store.begin()
+        store.write(explanation(2), [call(x)])
+        first, second = (
+            _batch(tmp_path / "run", f"step-00000{step}")[0]["args"][0] for step in (1, 2)
+        )
+        assert (first.sum(), second.sum()) == (3, 0)
+
+    def test_those_that_wait_share_the_limits(self, tmp_path):
+        """All of them are in memory: no more bytes than one may have, and eight."""
+        store = ExplanationStore(tmp_path / "run", waits=True, most_bytes=150_000)
+        for step in range(1, 4):
+            store.write(explanation(step), [call(torch.ones(10_000))])
+        store.begin()
+        kept = [_content(tmp_path / "run", f"step-00000{step}")["batch"] for step in (1, 2, 3)]
+        assert kept == ["batch.pt", "batch.pt", None]
+
+    def test_a_claim_says_where(self, tmp_path):
+        """The folder is made when there is something to write, and one that fails costs these."""
+        store, claimed = ExplanationStore(tmp_path / "run", waits=True), []
+        store.begin(lambda: claimed.append(1) or tmp_path / "other")
+        assert claimed == []
+        assert store.write(explanation(1)) == tmp_path / "other" / "nonfinite" / "step-000001"
+
+        def fail():
+            raise OSError("no disk")
+
+        store = ExplanationStore(tmp_path / "run", waits=True)
+        store.write(explanation(1))
+        with pytest.warns(gradwatch.GradwatchWarning, match="no disk"):
+            store.begin(fail)
+
     def test_is_not_there_unless_asked(self, tmp_path):
         """Without the forwards there is the explanation alone."""
         path = ExplanationStore(tmp_path).write(explanation())

@@ -70,3 +70,14 @@ def test_a_run_whose_every_step_is_bad_writes_a_bounded_file(tmp_path):
     for step in range(MOST_LINES + 5):
         log.note([_event(step=step, rank=1)])
     assert len((tmp_path / "ranks" / "1.jsonl").read_text().splitlines()) == MOST_LINES
+
+
+def test_notes_can_wait_for_the_first_step(tmp_path):
+    """Nothing is made before; then all are there, with the time at which they were noted."""
+    log = RankLog(tmp_path / "run", 1, waits=True)
+    log.note([_event(rank=1)])
+    assert list(tmp_path.iterdir()) == []
+    log.begin()
+    log.note([_event(step=6, rank=1)])
+    notes = RankNotes(tmp_path / "run", [_session(1, -60)])
+    assert [notes.traced(1, _event(step=step)).rank for step in (5, 6)] == [1, 1]

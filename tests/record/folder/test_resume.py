@@ -5,6 +5,7 @@ import json
 import pandas as pd
 import pytest
 
+from gradwatch.errors import GradwatchWarning
 from gradwatch.history import load
 from gradwatch.record.folder.writer import RunFolder
 
@@ -132,3 +133,23 @@ def test_a_torn_line_is_no_event(tmp_path, torn):
     assert load(tmp_path).events()["step"].tolist() == [2]
     runs.write(tmp_path, runs.batch([3], events=[runs.event(3)]))
     assert load(tmp_path).events()["step"].tolist() == [2, 3]
+
+
+def test_events_before_the_first_steps_tell_no_new_run_from_a_resumed_one(tmp_path):
+    """The run that is there waits for the steps: it is set aside, or goes on."""
+    early = runs.batch([], events=[runs.event(1)])
+    runs.write(tmp_path, runs.batch(range(1, 4)))
+    runs.write(tmp_path, early, runs.batch([4]))
+    assert runs.steps_of(tmp_path) == [1, 2, 3, 4]
+    with pytest.warns(GradwatchWarning, match="earlier-1"):
+        runs.write(tmp_path, early, runs.batch([1, 2]))
+    assert runs.steps_of(tmp_path) == [1, 2]
+    assert runs.steps_of(tmp_path / "earlier-1") == [1, 2, 3, 4]
+    assert len(load(tmp_path).events()) == 1
+
+
+def test_events_without_any_step_are_written_at_the_end(tmp_path):
+    """To the run that is there, as nothing has replaced it."""
+    runs.write(tmp_path, runs.batch([1, 2]))
+    runs.write(tmp_path, runs.batch([], events=[runs.event(1)]))
+    assert runs.steps_of(tmp_path) == [1, 2]
