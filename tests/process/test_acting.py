@@ -271,6 +271,9 @@ def test_steps_inside_the_backward(options: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own import of torch.jit
         from torch.distributed.optim import _apply_optimizer_in_backward
+        from torch.distributed.optim.apply_optimizer_in_backward import (
+            param_to_optim_hook_handle_map,
+        )
 
     model = zoo.small()
     before = copy.deepcopy(model.state_dict())
@@ -279,6 +282,10 @@ def test_steps_inside_the_backward(options: dict[str, Any]) -> None:
         loss = model(torch.ones(2, 4)).sum()
         with pytest.raises(ValueError, match="inside the backward"):
             loss.backward()
+    for parameter in model.parameters():  # torch would keep them for the tests that follow
+        for handle in param_to_optim_hook_handle_map[parameter]:
+            handle.remove()
+        del parameter._in_backward_optimizers
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
