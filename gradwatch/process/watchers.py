@@ -75,6 +75,7 @@ NO_OPTIMIZER = (
 NO_STEP = "Nothing was watched: {optimizers} {was} built, but never stepped."
 LEFT = "Nothing was watched here: the program watches its models with gradwatch itself."
 REFUSED = "Nothing was watched: {reason}"
+STOPPED = "the training was stopped before its first step, by an option that cannot be had for it."
 
 
 class _Watched:
@@ -371,6 +372,7 @@ class ProcessWatch:
             self._build(owner, model)
         except Exception as error:
             if self._options.acts:
+                self._errors.append(STOPPED)
                 raise _RefusedError(error) from None
             self._note_error(owner.label, error)
 
