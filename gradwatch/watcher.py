@@ -679,7 +679,7 @@ class Watcher:
     def _summarize(self) -> None:
         """Logs one line at the end of a run with findings."""
         recorder = self._run.recorder
-        if not self.tells_findings:
+        if not self.tells_findings or self._run.on_first_step:  # not stepped, so not shown
             return
         worth = len(recorder) >= SUMMARY_STEPS or recorder.spoken or self._run.told
         if rank() != 0 or not worth or not logger.isEnabledFor(logging.WARNING):
@@ -690,7 +690,7 @@ class Watcher:
             return
         found = [f"{one.severity} {one.kind}" for one in report if one.severity != "note"]
         if found:
-            where = f"gradwatch report {self._options.run_dir}"
+            where = f"gradwatch report {self._run.folder}"
             asked = "watcher.report()" if self._options.run_dir is None else where
             logger.warning(SUMMARY.format(found=", ".join(dict.fromkeys(found)), asked=asked))
 
@@ -722,7 +722,7 @@ class Watcher:
         if self._is_over or self._state == "closed":
             return
         # Parameters that are in no module are there as long as they are in the table.
-        if any(part() is not None for part in self._parts) and self._model() is not None:
+        if self._model() is not None and any(part() is not None for part in self._parts):
             return
         self._hooks.buffers.let_go()
         if self._run.explaining is not None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import CodeType, TracebackType
 from typing import Any
 
 SHOWN = "GRADWATCH_TRACEBACK"
 """Environment variable; if set to 1, our frames stay in the tracebacks."""
 
-_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_OURS = f"{Path(__file__).absolute().parent.parent}{os.sep}"
 _TORCH = f"{os.sep}torch{os.sep}"
 
 _launchers: list[CodeType] = []

@@ -7,7 +7,9 @@ import re
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import count
+from pathlib import Path
 
 from gradwatch.cli.program import Program
 
@@ -19,11 +21,11 @@ _RANKS = (
 )
 """The variables of torchrun and what builds on it, Open MPI, other MPIs, and srun."""
 
-RUNS = "runs"
+RUNS = Path("runs")
 
 
 def rank_and_size(environment: Mapping[str, str]) -> tuple[int, int]:
-    """Returns the rank of this process and the number of ranks: 0 and 1 where there is no launch."""
+    """Returns the rank of this process and the number of ranks: 0 and 1 without a launch."""
     # torch.distributed cannot be asked: it may not be there yet, or not any more.
     for rank, size in _RANKS:
         known = environment.get(rank, ""), environment.get(size, "")
@@ -32,7 +34,7 @@ def rank_and_size(environment: Mapping[str, str]) -> tuple[int, int]:
     return 0, 1
 
 
-def default_folder(program: Program, environment: Mapping[str, str]) -> str:
+def default_folder(program: Program, environment: Mapping[str, str]) -> Path:
     """Returns the folder of a run that has not been given one: ``runs/train-20261130-155200``.
 
     All ranks of a launch on one machine get the same, without talking to each other: the time is
@@ -42,41 +44,36 @@ def default_folder(program: Program, environment: Mapping[str, str]) -> str:
     started = _formatted(time.time()) if size == 1 else _launched()
     again = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     suffix = "" if size == 1 or again == "0" else f"-{again}"
-    return os.path.join(RUNS, f"{_name(program)}-{started}{suffix}")
+    return RUNS / f"{_name(program)}-{started}{suffix}"
 
 
-def reserve(folder: str) -> str:
+def reserve(folder: Path) -> Path:
     """Makes a new folder, with ``-1`` behind its name if there is one already; returns its path.
 
     Raises:
         OSError: If no folder can be made there.
     """
-    os.makedirs(os.path.dirname(folder) or ".", exist_ok=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     for number in count():
-        path = f"{folder}-{number}" if number else folder
-        try:
-            os.mkdir(path)  # two runs may have started in the same second
-        except FileExistsError:
-            continue
-        return path
+        path = folder.with_name(f"{folder.name}-{number}") if number else folder
+        with suppress(FileExistsError):  # two runs may have started in the same second
+            path.mkdir()
+            return path
     raise AssertionError  # count() has no end
 
 
-def give_back(folder: str) -> None:
+def give_back(folder: Path) -> None:
     """Removes a folder of :func:`reserve` in which nothing was written."""
-    for path in (folder, os.path.dirname(folder)):
-        try:
-            os.rmdir(path)
-        except OSError:  # it is not empty, or gone
-            return
+    with suppress(OSError):  # one of them is not empty, or gone
+        folder.rmdir()
+        folder.parent.rmdir()
 
 
 def _name(program: Program) -> str:
     names = {"code": "code", "stdin": "stdin", "module": program.name}
     name = names.get(program.kind)
     if name is None:
-        name = os.path.basename(os.path.abspath(program.name))
-        name = os.path.splitext(name)[0] or name
+        name = Path(program.name).absolute().stem
     return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[:80] or "program"
 
 
@@ -97,9 +94,8 @@ def _launched() -> str:
 
 def _started_s(process: int) -> int:
     """Returns when a process has started, in whole seconds: each rank has to get the same."""
-    with open(f"/proc/{process}/stat", "rb") as file:
-        # The name in parentheses may hold anything; it is field 2, and the start is field 22.
-        ticks = int(file.read().rpartition(b")")[2].split()[19])
-    with open("/proc/stat", "rb") as file:
-        booted = next(int(line.split()[1]) for line in file if line.startswith(b"btime "))
+    # The name in parentheses may hold anything; it is field 2, and the start is field 22.
+    ticks = int(Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()[19])
+    system = Path("/proc/stat").read_bytes().splitlines()
+    booted = next(int(line.split()[1]) for line in system if line.startswith(b"btime "))
     return booted + ticks // os.sysconf("SC_CLK_TCK")

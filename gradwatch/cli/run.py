@@ -8,6 +8,8 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gradwatch.cli.launch import default_folder, give_back, rank_and_size, reserve
@@ -151,10 +153,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _complain(text: str) -> None:
-    try:
+    with suppress(AttributeError, OSError, ValueError):  # it is closed
         sys.stderr.write(f"gradwatch run: {text}\n")
-    except (AttributeError, OSError, ValueError):  # it is closed
-        pass
 
 
 class Run:
@@ -176,22 +176,22 @@ class Run:
         self._rank, self._size = rank_and_size(os.environ)
         self._process = os.getpid()
         # The program may go elsewhere, or put something else in the place of the stream.
-        self._cwd, self._stderr = os.getcwd(), sys.stderr
-        self._reserved = ""
+        self._cwd, self._stderr = Path.cwd(), sys.stderr
+        self._reserved: Path | None = None
         self._keeps = importlib.util.find_spec("pyarrow") is not None
         self._watch: ProcessWatch | None = None
         self._error = ""
         if self._board is not None:
             if importlib.util.find_spec("tensorboard") is None:
                 raise UsageError(NO_TENSORBOARD.format(option="--tensorboard"))
-            self._board = os.path.abspath(self._board)
+            self._board = self._cwd / self._board
         if "run_dir" in self._options and not self._keeps:
             raise UsageError(NO_PYARROW.format(option="--run-dir"))
         if "run_dir" in self._options:
-            self._options["run_dir"] = os.path.abspath(self._options["run_dir"])
-            self._default = ""
+            self._options["run_dir"] = self._cwd / self._options["run_dir"]
+            self._default = None
         else:
-            self._default = os.path.abspath(default_folder(program, os.environ))
+            self._default = self._cwd / default_folder(program, os.environ)
 
     def begin(self) -> None:
         """Has the models watched once the program has imported torch, and told at the exit."""
@@ -223,9 +223,9 @@ class Run:
     def _places(self) -> dict[str, Any]:
         """Returns the options that say where the run goes."""
         places: dict[str, Any] = {}
-        if self._default and self._keeps:
+        if self._default is not None and self._keeps:
             try:
-                places["run_dir"] = self._reserve()
+                places["run_dir"] = self._reserve(self._default)
             except OSError as error:
                 self._keeps = False
                 self._say(NO_FOLDER.format(error=error))
@@ -233,11 +233,9 @@ class Run:
             places["sinks"] = self._sinks
         return places
 
-    def _reserve(self) -> str:
-        if self._size > 1:  # another rank may have made it
-            folder = self._default
-        else:
-            folder = self._reserved = reserve(self._default)
+    def _reserve(self, folder: Path) -> Path:
+        if self._size == 1:  # otherwise another rank may have made it
+            folder = self._reserved = reserve(folder)
         self._options["run_dir"] = folder
         return folder
 
@@ -245,7 +243,7 @@ class Run:
         # By name, as the core imports no integration: only here, a user asks for one.
         try:
             package = importlib.import_module("gradwatch_tensorboard")
-            sink: Sink = package.TensorBoardWriter(os.path.join(self._board or "", label))
+            sink: Sink = package.TensorBoardWriter(self._board / label)
         except Exception as error:
             self._say(NO_BOARD.format(error=f"{type(error).__name__}: {error}"))
             return []
@@ -256,13 +254,11 @@ class Run:
     def _say(self, line: str) -> None:
         if self._quiet or self._rank != 0 or os.getpid() != self._process:
             return
-        text = line.removeprefix("gradwatch: ").replace(self._cwd + os.sep, "")
-        try:
+        text = line.removeprefix("gradwatch: ").replace(f"{self._cwd}{os.sep}", "")
+        with suppress(AttributeError, OSError, ValueError):  # it was closed, or nobody reads it
             # Each line begins alike, so that a log of the program can be told apart.
             self._stderr.write("".join(f"gradwatch: {one}\n" for one in text.split("\n")))
             self._stderr.flush()
-        except (AttributeError, OSError, ValueError):  # it was closed, or nobody reads it
-            pass
 
     def _end(self) -> None:
         """Ends the watching and says what it has found; called at the exit of the process."""
@@ -275,7 +271,7 @@ class Run:
         except Exception as error:
             self._say(f"The end could not be told: {type(error).__name__}: {error}")
         finally:
-            if self._reserved:
+            if self._reserved is not None:
                 give_back(self._reserved)
 
     def _tell(self) -> None:

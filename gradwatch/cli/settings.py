@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from gradwatch.cli.locate import UsageError
@@ -53,10 +55,8 @@ def _choice(value: Any) -> str:
 def _positive(value: Any, wanted: str) -> float:
     number = math.nan
     if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
+        with suppress(ValueError):
             number = float(value)
-        except ValueError:
-            pass
     if not number > 0:  # so written, it refuses NaN
         raise ValueError(wanted)
     return number
@@ -162,11 +162,11 @@ def settle(typed: Mapping[str, Any], environment: Mapping[str, str]) -> dict[str
     config = typed.get("config") or environment.get(f"{PREFIX}CONFIG")
     if config:
         settled |= _of_file(config)
-    for name in SETTINGS:
+    for name, setting in SETTINGS.items():
         variable = PREFIX + name.upper()
         if name in typed:
             settled[name] = _checked(name, f"--{name.replace('_', '-')}", typed[name])
-        elif environment.get(variable) and SETTINGS[name].metavar != "":
+        elif environment.get(variable) and setting.metavar != "":
             settled[name] = _checked(name, variable, environment[variable])
     return settled
 
@@ -205,19 +205,18 @@ def _of_file(path: str) -> dict[str, Any]:
 
 def _read(path: str) -> Any:
     try:
-        with open(path, "rb") as file:
-            content = file.read()
+        content = Path(path).read_bytes()
     except OSError as error:
         raise UsageError(NOT_READ.format(path=path, error=error.strerror)) from None
     try:
-        if os.path.splitext(path)[1] == ".json":
+        if Path(path).suffix == ".json":
             import json
 
             return json.loads(content)
-        try:
+        if sys.version_info >= (3, 11):
             import tomllib
-        except ModuleNotFoundError:
-            raise UsageError(NO_TOML.format(path=path)) from None
-        return tomllib.loads(content.decode())
+
+            return tomllib.loads(content.decode())
+        raise UsageError(NO_TOML.format(path=path))
     except ValueError as error:  # of all that is wrong with TOML, JSON, or UTF-8
         raise UsageError(NOT_READ.format(path=path, error=error)) from None

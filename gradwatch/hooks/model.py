@@ -236,10 +236,6 @@ def _holds_gradients_back(model: Model | None) -> TypeGuard[nn.Module]:
     return model._compiled_call_impl is None
 
 
-class _WeakHook(partial[None]):
-    """A hook on a tensor: a function that gets a weak reference to what has registered it."""
-
-
 class _TensorHooks:
     """Holds at most one hook on each tensor of the parameter table."""
 
@@ -261,7 +257,7 @@ class _TensorHooks:
         for index in indices:
             tensor = self._tensors[index]
             if index not in self._handles and tensor.requires_grad:
-                self._handles[index] = register(tensor, _WeakHook(self._see, this, index))
+                self._handles[index] = register(tensor, partial(self._see, this, index))
 
     def detach(self) -> None:
         """Removes the hooks; safe to call again."""
@@ -291,7 +287,8 @@ class Unhooked:
 def _is_ours(hook: object) -> bool:
     if not isinstance(hook, partial):
         return isinstance(getattr(hook, "__self__", None), FirstBackward)
-    return isinstance(hook, _WeakHook) or isinstance(next(iter(hook.args), None), Arrivals)
+    of_here = getattr(hook.func, "__module__", "") == __name__
+    return of_here or isinstance(next(iter(hook.args), None), Arrivals)
 
 
 Parts = list[tuple[list[int], Tensor]]

@@ -298,9 +298,9 @@ class OptimizerDiscovery:
 
     def look(self, optimizer: Optimizer) -> None:
         """Reports an optimizer that is about to step, unless it is followed."""
-        known = self._followed.get(id(optimizer))
+        known = self.followed.get(id(optimizer))
         if known is None or known() is not optimizer:  # another one may have had its id before
-            self._on_step(optimizer)
+            self.on_step(optimizer)
 
 
 class _AllSteps:

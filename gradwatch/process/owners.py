@@ -119,7 +119,7 @@ def roots_in(model: object) -> list[nn.Module]:
     """Lists the program's own modules in what :meth:`Owner.model` has returned."""
     if not isinstance(model, Together):
         return [model] if isinstance(model, nn.Module) else []
-    return [one for one in model._modules.values() if one is not None and type(one) is not _Loose]
+    return [one for one in model._modules.values() if type(one) is not _Loose]
 
 
 def owners_of(optimizers: Sequence[Optimizer], noted: NotedModules | None = None) -> list[Owner]:

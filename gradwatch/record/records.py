@@ -55,8 +55,8 @@ class StepRecord:
         default="none",
         metadata=column(
             "name of the optimizer in `watch()`, or else its class; a second one of a class is "
-            "`Adam-1`; `none` where no optimizer steps the model, so that each backward counts as "
-            "a step",
+            "`Adam-1`, unless it has taken the place of the first one, which is gone; `none` where "
+            "no optimizer steps the model, so that each backward counts as a step",
             repeats=True,
         ),
     )

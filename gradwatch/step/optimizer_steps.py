@@ -6,7 +6,6 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -220,6 +219,9 @@ class OptimizerSteps(Steps):
         super().let_go()
         self.let_go_of_optimizer()
         self._explaining = self.closures = self._curvature = None
+        inner = self._inner()
+        if inner is not None:
+            self._inner = weakref.ref(inner)  # nobody need be told any more
 
     # -- backwards ---------------------------------------------------------------------------------
 
@@ -796,6 +798,10 @@ def _note_gone(reference: weakref.ref[OptimizerSteps], optimizer: object) -> Non
     steps = reference()
     if steps is None:
         return
-    with suppress(Exception):  # nobody could catch it, and Python would print it
+    # Nobody could catch an error, and Python would print it. Not by suppress(): at the end of the
+    # interpreter the names of modules are gone.
+    try:
         steps.let_go_of_optimizer()
         steps._tell_gone()
+    except Exception:
+        return

@@ -175,7 +175,7 @@ class OptimizerRegistry:
     @property
     def is_vacant(self) -> bool:
         """Whether every optimizer that was followed is gone."""
-        return bool(self.followed) and all(one.is_vacant for one in self.followed)
+        return all(one.is_vacant for one in self.followed)
 
     @property
     def steps(self) -> int:

@@ -117,6 +117,11 @@ class Run:
         if any(isinstance(sink, ModelFolder | LateSinks) for sink in options.sinks):
             self.on_first_step.append(self._begin_writing)
 
+    @property
+    def folder(self) -> Path | None:
+        """The run folder, also on a rank that does not write its tables; None without one."""
+        return None if self._folder is None else _path_of(self._folder)
+
     def tell(self, event: Event, key: str = "", warn: bool = True) -> None:
         """Records an event about the training loop, and warns; once in a run.
 

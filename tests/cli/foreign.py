@@ -1,11 +1,10 @@
 """Programs that know nothing of gradwatch, and what they do without it and under `gradwatch run`."""
 
-import os
 import subprocess
 import sys
 from typing import NamedTuple
 
-from ..support import processes
+from tests.support import processes
 
 QUIET = ("-m", "gradwatch", "run", "--quiet")
 
@@ -313,16 +312,21 @@ def run(*words, cwd, stdin="hello\n", python=sys.executable, **environment):
         text=True,
         errors="replace",
         timeout=processes.HANG_S,
+        check=False,
     )
     return Ran(ran.returncode, ran.stdout, ran.stderr)
 
 
 def script_of(folder):
     """Return a console script, as pip would write it."""
-    script = os.path.join(folder, "gradwatch")
-    with open(script, "w") as file:
-        file.write(
-            f"#!{sys.executable}\nimport sys\nfrom gradwatch.cli.main import main\n"
-            "if __name__ == '__main__':\n    sys.exit(main())\n"
-        )
+    script = folder / "gradwatch"
+    script.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom gradwatch.cli.main import main\n"
+        "if __name__ == '__main__':\n    sys.exit(main())\n"
+    )
     return script
+
+
+def names_in(folder):
+    """Return the names of the files and folders in a folder."""
+    return sorted(path.name for path in folder.iterdir())

@@ -9,7 +9,8 @@ import zipfile
 
 import pytest
 
-from ..support import processes
+from tests.support import processes
+
 from .foreign import BESIDE, QUIET, SCRIPTS, run, script_of
 
 FAILING = "def f():\n    return 1 / 0\n\nf()\n"

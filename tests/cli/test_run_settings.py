@@ -1,7 +1,6 @@
 """The settings of `gradwatch run`: where they come from, what they may be, and which folder a run gets."""
 
 import json
-import os
 import sys
 
 import pytest
@@ -13,7 +12,7 @@ from gradwatch.cli.settings import settle
 from gradwatch.measure import statistics
 from gradwatch.options import CHECKS, ON_NONFINITE
 
-from .foreign import QUIET, run
+from .foreign import QUIET, names_in, run
 
 
 def test_the_names_are_those_of_watch_all():
@@ -122,7 +121,7 @@ def test_a_wrong_file_says_what_is_wrong_in_it(tmp_path, name, content, said):
 
 def test_a_file_that_is_not_there(tmp_path):
     """It is named, with what the system says."""
-    with pytest.raises(UsageError, match="nothing.json cannot be read: No such file"):
+    with pytest.raises(UsageError, match=r"nothing\.json cannot be read: No such file"):
         settle({"config": str(tmp_path / "nothing.json")}, {})
 
 
@@ -164,9 +163,9 @@ def test_options_end_where_the_program_begins(tmp_path):
         assert (ran.code, ran.out, ran.err) == (0, f"{words}\n", "")
 
 
-def test_help_names_every_option():
+def test_help_names_every_option(tmp_path):
     """`gradwatch run --help` has all options, examples, and the variables."""
-    ran = run("-m", "gradwatch", "run", "--help", cwd=os.getcwd())
+    ran = run("-m", "gradwatch", "run", "--help", cwd=tmp_path)
     assert (ran.code, ran.err) == (0, "")
     options = [name for name, one in settings.SETTINGS.items() if one.metavar != ""]
     assert all(f"--{name.replace('_', '-')}" in ran.out for name in [*options, "config"])
@@ -189,7 +188,7 @@ def test_it_says_that_torch_was_not_imported(tmp_path):
     ran = run("-m", "gradwatch", "run", "-c", "print(1); exit(3)", cwd=tmp_path)
     said = "gradwatch: Nothing was watched: the program did not import torch in this process.\n"
     assert ran == (3, "1\n", said)
-    assert os.listdir(tmp_path) == []
+    assert names_in(tmp_path) == []
 
 
 class TestFolders:
@@ -209,26 +208,26 @@ class TestFolders:
     )
     def test_it_is_called_after_the_program_and_the_time(self, program, name):
         """`runs/train-20261130-155200`."""
-        parent, _, base = launch.default_folder(program, {}).rpartition(os.sep)
-        start, day, time = base.rsplit("-", 2)
-        assert (parent, start, len(day), len(time)) == ("runs", name, 8, 6)
+        folder = launch.default_folder(program, {})
+        start, day, time = folder.name.rsplit("-", 2)
+        assert (str(folder.parent), start, len(day), len(time)) == ("runs", name, 8, 6)
 
     def test_two_of_one_second_do_not_share_it(self, tmp_path):
         """The second gets -1 behind its name."""
-        wanted = str(tmp_path / "runs" / "a")
-        assert [launch.reserve(wanted) for _ in range(3)] == [wanted, f"{wanted}-1", f"{wanted}-2"]
+        made = [launch.reserve(tmp_path / "runs" / "a").name for _ in range(3)]
+        assert made == names_in(tmp_path / "runs") == ["a", "a-1", "a-2"]
 
     def test_one_in_which_nothing_was_written_goes(self, tmp_path):
         """And its parent, unless something else is in it."""
-        first, second = (launch.reserve(str(tmp_path / "runs" / name)) for name in "ab")
+        first, second = (launch.reserve(tmp_path / "runs" / name) for name in "ab")
         launch.give_back(first)
-        assert os.listdir(tmp_path / "runs") == ["b"]
+        assert names_in(tmp_path / "runs") == ["b"]
         (tmp_path / "runs" / "b" / "file").touch()
         launch.give_back(second)
-        assert os.listdir(tmp_path / "runs") == ["b"]
+        assert names_in(tmp_path / "runs") == ["b"]
         (tmp_path / "runs" / "b" / "file").unlink()
         launch.give_back(second)
-        assert os.listdir(tmp_path) == []
+        assert names_in(tmp_path) == []
 
     def test_ranks_of_a_launch_agree(self, monkeypatch):
         """Whenever each of them starts: by the start of the process that started them."""
@@ -240,7 +239,7 @@ class TestFolders:
             folders.add(launch.default_folder(program, environment))
         assert len(folders) == 1
         again = {"RANK": "0", "WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "1"}
-        assert launch.default_folder(program, again) == f"{folders.pop()}-1"
+        assert str(launch.default_folder(program, again)) == f"{folders.pop()}-1"
 
     @pytest.mark.parametrize(
         ("environment", "expected"),

@@ -90,6 +90,20 @@ def test_a_model_that_is_never_stepped_leaves_nothing(tmp_path):
     assert names(tmp_path / "a") == ["Generator", "models.jsonl"]
 
 
+@pytest.mark.filterwarnings("ignore:gradwatch")
+def test_the_end_tells_of_no_model_that_never_stepped(tmp_path, caplog):
+    """Its report would be nowhere."""
+    with gradwatch.watch_all(run_dir=tmp_path):
+        unused, _optimizer = build(Unused)
+        used = build(Generator)
+        for _ in range(30):
+            unused(torch.ones(4, 3)).sum().backward()
+            unused.zero_grad()
+            step(*used, torch.full((4, 3), math.nan))
+    assert f"gradwatch report {tmp_path / 'Generator'}" in caplog.text
+    assert "Unused" not in caplog.text
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_what_came_before_the_first_step_is_there_with_it(tmp_path):
     """Events and the explanation of a gradient that was thrown away, with its batch as it was."""

@@ -14,7 +14,7 @@ from torch import nn
 import gradwatch
 from gradwatch.process import watchers
 from gradwatch.process.watchers import ProcessWatch
-from tests.support import float64, state, zoo
+from tests.support import float64, processes, state, zoo
 
 
 @pytest.fixture(autouse=True)
@@ -267,6 +267,34 @@ def test_the_first_step_is_explained():
     assert explanation.examples == (2,)
 
 
+def test_the_first_step_of_two_models_in_one_optimizer_is_explained():
+    """Their container is made anew each time; what was kept of the models is found all the same."""
+    with gradwatch.watch_all(on_nonfinite="explain") as watching:
+        one, other = nn.Linear(3, 3), Net()
+        scale = torch.ones(3, requires_grad=True)
+        parameters = [*one.parameters(), *other.parameters(), scale]
+        optimizer = torch.optim.SGD(parameters, lr=0.05)
+        batch = torch.randn(5, 3)
+        batch[2, 1] = math.nan
+        other(one(batch) * scale).sum().backward()
+        optimizer.step()
+    (explanation,) = only(watching).explanations
+    assert (explanation.origin, explanation.module) == ("input", "linear")
+
+
+def test_models_are_found_without_a_look_at_every_object(monkeypatch):
+    """They are noted while they are built."""
+
+    def search():
+        raise AssertionError
+
+    monkeypatch.setattr("gradwatch.process.owners.all_modules", search)
+    with gradwatch.watch_all() as watching:
+        train(*build())
+        train(*build(model=nn.Sequential(Net(), nn.Linear(1, 1))))
+    assert [one.label for one in watching.watchers] == ["Net", "Sequential"]
+
+
 def test_each_model_has_its_own_clip():
     """Each model has its own clip."""
     with gradwatch.watch_all(clip=gradwatch.ZClip()) as watching:
@@ -456,3 +484,20 @@ def test_it_is_attached_once():
     watching.close()
     with pytest.raises(RuntimeError, match="attached before"):
         watching.attach()
+
+
+def test_the_end_of_a_script_is_silent():
+    """Its global model and optimizer go when nothing of gradwatch can be called any more."""
+    done = processes.run(
+        code="""
+            import torch, gradwatch
+
+            watching = gradwatch.watch_all().attach()
+            model = torch.nn.Linear(2, 1)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            watching.close()
+        """
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
