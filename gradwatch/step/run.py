@@ -180,6 +180,16 @@ class Run:
         for call in calls:
             call()
 
+    def move_folder(self, path: str) -> None:
+        """Names another run folder, before anything is written; see :meth:`Watcher.move_folder`."""
+        if isinstance(self._folder, ModelFolder):
+            self._folder.move(path)
+        else:  # of a rank that does not write its tables
+            self._folder = Path(path)
+        for writer in (self._log, self._store):
+            if writer is not None:
+                writer.move(path)
+
     def _begin_writing(self) -> None:
         """Writes what had to wait for the first step of a model."""
         for sink in self.options.sinks:
