@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import partial
 from itertools import repeat
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -178,7 +179,7 @@ class Watcher:
     def described(self) -> str:
         """Says in a few words what is watched: ``"2 parameters (9 elements), Adam"``.
 
-        Where some are frozen or in no optimizer: ``"4 parameters, 2 of them trained (4 elements)"``.
+        Where not all of them train: ``"4 parameters, 2 of them trained (9 elements), Adam"``.
         """
         table, followed = self._run.table, self._registry.followed
         trained = {
@@ -558,6 +559,11 @@ class Watcher:
         return self._run.accumulation.micro_batches
 
     # -- what is there to read -------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path | None:
+        """The run folder, once this process has written to it; None before, and without one."""
+        return self._run.folder if self._run.has_written else None
 
     @property
     def history(self) -> History:

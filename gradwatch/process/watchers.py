@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -24,6 +24,7 @@ from gradwatch import lifetime
 from gradwatch.adapters import check_options
 from gradwatch.checks import described
 from gradwatch.errors import described_error, tell_instead, tell_no_more, warn_safely
+from gradwatch.history import load
 from gradwatch.hooks.backward import give_way_no_more, give_way_with, is_watched
 from gradwatch.hooks.context import REPLAY, is_replaying
 from gradwatch.hooks.optimizer import OptimizerDiscovery, is_trial, parameters_held
@@ -46,6 +47,7 @@ from gradwatch.watcher import Watcher, build_watcher
 if TYPE_CHECKING:
     from gradwatch.clip.policy import ClipPolicy
     from gradwatch.process.forwards import EarlyForwards
+    from gradwatch.report.report import Report
     from gradwatch.report.thresholds import Thresholds
 
 MOST_ALIKE = 100
@@ -239,8 +241,29 @@ class ProcessWatch:
         Returns:
             A mapping from names of models to reports; its ``str()`` is one text.
         """
-        reports = {one.label: one.watcher.report(thresholds, **changes) for one in self._shown}
+        reports = {
+            one.label: self.report_of(one.watcher, thresholds, **changes) for one in self._shown
+        }
         return ProcessReport(reports, self.nothing_watched())
+
+    def report_of(
+        self, watcher: Watcher, thresholds: Thresholds | None = None, **changes: float
+    ) -> Report:
+        """Says what the training of one model shows so far.
+
+        When it is over, and memory may not hold all steps, they are read from the run folder.
+
+        Args:
+            watcher: One of :attr:`watchers`.
+            thresholds: As for :meth:`report`.
+            **changes: As for :meth:`report`.
+        """
+        folder = watcher.folder
+        is_full = len(watcher.history) == self._options.buffer_size
+        if self._state == "closed" and folder is not None and is_full:
+            with suppress(OSError, ValueError):  # somebody has removed it, or damaged it
+                return load(folder).report(thresholds, **changes)
+        return watcher.report(thresholds, **changes)
 
     def nothing_watched(self) -> str:
         """Returns, in one sentence, why nothing was watched; empty if something was."""

@@ -122,6 +122,11 @@ class Run:
         """The run folder, also on a rank that does not write its tables; None without one."""
         return None if self._folder is None else _path_of(self._folder)
 
+    @property
+    def has_written(self) -> bool:
+        """Whether the run folder holds something of this run, as far as this rank knows."""
+        return isinstance(self._folder, RunFolder) and self._folder.has_written
+
     def tell(self, event: Event, key: str = "", warn: bool = True) -> None:
         """Records an event about the training loop, and warns; once in a run.
 
