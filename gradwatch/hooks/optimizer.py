@@ -296,12 +296,6 @@ class OptimizerDiscovery:
         """Ends looking; safe to call again."""
         _ALL_STEPS.remove(self._reference)
 
-    def look(self, optimizer: Optimizer) -> None:
-        """Reports an optimizer that is about to step, unless it is followed."""
-        known = self.followed.get(id(optimizer))
-        if known is None or known() is not optimizer:  # another one may have had its id before
-            self.on_step(optimizer)
-
 
 class _AllSteps:
     """torch's hook on the steps of all optimizers, one for everybody who looks at them.
@@ -414,8 +408,10 @@ def parameters_held(optimizer: Any) -> list[Tensor]:
 def _runs_hooks(optimizer: Any) -> bool:
     # Optimizer.__init__() makes the dicts of hooks and wraps step(), once for each class (private,
     # torch 2.4 to 2.13). A class that does not call it may make the dicts by itself.
-    step = getattr(type(optimizer), "step", None)
-    return hasattr(optimizer, "_optimizer_step_pre_hooks") and getattr(step, "hooked", False)
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    # A plain dict cannot be referred to weakly, so torch can register nothing in it.
+    takes_hooks = hooks is not None and type(hooks).__weakrefoffset__ != 0
+    return takes_hooks and getattr(getattr(type(optimizer), "step", None), "hooked", False)
 
 
 def hide_gradients(parameters: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -356,11 +356,16 @@ class OptimizerRegistry:
 
     def follow(self, optimizer: Optimizer) -> None:
         """Follows one more optimizer of the watched parameters, before it has stepped."""
-        if any(one.has(optimizer) for one in self.followed):
+        if self._is_followed(optimizer):
             return
         with self._shield:
             indices = self._indices(stepped_by(optimizer)[-1])
             self._take_in(optimizer, indices, self._holding(indices))
+
+    def _is_followed(self, optimizer: Optimizer) -> bool:
+        """Returns whether an optimizer is followed, or one that it wraps and that steps for it."""
+        innermost = (stepped_by(optimizer) or [optimizer])[-1]
+        return any(one.has(optimizer) or one.has(innermost) for one in self.followed)
 
     def _holding(self, indices: Sequence[int]) -> list[OptimizerSteps]:
         """Lists the optimizers that hold, or held before they were gone, any of some parameters."""
@@ -370,6 +375,10 @@ class OptimizerRegistry:
         stepping = [index for one in self.followed if one.stepping for index in one.window.indices]
         if not set(indices).isdisjoint(stepping):
             return  # its step runs inside that of another optimizer, as in SAM: one step, not two
+        if self._is_followed(optimizer):  # a wrapper, on which torch runs no step hooks of its own
+            if self._discovery is not None:
+                self._discovery.leave_out(optimizer)
+            return
         before = self._holding(indices)
         if self._named and not before:
             self._silence.tell_left_out(type(optimizer).__name__, indices)

@@ -254,6 +254,27 @@ def test_trial_optimizers_of_gradwatch_are_no_models():
     assert [one.label for one in watching.watchers] == ["Net"]
 
 
+def test_a_wrapper_on_which_torch_runs_no_hooks_is_counted_once():
+    """A wrapper on which torch runs no hooks is counted once, as what it wraps."""
+
+    class Wrapper(torch.optim.Optimizer):
+        """Never calls `Optimizer.__init__()`, and has plain dicts for hooks."""
+
+        def __init__(self, inner):
+            self.inner, self.state, self.defaults = inner, {}, inner.defaults
+            self.param_groups = inner.param_groups
+            self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = {}, {}
+
+        def step(self, closure=None):
+            return self.inner.step(closure)
+
+    with gradwatch.watch_all() as watching:
+        model, inner = build(torch.optim.RAdam)
+        seen = train(model, Wrapper(inner))
+    assert only(watching).history.steps()["optimizer"].tolist() == ["RAdam"] * 3
+    assert norms_of(only(watching)) == [pytest.approx(one, rel=1e-5) for one in seen]
+
+
 def test_the_first_step_is_explained():
     """The first step is explained."""
     with gradwatch.watch_all(on_nonfinite="explain") as watching:
