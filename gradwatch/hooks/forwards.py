@@ -80,7 +80,7 @@ CALLED_OTHERWISE = (
 MODULE_GONE = "The program has dropped the module whose forward would have to be run again."
 FAILED = "Nothing was kept of the forwards, after an error: {error}"
 
-_FOREIGN = tuple(
+FOREIGN = tuple(
     f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])
 )
 """Where frames are not those of the user: torch, and gradwatch."""
@@ -422,7 +422,7 @@ class _Before(_Hook):
             one.module, one.args, one.kwargs, one.uses = weakref.ref(module), args, kwargs, 0
             # Not the frame itself, which would keep all of its variables alive.
             frame = sys._getframe(1)
-            while frame.f_code.co_filename.startswith(_FOREIGN) and frame.f_back is not None:
+            while frame.f_code.co_filename.startswith(FOREIGN) and frame.f_back is not None:
                 frame = frame.f_back
             one.caller = frame.f_code.co_filename, frame.f_lineno
             one.context = ForwardContext.now()

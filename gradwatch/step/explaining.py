@@ -6,6 +6,7 @@ Nothing in here changes the training: what fails ends as an explanation that say
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -99,6 +100,10 @@ OWN_EXAMPLES = (
 LEFT = "It was " + LEFT_STALE + "." + NOT_ZEROED
 MADE = "It was " + MADE_AFTER + "."
 SET = "It appeared " + MADE_BY_LOOP + "." + SET_BY_LOOP
+
+
+OUTSIDE = ("output_gradient", "not_found")
+"""Origins that the forwards of the model alone do not explain."""
 
 
 class _Found(NamedTuple):
@@ -206,7 +211,10 @@ class Explaining:
                 gradients is no accident: only what is bad without the scale, too, is explained.
         """
         first = window.first_nonfinite
-        if first is None or first.origin is Origin.AFTER or self._discarded is not None:
+        # What was left from a bad step before does no harm, as it is thrown away in time.
+        if first is None or first.origin in (Origin.AFTER, Origin.STALE):
+            return
+        if self._discarded is not None:
             return
         if not self._explained.isdisjoint(window.backwards):  # as a part of another optimizer's
             return
@@ -325,13 +333,34 @@ class Explaining:
         """Runs the micro-batch of a backward again, and looks where it goes bad."""
         whole = self.forwards.closures.by_number.get(number)
         if whole is None or isinstance(whole, str):
-            return self._with_hint(self._forwards_again(number))
+            return self._with_hint(self._loop_again(self._forwards_again(number)))
         found = self._whole_again(whole, number)
         if found.explanation.origin != "not_found" or whole.alone:
             return found
         other = self._forwards_again(number)
         notes = dict.fromkeys((*found.explanation.notes, *other.explanation.notes))
         return other._replace(explanation=replace(other.explanation, notes=tuple(notes)))
+
+    def _loop_again(self, found: _Found) -> _Found:
+        """Runs the statements of the loop again that make the loss, if it went bad in there."""
+        if found.explanation.origin not in OUTSIDE or not found.calls or self._scale != 1.0:
+            return found
+        try:
+            return self._of_loop(found)
+        except Exception:  # code of any kind is looked at; without it less is known
+            return found
+
+    def _of_loop(self, found: _Found) -> _Found:
+        from gradwatch.replay.loop import are_of, inputs_noted, losses_on_stack
+
+        calls = found.calls
+        model, before = self._model.or_nothing(), self._run.hooks.buffers.before_window()
+        for loss in losses_on_stack(sys._getframe(), self._run.table.tensors):
+            with inputs_noted(calls) as given:
+                again = explain_closure(model, loss, context=calls[0].context, buffers=before)
+            if again.origin not in OUTSIDE and are_of(calls, given):
+                return found._replace(explanation=again)
+        return found
 
     def _with_hint(self, found: _Found) -> _Found:
         given = self.forwards.closures.losses_given

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from gradwatch.pickles import stable_name
 from gradwatch.record.columns import Array
+from gradwatch.record.folder.arrow import arrow_values
 from gradwatch.record.folder.files import remove_leftovers, remove_quietly, sync_folder, write_whole
 from gradwatch.record.folder.tables import STEP_INDEX, open_parquet, reading
 
@@ -212,8 +213,6 @@ class PartStore:
             valid: Maps a part and its ``pyarrow.Table`` to a bool array ``[rows]``: the rows that
                 stay.
         """
-        import pyarrow as pa
-
         for part in self.parts():
             if part.session >= before or self._newest_step(part) < from_step:
                 continue
@@ -222,7 +221,7 @@ class PartStore:
             if not kept.any():
                 self._remove([part])
             elif not kept.all():
-                content = self._table.encode(table.filter(pa.array(kept)), small=False)
+                content = self._table.encode(table.filter(arrow_values(kept)), small=False)
                 write_whole(self._path(part), content)
 
     def _merge(self, parts: Sequence[Part]) -> None:

@@ -19,6 +19,7 @@ from gradwatch.record.columns import (
     safe_text,
     step_table,
 )
+from gradwatch.record.folder.arrow import arrow_texts, arrow_values
 from gradwatch.record.folder.files import UnreadableError
 from gradwatch.record.records import NO_GRADIENT, Layout, RecordBatch, StepRecord, clipped_by
 from gradwatch.record.schema import columns_of
@@ -90,7 +91,7 @@ class StepsTable:
         import pyarrow as pa
 
         rows = np.arange(first_row, first_row + len(records), dtype=np.int64)
-        columns = {"row": pa.array(rows)}
+        columns = {"row": arrow_values(rows)}
         for name, column in step_table(records, STEP_DTYPES).items():
             columns[name] = _to_arrow(column)
         return pa.table(columns)
@@ -139,19 +140,19 @@ class ParametersTable:
         places, steps = np.nonzero(norms != NO_GRADIENT)
         where = (steps, self._order[places])
         statistics = {
-            # from_pandas turns NaN (a statistic that was not measured) into null.
-            name: pa.array(plane[where].astype(np.float64), from_pandas=True)
+            # NaN (a statistic that was not measured) becomes null.
+            name: arrow_values(plane[where].astype(np.float64), ~np.isnan(plane[where]))
             for name, plane in batch.statistics.items()
         }
         numbers = np.array([record.step for record in batch.steps], np.int64)
         optimizers = Labels.from_strings(record.optimizer for record in batch.steps)
         return pa.table(
             {
-                "row": pa.array(steps + first_row),
-                "step": pa.array(numbers[steps]),
+                "row": arrow_values(steps + first_row),
+                "step": arrow_values(numbers[steps]),
                 "optimizer": _dictionary(optimizers[steps]),
                 "parameter": _dictionary(Labels(self._names, self._ranks[places])),
-                "grad_norm": pa.array(norms[places, steps]),
+                "grad_norm": arrow_values(norms[places, steps]),
                 "grad_norm_clipped": _clipped_where_measured(batch, where),
                 **statistics,
             }
@@ -252,9 +253,12 @@ def labels_of(column: Any) -> Labels:
     chunks = [chunk for chunk in column.unify_dictionaries().chunks if len(chunk)]
     if not chunks:
         return Labels((), np.empty(0, np.int32))
-    codes = np.concatenate([chunk.indices.to_numpy() for chunk in chunks])
+    # Not to_numpy(), which imports pandas.
+    codes = np.concatenate([np.from_dlpack(chunk.indices) for chunk in chunks])
     values = chunks[-1].dictionary
-    return Labels(values.cast(pa.string()).to_pylist(), codes.astype(np.int32, copy=False))
+    if values.type != pa.string():
+        values = values.cast(pa.string())
+    return Labels(values.to_pylist(), codes.astype(np.int32, copy=False))
 
 
 def _read_parquet(path: Path, strings: Sequence[str]) -> Any:
@@ -264,20 +268,18 @@ def _read_parquet(path: Path, strings: Sequence[str]) -> Any:
 
 
 def _to_arrow(column: Column) -> Any:
-    import pyarrow as pa
-
     if isinstance(column, Labels):
         return _dictionary(column)
     if isinstance(column, Truths):
-        return pa.array(column.values, mask=~column.known)
-    return pa.array(column)
+        return arrow_values(column.values, column.known)
+    return arrow_values(column)
 
 
 def _dictionary(labels: Labels) -> Any:
     import pyarrow as pa
 
-    values = pa.array(list(map(safe_text, labels.values)), pa.string())
-    return pa.DictionaryArray.from_arrays(labels.codes.astype(np.int32), values)
+    values = arrow_texts(list(map(safe_text, labels.values)))
+    return pa.DictionaryArray.from_arrays(arrow_values(labels.codes.astype(np.int32)), values)
 
 
 def _encode(schema: Any, pieces: Iterable[Any], repeating: Sequence[str], small: bool) -> Any:
@@ -320,15 +322,13 @@ def _encoding(kind: Any) -> str | None:
 
 def _clipped_where_measured(batch: RecordBatch, where: tuple[Array, Array]) -> Any:
     """Returns the norms after the clip; null where they are the norm before times clip_coef."""
-    import pyarrow as pa
-
     norms, clipped = batch.norms[where], batch.clipped_norms[where]
     coefficients = np.array([record.clip_coef for record in batch.steps], np.float64)
     derived = clipped_by(norms, coefficients[where[0]])
     # Compare so that the same values are read back: -0.0 equals 0.0, and NaN equals nothing.
     same = (clipped == derived) & (np.signbit(clipped) == np.signbit(derived))
     follows = same | (np.isnan(clipped) & np.isnan(derived))
-    return pa.array(clipped.astype(norms.dtype, copy=False), mask=follows)
+    return arrow_values(clipped.astype(norms.dtype, copy=False), ~follows)
 
 
 def _sorted(table: Any) -> Any:
@@ -343,9 +343,9 @@ def _sorted(table: Any) -> Any:
     ranks = rank[codes]
     # numpy sorts 16-bit integers with a radix sort, in linear time.
     rows = np.argsort(ranks.astype(np.uint16) if len(names) < 1 << 16 else ranks, kind="stable")
-    sorted_names = pa.array([names[index] for index in order], pa.string())
-    parameter = pa.DictionaryArray.from_arrays(ranks[rows], sorted_names)
-    return _with_parameter(table.drop_columns(["parameter"]).take(pa.array(rows)), parameter)
+    sorted_names = arrow_texts([names[index] for index in order])
+    parameter = pa.DictionaryArray.from_arrays(arrow_values(ranks[rows]), sorted_names)
+    return _with_parameter(table.drop_columns(["parameter"]).take(arrow_values(rows)), parameter)
 
 
 def _row_groups(table: Any) -> Iterator[Any]:
@@ -358,8 +358,8 @@ def _row_groups(table: Any) -> Iterator[Any]:
         codes = parameters.codes[first : first + _PARAMETER_ROW_GROUP]
         # Each group gets only the names that occur in it: with 100,000 parameters, the full list
         # would be larger than the numbers.
-        names = pa.array(parameters.values[codes[0] : codes[-1] + 1], pa.string())
-        parameter = pa.DictionaryArray.from_arrays(codes - codes[0], names)
+        names = arrow_texts(parameters.values[codes[0] : codes[-1] + 1])
+        parameter = pa.DictionaryArray.from_arrays(arrow_values(codes - codes[0]), names)
         yield _with_parameter(others.slice(first, _PARAMETER_ROW_GROUP), parameter)
 
 
