@@ -20,9 +20,11 @@ from gradwatch.record.columns import (
     LiveSource,
     Source,
     Span,
+    array_of,
     events_frame,
     explanations_frame,
     table_frame,
+    take_rows,
 )
 from gradwatch.record.folder.models import one_run, runs_in
 from gradwatch.record.folder.reader import FolderSource
@@ -130,7 +132,8 @@ class History:
 
         Returns:
             Columns ``step, parameter, grad_norm`` (before the clip), ``grad_norm_clipped`` (after
-            it) and one for each statistic that ``watch(statistics=)`` asked for.
+            it) and one for each statistic that ``watch(statistics=)`` asked for. If there are
+            several optimizers, ``optimizer`` comes after ``parameter``: each counts its own steps.
 
         Raises:
             TypeError: If a bound is not an integer, or ``names`` or ``columns`` is not a sequence
@@ -141,7 +144,14 @@ class History:
         chosen = chosen_columns(columns, known, "parameters(columns=)")
         indices = None if names is None else chosen_parameters(names, self.names)
         span = chosen_span(start, stop, "parameters")
-        return table_frame(self._source.parameters(indices, chosen, span))
+        if len({one.optimizer for one in self._source.groups()}) < 2:
+            return table_frame(self._source.parameters(indices, chosen, span))
+        steps, found = self._source.steps_and_parameters(("optimizer",), indices, chosen, span)
+        table = dict(found)
+        labels = {"optimizer": steps["optimizer"]}
+        optimizers = take_rows(labels, array_of(table.pop("place")))
+        first = {name: table.pop(name) for name in ("step", "parameter")}
+        return table_frame({**first, **optimizers, **table})
 
     def groups(self, *, start: int | None = None, stop: int | None = None) -> pd.DataFrame:
         """Returns one row per step and parameter group: its norms and its learning rate.

@@ -108,7 +108,13 @@ class Magic:
         if watch is not None:
             watch.close()
             if not self._quiet:
-                _show(watch)
+                self._show(watch)
+
+    def _show(self, watch: ProcessWatch) -> None:
+        report = watch.report()
+        # Not the object: a terminal would show its repr(), which is one line.
+        data = {"text/plain": str(report), "text/html": report._repr_html_()}
+        self._ipython.display_pub.publish(data)
 
     def _attach(self, options: dict[str, Any]) -> None:
         from gradwatch.imports import no_collection
@@ -162,12 +168,3 @@ def _say(line: str) -> None:
 
 def _silent(line: str) -> None:
     """Says nothing."""
-
-
-def _show(watch: ProcessWatch) -> None:
-    from IPython.display import display
-
-    report = watch.report()
-    # Not the object: a terminal would show its repr(), which is one line.
-    content = {"text/plain": str(report), "text/html": report._repr_html_()}
-    display(content, raw=True)  # type: ignore[no-untyped-call]

@@ -93,7 +93,7 @@ def _file(name: str, arguments: Sequence[str]) -> Program:
         raise UsageError((NO_MAIN if os.path.isdir(name) else NO_FILE).format(name=name))
     _refuse_launcher(name, arguments)
     _refuse_foreign(path, name)
-    return Program("file", path, arguments)
+    return Program("folder" if _is_archive(path) else "file", path, arguments)
 
 
 def _is_pipe(name: str) -> bool:

@@ -45,11 +45,11 @@ def execute(program: Program) -> None:
     """
     main = _new_main()
     # Python puts one entry there before it starts a program: ours goes.
-    if not _safe_path():
+    safe = _safe_path()
+    if not safe:
         del sys.path[0]
+    if not safe or program.kind == "folder":  # which is found through the path, whatever the flags
         sys.path.insert(0, _first_entry(program))
-    elif program.kind == "folder":
-        sys.path.insert(0, program.name)  # this one is found through the path, whatever the flags
     sys.argv = [_zeroth_argument(program), *program.arguments]
     sys.modules["__main__"] = main
     try:

@@ -53,6 +53,11 @@ DIFFERENT = (
     "of them must be watched alike, but rank {other} has {theirs} where rank {rank} has {mine}. "
     "Pass the same options to gradwatch.watch() on every rank."
 )
+DIFFERENT_COPIES = (
+    "The ranks {ranks} hold copies of the same parameters, which stay alike only if all of them do "
+    "the same, but rank {other} has {theirs} where rank {rank} has {mine}. Start every rank with "
+    "the same options."
+)
 PARTED = (
     "{why}, so the norms of sharded gradients are not known from step {step} on: they are recorded "
     "as NaN. The training goes on untouched."
@@ -209,7 +214,8 @@ class Exchange:
         ranks = sorted({rank for group in groups for rank in group.ranks})
         self._timeout_s = min(_timeout_s(one) for group in groups for one in group.groups)
         asked = {**self._options, "parameters": _described(self._shards)}
-        store = _settle(default, ranks, asked, min(START_WAIT_S, self._timeout_s / 4))
+        wait_s = min(START_WAIT_S, self._timeout_s / 4)
+        store = _settle(default, ranks, asked, wait_s, MISSING, DIFFERENT)
         for group in groups:
             tensors = [self._shards.tensors[index] for index in group.indices]
             if not all(local_part(tensor).is_cpu for tensor in tensors):
@@ -408,7 +414,31 @@ def _close(groups: list[Any], work: list[Any], delay_s: float) -> None:
 # -- torch's groups and their store ----------------------------------------------------------------
 
 
-def _settle(default: Any, ranks: Sequence[int], asked: Mapping[str, str], wait_s: float) -> Any:
+def settle_copies(ranks: Sequence[int], asked: Mapping[str, str], missing: str) -> None:
+    """Settles through the store that ranks with copies of the same parameters act alike.
+
+    Args:
+        ranks: The ranks, in the numbers of the whole world.
+        asked: What this one does, as written, by the name of the option.
+        missing: What to raise if some do not come: a format with the fields of ``MISSING``.
+
+    Raises:
+        RuntimeError: If one of them does not come, or asks for something else.
+    """
+    default: Any = dist.distributed_c10d._get_default_store()
+    if default is not None and "fake" not in dist.get_backend():
+        wait_s = min(START_WAIT_S, _timeout_s(None) / 4)
+        _settle(default, sorted(ranks), asked, wait_s, missing, DIFFERENT_COPIES)
+
+
+def _settle(
+    default: Any,
+    ranks: Sequence[int],
+    asked: Mapping[str, str],
+    wait_s: float,
+    missing: str,
+    different: str,
+) -> Any:
     """Meets all ranks in the store of the default group; returns a part of it for this meeting.
 
     Raises:
@@ -424,7 +454,7 @@ def _settle(default: Any, ranks: Sequence[int], asked: Mapping[str, str], wait_s
         found = json.loads(store.compare_set("asked", "", json.dumps(mine)))
         for option in (one for one in asked if asked[one] != found[one]):
             texts = {"mine": f"{option}={asked[option]}", "theirs": f"{option}={found[option]}"}
-            text = DIFFERENT.format(ranks=_listed(ranks), rank=rank, other=found["rank"], **texts)
+            text = different.format(ranks=_listed(ranks), rank=rank, other=found["rank"], **texts)
             store.set("different", text)
         _meet(store, "asks", ranks, wait_s)
         if store.check(["different"]):
@@ -433,8 +463,8 @@ def _settle(default: Any, ranks: Sequence[int], asked: Mapping[str, str], wait_s
         _meet(store, "agrees", ranks, wait_s)
     except _MissingError as error:
         store.set("given up", "")
-        missing = f"rank{'s' if len(error.ranks) > 1 else ''} {_listed(error.ranks)}"
-        text = MISSING.format(ranks=_listed(ranks), missing=missing, seconds=wait_s, rank=rank)
+        absent = f"rank{'s' if len(error.ranks) > 1 else ''} {_listed(error.ranks)}"
+        text = missing.format(ranks=_listed(ranks), missing=absent, seconds=wait_s, rank=rank)
         raise RuntimeError(text) from None
     return store
 

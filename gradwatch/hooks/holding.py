@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -112,28 +113,32 @@ class HeldByModel:
     def __init__(self, model: Model, held: object) -> None:
         """Begins to hold; the tensors of a mapping hold the object as an attribute."""
         self._handles: list[RemovableHandle] = []
-        self._tensors: list[weakref.ref[Tensor]] = []
+        self._others: list[weakref.ref[Any]] = []
         if isinstance(model, nn.Module):
             holder = _Holder(held)
             for module in model.modules():
-                # A scripted module has no such hooks.
-                if isinstance(getattr(module, "_load_state_dict_post_hooks", None), OrderedDict):
+                if isinstance(module, torch.jit.ScriptModule):  # which has no such hooks
+                    self._set_on(module, holder)
+                else:
                     handle = module.register_load_state_dict_post_hook(holder)  # type: ignore[no-untyped-call]
                     self._handles.append(handle)
             return
         for tensor in model.values():
-            setattr(tensor, _ATTRIBUTE, _HolderOfTensor(held))
-            self._tensors.append(weakref.ref(tensor))
+            self._set_on(tensor, _HolderOfTensor(held))
+
+    def _set_on(self, one: object, holder: _Holder) -> None:
+        vars(one)[_ATTRIBUTE] = holder  # not with setattr(), which a scripted module refuses
+        self._others.append(weakref.ref(one))
 
     def end(self) -> None:
         """Holds the object no longer; safe to call again."""
         for handle in self._handles:
             handle.remove()
-        for reference in self._tensors:
-            tensor = reference()
-            if tensor is not None:
-                vars(tensor).pop(_ATTRIBUTE, None)
-        self._handles, self._tensors = [], []
+        for reference in self._others:
+            one = reference()
+            if one is not None:
+                vars(one).pop(_ATTRIBUTE, None)
+        self._handles, self._others = [], []
 
 
 def call_when_gone(objects: Sequence[T], call: Callable[[], None]) -> list[weakref.ref[T]]:

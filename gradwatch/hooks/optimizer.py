@@ -296,12 +296,6 @@ class OptimizerDiscovery:
         """Ends looking; safe to call again."""
         _ALL_STEPS.remove(self._reference)
 
-    def look(self, optimizer: Optimizer) -> None:
-        """Reports an optimizer that is about to step, unless it is followed."""
-        known = self.followed.get(id(optimizer))
-        if known is None or known() is not optimizer:  # another one may have had its id before
-            self.on_step(optimizer)
-
 
 class _AllSteps:
     """torch's hook on the steps of all optimizers, one for everybody who looks at them.

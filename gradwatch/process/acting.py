@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, combinations
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradwatch.clip.policy import ClipPolicy
+from gradwatch.hooks.data_parallel import is_distributed, wrappers_that_hold
 from gradwatch.hooks.engines import engines_of, instances_of, trains_any
+from gradwatch.hooks.exchange import settle_copies
 from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.options import Options
 from gradwatch.record.events import counted_names
@@ -24,17 +27,24 @@ from gradwatch.record.events import counted_names
 SHARED = (
     "{asked} cannot be had where two optimizers hold the same parameters: {first} and {second} of "
     "{model} share {shared}, so each would clip or skip gradients that the other one steps with "
-    "as well. Give each optimizer parameters of its own, or leave {asked} out: watching alone "
+    "as well. Give each optimizer parameters of its own, or leave {leave} out: watching alone "
     "works with both."
 )
 CLIPS_TOO = (
     "{asked} and {setting} would both clip the gradients of {model}: the second clip would act on "
     "what the first has left, and the recorded coefficient would be the product of both. Keep "
-    "one: leave {asked} out to keep the clip of {framework}, whose norms before and after are "
+    "one: leave {leave} out to keep the clip of {framework}, whose norms before and after are "
     "recorded all the same{remedy}."
 )
 TO_KEEP_OURS = ", or {remedy} to keep that of gradwatch"
-BY_ENGINE = "{asked} cannot be had for {model}. {reason} Leave {asked} out: watching alone works."
+BY_ENGINE = "{asked} cannot be had for {model}. {reason} Leave {leave} out: watching alone works."
+UNWATCHED_RANKS = (
+    "{asked} cannot be had on some ranks only: ranks {{ranks}} hold copies of {model}, "
+    "which stay alike only if all of them do the same, but {{missing}} did not begin to watch "
+    "within {{seconds:g}} s of rank {{rank}}. Start every rank under gradwatch, `torchrun "
+    "--nproc-per-node N -m gradwatch run ...`, if the program starts the other ranks by itself; or "
+    "leave {leave} out: watching alone works."
+)
 
 
 def refuse_dishonest(
@@ -55,6 +65,7 @@ def refuse_dishonest(
             engine reduces, clips or steps where ``.grad`` does not show it; if ``clip`` is asked
             for, and a framework or an optimizer clips as well. The text says which setting to
             change.
+        RuntimeError: If another rank with a copy of the model is not watched, or acts otherwise.
     """
     if not options.acts:
         return
@@ -66,11 +77,26 @@ def refuse_dishonest(
     parameters = [*named.values(), *held]
     if not text:
         reason = next(iter(engines_of(parameters)), "")
-        text = reason and BY_ENGINE.format(asked=_asked(options), model=called, reason=reason)
+        text = reason and BY_ENGINE.format(
+            asked=_asked(options), leave=_leave(options), model=called, reason=reason
+        )
     if not text and options.clip is not None:
         text = _of_two_clips(options.clip, optimizers, set(map(id, parameters)), called)
     if text:
         raise ValueError(text)
+    _settle_with_other_ranks(options, parameters, called)
+
+
+def _settle_with_other_ranks(options: Options, parameters: Sequence[Tensor], called: str) -> None:
+    """Refuses to act on some copies of a model only: they would no longer be alike."""
+    # Shards are settled when their watcher is attached, whether it acts or not.
+    if not is_distributed():
+        return
+    asked = {name: text for name, text in options.on_all_ranks.items() if name in _OF_COPIES}
+    written = _asked(options).replace("{", "{{").replace("}", "}}")
+    missing = UNWATCHED_RANKS.format(asked=written, leave=_leave(options), model=called)
+    for wrapper in wrappers_that_hold(parameters):
+        settle_copies(dist.get_process_group_ranks(wrapper.process_group), asked, missing)
 
 
 def _of_shared(
@@ -83,6 +109,7 @@ def _of_shared(
     names = [name for name, parameter in named.items() if id(parameter) in keys]
     return SHARED.format(
         asked=_asked(options),
+        leave=_leave(options),
         first=first,
         second=second,
         model=called,
@@ -98,11 +125,26 @@ def _of_two_clips(
         return ""
     return CLIPS_TOO.format(
         asked=f"clip={clip!r}",
+        leave=_OPTIONS["clip="],
         setting=other.setting,
         model=called,
         framework=other.framework,
         remedy=TO_KEEP_OURS.format(remedy=other.remedy) if other.remedy else "",
     )
+
+
+# The acting options: as arguments, and as options of the command.
+_OPTIONS = {
+    "clip=": "clip= (--clip)",
+    "on_nonfinite=": "on_nonfinite= (--on-nonfinite)",
+    "skip_spikes=": "skip_spikes=",
+}
+_OF_COPIES = ("clip", "on_nonfinite", "skip_spikes")
+
+
+def _leave(options: Options) -> str:
+    """Names the acting options, without their values."""
+    return " and ".join(_OPTIONS.get(argument, argument) for argument in options.acting)
 
 
 def _asked(options: Options) -> str:

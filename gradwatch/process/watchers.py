@@ -30,6 +30,7 @@ from gradwatch.hooks.optimizer import OptimizerDiscovery, is_trial, parameters_h
 from gradwatch.hooks.scaler import noted_scalers
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.options import CHECKS
+from gradwatch.pickles import stable_name
 from gradwatch.process.acting import refuse_dishonest
 from gradwatch.process.backward import BeforeBackward, is_tracing
 from gradwatch.process.modules import NotedModules
@@ -74,6 +75,7 @@ NO_OPTIMIZER = (
 NO_STEP = "Nothing was watched: {optimizers} {was} built, but never stepped."
 LEFT = "Nothing was watched here: the program watches its models with gradwatch itself."
 REFUSED = "Nothing was watched: {reason}"
+STOPPED = "the training was stopped before its first step, by an option that cannot be had for it."
 
 
 class _Watched:
@@ -370,6 +372,7 @@ class ProcessWatch:
             self._build(owner, model)
         except Exception as error:
             if self._options.acts:
+                self._errors.append(STOPPED)
                 raise _RefusedError(error) from None
             self._note_error(owner.label, error)
 
@@ -454,6 +457,7 @@ class ProcessWatch:
             lifetime.close_quietly(watched.watcher)
 
 
+@stable_name
 def watch_all(
     *,
     clip: float | str | ClipPolicy | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from html import escape
@@ -185,9 +186,9 @@ def _remarks(run: RunData, limits: Thresholds) -> Iterator[str]:
         if not np.isfinite(run.sample.columns.get(name, np.nan)).any():
             yield remark
     # Kinds that no rule looks at: nobody shall read "Nothing was found" where something happened.
-    others = run.events["kind"][~run.events["kind"].isin((*KINDS, "explained"))].value_counts()
-    if len(others):
-        kinds = ", ".join(f"{kind} {count:,}" for kind, count in others.items())
+    others = Counter(one.kind for one in run.events if one.kind not in (*KINDS, "explained"))
+    if others:
+        kinds = ", ".join(f"{kind} {count:,}" for kind, count in others.most_common())
         yield OTHER_EVENTS.format(kinds=kinds)
 
 

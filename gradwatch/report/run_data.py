@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -18,18 +18,14 @@ from gradwatch.record.columns import (
     Span,
     Table,
     array_of,
-    events_frame,
     labels_in,
     numbers_of,
     safe_text,
 )
 from gradwatch.record.explanation import Explanation
-from gradwatch.record.records import Layout
+from gradwatch.record.records import Event, Layout
 from gradwatch.report.parameter_groups import GroupRate, group_rates
 from gradwatch.report.thresholds import Thresholds
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +235,9 @@ MOST_NEWEST_STEPS = 4_096
 """If the sample missed a statistic, at most this many of the newest steps are searched for it."""
 
 
+_EVENT_TEXTS = ("kind", "parameter", "module", "message", "optimizer")
+
+
 @dataclass(frozen=True, slots=True)
 class RunData:
     """What the rules of a report know about a run.
@@ -248,7 +247,7 @@ class RunData:
         layout: Names, modules and shapes of the parameters.
         sample: Norms and :data:`STATISTICS` of the parameters in some steps. A statistic that was
             found only at the end of the run has rows of its own.
-        events: All events, as ``History.events()`` returns them.
+        events: All events, oldest first; their texts are those of ``History.events()``.
         explanations: Those of bad steps, oldest first.
         group_rates: The newest parameter groups of all optimizers; empty if there is only one group
             in the run, or none is known.
@@ -257,7 +256,7 @@ class RunData:
     optimizers: Sequence[OptimizerArrays]
     layout: Layout
     sample: ParameterSample
-    events: pd.DataFrame
+    events: Sequence[Event]
     group_rates: Sequence[GroupRate] = ()
     explanations: Sequence[Explanation] = ()
 
@@ -274,12 +273,9 @@ class RunData:
         """Tells which parameters have two dimensions or more: the weights of layers."""
         return np.array([len(shape) >= 2 for shape in self.layout.shapes], bool)
 
-    def events_of(self, optimizer: str, kinds: Sequence[str]) -> pd.DataFrame:
+    def events_of(self, optimizer: str, kinds: Container[str]) -> list[Event]:
         """Returns the events of the given kinds in the steps of an optimizer."""
-        events = self.events
-        wanted = events["kind"].isin(list(kinds)) & (events["optimizer"] == optimizer)
-        chosen: pd.DataFrame = events[wanted]
-        return chosen
+        return [one for one in self.events if one.kind in kinds and one.optimizer == optimizer]
 
     def explanations_of(self, optimizer: str, kinds: Sequence[str]) -> list[Explanation]:
         """Returns the explanations of the given kinds in the steps of an optimizer, by step."""
@@ -309,10 +305,16 @@ def read_run(source: Source, limits: Thresholds) -> RunData | None:
         optimizers,
         source.layout(),
         sample,
-        events_frame(events),
+        [_with_safe_texts(event) for event in events],
         group_rates(source),
         source.explanations(),
     )
+
+
+def _with_safe_texts(event: Event) -> Event:
+    texts: dict[str, Any] = {name: safe_text(getattr(event, name)) for name in _EVENT_TEXTS}
+    unsafe = any(getattr(event, name) != text for name, text in texts.items())
+    return replace(event, **texts) if unsafe else event
 
 
 def first_and_last(optimizers: Sequence[OptimizerArrays]) -> Range:

@@ -159,6 +159,22 @@ def test_tensors_hold_their_watcher():
     assert sum(len(batch.steps) for batch in sink.batches) == 3
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_scripted_model_holds_its_watcher():
+    """Its modules have no hooks to hold it with, and hold it all the same."""
+    sink = CapturingSink()
+    model = torch.jit.script(_net())
+    gradwatch.watch(model, sinks=[sink]).attach()
+    gc.collect()
+    optimizer = _sgd(model)
+    _train(model, optimizer)
+    references = list(map(weakref.ref, [*model.parameters(), optimizer]))
+    del model, optimizer
+    gc.collect()
+    assert _left(references) == []
+    assert sum(len(batch.steps) for batch in sink.batches) == 3
+
+
 def test_modules_of_a_temporary_list_hold_their_watcher():
     """The list may have been made for watch() alone."""
     sink = CapturingSink()

@@ -584,3 +584,25 @@ def test_tensorboard_and_loggers_get_the_total_where_it_differs() -> None:
     assert series.of(alone) == series.of(poisoned) == {}
     assert series.of(joined) == {"grad_norm_all": 3.0}
     assert series.of(alone) == {"grad_norm_all": 2.0}
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_rows_of_parameters_say_whose_they_are(loaded: bool, tmp_path: Path) -> None:
+    """With several optimizers, each of which counts its own steps, a row names its optimizer."""
+    pytest.importorskip("pyarrow")
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    head = torch.optim.SGD(model[1].parameters(), lr=0.1)
+    whole = torch.optim.Adam(model.parameters(), lr=0.1)
+    with gradwatch.watch(model, [head, whole], run_dir=tmp_path / "run") as watcher:
+        for optimizer in (head, whole):
+            optimizer.zero_grad()
+            model(torch.ones(4, 2)).sum().backward()
+            optimizer.step()
+    history = gradwatch.load(tmp_path / "run") if loaded else watcher.history
+    frame = history.parameters()
+    assert list(frame.columns[:2]) == ["step", "parameter"]
+    assert frame.groupby("optimizer")["parameter"].agg(sorted).to_dict() == {
+        "SGD": ["1.bias", "1.weight"],
+        "Adam": ["0.bias", "0.weight", "1.bias", "1.weight"],
+    }
+    assert "optimizer" in history.parameters("1.bias", columns=["grad_norm"]).columns

@@ -10,6 +10,7 @@ from torch import nn
 
 import gradwatch
 from gradwatch.hooks.buffers import ModelBuffers
+from gradwatch.hooks.holding import ModelReference
 from gradwatch.testing import late_readings
 from tests.support.state import identical
 
@@ -373,7 +374,7 @@ def test_a_recorded_nan_that_stays_in_buffers_is_told_once(kind, late):
 def test_a_buffer_has_the_name_that_the_user_knows(wrap):
     """Names lose what wrappers of torch add, and nothing else: users have a module "_orig_mod" too."""
     inner = nn.ModuleDict({"_orig_mod": nn.BatchNorm1d(4)})
-    buffers = ModelBuffers(wrap(inner))
+    buffers = ModelBuffers(ModelReference(wrap(inner)))
     with torch.no_grad():
         buffers.attach(False, contextlib.nullcontext(), lambda: False, lambda: False)
         inner["_orig_mod"].running_mean.fill_(math.nan)

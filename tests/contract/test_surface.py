@@ -138,7 +138,7 @@ print(gradwatch.__version__, len(dir(gradwatch)) > 30, heavy("torch", "numpy", "
 
 
 def test_watching_loads_nothing_heavy(tmp_path: Path) -> None:
-    """A watched step loads no pandas, no framework, no plotting."""
+    """A watched step and its report load no pandas, no framework, no plotting."""
     code = f"""{HEAVY}
 import torch, gradwatch
 w = torch.ones(2, requires_grad=True)
@@ -146,6 +146,7 @@ optimizer = torch.optim.SGD([w], lr=0.1)
 with gradwatch.watch({{"w": w}}, optimizer, clip=1.0) as watcher:
     w.sum().backward()
     optimizer.step()
+str(watcher.report())
 print(heavy())
 """
     assert _python(code, tmp_path) == "[]\n"

@@ -3,6 +3,7 @@
 import copy
 import gc
 import sys
+import warnings
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -252,6 +253,40 @@ def test_deepspeed(stand_in: Any, options: dict[str, Any]) -> None:
             refuse(watched, optimizer, **options)
     refuse(model, inner)
     del engine
+
+
+@pytest.mark.parametrize("options", ACTING, ids=str)
+def test_a_stage_of_a_pipeline(stand_in: Any, options: dict[str, Any]) -> None:
+    """On a stage of a pipeline nothing can act, as each would act by itself."""
+    model = zoo.small()
+    stage = stand_in("torch.distributed.pipelining.stage", "_PipelineStageBase")(submod=model)
+    with pytest.raises(ValueError, match=r"for Sequential\. The model is a stage of a pipeline"):
+        refuse(model, sgd(model), **options)
+    del stage
+
+
+@pytest.mark.parametrize("options", ACTING, ids=str)
+def test_steps_inside_the_backward(options: dict[str, Any]) -> None:
+    """Optimizers that step inside the backward cannot act, and move no weight before the error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own import of torch.jit
+        from torch.distributed.optim import _apply_optimizer_in_backward
+        from torch.distributed.optim.apply_optimizer_in_backward import (
+            param_to_optim_hook_handle_map,
+        )
+
+    model = zoo.small()
+    before = copy.deepcopy(model.state_dict())
+    with gradwatch.watch_all(**options):
+        _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
+        loss = model(torch.ones(2, 4)).sum()
+        with pytest.raises(ValueError, match="inside the backward"):
+            loss.backward()
+    for parameter in model.parameters():  # torch would keep them for the tests that follow
+        for handle in param_to_optim_hook_handle_map[parameter]:
+            handle.remove()
+        del parameter._in_backward_optimizers
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_an_optimizer_that_clips() -> None:

@@ -90,16 +90,17 @@ def _grown(
 def _over_limit(run: RunData, steps: OptimizerArrays) -> Iterator[Finding]:
     # These events exist only with watch(exploding_norm=): the limit is the user's own.
     events = run.events_of(steps.optimizer, ("exploding",))
-    if not len(events):
+    if not events:
         return
-    worst = events.iloc[int(np.argmax(events["value"].to_numpy()))]
+    worst = max(events, key=lambda one: one.value)
     title = OVER_LIMIT.format(
         count=counted(len(events), "step"),
-        step=events["step"].iloc[0],
-        value=float(worst["value"]),
+        step=events[0].step,
+        value=worst.value,
     )
-    name = str(worst["parameter"])
-    numbers = {"steps": float(len(events)), "largest": float(worst["value"])}
-    seen = Evidence(first_steps(events["step"]), (name,) if name else (), numbers, steps.optimizer)
+    name = worst.parameter
+    numbers = {"steps": float(len(events)), "largest": float(worst.value)}
+    first = first_steps(one.step for one in events)
+    seen = Evidence(first, (name,) if name else (), numbers, steps.optimizer)
     advice = ADVICE.format(lr=rate_at(run, steps, -1, name))
     yield Finding("exploding", "warning", title, seen, WHY, advice)

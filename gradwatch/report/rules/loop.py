@@ -25,15 +25,13 @@ ADVICE = "If this is intended, there is nothing to do."
 
 def loop(run: RunData, limits: Thresholds) -> Iterator[Finding]:
     """Repeats every event of kind ``mistake`` or ``changed``; each was told once in the run."""
-    events = run.events[run.events["kind"].isin(list(SEVERITY))]
-    for event in events.to_dict("records"):
-        if tells_of_same_data(str(event["message"])):
+    for event in run.events:
+        kind, name = event.kind, event.parameter
+        if kind not in SEVERITY or tells_of_same_data(event.message):
             continue  # the rule about ranks says how many steps it lasted
-        kind, name = str(event["kind"]), str(event["parameter"])
         # The message says first what was seen, and then what to do.
-        title, _, advice = str(event["message"]).partition(". ")
-        optimizer = str(event["optimizer"])
-        numbers = {"parameters": float(event["value"])} if event["value"] else {}
-        seen = Evidence((int(event["step"]),), (name,) if name else (), numbers, optimizer)
+        title, _, advice = event.message.partition(". ")
+        numbers = {"parameters": float(event.value)} if event.value else {}
+        seen = Evidence((event.step,), (name,) if name else (), numbers, event.optimizer)
         title = f"{title.rstrip('.')}."
         yield Finding(kind, SEVERITY[kind], title, seen, WHY[kind], advice or ADVICE)

@@ -41,7 +41,7 @@ def _finding(
     run: RunData, steps: OptimizerArrays, numbers: dict[str, float], limits: Thresholds
 ) -> Finding:
     events = run.events_of(steps.optimizer, ("nan", "inf"))
-    names = tuple(dict.fromkeys(map(str, events["parameter"])))[:3]
+    names = tuple(dict.fromkeys(one.parameter for one in events))[:3]
     skipped = steps.step[steps.by_scaler]
     numbers |= {"skipped": float(len(skipped)), "limit": float(limits.scaler_halvings)}
     return Finding(

@@ -29,22 +29,24 @@ def no_gradient(run: RunData, limits: Thresholds) -> Iterator[Finding]:
     Frozen parameters do not count: they do not require a gradient. Nor do parameters that receive
     one now and then, such as an expert that is seldom chosen.
     """
-    events = run.events[run.events["kind"] == "no_gradient"]
-    if not len(events):
+    events = [one for one in run.events if one.kind == "no_gradient"]
+    if not events:
         return
     present = run.sample.present
-    # Escape the names as events_frame() does, to compare them with events.
+    # Escaped as the names in the events of a RunData are, to compare both.
     names = [safe_text(name) for name in run.layout.names]
     ever = {names[index] for index in np.flatnonzero(present.any(axis=0))}
     late = {names[index] for index in np.flatnonzero(present[len(present) // 2 :].any(axis=0))}
     # The event is logged at the first step without a gradient; only the sample tells whether one
     # came later.
-    lost = events[~events["parameter"].isin(list(late))].drop_duplicates("parameter")
+    lost: dict[str, int] = {}  # parameters, and the step of their first event
+    for one in events:
+        if one.parameter not in late:
+            lost.setdefault(one.parameter, one.step)
     for never in (True, False):
-        mine = lost[lost["parameter"].isin(list(ever)) != never]
-        if len(mine):
-            step = int(mine["step"].min())
-            yield _finding(tuple(map(str, mine["parameter"])), step, never)
+        mine = {name: step for name, step in lost.items() if (name in ever) != never}
+        if mine:
+            yield _finding(tuple(mine), min(mine.values()), never)
 
 
 def _finding(names: tuple[str, ...], step: int, never: bool) -> Finding:

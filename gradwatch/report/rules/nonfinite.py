@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from gradwatch.record.columns import Array
 from gradwatch.record.events import ToldCause, told_cause
 from gradwatch.record.explanation import Explanation
+from gradwatch.record.records import Event
 from gradwatch.record.wording import counted
 from gradwatch.report.explained import is_found
 from gradwatch.report.finding import Evidence, Finding, first_steps
 from gradwatch.report.run_data import OptimizerArrays, RunData
 from gradwatch.report.thresholds import Thresholds
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _RISE = 5  # number of steps before the first bad one in which norms may rise
 
@@ -101,9 +98,10 @@ def nonfinite(run: RunData, limits: Thresholds) -> Iterator[Finding]:
             yield _finding(run, steps, bad, limits, told)
         elif told is not None:
             yield _left_memory(told, steps.optimizer)
+        left_out = set(steps.step[steps.nonfinite | steps.by_scaler].tolist())
         events = run.events_of(steps.optimizer, ("overflow",))
-        events = events[~events["step"].isin(steps.step[steps.nonfinite | steps.by_scaler])]
-        if len(events):
+        events = [one for one in events if one.step not in left_out]
+        if events:
             told = _first_told(run.explanations_of(steps.optimizer, ("overflow",)))
             yield _overflow(events, steps.optimizer, told)
 
@@ -132,17 +130,20 @@ def _cause(told: Explanation | None, first: int) -> str:
     return f"{later}: {told.summary.rstrip('.')}"
 
 
-def _overflow(events: pd.DataFrame, optimizer: str, told: Explanation | None) -> Finding:
-    numbers = events["step"].unique()
-    names = tuple(map(str, events["parameter"].unique()[:3]))
+def _overflow(events: Sequence[Event], optimizer: str, told: Explanation | None) -> Finding:
+    numbers = tuple(dict.fromkeys(one.step for one in events))
+    names = tuple(dict.fromkeys(one.parameter for one in events))[:3]
     if told is not None and told.largest_parameters:
         names = tuple(one.name for one in told.largest_parameters)
-    first = int(numbers[0])
+    first = numbers[0]
     title = (
         f"The norm of finite gradients was beyond float32 in {counted(len(numbers), 'step')}, from "
         f"step {first} on; the largest gradient was that of {names[0]}{_cause(told, first)}."
     )
-    largest = {"steps": float(len(numbers)), "largest_norm": float(events["value"].max())}
+    largest = {
+        "steps": float(len(numbers)),
+        "largest_norm": float(max(one.value for one in events)),
+    }
     seen = Evidence(first_steps(numbers), names, largest, optimizer)
     advice = ADVICE_OVERFLOW if told is None else told.advice or ADVICE_OVERFLOW
     return Finding("overflow", "warning", title, seen, WHY_OVERFLOW, advice, told)
@@ -160,19 +161,20 @@ def _finding(
     event = _first_event(run.events_of(steps.optimizer, ("nan", "inf")), first)
     if event is None:
         event = _first_event(run.events_of(steps.optimizer, ("overflow",)), first)
-    kind = "nan" if event is None else str(event["kind"])
-    name = "" if event is None else str(event["parameter"])
+    kind = "nan" if event is None else event.kind
+    name = "" if event is None else event.parameter
     micro_batches = int(steps["micro_batches"][bad][0])
     where = f", first in {name}{_where(event, micro_batches)}" if event is not None and name else ""
     # The first bad parameter is seldom near the cause: once that is known, it is only evidence.
     where = _cause(told, int(first)) or where
     numbers = {"steps": float(bad.sum()), "applied": float(len(lost))}
     if event is not None:
-        if event["micro_batch"]:
-            numbers["micro_batch"] = float(event["micro_batch"])
-        numbers["rank"] = float(event["rank"])
+        if event.micro_batch:
+            numbers["micro_batch"] = float(event.micro_batch)
+        numbers["rank"] = float(event.rank)
         # The counts are -1 if the gradient was gone before its elements could be counted.
-        numbers |= {key: float(event[key]) for key in ("nan_count", "inf_count") if event[key] >= 0}
+        counts = {"nan_count": event.nan_count, "inf_count": event.inf_count}
+        numbers |= {key: float(count) for key, count in counts.items() if count >= 0}
     fate = LOST.format(count=len(lost), step=int(lost[0])) if len(lost) else SPARED
     return Finding(
         kind,
@@ -186,15 +188,14 @@ def _finding(
     )
 
 
-def _first_event(events: pd.DataFrame, step: int) -> pd.Series | None:
+def _first_event(events: Iterable[Event], step: int) -> Event | None:
     # Events of a step are in the order they happened; later ones may only be consequences.
-    of_step = events[events["step"] == step]
-    return of_step.iloc[0] if len(of_step) else None
+    return next((one for one in events if one.step == step), None)
 
 
-def _where(event: pd.Series, micro_batches: int) -> str:
-    batch, rank = int(event["micro_batch"]), int(event["rank"])
-    outside = told_cause(str(event["message"])) in ("after", "overflow", "loop")
+def _where(event: Event, micro_batches: int) -> str:
+    batch, rank = event.micro_batch, event.rank
+    outside = told_cause(event.message) in ("after", "overflow", "loop")
     place = ", outside of the backward" if outside else ""
     if batch:
         place = f", {_place(batch, micro_batches)}"
@@ -212,21 +213,21 @@ def _place(number: int, micro_batches: int) -> str:
     return f"backward {number}" if number > micro_batches else f"micro-batch {number}"
 
 
-def _advice(steps: OptimizerArrays, bad: Array, event: pd.Series | None, limits: Thresholds) -> str:
+def _advice(steps: OptimizerArrays, bad: Array, event: Event | None, limits: Thresholds) -> str:
     row = int(np.flatnonzero(bad)[0])
     before = steps["grad_norm"][:row]
     before = before[np.isfinite(before)]
     facts = {
         "place": _place(
-            0 if event is None else int(event["micro_batch"]),
+            0 if event is None else event.micro_batch,
             max(1, int(steps["micro_batches"][row])),
         ),
         "step": int(steps.step[row]),
-        "on_rank": "" if event is None else _on_rank(int(event["rank"])),
+        "on_rank": "" if event is None else _on_rank(event.rank),
         "explain": EXPLAIN + (AND_SKIP if (bad & steps.applied).any() else ""),
     }
     # The most certain cause first: what was seen, a loss scale, rising norms, the step itself.
-    cause = None if event is None else told_cause(str(event["message"]))
+    cause = None if event is None else told_cause(event.message)
     if cause == "weights" and steps.step[row] == 1:
         return INITIAL_WEIGHTS
     if cause is not None:

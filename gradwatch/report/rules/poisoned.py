@@ -17,9 +17,11 @@ WHY = (
 
 def poisoned(run: RunData, limits: Thresholds) -> Iterator[Finding]:
     """Repeats every event of kind ``poisoned``; each was told once in the run."""
-    for event in run.events[run.events["kind"] == "poisoned"].to_dict("records"):
+    for event in run.events:
+        if event.kind != "poisoned":
+            continue
         # The message says first what was seen, and last what to do.
-        *seen, advice = str(event["message"]).split(". ")
-        numbers = {"buffers": float(event["value"])}
-        where = Evidence((int(event["step"]),), (), numbers, str(event["optimizer"]))
+        *seen, advice = event.message.split(". ")
+        numbers = {"buffers": float(event.value)}
+        where = Evidence((event.step,), (), numbers, event.optimizer)
         yield Finding("poisoned", "critical", f"{'. '.join(seen)}.", where, WHY, advice)

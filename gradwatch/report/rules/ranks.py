@@ -44,8 +44,8 @@ def same_data(run: RunData, steps: OptimizerArrays) -> int:
         The number of steps; 0 if it is too small, or no event says that the data are the same:
         equal norms alone do not show that anybody has averaged the gradients.
     """
-    told = run.events_of(steps.optimizer, ("mistake",))["message"]
-    if not any(map(tells_of_same_data, told)):
+    told = run.events_of(steps.optimizer, ("mistake",))
+    if not any(tells_of_same_data(one.message) for one in told):
         return 0
     total, local = steps["grad_norm"], steps["grad_norm_local"]
     with np.errstate(invalid="ignore"):  # Inf - Inf
