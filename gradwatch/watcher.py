@@ -138,6 +138,7 @@ class Watcher:
         self._hooks = ModelHooks(self._model, table, on_backward, on_arrived, wrappers)
         ranks = DataParallel.of(model, wrappers)
         self._run = Run(table, options, self._hooks, ranks, self._global_step_of)
+        self._run.tells_foreign = self._holds
         if options.explain:
             from gradwatch.hooks.forwards import KeptForwards  # few runs need them
             from gradwatch.step.explaining import Explaining
@@ -245,6 +246,15 @@ class Watcher:
         """
         for one in optimizer_list(optimizer, self._run.table):
             self._registry.follow(one)
+
+    def is_following(self, optimizer: Optimizer) -> bool:
+        """Returns whether the steps of an optimizer are recorded."""
+        return any(one.has(optimizer) for one in self._registry.followed)
+
+    def hand_over(self) -> None:
+        """Leaves the step under way, and what has changed in the model, to another watcher."""
+        self._run.tells_changes = False
+        self._registry.leave_windows()
 
     @property
     def is_over(self) -> bool:

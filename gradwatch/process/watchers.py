@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
@@ -68,6 +68,10 @@ WATCHES = "watching {label}: {what}{where}"
 ENOUGH = (
     "{count} models like {label}, with the same number of parameters, were watched: those that are "
     "built from here on are not."
+)
+AGAIN = (
+    "{optimizer} has been given parameters that it did not have before: {label} is watched anew "
+    "from this step on, under another name."
 )
 CANNOT = "{label} is not watched: {error}"
 NO_OPTIMIZER = (
@@ -133,6 +137,8 @@ class ProcessWatch:
         self._all: list[_Watched] = []
         self._shown: list[_Watched] = []
         self._waiting: list[weakref.ref[Optimizer]] = []
+        # By id, what each optimizer held whose model is watched.
+        self._held: dict[int, tuple[weakref.ref[Optimizer], list[int]]] = {}
         self._built: dict[str, None] = {}  # names of classes, in order
         self._left = False
         self._kinds: Counter[tuple[str, int]] = Counter()
@@ -144,6 +150,7 @@ class ProcessWatch:
 
             self._early = EarlyForwards(self._noted)
         self._errors: list[str] = []
+        self._told: set[str] = set()
         self._lock = threading.Lock()
         self._lock_of_names = threading.Lock()  # a model may step while others are claimed
         self._claiming: int | None = None  # the thread that does
@@ -216,7 +223,9 @@ class ProcessWatch:
             self._births.remove()
         self._noted.close()
         self._ending.close()
-        self._wait_no_more()
+        self._before_backward.stop()
+        if self._steps is not None:
+            self._steps.remove()
         if self._early is not None:
             self._early.end()
         give_way_no_more(self._give_way)
@@ -310,15 +319,50 @@ class ProcessWatch:
         return ours or self._state != "attached"
 
     def _before_step(self, optimizer: Optimizer) -> None:
-        """Claims an optimizer that steps without a backward that was noticed."""
-        if any(ref() is optimizer for ref in self._waiting) and not is_tracing():
-            self._claim()
+        """Claims an optimizer that steps without a backward that was noticed.
 
-    def _wait_no_more(self) -> None:
-        self._before_backward.stop()
-        if self._steps is not None:
-            self._steps.remove()
-            self._steps = None
+        So does one whose parameters have been exchanged: their backward was nobody's.
+        """
+        if self._waiting and any(ref() is optimizer for ref in self._waiting):
+            if not is_tracing():
+                self._claim()
+            return
+        reference, before = self._held.get(id(optimizer), (None, []))
+        if reference is None or reference() is not optimizer or self._is_ignored():
+            return
+        held = _ids(optimizer)
+        if held == before or is_tracing():
+            return
+        self._held[id(optimizer)] = reference, held
+        try:
+            self._give_back(optimizer)
+        except Exception as error:  # what cannot be watched any more must not end the training
+            self._note_error(type(optimizer).__name__, error)
+        self._claim()
+
+    def _give_back(self, optimizer: Optimizer) -> None:
+        """Has a model claimed again whose optimizer holds parameters that no watcher knows."""
+        with self._lock:
+            self._end_what_is_over()
+            there = [one for one in self._all if not one.ended]
+            known = {key for one in there for key in one.ids}
+            held = [one for one in parameters_held(optimizer) if one.requires_grad]
+            if all(id(one) in known or is_watched(one) for one in held):
+                return  # layers of the model were thawed, or left out from now on
+            followed = [one for one in there if one.watcher.is_following(optimizer)]
+            mine = {key for one in followed for key in one.ids}
+            again = [optimizer]
+            for reference, keys in self._held.values():
+                other = reference()
+                if other is not None and other is not optimizer and not mine.isdisjoint(keys):
+                    again.append(other)
+            for one in followed:
+                if one.stepped:
+                    kind = type(optimizer).__name__
+                    self._warn_once(AGAIN.format(optimizer=kind, label=one.label))
+                one.watcher.hand_over()
+                self._end(one)
+            self._waiting += map(weakref.ref, again)
 
     def _claim(self) -> None:
         """Watches the models of all optimizers that wait; called before a backward."""
@@ -337,7 +381,7 @@ class ProcessWatch:
                 self._claiming = None
                 # Only now: a backward of another thread waits until its model is watched.
                 if not self._waiting:
-                    self._wait_no_more()
+                    self._before_backward.stop()
 
     def _take_complete(self) -> list[Optimizer]:
         if self._options.acts and len(self._waiting) > 1:
@@ -355,6 +399,10 @@ class ProcessWatch:
         ]
         for owner in owners_of(new, self._noted):
             self._watch(owner)
+        self._held = {key: one for key, one in self._held.items() if one[0]() is not None}
+        for one in optimizers:
+            if any(not known.ended and known.watcher.is_following(one) for known in self._all):
+                self._held[id(one)] = weakref.ref(one), _ids(one)
         if self._early is not None and not self._waiting:
             self._early.end()
 
@@ -404,7 +452,8 @@ class ProcessWatch:
     def _build(self, owner: Owner, model: nn.Module | Mapping[str, Tensor]) -> None:
         refuse_dishonest(self._options, owner.optimizers, model)
         table = ParameterTable.of(model).tensors
-        # To a larger model that holds one that was watched before. Two may share what neither trains.
+        # To a larger model that holds one that was watched before. Two may share what neither
+        # trains.
         held = {id(one) for each in owner.optimizers for one in parameters_held(each)}
         self._give_way([one for one in table if one.requires_grad or id(one) in held])
         watched = _Watched(owner.label, table)
@@ -448,6 +497,11 @@ class ProcessWatch:
         text = CANNOT.format(label=label, error=described_error(error))
         self._errors.append(text)
         self._warn(text)
+
+    def _warn_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self._warn(text)
 
     def _warn(self, text: str) -> None:
         warn_safely(f"gradwatch: {text}")
@@ -562,6 +616,12 @@ class _RefusedError(Exception):
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+def _ids(optimizer: Optimizer) -> list[int]:
+    # Before every step, so not parameters_held(), which looks into wrappers.
+    groups = [group["params"] for group in optimizer.param_groups]
+    return list(map(id, chain.from_iterable(groups)))
 
 
 def _kind(optimizer: Optimizer) -> tuple[str, int]:

@@ -172,6 +172,8 @@ def tell_lost(run: Run, optimizer: str, step: int, lost: Sequence[int]) -> None:
 
 def tell_foreign(run: Run, optimizer: str, step: int, count: int) -> None:
     """Tells that an optimizer holds parameters that are not watched."""
+    if not run.tells_foreign:
+        return
     text = FOREIGN.format(optimizer=optimizer, count=count, step=step)
     run.tell(loop_event("changed", text, step, optimizer, value=float(count)))
 
@@ -250,6 +252,8 @@ class Silence:
 
     def look_at_model(self, step: int) -> None:
         """Tells if the model has other parameters than when it was watched."""
+        if not self._run.tells_changes:
+            return
         gained, lost = change = self._run.hooks.changed_parameters()
         # Another thread may step its optimizer while this model is replayed, with copies in it.
         if REPLAY.under_way or change in (self._known_change, ((), ())):

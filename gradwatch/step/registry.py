@@ -287,6 +287,11 @@ class OptimizerRegistry:
         if unowned is not None and not self.followed and (at_end or unowned.seem_steps):
             unowned.commit()
 
+    def leave_windows(self) -> None:
+        """Forgets the open windows, whose step another watcher records."""
+        for one in self.followed:
+            one.window.reset()
+
     def end(self) -> None:
         """Closes the open windows at the end of the run; warns if an option had no effect."""
         for one in self.followed:

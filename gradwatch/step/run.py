@@ -61,6 +61,9 @@ class Run:
         replicas: Sees whether the ranks train one model together.
         explanations: Where bad gradients came from, newest last.
         explaining: Explains bad steps; None if nobody asks.
+        tells_changes: Whether to tell that the model has other parameters than it had.
+        tells_foreign: Whether to tell of an optimizer with parameters that are not watched. Where
+            every model of the process is watched, they will be.
         on_first_step: Called by :meth:`begin`, and then forgotten.
     """
 
@@ -85,6 +88,7 @@ class Run:
         self.other_steps = 0
         self.suspects: list[StepRecord] = []
         self.told: set[str] = set()
+        self.tells_changes = self.tells_foreign = True
         self.joint_steps = JointSteps(2.0 if options.clip is None else options.clip.norm_type)
         self.accumulation = AccumulationPlan(
             options.accumulate, lambda *change: self.note(changed_event(*change))

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import threading
+import weakref
 
 import pytest
 import torch
@@ -180,6 +181,57 @@ def test_optimizers_that_were_copied_or_unpickled_are_found(way):
             file.seek(0)
             pair = torch.load(file, weights_only=False)
         seen = train(*pair)
+    assert norms_of(only(watching)) == [pytest.approx(one, rel=1e-5) for one in seen]
+
+
+def _another_model(model, optimizer):
+    optimizer.param_groups[0]["params"] = list((other := Net()).parameters())
+    return other
+
+
+def _another_layer(model, optimizer):
+    model.inner = nn.Linear(3, 4)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    return model
+
+
+def _one_more_layer(model, optimizer):
+    model.head = nn.Sequential(model.head, nn.Linear(1, 1))
+    optimizer.add_param_group({"params": list(model.head[1].parameters())})
+    return model
+
+
+@pytest.mark.parametrize("exchange", [_another_model, _another_layer, _one_more_layer])
+def test_an_optimizer_that_is_given_other_parameters_has_its_model_watched_anew(exchange):
+    """No norm of the old parameters is recorded again, and these are let go."""
+    lines = []
+    with ProcessWatch({}, say=lines.append, is_first=True) as watching:
+        model, optimizer = build()
+        before = train(model, optimizer, steps=2)
+        weight = weakref.ref(model.inner.weight)
+        model = exchange(model, optimizer)
+        after = train(model, optimizer, steps=2)
+        assert (weight() is None) == (exchange is not _one_more_layer)
+    first, second = watching.watchers
+    assert (first.label, second.label) == ("Net", "Net-1")
+    assert norms_of(first) == [pytest.approx(one, rel=1e-5) for one in before]
+    assert norms_of(second) == [pytest.approx(one, rel=1e-5) for one in after]
+    assert not first.events
+    told = [line for line in lines if not line.startswith("watching ")]
+    assert len(told) == 1
+    assert "Net is watched anew from this step on" in told[0]
+
+
+def test_layers_that_are_thawed_stay_with_their_watcher():
+    """They are parameters of the watched model, and not new."""
+    with gradwatch.watch_all() as watching:
+        model = Net()
+        model.inner.requires_grad_(False)
+        optimizer = torch.optim.SGD(model.head.parameters(), lr=0.1)
+        seen = train(model, optimizer, steps=2)
+        model.inner.requires_grad_(True)
+        optimizer.add_param_group({"params": list(model.inner.parameters())})
+        seen += train(model, optimizer, steps=2)
     assert norms_of(only(watching)) == [pytest.approx(one, rel=1e-5) for one in seen]
 
 
