@@ -103,8 +103,12 @@ def main(words: Sequence[str]) -> int:
         return PROBLEM
     if run is not None:
         run.begin()
-        del run
-    execute(program)
+    try:
+        execute(program)
+    except KeyboardInterrupt as error:
+        if run is not None and type(error) is KeyboardInterrupt:
+            run.interrupted()
+        raise
     return 0
 
 
@@ -181,6 +185,7 @@ class Run:
         self._keeps = importlib.util.find_spec("pyarrow") is not None
         self._watch: ProcessWatch | None = None
         self._error = ""
+        self._interrupted = False
         if self._board is not None:
             if importlib.util.find_spec("tensorboard") is None:
                 raise UsageError(NO_TENSORBOARD.format(option="--tensorboard"))
@@ -198,6 +203,10 @@ class Run:
         # First of all, so that it runs last: a program may train in a function called at the exit.
         atexit.register(self._end)
         after_import("torch", self._attach)
+
+    def interrupted(self) -> None:
+        """Notes that Ctrl-C has ended the program, which Python tells in its exit status."""
+        self._interrupted = True
 
     # -- with torch ------------------------------------------------------------------------------
 
@@ -273,6 +282,11 @@ class Run:
         finally:
             if self._reserved is not None:
                 give_back(self._reserved)
+            if self._interrupted:
+                # Python forgets that a Ctrl-C ended the program, and with it the exit status, when
+                # source is executed since, as the classes of a late import do.
+                with suppress(KeyboardInterrupt):
+                    exec("raise KeyboardInterrupt")
 
     def _tell(self) -> None:
         if self._quiet or self._rank != 0:

@@ -379,7 +379,9 @@ class ProcessWatch:
     def _build(self, owner: Owner, model: nn.Module | Mapping[str, Tensor]) -> None:
         refuse_dishonest(self._options, owner.optimizers, model)
         table = ParameterTable.of(model).tensors
-        self._give_way(table)  # to a larger model that holds one that was watched before
+        # To a larger model that holds one that was watched before. Two may share what neither trains.
+        held = {id(one) for each in owner.optimizers for one in parameters_held(each)}
+        self._give_way([one for one in table if one.requires_grad or id(one) in held])
         label = self._free_label(owner.label)
         folder = self._options.run_dir
         options = replace(
