@@ -12,9 +12,9 @@ import importlib
 import shlex
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from gradwatch.cli.launch import writable
 from gradwatch.cli.locate import UsageError
 from gradwatch.cli.settings import add_options, settle
 
@@ -125,7 +125,9 @@ class Magic:
         self._quiet = options.pop("quiet", False)
         board = options.pop("tensorboard", None)
         if board is not None:
-            options["sinks"] = _boards(board)
+            options["sinks"] = _boards(writable("--tensorboard", board))
+        if "run_dir" in options:
+            options["run_dir"] = writable("--run-dir", options["run_dir"])
         watch = ProcessWatch(options, say=_silent if self._quiet else _say)
         watch.attach()
         self._watch = watch
@@ -159,7 +161,7 @@ def _boards(folder: str) -> Callable[[str], Iterable[Sink]]:
         package = importlib.import_module("gradwatch_tensorboard")
     except ModuleNotFoundError as error:
         raise UsageError(str(error)) from None
-    return lambda label: [package.TensorBoardWriter(Path(folder) / label)]
+    return lambda label: [package.TensorBoardWriter(f"{folder}/{label}")]
 
 
 def _say(line: str) -> None:

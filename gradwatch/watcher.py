@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import partial
 from itertools import repeat
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -176,11 +177,24 @@ class Watcher:
         )
 
     def described(self) -> str:
-        """Says in a few words what is watched: ``"2 parameters (9 elements), Adam"``."""
-        table, optimizers = self._run.table, [one.label for one in self._registry.followed]
-        elements = sum(map(table.elements, range(len(table))))
-        what = f"{counted(len(table), 'parameter')} ({counted(elements, 'element')})"
-        return ", ".join([what, *optimizers])
+        """Says in a few words what is watched: ``"2 parameters (9 elements), Adam"``.
+
+        Where not all of them train: ``"4 parameters, 2 of them trained (9 elements), Adam"``.
+        """
+        table, followed = self._run.table, self._registry.followed
+        trained = {
+            index
+            for one in followed
+            for index in one.window.indices
+            if table.is_gone or table.tensors[index].requires_grad
+        }
+        some = 0 < len(trained) < len(table)
+        elements = counted(
+            sum(map(table.elements, trained if some else range(len(table)))), "element"
+        )
+        of_them = f", {len(trained):,} of them trained" * some
+        what = f"{counted(len(table), 'parameter')}{of_them} ({elements})"
+        return ", ".join([what, *(one.label for one in followed)])
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -245,9 +259,19 @@ class Watcher:
     def on_first_step(self, call: Callable[[], None]) -> None:
         """Has a function called once an optimizer has taken a step, or was stopped in it.
 
-        It must not raise.
+        It must not raise. Nothing has been written to a run folder then, or to late sinks.
         """
-        self._run.on_first_step.append(call)
+        self._run.on_first_step.insert(0, call)
+
+    def move_folder(self, path: str) -> None:
+        """Names another run folder, for a watcher with ``model_of`` that was given one.
+
+        To be called from a function that was given to :meth:`on_first_step`.
+
+        Args:
+            path: Where the run is kept.
+        """
+        self._run.move_folder(path)
 
     def leave_windows(self, accumulates: bool) -> None:
         """Lets a framework decide when to communicate and when to step.
@@ -535,6 +559,11 @@ class Watcher:
         return self._run.accumulation.micro_batches
 
     # -- what is there to read -------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path | None:
+        """The run folder, once this process has written to it; None before, and without one."""
+        return self._run.folder if self._run.has_written else None
 
     @property
     def history(self) -> History:

@@ -170,6 +170,7 @@ def test_the_first_step_of_the_cell_is_explained(trained):
         ("--evry 3", "unrecognized arguments: --evry 3"),
         ("--clip", "expected one argument"),
         ("--run-dir 'a", "No closing quotation"),
+        ("--run-dir /dev/null/a", "--run-dir /dev/null/a cannot be written to: Not a directory"),
     ],
 )
 def test_a_wrong_option_is_told_on_one_line_before_the_cell_runs(trained, line, told):

@@ -11,6 +11,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
+from gradwatch.cli.locate import UsageError
 from gradwatch.cli.program import Program
 
 _RANKS = (
@@ -22,6 +23,10 @@ _RANKS = (
 """The variables of torchrun and what builds on it, Open MPI, other MPIs, and srun."""
 
 RUNS = Path("runs")
+
+NO_PLACE = "{option} {place} cannot be written to: {error}. Name another folder."
+
+_TRIES = 3
 
 
 def rank_and_size(environment: Mapping[str, str]) -> tuple[int, int]:
@@ -45,6 +50,47 @@ def default_folder(program: Program, environment: Mapping[str, str]) -> Path:
     again = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     suffix = "" if size == 1 or again == "0" else f"-{again}"
     return RUNS / f"{_name(program)}-{started}{suffix}"
+
+
+def writable(option: str, place: str) -> str:
+    """Returns the absolute path of a folder that is to be written to.
+
+    Args:
+        option: What has named the place, for the error.
+        place: The folder, which need not exist. An address like ``gs://...``, to which TensorBoard
+            writes, stays as it is.
+
+    Raises:
+        UsageError: If the folder cannot be made, or nothing can be written to it.
+    """
+    if "://" in place:
+        return place
+    folder = Path.cwd() / place
+    try:
+        _try_to_write(folder)
+    except OSError as error:
+        text = NO_PLACE.format(option=option, place=place, error=error.strerror)
+        raise UsageError(text) from None
+    return str(folder)
+
+
+def _try_to_write(folder: Path) -> None:
+    """Makes a folder inside of another one; leaves nothing behind, as the program may look."""
+    # Permissions do not tell: root may do everything, but not on a disk that is read-only.
+    new, missing = folder / f".gradwatch-{os.getpid()}", []
+    try:
+        missing = [one for one in (folder, *folder.parents) if not one.exists()]
+        for left in reversed(range(_TRIES)):
+            try:
+                new.mkdir(parents=True, exist_ok=True)
+                break
+            except FileNotFoundError:  # another run has just removed a parent that it had made
+                if not left:
+                    raise
+    finally:
+        for one in (new, *missing):
+            with suppress(OSError):  # another run has made it meanwhile, and put something in it
+                one.rmdir()
 
 
 def reserve(folder: Path) -> Path:

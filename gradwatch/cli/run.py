@@ -12,7 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from gradwatch.cli.launch import default_folder, give_back, rank_and_size, reserve
+from gradwatch.cli.launch import (
+    default_folder,
+    give_back,
+    rank_and_size,
+    reserve,
+    writable,
+)
 from gradwatch.cli.locate import UsageError, locate
 from gradwatch.cli.on_import import after_import
 from gradwatch.cli.program import Program, execute
@@ -22,6 +28,7 @@ from gradwatch.imports import no_collection
 if TYPE_CHECKING:
     from gradwatch.process.watchers import ProcessWatch
     from gradwatch.record.records import Sink
+    from gradwatch.report.report import Report
     from gradwatch.watcher import Watcher
 
 SUMMARY = "run a training script, and watch every model that it trains"
@@ -76,10 +83,15 @@ LOOK = (
     "The run is in {folder}: gradwatch report {folder} (while it trains: gradwatch tail {folder})."
 )
 LOOK_BOARD = "TensorBoard: tensorboard --logdir {folder}"
+EXPLAIN = (
+    "For the line of code that made the {kind}: gradwatch run --on-nonfinite explain, which skips "
+    "such steps, too."
+)
 MORE = "... and {count} models more."
 
 MOST_TOLD = 8
 """Models, and findings of one, that are told at the end."""
+_KINDS = {"nan": "NaN", "inf": "Inf"}
 _CHILDREN_S = 0.5
 """Processor time of children from which on they may have trained: importing torch takes more."""
 
@@ -172,7 +184,8 @@ class Run:
             settings: By name, checked; those that are left out have their defaults.
 
         Raises:
-            UsageError: If a package is missing that a setting needs.
+            UsageError: If a package is missing that a setting needs, or a folder that it names
+                cannot be written to.
         """
         self._options = dict(settings)
         self._quiet = self._options.pop("quiet", False)
@@ -186,14 +199,18 @@ class Run:
         self._watch: ProcessWatch | None = None
         self._error = ""
         self._interrupted = False
+        asked = self._options.get("explain", False)
+        self._explains = asked or self._options.get("on_nonfinite") == "explain"
+        self._unexplained = ""
+        self._boards: list[Any] = []  # the TensorBoardWriter of each model
         if self._board is not None:
             if importlib.util.find_spec("tensorboard") is None:
                 raise UsageError(NO_TENSORBOARD.format(option="--tensorboard"))
-            self._board = self._cwd / self._board
+            self._board = writable("--tensorboard", self._board)
         if "run_dir" in self._options and not self._keeps:
             raise UsageError(NO_PYARROW.format(option="--run-dir"))
         if "run_dir" in self._options:
-            self._options["run_dir"] = self._cwd / self._options["run_dir"]
+            self._options["run_dir"] = writable("--run-dir", self._options["run_dir"])
             self._default = None
         else:
             self._default = self._cwd / default_folder(program, os.environ)
@@ -252,10 +269,11 @@ class Run:
         # By name, as the core imports no integration: only here, a user asks for one.
         try:
             package = importlib.import_module("gradwatch_tensorboard")
-            sink: Sink = package.TensorBoardWriter(self._board / label)
+            sink: Sink = package.TensorBoardWriter(f"{self._board}/{label}")
         except Exception as error:
             self._say(NO_BOARD.format(error=f"{type(error).__name__}: {error}"))
             return []
+        self._boards.append(sink)
         return [sink]
 
     # -- lines -----------------------------------------------------------------------------------
@@ -292,26 +310,32 @@ class Run:
         if self._quiet or self._rank != 0:
             return
         watchers = [] if self._watch is None else self._watch.watchers
-        if not watchers:
+        if self._watch is None or not watchers:
             self._tell_why()
             return
+        kept = [one for one in watchers if one.folder is not None]
         for watcher in watchers[:MOST_TOLD]:
-            self._tell_findings(watcher)
+            self._tell_findings(watcher, self._watch.report_of(watcher))
+        if self._unexplained:
+            self._say(EXPLAIN.format(kind=self._unexplained))
         if len(watchers) > MOST_TOLD:
             self._say(MORE.format(count=len(watchers) - MOST_TOLD))
-        if "run_dir" in self._options:
+        if kept:
             self._say(LOOK.format(folder=self._options["run_dir"]))
         elif not importlib.util.find_spec("pyarrow"):
             self._say(NOT_KEPT)
-        if self._board is not None:
+        if any(board.has_written for board in self._boards):
             self._say(LOOK_BOARD.format(folder=self._board))
 
-    def _tell_findings(self, watcher: Watcher) -> None:
+    def _tell_findings(self, watcher: Watcher, report: Report) -> None:
         from gradwatch.record.wording import printable
 
-        report = watcher.report()
+        if not self._explains:
+            bad = (one for one in report.findings if one.kind in ("nan", "inf"))
+            found = next((_KINDS[one.kind] for one in bad if one.explanation is None), "")
+            self._unexplained = self._unexplained or found
         head, *lines = str(report).splitlines()
-        if "run_dir" in self._options:  # the rest can be read there
+        if watcher.folder is not None:  # the rest can be read there
             lines = [
                 f"  [{one.severity}] {one.kind}: {printable(one.title)}"
                 for one in report.findings[:MOST_TOLD]

@@ -46,6 +46,13 @@ def _folder(value: Any) -> str:
     return value
 
 
+def _local_folder(value: Any) -> str:
+    folder = _folder(value)
+    if "://" in folder:
+        raise ValueError("the path of a folder on this machine, such as runs/a")
+    return folder
+
+
 def _choice(value: Any) -> str:
     if value not in ON_NONFINITE:
         raise ValueError(f"one of {', '.join(ON_NONFINITE)}")
@@ -98,7 +105,9 @@ def _flag(value: Any) -> bool:
 
 SETTINGS: dict[str, Setting] = {
     "run_dir": Setting(
-        _folder, "keep the run there (default: runs/SCRIPT-TIME); a folder for each model", "DIR"
+        _local_folder,
+        "keep the run there (default: runs/SCRIPT-TIME); a folder for each model",
+        "DIR",
     ),
     "tensorboard": Setting(_folder, "write for TensorBoard, too", "DIR"),
     "on_nonfinite": Setting(

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -24,6 +24,7 @@ from gradwatch import lifetime
 from gradwatch.adapters import check_options
 from gradwatch.checks import described
 from gradwatch.errors import described_error, tell_instead, tell_no_more, warn_safely
+from gradwatch.history import load
 from gradwatch.hooks.backward import give_way_no_more, give_way_with, is_watched
 from gradwatch.hooks.context import REPLAY, is_replaying
 from gradwatch.hooks.optimizer import OptimizerDiscovery, is_trial, parameters_held
@@ -46,6 +47,7 @@ from gradwatch.watcher import Watcher, build_watcher
 if TYPE_CHECKING:
     from gradwatch.clip.policy import ClipPolicy
     from gradwatch.process.forwards import EarlyForwards
+    from gradwatch.report.report import Report
     from gradwatch.report.thresholds import Thresholds
 
 MOST_ALIKE = 100
@@ -81,9 +83,10 @@ STOPPED = "the training was stopped before its first step, by an option that can
 class _Watched:
     """A model with its watcher."""
 
-    def __init__(self, label: str, watcher: Watcher, table: Sequence[Tensor]) -> None:
-        self.label = label
-        self.watcher = watcher
+    watcher: Watcher
+
+    def __init__(self, label: str, table: Sequence[Tensor]) -> None:
+        self.label = label  # from the first step on no other model has it
         self.ids = frozenset(map(id, table))
         self.stepped = False
         self.ended = False
@@ -142,6 +145,7 @@ class ProcessWatch:
             self._early = EarlyForwards(self._noted)
         self._errors: list[str] = []
         self._lock = threading.Lock()
+        self._lock_of_names = threading.Lock()  # a model may step while others are claimed
         self._claiming: int | None = None  # the thread that does
         self._births: BuiltOptimizers | None = None
         self._before_backward = BeforeBackward(self._claim)
@@ -237,8 +241,29 @@ class ProcessWatch:
         Returns:
             A mapping from names of models to reports; its ``str()`` is one text.
         """
-        reports = {one.label: one.watcher.report(thresholds, **changes) for one in self._shown}
+        reports = {
+            one.label: self.report_of(one.watcher, thresholds, **changes) for one in self._shown
+        }
         return ProcessReport(reports, self.nothing_watched())
+
+    def report_of(
+        self, watcher: Watcher, thresholds: Thresholds | None = None, **changes: float
+    ) -> Report:
+        """Says what the training of one model shows so far.
+
+        When it is over, and memory may not hold all steps, they are read from the run folder.
+
+        Args:
+            watcher: One of :attr:`watchers`.
+            thresholds: As for :meth:`report`.
+            **changes: As for :meth:`report`.
+        """
+        folder = watcher.folder
+        is_full = len(watcher.history) == self._options.buffer_size
+        if self._state == "closed" and folder is not None and is_full:
+            with suppress(OSError, ValueError):  # somebody has removed it, or damaged it
+                return load(folder).report(thresholds, **changes)
+        return watcher.report(thresholds, **changes)
 
     def nothing_watched(self) -> str:
         """Returns, in one sentence, why nothing was watched; empty if something was."""
@@ -382,37 +407,40 @@ class ProcessWatch:
         # To a larger model that holds one that was watched before. Two may share what neither trains.
         held = {id(one) for each in owner.optimizers for one in parameters_held(each)}
         self._give_way([one for one in table if one.requires_grad or id(one) in held])
-        label = self._free_label(owner.label)
-        folder = self._options.run_dir
+        watched = _Watched(owner.label, table)
         options = replace(
             self._options,
-            sinks=self._late_sinks(label),
-            run_dir=None if folder is None else str(Path(folder) / label),
+            sinks=self._late_sinks(watched),
+            run_dir=self._folder_of(owner.label),  # another one may come first: see _show()
             clip=copy.deepcopy(self._options.clip),  # a policy remembers the norms of one model
         )
         forwards = None if self._early is None else self._early.take(model)
         watcher = build_watcher(model, owner.optimizers, options, owner.model, forwards)
-        watched = _Watched(label, watcher, table)
-        watcher.label, watcher.tells_findings = label, self._say is None
+        watched.watcher = watcher
+        watcher.label, watcher.tells_findings = owner.label, self._say is None
         watcher.on_first_step(partial(self._show, watched))
         self._all.append(watched)
         watcher.attach()
         lifetime.left_to_owner(watcher)
 
-    def _late_sinks(self, label: str) -> tuple[Sink, ...]:
+    def _late_sinks(self, watched: _Watched) -> tuple[Sink, ...]:
         """Returns the sinks of a model, which are made when it has stepped."""
         make = self._sinks_of
         if make is None:
             return ()
 
         def made() -> tuple[Sink, ...]:
-            return cast("tuple[Sink, ...]", CHECKS["sinks"]("watch_all(sinks=)", make(label)))
+            sinks = CHECKS["sinks"]("watch_all(sinks=)", make(watched.label))
+            return cast("tuple[Sink, ...]", sinks)
 
         return (LateSinks(made),)
 
+    def _folder_of(self, label: str) -> str | None:
+        folder = self._options.run_dir
+        return None if folder is None else str(Path(folder) / label)
+
     def _free_label(self, label: str) -> str:
-        # A label of a model that was never stepped is free again when the model is gone.
-        taken = {one.label for one in self._all if one.stepped or not one.ended}
+        taken = {one.label for one in self._shown}
         labels = (label if not number else f"{label}-{number}" for number in count())
         return next(one for one in labels if one not in taken)
 
@@ -427,17 +455,21 @@ class ProcessWatch:
     # -- watchers --------------------------------------------------------------------------------
 
     def _show(self, watched: _Watched) -> None:
-        if watched.stepped:
-            return
-        watched.stepped = True
-        self._shown.append(watched)
+        """Names a model at its first step, and tells of it."""
+        with self._lock_of_names:
+            if watched.stepped:
+                return
+            watched.stepped = True
+            # Only now: one that is never stepped, such as a teacher, must not take the name.
+            label = watched.label = watched.watcher.label = self._free_label(watched.label)
+            self._shown.append(watched)
+        folder = self._folder_of(label)
+        if folder is not None:
+            watched.watcher.move_folder(folder)
         if self._say is not None:
-            folder = self._options.run_dir
-            where = "" if folder is None else f" -> {Path(folder) / watched.label}"
-            text = WATCHES.format(
-                label=watched.label, what=watched.watcher.described(), where=where
-            )
-            self._say(text)
+            where = "" if folder is None else f" -> {folder}"
+            what = watched.watcher.described()
+            self._say(WATCHES.format(label=label, what=what, where=where))
 
     def _give_way(self, tensors: Sequence[Tensor]) -> None:
         """Ends the watchers of some tensors, which somebody else is about to watch."""

@@ -44,17 +44,19 @@ FEW = (
 )
 NOT_FROM_START = (
     "The first steps (up to step {step}) are missing, so norms were compared with those of later "
-    "steps. To keep every step: watch(..., run_dir=...)."
+    "steps. To keep every step: watch(..., run_dir=...), or gradwatch run --run-dir."
 )
 OTHER_EVENTS = "There were other events ({kinds}); history.events() lists them."
 NOT_TAKEN = {
     "update_ratio": (
         "The size of updates relative to the weights was not recorded. To record it: "
-        'watch(..., statistics=("update_ratio",), every=10).'
+        'watch(..., statistics=("update_ratio",), every=10), or gradwatch run --statistics '
+        "update_ratio --every 10."
     ),
     "zeros": (
         "Dead units within a layer were not recorded. To record them: "
-        'watch(..., statistics=("zeros",), every=10).'
+        'watch(..., statistics=("zeros",), every=10), or gradwatch run --statistics zeros '
+        "--every 10."
     ),
 }
 
@@ -70,7 +72,8 @@ class Report:
     Attributes:
         findings: Most serious first; within a severity, causes come before their effects. A NaN,
             Inf or overflow that was explained to its cause comes before all others.
-        steps: Number of steps of the optimizer with the most steps.
+        steps: Number of steps of the optimizer with the most steps, those included that are missing
+            from memory.
         parameters: Number of parameters of the model.
         remarks: What could not be checked, and why.
     """
@@ -155,7 +158,10 @@ def make_report(source: Source, thresholds: Thresholds | None = None, **changes:
     run = read_run(source, limits)
     if run is None:
         return Report((), 0, parameters, (EMPTY,))
-    return Report(_findings(run, limits), len(run), parameters, tuple(_remarks(run, limits)))
+    # Memory holds the newest steps only: the others were taken as well.
+    last = first_and_last(run.optimizers)[1] if len(run) else 0
+    steps = max(len(run), last)
+    return Report(_findings(run, limits), steps, parameters, tuple(_remarks(run, limits)))
 
 
 def _findings(run: RunData, limits: Thresholds) -> tuple[Finding, ...]:

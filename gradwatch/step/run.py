@@ -122,6 +122,11 @@ class Run:
         """The run folder, also on a rank that does not write its tables; None without one."""
         return None if self._folder is None else _path_of(self._folder)
 
+    @property
+    def has_written(self) -> bool:
+        """Whether the run folder holds something of this run, as far as this rank knows."""
+        return isinstance(self._folder, RunFolder) and self._folder.has_written
+
     def tell(self, event: Event, key: str = "", warn: bool = True) -> None:
         """Records an event about the training loop, and warns; once in a run.
 
@@ -179,6 +184,16 @@ class Run:
         calls, self.on_first_step = self.on_first_step, []
         for call in calls:
             call()
+
+    def move_folder(self, path: str) -> None:
+        """Names another run folder, before anything is written; see :meth:`Watcher.move_folder`."""
+        if isinstance(self._folder, ModelFolder):
+            self._folder.move(path)
+        else:  # of a rank that does not write its tables
+            self._folder = Path(path)
+        for writer in (self._log, self._store):
+            if writer is not None:
+                writer.move(path)
 
     def _begin_writing(self) -> None:
         """Writes what had to wait for the first step of a model."""

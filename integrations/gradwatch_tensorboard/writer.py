@@ -50,6 +50,7 @@ class TensorBoardWriter:
     _unsent: Iterator[Outgoing] | None = None
     _failed: Outgoing | None = None
     _first_step = 0
+    _has_written = False
 
     def __init__(
         self,
@@ -106,6 +107,11 @@ class TensorBoardWriter:
         """The folder that TensorBoard shows as the run."""
         return self._file.log_dir
 
+    @property
+    def has_written(self) -> bool:
+        """Whether a value was passed to the event file: before that, there is no such file."""
+        return self._has_written
+
     def write(self, batch: RecordBatch) -> None:
         """Writes a batch of consecutive steps, oldest first, and their events.
 
@@ -160,7 +166,7 @@ class TensorBoardWriter:
             event, step, wall_time = self._failed
             with self._renewing():
                 self._file.writer(self._first_step).add_event(event, step, wall_time)
-            self._failed = None
+            self._failed, self._has_written = None, True
 
     @contextmanager
     def _renewing(self) -> Iterator[None]:

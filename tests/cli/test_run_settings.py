@@ -142,6 +142,12 @@ def test_toml_has_the_same_keys(tmp_path):
         (("--clip",), "--clip: expected one argument"),
         (("--clip", "-1", "x.py"), "--clip must be a number greater than 0"),
         (("--quiet=1", "x.py"), "--quiet: ignored explicit argument '1'"),
+        (("--run-dir", "x.py/a", "x.py"), "--run-dir x.py/a cannot be written to: Not a directory"),
+        (
+            ("--run-dir", "gs://a/b", "x.py"),
+            "--run-dir must be the path of a folder on this machine",
+        ),
+        (("--tensorboard", "x.py", "x.py"), "--tensorboard x.py cannot be written to"),
     ],
 )
 def test_the_program_does_not_start_with_a_wrong_option(tmp_path, words, said):
@@ -189,6 +195,17 @@ def test_it_says_that_torch_was_not_imported(tmp_path):
     said = "gradwatch: Nothing was watched: the program did not import torch in this process.\n"
     assert ran == (3, "1\n", said)
     assert names_in(tmp_path) == []
+
+
+def test_a_folder_is_tried_without_a_trace(tmp_path, monkeypatch):
+    """The program may look there, or make it itself. An address is not for us to try."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").mkdir()
+    for place in ("a/b", "there", "there/c"):
+        assert launch.writable("--run-dir", place) == str(tmp_path / place)
+    assert names_in(tmp_path) == ["there"]
+    assert names_in(tmp_path / "there") == []
+    assert launch.writable("--tensorboard", "gs://bucket/a") == "gs://bucket/a"
 
 
 class TestFolders:

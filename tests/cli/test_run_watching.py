@@ -88,10 +88,13 @@ def test_the_end_has_the_findings_and_where_to_look(trained):
     """Once, though the program had a child; and after what it trained at the exit."""
     folder, _, ours = trained
     (kept,) = names_in(folder / "runs")
-    net, nan, late, look = _said(ours)[-4:]
+    net, nan, late, line, look = _said(ours)[-5:]
     assert net == "gradwatch: Net: 20 steps, 4 parameters, 1 finding."
     assert nan.startswith("gradwatch:   [critical] nan: NaN in 2 steps, from step 19 on")
     assert late == "gradwatch: Late: 3 steps, 2 parameters. Nothing was found."
+    assert line.startswith(
+        "gradwatch: For the line of code that made the NaN: gradwatch run --on-n"
+    )
     assert look.startswith(f"gradwatch: The run is in runs/{kept}: gradwatch report runs/{kept} ")
 
 
@@ -249,6 +252,53 @@ def test_without_pyarrow_the_report_is_printed(tmp_path):
         check=False,
     )
     assert (closed.returncode, closed.stdout.decode()) == (1, ran.out)
+
+
+@pytest.mark.slow
+def test_the_end_claims_only_what_was_written(tmp_path):
+    """A disk that fails, an address that nothing here can write to: no line says that a run is there."""
+    program = """
+        import os, torch
+        from gradwatch.record.folder import writer
+        def full(*args):
+            raise OSError(28, "No space left on device")
+        writer.Session.write = full
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            model(torch.ones(4, 2)).sum().backward()
+            optimizer.step()
+        """
+    (tmp_path / "train.py").write_text(textwrap.dedent(program))
+    ran = run(*RUN, "--tensorboard", "none://a/b", "--run-dir", "a", "train.py", cwd=tmp_path)
+    assert ran.code == 0
+    said = "\n".join(_said(ran))
+    assert "No space left on device" in said
+    assert "TensorBoardWriter failed" in said
+    assert "gradwatch: Linear: 2 steps" in said
+    assert "The run is in" not in said
+    assert "tensorboard --logdir" not in said
+
+
+@pytest.mark.slow
+def test_the_end_tells_of_all_steps_of_a_long_run(tmp_path):
+    """Not only of the newest ones, which memory holds."""
+    program = """
+        import torch
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(60):
+            x = torch.full((4, 2), float("nan") if step == 2 else 1.0)
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        """
+    (tmp_path / "train.py").write_text(textwrap.dedent(program))
+    (tmp_path / "a.json").write_text('{"buffer_size": 8}')
+    words = ("--config", "a.json", "--on-nonfinite", "skip", "train.py")
+    said = _said(run(*RUN, *words, cwd=tmp_path))
+    assert any(line.startswith("gradwatch: Linear: 60 steps, 2 parameters, ") for line in said)
+    assert any("1 step of 60 (1.7%) was not applied, the first at step 3." in line for line in said)
 
 
 @pytest.mark.slow

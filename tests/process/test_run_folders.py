@@ -70,6 +70,33 @@ def test_each_model_has_a_run_folder_in_the_order_of_first_steps(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_model_is_named_at_its_first_step(tmp_path):
+    """One of the same class that never steps, such as a teacher, does not take the name from it."""
+    lines, made = [], []
+    options = {
+        "run_dir": tmp_path / "a",
+        "explain": True,
+        "sinks": lambda label: made.append(label) or [CapturingSink()],
+    }
+    with ProcessWatch(options, say=lines.append) as watching:
+        teacher, _optimizer = build(Generator)
+        student, later = build(Generator), build(Generator)
+        teacher(torch.full((4, 3), math.nan)).sum().backward()
+        student[0](torch.ones(4, 3)).sum().backward()
+        student[0].zero_grad()
+        step(*later, torch.full((4, 3), math.inf))
+        step(*student)
+    assert [one.label for one in watching.watchers] == made == ["Generator", "Generator-1"]
+    assert names(tmp_path / "a") == ["Generator", "Generator-1", "models.jsonl"]
+    first, second = gradwatch.load_all(tmp_path / "a").values()
+    assert (len(first.explanations()), len(second.explanations())) == (1, 0)
+    shown = [line for line in lines if line.startswith("watching ")]
+    assert [line.partition(" -> ")[2] for line in shown] == [
+        str(tmp_path / "a" / label) for label in made
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_model_that_is_never_stepped_leaves_nothing(tmp_path):
     """No folder, no sink, no explanation of its NaN; the others are not concerned."""
     made = []

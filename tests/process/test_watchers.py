@@ -417,6 +417,17 @@ def test_one_line_tells_of_each_model_at_its_first_step(tmp_path):
     assert told == [f"watching Net: 4 parameters (21 elements), SGD -> {tmp_path / 'Net'}"]
 
 
+@pytest.mark.parametrize("how", ["frozen", "left out of the optimizer"])
+def test_the_line_says_how_many_parameters_train_if_not_all_do(how):
+    """Those that an optimizer holds and that take a gradient, and their elements."""
+    lines, model = [], Net()
+    model.inner.requires_grad_(how != "frozen")
+    held = model if how == "frozen" else model.head
+    with ProcessWatch({}, say=lines.append, is_first=True):
+        train(model, torch.optim.SGD(held.parameters(), lr=0.1))
+    assert lines == ["watching Net: 4 parameters, 2 of them trained (5 elements), SGD"]
+
+
 def test_what_would_be_a_warning_is_said():
     """What would be a warning is said."""
     told = []

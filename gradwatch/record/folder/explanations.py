@@ -166,6 +166,10 @@ class ExplanationStore:
             self._warn(error)
         return None
 
+    def move(self, run_dir: str | os.PathLike[str]) -> None:
+        """Names another run folder, before :meth:`begin`."""
+        self._folder = Path(run_dir) / NONFINITE
+
     def begin(self, claim: Callable[[], Path] | None = None) -> None:
         """Writes what has waited; from now on explanations are written at once. Never raises.
 

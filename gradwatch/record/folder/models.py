@@ -66,6 +66,12 @@ class ModelFolder(RunFolder):
     _stepped_at = 0.0  # in seconds since 1970; 0 before the first step
     _claimed = False
 
+    def move(self, path: str | os.PathLike[str]) -> None:
+        """Names another folder, before :meth:`begin`."""
+        self._path = Path(path)
+        self._lock = WriterLock(self._path)
+        weakref.finalize(self, self._lock.release)
+
     def begin(self) -> None:
         """Notes that the model has stepped: a step that raises is not recorded, its events are."""
         self._stepped_at = self._stepped_at or time.time()
@@ -107,9 +113,7 @@ class ModelFolder(RunFolder):
 
     def _go_elsewhere(self) -> None:
         asked, number = self._path, os.getpid()
-        self._path = asked.with_name(f"{asked.name}-pid{number}")
-        self._lock = WriterLock(self._path)
-        weakref.finalize(self, self._lock.release)
+        self.move(asked.with_name(f"{asked.name}-pid{number}"))
         list_model(self._path, self._stepped_at)
         super().claim()
         warn_safely(ELSEWHERE.format(asked=str(asked), path=str(self._path)))

@@ -52,10 +52,14 @@ class RankLog:
             rank: Rank of this process.
             waits: Whether to keep the notes in memory until :meth:`begin`.
         """
-        self._path = Path(folder) / RANKS / f"{rank}.jsonl"
         self._rank = rank
+        self.move(folder)
         self._lines = 0
         self._waiting: list[bytes] | None = [] if waits else None
+
+    def move(self, folder: str | os.PathLike[str]) -> None:
+        """Names another run folder, before :meth:`begin`."""
+        self._path = Path(folder) / RANKS / f"{self._rank}.jsonl"
 
     def note(self, events: Sequence[Event]) -> None:
         """Notes events that say that this rank's own gradient was not finite."""

@@ -157,6 +157,11 @@ class RunFolder:
         """The folder."""
         return self._path
 
+    @property
+    def has_written(self) -> bool:
+        """Whether a step or an event of this object is in the folder."""
+        return self._written is not None
+
     def __repr__(self) -> str:
         return f"RunFolder({str(self._path)!r})"
 

@@ -82,7 +82,10 @@ INITIAL_WEIGHTS = (
 )
 ON_RANK = " on rank {rank}"
 ON_ANY_RANK = ", on every rank: the record does not tell which of them it came from"
-EXPLAIN = '; watch(..., on_nonfinite="explain") names the line that made it'
+EXPLAIN = (
+    '; watch(..., on_nonfinite="explain"), or gradwatch run --on-nonfinite explain, names the line '
+    "that made it"
+)
 AND_SKIP = ", and skips such steps"
 
 
