@@ -404,8 +404,8 @@ class ProcessWatch:
     def _build(self, owner: Owner, model: nn.Module | Mapping[str, Tensor]) -> None:
         refuse_dishonest(self._options, owner.optimizers, model)
         table = ParameterTable.of(model).tensors
-        # To a larger model that holds one that was watched before. Two models may share what neither
-        # of them trains.
+        # To a larger model that holds one that was watched before. Two models may share what
+        # neither of them trains.
         held = {id(one) for each in owner.optimizers for one in parameters_held(each)}
         self._give_way([one for one in table if one.requires_grad or id(one) in held])
         watched = _Watched(owner.label, table)
