@@ -493,7 +493,7 @@ class ProcessWatch:
 
 
 @stable_name
-def watch_all(
+def watch_all(  # noqa: D417 - the other arguments are those of watch()
     *,
     clip: float | str | ClipPolicy | None = None,
     on_nonfinite: str = "record",
@@ -516,21 +516,13 @@ def watch_all(
     called after its place in the optimizer, ``param_groups[0][3]``. What is never stepped is never
     shown. ``gradwatch run script.py`` does the same without a line of code.
 
+    All arguments but two are those of :func:`gradwatch.watch`. Each model has a clipping policy of
+    its own.
+
     Args:
-        clip: As for :func:`gradwatch.watch`, like every argument that is not explained here. Each
-            model has a policy of its own.
-        on_nonfinite: See there.
-        statistics: See there.
-        every: See there.
-        buffer_size: See there.
         sinks: A function that gets the name of a model and returns the sinks for it:
             ``lambda name: [TensorBoardWriter(f"runs/{name}")]``.
         run_dir: A folder in which each model gets a run folder of its own, ``runs/a/Net``.
-        exploding_norm: See there.
-        skip_spikes: See there.
-        max_consecutive_skips: See there.
-        explain: See there.
-        keep_batches: See there.
 
     Returns:
         To be used in a ``with`` statement, or with ``attach()`` and ``close()``.
