@@ -198,11 +198,11 @@ class Run:
         self._keeps = importlib.util.find_spec("pyarrow") is not None
         self._watch: ProcessWatch | None = None
         self._error = ""
+        self._interrupted = False
         asked = self._options.get("explain", False)
         self._explains = asked or self._options.get("on_nonfinite") == "explain"
         self._unexplained = ""
         self._boards: list[Any] = []  # the TensorBoardWriter of each model
-        self._interrupted = False
         if self._board is not None:
             if importlib.util.find_spec("tensorboard") is None:
                 raise UsageError(NO_TENSORBOARD.format(option="--tensorboard"))

@@ -180,6 +180,8 @@ class KeptForwards:
         running: What is kept of its forward.
         by_number: What is held of each backward, by its number.
         closures: The closures of the backwards, where they are known.
+        of_framework: Whether an adapter says what can be run again: else it is tried with what the
+            loop itself does.
     """
 
     def __init__(self, model: ModelReference) -> None:
@@ -191,6 +193,7 @@ class KeptForwards:
         self.alive: set[weakref.ref[_Forward]] = set()
         self.by_number: dict[int, list[_Differentiated]] = {}
         self.closures = KeptClosures()
+        self.of_framework = False
         self.awaited: Collection[int] = ()
         self.on_forward: Callable[[], None] | None = None
         self._reasons: dict[int, str] = {}
@@ -282,6 +285,7 @@ class KeptForwards:
 
         See :meth:`gradwatch.Watcher.note_micro_batch`.
         """
+        self.of_framework = True
         if why:
             self.closures.refuse(why)
             return

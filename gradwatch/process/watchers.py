@@ -452,8 +452,8 @@ class ProcessWatch:
     def _build(self, owner: Owner, model: nn.Module | Mapping[str, Tensor]) -> None:
         refuse_dishonest(self._options, owner.optimizers, model)
         table = ParameterTable.of(model).tensors
-        # To a larger model that holds one that was watched before. Two may share what neither
-        # trains.
+        # To a larger model that holds one that was watched before. Two models may share what
+        # neither of them trains.
         held = {id(one) for each in owner.optimizers for one in parameters_held(each)}
         self._give_way([one for one in table if one.requires_grad or id(one) in held])
         watched = _Watched(owner.label, table)
@@ -546,7 +546,7 @@ class ProcessWatch:
 
 
 @stable_name
-def watch_all(
+def watch_all(  # noqa: D417 - the other arguments are those of watch()
     *,
     clip: float | str | ClipPolicy | None = None,
     on_nonfinite: str = "record",
@@ -569,21 +569,13 @@ def watch_all(
     called after its place in the optimizer, ``param_groups[0][3]``. What is never stepped is never
     shown. ``gradwatch run script.py`` does the same without a line of code.
 
+    All arguments but two are those of :func:`gradwatch.watch`. Each model has a clipping policy of
+    its own.
+
     Args:
-        clip: As for :func:`gradwatch.watch`, like every argument that is not explained here. Each
-            model has a policy of its own.
-        on_nonfinite: See there.
-        statistics: See there.
-        every: See there.
-        buffer_size: See there.
         sinks: A function that gets the name of a model and returns the sinks for it:
             ``lambda name: [TensorBoardWriter(f"runs/{name}")]``.
         run_dir: A folder in which each model gets a run folder of its own, ``runs/a/Net``.
-        exploding_norm: See there.
-        skip_spikes: See there.
-        max_consecutive_skips: See there.
-        explain: See there.
-        keep_batches: See there.
 
     Returns:
         To be used in a ``with`` statement, or with ``attach()`` and ``close()``.

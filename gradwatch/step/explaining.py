@@ -343,7 +343,8 @@ class Explaining:
 
     def _loop_again(self, found: _Found) -> _Found:
         """Runs the statements of the loop again that make the loss, if it went bad in there."""
-        if found.explanation.origin not in OUTSIDE or not found.calls or self._scale != 1.0:
+        outside = found.explanation.origin in OUTSIDE and found.calls
+        if not outside or self._scale != 1.0 or self.forwards.of_framework:
             return found
         try:
             return self._of_loop(found)

@@ -808,17 +808,21 @@ class Parts(nn.Module):
 
 @pytest.mark.parametrize("way", ["forward", "compute_loss", "by parts"])
 def test_what_came_back_is_told_of_the_module_that_was_called(way: str) -> None:
-    """The loop calls layers, or a method that does: the line between them is not seen."""
+    """A function that has returned has called layers: the line between them is not seen."""
     torch.manual_seed(0)
     model = Parts()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def run(x: Tensor) -> None:
+        if way == "by parts":
+            hidden = model.encoder(x)  # the call
+            model.decoder(hidden.abs().sqrt()).mean().backward()
+        else:
+            getattr(model, way)(x).backward()
+
     with gradwatch.watch(model, optimizer, on_nonfinite="explain") as watcher:
         for x in (good(), bad() * torch.tensor([[1.0], [0.0], [1.0]])):
-            if way == "by parts":
-                hidden = model.encoder(x)  # the call
-                model.decoder(hidden.abs().sqrt()).mean().backward()
-            else:
-                getattr(model, way)(x).backward()
+            run(x)
             optimizer.step()
             optimizer.zero_grad()
     (one,) = watcher.explanations

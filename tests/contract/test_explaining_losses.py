@@ -157,8 +157,11 @@ def test_a_loss_that_was_given_is_explained_up_to_the_model() -> None:
     """Of a loss only the tensor is there: its gradient is blamed, and a note says what to write."""
 
     def by_loss(watcher, model, optimizer, given) -> None:
-        for x, target in given:
+        def run(x, target) -> None:  # its variables are gone when the step is explained
             watcher.backward(loss_of(model(x), target))
+
+        for x, target in given:
+            run(x, target)
             watcher.step()
 
     watcher, _ = train(by_loss, "explain")
