@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gradwatch.cli.launch import writable
@@ -128,7 +131,8 @@ class Magic:
             options["sinks"] = _boards(writable("--tensorboard", board))
         if "run_dir" in options:
             options["run_dir"] = writable("--run-dir", options["run_dir"])
-        watch = ProcessWatch(options, say=_silent if self._quiet else _say)
+        say = _silent if self._quiet else partial(_say, str(Path.cwd()))
+        watch = ProcessWatch(options, say=say)
         watch.attach()
         self._watch = watch
 
@@ -147,7 +151,7 @@ def _options(line: str) -> dict[str, Any] | None:
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    add_options(parser)
+    add_options(parser, kept="it is not kept")
     try:
         typed = vars(parser.parse_args(shlex.split(line)))
     except SystemExit:  # of --help
@@ -164,8 +168,9 @@ def _boards(folder: str) -> Callable[[str], Iterable[Sink]]:
     return lambda label: [package.TensorBoardWriter(f"{folder}/{label}")]
 
 
-def _say(line: str) -> None:
-    sys.stderr.write(f"gradwatch: {line.removeprefix('gradwatch: ')}\n")
+def _say(folder: str, line: str) -> None:
+    text = line.removeprefix("gradwatch: ").replace(f"{folder}{os.sep}", "")
+    sys.stderr.write(f"gradwatch: {text}\n")
 
 
 def _silent(line: str) -> None:

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import os
 import subprocess
 import sys
 
@@ -181,6 +182,13 @@ def test_a_wrong_option_is_told_on_one_line_before_the_cell_runs(trained, line, 
     assert shown.startswith("UsageError: %gradwatch: ")
     assert told in shown
     assert "3 steps" in trained("%%gradwatch\ntrain(3)").text
+
+
+def test_a_run_is_kept_where_it_is_asked_for(trained):
+    """The line that tells where is as short as what was typed; the help says what happens without."""
+    ran = trained("%%gradwatch --run-dir kept\ntrain(2)")
+    assert ran.err.endswith(f", SGD -> kept{os.sep}Sequential\n")
+    assert "(default: it is not kept)" in " ".join(trained("%gradwatch --help").text.split())
 
 
 def test_the_help_lists_the_options(run):

@@ -106,7 +106,7 @@ def _flag(value: Any) -> bool:
 SETTINGS: dict[str, Setting] = {
     "run_dir": Setting(
         _local_folder,
-        "keep the run there (default: runs/SCRIPT-TIME); a folder for each model",
+        "keep the run there (default: {kept}); a folder for each model",
         "DIR",
     ),
     "tensorboard": Setting(_folder, "write for TensorBoard, too", "DIR"),
@@ -140,14 +140,17 @@ NOT_READ = "{path} cannot be read: {error}."
 NO_TABLE = "{path} must hold options and their values, got {value!r}."
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the settings, and ``--config``, to a parser that leaves out what is not typed."""
+def add_options(parser: argparse.ArgumentParser, kept: str = "runs/SCRIPT-TIME") -> None:
+    """Adds the settings, and ``--config``, to a parser that leaves out what is not typed.
+
+    ``kept`` says where a run is kept that is given no folder.
+    """
     for name, setting in SETTINGS.items():
-        option = f"--{name.replace('_', '-')}"
+        option, text = f"--{name.replace('_', '-')}", setting.help.replace("{kept}", kept)
         if setting.metavar:
-            parser.add_argument(option, metavar=setting.metavar, help=setting.help)
+            parser.add_argument(option, metavar=setting.metavar, help=text)
         elif setting.metavar is None:
-            parser.add_argument(option, action="store_const", const="true", help=setting.help)
+            parser.add_argument(option, action="store_const", const="true", help=text)
     listed = ", ".join(name for name, setting in SETTINGS.items() if setting.metavar == "")
     parser.add_argument(
         "--config",
