@@ -182,7 +182,8 @@ class ModelHooks:
             one that is sharded over ranks, which replaces its parameters in every forward.
         """
         model = self._model()
-        if model is None or next(fully_sharded(model), None):
+        # Loose tensors have no model to be gone, but they are let go with their last optimizer.
+        if model is None or self._table.is_gone or next(fully_sharded(model), None):
             return (), ()
         now, known = ParameterTable.of(model), self._table
         then, there = known.positions(), now.positions()

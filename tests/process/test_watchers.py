@@ -222,6 +222,22 @@ def test_an_optimizer_that_is_given_other_parameters_has_its_model_watched_anew(
     assert "Net is watched anew from this step on" in told[0]
 
 
+def test_loose_tensors_may_get_another_optimizer():
+    """They are watched under its name from then on, and nothing is told of it."""
+    x = torch.ones(3, requires_grad=True)
+    with gradwatch.watch_all() as watching:
+        for kind in (torch.optim.SGD, torch.optim.Adam):
+            optimizer = kind([x], lr=0.1)
+            for _ in range(2):
+                optimizer.zero_grad()
+                (2 * x).sum().backward()
+                optimizer.step()
+    assert [one.label for one in watching.watchers] == ["SGD", "Adam"]
+    for watcher in watching.watchers:
+        assert norms_of(watcher) == [{"param_groups[0][0]": pytest.approx(12**0.5)}] * 2
+        assert not watcher.events
+
+
 def test_layers_that_are_thawed_stay_with_their_watcher():
     """They are parameters of the watched model, and not new."""
     with gradwatch.watch_all() as watching:
