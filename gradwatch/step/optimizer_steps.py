@@ -328,6 +328,12 @@ class OptimizerSteps(Steps):
             self.discard(unused=True)
         self.window, self._scale_at_backward = now, then
 
+    def settle_scaler(self) -> None:
+        """Decides whose the scale is, if the first backward comes in a step: in its closure."""
+        stepping = None if self.stepping is None else self.stepping()
+        if stepping is not None and self._has_closure:
+            self._scale.keep_scaler_of(stepping)
+
     def add(self, backward: Backward, weight: FloatOrDeferred) -> bool:
         """Adds a backward that has ended; see :meth:`Steps.add`."""
         if self.passed_over:

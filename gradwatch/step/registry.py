@@ -201,6 +201,8 @@ class OptimizerRegistry:
         run = self._run
         if not run.scale.looked:
             run.scale.look()
+            for one in self.followed:
+                one.settle_scaler()
         silence = self._silence
         silence.backwards += 1
         silence.others = 0

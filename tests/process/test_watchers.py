@@ -7,6 +7,7 @@ import math
 import os
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -277,6 +278,30 @@ def test_a_step_that_a_scaler_skips_first_is_there():
     steps = only(watching).history.steps()
     assert len(steps) == 20
     assert steps["outcome"].iloc[0] == "skipped_scaler"
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, partial(torch.optim.LBFGS, max_iter=1)])
+def test_a_scaler_of_another_model_is_not_that_of_a_closure(kind):
+    """The first backward is inside of the step then, and the scaler is one that the loop can see."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with gradwatch.watch_all() as watching:
+        model, optimizer = build()
+        scaler.scale(model(torch.ones(5, 3)).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        other, optimizer = build(kind)
+        seen = []
+
+        def closure():
+            scaler.get_scale()
+            optimizer.zero_grad()
+            loss = other(torch.ones(5, 3)).square().mean()
+            loss.backward()
+            seen.append(float64.norms(float64.gradients(other)))
+            return loss
+
+        optimizer.step(closure)
+    assert norms_of(watching.watchers[1])[0] == pytest.approx(seen[0], rel=1e-5)
 
 
 def test_the_engine_is_as_torch_made_it_once_all_models_are_known():
