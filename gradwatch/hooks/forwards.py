@@ -8,10 +8,11 @@ that what is never differentiated goes with its outputs. After that it is held u
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from itertools import chain
@@ -351,6 +352,7 @@ class KeptForwards:
     # -- hooks on the model ------------------------------------------------------------------------
 
     def _hook(self, modules: Sequence[nn.Module]) -> None:
+        _hide_from_scripting()
         for module in modules:
             if isinstance(module, torch.jit.ScriptModule):
                 self._never = SCRIPTED
@@ -382,6 +384,38 @@ class KeptForwards:
         """Gives up after an error: the training goes on, and a bad step says why."""
         self._never = FAILED.format(error=described_error(error))
         self.detach()
+
+
+def _hide_from_scripting() -> None:
+    """Has ``torch.jit.script()`` pass over our hooks: it compiles all that it finds on a module."""
+    # Private, torch 2.4 to 2.13. Nobody else has a say in which hooks are compiled.
+    recursive: Any = sys.modules.get("torch.jit._recursive")
+    before = getattr(recursive, "get_hook_stubs", None)
+    if before is None or hasattr(before, "hides"):
+        return
+
+    @functools.wraps(before)
+    def get_hook_stubs(module: nn.Module) -> Any:
+        with contextlib.ExitStack() as hidden:
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                hidden.enter_context(_without_ours(hooks))
+            return before(module)
+
+    get_hook_stubs.hides = _Hook  # type: ignore[attr-defined]
+    recursive.get_hook_stubs = get_hook_stubs
+
+
+@contextlib.contextmanager
+def _without_ours(hooks: dict[int, Any]) -> Iterator[None]:
+    whole = list(hooks.items())
+    for key, hook in whole:
+        if isinstance(hook, _Hook):
+            del hooks[key]
+    try:
+        yield
+    finally:
+        hooks.clear()  # in the same order as before
+        hooks.update(whole)
 
 
 class _Hook:

@@ -226,6 +226,11 @@ class OptimizerSteps(Steps):
     # -- backwards ---------------------------------------------------------------------------------
 
     @property
+    def in_closure(self) -> bool:
+        """Whether its step is running, and evaluates a closure."""
+        return self._has_closure and self.stepping is not None
+
+    @property
     def looks_ahead(self) -> bool:
         """Whether :meth:`begin_backward` must be called before the next backward."""
         return not self.passed_over and (self.stale.looks or bool(self.window.arrivals))

@@ -199,7 +199,8 @@ class OptimizerRegistry:
     def add(self, backward: Backward, weight: FloatOrDeferred) -> None:
         """Adds a backward that has ended to the window of every optimizer that it concerns."""
         run = self._run
-        if not run.scale.looked:
+        # A scaler does not step with closures, so one that is at hand then is that of another loop.
+        if not run.scale.looked and not any(one.in_closure for one in self.followed):
             run.scale.look()
             for one in self.followed:
                 one.settle_scaler()

@@ -860,3 +860,20 @@ def test_bad_data_under_a_scaler_is_explained(fused, managed):
     found = [(one.step, one.operation, one.examples) for one in watcher.explanations]
     assert found == [(4, "div", (1,))]
     assert list(watcher.history.steps()["outcome"]).count("skipped_scaler") == 1
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_watched_model_can_be_scripted() -> None:
+    """TorchScript compiles the hooks that it finds on a module: it does not find those of ours."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.watch(model, optimizer, on_nonfinite="explain") as watcher:
+        model(torch.ones(3, 4)).sum().backward()
+        optimizer.step()
+        scripted = torch.jit.script(model)
+        assert torch.equal(scripted(torch.ones(3, 4)), model(torch.ones(3, 4)))
+        optimizer.zero_grad()
+        model(torch.full((3, 4), math.nan)).sum().backward()
+        optimizer.step()
+    assert [one.origin for one in watcher.explanations] == ["input"]

@@ -67,3 +67,23 @@ def test_without_an_optimizer_none_is_taken():
         (3 * x).sum().backward()
     assert watcher.last.grad_norm == 3.0
     assert watcher.last.loss_scale == 1.0
+
+
+def test_none_is_taken_for_steps_with_a_closure():
+    """Scalers do not step with closures: one that is at hand is that of another loop."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)  # in a variable of this function
+    scaler.scale(torch.ones(()))
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(1, 2)).sum()
+        loss.backward()
+        return loss
+
+    with gradwatch.watch(model, optimizer) as watcher:
+        for _ in range(2):
+            optimizer.step(closure)
+    assert watcher.history.steps()["grad_norm"].tolist() == pytest.approx([math.sqrt(3)] * 2)
+    assert scaler.is_enabled()

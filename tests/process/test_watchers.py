@@ -5,6 +5,7 @@ import gc
 import io
 import math
 import os
+import sys
 import threading
 import weakref
 from functools import partial
@@ -626,3 +627,28 @@ def test_the_end_of_a_script_is_silent():
         """
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_step_costs_what_it_costs_under_watch():
+    """A step costs as many Python calls and operations as under watch()."""
+
+    def calls_of(watch):
+        model, optimizer = build(torch.optim.Adam)
+        x = torch.randn(5, 3)
+        counts = []
+        with watch(model, optimizer):
+            for _ in range(30):
+                counts.append(0)
+
+                def count(frame, event, argument):
+                    counts[-1] += event in ("call", "c_call")
+
+                sys.setprofile(count)
+                model(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                sys.setprofile(None)
+        return counts[20:]  # by then it is known what the loop does
+
+    found = calls_of(lambda model, optimizer: gradwatch.watch_all())
+    assert found == calls_of(gradwatch.watch)
