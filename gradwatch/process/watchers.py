@@ -328,10 +328,10 @@ class ProcessWatch:
                 self._claim()
             return
         reference, before = self._held.get(id(optimizer), (None, []))
-        if reference is None or reference() is not optimizer or self._is_ignored():
+        if reference is None or reference() is not optimizer:
             return
-        held = _ids(optimizer)
-        if held == before or is_tracing():
+        held = _ids(optimizer)  # in each step: the other questions only where it has changed
+        if held == before or is_tracing() or self._is_ignored():
             return
         self._held[id(optimizer)] = reference, held
         try:

@@ -630,7 +630,7 @@ def test_the_end_of_a_script_is_silent():
 
 
 def test_a_step_costs_what_it_costs_under_watch():
-    """A step costs as many Python calls and operations as under watch()."""
+    """But for one look at what the optimizer holds, of a few calls however many parameters there are."""
 
     def calls_of(watch):
         model, optimizer = build(torch.optim.Adam)
@@ -651,4 +651,6 @@ def test_a_step_costs_what_it_costs_under_watch():
         return counts[20:]  # by then it is known what the loop does
 
     found = calls_of(lambda model, optimizer: gradwatch.watch_all())
-    assert found == calls_of(gradwatch.watch)
+    more = {ours - plain for ours, plain in zip(found, calls_of(gradwatch.watch), strict=True)}
+    assert len(more) == 1
+    assert more <= set(range(13))
