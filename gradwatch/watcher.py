@@ -780,6 +780,8 @@ class Watcher:
     def _give_up(self, error: str) -> str:
         """Stops watching after an error; says what becomes of the training."""
         self._stop_watching()
+        if self._run.explaining is not None:
+            self._run.explaining.let_go()
         if self._exchange is None:
             return UNTOUCHED
         self._exchange.leave(error)

@@ -219,11 +219,15 @@ class KeptForwards:
         else:
             self._hook([model])
 
-    def detach(self) -> None:
-        """Removes the hooks, and drops everything; safe to call again."""
+    def stop(self) -> None:
+        """Removes the hooks; safe to call again."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+
+    def detach(self) -> None:
+        """Removes the hooks, and drops everything; safe to call again."""
+        self.stop()
         self.let_go()
 
     def let_go(self) -> None:

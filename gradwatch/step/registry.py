@@ -158,7 +158,7 @@ class OptimizerRegistry:
             boundary.remove()
         self._run.hooks.detach()
         if self._forwards is not None:
-            self._forwards.detach()
+            self._forwards.stop()  # what is kept may explain the window that is still open
 
     def let_go(self) -> None:
         """Drops everything of the model, after :meth:`detach`; what is known stays."""
@@ -311,6 +311,8 @@ class OptimizerRegistry:
             self._run.recorder.receive_readable()
             if not self._run.recorder.unread:
                 self._run.tell_poisoned()
+        if self._forwards is not None:
+            self._forwards.let_go()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs: for each optimizer steps, policies and noise scale."""

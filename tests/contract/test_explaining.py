@@ -877,3 +877,20 @@ def test_a_watched_model_can_be_scripted() -> None:
         model(torch.full((3, 4), math.nan)).sum().backward()
         optimizer.step()
     assert [one.origin for one in watcher.explanations] == ["input"]
+
+
+def test_a_loop_that_stops_at_a_bad_loss_is_explained() -> None:
+    """A program that sees a NaN itself, after its backward, and stops: the window is looked into."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.watch(model, optimizer, on_nonfinite="explain") as watcher:
+        for x in (torch.ones(3, 4), torch.full((3, 4), math.nan)):
+            loss = model(x).sum()
+            loss.backward()
+            if loss.isnan():
+                break
+            optimizer.step()
+            optimizer.zero_grad()
+    (one,) = watcher.explanations
+    assert (one.origin, one.step) == ("input", 2)

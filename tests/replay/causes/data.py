@@ -90,7 +90,7 @@ def target_that_is_an_argument():
     return Training(Model(), torch.randn(4, 4), labels=batch(2, NAN, 4, 2))
 
 
-@cause(origin="input", argument="target", examples=(2,), loop="output_gradient")
+@cause(origin="input", argument="target", examples=(2,), loop="input")
 def target_of_the_loss():
     """A target of NaN that only the loss outside of the model sees."""
     target = batch(2, NAN, 4, 2)

@@ -23,7 +23,7 @@ def variance_that_overflows():
     return Training(model, batch(2, 1e4), loss=square)
 
 
-@cause("log", phase="forward", examples=(1,), loop="output_gradient")
+@cause("log", phase="forward", examples=(1,), loop="operation")
 def divergence_of_no_variance():
     """An exp in the model underflows; the log of its 0 is taken in the loss."""
 

@@ -56,7 +56,7 @@ def cast_to_float16():
     return Training(Net(forward), batch(1, 1e6), loss=square)
 
 
-@cause("mse_loss", phase="forward", loop="output_gradient")
+@cause("mse_loss", phase="forward", loop="operation")
 def error_beyond_float16():
     """A loss of torch, outside of the model, whose square is too large."""
 

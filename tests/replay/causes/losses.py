@@ -9,7 +9,7 @@ from tests.replay.causes.cause import Net, Training, batch, cause
 LABELS = torch.tensor([0, 1, 2, 3])
 
 
-@cause("log", phase="forward", examples=(2,), loop="output_gradient")
+@cause("log", phase="forward", examples=(2,), loop="operation")
 def focal_loss_of_a_probability_of_zero():
     """A log, in the loss outside of the model, of a softmax that has underflowed."""
 
