@@ -251,6 +251,12 @@ class Watcher:
         """Returns whether the steps of an optimizer are recorded."""
         return any(one.has(optimizer) for one in self._registry.followed)
 
+    def look_again(self, optimizer: Optimizer) -> None:
+        """Has it looked at once which of the watched parameters an optimizer holds now."""
+        for one in self._registry.followed:
+            if one.has(optimizer):
+                one.forget_groups()
+
     def hand_over(self) -> None:
         """Leaves the step under way, and what has changed in the model, to another watcher."""
         self._run.tells_changes = False

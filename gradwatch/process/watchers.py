@@ -347,9 +347,11 @@ class ProcessWatch:
             there = [one for one in self._all if not one.ended]
             known = {key for one in there for key in one.ids}
             held = [one for one in parameters_held(optimizer) if one.requires_grad]
-            if all(id(one) in known or is_watched(one) for one in held):
-                return  # layers of the model were thawed, or left out from now on
             followed = [one for one in there if one.watcher.is_following(optimizer)]
+            if all(id(one) in known or is_watched(one) for one in held):
+                for one in followed:  # layers of the model were thawed, left out or exchanged
+                    one.watcher.look_again(optimizer)
+                return
             mine = {key for one in followed for key in one.ids}
             again = [optimizer]
             for reference, keys in self._held.values():

@@ -167,7 +167,8 @@ def tell_lost(run: Run, optimizer: str, step: int, lost: Sequence[int]) -> None:
     names = [run.table.names[index] for index in lost]
     text = LOST.format(optimizer=optimizer, parameters=counted_names(names), step=step)
     owner = (names[0], run.table.modules[lost[0]])
-    run.tell(loop_event("changed", text, step, optimizer, owner, float(len(names))))
+    event = loop_event("changed", text, step, optimizer, owner, float(len(names)))
+    run.tell(event, key=f"{optimizer} lost {names}")  # once, where blocks take turns
 
 
 def tell_foreign(run: Run, optimizer: str, step: int, count: int) -> None:

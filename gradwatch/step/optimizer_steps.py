@@ -130,6 +130,7 @@ class OptimizerSteps(Steps):
         self.passed_over = self.beyond_undo = False
         self.in_time = True
         self._has_closure = False
+        self._lost: list[int] = []  # parameters that have just left the optimizer
         self._older: list[int] = []  # the first backward of the window, if before the closure
         self._of_closure: Losses = []
         self._divisor_is_known = True
@@ -204,9 +205,7 @@ class OptimizerSteps(Steps):
         """Goes on with another optimizer, under the same label and with the same memory."""
         self._follow(optimizer, members, self._clipping.policy)
         self.forget_groups()
-        late = self._refresh()
-        if late:
-            self.window.widen(late)
+        self._catch_up()
 
     def let_go_of_optimizer(self) -> None:
         """Drops what a step that has raised may have left of the optimizer that is gone."""
@@ -349,6 +348,7 @@ class OptimizerSteps(Steps):
         if late:
             late = [index for index in late if index not in backward.arrived]
             backward = backward._replace(arrived=[*backward.arrived, *late])
+        self._leave_lost()
         scaled = self._scale.scaler is not None
         if scaled and self._may_be_left_out(backward) and self.left_out_by_scaler:
             self.abandon_window()
@@ -443,6 +443,7 @@ class OptimizerSteps(Steps):
         lost = sorted(set(then).difference(self.window.indices))
         if lost:
             tell_lost(self._run, self.label, self.step + 1, lost)
+            self._lost = lost
         foreign, self._foreign = self._foreign, held - len(self.window.indices)
         if self._foreign > foreign:
             tell_foreign(self._run, self.label, self.step + 1, self._foreign)
@@ -451,6 +452,19 @@ class OptimizerSteps(Steps):
         self._run.hooks.watch_also(self.window.indices)
         joined, tensors = sorted(set(self.window.indices).difference(then)), self._run.table.tensors
         return [index for index in joined if tensors[index].grad is not None]
+
+    def _catch_up(self) -> None:
+        """Takes in what the optimizer holds now, after the last backward of a window."""
+        late = self._refresh()
+        if late:
+            self.window.widen(late)
+        self._leave_lost()
+
+    def _leave_lost(self) -> None:
+        """Drops the gradients of parameters that the optimizer holds no longer."""
+        if self._lost:
+            self.window.lose(self._lost)
+            self._lost = []
 
     def forget_groups(self) -> None:
         """Has the parameter groups read again: parameters may have been exchanged in place."""
@@ -477,9 +491,7 @@ class OptimizerSteps(Steps):
         """Prepares a step: undoes what a failed one left, and scales the learning rate."""
         if self.step == 0 and len(self._members) > 1 and self._on_first is not None:
             self._on_first(self, optimizer)
-        late = self._refresh()
-        if late:
-            self.window.widen(late)
+        self._catch_up()
         self.stepping, self._has_closure = weakref.ref(optimizer), has_closure
         self.has_begun = True
         self.passed_over = self.beyond_undo = False

@@ -734,6 +734,11 @@ class Window:
         self.leave(indices)
         self.indices, self._tensors = all_indices, []
 
+    def lose(self, indices: Sequence[int]) -> None:
+        """Removes what has arrived of parameters that are no longer those of the optimizer."""
+        self._snapshot = None  # it is one of the parameters that the optimizer holds by now
+        self.leave(indices)
+
     def _kept_snapshot(self, keep: Sequence[bool]) -> GradientSnapshot | None:
         if self._before is None or self._snapshot is None:
             return None

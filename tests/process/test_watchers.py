@@ -654,3 +654,28 @@ def test_a_step_costs_what_it_costs_under_watch():
     more = {ours - plain for ours, plain in zip(found, calls_of(gradwatch.watch), strict=True)}
     assert len(more) == 1
     assert more <= set(range(13))
+
+
+@pytest.mark.parametrize("clip", [None, 1e-3])
+def test_an_optimizer_may_take_turns_between_blocks(clip):
+    """With block coordinate descent each step is that of the block that it trains, clipped too."""
+    with gradwatch.watch_all(clip=clip) as watching:
+        model = Net()
+        blocks = [list(model.inner.parameters()), list(model.head.parameters())]
+        optimizer = torch.optim.SGD(blocks[0], lr=0.05)
+        seen, moved = [], []
+        for step in range(6):
+            optimizer.param_groups[0]["params"] = blocks[step % 2]
+            optimizer.zero_grad()
+            model(torch.randn(5, 3)).square().mean().backward()
+            names = {id(p): name for name, p in model.named_parameters()}
+            gradients = {names[id(p)]: p.grad for p in blocks[step % 2]}
+            seen.append(float64.norms(gradients))
+            before = [p.detach().clone() for p in blocks[step % 2]]
+            optimizer.step()
+            parts = [p.detach() - q for p, q in zip(blocks[step % 2], before, strict=True)]
+            moved.append(float64.norm(torch.cat([one.flatten() for one in parts])) / 0.05)
+            model.zero_grad()
+    assert norms_of(only(watching)) == [pytest.approx(one, rel=1e-5) for one in seen]
+    if clip is not None:
+        assert moved == pytest.approx([clip] * 6, rel=1e-3)
