@@ -23,6 +23,7 @@ from gradwatch.record.columns import (
     array_of,
     events_frame,
     explanations_frame,
+    labels_in,
     table_frame,
     take_rows,
 )
@@ -144,7 +145,7 @@ class History:
         chosen = chosen_columns(columns, known, "parameters(columns=)")
         indices = None if names is None else chosen_parameters(names, self.names)
         span = chosen_span(start, stop, "parameters")
-        if len({one.optimizer for one in self._source.groups()}) < 2:
+        if not self._has_several_optimizers():
             return table_frame(self._source.parameters(indices, chosen, span))
         steps, found = self._source.steps_and_parameters(("optimizer",), indices, chosen, span)
         table = dict(found)
@@ -152,6 +153,14 @@ class History:
         optimizers = take_rows(labels, array_of(table.pop("place")))
         first = {name: table.pop(name) for name in ("step", "parameter")}
         return table_frame({**first, **optimizers, **table})
+
+    def _has_several_optimizers(self) -> bool:
+        """Returns whether several optimizers have stepped."""
+        if len({one.optimizer for one in self._source.groups()}) < 2:
+            return False
+        # A wrapper is called after what it wraps from its first step on.
+        steps = self._source.steps(("optimizer",), chosen_span(None, None, "parameters"))
+        return len(np.unique(labels_in(steps["optimizer"]).codes)) > 1
 
     def groups(self, *, start: int | None = None, stop: int | None = None) -> pd.DataFrame:
         """Returns one row per step and parameter group: its norms and its learning rate.
