@@ -150,6 +150,8 @@ class ProcessWatch:
 
             self._early = EarlyForwards(self._noted)
         self._errors: list[str] = []
+        self._there: list[weakref.ref[Optimizer]] = []  # those that were built before
+        self._refused: list[tuple[weakref.ref[Optimizer], Exception]] = []
         self._told: set[str] = set()
         self._lock = threading.Lock()
         self._lock_of_names = threading.Lock()  # a model may step while others are claimed
@@ -182,7 +184,9 @@ class ProcessWatch:
         self._births = BuiltOptimizers(
             self._on_built, None if self._early is None else self._on_complete
         )
-        for optimizer in () if self._is_first else optimizers_there():
+        there = [] if self._is_first else optimizers_there()
+        self._there = list(map(weakref.ref, there))
+        for optimizer in there:
             self._on_built(optimizer)
             self._on_complete(optimizer)
         return self
@@ -322,11 +326,17 @@ class ProcessWatch:
         """Claims an optimizer that steps without a backward that was noticed.
 
         So does one whose parameters have been exchanged: their backward was nobody's.
+
+        Raises:
+            Exception: If an acting option cannot be had for it.
         """
         if self._waiting and any(ref() is optimizer for ref in self._waiting):
             if not is_tracing():
                 self._claim()
+            self._raise_refused(optimizer)
             return
+        if self._refused:
+            self._raise_refused(optimizer)
         reference, before = self._held.get(id(optimizer), (None, []))
         if reference is None or reference() is not optimizer:
             return
@@ -339,6 +349,15 @@ class ProcessWatch:
         except Exception as error:  # what cannot be watched any more must not end the training
             self._note_error(type(optimizer).__name__, error)
         self._claim()
+
+    def _were_there(self, optimizers: Sequence[Optimizer]) -> bool:
+        return any(ref() is one for one in optimizers for ref in self._there)
+
+    def _raise_refused(self, optimizer: Optimizer) -> None:
+        for reference, error in self._refused:
+            if reference() is optimizer:
+                self._errors.append(STOPPED)
+                raise error
 
     def _give_back(self, optimizer: Optimizer) -> None:
         """Has a model claimed again whose optimizer holds parameters that no watcher knows."""
@@ -446,10 +465,15 @@ class ProcessWatch:
         try:
             self._build(owner, model)
         except Exception as error:
-            if self._options.acts:
+            if not self._options.acts:
+                self._note_error(owner.label, error)
+            elif isinstance(error, ValueError) and self._were_there(owner.optimizers):
+                # Raised when one of them steps: they may be left over, and step no more. Not if it
+                # concerns other ranks, which would wait for this one meanwhile.
+                self._refused += [(weakref.ref(one), error) for one in owner.optimizers]
+            else:
                 self._errors.append(STOPPED)
                 raise _RefusedError(error) from None
-            self._note_error(owner.label, error)
 
     def _build(self, owner: Owner, model: nn.Module | Mapping[str, Tensor]) -> None:
         refuse_dishonest(self._options, owner.optimizers, model)

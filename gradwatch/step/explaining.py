@@ -343,7 +343,9 @@ class Explaining:
 
     def _loop_again(self, found: _Found) -> _Found:
         """Runs the statements of the loop again that make the loss, if it went bad in there."""
-        outside = found.explanation.origin in OUTSIDE and found.calls
+        known = found.explanation
+        # With a note the forwards are not what they were, and nor would the statements be.
+        outside = known.origin == "output_gradient" and not known.notes
         if not outside or self._scale != 1.0 or self.forwards.of_framework:
             return found
         try:

@@ -30,6 +30,9 @@ def test_a_history_answers_as_before(run):
     path, expected = run
     found = without_words(json.loads(json.dumps(history_answers(gradwatch.load(path)))))
     assert list(found) == list(expected)
+    # A column that is new: it says whose a row is, where there are several optimizers.
+    parameters = found["parameters"]["columns"]
+    found["parameters"]["columns"] = [one for one in parameters if one["name"] != "optimizer"]
     for name, one in without_words(expected).items():
         assert not differences(found[name], one, 1e-12 if name in COMPUTED else 0.0, name)
 

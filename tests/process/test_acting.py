@@ -77,14 +77,40 @@ def test_an_optimizer_inside_of_another() -> None:
 
 
 def test_before_the_first_step() -> None:
-    """The error comes out of the first backward, when no weight has moved yet."""
+    """Of optimizers that were there before, the error comes out of the first step of one."""
     model = zoo.small()
     before = copy.deepcopy(model.state_dict())
     first, second = sgd(model), torch.optim.Adam(model.parameters())
-    with gradwatch.watch_all(clip=1.0), pytest.raises(ValueError, match="SGD and Adam"):
+    with gradwatch.watch_all(clip=1.0):
         model(torch.ones(2, 4)).sum().backward()
-    del first, second
+        for optimizer in (first, second):
+            with pytest.raises(ValueError, match="SGD and Adam"):
+                optimizer.step()
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_before_the_first_backward() -> None:
+    """Of those that are built later, it comes out of the first backward."""
+    model = zoo.small()
+    with gradwatch.watch_all(clip=1.0):
+        optimizers = [sgd(model), torch.optim.Adam(model.parameters())]
+        loss = model(torch.ones(2, 4)).sum()
+        with pytest.raises(ValueError, match="SGD and Adam"):
+            loss.backward()
+    assert len(optimizers) == 2
+
+
+def test_optimizers_that_never_step_refuse_nothing() -> None:
+    """What is left over of another training in the process does not end this one."""
+    left = zoo.small()
+    optimizers = [sgd(left), torch.optim.Adam(left.parameters())]
+    model = zoo.small()
+    optimizer = sgd(model)
+    with gradwatch.watch_all(clip=1.0) as watching:
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+    assert [watcher.last.step for watcher in watching.watchers if watcher.last] == [1]
+    assert len(optimizers) == 2
 
 
 def test_a_replaced_optimizer() -> None:

@@ -652,7 +652,6 @@ def test_a_step_costs_what_it_costs_under_watch():
 
     found = calls_of(lambda model, optimizer: gradwatch.watch_all())
     more = {ours - plain for ours, plain in zip(found, calls_of(gradwatch.watch), strict=True)}
-    assert len(more) == 1
     assert more <= set(range(13))
 
 
