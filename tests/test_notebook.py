@@ -5,6 +5,7 @@ import gc
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -141,7 +142,10 @@ def test_an_error_is_shown_as_ever(trained):
 
 def test_a_cell_may_await(trained):
     """A cell with an await at its top level is watched like any other."""
-    ran = trained("%%gradwatch\nimport asyncio\nawait asyncio.sleep(0)\ntrain(2)")
+    cell = "%%gradwatch\nimport asyncio\nawait asyncio.sleep(0)\ntrain(2)"
+    # In a thread: a browser that another test has open runs an event loop in this one.
+    with ThreadPoolExecutor(1) as pool:
+        ran = pool.submit(trained, cell).result()
     assert ran.result.result == 2
     assert "2 steps, 4 parameters" in ran.text
 

@@ -125,6 +125,8 @@ def test_ctrl_c_from_outside_kills_by_the_signal(there):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # A process that was started in the background hands on that it ignores the signal.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert process.stdout.readline() == "on\n"
         process.send_signal(signal.SIGINT)
