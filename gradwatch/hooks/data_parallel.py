@@ -12,7 +12,6 @@ holding back and reducing afterwards are written once for each (:class:`_Wrapped
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from gradwatch.hooks.instances import instances_of
 from gradwatch.measure.parameters import is_sharded, local_part, wraps
 
 FSDP1 = (
@@ -184,9 +184,7 @@ def _around(model: nn.Module) -> Iterator[DistributedDataParallel]:
 
 def all_wrappers() -> list[DistributedDataParallel]:
     """Lists all wrappers of the process."""
-    # torch keeps no list of them. Not isinstance(), which reads __class__: on a proxy object this
-    # may raise an error.
-    return [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
+    return instances_of(DistributedDataParallel)
 
 
 def wrappers_that_hold(tensors: Iterable[Tensor]) -> list[DistributedDataParallel]:

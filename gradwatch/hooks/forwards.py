@@ -340,7 +340,7 @@ class KeptForwards:
             return [], [self._never or self._reasons.get(number, NOT_SEEN)]
         calls, notes = [], [self._reasons[number]] if number in self._reasons else []
         for one, gradients in self.by_number[number]:
-            now = _tensors(one.args, one.kwargs)
+            now = tensors_given(one.args, one.kwargs)
             if one.module is None or one.context is None or not _same(now, one.tensors):
                 return [], [CHANGED]
             module = one.module()
@@ -456,7 +456,7 @@ class _Before(_Hook):
             if _TENSORS.issuperset(map(type, leaves)):  # without a Python call, as most often
                 one.tensors = leaves
             else:
-                one.tensors = _tensors(args, kwargs)
+                one.tensors = tensors_given(args, kwargs)
             try:
                 one.versions = list(map(_version, one.tensors))
             except RuntimeError:
@@ -515,7 +515,7 @@ class _After(_Hook):
             kept.fail(error)
 
 
-def _tensors(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+def tensors_given(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Lists the tensors among arguments, in the order of ``tree_leaves``."""
     leaves: list[Any] = [*args, *kwargs.values()]
     if not _FLAT.issuperset(map(type, leaves)):

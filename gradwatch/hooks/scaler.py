@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import torch
 from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
+from gradwatch.hooks.instances import instances_of
 from gradwatch.hooks.variables import local_variables
 from gradwatch.measure.deferred import FloatOrDeferred, defer_copy, resolve
 
@@ -81,20 +81,8 @@ class LossScale:
 
 def _scalers() -> list[torch.amp.GradScaler]:
     """Lists every enabled scaler of the process."""
-    found = list(_noted[-1]) if _noted else _instances()
+    found = list(_noted[-1]) if _noted else instances_of(torch.amp.GradScaler)
     return [scaler for scaler in found if scaler.is_enabled()]
-
-
-def _instances() -> list[torch.amp.GradScaler]:
-    # torch keeps no list of them. Not isinstance(), which is slower, and which reads __class__: on
-    # a proxy object this may raise an error.
-    kinds: set[type] = {torch.amp.GradScaler}
-    waiting = list(kinds)
-    while waiting:
-        found: list[type] = type.__subclasses__(waiting.pop())
-        kinds.update(found)
-        waiting += found
-    return [one for one in gc.get_objects() if type(one) in kinds]
 
 
 _noted: list[WeakSet[torch.amp.GradScaler]] = []

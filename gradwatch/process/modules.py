@@ -20,6 +20,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from gradwatch.hooks.instances import instances_of
 from gradwatch.hooks.variables import local_variables
 
 
@@ -71,7 +72,7 @@ class NotedModules:
 
 def all_modules() -> list[nn.Module]:
     """Searches the process for its modules; those are among them that are garbage already."""
-    return _modules_among(gc.get_objects())
+    return instances_of(nn.Module)
 
 
 def frozen_modules() -> list[nn.Module]:
@@ -80,19 +81,7 @@ def frozen_modules() -> list[nn.Module]:
     They are reached from the imported modules and the variables of running functions, which takes
     a large part of a second; without a call of ``gc.freeze()`` there are none.
     """
-    return _modules_among(_reachable()) if gc.get_freeze_count() else []
-
-
-def _modules_among(values: Iterable[Any]) -> list[nn.Module]:
-    kinds: set[type] = {nn.Module}
-    waiting: list[type] = [nn.Module]
-    while waiting:
-        found: list[type] = type.__subclasses__(waiting.pop())
-        new = [kind for kind in found if kind not in kinds]
-        kinds.update(new)
-        waiting += new
-    # Not isinstance(), which is slower, and which reads __class__: a proxy may raise an error.
-    return [one for one in values if type(one) in kinds]
+    return instances_of(nn.Module, _reachable()) if gc.get_freeze_count() else []
 
 
 def values_of(module: nn.Module, attribute: str) -> list[Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-import gc
 from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
+
+from gradwatch.hooks.instances import instances_of
 
 _PATCHED = "_patch_step_function"
 
@@ -61,9 +62,7 @@ class BuiltOptimizers:
 
 def optimizers_there() -> list[Optimizer]:
     """Lists the optimizers that the process has now, in the order in which gc knows them."""
-    # torch keeps no list of them. Not isinstance(), which reads __class__: on a proxy object this
-    # may raise an error.
-    return [one for one in gc.get_objects() if issubclass(type(one), Optimizer)]
+    return instances_of(Optimizer)
 
 
 def is_complete(optimizer: Optimizer) -> bool:

@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from gradwatch.hooks.forwards import FOREIGN, ForwardCall, output_tensors
+from gradwatch.hooks.forwards import FOREIGN, ForwardCall, output_tensors, tensors_given
 from gradwatch.hooks.variables import local_variables
 
 MOST_TRIED = 3
@@ -303,7 +302,7 @@ def inputs_noted(calls: Sequence[ForwardCall]) -> Iterator[list[list[Tensor]]]:
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         if not running:
-            seen.append(_tensors(args, kwargs))
+            seen.append(tensors_given(args, kwargs))
         running.append(module)
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
@@ -320,15 +319,11 @@ def inputs_noted(calls: Sequence[ForwardCall]) -> Iterator[list[list[Tensor]]]:
 
 def are_of(calls: Sequence[ForwardCall], seen: Sequence[Sequence[Tensor]]) -> bool:
     """Returns whether forwards that were run again were given what those of the training were."""
-    given = [_tensors(call.args, call.kwargs) for call in calls]
+    given = [tensors_given(call.args, call.kwargs) for call in calls]
     return len(seen) >= len(given) and all(
         len(one) == len(other) and all(map(_are_alike, one, other))
         for one, other in zip(given, seen, strict=False)
     )
-
-
-def _tensors(args: Any, kwargs: Mapping[str, Any]) -> list[Tensor]:
-    return [one for one in tree_leaves((args, dict(kwargs))) if isinstance(one, Tensor)]
 
 
 @torch.no_grad()

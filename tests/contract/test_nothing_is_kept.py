@@ -5,7 +5,6 @@ import gc
 import io
 import pickle
 import weakref
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,16 +12,7 @@ from torch import nn
 
 import gradwatch
 from gradwatch.testing import CapturingSink
-
-
-@contextmanager
-def _no_collector():
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+from tests.support.memory import no_collector
 
 
 def _net():
@@ -93,7 +83,7 @@ def test_what_nobody_closes_is_collected(named, options):
 @pytest.mark.parametrize("named", [True, False], ids=["named", "found"])
 def test_what_was_closed_goes_at_once(named, options):
     """After the block the history is there, and model and optimizer go without the collector."""
-    with _no_collector():
+    with no_collector():
         model = _net()
         optimizer = _sgd(model)
         with gradwatch.watch(model, optimizer if named else None, **options) as watcher:
@@ -272,7 +262,7 @@ def test_optimizers_that_are_there_together_are_two():
 
 def test_a_loop_does_not_keep_its_first_model():
     """The search for a scaler in the loop's variables leaves no reference to them behind."""
-    with _no_collector():
+    with no_collector():
         for _ in range(2):
             model = _net()
             optimizer = _sgd(model)

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gradwatch.adapters import check_options
 from gradwatch.watcher import build_watcher
+from tests.support.memory import no_collector
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,17 +20,6 @@ def _imported():
     """What the first optimizer of a process imports leaves references to frames behind."""
     model = _net()
     _train(model, _adam(model), steps=1)
-
-
-@contextmanager
-def _no_collector():
-    """Turns the garbage collector off: what goes goes by its count of references."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _net():
@@ -88,7 +78,7 @@ _OPTIONS = {
 @pytest.mark.parametrize("ends", ["after a step", "after a backward", "accumulating"])
 def test_model_and_optimizer_go_at_once(options, ends):
     """Nothing is left of a training whose model and optimizer the program drops."""
-    with _no_collector():
+    with no_collector():
         model = _net()
         optimizer = _adam(model)
         watcher = _watched(model, optimizer, **options)
@@ -111,7 +101,7 @@ def test_model_and_optimizer_go_at_once(options, ends):
 @pytest.mark.parametrize("options", _OPTIONS.values(), ids=_OPTIONS)
 def test_a_bad_step_keeps_nothing(options):
     """Gradients that were NaN, skipped or explained, are forgotten with their model."""
-    with _no_collector():
+    with no_collector():
         model = _net()
         optimizer = _adam(model)
         watcher = _watched(model, optimizer, **options)
@@ -126,7 +116,7 @@ def test_a_bad_step_keeps_nothing(options):
 
 def test_gradients_go_with_their_parameters():
     """The gradient of a backward without a step is not kept either."""
-    with _no_collector():
+    with no_collector():
         model = _net()
         optimizer = _adam(model)
         watcher = _watched(model, optimizer)
@@ -140,7 +130,7 @@ def test_gradients_go_with_their_parameters():
 
 def test_an_optimizer_goes_while_its_model_lives():
     """A loop that builds an optimizer in each epoch has one at a time, under one label."""
-    with _no_collector():
+    with no_collector():
         model = _net()
         optimizer = _adam(model)
         watcher = _watched(model, optimizer)
@@ -224,7 +214,7 @@ def test_layers_that_are_thawed_later():
 @pytest.mark.parametrize("options", _OPTIONS.values(), ids=_OPTIONS)
 def test_a_model_goes_while_its_optimizer_lives(options):
     """Module and buffers go; steps of the parameters are recorded under their names."""
-    with _no_collector():
+    with no_collector():
         model = _net()
         optimizer = _adam(model)
         watcher = _watched(model, optimizer, **options)
@@ -249,7 +239,7 @@ def test_a_model_goes_while_its_optimizer_lives(options):
 
 def test_a_part_that_lives_on():
     """A module of the model that the program keeps is kept by the program alone."""
-    with _no_collector():
+    with no_collector():
         model = _net()
         optimizer = _adam(model)
         watcher = _watched(model, optimizer)
@@ -265,7 +255,7 @@ def test_a_part_that_lives_on():
 
 def test_several_optimizers_go():
     """Each goes when it is dropped, and all that is left when the last one is."""
-    with _no_collector():
+    with no_collector():
         model = _net()
         one, other = _adam(model[:2]), torch.optim.SGD(model[2:].parameters(), lr=0.1)
         watcher = _watched(model, one, other)
@@ -282,7 +272,7 @@ def test_several_optimizers_go():
 
 def test_an_output_does_not_keep_the_model():
     """A loss that the program keeps holds the parameters that it was computed from, no module."""
-    with _no_collector():
+    with no_collector():
         model = _net()
         optimizer = _adam(model)
         watcher = _watched(model, optimizer, on_nonfinite="explain")
@@ -306,7 +296,7 @@ def test_a_step_that_raised_keeps_nothing():
             closure()
             raise RuntimeError("odd")
 
-    with _no_collector():
+    with no_collector():
         model = _net()
         optimizer = Odd(model.parameters())
         watcher = _watched(model, optimizer, on_nonfinite="explain")
@@ -326,7 +316,7 @@ def test_a_step_that_raised_keeps_nothing():
 
 def test_a_scaled_step_that_was_left_out():
     """A step that a scaler has left out last is recorded at the end, without the model."""
-    with _no_collector():
+    with no_collector():
         model = _net()
         optimizer = _adam(model)
         scaler = torch.amp.GradScaler("cpu")
@@ -346,7 +336,7 @@ def test_a_scaled_step_that_was_left_out():
 
 def _left_of_replica(watched, **wrapper):
     """Returns what is left of a training under DDP before and after a look of the collector."""
-    with _no_collector():
+    with no_collector():
         inner = _net()
         model = DistributedDataParallel(inner, **wrapper)
         optimizer = _adam(model)

@@ -3,8 +3,10 @@
 `benchmarks/memory.py` has a reader of its own: the benchmarks run without the tests.
 """
 
+import gc
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # For the start of a script that runs in a process of its own, and so cannot import the tests.
@@ -27,3 +29,14 @@ def resident_bytes(pid: int) -> int:
             for task in Path(f"/proc/{one}/task").iterdir():
                 pids += map(int, (task / "children").read_text(encoding="utf-8").split())
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """Turn the garbage collector off: what goes goes by its count of references."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
