@@ -1,8 +1,9 @@
-"""gradwatch for Lightning: a callback that watches the gradients of ``Trainer.fit``."""
+"""gradwatch for Lightning: a callback for ``Trainer.fit``, and a sink for the loggers of Fabric."""
 
 from gradwatch.adapters import add_aliases
 
 try:
+    from gradwatch_lightning.fabric import FabricSink
     from gradwatch_lightning.monitor import GradientMonitor
 except ModuleNotFoundError as exc:
     if exc.name != "lightning":
@@ -13,7 +14,7 @@ except ModuleNotFoundError as exc:
         name="lightning",
     ) from exc
 
-__all__ = ["GradientMonitor"]
+__all__ = ["FabricSink", "GradientMonitor"]
 
 add_aliases(
     {"gradwatch_lightning.accumulation": "TrainerAccumulation"}, "gradwatch_lightning.trainer"

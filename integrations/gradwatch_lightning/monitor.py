@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.optim import Optimizer
 
-from gradwatch import AccumulatePolicy, Event, Explanation, History, NoiseScale, Watcher
+from gradwatch import AccumulatePolicy
 from gradwatch.adapters import (
+    LatestTraining,
     SharedOptions,
     check_options,
-    shown,
     warn_safely,
     with_watch_options,
 )
+from gradwatch_lightning.arguments import (
+    accumulate_policy_of,
+    check_flags,
+    refuse_two_clips,
+    refuse_two_numbers,
+)
 from gradwatch_lightning.loggers import LoggedSteps
 from gradwatch_lightning.replays import TrainingSteps
+from gradwatch_lightning.tensorboard import tensorboard_sinks
 from gradwatch_lightning.trainer import (
     TrainerAccumulation,
-    accumulate_policy_of,
     accumulates,
     is_watchable,
     loss_divisor_of,
-    refuse_two_clips,
-    refuse_two_numbers,
 )
 from gradwatch_lightning.watchers import watcher_of
 
@@ -36,12 +39,11 @@ if TYPE_CHECKING:
 
 NUMBER = "accumulate_grad_batches"
 NOTHING_YET = (
-    "GradientMonitor.{name} was read, but the monitor has not watched a fit yet. Pass the "
-    "monitor to Trainer(callbacks=[...]) and read it after trainer.fit(...)."
+    "the monitor has not watched a fit yet. Pass the monitor to Trainer(callbacks=[...]) and read "
+    "it after trainer.fit(...)."
 )
 NOTHING_TO_WATCH = (
-    "GradientMonitor.{name} was read, but in the latest fit there was nothing to watch: no "
-    "parameter of the module required a gradient."
+    "in the latest fit there was nothing to watch: no parameter of the module required a gradient."
 )
 NOT_WATCHED = (
     "GradientMonitor does not watch this fit, because of {kind}: {error} The fit goes on as it "
@@ -49,7 +51,7 @@ NOT_WATCHED = (
 )
 
 
-class GradientMonitor(Callback):
+class GradientMonitor(LatestTraining, Callback):
     """Watches the gradients during a fit and, on request, clips them or skips non-finite steps.
 
     It works with automatic and manual optimization, any number of optimizers and any logger. Every
@@ -71,6 +73,10 @@ class GradientMonitor(Callback):
 
     Args:
         log: Whether to log to the loggers of the Trainer.
+        log_blocks: Whether every logger also gets the norms of up to 20 parts of the module, before
+            the clip, and what ``statistics=`` measures of them, where Lightning writes logs. A
+            ``TensorBoardLogger`` has them anyway: each 10th step, with the largest value since.
+        prog_bar: Whether the progress bar shows the norm of the first optimizer, ``grad_norm``.
         accumulate: How the number of the Trainer's batches per step changes: ``"auto"``, ``{step:
             number}``, a function of the step or a policy such as
             :class:`~gradwatch.AccumulateByNoiseScale`. None leaves the Trainer's number unchanged;
@@ -96,72 +102,30 @@ class GradientMonitor(Callback):
     _loss: Tensor | None = None
     _waits = False  # for something to watch
     _training_steps: TrainingSteps | None = None
+    _log_blocks, _prog_bar = False, True
 
     @with_watch_options
     def __init__(
         self,
         *,
         log: bool = True,
+        log_blocks: bool = False,
+        prog_bar: bool = True,
         accumulate: str | Mapping[int, int] | Callable[[int], int] | AccumulatePolicy | None = None,
         **options: Unpack[SharedOptions],
     ) -> None:
         super().__init__()
         policy = accumulate_policy_of(accumulate)
-        if not isinstance(log, bool):
-            raise TypeError(f"GradientMonitor(log=) must be True or False, got {shown(log)}.")
+        check_flags(log=log, log_blocks=log_blocks, prog_bar=prog_bar)
         self._options = check_options(
             "GradientMonitor", options, accumulate=1 if policy is None else policy
         )
         self._accumulation = TrainerAccumulation(policy)
-        self._log = log
-        self._watcher: Watcher | None = None
+        self._log, self._log_blocks, self._prog_bar = log, log_blocks, prog_bar
         self._state: dict[str, Any] = {}
         # Weak: a monitor kept for its history must not keep the Trainer and its model alive.
         self._trainer: weakref.ref[Trainer] | None = None
         self._logged = LoggedSteps()
-
-    @property
-    def watcher(self) -> Watcher | None:
-        """The watcher of the latest fit; None until the training starts."""
-        return self._watcher
-
-    @property
-    def history(self) -> History:
-        """The history of the latest fit, also after its end.
-
-        Raises:
-            RuntimeError: If nothing has been watched yet.
-        """
-        return self._watched("history").history
-
-    @property
-    def events(self) -> Sequence[Event]:
-        """The events of the latest fit, oldest first, also after its end.
-
-        Raises:
-            RuntimeError: If nothing has been watched yet.
-        """
-        return self._watched("events").events
-
-    @property
-    def explanations(self) -> Sequence[Explanation]:
-        """Where bad gradients of the latest fit came from, newest last, also after its end.
-
-        Raises:
-            RuntimeError: If nothing has been watched yet.
-        """
-        return self._watched("explanations").explanations
-
-    @property
-    def noise_scale(self) -> NoiseScale:
-        """The current gradient noise scale, or that at the end of the latest fit, in micro-batches.
-
-        If there is no estimate, ``reason`` says why.
-
-        Raises:
-            RuntimeError: If nothing has been watched yet.
-        """
-        return self._watched("noise_scale").noise_scale
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses conflicting settings, and forgets the previous fit unless it is resumed."""
@@ -207,22 +171,14 @@ class GradientMonitor(Callback):
         if self._watcher is not None and loss is not None:
             self._watcher.note_loss(loss, loss_divisor_of(trainer, pl_module))
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
-        """Keeps the record of an optimizer that stepped earlier in the same batch."""
-        if self._watcher is not None:
-            self._logged.keep(self._watcher.last)
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs the latest step of each optimizer, at the batches where Lightning writes logs."""
+        """Logs what has arrived: the latest step of each optimizer, where Lightning writes logs."""
         if self._watcher is None:
             return
-        self._logged.keep(self._watcher.last)
         self._accumulation.follow(trainer, self._watcher.accumulate)
-        if self._log:
+        if self._log or self._prog_bar:
             self._logged.log(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -259,11 +215,8 @@ class GradientMonitor(Callback):
         kept = {key: self.__dict__[key] for key in self.__dict__ if key not in left_out}
         return {**kept, **fresh}
 
-    def _watched(self, name: str) -> Watcher:
-        if self._watcher is None:
-            text = NOTHING_TO_WATCH if self._waits else NOTHING_YET
-            raise RuntimeError(text.format(name=name))
-        return self._watcher
+    def _unwatched(self) -> str:
+        return NOTHING_TO_WATCH if self._waits else NOTHING_YET
 
     def _attach(self, trainer: Trainer, module: LightningModule, with_lazy: bool) -> None:
         """Attaches a watcher, unless there is nothing to watch yet."""
@@ -272,11 +225,16 @@ class GradientMonitor(Callback):
         self._waits = False
         try:
             several = self._accumulation.policy is not None or accumulates(trainer)
-            self._watcher = watcher_of(trainer, module, self._options, self._log, several)
-            self._logged = LoggedSteps(accumulates=several)
+            sinks = tensorboard_sinks(trainer, self._log_blocks) if self._log else ()
+            self._watcher = watcher_of(trainer, module, self._options, sinks, several)
+            self._logged = LoggedSteps(
+                log=self._log, blocks=self._log_blocks, bar=self._prog_bar, accumulates=several
+            )
             # Restore before attach(): from then on each backward is counted, on top of this state.
             if self._state:
                 self._watcher.load_state_dict(self._state)
+            if self._log or self._prog_bar:
+                self._watcher.on_each_step(self._logged.expect)
             self._watcher.attach()
             if self._options.explain:
                 self._training_steps = TrainingSteps(trainer, module, self._watcher)
@@ -294,6 +252,10 @@ class GradientMonitor(Callback):
         if self._training_steps is not None:
             self._training_steps.end()
             self._training_steps = None
-        if self._watcher is not None:
-            self._watcher.close()
-        self._accumulation.give_back(trainer)
+        try:
+            if self._watcher is not None:
+                self._watcher.close()
+        finally:
+            if self._watcher is not None:
+                self._logged.end(trainer)  # only now have all numbers arrived
+            self._accumulation.give_back(trainer)

@@ -5,7 +5,7 @@ The module's name does not shadow the ``tensorboard`` package, because imports a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -23,8 +23,10 @@ NO_SINK = (
 )
 
 
-def tensorboard_sinks(trainer: Trainer) -> list[Sink]:
+def tensorboard_sinks(trainer: Trainer, has_blocks: bool) -> list[Sink]:
     """Makes a sink for each TensorBoardLogger, on the global rank 0 only.
+
+    With ``has_blocks`` the logger is given the norms of module blocks, and the sink leaves them.
 
     The sink shares the logger's event file, so both appear as one run, and leaves the step scalars
     to the logger. A logger that fell back to tensorboardX gets no sink: its writer does not accept
@@ -43,13 +45,13 @@ def tensorboard_sinks(trainer: Trainer) -> list[Sink]:
             raise
         return []
     writers = [logger.experiment for logger in loggers]
-    sinks = [_sink_of(one) for one in writers if isinstance(one, SummaryWriter)]
+    sinks = [_sink_of(one, not has_blocks) for one in writers if isinstance(one, SummaryWriter)]
     return [sink for sink in sinks if sink is not None]
 
 
-def _sink_of(writer: SummaryWriter) -> Sink | None:
+def _sink_of(writer: SummaryWriter, blocks: bool) -> Sink | None:
     try:
-        return LoggerSink(writer)
+        return LoggerSink(writer, step_scalars=False, blocks=blocks)
     except Exception as error:  # a disk that is full, say: the fit goes through all the same
         warn_safely(NO_SINK.format(kind=type(error).__name__, error=error))
         return None
@@ -62,13 +64,16 @@ class LoggerSink:
     Trainers with the same logger among them, and goes on logging into a new file of the same run.
     """
 
-    def __init__(self, writer: SummaryWriter) -> None:
-        """Starts with the ``SummaryWriter`` of the logger, open or closed."""
+    def __init__(self, writer: SummaryWriter, **options: Any) -> None:
+        """Starts with the ``SummaryWriter`` of the logger, open or closed.
+
+        ``options`` are those of :class:`~gradwatch_tensorboard.TensorBoardWriter`.
+        """
         from gradwatch_tensorboard import TensorBoardWriter
 
         self._shared = writer
         self._open()
-        self._writer = TensorBoardWriter(writer, step_scalars=False)
+        self._writer = TensorBoardWriter(writer, **options)
 
     def write(self, batch: RecordBatch) -> None:
         """Writes a batch of steps."""

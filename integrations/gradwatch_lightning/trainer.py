@@ -1,21 +1,19 @@
-"""The Trainer's side: what the monitor reads from it, sets on it, and refuses as a conflict."""
+"""The Trainer's side: what the monitor reads from it, and sets on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import SupportsIndex
+from collections.abc import Callable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from gradwatch import AccumulatePolicy, ClipPolicy
-from gradwatch.adapters import accumulate_policy, described, optimizer_parameters, shown
+from gradwatch import AccumulatePolicy
+from gradwatch.adapters import optimizer_parameters
 
 
 def optimizers_of(trainer: Trainer, watched: set[int], acts: bool) -> list[Optimizer] | None:
@@ -85,6 +83,14 @@ def logged_step_of(trainer: Trainer) -> Callable[[], int]:
     return lambda: int(loop._batches_that_stepped)
 
 
+def is_between_steps(trainer: Trainer) -> bool:
+    """Returns whether the current batch ends without a step, so that Lightning writes no logs."""
+    module: LightningModule = trainer.lightning_module
+    # Private; Lightning asks itself the same before it writes logs (2.4 to 2.6).
+    accumulates = getattr(trainer.fit_loop, "_should_accumulate", None)
+    return module.automatic_optimization and accumulates is not None and bool(accumulates())
+
+
 def loss_divisor_of(trainer: Trainer, module: LightningModule) -> float | None:
     """Returns what Lightning has divided the newest loss by; None if the module may have done it.
 
@@ -96,11 +102,11 @@ def loss_divisor_of(trainer: Trainer, module: LightningModule) -> float | None:
 def accumulates(trainer: Trainer) -> bool:
     """Tells whether a step of the Trainer may have several micro-batches."""
     # A scheduler may start with 1 and raise the number in a later epoch.
-    planned = any(one.going_to_accumulate_grad_batches() for one in _schedulers(trainer))
+    planned = any(one.going_to_accumulate_grad_batches() for one in schedulers_of(trainer))
     return planned or trainer.accumulate_grad_batches > 1
 
 
-def _schedulers(trainer: Trainer) -> list[GradientAccumulationScheduler]:
+def schedulers_of(trainer: Trainer) -> list[GradientAccumulationScheduler]:
     """Lists Lightning's own callbacks that change the number of accumulated batches."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined] # by a connector
     return [one for one in callbacks if isinstance(one, GradientAccumulationScheduler)]
@@ -175,110 +181,3 @@ class TrainerAccumulation:
     def _give(self, trainer: Trainer, number: int) -> None:
         self.number = trainer.accumulate_grad_batches = number
         self._gave = True
-
-
-FIXED_NUMBER = (
-    "GradientMonitor(accumulate={accumulate}) asks for a number of micro-batches that never "
-    "changes, and under Lightning such a number belongs to the Trainer. Write "
-    "Trainer(accumulate_grad_batches={accumulate}) instead; the monitor records how many "
-    "micro-batches are in each step."
-)
-NO_POLICY = (
-    'GradientMonitor(accumulate=) must be "auto", a mapping {{step: micro-batches}}, a function of '
-    "the step or an accumulation policy, got {accumulate}. Write accumulate="
-    '"auto" (or an object, AccumulateByNoiseScale(min=2, max=32)) to follow the gradient noise, '
-    "accumulate={{0: 2, 1000: 4}} to change the number at a step, or "
-    "Trainer(accumulate_grad_batches=4) for one that never changes."
-)
-TWO_NUMBERS = (
-    "GradientMonitor(accumulate={accumulate}) and {trainer_side} would both decide how many "
-    "micro-batches a step has. Remove one side: leave accumulate out of GradientMonitor to keep "
-    "Lightning's number, whose windows and noise scale are recorded all the same, or {remove} to "
-    "keep the monitor's."
-)
-MANUAL = (
-    "GradientMonitor(accumulate={accumulate}) decides how many batches the Trainer accumulates, "
-    "but {module} sets automatic_optimization = False: its training_step() steps the optimizers "
-    "itself, and the Trainer accumulates nothing. Leave accumulate out of GradientMonitor, or "
-    "remove that line to let the Trainer step."
-)
-STRATEGY = (
-    "GradientMonitor(accumulate={accumulate}) changes Trainer.accumulate_grad_batches between two "
-    "steps, but {strategy} accumulates by itself, with the number it was set up with. Leave "
-    "accumulate out of GradientMonitor and write Trainer(accumulate_grad_batches=4), or use "
-    'another strategy, such as "ddp".'
-)
-TWO_CLIPS = (
-    "GradientMonitor(clip={clip!r}) and {trainer_side} would both clip the gradients of a step: "
-    "the second clip would act on the result of the first, and the recorded coefficient would be "
-    "the product of both. Remove one side: leave clip out of GradientMonitor to keep Lightning's "
-    "clip, whose norms before and after are recorded all the same, or {remove} to keep gradwatch's."
-)
-
-
-def accumulate_policy_of(accumulate: object) -> AccumulatePolicy | None:
-    """Converts ``GradientMonitor(accumulate=)`` to a policy; None stays None.
-
-    Raises:
-        TypeError: If the argument has the wrong type.
-        ValueError: If it is a plain number, which belongs in the Trainer, or is out of bounds.
-    """
-    if accumulate is None:
-        return None
-    if isinstance(accumulate, AccumulatePolicy) and not isinstance(accumulate, type):
-        return accumulate
-    # True is an int and a class is callable, but neither is meant as a number or a function.
-    is_auto = isinstance(accumulate, str) and accumulate == "auto"
-    if is_auto or not isinstance(accumulate, (str, bool, type)):
-        if isinstance(accumulate, SupportsIndex):  # an int, or one of numpy or torch
-            raise ValueError(FIXED_NUMBER.format(accumulate=shown(accumulate)))
-        if is_auto or isinstance(accumulate, Mapping) or callable(accumulate):
-            return accumulate_policy("GradientMonitor(accumulate=)", accumulate)
-    text = NO_POLICY.format(accumulate=described(accumulate))
-    raise (ValueError if isinstance(accumulate, str) else TypeError)(text)
-
-
-def refuse_two_numbers(
-    accumulate: AccumulatePolicy | None, trainer: Trainer, module: LightningModule
-) -> None:
-    """Refuses an accumulation policy that conflicts with the Trainer.
-
-    Raises:
-        ValueError: If the Trainer sets a number too, if optimization is manual, or if the strategy
-            accumulates by itself.
-    """
-    if accumulate is None:
-        return
-    if not module.automatic_optimization:
-        raise ValueError(MANUAL.format(accumulate=accumulate, module=type(module).__name__))
-    strategy = trainer.strategy
-    if strategy.handles_gradient_accumulation:
-        raise ValueError(STRATEGY.format(accumulate=accumulate, strategy=type(strategy).__name__))
-    number = trainer.accumulate_grad_batches
-    if number != 1:
-        side = f"Trainer(accumulate_grad_batches={number})"
-        remove = "remove accumulate_grad_batches"
-    elif _schedulers(trainer):
-        side, remove = "a GradientAccumulationScheduler", "remove that callback"
-    else:
-        return
-    raise ValueError(TWO_NUMBERS.format(accumulate=accumulate, trainer_side=side, remove=remove))
-
-
-def refuse_two_clips(clip: ClipPolicy | None, trainer: Trainer, module: LightningModule) -> None:
-    """Refuses ``GradientMonitor(clip=)`` if Lightning clips too.
-
-    Raises:
-        ValueError: If both would clip.
-    """
-    if clip is None:
-        return
-    value = trainer.gradient_clip_val
-    if value:
-        side, remove = f"Trainer(gradient_clip_val={value!r})", "remove gradient_clip_val"
-    elif is_overridden("configure_gradient_clipping", module):
-        side = f"{type(module).__name__}.configure_gradient_clipping()"
-        remove = "remove that method"
-    else:
-        return
-    raise ValueError(TWO_CLIPS.format(clip=clip, trainer_side=side, remove=remove))

@@ -38,7 +38,7 @@ class Net(LightningModule):
 
     def __init__(self, make_optimizer=None):
         super().__init__()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             self.body = zoo.small(seed=1)
         self.make_optimizer = make_optimizer or (lambda p: torch.optim.SGD(p, lr=0.05))
 
@@ -73,7 +73,7 @@ class Gan(LightningModule):
         self.automatic_optimization = False
         self.same_class = same_class
         self.discriminator_every = discriminator_every
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(2)
             self.generator = torch.nn.Linear(4, 3)
             self.discriminator = torch.nn.Linear(3, 1)

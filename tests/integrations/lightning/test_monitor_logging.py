@@ -27,6 +27,16 @@ def read_board(logger):
     return board
 
 
+class Look(Callback):
+    """What the progress bar would show after each batch."""
+
+    def __init__(self):
+        self.shown = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.shown.append(dict(trainer.progress_bar_metrics))
+
+
 def test_a_custom_logger_gets_a_handful_of_scalars(kit):
     """Each step gives its norms and its clip coefficient, at the steps of Lightning's own loss."""
     monitor, logger = GradientMonitor(clip=0.3), kit.CapturingLogger()
@@ -43,21 +53,44 @@ def test_a_custom_logger_gets_a_handful_of_scalars(kit):
 
 
 def test_the_progress_bar_shows_the_norm(kit):
-    """Of all that is logged, the norm alone is for the bar."""
-    shown = {}
+    """It has the norm alone, by a short name, at every batch, whatever log_every_n_steps is."""
+    monitor, look = GradientMonitor(clip=0.3), Look()
 
-    class Look(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            shown.update(trainer.progress_bar_metrics)
+    trainer = kit.trainer(monitor, look, logger=kit.CapturingLogger(), log_every_n_steps=3)
+    trainer.fit(kit.Net(), kit.loader(4))
 
-    monitor = GradientMonitor(clip=0.3)
+    norms = monitor.history.steps().grad_norm.tolist()
+    assert [list(shown) for shown in look.shown] == [["grad_norm"]] * 4
+    assert [shown["grad_norm"] for shown in look.shown] == pytest.approx(norms, rel=1e-6)
 
-    trainer = kit.trainer(monitor, logger=kit.CapturingLogger())
-    trainer.callbacks.append(Look())
-    trainer.fit(kit.Net(), kit.loader(3))
 
-    ours = {tag: value for tag, value in shown.items() if "gradwatch" in tag}
-    assert ours == {"gradwatch/grad_norm": pytest.approx(monitor.watcher.last.grad_norm)}
+@pytest.mark.parametrize("log", [True, False])
+def test_the_progress_bar_can_do_without(kit, log):
+    """prog_bar=False leaves the bar alone; what goes to the loggers does not depend on it."""
+    look, logger = Look(), kit.CapturingLogger()
+
+    monitor = GradientMonitor(prog_bar=False, log=log)
+    kit.trainer(monitor, look, logger=logger).fit(kit.Net(), kit.loader(3))
+
+    assert look.shown == [{}] * 3
+    assert len(logger.of("gradwatch/grad_norm")) == 3 * log
+
+
+def test_a_norm_of_the_users_own_in_the_bar_counts(kit):
+    """Where the module shows a number of the same name, the bar has that one."""
+
+    class Shows(kit.Net):
+        def training_step(self, batch, batch_idx):
+            self.log("grad_norm", 7.0, prog_bar=True)
+            return self.loss(batch)
+
+    look, logger = Look(), kit.CapturingLogger()
+    trainer = kit.trainer(GradientMonitor(), look, logger=logger)
+    trainer.fit(Shows(), kit.loader(3))
+
+    assert look.shown == [{"grad_norm": 7.0}] * 3
+    assert [value for _, value in logger.of("grad_norm")] == [7.0] * 3
+    assert len(logger.of("gradwatch/grad_norm")) == 3
 
 
 def test_accumulation_logs_when_the_optimizer_stepped(kit):

@@ -12,9 +12,9 @@ import gradwatch_lightning
 from gradwatch.adapters import SharedOptions
 
 
-def test_the_package_exports_the_monitor_alone():
-    """GradientMonitor is the one public name."""
-    assert gradwatch_lightning.__all__ == ["GradientMonitor"]
+def test_the_package_exports_the_monitor_and_the_sink():
+    """GradientMonitor and FabricSink are the public names."""
+    assert gradwatch_lightning.__all__ == ["FabricSink", "GradientMonitor"]
 
 
 def test_the_adapter_stays_small():
@@ -35,10 +35,19 @@ def test_the_signature_has_every_option_of_watch():
     watch = inspect.signature(gradwatch.watch).parameters
     keywords = {name for name, one in watch.items() if one.kind is one.KEYWORD_ONLY}
     assert set(SharedOptions.__annotations__) == keywords - {"accumulate", "scaler"}
-    assert set(monitor) == keywords - {"scaler"} | {"log"}
+    assert set(monitor) == keywords - {"scaler"} | {"log", "log_blocks", "prog_bar"}
     assert all(
         monitor[name].default == watch[name].default for name in SharedOptions.__annotations__
     )
+
+
+@pytest.mark.parametrize("name", ["log", "log_blocks", "prog_bar"])
+def test_a_flag_that_is_none_is_refused(name):
+    """The message has the argument, what it may be, and the value."""
+    with pytest.raises(
+        TypeError, match=rf"GradientMonitor\({name}=\) must be True or False, got 1\."
+    ):
+        gradwatch_lightning.GradientMonitor(**{name: 1})
 
 
 @pytest.mark.parametrize("name", ["clop", "scaler", "optimizer"])
