@@ -1,0 +1,1 @@
+"""Frameworks that own the loop, where the plain `watch()` is all that is needed."""
