@@ -1,7 +1,7 @@
 """The whole state of a training, in plain pieces that can be compared bit by bit."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ def state_of(model: nn.Module, *optimizers: Optimizer) -> dict[str, Any]:
         "optimizers": [pieces(optimizer.state_dict()) for optimizer in optimizers],
         "random": {
             "torch": torch.get_rng_state(),
+            "device": _generators({p.device for p in model.parameters()}),
             "python": random.getstate(),
             "numpy": pieces(np.random.get_state()),
         },
@@ -80,6 +81,12 @@ def _differences_of_mappings(
     for key in left:
         if key in right:
             yield from differences(left[key], right[key], f"{path}/{key}")
+
+
+def _generators(devices: Collection[torch.device]) -> list[Tensor]:
+    """Return the states of the generators of accelerators."""
+    away = [device for device in devices if device.type not in ("cpu", "meta")]
+    return [getattr(torch, device.type).get_rng_state(device).clone() for device in away]
 
 
 def _versions(parameter: Tensor) -> list[int]:

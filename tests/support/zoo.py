@@ -53,7 +53,7 @@ class TiedTransformer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.embedding(tokens)
-        mask = torch.full(2 * tokens.shape[1:], -math.inf, dtype=hidden.dtype).triu(1)
+        mask = hidden.new_full(2 * tokens.shape[1:], -math.inf).triu(1)
         return self.head(self.block(hidden, src_mask=mask))
 
 
