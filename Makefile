@@ -7,13 +7,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
+DEVICE ?= fake
 # One thread each: small matrices gain little from a second one, and threads of several processes
 # that wait for each other on the same cores lose a lot. Each worker has half of the suite, in its
 # order, so that a fixture of a file is made once, and helps the other at the end.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-matrix lint reference format bench bench-scaling bench-clip clean
+.PHONY: help demo test test-device test-slow test-matrix lint reference format bench bench-scaling bench-clip clean
 
 help: ## Lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,11 +24,20 @@ demo: $(VENV)/.demo ## Trains a small GPT under gradwatch in a minute or less, w
 	@echo "Then read the loop that you ran, examples/plain_loop.py, and try it without the clip:"
 	@echo "$(BIN)/python examples/plain_loop.py --clip 0"
 
-test: $(VENV)/.dev $(VENV)/.browser ## Runs the tests, all but the slow ones
+# A process has one accelerator for good, so each stand-in has a session of its own.
+test: $(VENV)/.dev $(VENV)/.browser ## Runs the tests, also on stand-in devices, all but the slow ones
 	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow" --device=fake
+	$(PYTEST) -m "not slow" --device=mini
+
+# DEVICE=mini is the one in C++; DEVICE=cuda, or another that torch has, a real one.
+test-device: $(VENV)/.dev ## Runs the tests on a stand-in for an accelerator
+	$(PYTEST) -m "not slow" --device=$(DEVICE)
 
 test-slow: $(VENV)/.dev $(VENV)/.browser ## Runs the slow tests
 	$(PYTEST) -m slow
+	$(PYTEST) -m slow --device=fake
+	$(PYTEST) -m slow --device=mini
 
 # ROWS="oldest newest" picks some of tests/matrix/rows.cfg.
 test-matrix: | $(VENV)/.created ## Runs the tests with the oldest and the newest versions, where their Python is found

@@ -164,6 +164,8 @@ def _tags() -> Iterable[Sequence[str]]:
     yield f"`gradwatch/{NONFINITE_EVENT}`", _phrase(NONFINITE_MEANING), "at such steps", "largest"
     where = "every `block_every` steps"
     yield "`gradwatch_blocks/<module>`", _phrase(BLOCK_MEANING), where, "largest"
+    taken = "what `watch(statistics=)` takes, of the parameter of this part where it is largest in magnitude"
+    yield "`gradwatch_<statistic>/<module>`", taken, where, "largest"
     yield "`gradwatch/events`", "text: the first 20 events", "", ""
     tab = "the norms of all parameters and all events, for the [Gradients tab](gradients-tab.md)"
     yield "`gradwatch/norms/...`, `bad`, `steps`, `layout`, `events`", tab, "in chunks", ""

@@ -14,12 +14,21 @@ from typing import Any, TypeVar
 from gradwatch.accumulate.policies import accumulate_policy
 from gradwatch.checks import described, shown
 from gradwatch.errors import warn_safely
+from gradwatch.latest import LatestTraining
 from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.measure.statistics import STATISTICS, Statistic, register_statistic
 from gradwatch.options import Options, SharedOptions
 from gradwatch.pickles import add_aliases
-from gradwatch.record.records import EVENT_KINDS, NO_GRADIENT, StepRecord, accumulates
+from gradwatch.record.blocks import BlockScalars
+from gradwatch.record.records import (
+    EVENT_KINDS,
+    NO_GRADIENT,
+    RecordBatch,
+    StepRecord,
+    accumulates,
+)
 from gradwatch.record.schema import REDUCTIONS, Column, Kind, Reduction, Scalar, columns_of
+from gradwatch.record.sink_queue import SinkQueue
 from gradwatch.watcher import build_watcher, watch
 
 __all__ = [
@@ -30,13 +39,16 @@ __all__ = [
     "SCALARS",
     "STATISTICS",
     "STEP_COLUMNS",
+    "BlockScalars",
     "Column",
     "Kind",
+    "LatestTraining",
     "LoggerScalars",
     "Options",
     "Reduction",
     "Scalar",
     "SharedOptions",
+    "SinkQueue",
     "Statistic",
     "StepScalars",
     "accumulate_policy",
@@ -181,21 +193,39 @@ class LoggerScalars:
         {'gradwatch/grad_norm': 2.0, 'gradwatch/grad_norm_clipped': 2.0, ...}
     """
 
-    def __init__(self, *, accumulates: bool = False) -> None:
+    def __init__(
+        self, *, accumulates: bool = False, blocks: bool = False, statistics: bool = False
+    ) -> None:
         """Starts without a step.
 
         Args:
             accumulates: Whether steps may have several micro-batches: then their number is logged
                 from the first step on.
+            blocks: Whether :meth:`rows` has the norms of module blocks, at most 20, before the
+                clip: ``gradwatch_blocks/encoder``.
+            statistics: Whether :meth:`rows` has what ``watch(statistics=)`` takes, in the steps
+                where it is taken: ``gradwatch_max/encoder``, for the parameter of the block where
+                it is largest in magnitude.
         """
         self._known = ["micro_batches"] * accumulates
         self._series: dict[str, StepScalars] = {}
+        self._blocks = BlockScalars(norms=blocks, statistics=statistics)
 
     def of(self, record: StepRecord) -> dict[str, float]:
         """Returns the values of one step by tag; to be given every step, in order."""
         if record.optimizer not in self._series:
             names = [name for name, one in SCALARS.items() if one.loggers]
             self._series[record.optimizer] = StepScalars(names, self._known)
-        group = group_of(record.optimizer, first=next(iter(self._series)))
         values = self._series[record.optimizer].of(record)
-        return {f"{group}/{name}": value for name, value in values.items()}
+        return {f"{self._group(record)}/{name}": value for name, value in values.items()}
+
+    def rows(self, batch: RecordBatch) -> list[tuple[StepRecord, dict[str, float]]]:
+        """Returns the steps of a batch with their values by tag; to be given every batch."""
+        rows = [(record, self.of(record)) for record in batch.steps]
+        for (record, values), of_blocks in zip(rows, self._blocks.of(batch), strict=True):
+            group = self._group(record)
+            values |= {f"{group}_{name}": value for name, value in of_blocks.items()}
+        return rows
+
+    def _group(self, record: StepRecord) -> str:
+        return group_of(record.optimizer, first=next(iter(self._series)))

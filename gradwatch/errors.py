@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -111,6 +112,19 @@ def warn_safely(message: str) -> None:
         warnings.warn(message, GradwatchWarning, stacklevel=3)
     except Exception:
         logger.warning(message)
+
+
+def is_of_device(error: BaseException) -> bool:
+    """Returns whether an error says that a device has failed, as after an assertion in a kernel.
+
+    Every later call to the device raises it again.
+    """
+    if type(error).__name__ == "AcceleratorError":  # torch 2.8 and later
+        return True
+    return isinstance(error, RuntimeError) and bool(_OF_DEVICE.search(str(error)))
+
+
+_OF_DEVICE = re.compile(r"\b[A-Z]{2,5} error: |device-side assert")
 
 
 def described_error(error: BaseException) -> str:

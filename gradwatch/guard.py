@@ -17,6 +17,7 @@ from gradwatch.errors import (
     ContractError,
     NonFiniteGradientError,
     described_error,
+    is_of_device,
     logger,
     warn_safely,
 )
@@ -93,6 +94,8 @@ STOPPED = (
     "gradwatch stopped watching after an error of its own, {error}. {rest} Please report this."
 )
 
+OF_DEVICE = "gradwatch stopped watching, as the device has failed, with {error}."
+
 UNTOUCHED = "The training goes on untouched."
 
 
@@ -166,7 +169,9 @@ class Shield:
         # NotImplementedError is how gradwatch refuses a set-up that it does not support, and an
         # object of the user's that breaks its contract is no error of gradwatch either.
         unsupported = isinstance(error, (NotImplementedError, ContractError))
-        text = UNSUPPORTED if unsupported else STOPPED
+        # The training's own next call to the device fails as well.
+        failed = OF_DEVICE if is_of_device(error) else STOPPED
+        text = UNSUPPORTED if unsupported else failed
         text = text.format(error=error if unsupported else described_error(error), rest=rest)
         warn_safely(text)
         logger.warning(text)

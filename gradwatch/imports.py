@@ -1,4 +1,4 @@
-"""Importing without a collection of garbage in between."""
+"""What runs without a collection of garbage in between, such as an import."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def no_collection() -> Iterator[None]:
-    """Collects no garbage while modules are imported.
+    """Collects no garbage meanwhile: during an import, or what must not be interrupted.
 
     Beside torch there are a million objects, and a full collection takes longer than the import of
     all of gradwatch. What an import makes is there to stay, so nothing would be found.

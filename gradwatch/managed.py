@@ -23,14 +23,17 @@ from gradwatch.measure.deferred import (
     as_operand,
     defer,
     defer_copy,
-    exact_dtype,
     is_at_hand,
 )
+from gradwatch.measure.devices import as_exact, in_exact
+from gradwatch.measure.gathering import multiplied, operand_on, together
 from gradwatch.out_of_memory import Rollback, forget, is_out_of_memory, release_memory
 from gradwatch.record.events import loop_event, out_of_memory_event
 from gradwatch.step.mistakes import NO_STEPS
 from gradwatch.step.optimizer_steps import OptimizerSteps
 from gradwatch.step.run import Run
+from gradwatch.step.skip_rule import StepOutcome
+from gradwatch.step.taken import StepTaken, taken
 
 if TYPE_CHECKING:
     from gradwatch.hooks.closures import KeptClosure
@@ -197,7 +200,7 @@ def checked_weight(weight: float | Tensor) -> FloatOrDeferred:
             raise TypeError(WEIGHT.format(weight=shown(weight)))
         if not is_at_hand(weight):  # checking the value would wait for the device
             # Converted, because dividing integers would give the default dtype, float32.
-            return defer_copy(weight.reshape(()).to(exact_dtype(weight.device)))
+            return defer_copy(in_exact(weight.reshape(())))
         weight = weight.item()
     if isinstance(weight, bool) or not isinstance(weight, Real):  # NumPy's numbers are Real, too
         raise TypeError(WEIGHT.format(weight=shown(weight)))
@@ -317,6 +320,8 @@ class ManagedLoop:
         """Runs the backward of a loss; ``kept`` is the function that has returned it, if known."""
         before = self._filled("backward")
         self.manages = True
+        if self._run.hooks.replaced.seem():
+            self._run.follow_model()
         if before == 0:
             self._progress.restart()
         self._check_room("backward")
@@ -333,7 +338,7 @@ class ManagedLoop:
         self._run_backward(self._shared(loss) if weighs else loss)
         self._note(was, loss, weighs)
 
-    def step(self, last: bool) -> bool:
+    def step(self, last: bool) -> bool | StepTaken:
         """Steps when the window is full; see :meth:`gradwatch.watcher.Watcher.step`."""
         self._progress.forgive()
         if self._filled("step") == 0:
@@ -344,14 +349,14 @@ class ManagedLoop:
                 self._run.tell(event, key=NO_STEPS)
             return False
         self._communicate()
-        stepped = [self._step(one) for one in self._optimizers if one.window.backward_count]
+        outcomes = [self._step(one) for one in self._optimizers if one.window.backward_count]
         self._progress.end()
         if self._run.options.scaler is not None:
             self._run.options.scaler.update()
         for one in self._optimizers:
             if one.optimizer is not None:
                 one.optimizer.zero_grad()
-        return any(stepped)
+        return taken(outcomes)
 
     def micro_batches(self, batch: Any, size: int, call: str = "micro_batches") -> Iterator[Any]:
         """Splits a batch; see :meth:`gradwatch.watcher.Watcher.micro_batches`."""
@@ -395,7 +400,7 @@ class ManagedLoop:
         ranks = self._run.data_parallel
         if self._agreed is None and ranks is not None:
             device = self._run.table.tensors[0].device
-            value = torch.as_tensor(as_operand(weight), dtype=torch.float64).reshape(1).to(device)
+            value = as_exact(as_operand(weight), device).reshape(1)
             self._agreed = defer(ranks.sum_(value)[0] / ranks.ranks)
         return weight if self._agreed is None else self._agreed
 
@@ -463,10 +468,11 @@ class ManagedLoop:
         for one in self._optimizers:
             one.window.remeasure_reduced()
 
-    def _step(self, steps: OptimizerSteps) -> bool:
+    def _step(self, steps: OptimizerSteps) -> StepOutcome | None:
+        """Steps one optimizer; returns None if it was found, and is gone."""
         optimizer, scaler, before = steps.optimizer, self._run.options.scaler, steps.step
-        if optimizer is None:  # one that was found, and is gone
-            return False
+        if optimizer is None:
+            return None
         steps.units, steps.ends_window = self._progress.units, True
         try:
             if scaler is None:
@@ -478,8 +484,8 @@ class ManagedLoop:
             steps.ends_window = False
         if steps.step == before:  # the scaler found an overflow and did not call the optimizer
             with torch.no_grad():
-                steps.abandon_window(at_once=True)
-        return steps.applied
+                steps.abandon_window(at_once=True, certain=True)
+        return steps.outcome
 
     def _given(self, weight: float | Tensor | None) -> FloatOrDeferred | None:
         """Returns the weight given by the user, or by the split batch; None if neither is."""
@@ -507,10 +513,15 @@ class ManagedLoop:
         return (weight or 1.0) * wanted
 
     def _shared(self, loss: Tensor) -> Tensor:
-        weight, divisor = as_operand(self.newest_weight), as_operand(self._divisor)
+        device = loss.device
+        weight = operand_on(self.newest_weight, device)
+        divisor = operand_on(self._divisor, device)
         if isinstance(weight, float) and weight == 1.0:
             return loss / divisor
-        return loss * (weight / divisor)
+        share = weight / divisor
+        if isinstance(share, Tensor):  # float64, to which it would promote the loss
+            share = share.to(torch.promote_types(loss.dtype, torch.float32))
+        return loss * share
 
     @property
     def _is_full(self) -> bool:
@@ -607,20 +618,23 @@ class BatchRunner:
             if isinstance(error, Exception) and is_out_of_memory(error):
                 if size > 1:  # at 1 there is no next attempt: the error is raised, with its frames
                     forget(error)
-                return torch.zeros(()), error
+                return torch.zeros((), dtype=torch.float32, device="cpu"), error
             start.go_back()
             raise
         finally:
             self._managed.holds_all = False
 
     def _run_parts(self, closure: Closure, batch: Any, size: int) -> Tensor:
-        loss_sum = torch.zeros(())
-        weight_sum: float | Tensor = 0.0
+        loss_sum: Any = torch.zeros((), dtype=torch.float32, device="cpu")
+        weight_sum: Any = 0.0
         for part in self._managed.micro_batches(batch, size, "run_batch"):
             loss, weight = self._run_part(closure, part)
-            loss_sum = loss_sum + loss * weight
-            weight_sum = weight_sum + weight
-        return loss_sum / (weight_sum + (weight_sum == 0))
+            loss_sum, weighted = together(loss_sum, multiplied(loss, weight))
+            weight_sum, weight = together(weight_sum, weight)
+            loss_sum, weight_sum = loss_sum + weighted, weight_sum + weight
+        loss_sum, weight_sum = together(loss_sum, weight_sum)
+        mean: Tensor = loss_sum / (weight_sum + (weight_sum == 0))
+        return mean
 
     def _run_part(self, closure: Closure, part: Any) -> tuple[Tensor, float | Tensor]:
         """Runs a micro-batch; its graph is freed on return, before the next micro-batch begins."""
@@ -670,7 +684,8 @@ class BatchRunner:
         if ranks is None:
             return failed
         device = self._run.table.tensors[0].device
-        told = torch.tensor([-math.inf if failed is None else -float(failed)], device=device)
+        size = math.inf if failed is None else float(failed)
+        told = torch.full((1,), -size, dtype=torch.float32, device=device)
         smallest = -ranks.max_(told).item()
         return None if math.isinf(smallest) else int(smallest)
 

@@ -27,7 +27,7 @@ from gradwatch.hooks.optimizer import is_wrapper, parameters_held, parts_of, ste
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.measure.statistics import STATISTICS
 from gradwatch.pickles import stable_name
-from gradwatch.record.records import Sink
+from gradwatch.record.records import DELIVERIES, Sink
 
 Accumulate = int | str | Mapping[int, int] | Callable[[int], int] | AccumulatePolicy
 """The type of ``watch(accumulate=)``."""
@@ -329,6 +329,12 @@ def _sinks(name: str, sinks: object) -> tuple[Sink, ...]:
         contract = Contract(name, sink, "a sink")
         contract.takes("write", "(batch)")
         contract.takes("close", "()")
+        if callable(getattr(sink, "attached", None)):
+            contract.takes("attached", "(watcher)")
+        # Whatever else is called so is of no concern of ours: a method, say.
+        deliver = getattr(sink, "deliver", None)
+        if isinstance(deliver, str):
+            _choice(f"{name} got a {type(sink).__name__} whose deliver", deliver, DELIVERIES)
     return chosen
 
 

@@ -71,8 +71,8 @@ class LinearModel(nn.Module):
             gradient: The n numbers that every backward adds to ``weight.grad``.
         """
         super().__init__()
-        self.register_buffer("slope", torch.tensor(gradient))
-        self.weight = nn.Parameter(torch.zeros(len(gradient)))
+        self.register_buffer("slope", torch.tensor(gradient, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.zeros(len(gradient), dtype=torch.float32))
 
     def forward(self) -> Tensor:
         """Returns the loss: a tensor ``[]``."""

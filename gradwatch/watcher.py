@@ -24,7 +24,7 @@ from gradwatch.accumulate.policies import check_noise_scale_exists
 from gradwatch.checks import described
 from gradwatch.clip.policy import ClipPolicy
 from gradwatch.copied import parts_of_copy, refuse_copy
-from gradwatch.errors import described_error, logger, warn_safely
+from gradwatch.errors import described_error, is_of_device, logger, warn_safely
 from gradwatch.guard import UNTOUCHED, Overhead, Shield
 from gradwatch.hessian.every import CurvatureEvery, sampler_of
 from gradwatch.history import History
@@ -51,10 +51,13 @@ from gradwatch.pickles import stable_name
 from gradwatch.record.events import loop_event
 from gradwatch.record.folder.models import ModelFolder
 from gradwatch.record.folder.writer import RunFolder
+from gradwatch.record.recorder import ComingStep
 from gradwatch.record.records import Event, Sink, StepRecord
+from gradwatch.record.sink_queue import introduce
 from gradwatch.record.wording import counted
 from gradwatch.step.registry import OptimizerRegistry
 from gradwatch.step.run import Run
+from gradwatch.step.taken import StepTaken
 
 if TYPE_CHECKING:
     from gradwatch.hooks.forwards import KeptForwards
@@ -230,6 +233,8 @@ class Watcher:
         if self._holds:
             # Who keeps the model need not keep the watcher.
             self._holder = HeldByModel(self._model.or_nothing(), self)
+        for sink in self._options.sinks:
+            introduce(sink, self)
         return self
 
     def follow(self, optimizer: Optimizer) -> None:
@@ -244,6 +249,7 @@ class Watcher:
             TypeError: If it is not an optimizer.
             ValueError: If it holds parameters that are not watched.
         """
+        self._registry.follow_model()  # it may have been moved, and the optimizer built after that
         for one in optimizer_list(optimizer, self._run.table):
             self._registry.follow(one)
 
@@ -278,6 +284,18 @@ class Watcher:
         It must not raise. Nothing has been written to a run folder then, or to late sinks.
         """
         self._run.on_first_step.insert(0, call)
+
+    def on_each_step(self, call: Callable[[ComingStep], None] | None) -> None:
+        """Has a function called with each step of an optimizer when it is over, in order.
+
+        To be used by an adapter that logs numbers as they arrive from a device: reading
+        :attr:`last` would wait for them. On a CPU they are there at once.
+
+        Args:
+            call: Must be quick and must not raise. Backwards that no optimizer steps are not told.
+                None to have nothing called any more.
+        """
+        self._run.recorder.on_step = call
 
     def move_folder(self, path: str) -> None:
         """Names another run folder, for a watcher with ``model_of`` that was given one.
@@ -372,7 +390,8 @@ class Watcher:
                 ending.callback(self._registry.end)
                 ending.callback(self._end_watching)
         except Exception as error:
-            if self._options.acts:
+            # The loop's own error is in flight if the device has failed, and says more.
+            if self._options.acts and not is_of_device(error):
                 raise
             warn_safely(lifetime.NOT_ENDED.format(error=described_error(error)))
 
@@ -452,7 +471,7 @@ class Watcher:
         """
         self._managed.backward(loss, weight)
 
-    def step(self, last: bool = False) -> bool:
+    def step(self, last: bool = False) -> bool | StepTaken:
         """Steps when the window is full: unscales, measures, clips, steps and zeroes.
 
         Args:
@@ -461,7 +480,10 @@ class Watcher:
 
         Returns:
             True if the optimizer stepped; False if the window is not full yet, or the step was
-            skipped.
+            skipped. Where a fused optimizer decides on an accelerator whether to skip, the host
+            does not know yet. Then this is an object that stands for the bool, and waits for the
+            device when it is looked at: in a condition, a comparison, a sum or a text. ``bool()``
+            makes a plain one of it.
 
         Raises:
             NonFiniteGradientError: If asked for by ``on_nonfinite="raise"``.
@@ -821,7 +843,8 @@ def _on_arrived(reference: weakref.ref[Watcher]) -> None:
     if self is None:
         return
     local = self._hooks.local
-    if local is not None and not (self._curvature and self._curvature.busy):
+    busy = self._curvature is not None and self._curvature.busy
+    if local is not None and not (busy or self._run.stands_aside()):
         with self._shield:
             local.take()
             if self._run.replicas.watching:
@@ -830,7 +853,7 @@ def _on_arrived(reference: weakref.ref[Watcher]) -> None:
 
 def _on_backward(reference: weakref.ref[Watcher], backward: Backward) -> None:
     self = reference()
-    if self is None or (self._curvature and self._curvature.busy):
+    if self is None or (self._curvature and self._curvature.busy) or self._run.stands_aside():
         return
     if not self._managed.active and (self._managed.manages or self._sync is not None):
         self._managed.after_other_backward()
@@ -1041,7 +1064,7 @@ def _plain(value: object) -> Any:
     # The learning rate of a capturable optimizer is a tensor; a large one is no setting.
     if isinstance(value, Tensor):
         small = value.numel() <= 8 and not value.is_meta
-        return value.tolist() if small else f"tensor {tuple(value.shape)}"
+        return value.cpu().tolist() if small else f"tensor {tuple(value.shape)}"
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return repr(value)

@@ -53,6 +53,44 @@ def test_calls_do_not_grow_with_the_model(options, limit):
     assert _added(10, **options) == _added(1_000, **options) == limit <= 12
 
 
+MIXED = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def _calls_of_dtypes(parameters, dtypes, watched, options):
+    kinds = [dtypes[i % len(dtypes)] for i in range(parameters)]
+    tensors = {f"p{i}": torch.ones(2, dtype=kind) for i, kind in enumerate(kinds)}
+    for tensor in tensors.values():
+        tensor.requires_grad_().grad = torch.ones_like(tensor)
+    optimizer = torch.optim.SGD(tensors.values(), lr=0.1)
+    watcher = gradwatch.watch(tensors, optimizer, **options).attach() if watched else None
+    with CountCalls() as counter:
+        optimizer.step()
+        if watcher is not None:
+            watcher.close()
+    return sum(counter.calls.values())
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "options", "limit"),
+    [
+        (MIXED[:2], {}, 6),
+        (MIXED[:2], {"clip": 1e-3}, 16),
+        (MIXED, {}, 12),
+        (MIXED, {"clip": 1e-3}, 22),
+        (MIXED, {"clip": gradwatch.ClipByValue(0.5)}, 28),
+    ],
+    ids=["watch two", "clip two", "watch three", "clip three", "clip values of three"],
+)
+def test_calls_grow_with_the_dtypes_only(dtypes, options, limit):
+    """Each dtype has a batched call of its own; 12 and 600 parameters cost the same."""
+    added = [
+        _calls_of_dtypes(number, dtypes, True, options)
+        - _calls_of_dtypes(number, dtypes, False, options)
+        for number in (12, 600)
+    ]
+    assert added == [limit, limit]
+
+
 def _calls_with_buffers(layers, late, **options):
     torch.manual_seed(0)
     blocks = [

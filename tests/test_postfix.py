@@ -7,7 +7,6 @@ from torch import nn
 from tqdm import tqdm
 
 import gradwatch
-from gradwatch.testing import late_readings
 
 
 def _train(steps, poisoned=None, **options):
@@ -42,13 +41,13 @@ def test_a_clip_and_a_skip_are_told():
     assert watcher.postfix() == {"grad_norm": "nan", "nonfinite": "2", "skipped": "1"}
 
 
-def test_it_waits_for_nothing():
+def test_it_waits_for_nothing(away):
     """On an accelerator it shows what has arrived, one step behind here, and leaves the rest under way."""
-    with late_readings(polls=2):
-        model = nn.Linear(4, 1)
+    with away.late(2):
+        model = away.to(nn.Linear(4, 1))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with gradwatch.watch(model, optimizer) as watcher:
-            model(torch.ones(2, 4)).square().mean().backward()
+            model(away.tensor(torch.ones(2, 4))).square().mean().backward()
             optimizer.step()
             assert watcher.postfix() == {}
             assert "grad_norm" in watcher.postfix()

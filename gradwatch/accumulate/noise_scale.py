@@ -12,13 +12,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from gradwatch.checks import check_between
 from gradwatch.measure.deferred import Deferred, FloatOrDeferred, as_operand, defer, resolve
+from gradwatch.measure.devices import as_exact, exact_dtype, sent
+from gradwatch.measure.gathering import added
 from gradwatch.pickles import stable_name
 
 MIN_UPDATES = 20
@@ -129,6 +131,49 @@ class MicroBatch(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class OnHost:
+    """A number that the host computes from others, once these have arrived.
+
+    A square is safe in float64, the only floating-point type of the host. Not every device has it,
+    and in float32 the square of a norm above 1.8e19 is infinite.
+
+    Attributes:
+        formula: Computes it; a function of a module, so that it can be pickled.
+        parts: What it is given, some of it still on a device.
+    """
+
+    formula: Callable[..., float]
+    parts: tuple[HostNumber, ...]
+
+    def value(self) -> float:
+        """Returns the number; waits for what has not arrived."""
+        return self.formula(*map(_known, self.parts))
+
+    def deferred(self) -> list[Deferred]:
+        """Lists the numbers that may still be on a device."""
+        return [one for part in self.parts for one in _deferred(part)]
+
+
+HostNumber: TypeAlias = float | Deferred | OnHost
+
+
+def _on_host(formula: Callable[..., float], *parts: HostNumber) -> float | OnHost:
+    """Computes a number of others: at once if all of them are on the host."""
+    later = OnHost(formula, parts)
+    return later if any(isinstance(one, (Deferred, OnHost)) for one in parts) else later.value()
+
+
+def _known(number: HostNumber) -> float:
+    return number.value() if isinstance(number, (Deferred, OnHost)) else number
+
+
+def _deferred(number: HostNumber) -> list[Deferred]:
+    if isinstance(number, OnHost):
+        return number.deferred()
+    return [number] if isinstance(number, Deferred) else []
+
+
+@dataclass(frozen=True, slots=True)
 class WindowSums:
     """Sums over the micro-batches of a window, and over the ranks.
 
@@ -136,51 +181,105 @@ class WindowSums:
         weight: Sum of the weights.
         count: Number of micro-batches whose weight is not zero.
         spread: Sum of the squared norms, each divided by its weight; NaN if one is unknown.
-        loss: Sum of the losses, each times its weight.
+        loss: Sum of the losses, each times its weight; NaN where nobody needs it.
     """
 
     weight: FloatOrDeferred
-    count: FloatOrDeferred
-    spread: FloatOrDeferred
-    loss: FloatOrDeferred
+    count: HostNumber
+    spread: HostNumber
+    loss: FloatOrDeferred = math.nan
 
     @classmethod
-    def of(
+    def of(cls, micro_batches: Sequence[MicroBatch], comparable: bool = True) -> WindowSums:
+        """Sums the micro-batches of this rank; ``comparable`` says whether they can be compared."""
+        weights = [one.weight for one in micro_batches]
+        norms = [one.norm for one in micro_batches if one.norm is not None]
+        spread: HostNumber = NOT_COMPARABLE
+        if comparable:
+            # Known on the host, whatever is still on a device: a late NaN would say nothing.
+            known = len(norms) == len(weights)
+            spread = _on_host(_spread_of, *norms, *weights) if known else math.nan
+        return cls(defer(added(weights)), _on_host(_count_of, *weights), spread)
+
+    @classmethod
+    def over_ranks(
         cls,
         micro_batches: Sequence[MicroBatch],
         losses: Sequence[tuple[FloatOrDeferred, FloatOrDeferred]],
+        sum_: Callable[[Tensor], Tensor],
+        device: torch.device,
+        comparable: bool = True,
     ) -> WindowSums:
-        """Sums the micro-batches of this rank, and their pairs of loss and weight."""
-        weights = [as_operand(one.weight) for one in micro_batches]
-        return cls(
-            weight=defer(sum(weights)),
-            count=defer(sum(weight > 0 for weight in weights)),
-            spread=defer(sum(map(_spread, micro_batches))),
-            loss=defer(sum(as_operand(loss) * as_operand(weight) for loss, weight in losses)),
-        )
-
-    def over_ranks(self, sum_: Callable[[Tensor], Tensor], device: torch.device) -> WindowSums:
-        """Sums over all ranks.
+        """Sums the micro-batches of all ranks, and their losses.
 
         Args:
+            micro_batches: Those of this rank.
+            losses: Pairs of loss and weight on this rank.
             sum_: Sums a tensor over the ranks, in place, and returns it.
             device: A device that the process group can communicate from.
+            comparable: Whether the micro-batches of this rank can be compared.
         """
-        parts = map(as_operand, (self.weight, self.count, self.spread, self.loss))
-        # One all-reduce for all four. A NaN, which marks an unknown norm, reaches every rank.
-        payload = [torch.as_tensor(part, dtype=torch.float64).to(device) for part in parts]
-        return WindowSums(*map(defer, sum_(torch.stack(payload)).unbind()))
+        weights = [_there(one.weight, device) for one in micro_batches]
+        norms = [_there(one.norm, device) for one in micro_batches if one.norm is not None]
+        known = len(norms) == len(weights)
+        # Both marks reach every rank in the sum.
+        spread: float | Tensor = NOT_COMPARABLE
+        if comparable:
+            spread = sum(map(_spread, norms, weights)) if known else math.nan
+        parts = (
+            sum(weights),
+            sum(weight > 0 for weight in weights),
+            spread,
+            sum(_there(loss, device) * _there(weight, device) for loss, weight in losses),
+        )
+        # One all-reduce for all four.
+        weight, count, total, loss = map(defer, sum_(_row(parts, device)).unbind())
+        return cls(weight, count, total if known or not comparable else math.nan, loss)
 
 
-def _spread(one: MicroBatch) -> float | Tensor:
-    if one.norm is None:
-        return math.nan
-    norm, weight = as_operand(one.norm), as_operand(one.weight)
-    # Squared in float64: in float32 the square of a norm above 1.8e19 is infinite.
-    squared = norm.double() ** 2 if isinstance(norm, Tensor) else norm**2
+def _there(number: FloatOrDeferred, device: torch.device) -> Any:
+    """Returns a number to calculate with on a device: a float, or a tensor of its best dtype."""
+    operand = as_operand(number)
+    return as_exact(operand, device) if isinstance(operand, Tensor) else operand
+
+
+def _row(parts: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    """Returns numbers as a tensor ``[n]`` on a device, without a wait."""
+    if any(isinstance(part, Tensor) for part in parts):
+        return torch.stack([as_exact(part, device) for part in parts])
+    return sent(torch.tensor(parts, dtype=exact_dtype(device), device="cpu"), device)
+
+
+def _spread(norm: Any, weight: Any) -> Any:
+    """Returns a squared norm divided by its weight: a float, or a tensor ``[]``."""
+    squared = norm * norm
     if isinstance(weight, Tensor):
         return torch.where(weight > 0, squared / weight, 0.0)
     return squared / weight if weight > 0 else 0.0
+
+
+def _spread_of(*numbers: float) -> float:
+    """Returns the spread of micro-batches, given first their norms and then their weights."""
+    half = len(numbers) // 2
+    return sum(map(_spread, numbers[:half], numbers[half:]), 0.0)
+
+
+def _count_of(*weights: float) -> float:
+    return float(sum(weight > 0 for weight in weights))
+
+
+def _sum_of(*numbers: float) -> float:
+    return sum(numbers, 0.0)
+
+
+def _scaled_spread(spread: float, divisor: float, weight: float) -> float:
+    # Multiplied in this order, no intermediate result overflows unless the result does.
+    return divisor * over(divisor * spread, weight)
+
+
+def _squared(norm: float, divisor: float, weight: float) -> float:
+    mean = over(divisor * norm, weight)
+    return mean * mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,17 +299,18 @@ class NoiseSample:
             ``watch(accumulate=)``; None if it is not known, and this window counts as full.
     """
 
-    small_sq: FloatOrDeferred
-    small: FloatOrDeferred
-    large: FloatOrDeferred
+    small_sq: HostNumber
+    small: HostNumber
+    large: HostNumber
     scale: FloatOrDeferred
-    per_micro_batch: FloatOrDeferred
+    per_micro_batch: HostNumber
     micro_batches: int | None = None
 
     def deferred(self) -> list[Deferred]:
         """Lists the numbers that may still be on a device."""
         numbers = (self.small_sq, self.small, self.large, self.scale, self.per_micro_batch)
-        return [one for one in numbers if isinstance(one, Deferred)]
+        found = (one for number in numbers for one in _deferred(number))
+        return list(dict.fromkeys(found))  # some are parts of several of these
 
 
 def sample_of_all(
@@ -231,20 +331,18 @@ def sample_of_all(
     Returns:
         The sample; None if a norm is unknown, or if all weights are zero.
     """
-    # If the sums are still on a device, nothing is checked here. The estimator ignores such
-    # windows once the numbers have arrived.
+    # What is still on a device is not checked here. The estimator ignores such windows once the
+    # numbers have arrived.
     if isinstance(sums.spread, float) and math.isnan(sums.spread):
         return None
-    weight, count, each = as_operand(sums.weight), as_operand(sums.count), as_operand(divisor)
-    if isinstance(weight, float) and weight == 0.0:
+    if sums.weight == 0.0:
         return None
     return NoiseSample(
-        # Multiplied in this order, no intermediate result overflows unless the result does.
-        small_sq=defer(each * (each * as_operand(sums.spread) / weight)),
-        small=defer(weight / count),
+        small_sq=_on_host(_scaled_spread, sums.spread, divisor, sums.weight),
+        small=_on_host(over, sums.weight, sums.count),
         large=sums.weight,
         scale=scale,
-        per_micro_batch=defer(weight / batches),
+        per_micro_batch=_on_host(over, sums.weight, float(batches)),
     )
 
 
@@ -258,39 +356,42 @@ def sample_of_first(
     """
     # The first micro-batch needs no hook: until the second one comes, it is all of .grad.
     first = micro_batches[0]
-    weight, small = sum(as_operand(one.weight) for one in micro_batches), as_operand(first.weight)
-    if first.norm is None or (isinstance(small, float) and small == 0.0):
+    if first.norm is None or first.weight == 0.0:
         return None
-    mean = as_operand(divisor) * as_operand(first.norm) / small
+    large = _on_host(_sum_of, *(one.weight for one in micro_batches))
     return NoiseSample(
-        small_sq=defer(mean * mean),
+        small_sq=_on_host(_squared, first.norm, divisor, first.weight),
         small=first.weight,
-        large=defer(weight),
+        large=large,
         scale=scale,
-        per_micro_batch=defer(weight / len(micro_batches)),
+        per_micro_batch=_on_host(over, large, float(len(micro_batches))),
     )
 
 
 def sample_of_rank(
-    own_norm: Tensor, weight: FloatOrDeferred, ranks: int, scale: FloatOrDeferred, batches: int
+    own_norm: FloatOrDeferred,
+    weight: FloatOrDeferred,
+    ranks: int,
+    scale: FloatOrDeferred,
+    batches: int,
 ) -> NoiseSample:
     """Makes a sample from this rank's own gradient, before it was averaged over the ranks.
 
     Args:
-        own_norm: Norm of the whole window on this rank: tensor ``[]``.
+        own_norm: Norm of the whole window on this rank.
         weight: Weight of the window on this rank; assumed to be the same on all ranks.
         ranks: The number of ranks.
         scale: The loss scale by which ``own_norm`` is multiplied.
         batches: As for :func:`sample_of_all`.
     """
     # Assumed, as gradwatch adds no collective to a loop that it only watches.
-    large = as_operand(weight) * ranks
+    large = _on_host(_sum_of, *[weight] * ranks)
     return NoiseSample(
-        small_sq=defer(own_norm.double().square()),
+        small_sq=_on_host(_squared, own_norm, 1.0, 1.0),
         small=weight,
-        large=defer(large),
+        large=large,
         scale=scale,
-        per_micro_batch=defer(large / batches),
+        per_micro_batch=_on_host(over, large, float(batches)),
     )
 
 
@@ -388,8 +489,8 @@ class NoiseScaleEstimator:
             sample: What its micro-batches tell.
             norm_sq: Squared norm of the window's mean gradient, in true units.
         """
-        small, large, each = map(resolve, (sample.small, sample.large, sample.per_micro_batch))
-        small_sq = resolve(sample.small_sq)
+        small, large, each = map(_known, (sample.small, sample.large, sample.per_micro_batch))
+        small_sq = _known(sample.small_sq)
         if small_sq == NOT_COMPARABLE:
             self._clear()
             self._refused = True

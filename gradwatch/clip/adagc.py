@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from gradwatch.checks import check_at_least, check_between, check_count, check_positive
+from gradwatch.clip.norm_history import moving_average
 from gradwatch.clip.policy import ClipDecision
-from gradwatch.measure.deferred import exact_dtype, is_at_hand
+from gradwatch.measure.deferred import is_at_hand
+from gradwatch.measure.devices import in_exact, sent, sent_as
 from gradwatch.pickles import stable_name
 
 
@@ -92,7 +94,7 @@ class AdaGC:
         Args:
             total_norm: Tensor ``[n]``: the norm of each parameter's gradient; 0 for one without.
         """
-        norms = total_norm.detach().to(exact_dtype(total_norm.device))
+        norms = in_exact(total_norm.detach())
         averages = self._averages(norms)
         if is_at_hand(norms):
             return self._on_host(norms, averages, total_norm.dtype)
@@ -115,7 +117,10 @@ class AdaGC:
     def _on_device(self, norms: Tensor, averages: Tensor, dtype: torch.dtype) -> ClipDecision:
         state = self._state
         # Both rules are computed, as only the device knows whether the warm-up is over.
-        steps = torch.as_tensor(state.steps, device=norms.device)
+        steps = state.steps
+        if not isinstance(steps, Tensor):  # full() fills it on the device; a copy would wait
+            steps = torch.full((), steps, dtype=torch.int64, device=norms.device)
+        steps = sent(steps, norms.device)
         keep, warm = _says_something(norms), steps < self.warmup
         together, apart = self._together(norms, averages), self._apart(norms, averages)
         factors, new = (torch.where(warm, *pair) for pair in zip(together, apart, strict=True))
@@ -138,7 +143,7 @@ class AdaGC:
         # A zero means that there is no gradient. In the average it would hold the parameter at 0.
         known, present = averages > 0, norms > 0
         kept = torch.where(known, torch.minimum(norms, self.lambda_rel * averages), norms)
-        moved = torch.where(known, self.beta * averages + (1 - self.beta) * kept, kept)
+        moved = torch.where(known, moving_average(averages, kept, self.beta), kept)
         factors = torch.where(present, kept / norms, 1.0)
         return factors, torch.where(present, moved, averages)
 
@@ -152,21 +157,23 @@ class AdaGC:
                 f"{len(norms)}. Use a policy of its own for each optimizer, and load the state of "
                 "the same model."
             )
-        return averages.to(norms)
+        return sent_as(averages, norms.device, norms.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of steps and the averages; on an accelerator this waits for them."""
         averages = self._state.averages
         return {
             "steps": int(self._state.steps),
-            "averages": None if averages is None else averages.tolist(),
+            "averages": None if averages is None else averages.cpu().tolist(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state that :meth:`state_dict` returned."""
         averages, own = state["averages"], self._state
         own.steps = int(state["steps"])
-        own.averages = None if averages is None else torch.tensor(averages, dtype=torch.float64)
+        own.averages = None
+        if averages is not None:
+            own.averages = torch.tensor(averages, dtype=torch.float64, device="cpu")
 
 
 def _says_something(norms: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from gradwatch.clip.policy import ClipDecision
-from gradwatch.measure.deferred import exact_dtype, is_at_hand
+from gradwatch.measure.deferred import is_at_hand
+from gradwatch.measure.devices import exact_dtype, sent
 from gradwatch.pickles import stable_name
 
 MAD_TO_DEVIATION = 1.4826
@@ -27,6 +28,29 @@ MAD_TO_DEVIATION = 1.4826
 Scalar: TypeAlias = Any  # a float on the host, a tensor [] on a device
 Flag: TypeAlias = Any  # a bool on the host, a tensor [] of bool on a device
 Backend: TypeAlias = "_FloatBackend | _TensorBackend"
+
+
+def moving_average(average: Scalar, value: Scalar, past: float) -> Scalar:
+    """Moves an exponential average towards a value; ``past`` is the weight of the old average."""
+    if isinstance(average, Tensor) and average.dtype is torch.float32:
+        # Rounded to float32, the two weights below do not add up to 1: an average of equal numbers
+        # would be off by up to 1e-7 / (1 - past).
+        return average + (1 - past) * (value - average)
+    return past * average + (1 - past) * value
+
+
+def moving_deviation(deviation: Scalar, distance: Scalar, past: float, hypot: Any) -> Scalar:
+    """Moves an exponential average of squares, given by its root, towards the square of a number.
+
+    Roots are passed and returned because the square of 1e-200 is 0.
+    """
+    if isinstance(deviation, Tensor) and deviation.dtype is torch.float32:
+        # For the same reason; relative to the larger one, so that no square underflows.
+        largest = torch.maximum(deviation, distance.abs())
+        unit = torch.where(largest > 0, largest, 1.0)
+        squared = moving_average((deviation / unit) ** 2, (distance / unit) ** 2, past)
+        return largest * squared.sqrt()
+    return hypot(math.sqrt(past) * deviation, math.sqrt(1 - past) * distance)
 
 
 class HistoryRule:
@@ -76,7 +100,7 @@ class HistoryClip(HistoryRule):
 def _decide_on_host(norm: float, limit: float, dtype: torch.dtype) -> ClipDecision:
     if norm <= limit:
         return ClipDecision(threshold=limit if limit < math.inf else math.nan)
-    return ClipDecision(torch.tensor(limit / norm, dtype=dtype), limit)
+    return ClipDecision(torch.tensor(limit / norm, dtype=dtype, device="cpu"), limit)
 
 
 def _decide_on_device(
@@ -228,9 +252,13 @@ class _TensorWindow:
 
     def __init__(self, size: int, values: Iterable[float], like: dict[str, Any]) -> None:
         newest = list(values)[-size:]
-        self._values = torch.tensor([math.inf] * (size - len(newest)) + newest, **like)
+        # full() fills them on the device, and a copy from pinned memory does not wait either.
+        self._values = torch.full((size,), math.inf, **like)
+        if newest:
+            there = torch.tensor(newest, dtype=like["dtype"], device="cpu")
+            self._values[size - len(newest) :] = sent(there, like["device"])
         # A tensor, because only the device knows whether the last norms were kept.
-        self.count = torch.tensor(float(len(newest)), **like)
+        self.count = torch.full((), float(len(newest)), **like)
 
     def push(self, value: Scalar, keep: Flag) -> None:
         shifted = torch.cat((self._values[1:], value.reshape(1)))
@@ -254,7 +282,7 @@ class _TensorWindow:
         return largest * torch.linalg.vector_norm(scaled)
 
     def values(self) -> list[float]:
-        return [value for value in self._values.tolist() if math.isfinite(value)]
+        return [value for value in self._values.cpu().tolist() if math.isfinite(value)]
 
     def _taken(self, numbers: Tensor) -> Tensor:
         return torch.where(torch.isfinite(self._values), numbers, 0.0)
@@ -327,7 +355,7 @@ class _TensorBackend:
         return torch.where(usable, value, 1.0), usable
 
     def scalar(self, value: float) -> Scalar:
-        return torch.tensor(value, dtype=self.dtype, device=self.device)
+        return torch.full((), value, dtype=self.dtype, device=self.device)
 
     def window(self, size: int, values: Iterable[float]) -> _TensorWindow:
         return _TensorWindow(size, values, {"dtype": self.dtype, "device": self.device})

@@ -129,7 +129,7 @@ def _try_out(policy: Any) -> None:
     """Has a copy of a rule decide about a norm of 1, so that a wrong answer shows before a run."""
     if getattr(policy, "scope", "global") != "global":
         return  # how many norms it will be given is not known yet
-    norms = torch.ones(())
+    norms = torch.ones((), dtype=torch.float32, device="cpu")
     try:
         decision = copy.deepcopy(policy).decide(norms)
     except Exception:  # it cannot be copied, say: the run will show

@@ -70,7 +70,7 @@ class SpikeRule(HistoryRule):
         """
         backend, norm, keep = self._history.read(total_norm)
         spike = keep & self._exceeds(backend, norm, keep)
-        return spike if isinstance(spike, Tensor) else torch.tensor(spike)
+        return spike if isinstance(spike, Tensor) else torch.tensor(spike, device="cpu")
 
     def _exceeds(self, backend: Backend, norm: Scalar, keep: Flag) -> Flag:
         window = self._history.window

@@ -6,7 +6,14 @@ import math
 from dataclasses import dataclass, field
 
 from gradwatch.checks import check_between, check_choice, check_count, check_positive
-from gradwatch.clip.norm_history import Backend, Flag, HistoryClip, Scalar
+from gradwatch.clip.norm_history import (
+    Backend,
+    Flag,
+    HistoryClip,
+    Scalar,
+    moving_average,
+    moving_deviation,
+)
 from gradwatch.pickles import stable_name
 
 _LEAST_DEVIATION = {"winsorized": 0.01, "clipped": 0.0}  # as a share of the mean
@@ -99,12 +106,9 @@ class ZClip(HistoryClip):
         return limit if self.max_norm is None else backend.minimum(limit, self.max_norm)
 
     def _follow(self, backend: Backend, entering: Scalar, keep: Flag) -> None:
-        numbers, past, new = self._history.numbers, self.alpha, 1 - self.alpha
-        mean = past * numbers["mean"] + new * entering
-        # The deviation is updated, not the variance: the square of a norm of 1e-200 is 0.
-        deviation = backend.hypot(
-            math.sqrt(past) * numbers["deviation"], math.sqrt(new) * (entering - mean)
-        )
+        numbers, past = self._history.numbers, self.alpha
+        mean = moving_average(numbers["mean"], entering, past)
+        deviation = moving_deviation(numbers["deviation"], entering - mean, past, backend.hypot)
         self._set(backend, keep, mean, deviation)
 
     def _start(self, backend: Backend, norm: Scalar, keep: Flag) -> None:

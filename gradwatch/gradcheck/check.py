@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
@@ -26,6 +27,7 @@ from gradwatch.gradcheck.slopes import (
     is_wrong,
     whole_lines,
 )
+from gradwatch.hooks.context import backwards_permitted
 from gradwatch.pickles import stable_name
 
 __all__ = ["GradientCheck", "GradientMismatch", "WrongGradientError", "check_gradients"]
@@ -133,7 +135,7 @@ def check_gradients(
     """
     _check_options(samples, eps, rtol, atol)
     # The caller may be under no_grad or inference_mode, which would leave no graph.
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), backwards_permitted():
         return _check(function, inputs, Tolerance(eps, rtol, atol), samples, seed, forward_ad)
 
 
@@ -256,7 +258,8 @@ def _elements(slopes: Slopes, number: int, samples: int, generator: torch.Genera
     if size <= samples:
         positions = set(range(size))
     else:
-        positions = set(torch.randint(0, size, (samples,), generator=generator).tolist())
+        drawn = torch.randint(0, size, (samples,), generator=generator, device="cpu")
+        positions = set(drawn.tolist())
         # Only a few of thousands are drawn: add the largest one, which an error may stand out in.
         if gradient is not None and samples:
             positions.add(int(gradient.abs().argmax()))
@@ -340,7 +343,7 @@ def _worst_entry(slopes: Slopes, line: Line) -> tuple[float, float, str] | None:
 def _largest(changed: Tensor) -> list[tuple[float, int]]:
     # topk would put NaN first, which a neighboring point outside the domain gives.
     sizes, positions = (
-        changed.reshape(-1).abs().nan_to_num(0.0).topk(min(_CANDIDATES, changed.numel()))
+        changed.cpu().reshape(-1).abs().nan_to_num(0.0).topk(min(_CANDIDATES, changed.numel()))
     )
     return list(zip(sizes.tolist(), positions.tolist(), strict=True))
 
@@ -353,7 +356,7 @@ def _entry(
     gradient = slopes.differentiate(weights)[line.leaf]
     analytic = 0.0 if gradient is None else float(gradient[line.start])
     changed = changes[output]
-    index = torch.unravel_index(torch.tensor(position), changed.shape)
+    index = np.unravel_index(position, tuple(changed.shape)) if changed.ndim else ()
     label = slopes.paths[output] + (str([int(i) for i in index]) if changed.ndim else "")
     return analytic, float(changed.reshape(-1)[position]), label
 

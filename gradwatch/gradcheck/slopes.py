@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradwatch.gradcheck.function import Leaf, Repeatable
+from gradwatch.measure.devices import exact_dtype, in_double
 
 _REENTRANT = (
     "check_gradients was given a function with a reentrant checkpoint, which writes into the .grad "
@@ -51,7 +52,7 @@ class Line:
     @classmethod
     def element(cls, leaf: int, position: int, like: Tensor) -> Line:
         """Makes the line that varies one element alone, on the device of ``like``."""
-        return cls(leaf, position, torch.ones(1, dtype=torch.float64, device=like.device))
+        return cls(leaf, position, in_double(torch.ones_like(like[:1])))
 
     @classmethod
     def along(cls, leaf: int, gradient: Tensor) -> Line:
@@ -62,9 +63,9 @@ class Line:
     @classmethod
     def random(cls, leaf: int, like: Tensor, generator: torch.Generator) -> Line:
         """Makes a line that moves every element of ``like`` ``[n]`` by ±0.5 to 1.5."""
-        values = torch.rand(like.shape, generator=generator, dtype=torch.float64) + 0.5
-        values *= torch.randint(0, 2, like.shape, generator=generator) * 2 - 1
-        return cls(leaf, 0, values.to(like.device))
+        values = _random_signs(tuple(like.shape), generator)
+        has_double = exact_dtype(like.device) is torch.float64
+        return cls(leaf, 0, values.to(like.device) if has_double else values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +212,8 @@ class Slopes:
             pairs = zip(above, below, self.weights, strict=True)
             # A weight of 0 marks an output that is not finite, where Inf - Inf would give NaN.
             return [
-                torch.where(w != 0, (_wide(a) - _wide(b)) / (2 * step), 0.0) for a, b, w in pairs
+                torch.where(_wide(w) != 0, (_wide(a) - _wide(b)) / (2 * step), 0.0)
+                for a, b, w in pairs
             ]
         except (RuntimeError, ValueError):  # outside the domain of the function
             return [torch.full_like(_wide(w), math.nan) for w in self.weights]
@@ -235,7 +237,7 @@ class Slopes:
             for leaf, scale in zip(self.function.leaves, self.scales, strict=True):
                 # Each element by another amount: otherwise a tie of two would stay a tie.
                 moves = Line.random(0, leaf.flat, generator).values
-                leaf.flat.add_(moves, alpha=sign * jitter * scale)
+                _move_(leaf.flat, moves, sign * jitter * scale)
             # The gradient differs at that point, so it needs Slopes of its own.
             yield Slopes(self.function, self.tolerance, 0)
         finally:
@@ -257,7 +259,7 @@ class Slopes:
         part = self.function.leaves[line.leaf].flat[line.start : line.stop]
         saved = part.clone()
         try:
-            part.add_(line.values, alpha=step)
+            _move_(part, line.values, step)
             return [tensor.detach() for _, tensor in self.function.outputs()]
         finally:
             part.copy_(saved)
@@ -285,10 +287,22 @@ def _scale(leaf: Leaf) -> float:
     return max(_LEAST_SCALE, rms)
 
 
+def _random_signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draws numbers of 0.5 to 1.5 with random signs, on the CPU: the same for every device."""
+    numbers = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu") + 0.5
+    return numbers * (torch.randint(0, 2, shape, generator=generator, device="cpu") * 2 - 1)
+
+
+def _move_(elements: Tensor, values: Tensor, step: float) -> None:
+    """Adds a multiple of float64 values, which are on the CPU if the device has no float64."""
+    if values.device != elements.device:
+        values = values.to(elements)
+    elements.add_(values, alpha=step)
+
+
 def _weights(output: Tensor, generator: torch.Generator, alone: bool) -> Tensor:
     shape = (*output.shape, 2) if output.is_complex() else tuple(output.shape)
-    numbers = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
-    numbers *= torch.randint(0, 2, shape, generator=generator) * 2 - 1
+    numbers = _random_signs(shape, generator)
     if alone and numbers.numel() == 1:
         numbers = torch.ones_like(numbers)
     weights = torch.view_as_complex(numbers) if output.is_complex() else numbers
@@ -299,7 +313,7 @@ def _weights(output: Tensor, generator: torch.Generator, alone: bool) -> Tensor:
 def _size(weights: Sequence[Tensor], outputs: Sequence[tuple[str, Tensor]]) -> float:
     # The root of the sum of squares: independent rounding errors add up like that.
     products = [
-        torch.where(w != 0, _wide(w) * _wide(y.detach()), 0.0)
+        torch.where(_wide(w) != 0, _wide(w) * _wide(y.detach()), 0.0)
         for w, (_, y) in zip(weights, outputs, strict=True)
     ]
     return math.sqrt(sum(float(product.abs().square().sum()) for product in products))
@@ -309,12 +323,12 @@ def _flat(gradient: Tensor) -> Tensor:
     dense = gradient.detach() if gradient.layout is torch.strided else gradient.to_dense()
     # view_as_real refuses the lazy conjugate that conj() in a complex backward leaves.
     real = torch.view_as_real(dense.resolve_conj()) if dense.is_complex() else dense
-    return real.reshape(-1).to(torch.float64)
+    return in_double(real.reshape(-1))
 
 
 def _wide(values: Tensor) -> Tensor:
     # Differences of outputs in half precision would be rounded once more.
-    return values.to(torch.complex128 if values.is_complex() else torch.float64)
+    return in_double(values)
 
 
 def _inner(weights: Tensor, changes: Tensor) -> Tensor:

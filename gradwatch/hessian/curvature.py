@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gradwatch.checks import check_between, check_count
 from gradwatch.hessian.of_model import Loss, check_loss, hessian_of
-from gradwatch.hessian.spectrum import estimate_trace, extreme_eigenvalues
+from gradwatch.hessian.spectrum import estimate_trace, extreme_eigenvalues, random_like
 from gradwatch.pickles import stable_name
 
 __all__ = ["Curvature", "curvature"]
@@ -142,9 +142,8 @@ def curvature(
     check_count("curvature(probes=)", probes, 0)
     check_loss(loss)
     with hessian_of(model, loss, seed) as (product, value, names):
-        # Draw on the CPU and then move, so that a seed gives the same numbers on every device.
         generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(product.like.shape, generator=generator).to(product.like)
+        start = random_like(product.like, generator)
         ends = extreme_eigenvalues(product, start, iterations, tolerance)
         trace = estimate_trace(product, product.like, probes, generator)
     return Curvature(

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradwatch.checks import described
 from gradwatch.hessian.spectrum import NotFiniteError
+from gradwatch.hooks.context import backwards_permitted
 from gradwatch.hooks.data_parallel import undisturbed_communication
 from gradwatch.hooks.generators import RandomState
 from gradwatch.measure.parameters import ParameterTable, unwrapped
@@ -107,6 +108,7 @@ def hessian_of(
         if isinstance(model, nn.Module):
             stack.enter_context(undisturbed_buffers(model))
         stack.enter_context(undisturbed_communication())
+        stack.enter_context(backwards_permitted())
         # Both are needed: inference_mode(False) alone does not undo a caller's no_grad.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

@@ -11,8 +11,15 @@ from torch import Tensor, nn
 from gradwatch.errors import warn_safely
 from gradwatch.hessian.every import CurvatureEvery, CurvatureSample
 from gradwatch.hessian.of_model import hessian_of
-from gradwatch.hessian.spectrum import Eigenpair, NotFiniteError, estimate_trace, largest_eigenpair
+from gradwatch.hessian.spectrum import (
+    Eigenpair,
+    NotFiniteError,
+    estimate_trace,
+    largest_eigenpair,
+    random_like,
+)
 from gradwatch.hooks.backward import inside_backward
+from gradwatch.hooks.context import autocast_kinds
 
 _STOPPED = (
     "gradwatch measures no curvature from step {step} on: {error} The training and all other "
@@ -101,7 +108,7 @@ class CurvatureSampler:
     def _start(self, like: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
         """Returns the last eigenvector plus a little noise, and the runner-up of that search."""
         generator = torch.Generator().manual_seed(self._asked.seed + step)
-        fresh = torch.randn(like.shape, generator=generator).to(like)
+        fresh = random_like(like, generator)
         last = self._last
         # The model may have been moved or unfrozen since then.
         if last is None or not _fits(last.vector, like):
@@ -117,9 +124,8 @@ class CurvatureSampler:
 @contextmanager
 def _without_autocast() -> Iterator[None]:
     """Disables autocast for the block, in case the loop uses it; the loss may enter its own."""
-    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     with ExitStack() as stack:
-        for kind in kinds:
+        for kind in (one for one in autocast_kinds() if torch.is_autocast_enabled(one)):
             # Without the cache: it would keep half-precision copies of the current weights, and the
             # loop would go on using them.
             stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))

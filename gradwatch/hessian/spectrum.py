@@ -53,6 +53,12 @@ class TraceEstimate:
     probes: int
 
 
+def random_like(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws a normal vector like another one, on the CPU: a seed gives the same on every device."""
+    drawn = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu")
+    return drawn.to(like)
+
+
 def estimate_trace(
     product: Callable[[Tensor], Tensor], like: Tensor, probes: int, generator: torch.Generator
 ) -> TraceEstimate:
@@ -85,9 +91,9 @@ def estimate_trace(
         return TraceEstimate(math.nan, math.nan, 0)
     if like.numel() <= probes:
         return TraceEstimate(_exact_trace(product, like), 0.0, like.numel())
-    terms = torch.empty(probes, dtype=torch.float64)
+    terms = torch.empty(probes, dtype=torch.float64, device="cpu")
     for index in range(probes):
-        signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
+        signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8, device="cpu")
         vector = signs.to(like.device, like.dtype) * 2 - 1
         terms[index] = torch.dot(vector, product(vector))
     # std() of a single term would be NaN too, but with a warning of torch.
@@ -321,7 +327,7 @@ def _best(basis: Sequence[_Mapped], scale: float) -> tuple[list[_Mapped], float,
     """
     # Stack up to 16 numbers, so that there is only one wait for the device.
     dots = torch.stack([torch.dot(v, image) for v, _ in basis for _, image in basis])
-    small = np.array([_finite(dot) for dot in dots.double().cpu()])
+    small = np.array([_finite(dot) for dot in dots.cpu()])
     small = small.reshape(len(basis), len(basis))
     scale = max(scale, float(np.abs(np.diag(small)).max()))
     _check_symmetry(abs(small[-1, 0]), small[0, -1] * np.sign(small[-1, 0]), scale, dots.dtype)

@@ -13,23 +13,19 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import setitem
-from types import FrameType, MappingProxyType
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 from torch.utils.hooks import RemovableHandle
 
-from gradwatch.hooks.graph import ENGINE_CODE, Graph, graph_under_way
+from gradwatch.hooks.callers import inside_another_backward
+from gradwatch.hooks.graph import Graph, graph_under_way
 
 # Private, but DDP and FSDP2 of torch 2.4 to 2.13 use it as well. No public hook runs at the end of
 # a backward; a hook on the root of the graph would run at its beginning.
 _queue_callback = torch.autograd.Variable._execution_engine.queue_callback
-
-# A frame of one of these functions on the call stack shows that an outer backward is under way.
-# The engine itself does not tell (torch 2.4 to 2.13).
-_FUNCTION_CODE = BackwardCFunction.apply.__code__
 
 
 class Backward(NamedTuple):
@@ -117,6 +113,13 @@ class Arrivals(dict[int, Tensor]):
         if index not in self._handles:
             self._handles[index] = on_accumulated(tensor, partial(setitem, self, index))
 
+    def unhook_one(self, index: int) -> bool:
+        """Removes the arrival hook of a tensor; returns whether it had one."""
+        handle = self._handles.pop(index, None)
+        if handle is not None:
+            handle.remove()
+        return handle is not None
+
     def hooked(self, index: int) -> bool:
         """Returns whether the tensor with this index has an arrival hook."""
         return index in self._handles
@@ -195,7 +198,7 @@ class _BackwardEnd:
         self._finished = False
         self.token = token
         self.task: int = torch._C._current_graph_task_id()
-        self.nested = _inside_another_backward(sys._getframe())
+        self.nested = inside_another_backward(sys._getframe())
         # The engine sets the grad mode of a backward to create_graph.
         self.create_graph = torch.is_grad_enabled()
         looks = arrivals.describes and not self.nested
@@ -227,20 +230,6 @@ class _BackwardEnd:
         # shows that the arrivals so far do not count.
         if not self._finished and self.token == self._arrivals._token:
             self._arrivals._arm()
-
-
-def _inside_another_backward(frame: FrameType | None) -> bool:
-    """Returns whether the current backward was started inside another one, by the call stack."""
-    entered = False
-    while frame is not None:
-        if frame.f_code is ENGINE_CODE:
-            if entered:
-                return True
-            entered = True
-        elif entered and frame.f_code is _FUNCTION_CODE:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def on_incoming(tensor: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:

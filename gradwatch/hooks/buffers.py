@@ -20,7 +20,10 @@ from torch.utils.hooks import RemovableHandle
 
 from gradwatch.hooks.context import REPLAY, is_replaying
 from gradwatch.hooks.holding import ModelReference
+from gradwatch.hooks.scripting import NotScripted, hide_from_scripting
 from gradwatch.hooks.snapshot import is_looked_at
+from gradwatch.measure.deferred import Deferred, Transfer
+from gradwatch.measure.devices import sent
 from gradwatch.measure.parameters import local_part, named_modules, wraps
 
 MOST_BYTES = 64 * 2**20
@@ -66,10 +69,30 @@ class _Copies:
         torch._foreach_copy_(self.tensors, parts)
 
 
+class BufferLook:
+    """One look at the buffers, whose answers may still be on their devices."""
+
+    def __init__(self, answers: Sequence[tuple[str, Tensor]]) -> None:
+        """Starts to copy for each buffer, by name, whether it is poisoned: a bool tensor ``[]``."""
+        self._answers = [(name, Deferred(answer.float())) for name, answer in answers]
+        awaited = [answer for _, answer in self._answers if not answer.at_hand]
+        self._transfer = Transfer(awaited) if awaited else None
+
+    def arrived(self) -> bool:
+        """Returns whether the answers can be read without waiting."""
+        return self._transfer is None or self._transfer.arrived()
+
+    def poisoned(self) -> list[str]:
+        """Names the buffers that hold a NaN or an Inf; waits for what has not arrived."""
+        if self._transfer is not None:
+            self._transfer.wait()
+        return [name for name, answer in self._answers if answer.value()]
+
+
 class ModelBuffers:
     """The buffers of a model, as they were before the window under way.
 
-    What is told after a step that held a NaN needs no copy: :meth:`poisoned` looks only then.
+    What is told after a step that held a NaN needs no copy: :meth:`look` looks only then.
     No module is kept alive, and a buffer only while its window is under way.
 
     Attributes:
@@ -292,26 +315,27 @@ class ModelBuffers:
 
     # -- NaN in buffers ----------------------------------------------------------------------------
 
-    def poisoned(self) -> list[str]:
-        """Names the buffers that hold a NaN or an Inf by now; called after a step that held one.
+    def look(self) -> BufferLook | None:
+        """Looks for buffers that hold a NaN or an Inf by now; called after a step that held one.
 
-        One that was so from the start, as a mask with minus infinity is, is not named. It looks
-        seldom if it is called often, and waits for the device.
+        One that was so from the start, as a mask with minus infinity is, is not named. Nothing
+        waits for a device until the look is read. None if nobody looks, as this is called often.
         """
         self._looks += 1
         model = self._model.module()
         if model is None or not is_looked_at(self._looks):
-            return []
+            return None
         self._slots = self._slots or list(_slots(model))
-        return [name for name, tensor in self._floating() if self._is_poisoned(tensor)]
+        with torch.no_grad():
+            return BufferLook([(name, self._is_poisoned(one)) for name, one in self._floating()])
 
-    def _is_poisoned(self, tensor: Tensor) -> bool:
+    def _is_poisoned(self, tensor: Tensor) -> Tensor:
         values = local_part(tensor)
         reference, finite = self._finite_then.get(id(tensor), (None, None))
-        if reference is None or reference() is not tensor:
+        if finite is None or reference is None or reference() is not tensor:
             # A mask that was made anew may hold an Inf on purpose, but no NaN.
-            return bool(torch.isnan(values).any())
-        return bool(finite) and not bool(torch.isfinite(values).all())
+            return torch.isnan(values).any()
+        return sent(finite, values.device) & ~torch.isfinite(values).all()
 
     def _floating(self) -> Iterator[tuple[str, Tensor]]:
         seen: set[int] = set()
@@ -325,6 +349,7 @@ class ModelBuffers:
     # -- hooks on the model ------------------------------------------------------------------------
 
     def _hook(self, modules: Sequence[nn.Module]) -> None:
+        hide_from_scripting()
         for module in modules:
             # A hook would be compiled into such a module.
             compiled = module._compiled_call_impl is not None
@@ -333,7 +358,7 @@ class ModelBuffers:
                 self._handles.append(module.register_forward_pre_hook(hook))
 
 
-class _BeforeForward:
+class _BeforeForward(NotScripted):
     """The hook on a module; a copy of the module gets one that does nothing."""
 
     def __init__(self, buffers: ModelBuffers) -> None:
@@ -414,9 +439,19 @@ def _has_version(tensor: Tensor | None) -> TypeGuard[Tensor]:
     return tensor is not None and not tensor.is_inference()
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Returns whether a tensor is no wrapper around others, as sharded and quantized ones are."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return True
+    # A device that is written in Python has tensors of a class of its own.
+    overrides: Any = type(tensor).__torch_function__
+    plain = overrides is torch._C._disabled_torch_function_impl
+    return plain and not hasattr(tensor, "__tensor_flatten__")
+
+
 def _can_be_copied(tensor: Tensor | None) -> TypeGuard[Tensor]:
     """Returns whether a buffer can be copied, and the copy be written back in place."""
-    if not _has_version(tensor) or type(tensor) not in (Tensor, nn.Parameter):
+    if not _has_version(tensor) or not _is_plain(tensor):
         return False
     if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
         return False

@@ -21,6 +21,7 @@ from gradwatch.hooks.context import ForwardContext
 from gradwatch.hooks.draws import Variables, drawn_by, variables_of
 from gradwatch.measure.deferred import FloatOrDeferred, resolve
 
+_NO_KWARGS: Mapping[str, Any] = {}
 _MOST_ITEMS = 64  # of a container that is looked into: a batch, and not a data set
 
 DRAWS = (
@@ -39,6 +40,7 @@ class KeptClosure:
 
     Attributes:
         args: What it is called with.
+        kwargs: What it is called with by name.
         context: Random generators, autocast and grad mode when it was called.
         weight: Weight of the micro-batch.
         divisor: What weight times loss was divided by before the backward.
@@ -49,22 +51,27 @@ class KeptClosure:
 
     __slots__ = (
         *("_function", "_tensors", "_variables", "_versions"),
-        *("alone", "args", "context", "divisor", "scaled", "weight"),
+        *("alone", "args", "context", "divisor", "kwargs", "scaled", "weight"),
     )
 
     def __init__(
-        self, function: Callable[..., Any], args: tuple[Any, ...], scaled: bool, alone: bool
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        scaled: bool,
+        alone: bool,
+        kwargs: Mapping[str, Any] = _NO_KWARGS,
     ) -> None:
         """Notes how things are now; copies no tensor."""
         self._function = function
         self._variables = variables_of(function)
-        self.args = args
+        self.args, self.kwargs = args, kwargs
         self.context = ForwardContext.now()
         self.weight: FloatOrDeferred = 1.0
         self.divisor: FloatOrDeferred = 1.0
         self.scaled = scaled
         self.alone = alone
-        self._tensors = list(_tensors([*args, *_values(self._variables)]))
+        self._tensors = list(_tensors([*args, *kwargs.values(), *_values(self._variables)]))
         self._versions = [_version(tensor) for tensor in self._tensors]
 
     def bound(self) -> Callable[[], Any]:
@@ -82,7 +89,9 @@ class KeptClosure:
             bound.__kwdefaults__ = function.__kwdefaults__
             vars(bound).update(vars(function))  # a signature, for one
             function = bound
-        return partial(function, *self.args) if self.args else function
+        if not (self.args or self.kwargs):
+            return function
+        return partial(function, *self.args, **self.kwargs)
 
     def factor(self) -> float:
         """Returns what the loss was multiplied by, apart from a loss scale; waits for a device."""
@@ -112,6 +121,7 @@ class KeptClosures:
         self,
         function: Callable[..., Any],
         *args: Any,
+        kwargs: Mapping[str, Any] = _NO_KWARGS,
         scaled: bool = False,
         alone: bool = False,
     ) -> KeptClosure | None:
@@ -120,6 +130,7 @@ class KeptClosures:
         Args:
             function: The function.
             args: What it is called with.
+            kwargs: What it is called with by name.
             scaled: See :class:`KeptClosure`.
             alone: See :class:`KeptClosure`.
 
@@ -127,7 +138,7 @@ class KeptClosures:
             What is kept; None after an error, which must not end a training.
         """
         try:
-            kept = KeptClosure(function, args, scaled, alone)
+            kept = KeptClosure(function, args, scaled, alone, kwargs)
         except Exception as error:
             self._current = FAILED.format(error=described_error(error))
             return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -14,8 +16,7 @@ from gradwatch.hooks.generators import RandomState
 Autocast: TypeAlias = tuple[tuple[str, torch.dtype], ...]
 """The kinds of device on which autocast is enabled, with the dtype that it casts to."""
 
-# Others know no autocast in this build of torch, and raise an error if they are asked.
-_KINDS = tuple(kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu") if is_autocast_available(kind))
+_KINDS = ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "ipu", "xla", "maia")
 
 
 class ForwardContext:
@@ -54,10 +55,13 @@ class ForwardContext:
     def entered(self) -> Iterator[None]:
         """Sets that state for a block, and sets back what was there before, also after an error."""
         before = RandomState()
+        threads = torch._C._is_multithreading_enabled()
         try:
             self.random.put_back()
             with (
                 torch.inference_mode(self.inference),
+                # Which inference_mode() sets as well, whatever it was.
+                torch.autograd.set_multithreading_enabled(threads),
                 torch.set_grad_enabled(self.grad),
                 _autocast_set(self.autocast, self.caches_casts),
             ):
@@ -66,10 +70,50 @@ class ForwardContext:
             before.put_back()
 
 
+@contextmanager
+def backwards_permitted() -> Iterator[None]:
+    """Makes frameworks accept a backward in a block that they do not run themselves.
+
+    In mixed precision a hook of Fabric's on the outputs of a model raises in any backward but that
+    of ``fabric.backward()``, which scales the loss: who runs one here has seen to that.
+    """
+    # Private (2.0 to 2.6): a later version that renames it raises, and we say that it did.
+    name = "_in_fabric_backward"
+    homes = (sys.modules.get(f"{one}.wrappers") for one in ("lightning.fabric", "lightning_fabric"))
+    before = [(home, getattr(home, name)) for home in homes if hasattr(home, name)]
+    for home, _ in before:
+        setattr(home, name, True)
+    try:
+        yield
+    finally:
+        for home, value in before:
+            setattr(home, name, value)
+
+
 def _autocast_now() -> Autocast:
     return tuple(
-        (kind, torch.get_autocast_dtype(kind)) for kind in _KINDS if torch.is_autocast_enabled(kind)
+        (kind, torch.get_autocast_dtype(kind))
+        for kind in autocast_kinds()
+        if torch.is_autocast_enabled(kind)
     )
+
+
+def autocast_kinds() -> tuple[str, ...]:
+    """Lists the kinds of device that know autocast in this build of torch."""
+    # A backend outside of torch, such as torch_npu, may be imported late.
+    return _kinds(torch._C._get_privateuse1_backend_name())
+
+
+@lru_cache
+def _kinds(other: str) -> tuple[str, ...]:
+    return tuple(kind for kind in (*_KINDS, other) if _knows_autocast(kind))
+
+
+def _knows_autocast(kind: str) -> bool:
+    try:
+        return is_autocast_available(kind)
+    except RuntimeError:  # torch of another version does not know the kind
+        return False
 
 
 @contextmanager
@@ -77,7 +121,8 @@ def _autocast_set(autocast: Autocast, caches_casts: bool) -> Iterator[None]:
     """Enables autocast where it is listed, and nowhere else."""
     # Not torch.autocast, which warns of what the user was told when the training did it.
     before = [
-        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _KINDS
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in autocast_kinds()
     ]
     cached = torch.is_autocast_cache_enabled()
     wanted = dict(autocast)

@@ -630,7 +630,7 @@ def _align_gradients_(
     layouts = torch.tensor(local, dtype=torch.uint8, device=parameters[0].device)
     dist.all_reduce(layouts, op=dist.ReduceOp.MAX, group=group)
     found: dict[int, list[Tensor]] = {_NONE: [], _DENSE: [], _SPARSE: []}
-    for parameter, layout in zip(parameters, layouts.tolist(), strict=True):
+    for parameter, layout in zip(parameters, layouts.cpu().tolist(), strict=True):
         found[layout].append(parameter)
         if layout == _DENSE and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -657,7 +657,7 @@ def _sparse_rows(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         nowhere = torch.zeros(1, 0, dtype=torch.int64, device=parameter.device)
         nothing = parameter.new_zeros(0, *parameter.shape[1:])
-        return torch.sparse_coo_tensor(nowhere, nothing, parameter.shape)
+        return torch.sparse_coo_tensor(nowhere, nothing, parameter.shape, device=parameter.device)
     return parameter.grad if parameter.grad.is_sparse else parameter.grad.to_sparse(1)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
+from gradwatch.hooks.instances import instances_of
 from gradwatch.hooks.optimizer import parameters_held
 
 PIPELINE = (
@@ -48,11 +48,11 @@ def engines_of(tensors: Iterable[Tensor]) -> list[str]:
     return [
         text
         for home, name, parts_of, text in _ENGINES
-        if any(trains_any(wanted, parts_of, one) for one in instances_of([(home, name)]))
+        if any(trains_any(wanted, parts_of, one) for one in instances_of_named([(home, name)]))
     ]
 
 
-def instances_of(classes: Iterable[tuple[str, str]]) -> list[Any]:
+def instances_of_named(classes: Iterable[tuple[str, str]]) -> list[Any]:
     """Lists the objects of some classes, and of classes derived from them, in this process.
 
     Args:
@@ -60,10 +60,7 @@ def instances_of(classes: Iterable[tuple[str, str]]) -> list[Any]:
             imported has no objects, and is not imported.
     """
     kinds = {getattr(sys.modules.get(home), name, None) for home, name in classes} - {None}
-    if not kinds:
-        return []  # no object need be looked at, of which there may be a million
-    # By type() and __mro__, as isinstance() reads __class__, which may raise on a proxy object.
-    return [one for one in gc.get_objects() if not kinds.isdisjoint(type(one).__mro__)]
+    return instances_of(*(kind for kind in kinds if isinstance(kind, type)))
 
 
 def trains_any(wanted: set[int], parts_of: Callable[[Any], Iterable[object]], one: object) -> bool:

@@ -8,15 +8,15 @@ that what is never differentiated goes with its outputs. After that it is held u
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
-from itertools import chain
-from operator import attrgetter
+from itertools import chain, filterfalse
+from operator import attrgetter, is_
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -32,6 +32,8 @@ from gradwatch.hooks.closures import KeptClosures
 from gradwatch.hooks.context import REPLAY, ForwardContext, is_replaying
 from gradwatch.hooks.data_parallel import fully_sharded
 from gradwatch.hooks.holding import ModelReference
+from gradwatch.hooks.scripting import NotScripted, hide_from_scripting
+from gradwatch.measure.devices import is_capturing
 
 MOST_KEPT = 256
 """The most micro-batches that are held: a loop may never step, and never zero its gradients."""
@@ -147,13 +149,22 @@ class _Forward:
     versions: list[int]
     context: ForwardContext | None
     caller: tuple[str, int]
-    gradients: list[list[Tensor]]
+    gradients: list[list[Tensor | None]]
     uses: int
     serial: int
 
     def let_go(self) -> None:
         """Drops what it refers to, though the graph may live on: the loop still has the output."""
         self.module, self.args, self.kwargs, self.tensors, self.context = _NOTHING
+
+
+_WITHOUT_NONE: Callable[[list[Tensor | None]], Iterator[Tensor]] = partial(
+    filterfalse, partial(is_, None)
+)
+
+
+def _detached(gradients: list[list[Tensor]]) -> list[list[Tensor]]:
+    return [[one.detach() for one in arrived] for arrived in gradients]
 
 
 _Differentiated = tuple[_Forward, list[list[Tensor]]]
@@ -257,12 +268,15 @@ class KeptForwards:
             one = reference()
             if one is None or not any(one.gradients):
                 continue
+            # None arrives where DDP looks for unused parameters, at outputs that the loss leaves
+            # out. Without a function or loop of Python's own, which cost each forward a call.
+            gradients = list(map(list, map(_WITHOUT_NONE, one.gradients)))
             # Cleared, as a graph of the gradient (create_graph=True) would lead back to here.
-            gradients = list(map(list, one.gradients))
-            for arrived in one.gradients:
-                arrived.clear()
+            deque(map(list.clear, one.gradients), 0)
+            if not any(gradients):
+                continue
             if any(map(_has_graph, chain.from_iterable(gradients))):  # all of it would be held
-                gradients = [[one.detach() for one in arrived] for arrived in gradients]
+                gradients = _detached(gradients)
             if one.module is None:
                 self._reasons[number] = BEFORE_A_STEP
                 continue
@@ -356,7 +370,7 @@ class KeptForwards:
     # -- hooks on the model ------------------------------------------------------------------------
 
     def _hook(self, modules: Sequence[nn.Module]) -> None:
-        _hide_from_scripting()
+        hide_from_scripting()
         for module in modules:
             if isinstance(module, torch.jit.ScriptModule):
                 self._never = SCRIPTED
@@ -390,39 +404,7 @@ class KeptForwards:
         self.detach()
 
 
-def _hide_from_scripting() -> None:
-    """Has ``torch.jit.script()`` pass over our hooks: it compiles all that it finds on a module."""
-    # Private, torch 2.4 to 2.13. Nobody else has a say in which hooks are compiled.
-    recursive: Any = sys.modules.get("torch.jit._recursive")
-    before = getattr(recursive, "get_hook_stubs", None)
-    if before is None or hasattr(before, "hides"):
-        return
-
-    @functools.wraps(before)
-    def get_hook_stubs(module: nn.Module) -> Any:
-        with contextlib.ExitStack() as hidden:
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                hidden.enter_context(_without_ours(hooks))
-            return before(module)
-
-    get_hook_stubs.hides = _Hook  # type: ignore[attr-defined]
-    recursive.get_hook_stubs = get_hook_stubs
-
-
-@contextlib.contextmanager
-def _without_ours(hooks: dict[int, Any]) -> Iterator[None]:
-    whole = list(hooks.items())
-    for key, hook in whole:
-        if isinstance(hook, _Hook):
-            del hooks[key]
-    try:
-        yield
-    finally:
-        hooks.clear()  # in the same order as before
-        hooks.update(whole)
-
-
-class _Hook:
+class _Hook(NotScripted):
     """A hook on a module; a copy of the module gets one that does nothing."""
 
     def __init__(self, kept: KeptForwards) -> None:
@@ -457,6 +439,9 @@ class _Before(_Hook):
                 one.tensors = leaves
             else:
                 one.tensors = tensors_given(args, kwargs)
+            first = one.tensors[0] if one.tensors else None
+            if first is not None and not first.is_cpu and is_capturing(first.device):
+                return  # the random state cannot be asked for, and nothing of it will be replayed
             try:
                 one.versions = list(map(_version, one.tensors))
             except RuntimeError:
@@ -496,7 +481,7 @@ class _After(_Hook):
             for tensor in outputs:
                 if not tensor.requires_grad:
                     continue
-                arrived: list[Tensor] = []
+                arrived: list[Tensor | None] = []
                 one.gradients.append(arrived)
                 # A hook on a leaf, such as a parameter that is returned as it is, would stay; and a
                 # tensor that is returned twice has one gradient.

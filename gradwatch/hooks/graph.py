@@ -9,27 +9,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
-from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import _engine_run_backward
 
-from gradwatch.hooks.variables import local_variables
-
-MOST_NODES = 4_000
-"""Nodes that are looked at, from the loss on: enough to tell two graphs apart."""
+from gradwatch.hooks.callers import engine_frame, nodes_of, walk
 
 _MOST_ELEMENTS = 4_096  # of the data, spread over all of it
 _PARAMETER = "torch::autograd::AccumulateGrad"
 _SCALED = "MulBackward0"  # a loss is scaled by a product, or by a division: the same thing
 _BITS = {torch.bfloat16: torch.int16}  # what NumPy has instead
 _NEAR = 3  # nodes between a parameter and the layer that uses it: a transpose, a cast, a view
-
-ENGINE_CODE = _engine_run_backward.__code__
-"""Of the function that runs every backward. Its frame on the stack shows that one is under way."""
 
 
 class Graph(NamedTuple):
@@ -53,37 +45,26 @@ class Graph(NamedTuple):
 def graph_under_way() -> Graph | None:
     """Describes the graph of the backward that runs; costs some microseconds per node.
 
-    It must be called from the thread that called ``backward()``.
+    It must be called from a hook of that backward.
 
     Returns:
-        None if the graph cannot be seen: the backward runs in a thread of its own, as it does on an
-        accelerator, or inside another one, or torch has changed.
+        None if the graph cannot be seen: the backward runs inside another one, or torch has
+        changed.
     """
     # There is no public way from a hook to the root of the graph. The engine can list the nodes
     # only before the first of them has run. But the frame that has called it has the losses.
     try:
-        roots = _roots(sys._getframe())
-        return None if roots is None else _describe(roots)
+        frame = engine_frame(sys._getframe())
+        return None if frame is None else _describe(nodes_of(frame))
     except (AttributeError, KeyError, RuntimeError, TypeError):
         return None
-
-
-def _roots(frame: FrameType | None) -> list[Any] | None:
-    while frame is not None and frame.f_code is not ENGINE_CODE:
-        frame = frame.f_back
-    if frame is None:
-        return None
-    losses = local_variables(frame)["t_outputs"]
-    losses = (losses,) if isinstance(losses, Tensor) else losses
-    # A backward may also begin at a torch.autograd.graph.GradientEdge, which has a node.
-    return [one.grad_fn if isinstance(one, Tensor) else one.node for one in losses]
 
 
 def _describe(roots: list[Any]) -> Graph:
     names: list[str] = []
     numbers: set[int] = set()
     data: dict[int, int] = {}
-    for node in _walk(roots):
+    for node in walk(roots):
         name = node.name()
         names.append(_SCALED if name == "DivBackward0" else name)
         # Casts of weights are shared by all forwards in one autocast, and say nothing.
@@ -92,17 +73,6 @@ def _describe(roots: list[Any]) -> Graph:
         if name != _PARAMETER and _is_first(node):
             data.update(_data_of(node))
     return Graph(hash(tuple(names)), frozenset(numbers), frozenset(data), sum(data.values()))
-
-
-def _walk(roots: list[Any]) -> Iterator[Any]:
-    seen: set[Any] = set()
-    rest = roots[::-1]
-    while rest and len(seen) < MOST_NODES:
-        node = rest.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            rest += [child for child, _ in node.next_functions]
-            yield node
 
 
 def _is_first(node: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, TypeGuard
 
@@ -24,7 +24,9 @@ from gradwatch.hooks.buffers import ModelBuffers
 from gradwatch.hooks.context import REPLAY, is_replaying
 from gradwatch.hooks.data_parallel import fully_sharded, rank, reduced_by
 from gradwatch.hooks.holding import Model, ModelReference
+from gradwatch.hooks.replaced import BeforeFirstBackward, ReplacedParameters, revive_hooks
 from gradwatch.measure.deferred import Deferred
+from gradwatch.measure.gathering import gathered, joined, selected
 from gradwatch.measure.norms import (
     NOT_KNOWN,
     Measurement,
@@ -51,6 +53,7 @@ class ModelHooks:
         freed: Norms of gradients that no longer exist at the end of a backward.
         unhooked: Indices of watched parameters that require no gradient yet, and so have no
             arrival hook.
+        replaced: Tells whether the model has other parameters by now.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class ModelHooks:
         self.added = MicroBatchNorms(table.tensors)
         self.freed = FreedGradients(table.tensors)
         self.buffers = ModelBuffers(model)
+        self.replaced = ReplacedParameters(model, table)
         self._model = model
         self._table = table
         self.arrivals = Arrivals(on_backward, None if self.local is None else on_arrived)
@@ -80,6 +84,7 @@ class ModelHooks:
         self._norm_type = 2.0
         self._watches_added = False
         self._output_hook: RemovableHandle | None = None
+        self.before_first: BeforeFirstBackward | None = None
 
     def hooked(self, index: int) -> bool:
         """Returns whether a parameter has an arrival hook."""
@@ -137,6 +142,7 @@ class ModelHooks:
         self.added.detach()
         self.buffers.detach()
         self.unhooked = set()
+        self.end_before_first_backward()
         if self._output_hook is not None:
             self._output_hook.remove()
             self._output_hook = None
@@ -172,6 +178,42 @@ class ModelHooks:
             self.added.watch(thawed)
         self.unhooked = self.unhooked.difference(thawed)  # anew, as a set never gives back memory
         return [index for index in thawed if tensors[index].grad is not None]
+
+    def before_first_backward(self, call: Callable[[], object]) -> None:
+        """Has a function called before each forward, until a backward has ended."""
+        self.before_first = BeforeFirstBackward(self._model.module(), call)
+
+    def end_before_first_backward(self) -> None:
+        """Ends :meth:`before_first_backward`; safe to call again."""
+        if self.before_first is not None:
+            self.before_first.remove()
+            self.before_first = None
+
+    def exchange(self, replaced: Mapping[int, Tensor]) -> list[int]:
+        """Watches other tensors in place of some; see :class:`ReplacedParameters`.
+
+        Args:
+            replaced: The new tensors by index; the same tensor where it has lost its hooks.
+
+        Returns:
+            The indices of those that cannot be watched, as hooks of others on them are dead.
+        """
+        parts = [one for one in (self.freed, self.added, self.local) if one is not None]
+        dead = []
+        for index, tensor in replaced.items():
+            hooked = self.arrivals.unhook_one(index)
+            again = [one for one in parts if one.unhook_one(index)]
+            swapped = tensor is self._table.tensors[index]
+            self._table.tensors[index] = tensor
+            if swapped and not revive_hooks(tensor):
+                dead.append(index)
+                continue
+            if hooked:
+                self.unhooked.add(index)
+            for one in again:
+                one.hook_again(index)
+        self.hook_thawed()
+        return dead
 
     def changed_parameters(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Compares the model with the watched parameters.
@@ -260,6 +302,17 @@ class _TensorHooks:
             if index not in self._handles and tensor.requires_grad:
                 self._handles[index] = register(tensor, partial(self._see, this, index))
 
+    def unhook_one(self, index: int) -> bool:
+        """Removes the hook on a tensor; returns whether there was one."""
+        handle = self._handles.pop(index, None)
+        if handle is not None:
+            handle.remove()
+        return handle is not None
+
+    def hook_again(self, index: int) -> None:
+        """Hooks a tensor that is in the place of one that was hooked."""
+        self._hook([index])
+
     def detach(self) -> None:
         """Removes the hooks; safe to call again."""
         for handle in self._handles.values():
@@ -299,10 +352,14 @@ def _total(parts: Parts, indices: Sequence[int], norm_type: float) -> Tensor | N
     """Combines the norms of some tensors that were measured in parts; None if there is no part."""
     wanted = set(indices)
     norms = [
-        norms if wanted.issuperset(there) else norms[[index in wanted for index in there]]
+        norms if wanted.issuperset(there) else selected(norms, _entries(there, wanted))
         for there, norms in parts
     ]
-    return total_norm(torch.cat(norms), norm_type) if norms else None
+    return total_norm(joined(norms), norm_type) if norms else None
+
+
+def _entries(there: Sequence[int], wanted: Container[int]) -> list[int]:
+    return [entry for entry, index in enumerate(there) if index in wanted]
 
 
 class FreedGradients(_TensorHooks):
@@ -365,7 +422,7 @@ def with_freed(
     norms = dict(zip(measurement.indices, measurement.norms.tensor.unbind(), strict=True))
     norms.update(freed)
     indices = sorted(norms)
-    row = Deferred(torch.stack([norms[index] for index in indices]))
+    row = Deferred(gathered([norms[index] for index in indices]))
     return Measurement(indices, row, combined(row, norm_type))
 
 
@@ -408,11 +465,15 @@ class LocalNorms(_TensorHooks):
         self._norm_type = norm_type
         self._hook(self._early, on_accumulated)
 
+    def hook_again(self, index: int) -> None:
+        """Hooks a tensor that is in the place of one that was hooked."""
+        self._hook([index], on_accumulated)
+
     def take(self) -> None:
         """Measures at the end of a backward, before DDP writes reduced gradients back."""
         arrived, self._arriving = self._arriving, {}
         self._total = None
-        self._parts = [(list(arrived), torch.stack(list(arrived.values())))] if arrived else []
+        self._parts = [(list(arrived), gathered(list(arrived.values())))] if arrived else []
         self._unsettled, self._held = [], []
         for reference, indices in self._at_end:
             ddp = reference()
@@ -527,6 +588,12 @@ class MicroBatchNorms(_TensorHooks):
         """Registers hooks on those tensors that require a gradient, once on each."""
         self.watching = True
         self._hook(indices)
+
+    def hook_again(self, index: int) -> None:
+        """Hooks a tensor that is in the place of one that was hooked."""
+        tensor = self._tensors[index]
+        self._bytes[index] = tensor.numel() * tensor.element_size()
+        super().hook_again(index)
 
     def detach(self) -> None:
         """Removes the hooks; safe to call again."""

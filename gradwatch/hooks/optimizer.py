@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -16,9 +18,18 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.hooks import RemovableHandle
 
+from gradwatch.errors import warn_safely
 from gradwatch.hooks.checkpoint import OptimizerCheckpoint
 from gradwatch.hooks.snapshot import WeightSnapshot
-from gradwatch.measure.deferred import FloatOrDeferred, defer_copy, number_or_nan
+from gradwatch.measure.deferred import (
+    Deferred,
+    FloatOrDeferred,
+    Transfer,
+    defer_copy,
+    is_at_hand,
+    number_or_nan,
+)
+from gradwatch.measure.devices import sent
 from gradwatch.measure.parameters import is_sharded, optimizer_parameters
 
 if TYPE_CHECKING:
@@ -41,6 +52,9 @@ class StepListener(Protocol):
     beyond_undo: bool
     """Whether the step has moved the weights, and nothing was kept to put them back."""
 
+    def stands_aside(self) -> bool:
+        """Returns whether the step that begins is none of the training's own: nobody is told."""
+
     def begin(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Called when a step begins; a closure, if there is one, has not run yet."""
 
@@ -59,7 +73,7 @@ class StepListener(Protocol):
         """Called when the step is over."""
 
 
-Closure = Callable[[], Any]
+Closure = Callable[..., Any]
 
 
 class StepBoundary:
@@ -92,6 +106,7 @@ class StepBoundary:
         self._shield = shield
         self._may_refuse = may_refuse
         self._nested = False
+        self._calls_parent = False
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._checkpoint: OptimizerCheckpoint | None = None
         self._refused = False
@@ -126,7 +141,11 @@ class StepBoundary:
         # Of a wrapper and the optimizer in it, the outer step is the one that counts.
         outer = self._listener.stepping
         self._nested = outer is not None and any(outer() is one() for one in self._wrappers)
-        if self._nested:
+        if self._nested or self._listener.stands_aside():
+            self._nested = True
+            return None
+        self._calls_parent = outer is not None and outer() is optimizer and _is_parents(optimizer)
+        if self._calls_parent:
             return None
         # Clean up after a step that raised: torch runs no post-hook then.
         if self._refused:
@@ -152,19 +171,21 @@ class StepBoundary:
         # ready only when the closure returns.
         last: Any = None
 
-        def evaluate() -> Any:
+        # Optimizers that evaluate it several times may say which time it is: closure(sync=False).
+        def evaluate(*args: Any, **kwargs: Any) -> Any:
             nonlocal last
             self._evaluations += 1
             if self._weights is not None and self._evaluations == 1:
                 self._moved_first = self._weights.moved()
             if self._listener.passed_over:
-                return closure()  # the step goes on as it would have, and is undone at its end
+                # The step goes on as it would have, and is undone at its end.
+                return closure(*args, **kwargs)
             # Refused gradients are hidden; calling the closure again would produce new ones.
             if not self._refused:
                 kept = self._listener.closures
-                noted = None if kept is None else kept.begin(closure)
+                noted = None if kept is None else kept.begin(closure, *args, kwargs=kwargs)
                 try:
-                    last = closure()
+                    last = closure(*args, **kwargs)
                     if kept is not None:
                         kept.end()
                     optimizer = self._optimizer()  # not kept here, as optimizers may keep a closure
@@ -210,6 +231,8 @@ class StepBoundary:
         if self._nested:
             self._nested = False
             return
+        if self._calls_parent and _is_parents(optimizer):
+            return
         if self._evaluations:
             self._learn()
         if self._refused:
@@ -250,6 +273,21 @@ def _evaluates_once(optimizer: Optimizer) -> bool | None:
 def is_of_torch(optimizer: Optimizer) -> bool:
     """Returns whether an optimizer is of a class of ``torch.optim`` itself, not derived from it."""
     return type(optimizer).__module__.startswith("torch.optim.")
+
+
+def _is_parents(optimizer: Optimizer) -> bool:
+    """Returns whether a step runs inside of the same optimizer's step; to be called by a hook.
+
+    A class may call ``super().step()``. If its parent is an optimizer that was built somewhere in
+    the process, torch has wrapped both methods, and calls the hooks in either.
+    """
+    here = sys._getframe(2)  # torch's wrapper, which calls the hook that calls this
+    around = here.f_back
+    while around is not None:
+        if around.f_code is here.f_code and around.f_locals.get("self") is optimizer:
+            return True
+        around = around.f_back
+    return False
 
 
 def _closure_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Closure | None:
@@ -443,14 +481,14 @@ def learning_rate(optimizer: Optimizer) -> FloatOrDeferred:
 
 
 def has_no_rate(optimizer: Optimizer) -> bool:
-    """Returns whether the learning rate of each parameter group is a number, and 0."""
+    """Returns whether the learning rate of each parameter group is known to be 0; never waits."""
     rates = [group.get("lr") for group in optimizer.param_groups]
     return bool(rates) and all(map(_is_zero, rates))
 
 
 def _is_zero(rate: Any) -> bool:
     if isinstance(rate, Tensor):
-        return not rate.is_meta and not bool(rate.any())
+        return is_at_hand(rate) and not bool(rate.any())
     return number_or_nan(rate) == 0
 
 
@@ -532,6 +570,10 @@ def _number(value: Tensor | float | None, otherwise: float) -> FloatOrDeferred:
 
 
 _NOT_SET = object()
+PASSED_OVER = (
+    "The fused kernel of {kind} passes over grad_scale and found_inf on this device, so the steps "
+    "so far were neither clipped nor skipped. From now on gradwatch does both before the step."
+)
 
 
 class FusedStep:
@@ -551,15 +593,29 @@ class FusedStep:
         self._optimizer = weakref.ref(optimizer)
         # The class alone does not tell: a subclass of a fused optimizer may ignore the attributes,
         # and would then step with gradients that were never clipped.
-        self._listens = _is_fused(optimizer) and _listens(optimizer)
+        obeyed = _obeyed(optimizer) if _is_fused(optimizer) else None
+        self._listens = obeyed is not None
+        self._verdict = None if obeyed is None else Deferred(obeyed)
+        self._transfer: Transfer | None = None
+        if self._verdict is not None and not self._verdict.at_hand and _is_trusted(optimizer):
+            self._transfer = Transfer([self._verdict])
+        elif self._verdict is not None:
+            self._listens = self._verdict.value() > 0
         self.saved: dict[str, Any] = {}
 
     @property
     def can_scale(self) -> bool:
         """Whether the optimizer can scale the gradients in its next step."""
         optimizer = self._optimizer()
-        # Asked anew, as load_state_dict() can change it.
-        return self._listens and optimizer is not None and _is_fused(optimizer)
+        if self._transfer is not None and self._transfer.arrived():
+            self._transfer = None
+            self._listens = self._verdict is not None and self._verdict.value() > 0
+            if not self._listens:
+                warn_safely(PASSED_OVER.format(kind=type(optimizer).__name__))
+        if not self._listens or optimizer is None:
+            return False
+        # Asked anew, as load_state_dict() can change it, and model.to() where the parameters are.
+        return _is_fused(optimizer) and not _reaches_cpu_from_elsewhere(optimizer)
 
     @property
     def can_skip(self) -> bool:
@@ -575,12 +631,17 @@ class FusedStep:
             factor: Number or tensor ``[]``, above 0.
             device: The device of the gradients.
         """
-        if not isinstance(factor, Tensor):  # full() fills it on the device; a copy would wait
-            factor = torch.full((), factor, dtype=torch.float64, device=device)
-        divisor = factor.reciprocal().float()
+        if isinstance(factor, Tensor):
+            # A step on the CPU would not wait for a factor on an accelerator.
+            divisor = sent(factor, device).reciprocal().float()
+        else:  # full() fills it on the device; a copy would wait
+            inverse = 1.0 / factor
+            if inverse > torch.finfo(torch.float32).max:  # which full() refuses
+                inverse = math.inf
+            divisor = torch.full((), inverse, dtype=torch.float32, device=device)
         scale = getattr(self._optimizer(), "grad_scale", None)
         # If a scaler has set its own scale, the kernel must divide by both.
-        self._set("grad_scale", divisor if scale is None else scale * divisor)
+        self._set("grad_scale", divisor if scale is None else scale * sent(divisor, scale.device))
 
     def refuse(self, refusal: Tensor) -> None:
         """Makes the optimizer skip its next step if a flag on the device is set.
@@ -589,7 +650,7 @@ class FusedStep:
             refusal: Tensor ``[]``, float32: 1 to skip the step and 0 to take it.
         """
         found = getattr(self._optimizer(), "found_inf", None)
-        flag = refusal if found is None else torch.maximum(found, refusal.to(found.device))
+        flag = refusal if found is None else torch.maximum(found, sent(refusal, found.device))
         # Adam subtracts this number from its step counts, so it must not exceed 1; a scaler's own
         # found_inf may, as it is a sum over devices.
         self._set("found_inf", flag.clamp(max=1.0))
@@ -617,6 +678,14 @@ def _is_fused(optimizer: Optimizer) -> bool:
     )
 
 
+def _reaches_cpu_from_elsewhere(optimizer: Optimizer) -> bool:
+    # A fused step sends both attributes to the devices of its parameters. Between accelerators that
+    # is in the order of their streams. On the CPU they are read before they have arrived there, as
+    # nothing waits for the copy (torch 2.4 to 2.13).
+    on_cpu = set(map(attrgetter("is_cpu"), optimizer_parameters(optimizer)))
+    return len(on_cpu) > 1
+
+
 def _lacks_momentum_buffer(optimizer: Optimizer) -> bool:
     # Fused SGD allocates its momentum buffers in the first step, and leaves them uninitialized if
     # that step is skipped. So its first step is skipped by hiding the gradients instead. Read with
@@ -631,36 +700,53 @@ def _lacks_momentum_buffer(optimizer: Optimizer) -> bool:
     )
 
 
+def _is_trusted(optimizer: Optimizer) -> bool:
+    """Returns whether an optimizer is taken to obey the attributes until its trial is read.
+
+    A ``GradScaler`` relies on it, too, for the optimizers of torch itself.
+    """
+    # The kernels for Apple's MPS passed over both attributes until 2026 (torch 2.4 to 2.12).
+    own = type(optimizer) in _FUSED
+    return own and not any(p.device.type == "mps" for p in optimizer_parameters(optimizer))
+
+
+_FUSED = {torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad}
+
+
 @torch.no_grad()
-def _listens(optimizer: Optimizer) -> bool:
-    """Returns whether a trial optimizer of the same class obeys the attributes.
+def _obeyed(optimizer: Optimizer) -> Tensor | None:
+    """Tries out whether an optimizer of the same class obeys the attributes; waits for nothing.
 
     One trial steps with gradients of 4 and a ``grad_scale`` of 4, the other with gradients of 1:
     both must arrive at the same parameters. Then the second must not move with ``found_inf`` 1.
+
+    Returns:
+        Tensor ``[]``, float32, on the device of the parameters: 1 if it does; None if it cannot be
+        tried out.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if not parameters or any(map(is_sharded, parameters)):
-        return False
+        return None
     device = parameters[0].device
     _trial.under_way = True
     try:
-        scaled, plain = (torch.ones(2, device=device, requires_grad=True) for _ in range(2))
+        like = {"dtype": torch.float32, "device": device}
+        scaled, plain = (torch.ones(2, requires_grad=True, **like) for _ in range(2))
         accepted = inspect.signature(type(optimizer)).parameters
         options = {name: value for name, value in optimizer.defaults.items() if name in accepted}
         options |= {"lr": 0.1, "fused": True}
         trials: list[Any] = [type(optimizer)([p], **options) for p in (scaled, plain)]
         scaled.grad, plain.grad = torch.full_like(scaled, 4.0), torch.ones_like(plain)
-        trials[0].grad_scale = torch.full((), 4.0, device=device)
+        trials[0].grad_scale = torch.full((), 4.0, **like)
         for trial in trials:
             trial.step()
-        if not torch.equal(scaled, plain) or torch.equal(plain, torch.ones_like(plain)):
-            return False
-        trials[1].found_inf = torch.ones((), device=device)
         before = plain.clone()
+        trials[1].found_inf = torch.ones((), **like)
         trials[1].step()
-        return torch.equal(plain, before)
+        obeyed = (scaled == before).all() & (before != 1).any() & (plain == before).all()
+        return obeyed.float()
     except Exception:  # an optimizer not from torch may take other arguments, or refuse these
-        return False
+        return None
     finally:
         _trial.under_way = False
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradwatch.measure.deferred import Deferred, FloatOrDeferred, defer
+from gradwatch.measure.gathering import joined
 from gradwatch.measure.norms import StepNorms
 
 _WITNESSES = 16
@@ -197,7 +198,7 @@ class Direction:
             return 1.0
         before, now = _of_size_one(before), _of_size_one(now)
         cosine = torch.nn.functional.cosine_similarity(before, now, dim=0)
-        return defer(torch.where(cosine < -0.5, -1.0, 1.0))
+        return defer(torch.where(cosine < -0.5, torch.full_like(cosine, -1.0), 1.0))
 
 
 def _probe(gradients: Sequence[Tensor]) -> Tensor | None:
@@ -207,7 +208,7 @@ def _probe(gradients: Sequence[Tensor]) -> Tensor | None:
             flat = gradient.detach().reshape(-1)
             few = flat[:: -(-len(flat) // _PROBED)]
             parts.append((torch.view_as_real(few).reshape(-1) if few.is_complex() else few).float())
-    return torch.cat([part.to(parts[0].device) for part in parts]) if parts else None
+    return joined(parts) if parts else None
 
 
 def _of_size_one(elements: Tensor) -> Tensor:
@@ -302,7 +303,7 @@ class Looks:
     :class:`GradientSnapshot` compares, and several frameworks clip like that. So the gradients are
     measured once more in some steps: in steps 1, 2, 4 and so on up to 64, where a loop shows what
     it does, and in every 128th. A loop that was seen to change them is looked at in every step from
-    then on.
+    then on. So are the steps that come before the numbers of a look have arrived from a device.
 
     In the same steps some elements tell whether the gradients were reversed (:class:`Direction`).
     They are compared as well in the step after the loop has begun to change its gradients, and in
@@ -312,13 +313,13 @@ class Looks:
         turns: Whether to look at the direction in the coming step.
     """
 
-    __slots__ = ("_found", "_late", "_quiet", "_sign", "_steps", "turns")
+    __slots__ = ("_found", "_late", "_planned", "_quiet", "_sign", "_steps", "turns")
 
     def __init__(self) -> None:
         """Starts before the first step."""
         self.turns = True
         self._steps = 0
-        self._found = False
+        self._found = self._planned = False
         self._quiet = True
         self._late: list[StepNorms] = []
         self._sign: FloatOrDeferred = 1.0
@@ -337,9 +338,8 @@ class Looks:
         soon = after & steps == 0 if after <= EARLY else after % EVERY == 0
         self.turns = soon or sign == -1.0 or (self._quiet and not unchanged)
         self._quiet = unchanged
-        if self._found:
-            return True
-        return steps & (steps - 1) == 0 if steps <= EARLY else steps % EVERY == 0
+        self._planned = steps & (steps - 1) == 0 if steps <= EARLY else steps % EVERY == 0
+        return self._planned or self._found or bool(self._late)
 
     def each_step(self) -> None:
         """Has each step looked at from now on."""
@@ -358,7 +358,8 @@ class Looks:
 
     def compare_later(self, norms: StepNorms) -> None:
         """Keeps the norms of a look whose numbers are still on a device."""
-        if not self._found:
+        # Of those that are planned only: else each look would be the reason for the next one.
+        if self._planned and not self._found:
             self._late.append(norms)
 
     def _compare_arrived(self) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from gradwatch.measure.devices import is_capturing, pinned_like, record_event
 
 Array = NDArray[np.floating[Any]]
 
@@ -35,11 +40,6 @@ def late_readings(polls: int = 1) -> Iterator[None]:
 def is_at_hand(tensor: Tensor) -> bool:
     """Returns whether the numbers of a tensor can be read without waiting for a device."""
     return tensor.is_cpu and _polls_until_arrival is None
-
-
-def exact_dtype(device: torch.device) -> torch.dtype:
-    """Returns the most precise floating-point dtype that a device supports."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Deferred:
@@ -168,45 +168,119 @@ class Transfer:
         groups: dict[torch.device, list[Deferred]] = {}
         for one in deferred:
             groups.setdefault(one.tensor.device, []).append(one)
-        self._copies = [(group, *_start_copy(group, device)) for device, group in groups.items()]
-        self._polls = _polls_until_arrival or 0
+        self._copies = [_Copy(group, device) for device, group in groups.items()]
 
     def arrived(self) -> bool:
-        """Returns whether all numbers can be read; never waits."""
-        if self._copies:
-            self._polls -= 1
-            ended = all(event is None or event.query() for _, _, event in self._copies)
-            if self._polls < 0 and ended:
-                self.wait()
+        """Returns whether all numbers can be read; never waits for a device that has events."""
+        if self._copies and all(copy.arrived() for copy in self._copies):
+            self._read()
         return not self._copies
 
     def wait(self) -> None:
         """Waits until all numbers can be read."""
-        for deferred, host, event in self._copies:
-            if event is not None:
-                event.synchronize()
-            numbers = host.cpu().numpy()
-            ends = np.cumsum([one.tensor.numel() for one in deferred])
-            for one, part in zip(deferred, np.split(numbers, ends[:-1]), strict=True):
-                # cat() promoted all numbers to the widest dtype. Each is cast back to its own, so
-                # that a float32 norm has the same digits whatever it was copied together with.
-                precision = np.float64 if one.tensor.dtype == torch.float64 else np.float32
-                one.arrive(part.reshape(tuple(one.tensor.shape)).astype(precision))
+        self._read()
+
+    def _read(self) -> None:
+        for copy in self._copies:
+            copy.read()
         self._copies = []
 
 
-def _start_copy(deferred: Sequence[Deferred], device: torch.device) -> tuple[Tensor, Any]:
-    """Starts a copy from one device; returns its target and an event that marks its end.
+class _Copy:
+    """The copy of the numbers that are on one device.
 
-    The event is None on a device that cannot copy to the host asynchronously.
+    Attributes:
+        host: The numbers; on the device until they are read, if it has no events.
     """
-    # One concatenated tensor: copying a few numbers costs as much as copying many.
-    flat = torch.cat([one.tensor.reshape(-1) for one in deferred])
-    if device.type not in ("cuda", "xpu"):
-        return (flat.clone() if device.type == "cpu" else flat), None
-    # Pinned, because a copy to pageable memory waits in spite of non_blocking=True.
-    host = torch.empty_like(flat, device="cpu", pin_memory=True)
-    host.copy_(flat, non_blocking=True)
-    event: Any = getattr(torch, device.type).Event()
-    event.record()
-    return host, event
+
+    def __init__(self, deferred: Sequence[Deferred], device: torch.device) -> None:
+        self._deferred = deferred
+        self._device = device
+        self._polls = _polls_until_arrival or 0
+        self._serial = next(_serials)
+        # One concatenated tensor: copying a few numbers costs as much as copying many. The last
+        # number is known, and so tells whether the copy has arrived if the device cannot be asked.
+        flat = torch.cat([*(one.tensor.reshape(-1) for one in deferred), _one(device)])
+        self.host, self._event = flat, None
+        if device.type == "cpu":
+            self.host = flat.clone()
+            return
+        host = pinned_like(flat)
+        if host is not None:
+            host.numpy()[-1] = _NOT_ARRIVED
+            host.copy_(flat, non_blocking=True)
+            self._event = record_event(device)
+        if host is not None and self._event is not None:
+            self.host = host
+        else:
+            _queue_of(device).add(self)
+
+    def arrived(self) -> bool:
+        self._polls -= 1
+        if self._device.type == "cpu":
+            return self._polls < 0 or self._serial < _newest_read
+        if is_capturing(self._device):
+            return False  # to ask an event would break the capture
+        if self._event is None:
+            return self.host.is_cpu or _queue_of(self._device).is_long()
+        return bool(self._event.query())
+
+    def read(self) -> None:
+        """Waits for the numbers, and gives each tensor its own."""
+        global _newest_read  # noqa: PLW0603 - with a copy, those before it have arrived
+        _newest_read = max(_newest_read, self._serial)
+        if self._event is not None:
+            try:
+                self._event.synchronize()
+            except Exception:
+                # After an assertion failed in a kernel, every call fails. What was copied before
+                # is there nevertheless.
+                if self.host.numpy()[-1] != _ARRIVED:
+                    raise
+        elif not self.host.is_cpu:
+            _queue_of(self._device).read()
+        numbers = self.host.numpy()
+        ends = np.cumsum([one.tensor.numel() for one in self._deferred])
+        for one, part in zip(self._deferred, np.split(numbers, ends), strict=False):
+            # cat() promoted all numbers to the widest dtype. Each is cast back to its own, so that
+            # a float32 norm has the same digits whatever it was copied together with.
+            precision = np.float64 if one.tensor.dtype == torch.float64 else np.float32
+            one.arrive(part.reshape(tuple(one.tensor.shape)).astype(precision))
+
+
+_ARRIVED, _NOT_ARRIVED = 1.0, 0.0
+_serials, _newest_read = count(), -1  # of the copies that late_readings() delays
+_WAITS_FOR = 64  # copies; a device without events is waited for once in as many steps
+
+
+@lru_cache
+def _one(device: torch.device) -> Tensor:
+    return torch.full((1,), _ARRIVED, dtype=torch.float32, device=device)
+
+
+class _Queue:
+    """The copies from a device without events, which are read many at once, with one wait."""
+
+    def __init__(self) -> None:
+        self._waiting: list[weakref.ref[_Copy]] = []
+
+    def add(self, copy: _Copy) -> None:
+        self._waiting.append(weakref.ref(copy))
+
+    def is_long(self) -> bool:
+        return len(self._waiting) > _WAITS_FOR
+
+    def read(self) -> None:
+        """Copies the numbers of all to the host."""
+        copies = [copy for one in self._waiting if (copy := one()) is not None]
+        self._waiting = []
+        if copies:
+            sizes = [copy.host.numel() for copy in copies]
+            hosts = torch.split(torch.cat([copy.host for copy in copies]).cpu(), sizes)
+            for copy, host in zip(copies, hosts, strict=True):
+                copy.host = host
+
+
+@lru_cache
+def _queue_of(device: torch.device) -> _Queue:
+    return _Queue()

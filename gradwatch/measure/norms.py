@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from gradwatch.measure.deferred import (
     Deferred,
     FloatOrDeferred,
-    as_operand,
     is_at_hand,
     resolve,
 )
+from gradwatch.measure.devices import home_of, in_double, in_exact
+from gradwatch.measure.gathering import (
+    are_alike,
+    by_kind,
+    gathered,
+    joined,
+    operand_on,
+    selected,
+    sorted_by,
+)
 
-_dtype = attrgetter("dtype")
+_layout = attrgetter("layout")
 _LOW_PRECISION = (torch.float16, torch.bfloat16)
 _UP_TO_FLOAT32 = (*_LOW_PRECISION, torch.float32)
 
@@ -56,7 +66,7 @@ class Measurement(NamedTuple):
         """Returns the measurement that a pass over a subset of the parameters would have given."""
         wanted = set(indices)
         keep = [i for i, index in enumerate(self.indices) if index in wanted]
-        norms, kept = Deferred(self.norms.tensor[keep]), [self.indices[i] for i in keep]
+        norms, kept = Deferred(selected(self.norms.tensor, keep)), [self.indices[i] for i in keep]
         return Measurement(kept, norms, combined(norms, norm_type), self.overflowed)
 
 
@@ -79,8 +89,8 @@ def measure(
         measured again in float64, so that the recorded norm is true and a clip can still use it. On
         an accelerator this is not done: to detect it would mean waiting for the device.
     """
-    norms = gradient_norms(gradients, norm_type, dtype)
-    total = total_norm(norms, norm_type)
+    norms, summands = _norms(gradients, norm_type, dtype)
+    total = total_norm(summands, norm_type)
     if not is_at_hand(total):
         return Measurement(indices, Deferred(norms), Deferred(total))
     value, values = total.item(), norms.numpy()
@@ -140,11 +150,11 @@ def mend_underflow_(norms: Deferred, gradients: Sequence[Tensor], norm_type: flo
     # Most of them are gradients of zero, such as those of a layer behind a dead ReLU: one batched
     # pass, in which nothing underflows, tells these from the others.
     elements = [_real_values(gradients[i]) for i in suspects]
-    largest = gradient_norms(elements, math.inf).tolist()
+    largest = gradient_norms(elements, math.inf).cpu().tolist()
     found = [(i, one) for i, one in zip(suspects, largest, strict=True) if one > 0]
     for i, one in found:
         # Divided by the largest element, so that no power underflows float64 either.
-        scaled = _in_double(gradients[i]) / one
+        scaled = in_double(gradient_values(gradients[i])) / one
         values[i] = one * torch.linalg.vector_norm(scaled, norm_type).item()
     return bool(found)
 
@@ -170,54 +180,97 @@ def gradient_norms(
     """Computes the p-norm of each gradient; float16 and bfloat16 are accumulated in float32.
 
     On finite float32 gradients every value is bit for bit the one that
-    ``torch.nn.utils.clip_grad_norm_`` combines into its total.
+    ``torch.nn.utils.clip_grad_norm_`` combines into its total. There is one batched call for the
+    gradients of each device and dtype.
 
     Args:
-        gradients: Any number of tensors: any shapes, real or complex dtypes, dense or sparse.
+        gradients: Any number of tensors: any shapes, devices, real or complex dtypes, dense or
+            sparse.
         norm_type: The p of the norm, positive; ``math.inf`` for the largest magnitude.
-        dtype: The dtype of all gradients, if it is known to be float16, bfloat16 or float32; this
-            saves a look at each of them. If a gradient has another dtype after all, the result is
-            still correct.
+        dtype: The dtype of all gradients, if it is known to be float16, bfloat16 or float32, and
+            all are known to be on one device; this saves a look at each of them. If a gradient has
+            another dtype or device after all, the result is still correct.
 
     Returns:
-        Tensor ``[len(gradients)]`` on the device of the first gradient: float32, or float64 if a
-        gradient has double precision.
+        Tensor ``[len(gradients)]`` on the device of the gradients, if they are on several on
+        :func:`home_of` them: float32, or float64 if a gradient has double precision.
+    """
+    return _norms(gradients, norm_type, dtype)[0]
+
+
+def _norms(
+    gradients: list[Tensor], norm_type: float, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
+    """Computes norms as :func:`gradient_norms` does.
+
+    Returns:
+        The norms, and again in the order in which ``clip_grad_norm_`` adds them up.
     """
     if not gradients:
-        return torch.zeros(0)
+        nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
+        return nothing, nothing
     known = dtype in _UP_TO_FLOAT32
-    dtypes = {torch.float32} if known else set(map(_dtype, gradients))
-    if len(dtypes) == 1:
+    if known or are_alike(gradients):
         # Requesting float32 changes no bit of a float32 norm. For float64 gradients torch refuses
         # it with an error that is caught below, so a wrong ``dtype`` does no harm.
-        accumulator = torch.float32 if known else _accumulator(dtypes.pop())
+        accumulator = torch.float32 if known else _accumulator(gradients[0].dtype)
         # Not torch.nn.utils.get_total_norm() (torch 2.6 and later): its norm has the dtype of the
         # gradients, and finite float16 gradients can add up to inf. ``_foreach_norm``, which it
         # calls, accepts a dtype (seen on torch 2.4 to 2.13).
         try:
-            norms = torch._foreach_norm(gradients, norm_type, accumulator)
-            return torch.stack(norms)
+            norms = torch.stack(torch._foreach_norm(gradients, norm_type, accumulator))
         except (NotImplementedError, RuntimeError):
             # Some are sparse or on another device. Such models are rare, and checking first would
             # cost every step a pass over the list.
             pass
+        else:
+            return norms, norms
     return _norms_of_groups(gradients, norm_type)
 
 
-def _norms_of_groups(gradients: Sequence[Tensor], norm_type: float) -> Tensor:
-    """Computes norms with one batched call per device and dtype."""
-    values = [gradient_values(gradient) for gradient in gradients]
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for index, value in enumerate(values):
-        if value.numel():  # torch cannot take the max of an empty tensor; its norm stays 0
-            groups.setdefault((value.device, value.dtype), []).append(index)
-    norms = [torch.zeros((), device=v.device) for v in values]
-    for (_, dtype), indices in groups.items():
-        group = [values[i] for i in indices]
-        found = torch._foreach_norm(group, norm_type, _accumulator(dtype))
-        for index, norm in zip(indices, found, strict=True):
-            norms[index] = norm
-    return torch.stack([norm.to(norms[0].device) for norm in norms])
+def _norms_of_groups(gradients: Sequence[Tensor], norm_type: float) -> tuple[Tensor, Tensor]:
+    """Computes norms with one batched call per device and dtype; returns what :func:`_norms` does.
+
+    Each device stacks its own norms, so that their way to another one is one copy.
+    """
+    values = gradients
+    if set(map(_layout, gradients)) != {torch.strided}:
+        values = [gradient_values(gradient) for gradient in gradients]
+    groups = by_kind(values)
+    if len(groups) > 1 and not any(dtype in _LOW_PRECISION for _, dtype in groups):
+        # torch adds up the norms group by group, in an order of its own. Where it rounds the norms
+        # of low precision, no order would make the sums equal.
+        firsts: list[Tensor | None] = [values[there[0]] for there in groups.values()]
+        groups = {kind: groups[kind] for kind in _group_tensors_by_device_and_dtype([firsts])}
+    found = [_norms_of_group([values[i] for i in there], norm_type) for there in groups.values()]
+    places = [position for there in groups.values() for position in there]
+    if not are_alike([norms[0] for norms in found]):
+        row = joined([torch.stack(norms) for norms in found], home_of(values))
+        return sorted_by(row, places), row
+    flat = [norm for norms in found for norm in norms]
+    if any(dtype in _LOW_PRECISION for _, dtype in groups):
+        norms = torch.stack([one for _, one in sorted(zip(places, flat, strict=True), key=_first)])
+        return norms, norms
+    row = torch.stack(flat)
+    return (row if len(groups) == 1 else sorted_by(row, places)), row
+
+
+_first = itemgetter(0)
+
+
+def _norms_of_group(values: list[Tensor], norm_type: float) -> list[Tensor]:
+    """Computes the norms ``[]`` of dense tensors on one device and of one dtype."""
+    if values[0].dtype.itemsize == 1:  # float8, with which torch hardly calculates
+        values = [value.float() for value in values]
+    accumulator = _accumulator(values[0].dtype)
+    filled = list(filter(Tensor.numel, values))
+    found = torch._foreach_norm(filled, norm_type, accumulator) if filled else []
+    if len(filled) == len(values):
+        return list(found)
+    # torch cannot take the max of an empty tensor; its norm is 0.
+    zero = torch.zeros((), dtype=torch.float32, device=values[0].device)
+    norms = iter(found)
+    return [next(norms) if value.numel() else zero for value in values]
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype | None:
@@ -269,12 +322,9 @@ def wide_norms(gradients: Sequence[Tensor], norm_type: float = 2.0) -> Tensor:
         Tensor ``[len(gradients)]``, float64.
     """
     # One gradient at a time, so that only one float64 copy is in memory at once.
-    return torch.stack([torch.linalg.vector_norm(_in_double(g), norm_type) for g in gradients])
-
-
-def _in_double(gradient: Tensor) -> Tensor:
-    wide = torch.complex128 if gradient.dtype.is_complex else torch.float64
-    return gradient_values(gradient).to(wide)
+    return gathered(
+        [torch.linalg.vector_norm(in_double(gradient_values(g)), norm_type) for g in gradients]
+    )
 
 
 def has_negative_zero(gradients: Sequence[Tensor]) -> bool:
@@ -283,9 +333,12 @@ def has_negative_zero(gradients: Sequence[Tensor]) -> bool:
 
 
 def gradient_values(gradient: Tensor) -> Tensor:
-    """Returns a dense gradient itself, or the stored values of a sparse one."""
+    """Returns a dense gradient itself, or the stored values of a sparse one; to be read only.
+
+    Of float8, with which torch hardly calculates, they are float32.
+    """
     if gradient.layout is torch.strided:
-        return gradient
+        return gradient.float() if gradient.dtype.itemsize == 1 else gradient
     if gradient.layout is not torch.sparse_coo:  # CSR and its like
         return gradient.detach().values().clone()  # a view of them has no real and imaginary parts
     # An embedding's gradient lists a row once for each use of it; the norm is that of the sums.
@@ -363,8 +416,11 @@ class StepNorms(NamedTuple):
         # gets the norm bit for bit.
         if self.correction == self.unit_after == 1.0:
             return norms
-        factor = as_operand(self.correction) / as_operand(self.unit_after)
-        return norms if isinstance(factor, float) and factor == 1.0 else norms * factor
+        device = norms.device
+        factor = operand_on(self.correction, device) / operand_on(self.unit_after, device)
+        if isinstance(factor, Tensor):  # of float64, to which it would promote a norm []
+            return norms * factor.to(norms.dtype)
+        return norms if factor == 1.0 else norms * factor
 
     @property
     def before_scale(self) -> float:
@@ -493,10 +549,25 @@ class NonFiniteCount(NamedTuple):
 
 def count_nonfinite(gradient: Tensor) -> NonFiniteCount:
     """Counts the NaN and Inf elements of a gradient of any shape, dense or sparse."""
+    return NonFiniteCount(*map(int, _sums_of_nonfinite(gradient)))
+
+
+def nonfinite_counts(gradients: Sequence[Tensor]) -> Tensor:
+    """Counts the NaN and Inf elements of gradients as :func:`count_nonfinite` does; never waits.
+
+    Returns:
+        Tensor ``[n, 2]``: for each gradient the number of NaN and that of Inf elements, in the most
+        precise dtype of the device of the gradients; if they are on several, of :func:`home_of`
+        them.
+    """
+    counts = [count for gradient in gradients for count in _sums_of_nonfinite(gradient)]
+    return in_exact(gathered(counts)).reshape(-1, 2)
+
+
+def _sums_of_nonfinite(gradient: Tensor) -> tuple[Tensor, Tensor]:
     values = gradient_values(gradient)
     nan = torch.isnan(values)
-    inf = torch.isinf(values) & ~nan
-    return NonFiniteCount(int(nan.sum()), int(inf.sum()))
+    return nan.sum(), (torch.isinf(values) & ~nan).sum()
 
 
 class Origin(IntEnum):
@@ -608,11 +679,17 @@ class LateCheck(NamedTuple):
     origin: Origin = Origin.BACKWARD
     own: OwnNorm = NOT_KNOWN
 
-    def nonfinite(self, gradients: Sequence[Tensor] | None) -> list[FirstNonFinite]:
+    def nonfinite(
+        self,
+        gradients: Sequence[Tensor] | None,
+        counted: Mapping[int, NonFiniteCount] | None = None,
+    ) -> list[FirstNonFinite]:
         """Lists the parameters whose gradient is not finite, in backward order if it is known.
 
         Args:
-            gradients: The gradients that were measured; None if they no longer exist.
+            gradients: The gradients that were measured; None if they no longer exist, or their
+                elements have been counted.
+            counted: Their NaN and Inf elements by index, if these have been counted.
         """
         if self.measurement.finite or self.measurement.overflowed:
             return []
@@ -620,7 +697,9 @@ class LateCheck(NamedTuple):
         found = []
         for index in self.measurement.nonfinite_indices():
             column = self.measurement.indices.index(index)
-            counts = None if gradients is None else count_nonfinite(gradients[column])
+            counts = None if counted is None else counted.get(index)
+            if gradients is not None:
+                counts = count_nonfinite(gradients[column])
             # The norm of a finite gradient may have overflowed next to one that is not finite. It
             # has no NaN or Inf element, and is not reported.
             if counts is None or counts:

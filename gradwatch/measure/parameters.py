@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,8 +33,10 @@ _WRAPPERS = {
     "(model)": (("gradwatch.process.owners", "Together"),),
     "(loose)": (("gradwatch.process.owners", "Together"),),
 }
+_PROBE = "_gradwatch_probe"
+_OF_FABRIC = ("_forward_module", "_original_module")
 # In a mapping nobody can tell whose these are. No user calls a module like that.
-_PREFIXES = tuple(f"{name}." for name in _WRAPPERS if name.startswith("_"))
+_PREFIXES = tuple(f"{name}." for name in (*_WRAPPERS, *_OF_FABRIC) if name.startswith("_"))
 
 # torch 2.4 already has a package with the public name, but without the class.
 _DTENSOR_MODULE = (
@@ -69,7 +72,9 @@ class ParameterTable:
         named: dict[int, tuple[Tensor, list[str]]] = {}
         for name, tensor in _each_different(list(_named_tensors(model))):
             # By id, not by the tensor: ``==`` between tensors compares their elements.
-            named.setdefault(id(tensor), (tensor, []))[1].append(name)
+            names = named.setdefault(id(tensor), (tensor, []))[1]
+            if name not in names:  # a wrapper may hold the same module twice
+                names.append(name)
         entries = list(named.values())
         return cls(
             tensors=[tensor for tensor, _ in entries],
@@ -128,20 +133,68 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
+def forward_of(module: Any) -> Any:
+    """Returns the forward that has names for the arguments: of a wrapper, or of what is in it."""
+    module = unwrapped(module)
+    while isinstance(module, nn.Module) and (keys := wrapped_keys(module)):
+        code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+        if code is None or code.co_argcount + code.co_kwonlyargcount > 1:  # not only self
+            break
+        module = unwrapped(module.get_submodule(keys[0]))
+    return module.forward
+
+
+def wrapped_keys(module: nn.Module) -> list[str]:
+    """Returns under which names a wrapper holds what it stands for; empty for any other module.
+
+    Wrappers are those of torch, and a module of any other library (Fabric, PEFT) that holds one
+    other module and no parameters, and whose attributes are those of that module.
+    """
+    children = [(key, one) for key, one in module._modules.items() if one is not None]
+    keys = [key for key, _ in children if wraps(module, key)]
+    # Nearly all modules have the __getattr__() of nn.Module, which finds nothing in children.
+    if keys or not children or type(module).__getattr__ is nn.Module.__getattr__:
+        return keys
+    key, first = children[0]
+    inside = set(map(id, first.modules()))
+    # Fabric's also holds the module as the user gave it.
+    alone = all(id(one) in inside for _, one in children)
+    is_bare = not any(one is not None for one in module._parameters.values())
+    return [key] if alone and is_bare and _passes_on(module, first) else []
+
+
+def _passes_on(wrapper: nn.Module, inner: nn.Module) -> bool:
+    """Returns whether a wrapper passes a look-up of attributes on to the module inside."""
+    # An attribute of the user's may have the name of one of the wrapper's, so one is made up.
+    probe, inside = object(), vars(inner)
+    inside[_PROBE] = probe
+    try:
+        if getattr(wrapper, _PROBE, None) is probe:
+            return True
+    except Exception:  # code of another library
+        return False
+    finally:
+        del inside[_PROBE]
+    # It may pass on to what is inside of another wrapper, such as that of DDP.
+    return any(_passes_on(wrapper, inner.get_submodule(key)) for key in wrapped_keys(inner))
+
+
 def named_modules(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     """Yields ``(name, full name, module)`` of each module inside, parents first.
 
-    The full name is that of ``model.named_modules()``; the name leaves out what torch's wrappers
-    add to it. A module that is used in several places comes several times.
+    The full name is that of ``model.named_modules()``; the name leaves out what wrappers add to it
+    (:func:`wrapped_keys`). A module that is used in several places comes several times.
     """
     waiting = [("", "", model)]
     while waiting:
         name, full, module = waiting.pop()
         yield name, full, module
+        keys = wrapped_keys(module)
         children = [(key, child) for key, child in module._modules.items() if child is not None]
         waiting += [
-            (name if wraps(module, key) else _join(name, key), _join(full, key), child)
+            (name if key in keys else _join(name, key), _join(full, key), child)
             for key, child in reversed(children)
+            if not keys or key in keys or wraps(module, keys[0])
         ]
 
 
@@ -201,3 +254,14 @@ def local_part(tensor: Tensor) -> Tensor:
     """Returns this rank's part of a tensor, as a plain tensor that shares its memory."""
     part: Tensor = tensor.to_local() if is_sharded(tensor) else tensor
     return part
+
+
+def readable_part(weight: Tensor) -> Tensor:
+    """Returns this rank's part of a weight, as numbers that can be calculated with.
+
+    A quantized weight is a tensor of a class of its own, which can do what a forward and an
+    optimizer ask of it, and little else; this returns its values.
+    """
+    part = local_part(weight)
+    is_quantized = type(part).dequantize is not Tensor.dequantize
+    return part.dequantize() if is_quantized else part

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradwatch.measure.deferred import Deferred
+from gradwatch.measure.devices import exact_dtype, in_exact, sent
+from gradwatch.measure.gathering import index_tensor
 from gradwatch.measure.norms import FirstNonFinite, Measurement, NonFiniteCount, Origin, total_norm
 from gradwatch.measure.parameters import is_sharded
 
@@ -131,7 +133,7 @@ def all_reduce_norms(
 def _measurement(
     shards: Shards, indices: list[int], row: Tensor, norm_type: float, overflowed: bool
 ) -> Measurement:
-    norms = row[shards.index_tensor(indices, row.device)]
+    norms = row[index_tensor(tuple(indices), row.device)]
     wide = Deferred(total_norm(norms, norm_type))
     total = Deferred(wide.tensor.to(shards.dtype))
     # Even if the norm of every part fits into float32, that of the whole may not.
@@ -278,7 +280,7 @@ class PackedAllReduce:
         self.exchanged = True
 
     def _run(self, group: MeshGroup, gathered: list[list[Tensor]]) -> None:
-        columns = self.shards.index_tensor(group.indices, self.device)
+        columns = index_tensor(tuple(group.indices), self.device)
         weights = [self.shards.weights(group, self.device, placed) for placed in ({}, self.placed)]
         partial = [index for index in group.indices if index in self.partial]
         if partial and group.dimensions > 1:
@@ -291,7 +293,7 @@ class PackedAllReduce:
                 for row, of_gradients in zip(self._rows, self._of_gradients, strict=True)
             ),
             *(_at_own_rank(values, group) for values in self._own),
-            *(self.partial[index].reshape(-1).double() for index in partial),
+            *(in_exact(self.partial[index].reshape(-1)) for index in partial),
         ]
         payload = torch.cat([part.reshape(-1) for part in parts])
         for process_group in group.groups:
@@ -351,7 +353,6 @@ class Shards:
                 members.setdefault(tensor.device_mesh, {})[index] = tensor
         self.groups = [MeshGroup.of(mesh, tensors) for mesh, tensors in members.items()]
         # Each is made only once: a copy from the host to a device waits for the device.
-        self._indices: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
         self._weights: dict[tuple[torch.device, int, tuple[float, ...]], Tensor] = {}
 
     @classmethod
@@ -361,15 +362,9 @@ class Shards:
 
     def full_row(self, indices: Sequence[int], values: Tensor) -> Tensor:
         """Puts values ``[len(indices)]`` into a row ``[columns]``, float64, 0 in other columns."""
-        row = values.new_zeros(self.columns, dtype=torch.float64)
-        return row.index_copy_(0, self.index_tensor(indices, values.device), values.double())
-
-    def index_tensor(self, indices: Sequence[int], device: torch.device) -> Tensor:
-        """Returns indices as an int64 tensor on a device, from a cache."""
-        key = (device, tuple(indices))
-        if key not in self._indices:
-            self._indices[key] = torch.tensor(list(indices), dtype=torch.int64, device=device)
-        return self._indices[key]
+        values = in_exact(values)
+        row = values.new_zeros(self.columns)
+        return row.index_copy_(0, index_tensor(tuple(indices), values.device), values)
 
     def weights(
         self, group: MeshGroup, device: torch.device, placed: Mapping[int, Placements]
@@ -381,7 +376,8 @@ class Shards:
         weights = group.weights_of(placed)
         key = (device, id(group), weights)
         if key not in self._weights:
-            self._weights[key] = torch.tensor(weights, dtype=torch.float64, device=device)
+            there = torch.tensor(weights, dtype=exact_dtype(device), device="cpu")
+            self._weights[key] = sent(there, device)
         return self._weights[key]
 
 

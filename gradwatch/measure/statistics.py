@@ -6,16 +6,20 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gradwatch.checks import shown
 from gradwatch.errors import warn_safely
 from gradwatch.measure.deferred import Array, Deferred, FloatOrDeferred, resolve
+from gradwatch.measure.devices import as_exact, exact_dtype, home_of, in_exact, sent
+from gradwatch.measure.gathering import gathered, index_tensor
 from gradwatch.measure.norms import gradient_norms, gradient_values
-from gradwatch.measure.parameters import local_part
+from gradwatch.measure.parameters import readable_part
 from gradwatch.measure.sharded import UPDATE, PackedAllReduce, RanksPartedError, Shards
 
 Measure = Callable[[Tensor], Tensor]
@@ -73,35 +77,53 @@ class Statistic:
 # values: elements that are not stored are zeros, which only change the two counts.
 
 
+@dataclass(frozen=True, slots=True)
+class _TimesCount:
+    """A measure that is a number, or its square, times the count of elements.
+
+    Attributes:
+        number: Measures the number.
+        power: 1, or 2 for its square.
+    """
+
+    number: Measure
+    power: int = 1
+
+    def __call__(self, values: Tensor) -> Tensor:
+        return in_exact(self.number(values)) ** self.power * values.numel()
+
+
 def _count(values: Tensor) -> Tensor:
-    return torch.full((), values.numel(), dtype=torch.float64, device=values.device)
+    return as_exact(float(values.numel()), values.device)
 
 
 def _zeros(values: Tensor) -> Tensor:
     return values.numel() - torch.count_nonzero(values)
 
 
-def _sum(values: Tensor) -> Tensor:
-    parts = torch.view_as_real(values) if values.is_complex() else values
-    return parts.mean().double() * values.numel()
+def _mean(values: Tensor) -> Tensor:
+    return (torch.view_as_real(values) if values.is_complex() else values).mean()
 
 
-def _in_phase(values: Tensor) -> Tensor:
-    """Of complex numbers returns their :func:`_sum` again, of real ones 0."""
-    return _sum(values) if values.is_complex() else values.new_zeros(())
+def _mean_in_phase(values: Tensor) -> Tensor:
+    """Of complex numbers returns their :func:`_mean` again, of real ones 0."""
+    return _mean(values) if values.is_complex() else values.new_zeros(())
 
 
 def _out_of_phase(values: Tensor) -> Tensor:
     """Returns what the magnitude of a complex sum needs besides: 0 for real numbers."""
     if not values.is_complex():
         return values.new_zeros(())
-    total = values.mean().to(torch.complex128) * values.numel()
+    total = in_exact(values.mean()) * values.numel()
     return (total.real - total.imag) / math.sqrt(2)
+
+
+_sum = _TimesCount(_mean)
 
 
 def _max(values: Tensor) -> Tensor:
     if values.is_complex():
-        return values.to(torch.complex128).abs().amax()
+        return in_exact(values).abs().amax()
     low, high = torch.aminmax(values)  # on a CPU ten times as fast as a norm of p = inf
     return torch.maximum(-low, high)
 
@@ -145,10 +167,10 @@ STATISTICS: dict[str, Statistic] = {
         sums={
             "count": _count,
             "sum": _sum,
-            "in_phase": _in_phase,
+            "in_phase": _TimesCount(_mean_in_phase),
             "out_of_phase": _out_of_phase,
-            "sum_squared_over_count": lambda v: v.mean().abs().double().square() * v.numel(),
-            "squared_deviations": lambda v: torch.var(v, correction=0).double() * v.numel(),
+            "sum_squared_over_count": _TimesCount(lambda v: v.mean().abs(), power=2),
+            "squared_deviations": _TimesCount(lambda v: torch.var(v, correction=0)),
         },
         formula=_std,
     ),
@@ -172,7 +194,10 @@ STATISTICS: dict[str, Statistic] = {
 }
 """Every statistic that ``watch(statistics=)`` knows, besides ``"norm"``, which is always taken."""
 
-_TAKEN_NAMES = ("norm", "row", "step", "optimizer", "parameter", "grad_norm", "grad_norm_clipped")
+_TAKEN_NAMES = (
+    *("norm", "row", "step", "optimizer", "parameter", "grad_norm", "grad_norm_clipped"),
+    "blocks",  # the group of the norms of module blocks, in a logger
+)
 
 _NOT_A_NAME = (
     "register_statistic(name=) must be an identifier that is not taken yet, got {name!r}. Taken "
@@ -242,7 +267,9 @@ class _GuardedMeasure:
 
     def __call__(self, values: Tensor) -> Tensor:
         try:
-            return torch.as_tensor(self.measure(values)).reshape(())
+            found: Any = self.measure(values)
+            number = found if isinstance(found, Tensor) else as_exact(float(found), values.device)
+            return number.reshape(())
         except Exception as error:
             _warn_of(f"the measure {self.name!r}", error)
             return values.new_full((), torch.nan)
@@ -271,7 +298,43 @@ def _guarded(name: str, statistic: Statistic) -> Statistic:
     return replace(statistic, formula=formula, sums=sums, maxima=maxima)
 
 
-def gradient_rows(gradients: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Totals of parameters ``[n]``: numbers from a device, and what the host makes of them.
+
+    A square or a sum needs float64, which the host has and not every device.
+
+    Attributes:
+        numbers: Float32 or float64 ``[n]``, on a device; None for ones.
+        factors: What they are multiplied by ``[n]``; None for ones.
+        power: What they are raised to before.
+    """
+
+    numbers: Deferred | None
+    factors: NDArray[np.float64] | None = None
+    power: int = 1
+
+    def array(self) -> Array:
+        """Returns the totals on the host, float64; may wait for the device."""
+        if self.numbers is None:
+            return np.empty(0) if self.factors is None else self.factors
+        with np.errstate(all="ignore"):
+            totals: Array = self.numbers.array().astype(np.float64) ** self.power
+            return totals if self.factors is None else totals * self.factors
+
+    def on(self, device: torch.device) -> Tensor:
+        """Returns the totals on a device, in its most precise dtype, without a wait."""
+        factors = None
+        if self.factors is not None:
+            there = torch.tensor(self.factors, dtype=exact_dtype(device), device="cpu")
+            factors = sent(there, device)
+        if self.numbers is None:
+            return as_exact(0.0, device).new_zeros(0) if factors is None else factors
+        totals = in_exact(sent(self.numbers.tensor, device)) ** self.power
+        return totals if factors is None else totals * factors
+
+
+def gradient_rows(gradients: Sequence[Tensor], names: Sequence[str]) -> dict[str, Row]:
     """Measures what statistics are made of.
 
     Args:
@@ -280,33 +343,40 @@ def gradient_rows(gradients: Sequence[Tensor], names: Sequence[str]) -> dict[str
         names: The statistics; those of weights are passed over.
 
     Returns:
-        Rows by name of the measure: tensors ``[len(gradients)]``, float64, on the device of the
-        first gradient.
+        Rows ``[len(gradients)]`` by name of the measure.
     """
     measures = {row: one for name in names for row, one in STATISTICS[name].measures.items()}
     if not gradients:
-        return {row: torch.zeros(0, dtype=torch.float64) for row in sorted(measures)}
+        return {row: Row(None) for row in sorted(measures)}
     taken = [_measured(gradient.detach(), measures) for gradient in gradients]
-    device = gradients[0].device
-    return {
-        row: torch.stack([numbers[row].to(device) for numbers in taken]) for row in sorted(measures)
-    }
+    home = home_of(gradients)
+    return {row: _row([found[row] for found in taken], home) for row in sorted(measures)}
 
 
-def weight_row(parameters: Sequence[Tensor]) -> Tensor:
-    """Computes the squared L2 norm of each parameter, or of a part: ``[n]``, float64."""
-    return gradient_norms([p.detach() for p in parameters]).double().square()
+def _row(parts: Sequence[_Number], home: torch.device) -> Row:
+    factors = None
+    if any(part.factor != 1.0 for part in parts):
+        factors = np.array([part.factor for part in parts])
+    numbers = [part.number for part in parts]
+    if all(number is None for number in numbers):
+        return Row(None, np.ones(len(parts)) if factors is None else factors)
+    # An empty part of a sharded gradient has no number: its factor is 0.
+    one = torch.ones((), dtype=torch.float32, device=home)
+    stacked = gathered([one if n is None else n for n in numbers])
+    return Row(Deferred(stacked), factors, max(part.power for part in parts))
 
 
-def update_row(before: Sequence[Tensor], after: Sequence[Tensor]) -> Tensor:
-    """Computes the squared L2 norm of the change of each parameter, or of a part of each.
+def weight_row(parameters: Sequence[Tensor]) -> Row:
+    """Computes the squared L2 norm of each parameter, or of a part: ``[n]``."""
+    return Row(Deferred(gradient_norms([p.detach() for p in parameters])), power=2)
+
+
+def update_row(before: Sequence[Tensor], after: Sequence[Tensor]) -> Row:
+    """Computes the squared L2 norm of the change of each parameter, or of a part of each: ``[n]``.
 
     Args:
         before: Copies of the parameters before the step.
         after: The parameters after it.
-
-    Returns:
-        Tensor ``[len(before)]``, float64.
     """
     return weight_row([new.detach() - old for new, old in zip(after, before, strict=True)])
 
@@ -327,8 +397,16 @@ def statistics_of(names: Sequence[str], rows: Totals, unit: float) -> dict[str, 
         return {name: STATISTICS[name].formula(rows, unit) for name in there}
 
 
-def _measured(gradient: Tensor, measures: Mapping[str, Measure]) -> dict[str, Tensor]:
-    """Takes the measures of one gradient: tensors ``[]``, float64."""
+class _Number(NamedTuple):
+    """What was measured of one gradient: see :class:`Row`."""
+
+    number: Tensor | None
+    factor: float = 1.0
+    power: int = 1
+
+
+def _measured(gradient: Tensor, measures: Mapping[str, Measure]) -> dict[str, _Number]:
+    """Takes the measures of one gradient."""
     stored = _in_full_precision(gradient_values(gradient))
     unset = gradient.numel() - stored.numel()
     # A measure of the user's may need the zeros. Few ask for one of a sparse gradient, which is
@@ -339,16 +417,29 @@ def _measured(gradient: Tensor, measures: Mapping[str, Measure]) -> dict[str, Te
     found = {}
     for row, measure in measures.items():
         values = parts if isinstance(measure, _GuardedMeasure) else stored
-        # An empty part has no mean and no largest element; it counts as 0.
-        number = measure(values) if values.numel() else torch.zeros((), device=values.device)
-        number = number.double()
-        found[row] = number + unset if unset and _bare(measure) in (_count, _zeros) else number
+        if measure is _count:
+            found[row] = _Number(None, float(values.numel() + unset))
+        elif not values.numel():  # it has no mean and no largest element
+            found[row] = _Number(None, float(unset) if measure is _zeros else 0.0)
+        elif isinstance(measure, _TimesCount):
+            number = measure.number(values)
+            found[row] = _Number(number, float(values.numel()), measure.power)
+        else:
+            number = _in_single_or_double(measure(values))
+            found[row] = _Number(number + unset if unset and measure is _zeros else number)
     return found
 
 
+def _in_single_or_double(number: Tensor) -> Tensor:
+    if number.dtype in (torch.float32, torch.float64):
+        return number
+    return in_exact(number.real if number.is_complex() else number)
+
+
 def _in_full_precision(values: Tensor) -> Tensor:
-    # Every result would be rounded to their 8 or 11 bits, and those of float16 overflow.
-    if values.dtype in (torch.float16, torch.bfloat16):
+    # Every result would be rounded to their 8 or 11 bits, and those of float16 overflow. With
+    # float8 torch hardly calculates.
+    if values.dtype in (torch.float16, torch.bfloat16) or values.dtype.itemsize == 1:
         return values.float()
     return values.to(torch.complex64) if values.dtype is torch.complex32 else values
 
@@ -366,19 +457,27 @@ class StatisticsSample:
 
     names: Sequence[str] = ()
     columns: int = 0
-    parts: Sequence[tuple[Sequence[int], dict[str, Deferred]]] = ()
+    parts: Sequence[tuple[Sequence[int], dict[str, Row]]] = ()
     unit: FloatOrDeferred = 1.0
 
     def deferred(self) -> list[Deferred]:
         """Lists what must be read before the rows can be made."""
         unit = [self.unit] if isinstance(self.unit, Deferred) else []
-        return [*unit, *(row for _, rows in self.parts for row in rows.values())]
+        rows = (row.numbers for _, rows in self.parts for row in rows.values())
+        return [*unit, *(numbers for numbers in rows if numbers is not None)]
 
-    def rows(self) -> dict[str, Array]:
-        """Makes the statistics: rows over all columns, NaN where there is no value."""
+    def rows(self, applied: bool = True) -> dict[str, Array]:
+        """Makes the statistics: rows over all columns, NaN where there is no value.
+
+        ``applied`` says whether the step was taken; one that was skipped has no update.
+        """
         made: dict[str, Array] = {}
-        for indices, deferred in self.parts:
-            rows = {name: row.array() for name, row in deferred.items()}
+        for indices, late in self.parts:
+            rows = {
+                name: row.array()
+                for name, row in late.items()
+                if applied or name != "squared_update"
+            }
             for name, values in statistics_of(self.names, rows, resolve(self.unit)).items():
                 made[name] = np.full(self.columns, np.nan)
                 made[name][list(indices)] = values
@@ -393,7 +492,7 @@ class _Rows:
     """Rows ``[len(indices)]`` by name, and their slots in the all-reduce between ranks."""
 
     indices: Sequence[int] = ()
-    rows: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Row] = field(default_factory=dict)
     slots: dict[str, int] = field(default_factory=dict)
 
 
@@ -447,7 +546,7 @@ class StatisticsSampler:
     def measure_weights(self, indices: Sequence[int], parameters: Sequence[Tensor]) -> None:
         """Measures parameters before the step."""
         if self._of_weights:
-            parts = list(map(local_part, parameters))
+            parts = list(map(readable_part, parameters))
             self._weights = _Rows(indices, {"squared_weights": weight_row(parts)})
 
     def add_to(self, packed: PackedAllReduce) -> None:
@@ -456,7 +555,7 @@ class StatisticsSampler:
         for part in (self._gradients, self._weights):
             of_gradients = part is self._gradients
             for name, values in part.rows.items():
-                row = packed.shards.full_row(part.indices, values)
+                row = packed.shards.full_row(part.indices, values.on(packed.device))
                 part.slots[name] = (
                     packed.add_gather(row)
                     if name in self._maxima
@@ -467,7 +566,7 @@ class StatisticsSampler:
     def before_step(self, parameters: Sequence[Tensor]) -> None:
         """Copies the weights that a step is about to change, where their update is asked for."""
         if "squared_update" in self._of_weights:
-            self._weights_before = [torch.clone(local_part(p.detach())) for p in parameters]
+            self._weights_before = [torch.clone(readable_part(p.detach())) for p in parameters]
 
     def after_step(
         self, indices: Sequence[int], parameters: Sequence[Tensor], unit: FloatOrDeferred
@@ -486,13 +585,9 @@ class StatisticsSampler:
             if self._packed is not None and self._packed.exchanged:
                 self._measure_sums(self._packed.partial)
         if self._weights_before:
-            update = update_row(self._weights_before, list(map(local_part, parameters)))
+            update = update_row(self._weights_before, list(map(readable_part, parameters)))
             self._weights.rows["squared_update"] = self._summed(indices, update)
-        parts = [
-            (part.indices, {name: Deferred(row) for name, row in part.rows.items()})
-            for part in (self._gradients, self._weights)
-            if part.rows
-        ]
+        parts = [(p.indices, p.rows) for p in (self._gradients, self._weights) if p.rows]
         self._forget()
         return StatisticsSample(self._names, self._columns, parts, unit)
 
@@ -504,14 +599,17 @@ class StatisticsSampler:
         for column, index in enumerate(self._gradients.indices):
             if index in sums:
                 for name, value in gradient_rows([sums[index]], self._of_gradients).items():
-                    self._gradients.rows[name][column] = value[0]
+                    numbers = self._gradients.rows[name].numbers
+                    if numbers is not None:  # all of them, as the ranks have summed them
+                        numbers.tensor[column] = value.on(numbers.tensor.device)[0]
 
-    def _summed(self, indices: Sequence[int], row: Tensor) -> Tensor:
+    def _summed(self, indices: Sequence[int], row: Row) -> Row:
         """Sums the row of an update over the ranks, in an all-reduce of its own after the step."""
         if self._shards is None:
             return row
-        packed = PackedAllReduce(self._shards, row.device)
-        slot = packed.add_sum(self._shards.full_row(indices, row), of_gradients=False)
+        device = home_of(self._shards.tensors)
+        packed = PackedAllReduce(self._shards, device)
+        slot = packed.add_sum(self._shards.full_row(indices, row.on(device)), of_gradients=False)
         if self._shards.settle():
             self._shards.kind = UPDATE
             with suppress(RanksPartedError):
@@ -519,10 +617,10 @@ class StatisticsSampler:
         part = _Rows(indices, {"squared_update": row}, {"squared_update": slot})
         return self._reduced(packed, part, "squared_update")
 
-    def _reduced(self, packed: PackedAllReduce | None, part: _Rows, name: str) -> Tensor:
+    def _reduced(self, packed: PackedAllReduce | None, part: _Rows, name: str) -> Row:
         """Returns a row as summed over the ranks; NaN where they have not exchanged it."""
         if packed is None or not packed.exchanged:
-            return torch.full_like(part.rows[name], math.nan, dtype=torch.float64)
+            return Row(None, np.full(len(part.indices), math.nan))
         slot = part.slots[name]
         row = packed.gathered[slot].amax(0) if name in self._maxima else packed.sums[slot]
-        return row[packed.shards.index_tensor(part.indices, row.device)]
+        return Row(Deferred(row[index_tensor(tuple(part.indices), row.device)]))

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from gradwatch.clip.policy import ClipPolicy
 from gradwatch.hooks.data_parallel import is_distributed, wrappers_that_hold
-from gradwatch.hooks.engines import engines_of, instances_of, trains_any
+from gradwatch.hooks.engines import engines_of, instances_of_named, trains_any
 from gradwatch.hooks.exchange import settle_copies
 from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.options import Options
@@ -285,6 +285,14 @@ def _of_composer(state: Any) -> _Clip | None:
     return _Clip("Composer", settings[0], "take it out of algorithms") if settings else None
 
 
+def _of_skorch(net: Any) -> _Clip | None:
+    name, kind = "gradient_clip_value", "GradientNormClipping"
+    limits = [getattr(one, name, None) for _, one in net.callbacks_ if type(one).__name__ == kind]
+    used = [limit for limit in limits if _limits(limit)]
+    setting = f"{kind}({name}={used[0]!r})" if used else ""
+    return _Clip("skorch", setting, "take that callback out of callbacks") if used else None
+
+
 _FRAMEWORKS = (
     _Framework(
         # transformers 4 and 5, and the trainers derived from it (trl, sentence-transformers, ...)
@@ -327,6 +335,12 @@ _FRAMEWORKS = (
         _of_stable_baselines,
     ),
     _Framework(
+        ("skorch.net",),
+        "NeuralNet",
+        lambda net: (net.module_, net.optimizer_),
+        _of_skorch,
+    ),
+    _Framework(
         ("fastai.callback.training",),
         "GradientClip",
         lambda callback: (callback.learn.model,),
@@ -352,7 +366,7 @@ def _clips_inside(optimizers: Iterable[Optimizer]) -> Iterator[_Clip]:
 
 def _clips_of_frameworks(wanted: set[int]) -> Iterator[_Clip]:
     for framework in _FRAMEWORKS:
-        for one in instances_of((home, framework.name) for home in framework.homes):
+        for one in instances_of_named((home, framework.name) for home in framework.homes):
             if trains_any(wanted, framework.trains, one):
                 try:
                     clip = framework.clip(one)

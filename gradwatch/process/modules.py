@@ -20,6 +20,7 @@ from torch.nn.modules.module import (
 )
 from torch.utils.hooks import RemovableHandle
 
+from gradwatch.hooks.callers import frames_of_threads
 from gradwatch.hooks.instances import instances_of
 from gradwatch.hooks.variables import local_variables
 
@@ -81,7 +82,7 @@ def frozen_modules() -> list[nn.Module]:
     They are reached from the imported modules and the variables of running functions, which takes
     a large part of a second; without a call of ``gc.freeze()`` there are none.
     """
-    return instances_of(nn.Module, _reachable()) if gc.get_freeze_count() else []
+    return instances_of(nn.Module, among=_reachable()) if gc.get_freeze_count() else []
 
 
 def values_of(module: nn.Module, attribute: str) -> list[Any]:
@@ -112,7 +113,7 @@ def _variables() -> list[Any]:
     """Lists the variables of all functions that are running, but for those in this room."""
     found: list[Any] = []
     # No variable may be left that refers to the frame of this function: it would be a cycle.
-    waiting = list(sys._current_frames().values())
+    waiting = list(frames_of_threads().values())
     while waiting:
         frame: FrameType | None = waiting.pop()
         while frame is not None:

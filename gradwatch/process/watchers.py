@@ -27,13 +27,14 @@ from gradwatch.errors import described_error, tell_instead, tell_no_more, warn_s
 from gradwatch.history import load
 from gradwatch.hooks.backward import give_way_no_more, give_way_with, is_watched
 from gradwatch.hooks.context import REPLAY, is_replaying
+from gradwatch.hooks.entry import BeforeBackward, is_tracing
+from gradwatch.hooks.instances import looked_for_once
 from gradwatch.hooks.optimizer import OptimizerDiscovery, is_trial, parameters_held
 from gradwatch.hooks.scaler import noted_scalers
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.options import CHECKS
 from gradwatch.pickles import stable_name
 from gradwatch.process.acting import refuse_dishonest
-from gradwatch.process.backward import BeforeBackward, is_tracing
 from gradwatch.process.modules import NotedModules
 from gradwatch.process.optimizers import BuiltOptimizers, is_complete, optimizers_there
 from gradwatch.process.owners import Owner, owners_of
@@ -157,7 +158,7 @@ class ProcessWatch:
         self._lock_of_names = threading.Lock()  # a model may step while others are claimed
         self._claiming: int | None = None  # the thread that does
         self._births: BuiltOptimizers | None = None
-        self._before_backward = BeforeBackward(self._claim)
+        self._before_backward = BeforeBackward(lambda _: self._claim())
         self._steps: OptimizerDiscovery | None = None
 
     # -- life ----------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ class ProcessWatch:
         self._there = list(map(weakref.ref, there))
         for optimizer in there:
             self._on_built(optimizer)
-            self._on_complete(optimizer)
+        self._keep_forwards_of(there)
         return self
 
     def close(self) -> None:
@@ -306,12 +307,21 @@ class ProcessWatch:
                 self._steps = OptimizerDiscovery(self._before_step)
 
     def _on_complete(self, optimizer: Optimizer) -> None:
-        """Keeps the forwards of an optimizer's model from now on, to explain its first step."""
-        if not self._is_ignored() and self._early is not None and not self._is_known(optimizer):
-            try:
-                self._early.begin([optimizer])
-            except Exception as error:
-                self._note_error(type(optimizer).__name__, error)
+        self._keep_forwards_of([optimizer])
+
+    def _keep_forwards_of(self, optimizers: Sequence[Optimizer]) -> None:
+        """Keeps the forwards of their models from now on, to explain the first step of each."""
+        if self._is_ignored() or self._early is None:
+            return
+        new = [one for one in optimizers if not self._is_known(one)]
+        try:
+            self._early.begin(new)  # at once: a search for their owners may take a second
+        except Exception as error:
+            if len(new) == 1:
+                self._note_error(type(new[0]).__name__, error)
+                return
+            for optimizer in new:  # one that is refused keeps none of the others from being seen
+                self._keep_forwards_of([optimizer])
 
     def _is_ignored(self) -> bool:
         """Returns whether what this thread does now is none of the training's."""
@@ -418,8 +428,9 @@ class ProcessWatch:
             for one in optimizers
             if not self._is_left(one) and not self._joins(one) and not self._is_enough(one)
         ]
-        for owner in owners_of(new, self._noted):
-            self._watch(owner)
+        with looked_for_once():  # each model is asked who else trains it
+            for owner in owners_of(new, self._noted):
+                self._watch(owner)
         self._held = {key: one for key, one in self._held.items() if one[0]() is not None}
         for one in optimizers:
             if any(not known.ended and known.watcher.is_following(one) for known in self._all):
@@ -449,7 +460,12 @@ class ProcessWatch:
         return False
 
     def _is_enough(self, optimizer: Optimizer) -> bool:
-        """Counts a model of the optimizer's kind; returns whether there were enough of it."""
+        """Counts a model of the optimizer's kind; returns whether there were enough of it.
+
+        Optimizers that were there before are not counted: most are left over, and step no more.
+        """
+        if self._were_there([optimizer]):
+            return False
         # Without looking for the model, which takes a while: meta-learning copies it in every step.
         kind = _kind(optimizer)
         self._kinds[kind] += 1

@@ -6,8 +6,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ from gradwatch.record.records import (
     Sink,
     StepRecord,
     clipped_by,
+    delivery_of,
 )
 from gradwatch.record.sink_queue import SinkQueue
 
@@ -151,28 +153,71 @@ FLUSH_SECONDS = 5.0
 URGENT_SECONDS = 1.0
 
 
+class _Outlet:
+    """One sink, and how much it has not received.
+
+    Attributes:
+        sink: The sink.
+        queue: Gives it what is delivered.
+        waiting: Steps that it has not received.
+        events: Events that it has not received.
+    """
+
+    __slots__ = ("_delivered_at", "_limit", "events", "queue", "sink", "waiting")
+
+    def __init__(self, sink: Sink, limit: int) -> None:
+        """Starts with nothing to deliver; at most ``limit`` steps may wait."""
+        self.queue = SinkQueue(sink)
+        self.waiting = 0
+        self.events: list[Event] = []
+        self.sink, self._limit = sink, limit
+        self._delivered_at = time.perf_counter()
+
+    @property
+    def limit(self) -> int:
+        """The most steps that may wait; asked anew, as a sink may know only later what it wants."""
+        return 1 if delivery_of(self.sink) == "step" else self._limit
+
+    def due(self, more: int, seconds: float) -> bool:
+        """Returns whether it is time to deliver, with ``more`` steps that are not counted yet."""
+        return self.waiting + more >= self.limit or (
+            time.perf_counter() - self._delivered_at > seconds
+        )
+
+    def give(self, batch: RecordBatch) -> None:
+        """Puts what waits into the queue of the sink, as one batch."""
+        self.queue.add(batch)
+        self.waiting = 0
+        self.events = []
+        self._delivered_at = time.perf_counter()
+
+
 class SinkHub:
     """Counts the steps that the sinks have not received, and decides when to deliver them.
 
-    A sink that raises is tried again (:class:`~gradwatch.record.sink_queue.SinkQueue`); the
-    training and the other sinks go on.
+    A sink gets batches of 64 steps or 5 seconds, or each step by itself if it has
+    ``deliver = "step"``. One that raises is tried again
+    (:class:`~gradwatch.record.sink_queue.SinkQueue`); the training and the other sinks go on.
     """
 
     def __init__(self, sinks: Sequence[Sink], capacity: int) -> None:
         """Starts with nothing to deliver; at most ``capacity`` steps may wait."""
-        self._queues = list(map(SinkQueue, sinks))
-        self._of_parent: list[SinkQueue] = []
         self._limit = min(FLUSH_STEPS, capacity)
-        self._waiting = 0
-        self._delivered_at = time.perf_counter()
+        self._outlets = [_Outlet(sink, self._limit) for sink in sinks]
+        self._of_parent: list[_Outlet] = []
 
     def __bool__(self) -> bool:
-        return bool(self._queues)
+        return bool(self._outlets)
 
     @property
     def full(self) -> bool:
         """Whether no further step may wait: those that do would be lost."""
-        return self._waiting >= self._limit
+        return any(one.waiting >= one.limit for one in self._outlets)
+
+    def note(self, events: Sequence[Event]) -> None:
+        """Notes events, for the next delivery."""
+        for one in self._outlets:
+            one.events.extend(events)
 
     def add(self, urgent: bool) -> bool:
         """Counts one more step.
@@ -181,50 +226,64 @@ class SinkHub:
             urgent: Whether the step should be seen soon, because a number was not finite.
 
         Returns:
-            Whether it is time to deliver: 64 steps are waiting, or the last delivery was more than
-            5 seconds ago, or one second if urgent.
+            Whether it is time to deliver to a sink: 64 steps are waiting, or the last delivery was
+            more than 5 seconds ago, or one second if urgent, or it gets each step by itself.
         """
-        if not self._queues:
-            return False
-        self._waiting += 1
+        for one in self._outlets:
+            one.waiting += 1
         return self.due(0, URGENT_SECONDS if urgent else FLUSH_SECONDS)
 
     def due(self, more: int, seconds: float = FLUSH_SECONDS) -> bool:
-        """Returns whether it is time to deliver.
+        """Returns whether it is time to make records, and to deliver them if there is a sink.
 
         Args:
             more: Steps that have not been counted yet, as their records have not been made.
             seconds: The longest time since the last delivery.
         """
-        if self._waiting + more >= self._limit:
-            return True
-        return bool(self._queues) and time.perf_counter() - self._delivered_at > seconds
+        return more >= self._limit or any(one.due(more, seconds) for one in self._outlets)
 
-    def deliver(self, take: Callable[[int], RecordBatch]) -> None:
-        """Delivers the waiting steps to every sink; ``take`` makes a batch of the newest steps."""
-        if not self._queues:
-            return
-        batch = take(self._waiting)
-        self._waiting = 0
-        self._delivered_at = time.perf_counter()
+    def deliver(self, take: Callable[[int, tuple[Event, ...]], RecordBatch]) -> None:
+        """Delivers to every sink what waits for it.
+
+        Args:
+            take: Makes a batch of the newest steps, as many as are asked for, with these events.
+        """
+        self._deliver(self._outlets, take)
+
+    def deliver_due(
+        self, take: Callable[[int, tuple[Event, ...]], RecordBatch], urgent: bool
+    ) -> None:
+        """Delivers to the sinks for which it is time; see :meth:`add` and :meth:`deliver`."""
+        seconds = URGENT_SECONDS if urgent else FLUSH_SECONDS
+        self._deliver([one for one in self._outlets if one.due(0, seconds)], take)
+
+    def _deliver(
+        self,
+        outlets: Sequence[_Outlet],
+        take: Callable[[int, tuple[Event, ...]], RecordBatch],
+    ) -> None:
+        batches: dict[tuple[int, int], RecordBatch] = {}
         # First into every queue: an interrupt in one sink then costs the others nothing.
-        for queue in self._queues:
-            queue.add(batch)
-        for queue in self._queues:
-            queue.deliver()
+        for one in outlets:
+            # What waits is always the newest, so equal numbers of it are the same.
+            size = one.waiting, len(one.events)
+            if size not in batches:
+                batches[size] = take(one.waiting, tuple(one.events))
+            one.give(batches[size])
+        for one in outlets:
+            one.queue.deliver()
 
     def close(self) -> None:
         """Tries once more what a sink has not taken, and closes every sink; safe to call again."""
-        queues, self._queues = self._queues, []
+        outlets, self._outlets = self._outlets, []
         with ExitStack() as closing:  # also if one is interrupted, the others are closed
-            for queue in reversed(queues):
-                closing.callback(queue.close)
+            for one in reversed(outlets):
+                closing.callback(one.queue.close)
 
     def disown(self) -> None:
         """Leaves the sinks to the process that this one was forked from."""
         # They stay referenced: a file that is freed would write the parent's buffered bytes again.
-        self._of_parent, self._queues = self._queues, []
-        self._waiting = 0
+        self._of_parent, self._outlets = self._outlets, []
 
 
 FIRST_EVENTS = 1_000
@@ -255,8 +314,61 @@ class FinishedStep(Protocol):
     def ready(self) -> bool:
         """Returns whether its numbers have arrived; never waits."""
 
+    def wait(self) -> None:
+        """Waits until its numbers have arrived."""
+
     def entry(self) -> Entry:
         """Returns the step with its record; waits for numbers that have not arrived."""
+
+
+_LOOKED_AT = 8  # steps of those on their way; a look at one costs a microsecond or two
+
+
+def _is_ready(step: FinishedStep) -> bool:
+    try:
+        return step.ready()
+    except Exception:
+        # The device has failed, and can be asked nothing any more. The training's next call says
+        # so, and what had arrived is read at the end of the run.
+        return False
+
+
+class ComingStep:
+    """A step that is over, for whoever logs it as soon as its numbers have arrived."""
+
+    __slots__ = ("_layout", "_lock", "_step")
+
+    def __init__(self, step: FinishedStep, lock: threading.RLock, layout: Layout) -> None:
+        """Reads the step under the lock of its recorder; see :attr:`Recorder.on_step`."""
+        self._step, self._lock, self._layout = step, lock, layout
+
+    def arrived(self) -> bool:
+        """Returns whether :meth:`record` would return at once; never waits."""
+        return _is_ready(self._step)
+
+    def record(self) -> StepRecord | None:
+        """Returns the record of the step; waits for numbers that have not arrived.
+
+        Steps are to be read in the order in which they were taken.
+
+        Returns:
+            The record; None if the gradients were thrown away, so that there was no step.
+        """
+        entry = self._entry()
+        return None if entry.thrown_away else entry.record
+
+    def batch(self) -> RecordBatch | None:
+        """Returns the step as a sink would get it, with its norms; else as :meth:`record`."""
+        entry = self._entry()
+        if entry.thrown_away:
+            return None
+        alone = RingBuffer(self._layout, 1)
+        alone.append(entry)
+        return alone.batch(events=entry.events)
+
+    def _entry(self) -> Entry:
+        with self._lock:
+            return self._step.entry()
 
 
 class Recorder:
@@ -272,6 +384,7 @@ class Recorder:
         skipped: The number of steps that were not applied.
         unread: The number of steps that could not be read, after an error of the device.
         spoken: What was logged: ``"nonfinite"``, ``"skipped"``; each once.
+        on_step: Called with each step when it is over, in order; None if nobody wants to know.
     """
 
     def __init__(
@@ -295,7 +408,6 @@ class Recorder:
         self._on_events = on_events
         self._first_events: list[Event] = []
         self._events: deque[Event] = deque(maxlen=NEWEST_EVENTS)
-        self._undelivered: list[Event] = []
         self._expected: deque[FinishedStep] = deque()
         self._receiving = threading.RLock()
         self._hurries = False
@@ -307,6 +419,7 @@ class Recorder:
         self._error: Exception | None = None
         self.skipped = 0
         self.spoken: set[str] = set()
+        self.on_step: Callable[[ComingStep], None] | None = None
 
     @property
     def last(self) -> StepRecord | None:
@@ -323,7 +436,7 @@ class Recorder:
         with self._receiving:
             if not self._expected or self._expected[0].settled:
                 return self._last
-            entries = (step.entry() for step in reversed(self._expected) if step.ready())
+            entries = (step.entry() for step in reversed(self._expected) if _is_ready(step))
             records = (entry.record for entry in entries if not entry.thrown_away)
             return next(records, self._last)
 
@@ -333,6 +446,8 @@ class Recorder:
         Steps that can wait are recorded in groups, when it is time to deliver.
         """
         self._expected.append(step)
+        if self.on_step is not None:
+            self.on_step(ComingStep(step, self._receiving, self._buffer.layout))
         if self._forked:
             self._forked = False
             warn_safely(FORKED)
@@ -353,8 +468,16 @@ class Recorder:
         if not self._expected:
             return
         with self._receiving:  # a thread other than the training may read the history
+            if not wait:
+                # Also those behind the first: what has arrived is there, should the device fail.
+                for step in list(islice(self._expected, 1, _LOOKED_AT)):
+                    _is_ready(step)
+            else:
+                # First for the newest: those before it have arrived then, so the host waits once.
+                with suppress(Exception):  # of a device that fails; whoever reads the step is told
+                    self._expected[-1].wait()
             while self._expected and (unsettled or self._expected[0].settled):
-                if not wait and not self._expected[0].ready():
+                if not wait and not _is_ready(self._expected[0]):
                     break
                 self.add(self._next())
             self._hurries = self._hurries and bool(self._expected)
@@ -382,17 +505,20 @@ class Recorder:
             self.note(entry.events)
             self._speak(entry)
         if entry.thrown_away:
-            if self._hub.due(0, URGENT_SECONDS):  # no step may ever come to deliver it with
-                self.flush()
+            # No step may ever come to deliver it with. Without an event there is nothing to tell.
+            if entry.events and self._hub.due(0, URGENT_SECONDS):
+                self.receive()
+                self._hub.deliver(self._buffer.batch)
             return
         self._buffer.append(entry)
         self._last = entry.record
         self.skipped += entry.record.outcome != "applied"
         self._on_record(entry.record)
-        if self._hub.add(urgent=any(event.nonfinite for event in entry.events)):
+        urgent = any(event.nonfinite for event in entry.events)
+        if self._hub.add(urgent):
             if not self._hub.full:
-                self.receive(wait=True)  # whatever is ready goes into the same batch
-            self._hub.deliver(self._take)
+                self.receive()  # whatever is ready goes into the same batch
+            self._hub.deliver_due(self._buffer.batch, urgent)
 
     def _speak(self, entry: Entry) -> None:
         """Logs the first bad gradient, and the first step that gradwatch itself has skipped."""
@@ -415,12 +541,17 @@ class Recorder:
         room = FIRST_EVENTS - len(self._first_events)
         self._first_events.extend(events[:room])
         self._events.extend(events[room:])
-        if self._hub:
-            self._undelivered.extend(events)
+        self._hub.note(events)
 
     def note_groups(self, groups: ParameterGroups) -> None:
         """Notes the parameter groups that an optimizer has from one of its steps on."""
         self._buffer.groups = (*self._buffer.groups, groups)
+
+    def reshape(self, shapes: tuple[tuple[int, ...], ...]) -> None:
+        """Notes the shapes of the parameters, where others have taken their place."""
+        layout = self._buffer.layout
+        if shapes != layout.shapes:
+            self._buffer.layout = replace(layout, shapes=shapes)
 
     def hold(self, step: FinishedStep) -> int:
         """Holds a backward that may be a step of its own; returns how many are held now."""
@@ -453,12 +584,7 @@ class Recorder:
         """Delivers all steps and events that the sinks have not received; waits for numbers."""
         with self._receiving:
             self.receive(wait=True, unsettled=True)
-            self._hub.deliver(self._take)
-
-    def _take(self, count: int) -> RecordBatch:
-        batch = self._buffer.batch(count, tuple(self._undelivered))
-        self._undelivered = []  # only now: a batch that memory has no room for loses nothing
-        return batch
+            self._hub.deliver(self._buffer.batch)
 
     def close(self) -> None:
         """Delivers the rest and closes the sinks, whatever happens.
@@ -470,7 +596,7 @@ class Recorder:
             ending.callback(self._tell_unread)
             ending.callback(self._hub.close)
             ending.enter_context(self._receiving)
-            ending.callback(self._hub.deliver, self._take)
+            ending.callback(self._hub.deliver, self._buffer.batch)
             self.receive_readable()
 
     def receive_readable(self) -> None:
@@ -491,7 +617,6 @@ class Recorder:
     def disown(self) -> None:
         """Leaves the sinks, and what they have not received, to the parent of this fork."""
         self._receiving = threading.RLock()  # a thread of the parent may have held it
-        self._undelivered = []
         self._forked = bool(self._hub)
         self._hub.disown()
 

@@ -522,7 +522,15 @@ class RecordBatch:
 @stable_name
 @runtime_checkable
 class Sink(Protocol):
-    """Anything that receives batches of records: a file, a logger, TensorBoard, a list."""
+    """Anything that receives batches of records: a file, a logger, TensorBoard, a list.
+
+    It may have an attribute ``deliver``. With ``"step"`` each step is delivered by itself, as soon
+    as its numbers are there, for boards whose rows must come in step with those of the loop. With
+    ``"batch"``, or without the attribute, steps come together: 64 of them, or those of 5 seconds.
+
+    It may have a method ``attached(watcher)``: it is called when the watcher is attached, in every
+    process, also where others than rank 0 deliver nothing. Keep a weak reference to the watcher.
+    """
 
     def write(self, batch: RecordBatch) -> None:
         """Receives some consecutive steps, oldest first, and their events.
@@ -537,6 +545,15 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Writes what is still held, releases files; called once, at the end, whatever failed."""
+
+
+DELIVERIES = ("batch", "step")
+
+
+def delivery_of(sink: Sink) -> str:
+    """Returns how a sink wants its steps: ``"step"`` or ``"batch"``."""
+    wanted = getattr(sink, "deliver", "batch")
+    return wanted if wanted in DELIVERIES else "batch"
 
 
 NO_GRADIENT = -1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from operator import gt
 
 from gradwatch.errors import described_error, warn_safely
 from gradwatch.record.records import RecordBatch, Sink
@@ -26,6 +27,9 @@ GIVEN_UP = (
     "gradwatch: {sink} still failed in write() at the end of the run, with {error}, and is given "
     "up. {lost}"
 )
+ATTACHED_FAILED = (
+    "gradwatch: {sink} failed in attached() with {error}. It receives the records all the same."
+)
 CLOSE_FAILED = (
     "gradwatch: {sink} failed in close() with {error}. The other sinks are closed all the same."
 )
@@ -42,10 +46,17 @@ class SinkQueue:
     followed by a second warning, when the sink works again or at the end of the run.
     """
 
-    def __init__(self, sink: Sink) -> None:
-        """Starts empty."""
+    def __init__(self, sink: Sink, name: str = "") -> None:
+        """Starts empty.
+
+        Args:
+            sink: Receives the batches.
+            name: What warnings call it; left out, they say its class.
+        """
         self._sink = sink
+        self._name = name or type(sink).__name__
         self._waiting: deque[RecordBatch] = deque()
+        self._sizes = [0, 0, 0]  # steps, events and norms that wait
         self._failures = 0  # in a row
         self._pause = 0  # deliveries to let pass before the next attempt
         self._error = ""
@@ -57,6 +68,7 @@ class SinkQueue:
         """Adds a batch; call :meth:`deliver` after it."""
         if batch.steps or batch.events:
             self._waiting.append(batch)
+            self._count(batch, 1)
 
     def deliver(self) -> None:
         """Gives the sink what waits for it, unless it pauses after a failure."""
@@ -89,7 +101,7 @@ class SinkQueue:
             while self._waiting:
                 self._sink.write(self._waiting[0])
                 # Only now: what a KeyboardInterrupt in write() stops is written at the end.
-                self._waiting.popleft()
+                self._take_oldest()
                 self._failures = 0
         except Exception as error:
             self._error = described_error(error)
@@ -105,24 +117,29 @@ class SinkQueue:
 
     def _lose_oldest(self) -> None:
         """Drops the oldest batches beyond the limits, but never the newest one."""
-        waiting, sizes = self._waiting, (KEPT_STEPS, KEPT_EVENTS, KEPT_NORMS)
-        kept, held = 0, (0, 0, 0)
-        for batch in reversed(waiting):
-            steps, events, norms = held
-            held = steps + len(batch.steps), events + len(batch.events), norms + batch.norms.size
-            if kept and any(size > most for size, most in zip(held, sizes, strict=True)):
-                break
-            kept += 1
-        if kept < len(waiting):
-            self._lose(len(waiting) - kept)
-            if not self._told:
-                self._tell_failure(LOSES)
+        most = KEPT_STEPS, KEPT_EVENTS, KEPT_NORMS
+        lost = False
+        while len(self._waiting) > 1 and any(map(gt, self._sizes, most)):
+            self._lose(1)
+            lost = True
+        if lost and not self._told:
+            self._tell_failure(LOSES)
 
     def _lose(self, batches: int) -> None:
         for _ in range(batches):
-            batch = self._waiting.popleft()
+            batch = self._take_oldest()
             self._lost_steps += len(batch.steps)
             self._lost_events += len(batch.events)
+
+    def _take_oldest(self) -> RecordBatch:
+        batch = self._waiting.popleft()
+        self._count(batch, -1)
+        return batch
+
+    def _count(self, batch: RecordBatch, times: int) -> None:
+        # Not summed when it is asked for: thousands of batches of one step may wait.
+        for index, size in enumerate((len(batch.steps), len(batch.events), batch.norms.size)):
+            self._sizes[index] += times * size
 
     def _tell_failure(self, text: str) -> None:
         self._told_before = self._told = True
@@ -130,9 +147,20 @@ class SinkQueue:
 
     def _tell(self, text: str) -> None:
         lost = lost_records(self._lost_steps, self._lost_events)
-        name, error = type(self._sink).__name__, self._error
+        name, error = self._name, self._error
         text = text.format(sink=name, error=error, lost=lost, steps=KEPT_STEPS, events=KEPT_EVENTS)
         warn_safely(text.rstrip())
+
+
+def introduce(sink: Sink, watcher: object) -> None:
+    """Tells a sink that has a method ``attached(watcher)`` whose records it will receive."""
+    attached = getattr(sink, "attached", None)
+    if callable(attached):  # whatever else is called so is of no concern of ours
+        try:
+            attached(watcher)
+        except Exception as error:
+            told = {"sink": type(sink).__name__, "error": described_error(error)}
+            warn_safely(ATTACHED_FAILED.format(**told))
 
 
 def lost_records(steps: int, events: int) -> str:

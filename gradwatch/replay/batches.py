@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from gradwatch.measure.devices import in_double
 from gradwatch.replay.live import BatchSeen
 
 Shape: TypeAlias = tuple[int, ...]
@@ -217,11 +218,3 @@ def _nodes_below(roots: Sequence[Any]) -> set[Any]:
                 seen.add(child)
                 nodes.append(child)
     return seen
-
-
-def in_double(tensor: Tensor) -> Tensor:
-    """Returns a detached tensor in double precision, on the CPU where its device has none."""
-    tensor = tensor.detach()
-    if tensor.device.type == "mps":  # which has no float64
-        tensor = tensor.cpu()
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)

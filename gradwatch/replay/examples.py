@@ -96,13 +96,22 @@ class Examples:
             return
         stride = tensor.stride(0)
         if tensor.shape[0] == self.size and stride:
-            self._rows[key] = _Rows(stride * tensor.element_size(), torch.arange(self.size))
+            self._rows[key] = _Rows(
+                stride * tensor.element_size(), torch.arange(self.size, device="cpu")
+            )
 
     def note_like(self, tensor: Tensor, other: Tensor) -> None:
         """Notes a tensor whose examples lie as those of another one of the same shape."""
         key, found = memory_of(tensor), self._axis(memory_of(other), other)
         if key is not None and found is not None and tensor.shape == other.shape:
             self._keep(key, tensor, found)
+
+    def note_same(self, key: int, other: int) -> None:
+        """Notes that a piece of memory holds what another one holds."""
+        if other in self._rows:
+            self._rows[key] = self._rows[other]
+        else:
+            self._rows.pop(key, None)
 
     def note_result(
         self,
@@ -234,11 +243,12 @@ class Examples:
         if not bool(marked.any()):  # most often, and what follows is slow
             return ()
         item = tensor.element_size()
-        address = torch.full((1,) * tensor.dim(), int(tensor.storage_offset()) * item)
+        start = int(tensor.storage_offset()) * item
+        address = torch.full((1,) * tensor.dim(), start, device="cpu")
         for axis, (length, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
             form = [1] * tensor.dim()
             form[axis] = length
-            address = address + (torch.arange(length) * (stride * item)).view(form)
+            address = address + (torch.arange(length, device="cpu") * (stride * item)).view(form)
         example = rows.ids[address // rows.each % len(rows.ids)].expand(tensor.shape)
         counts = torch.bincount(example[marked.cpu()], minlength=self.size)
         chosen = counts > 0
@@ -308,6 +318,6 @@ def _indexed(
     # table[arange(batch), target]: each row for itself.
     if axis == 0 and used[0] == 0 and first is not None and first.dim() == 1:
         in_order = first.dtype is not torch.bool and len(first) == size
-        if in_order and bool((first.cpu() == torch.arange(len(first))).all()):
+        if in_order and bool((first.cpu() == torch.arange(len(first), device="cpu")).all()):
             return 0
     return None

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradwatch.hooks.graph import ENGINE_CODE
+from gradwatch.hooks.callers import ENGINE_CODE
 from gradwatch.hooks.variables import local_variables
 from gradwatch.replay.operands import memory_of
 
@@ -56,6 +56,12 @@ _PYTHON = tuple(
     if path
 )
 _PACKAGES = tuple(f"{os.sep}{name}{os.sep}" for name in ("site-packages", "dist-packages"))
+# What Fabric has around a model.
+_AROUND = tuple(
+    str(Path(os.sep, packages, name)) + os.sep
+    for packages in ("site-packages", "dist-packages")
+    for name in ("lightning/fabric", "lightning_fabric", "lightning_utilities")
+)
 _CHECKPOINT = str(Path(_TORCH, "utils", "checkpoint.py"))
 
 
@@ -123,7 +129,10 @@ def _kind_of(code: CodeType) -> _Kind:
         return _Kind.LIBRARY
     if file.startswith((_TORCH, "<frozen ")):
         return _Kind.LIBRARY
-    if file.startswith(_PYTHON) and not any(part in file for part in _PACKAGES):
+    in_packages = any(part in file for part in _PACKAGES)
+    if file.startswith(_PYTHON) and not in_packages:
+        return _Kind.LIBRARY
+    if in_packages and any(part in file for part in _AROUND):
         return _Kind.LIBRARY
     return _Kind.USER
 

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradwatch.measure.devices import in_double
 from gradwatch.measure.norms import norm_of_norms
 from gradwatch.record.explanation import Share
-from gradwatch.replay.batches import Batch, BatchedEdges, Edge, Placed, in_double, shapes_in
+from gradwatch.replay.batches import Batch, BatchedEdges, Edge, Placed, shapes_in
 from gradwatch.replay.live import LiveGraph
 
 MOST = 3
@@ -367,7 +368,7 @@ class _Parts:
         self._shared: list[Tensor | None] | None = None
         self.shared = 0.0
         if has_shared:
-            self._shared = backward(torch.zeros(size, dtype=torch.bool))
+            self._shared = backward(torch.zeros(size, dtype=torch.bool, device="cpu"))
             self.shared = self._share(self._shared)
 
     def by_derivative(self) -> list[_Found]:
@@ -392,13 +393,13 @@ class _Parts:
 
     def _derivative(self) -> list[float]:
         # Of <g, d> with the direction d of g, so that nothing is squared.
-        value = torch.zeros(())
+        value = torch.zeros((), dtype=torch.float32, device="cpu")
         for one, direction in zip(self._whole, self._direction, strict=True):
             if one is not None and direction is not None and one.requires_grad:
                 value = value + _dot_in_graph(one, direction, self._norm)
         leaves = [weight for _, weight in self._weights]
         slopes = torch.autograd.grad(value, leaves, allow_unused=True, retain_graph=True)
-        shares = torch.zeros(self._size, dtype=torch.float64)
+        shares = torch.zeros(self._size, dtype=torch.float64, device="cpu")
         for (placed, _), slope in zip(self._weights, slopes, strict=True):
             if slope is not None:
                 shares += placed.sums(slope)
@@ -417,7 +418,7 @@ class _Parts:
             return sorted(all_found, key=lambda one: -one[2])[:MOST]
         indices = self._halve()
         found = [self._measured(i) for i in indices]
-        others = torch.ones(self._size, dtype=torch.bool)
+        others = torch.ones(self._size, dtype=torch.bool, device="cpu")
         others[indices] = False
         rest = self._share(self._part(others))
         if not _adds_up([*(share for _, _, share in found), rest, self.shared]):
@@ -437,7 +438,7 @@ class _Parts:
                 break
             left -= 1
             middle = (start + end) // 2
-            mask = torch.zeros(self._size, dtype=torch.bool)
+            mask = torch.zeros(self._size, dtype=torch.bool, device="cpu")
             mask[start:middle] = True
             half = self._share(self._part(mask))
             heapq.heappush(heap, (-half, start, middle))
@@ -445,7 +446,7 @@ class _Parts:
         return indices
 
     def _measured(self, example: int) -> _Found:
-        mask = torch.zeros(self._size, dtype=torch.bool)
+        mask = torch.zeros(self._size, dtype=torch.bool, device="cpu")
         mask[example] = True
         part = self._part(mask)
         return example, _total(part), self._share(part)
@@ -492,15 +493,15 @@ def _inner(ones: Sequence[Tensor | None], others: Sequence[Tensor | None], norm:
 def _dot(one: Tensor, other: Tensor, norm: float) -> float:
     if one.layout is not torch.strided or other.layout is not torch.strided:
         return _dot_of_sparse(one, other, norm)
-    a, b = in_double(one).flatten(), in_double(other).flatten() / norm
+    a, b = in_double(one.detach()).flatten(), in_double(other.detach()).flatten() / norm
     return float(torch.vdot(a, b.to(a.device)).real)
 
 
 def _dot_of_sparse(one: Tensor, other: Tensor, norm: float) -> float:
     if one.layout is torch.strided:
         one, other = other, one
-    a = in_double(one).coalesce()
-    b = in_double(other)
+    a = in_double(one.detach()).coalesce()
+    b = in_double(other.detach())
     if b.layout is torch.strided:
         rows = b[tuple(a.indices())]
     else:
@@ -514,7 +515,7 @@ def _total(gradients: Sequence[Tensor | None]) -> float:
 
 def _norm(gradient: Tensor) -> float:
     """Returns the L2 norm of a gradient, in which nothing overflows or underflows."""
-    values = in_double(gradient)
+    values = in_double(gradient.detach())
     if values.layout is not torch.strided:
         values = values.coalesce().values()
     if values.numel() == 0:

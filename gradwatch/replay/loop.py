@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradwatch.hooks.callers import callers
 from gradwatch.hooks.forwards import FOREIGN, ForwardCall, output_tensors, tensors_given
 from gradwatch.hooks.variables import local_variables
 
@@ -36,9 +37,7 @@ Block = tuple[Sequence[ast.stmt], int]
 """A list of statements, and a place in it."""
 
 
-def losses_on_stack(
-    frame: FrameType | None, parameters: Collection[Tensor]
-) -> Iterator[FunctionType]:
+def losses_on_stack(frame: FrameType, parameters: Collection[Tensor]) -> Iterator[FunctionType]:
     """Yields functions that may compute the loss again, for the frames of the user's code.
 
     Args:
@@ -50,10 +49,9 @@ def losses_on_stack(
         first. Whether one is right must be tried (:func:`inputs_noted`).
     """
     known = set(map(id, parameters))
-    while frame is not None:
-        if not frame.f_code.co_filename.startswith(FOREIGN):
-            yield from _losses_of(frame, known)
-        frame = frame.f_back
+    for one in callers(frame):
+        if not one.f_code.co_filename.startswith(FOREIGN):
+            yield from _losses_of(one, known)
 
 
 def _losses_of(frame: FrameType, parameters: Collection[int]) -> Iterator[FunctionType]:

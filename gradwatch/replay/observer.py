@@ -30,6 +30,7 @@ from gradwatch.replay.operands import (
     dtype_of,
     has_nan,
     is_finite,
+    is_opaque,
     memory_of,
     named_arguments,
     numbers_in,
@@ -46,7 +47,7 @@ NO_ROOTS: Roots = frozenset()
 # Results that hold whatever was in memory before.
 _EMPTY = frozenset(
     {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
-    | {"resize_", "set_"}
+    | {"resize_"}
 )
 # How many of their results are meant for others; the rest is kept for the backward, or is memory to
 # work in, of which parts are never written.
@@ -60,8 +61,11 @@ _RESULTS = {
     "miopen_rnn": 3,
 }
 _ATTENTION = ("_scaled_dot_product_", "_flash_attention_", "_efficient_attention_")
-# They look at no value, and their result is one that they were given.
-_NO_VALUES = frozenset({"detach", "alias", "is_same_size", "sym_size", "sym_numel", "prim_layout"})
+# They look at no value, and their result is one that they were given; after `set_` it is what the
+# memory holds that a tensor was given.
+_NO_VALUES = frozenset(
+    {"detach", "alias", "is_same_size", "set_", "sym_size", "sym_numel", "prim_layout"}
+)
 
 
 @dataclass(slots=True)
@@ -312,6 +316,8 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Runs an operation, and looks at its result."""
         kwargs = kwargs or {}
+        if types and any(map(is_opaque, tensors_in((*args, *kwargs.values())))):
+            return NotImplemented  # what their class makes of the operation is seen instead
         packet = getattr(func, "overloadpacket", None)  # operators of higher order have none
         name = "" if packet is None else packet.__name__
         if packet is None or name in _NO_VALUES or self._is_idle:
@@ -370,6 +376,9 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for one in results:
                 self._tainted.pop(memory_of(one) or 0, None)
             return
+        if name == "copy_" and _is_of_bytes(operands):
+            self._note_same(keys[0], keys[1])
+            return
         if self._wanted:
             if number in self._wanted and results:
                 details, first = self.details[number], results[0]
@@ -399,6 +408,19 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if key not in shared:
                 self.examples.note_result(func, args, kwargs, operands, (key, one))
             self._producers[key] = len(self.operations) - 1
+
+    def _note_same(self, key: int | None, other: int | None) -> None:
+        """Notes that a piece of memory holds what another one holds."""
+        if key is None or other is None:
+            return
+        self._good.discard(key)
+        everything: list[dict[int, Any]] = [self._named, self._producers, self._tainted]
+        for known in everything:
+            if other in known:
+                known[key] = known[other]
+            else:
+                known.pop(key, None)
+        self.examples.note_same(key, other)
 
     def _unseen(self, operands: list[Tensor], number: int) -> list[_Bad]:
         """Returns bad operands in which nobody wrote anything, or something other than torch."""
@@ -614,6 +636,14 @@ def _unread(given: Mapping[str, Any]) -> frozenset[int | None]:
     reads = False in (given.get(name) for name in ("training", "train", "update"))
     running = () if reads else (given.get("running_mean"), given.get("running_var"))
     return frozenset(memory_of(one) for one in running if isinstance(one, Tensor))
+
+
+def _is_of_bytes(operands: Sequence[Tensor]) -> bool:
+    """Returns whether one tensor is copied into another byte by byte.
+
+    So the memory of a tensor of any dtype is copied by `copy.deepcopy()` and `share_memory_()`.
+    """
+    return len(operands) == 2 and all(one.dtype is torch.uint8 and covers(one) for one in operands)
 
 
 def _is_nan_at(tensor: Tensor, where: Tensor) -> bool:

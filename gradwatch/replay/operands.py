@@ -113,6 +113,25 @@ def state_of(tensor: Tensor) -> State:
     return State.INFINITE if math.isinf(low) or math.isinf(high) else State.FINITE
 
 
+def is_opaque(tensor: Tensor) -> bool:
+    """Returns whether a tensor is of a class that does not let its elements be looked at.
+
+    Those of torchao's float8 training are: they hold 8-bit numbers and a scale, and know what a
+    matrix product needs.
+    """
+    kind = type(tensor)
+    if kind not in _OPAQUE:
+        _OPAQUE[kind] = False
+        try:
+            state_of(tensor)
+        except (NotImplementedError, TypeError):
+            _OPAQUE[kind] = True
+    return _OPAQUE[kind]
+
+
+_OPAQUE: dict[type[Tensor], bool] = {Tensor: False, torch.nn.Parameter: False}
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Returns whether all elements are finite."""
     return state_of(tensor) is State.FINITE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,7 +19,7 @@ from gradwatch.errors import described_error
 from gradwatch.hooks.context import ForwardContext, is_replaying
 from gradwatch.hooks.forwards import ForwardCall, output_tensors
 from gradwatch.hooks.generators import torch_generators
-from gradwatch.measure.parameters import unwrapped
+from gradwatch.measure.parameters import forward_of, unwrapped
 from gradwatch.out_of_memory import forget, is_out_of_memory, release_memory
 from gradwatch.replay.arguments import Arguments
 from gradwatch.replay.changes import CHANGES, Objects
@@ -307,7 +309,7 @@ def _passed_on(calls: Sequence[ForwardCall]) -> list[object]:
 
 
 def _arguments(call: ForwardCall, stand_ins: StandIns | None) -> Arguments:
-    return Arguments(unwrapped(call.module).forward, call.args, call.kwargs, stand_ins)
+    return Arguments(forward_of(call.module), call.args, call.kwargs, stand_ins)
 
 
 def _forward(call: ForwardCall, given: Arguments) -> Any:
@@ -470,9 +472,9 @@ def _run_function(
     observer: Observer,
 ) -> list[str]:
     module, functions = unwrapped(model), [] if loss is None else [loss]
-    passed_on = Arguments(module.forward, args, kwargs, None).passed_on
+    passed_on = Arguments(forward_of(module), args, kwargs, None).passed_on
     with _errors_told(), undisturbed(model, *functions, given=passed_on) as block:
-        given = Arguments(module.forward, args, kwargs, block.stand_ins)
+        given = Arguments(forward_of(module), args, kwargs, block.stand_ins)
         inputs = [(block.stand_ins.by_id[i], name) for i, name in given.names.items()]
         _tell(observer, block, [*inputs, *block.data])
         observer.variables = {name for _, name in block.data} - set(given.names.values())
@@ -510,7 +512,7 @@ def _run_closure(
             block.go_back(buffers, ())
             objects = Objects((), block.modules, earlier=observer.earlier)
             observer.note_reads(objects.tensors)
-        _tell(observer, block, _batch_first(block.data))
+        _tell(observer, block, _batch_first(block.data, block.functions[0]))
         backwards = _Backwards(observer, block.stand_ins)
         with backwards.in_place(), observer:
             with nullcontext() if context is None else context.entered():
@@ -525,8 +527,31 @@ def _run_closure(
     return [*block.notes, *notes]
 
 
-def _batch_first(data: list[tuple[Tensor, str]]) -> list[tuple[Tensor, str]]:
+def _batch_first(data: list[tuple[Tensor, str]], function: Any) -> list[tuple[Tensor, str]]:
     """Puts a tensor first that has the batch in its first dimension.
+
+    What the function is given comes before what its variables lead to: that may be a whole data
+    set, where an adapter's function has the trainer.
+    """
+    arguments = _argument_names(function)
+    given = [pair for pair in data if re.split(r"[^\w]", pair[1], maxsplit=1)[0] in arguments]
+    ids = {id(tensor) for tensor, _ in given}
+    return _longest_first(given) + _longest_first([pair for pair in data if id(pair[0]) not in ids])
+
+
+def _argument_names(function: Any) -> set[str]:
+    """Returns the names of the arguments that a ``functools.partial`` has; else none."""
+    if not isinstance(function, partial):
+        return set()
+    try:
+        bound = inspect.signature(function.func).bind_partial(*function.args, **function.keywords)
+    except (TypeError, ValueError):  # a function in C need not have a signature
+        return set()
+    return set(bound.arguments)
+
+
+def _longest_first(data: list[tuple[Tensor, str]]) -> list[tuple[Tensor, str]]:
+    """Orders tensors by how many have the length of their first dimension.
 
     In the variables of a closure there may be others, such as the weights of classes. Most often
     inputs and targets are there, of the same length; and inputs have more dimensions.

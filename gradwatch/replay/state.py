@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_pre_hooks, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradwatch.hooks.context import is_replaying, replaying
+from gradwatch.hooks.context import backwards_permitted, is_replaying, replaying
 from gradwatch.hooks.data_parallel import is_distributed
 from gradwatch.hooks.generators import RandomState
 from gradwatch.measure.parameters import (
@@ -34,6 +34,7 @@ from gradwatch.measure.parameters import (
     named_modules,
     optimizer_parameters,
     unwrapped,
+    wrapped_keys,
     wraps,
 )
 from gradwatch.replay.reach import Reach
@@ -105,7 +106,7 @@ class Undisturbed:
             for name, tensor in zip(table.names, table.tensors, strict=True)
         }
         listed = list(named_modules(model)) if isinstance(model, nn.Module) else []
-        self.modules = [(name, one) for name, _, one in listed if not _is_wrapper(one)]
+        self.modules = [(name, one) for name, _, one in listed if not wrapped_keys(one)]
         self.buffers = {
             f"{name}.{key}" if name else key: self.stand_ins.of(buffer)
             for name, one in self.modules
@@ -209,10 +210,14 @@ def undisturbed(
         interrupts = stack.enter_context(_Interrupts())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        # On an accelerator a backward runs in threads of torch's own, which have other frames and
+        # number the nodes of a graph anew: neither a line nor an operation could be told.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         if torch.is_anomaly_enabled():
             stack.enter_context(torch.autograd.set_detect_anomaly(False))
         stack.callback(RandomState().put_back)
         stack.enter_context(replaying())
+        stack.enter_context(backwards_permitted())
         stack.enter_context(_unwarned())
         watched = model if isinstance(model, nn.Module) else dict(model)
         others = list(given)
@@ -320,10 +325,6 @@ def _unwarned() -> Iterator[None]:
     finally:
         if _UNWARNED in filters:
             filters.remove(_UNWARNED)
-
-
-def _is_wrapper(module: nn.Module) -> bool:
-    return any(wraps(module, name) for name in ("module", "_orig_mod"))
 
 
 def _refuse(reach: Reach) -> None:

@@ -26,11 +26,13 @@ class EndedWindow(NamedTuple):
         window: The backwards and their measurement.
         scale: The loss scale at its last backward.
         by_scaler: Whether a scaler has skipped the step; if not, the gradients were thrown away.
+        asked: The ids of the optimizers that it was asked to step.
     """
 
     window: Window
     scale: FloatOrDeferred
     by_scaler: bool
+    asked: frozenset[int] = frozenset()
 
 
 class BackwardSteps(Steps):
@@ -51,6 +53,7 @@ class BackwardSteps(Steps):
         # Only a scaler that the user named: without an optimizer step nothing shows whether one
         # that was found is in use.
         super().__init__("none", window, run, LossScale(run.options.scaler))
+        self._found = run.scale
         # Not with a scaler: it provokes overflows while it searches for its scale, and skips those
         # steps.
         self._raises = run.options.on_nonfinite == "raise" and run.options.scaler is None
@@ -71,7 +74,11 @@ class BackwardSteps(Steps):
         if self.are_steps:
             return
         if self._scaler_has_updated():
-            self._end_window(by_scaler=self._run.scale.lowered_since(self._found_scale))
+            # As long as none has stepped, a scaler that was asked for a step has left it out.
+            asked = self._found.asked_to_step(self._generation)
+            known = asked and not self._run.joint_steps.any_followed
+            by_scaler = known or self._run.scale.lowered_since(self._found_scale)
+            self._end_window(bool(by_scaler), asked)
         elif self.window.left_before(first) == 0.0:
             self._end_window(by_scaler=False)
         elif gone := self.window.thrown_before(first):
@@ -104,10 +111,11 @@ class BackwardSteps(Steps):
             self._ended.append(EndedWindow(part, self._found_scale, by_scaler=False))
         self.window.forget(indices)
 
-    def _end_window(self, by_scaler: bool) -> None:
+    def _end_window(self, by_scaler: bool, asked: frozenset[int] = frozenset()) -> None:
         norms = self.window.unused_norms(1.0, together=False)
         if norms is not None and (by_scaler or not self._used_otherwise(norms)):
-            self._ended.append(EndedWindow(self.window.copy(), self._found_scale, by_scaler))
+            ended = EndedWindow(self.window.copy(), self._found_scale, by_scaler, asked)
+            self._ended.append(ended)
         self.window.reset()
 
     def add_alone(self, backward: Backward, weight: FloatOrDeferred, alone: bool) -> None:
@@ -162,6 +170,8 @@ class BackwardSteps(Steps):
         self.step += 1
         # Whatever the loop does with the gradients from here on is not seen.
         norms = self.window.step_norms(self._scale, 1.0)._replace(clip_known=False)
+        if (explains or self._raises) and not norms.after.total.at_hand:
+            norms = self.window.look_closer(norms, norms.unit_after)
         if explains and self._run.explaining is not None:
             self._run.explaining.look_at(self.label, self.step, self.window, norms)
         pending = self._pending(norms, self.step)

@@ -33,6 +33,8 @@ from gradwatch.measure.deferred import (
     is_at_hand,
     resolve,
 )
+from gradwatch.measure.devices import as_exact, in_exact, sent
+from gradwatch.measure.gathering import index_tensor, multiplied
 from gradwatch.measure.norms import Measurement, StepNorms, total_norm
 from gradwatch.measure.parameters import ParameterTable, is_sharded, local_part
 from gradwatch.step.window import Window
@@ -55,12 +57,12 @@ class Scopes:
         """
         self._indices = sorted({index for group in groups for index in group})
         place = {index: position for position, index in enumerate(self._indices)}
-        self._group_of = [0] * len(self._indices)
+        group_of = [0] * len(self._indices)
         for number, members in enumerate(groups):
             for index in members:
-                self._group_of[place[index]] = number
+                group_of[place[index]] = number
+        self._group_of = tuple(group_of)
         self._groups = len(groups)
-        self._tensors: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
 
     def norms(self, step: StepNorms, scope: str, norm_type: float) -> Tensor:
         """Returns the norms for a policy: tensor ``[n]``, one per group or parameter.
@@ -77,7 +79,7 @@ class Scopes:
         if scope == "parameter":
             return norms
         groups = norms.new_zeros(self._groups)
-        members = self._tensor(self._group_of, norms.device)
+        members = index_tensor(self._group_of, norms.device)
         if math.isinf(norm_type):
             return groups.scatter_reduce_(0, members, norms, "amax")
         return groups.index_add_(0, members, norms.pow(norm_type)).pow(1 / norm_type)
@@ -95,21 +97,14 @@ class Scopes:
         """
         device = coefficients.device
         if scope == "group":
-            coefficients = coefficients[self._tensor(self._group_of, device)]
+            coefficients = coefficients[index_tensor(self._group_of, device)]
         if list(there) == self._indices:
             return coefficients
         return coefficients[self._places(there, device)]
 
     def _places(self, there: Sequence[int], device: torch.device) -> Tensor:
         place = {index: position for position, index in enumerate(self._indices)}
-        return self._tensor([place[index] for index in there], device)
-
-    def _tensor(self, numbers: Sequence[int], device: torch.device) -> Tensor:
-        """Makes an int64 tensor, cached because each copy to a device waits for the device."""
-        key = (device, tuple(numbers))
-        if key not in self._tensors:
-            self._tensors[key] = torch.tensor(list(numbers), dtype=torch.int64, device=device)
-        return self._tensors[key]
+        return index_tensor(tuple(place[index] for index in there), device)
 
 
 class Clipping:
@@ -147,16 +142,28 @@ class Clipping:
         members = [] if self._scope == "global" else [g["params"] for g in groups]
         self._scopes = Scopes(list(map(self._table.indices_of, members)))
 
-    def clip_(self, window: Window, norms: StepNorms, left: FloatOrDeferred) -> StepNorms:
+    def clip_(
+        self,
+        window: Window,
+        norms: StepNorms,
+        left: FloatOrDeferred,
+        left_out: FloatOrDeferred = 0.0,
+    ) -> StepNorms:
         """Clips the gradients of a window; returns the norms before and after all clips.
 
-        Nothing is done if the total norm is known not to be finite. ``left`` is the loss scale by
-        which the gradients are still multiplied.
+        Nothing is done if the total norm is known not to be finite.
+
+        Args:
+            window: The window.
+            norms: Its norms before the clip.
+            left: The loss scale by which the gradients are still multiplied.
+            left_out: Above 0 if the device skips the step although its norm is finite: a policy
+                must not remember such a norm.
         """
         total = norms.after.total.if_known()
         if total is not None and not math.isfinite(total):
             return norms
-        decision, norms = self._decide(norms)
+        decision, norms = self._decide(norms, left_out)
         if not _changes(decision, norms):
             return norms
         indices, gradients = window.gradients()
@@ -164,17 +171,21 @@ class Clipping:
         if decision.clip_value is None and decision.units is None:
             return norms
         # The gradients that were measured include the correction by now, so it is taken out.
-        unit = defer(as_operand(left) * as_operand(norms.correction))
+        unit = defer(multiplied(left, norms.correction))
         after = window.measure_clipped(indices, gradients)
         return norms._replace(after=after, unit_after=unit, looked=False)
 
-    def _decide(self, norms: StepNorms) -> tuple[ClipDecision, StepNorms]:
+    def _decide(
+        self, norms: StepNorms, left_out: FloatOrDeferred
+    ) -> tuple[ClipDecision, StepNorms]:
         if self.policy is None:
             return _NO_DECISION, norms
         if self._scope == "global":
             given = norms.true_norm()
         else:
             given = self._scopes.norms(norms, self._scope, self.policy.norm_type)
+        if isinstance(left_out, Deferred):
+            given = torch.where(left_out.tensor > 0, torch.nan, given)
         decision = self.policy.decide(given)
         if not self._trusted:
             decision = check_decision(self.policy, decision, given)
@@ -188,11 +199,12 @@ class Clipping:
         left: FloatOrDeferred,
     ) -> StepNorms:
         """Carries out a decision, in place or in the optimizer's own kernel."""
-        coefficient = decision.coefficient
-        if coefficient is not None and not norms.after.total.at_hand:
-            # The norm is still on the device, and may not be finite. If so, the factor must be 1.
+        coefficient, finite = decision.coefficient, None
+        if not norms.after.total.at_hand:
+            # The norm is still on the device, and may not be finite. If so, nothing is clipped.
             finite = torch.isfinite(norms.after.total.tensor)
-            coefficient = torch.where(finite, coefficient, 1.0)
+        if coefficient is not None and finite is not None:
+            coefficient = torch.where(finite, sent(coefficient, finite.device), 1.0)
         if coefficient is not None and self._scope != "global":
             if norms.correction != 1.0:
                 # Kept apart from the factors below, by which the norms are multiplied as well:
@@ -204,9 +216,13 @@ class Clipping:
         else:
             norms = self._scale(gradients, norms, coefficient)
         if decision.clip_value is not None:
-            clamp_(gradients, decision.clip_value * resolve(left))
+            limit = multiplied(decision.clip_value, left)
+            if finite is not None:
+                limit = torch.where(finite, as_exact(limit, finite.device), math.inf)
+            clamp_(gradients, limit)
         if decision.units is not None:
-            self._scale_units(decision.units, norms.after.indices, gradients, resolve(left))
+            places = norms.after.indices, gradients
+            self._scale_units(decision.units, *places, as_operand(left), finite)
         return norms
 
     def _scale(
@@ -215,7 +231,10 @@ class Clipping:
         factor = 1.0 if coefficient is None else defer(coefficient)
         whole: float | Tensor | None = None  # the factor for the gradients; None to save the pass
         if norms.correction != 1.0:
-            whole = as_operand(factor) * as_operand(norms.correction)
+            own = as_operand(factor)
+            # As exact as on the host, where both factors are float64.
+            exact = in_exact(own) if isinstance(own, Tensor) and self._scales(gradients) else own
+            whole = multiplied(exact, norms.correction)
         elif coefficient is not None and factor != 1.0:
             whole = coefficient
         if whole is not None:
@@ -236,19 +255,39 @@ class Clipping:
         return torch.float64 not in set(map(_dtype, gradients))
 
     def _scale_units(
-        self, rule: UnitRule, indices: Sequence[int], gradients: list[Tensor], left: float
+        self,
+        rule: UnitRule,
+        indices: Sequence[int],
+        gradients: list[Tensor],
+        left: float | Tensor,
+        finite: Tensor | None,
     ) -> None:
+        flags: dict[torch.device, Tensor] = {}
         for index, gradient in zip(indices, gradients, strict=True):
             weight, name = self._table.tensors[index], self._table.names[index]
             if is_sharded(weight):
                 raise NotImplementedError(UNITS_OF_SHARDS.format(name=name))
-            true = gradient if left == 1.0 else gradient / left
+            true = _unscaled(gradient, left)
             factors = rule.coefficient(name, true, local_part(weight.detach()))
-            if factors is not None:
-                check_result(rule, "coefficient()", factors, FACTORS, isinstance(factors, Tensor))
-                gradient.mul_(factors)
+            if factors is None:
+                continue
+            check_result(rule, "coefficient()", factors, FACTORS, isinstance(factors, Tensor))
+            if finite is not None:
+                if gradient.device not in flags:
+                    flags[gradient.device] = sent(finite, gradient.device)
+                factors = torch.where(flags[gradient.device], factors, 1.0)
+            gradient.mul_(factors)
 
 
+def _unscaled(gradient: Tensor, left: float | Tensor) -> Tensor:
+    if not isinstance(left, Tensor):
+        return gradient if left == 1.0 else gradient / left
+    # Not in a half precision, in which a loss scale may be Inf; a number would not be rounded.
+    wide = gradient.float() if gradient.dtype in _HALF else gradient
+    return (wide / sent(left, gradient.device)).to(gradient.dtype)
+
+
+_HALF = {torch.float16, torch.bfloat16}
 _NO_DECISION = ClipDecision()
 _dtype = attrgetter("dtype")
 

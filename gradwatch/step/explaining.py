@@ -27,7 +27,7 @@ from gradwatch.hooks.forwards import ForwardCall, KeptForwards
 from gradwatch.hooks.holding import ModelReference
 from gradwatch.measure.deferred import FloatOrDeferred, resolve
 from gradwatch.measure.norms import FirstNonFinite, LateCheck, Origin, StepNorms, count_nonfinite
-from gradwatch.measure.parameters import local_part
+from gradwatch.measure.parameters import readable_part
 from gradwatch.record.events import (
     FINITE_UNTIL,
     FINITE_UNTIL_REDUCED,
@@ -415,7 +415,7 @@ class Explaining:
     def _of_weights(self, first: FirstNonFinite) -> Explanation:
         """Explains gradients of weights that were bad before: there is nothing to run again."""
         table, index = self._run.table, first.weights[0]
-        weight = local_part(table.tensors[index].detach())
+        weight = readable_part(table.tensors[index].detach())
         nan, inf = count_nonfinite(weight)
         names = [table.names[one] for one in first.weights]
         since = min(self._bad_since[one] for one in first.weights)
@@ -657,13 +657,8 @@ def _first_nonfinite(window: Window, norms: StepNorms) -> FirstNonFinite | None:
 def _with_weights(first: FirstNonFinite, bad_weights: BadWeights) -> FirstNonFinite:
     if first.origin is Origin.AFTER or inside_backward():
         return first
-    # Not an Inf, as nothing has told yet whether it does harm: a mask may hold it on purpose.
-    weights = [i for i in bad_weights.found() if _has_nan(bad_weights.weights[i])]
+    weights = bad_weights.with_nan(bad_weights.measured())
     return replace(first, origin=Origin.WEIGHTS, weights=weights) if weights else first
-
-
-def _has_nan(tensor: Tensor) -> bool:
-    return bool(torch.isnan(local_part(tensor.detach())).any())
 
 
 def _class_of(model: object, module: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 
 from gradwatch.measure.deferred import Deferred
 from gradwatch.measure.norms import StepNorms
@@ -20,24 +21,32 @@ class LoopClip:
 
     def __init__(self) -> None:
         """Has seen no step yet."""
-        self._waiting: StepNorms | None = None
+        self._waiting: deque[tuple[int, StepNorms]] = deque()
         self._earlier: tuple[float, float] | None = None
 
-    def limit(self, norms: StepNorms) -> float | None:
+    def limit(self, norms: StepNorms, step: int) -> tuple[float, int] | None:
         """Returns the limit of the loop's clip once two steps have shown it; never waits.
 
-        Numbers that are still on a device are looked at when the next step asks.
+        Numbers that are still on a device are looked at when a later step asks.
 
         Args:
             norms: Those of a step before gradwatch's own clip, measured on both sides of the
                 loop's code.
+            step: The number of the step.
+
+        Returns:
+            The limit, and the step that has shown it.
         """
-        if self._waiting is None:
-            self._waiting = norms
-        if not _at_hand(self._waiting):
-            return None
-        seen, self._waiting = self._waiting, None
-        before, after = seen.grad_norm, seen.grad_norm_clipped
+        self._waiting.append((step, norms))
+        while self._waiting and _at_hand(self._waiting[0][1]):
+            step, norms = self._waiting.popleft()
+            limit = self._compare(norms)
+            if limit is not None:
+                return limit, step
+        return None
+
+    def _compare(self, norms: StepNorms) -> float | None:
+        before, after = norms.grad_norm, norms.grad_norm_clipped
         if not 0 < after < LOWER * before < math.inf:
             return None
         earlier, self._earlier = self._earlier, (before, after)

@@ -33,7 +33,8 @@ NOT_MOVED = (
 )
 NO_STEP = (
     "{count} backwards, and {optimizer} has never stepped: its weights do not move{asked}. Call "
-    "optimizer.step(), or pass the optimizer that the loop steps: watch(model, optimizer)."
+    "optimizer.step(), or pass the optimizer that the loop steps: watch(model, optimizer). Leave "
+    "out one that steps inside of the backward without step(), as LOMO does: watch(model)."
 )
 NEVER_ACTED = (
     "watch({asked}) did nothing: no torch optimizer stepped the watched parameters, as happens if "
@@ -81,6 +82,19 @@ GAINED = (
 REMOVED = "The watched model no longer has {lost}, which it had when watch() was called."
 
 
+CAPTURED = (
+    "A step is being captured into a graph, as by torch.cuda.graph(). When the graph is replayed, "
+    "no hook runs."
+)
+NOT_SEEN = (
+    "So its steps are not recorded. To see their gradients, run a step without the graph now and "
+    "then, or capture the model alone, with torch.cuda.make_graphed_callables()."
+)
+CANNOT_ACT = (
+    "So gradwatch could not act on its gradients: clip inside of the captured step, with "
+    "torch.nn.utils.clip_grad_norm_(), and watch without clip=, on_nonfinite=, skip_spikes= and "
+    "accumulate=; or capture the model alone, with torch.cuda.make_graphed_callables()."
+)
 EARLY_CLIP = (
     "The gradients of {optimizer} were clipped between two micro-batches of step {step}, to "
     "{left:.3g} of their norm, and the next backward added to what was left: micro-batches then "
@@ -109,6 +123,23 @@ FROZEN = (
 LOST = (
     "{optimizer} no longer holds {parameters}, from step {step} on, and does not train what it "
     "does not hold."
+)
+LEFT_BEHIND = (
+    "{optimizer} steps {parameters}, but the model has others in their place, from step {step} on: "
+    "they were replaced after the optimizer was built, as a move of the model to some devices "
+    "replaces all of them. What the optimizer holds gets no gradient, and what the model has is "
+    "not trained by it. Move or change the model first, and build the optimizer then."
+)
+MOVED = (
+    "The parameters of the watched model were replaced before step {step} of {optimizer}, as a "
+    "move to some devices does. The new ones are watched from here on; the backwards before this "
+    "step were not seen."
+)
+CUT_OFF = (
+    "{parameters} cannot be watched any more: torch.utils.swap_tensors() has put other tensors "
+    "into them, as model.to() does after set_swap_module_params_on_conversion(True), and torch "
+    "calls no hook on them any more, nor those of your own. Move the model before hooks are "
+    "registered."
 )
 FOREIGN = (
     "{optimizer} holds {count} parameter(s), from step {step} on, that are not those of the model "
@@ -171,6 +202,30 @@ def tell_lost(run: Run, optimizer: str, step: int, lost: Sequence[int]) -> None:
     run.tell(event, key=f"{optimizer} lost {names}")  # once, where blocks take turns
 
 
+def tell_left_behind(run: Run, optimizer: str, step: int, old: Sequence[int]) -> None:
+    """Tells of parameters, given by their indices, of which an optimizer holds the old tensors."""
+    names = [run.table.names[index] for index in old]
+    text = LEFT_BEHIND.format(
+        optimizer=optimizer, parameters=f"the old {counted_names(names)}", step=step
+    )
+    owner = (names[0], run.table.modules[old[0]])
+    run.tell(loop_event("mistake", text, step, optimizer, owner, float(len(names))))
+
+
+def tell_moved(run: Run, optimizer: str, step: int) -> None:
+    """Tells that parameters were replaced, which was seen only when their gradients were there."""
+    text = MOVED.format(optimizer=optimizer, step=step)
+    run.tell(loop_event("changed", text, step, optimizer), warn=False)
+
+
+def tell_cut_off(run: Run, step: int, dead: Sequence[int]) -> None:
+    """Tells of parameters, given by their indices, on which no hook is called any more."""
+    names = [run.table.names[index] for index in dead]
+    text = CUT_OFF.format(parameters=counted_names(names))
+    owner = (names[0], run.table.modules[dead[0]])
+    run.tell(loop_event("mistake", text, step, "none", owner, float(len(names))))
+
+
 def tell_foreign(run: Run, optimizer: str, step: int, count: int) -> None:
     """Tells that an optimizer holds parameters that are not watched."""
     if not run.tells_foreign:
@@ -186,6 +241,17 @@ class Followed(Protocol):
     step: int
     discarded: int
     has_begun: bool
+
+
+def tell_captured(run: Run, optimizer: str, step: int, acts: bool) -> None:
+    """Tells that steps are captured into a graph, and so are not seen.
+
+    Raises:
+        NotImplementedError: If gradwatch acts, which it cannot when the graph is replayed.
+    """
+    if acts:
+        raise NotImplementedError(f"{CAPTURED} {CANNOT_ACT}")
+    run.tell(loop_event("changed", f"{CAPTURED} {NOT_SEEN}", step, optimizer), key=CAPTURED)
 
 
 class Silence:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -31,8 +31,10 @@ from gradwatch.hooks.optimizer import (
     scale_learning_rates,
     unscalable_rates,
 )
+from gradwatch.hooks.scaler import LossScale
 from gradwatch.hooks.snapshot import WeightSnapshot
 from gradwatch.measure.deferred import FloatOrDeferred, as_operand, defer, number_or_nan
+from gradwatch.measure.gathering import multiplied
 from gradwatch.measure.norms import StepNorms
 from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.measure.sharded import PackedAllReduce
@@ -46,10 +48,13 @@ from gradwatch.record.records import Event, ParameterGroups, StepRecord
 from gradwatch.step.clipping import Clipping
 from gradwatch.step.loop_clip import LoopClip
 from gradwatch.step.mistakes import (
+    tell_captured,
     tell_clip_of_loop,
     tell_early_clip,
     tell_foreign,
+    tell_left_behind,
     tell_lost,
+    tell_moved,
     tell_no_gradient,
     tell_stale,
     tell_unscaled,
@@ -121,16 +126,20 @@ class OptimizerSteps(Steps):
         parameters that have joined the optimizer, and ``on_first`` before the first step with the
         member that takes it. ``on_gone`` is called when the optimizer is gone, at any moment.
         """
-        super().__init__(label, window, run, run.scale)
+        super().__init__(label, window, run, LossScale(run.scale.scaler))
+        self.scale_is_certain = run.options.scaler is not None
         options = run.options
         spikes = None if options.skip_spikes is None else SpikeRule(options.skip_spikes)
         self.skip_rule = SkipRule(options.on_nonfinite, spikes, options.max_consecutive_skips)
         self.stepping: weakref.ref[Optimizer] | None = None
         self.has_begun = False
+        self._usual_backwards = max(1, run.accumulation.micro_batches)
         self.passed_over = self.beyond_undo = False
         self.in_time = True
         self._has_closure = False
         self._lost: list[int] = []  # parameters that have just left the optimizer
+        # Whose tensors were replaced; the optimizer may still hold the old ones.
+        self._exchanged: set[int] = set()
         self._older: list[int] = []  # the first backward of the window, if before the closure
         self._of_closure: Losses = []
         self._divisor_is_known = True
@@ -141,14 +150,18 @@ class OptimizerSteps(Steps):
         self._on_joined = on_joined
         self._on_first = on_first
         self._doubted: list[PendingStep] = []
+        self._uncertain: list[PendingStep] = []
         self._makes_state = False
         self._explaining = run.explaining
+        # Whether somebody on the host asks whether a step is bad, before it is taken.
+        self._must_know = run.explaining is not None or not self.skip_rule.takes_all
         # A framework passes a closure of its own, which does more than to compute the loss.
         plain = run.explaining is not None and run.accumulation.checked
         self.closures = run.explaining.forwards.closures if run.explaining and plain else None
         self.stale = StaleGradients()
         self._loop_clip = None if clip is None else LoopClip()
         self._norms: StepNorms | None = None
+        self._unclipped: StepNorms | None = None  # of a step of which only the device knows
         self._rates: LearningRates = []
         self._tell_gone = on_gone
         self._follow(optimizer, members, clip)
@@ -225,6 +238,11 @@ class OptimizerSteps(Steps):
     # -- backwards ---------------------------------------------------------------------------------
 
     @property
+    def scale(self) -> LossScale:
+        """The loss scale by which its gradients are multiplied."""
+        return self._scale
+
+    @property
     def in_closure(self) -> bool:
         """Whether its step is running, and evaluates a closure."""
         return self._has_closure and self.stepping is not None
@@ -245,8 +263,7 @@ class OptimizerSteps(Steps):
             return
         # A scaler that has found an overflow may have left out a step since the last backward.
         updated = self._scale.scaler is not None and self._scaler_has_updated()
-        if updated and self.left_out_by_scaler:
-            self.abandon_window()
+        if updated and self._abandon_if_left_out():
             return
         left = self.window.left_before(first)
         if left == 0.0:
@@ -261,6 +278,13 @@ class OptimizerSteps(Steps):
         """Returns whether the loop keeps a running mean: it multiplies by j / (j + 1)."""
         count = len(self.window.arrivals)
         return math.isclose(left, count / (count + 1), rel_tol=1e-3)
+
+    def _note_uncertain(self, pending: PendingStep) -> None:
+        pending.only_if_bad = True
+        self._run.recorder.expect(pending)
+        self._uncertain.append(pending)
+        if len(self._uncertain) > MOST_IN_DOUBT:
+            self.discarded += self._uncertain.pop(0).counts
 
     def _record_discard(self, pending: PendingStep) -> None:
         total = pending.norms.before.total.if_known()
@@ -305,38 +329,51 @@ class OptimizerSteps(Steps):
             return
         norms = self.window.unused_norms(self._scale_at_backward, together)
         self._check_losses()
-        if norms is not None and (unused or not self._used_otherwise(norms)):
-            self.discarded += 1
-            self._record_discard(
-                self._pending(norms, self.step + 1, discarded=AT_END if at_end else AT_ZERO_GRAD)
-            )
+        used = norms is not None and not unused and self._used_otherwise(norms)
+        if norms is not None and not (used and norms.before.total.at_hand):
+            why = AT_END if at_end else AT_ZERO_GRAD
+            pending = self._pending(norms, self.step + 1, discarded=why)
+            if used:  # it counts if they turn out to be poisoned, which only the device knows yet
+                self._note_uncertain(pending)
+            else:
+                self.discarded += 1
+                self._record_discard(pending)
             if self._explaining is not None:
                 self._explaining.note_discarded(self.label, self.step + 1, self.window)
         self.window.reset()
         self._losses = []
         self.stale.forget()
 
-    def replay(self, window: Window, scale: FloatOrDeferred, by_scaler: bool) -> None:
+    def replay(
+        self,
+        window: Window,
+        scale: FloatOrDeferred,
+        by_scaler: bool,
+        asked: frozenset[int] = frozenset(),
+    ) -> None:
         """Records a window that ended without a step before this optimizer was found.
 
         Args:
             window: The backwards and their measurement.
             scale: The loss scale at its last backward.
             by_scaler: Whether a scaler skipped the step; if not, the gradients were thrown away.
+            asked: The ids of the optimizers that it was asked to step.
         """
         now, self.window = self.window, window
         then, self._scale_at_backward = self._scale_at_backward, scale
         if by_scaler:
-            self.abandon_window(together=False)
+            self.abandon_window(together=False, certain=self._is_among(asked))
         else:
             self.discard(unused=True)
         self.window, self._scale_at_backward = now, then
 
-    def settle_scaler(self) -> None:
-        """Decides whose the scale is, if the first backward comes in a step: in its closure."""
-        stepping = None if self.stepping is None else self.stepping()
-        if stepping is not None and self._has_closure:
-            self._scale.keep_scaler_of(stepping)
+    def _settle_scaler(self, optimizer: Optimizer) -> None:
+        """Decides, at its first step, which scaler serves the optimizer that steps."""
+        self.scale_is_certain = True
+        scaler = self._run.scale.serving(optimizer)
+        # A scaler with a step of its own is not seen; but it leaves this to a fused optimizer.
+        if scaler is not None or carried_by(optimizer) == (1.0, 0.0):
+            self._scale.scaler = scaler
 
     def add(self, backward: Backward, weight: FloatOrDeferred) -> bool:
         """Adds a backward that has ended; see :meth:`Steps.add`."""
@@ -350,14 +387,30 @@ class OptimizerSteps(Steps):
             backward = backward._replace(arrived=[*backward.arrived, *late])
         self._leave_lost()
         scaled = self._scale.scaler is not None
-        if scaled and self._may_be_left_out(backward) and self.left_out_by_scaler:
-            self.abandon_window()
+        if scaled and self._may_be_left_out(backward):
+            self._abandon_if_left_out()
+        if not self.scale_is_certain and not set(self.window.indices).isdisjoint(backward.arrived):
+            self._scale.scaler = self._run.scale.scaler
         self.units = None
         begins = self.stale.looks and not self.window.arrivals
         measured = super().add(backward, weight)
+        if self._must_know and self.window.late_checks and self._counts_before_scaler():
+            self.window.look_closer_at_newest()
         if begins and self.window.arrivals:
             self.stale.begin_window()
         return measured
+
+    def _counts_before_scaler(self) -> bool:
+        """Returns whether NaN and Inf are counted at the end of a backward, as on a CPU.
+
+        A scaler that leaves out a step calls nobody, and ``zero_grad()`` follows. So the host waits
+        here rather than in the step, once: in the backward that was the last one of the window
+        before. A fused optimizer is always called, and a managed loop looks in its step.
+        """
+        if self._scale.scaler is None or self._run.data_parallel is not None:
+            return False
+        fused = self._fused is not None and self._fused.can_skip
+        return not fused and len(self.window.arrivals) == self._usual_backwards
 
     def note_managed(
         self, loss: Tensor, weight: FloatOrDeferred, divisor: FloatOrDeferred | None
@@ -377,7 +430,7 @@ class OptimizerSteps(Steps):
         value = number_or_nan(loss)
         factor = (1.0 if divisor is None else divisor) / as_operand(self._scale.value())
         if isinstance(factor, Tensor) or factor != 1.0:  # a multiplication launches a kernel
-            value = defer(as_operand(value) * factor)
+            value = defer(multiplied(value, factor))
         self._losses.append((value, 1.0))
         self._divisor_is_known = divisor is not None
 
@@ -418,8 +471,17 @@ class OptimizerSteps(Steps):
         self._other_steps_then, self._generation = other._other_steps_then, other._generation
         self._scale_at_backward = other.scale_at_backward
 
-    def _refresh(self) -> list[int]:
+    def exchange(self, indices: Iterable[int]) -> None:
+        """Notes that other tensors have taken the place of watched ones in the table."""
+        super().exchange(indices)
+        self._exchanged.update(indices)
+        self.forget_groups()
+
+    def _refresh(self, steps: bool = False) -> list[int]:
         """Watches the parameters of groups that were added to the optimizer in the meantime.
+
+        Args:
+            steps: Whether the optimizer is about to step, with what it holds now.
 
         Returns:
             Those of them that already have a gradient.
@@ -435,27 +497,41 @@ class OptimizerSteps(Steps):
         then, unchanged = self.window.indices, len(groups) == self._held_groups
         self._held_parameters, self._held_groups = held, len(groups)
         now = self._run.table.indices_of(optimizer_parameters(inner))
-        if unchanged and now == then and held - len(now) == self._foreign:
+        if held - len(now) > self._foreign and self._run.follow_model():
+            now = self._run.table.indices_of(optimizer_parameters(inner))
+        tensors = self._run.table.tensors
+        behind = not self._exchanged.isdisjoint(then) and not set(now).issuperset(then)
+        if behind and not steps:  # another optimizer may step the new ones
+            self.forget_groups()
             return []
+        new, self._exchanged = self._exchanged.intersection(now), set()
+        if unchanged and now == then and held - len(now) == self._foreign:
+            return sorted(index for index in new if tensors[index].grad is not None)
         self.note_groups(from_step=self.step + 1)
         self.window.own(now)
         self.weights_then = None
         lost = sorted(set(then).difference(self.window.indices))
         if lost:
-            tell_lost(self._run, self.label, self.step + 1, lost)
+            tell = tell_left_behind if behind else tell_lost
+            tell(self._run, self.label, self.step + 1, lost)
             self._lost = lost
         foreign, self._foreign = self._foreign, held - len(self.window.indices)
-        if self._foreign > foreign:
+        if self._foreign > foreign and not behind:
             tell_foreign(self._run, self.label, self.step + 1, self._foreign)
         self._clipping.refresh()
         self._on_joined(self.window.indices)
         self._run.hooks.watch_also(self.window.indices)
-        joined, tensors = sorted(set(self.window.indices).difference(then)), self._run.table.tensors
+        joined = sorted(new.union(self.window.indices).difference(set(then).difference(new)))
         return [index for index in joined if tensors[index].grad is not None]
 
-    def _catch_up(self) -> None:
+    def _follow_model(self, has_closure: bool) -> None:
+        """Goes on with the parameters that the model has now; to be called before a step."""
+        if self._run.follow_model() and not (has_closure or self.window.arrivals):
+            tell_moved(self._run, self.label, self.step + 1)
+
+    def _catch_up(self, steps: bool = False) -> None:
         """Takes in what the optimizer holds now, after the last backward of a window."""
-        late = self._refresh()
+        late = self._refresh(steps)
         if late:
             self.window.widen(late)
         self._leave_lost()
@@ -487,19 +563,34 @@ class OptimizerSteps(Steps):
 
     # -- a step ------------------------------------------------------------------------------------
 
+    def stands_aside(self) -> bool:
+        """Returns whether the step is captured into a graph; see :class:`StepListener`.
+
+        Raises:
+            NotImplementedError: If gradwatch acts, which it cannot when the graph is replayed.
+        """
+        # Here and not at the end of the backward: a backward that is captured by itself is no loss,
+        # as its gradients are seen in the step. And that may be in a thread of autograd's own.
+        aside = self._run.stands_aside()
+        if aside:
+            tell_captured(self._run, self.label, self.step + 1, acts=self._options.acts)
+        return aside
+
     def begin(self, optimizer: Optimizer, has_closure: bool) -> None:
         """Prepares a step: undoes what a failed one left, and scales the learning rate."""
         if self.step == 0 and len(self._members) > 1 and self._on_first is not None:
             self._on_first(self, optimizer)
-        self._catch_up()
+        if self._run.hooks.replaced.seem():
+            self._follow_model(has_closure)
+        self._catch_up(steps=True)
         self.stepping, self._has_closure = weakref.ref(optimizer), has_closure
         self.has_begun = True
         self.passed_over = self.beyond_undo = False
-        if self._scale.candidates:
-            self._scale.keep_scaler_of(optimizer)
+        if not self.scale_is_certain:
+            self._settle_scaler(optimizer)
         if self._rates or self._fused is not None:
             self._withdraw()  # left over if the last step raised
-        self._norms = None
+        self._norms = self._unclipped = None
         self._outcome = APPLIED
         factor = self._run.accumulation.lr_factor
         if factor != 1.0:
@@ -532,30 +623,36 @@ class OptimizerSteps(Steps):
         else:
             self._step_inside_backward()
         self._weigh(loss)
-        sampler = self._sampler
-        if sampler is not None and not sampler.due(self.step + 1):
-            sampler = None
+        due = self._sampler is not None and self._sampler.due(self.step + 1)
+        sampler = self._sampler if due else None
         left, found_inf = carried_by(optimizer)
         norms = self._norms = self._measured(left, sampler)
-        if self._explaining is not None:  # before anything has changed: weights, buffers
+        decides = found_inf != 0.0 or not self.skip_rule.takes_all
+        by_device = decides and self._leaves_to_device(norms)
+        # Before anything has changed: weights, buffers, and the gradients that are counted.
+        if self.window.late_checks and self._must_know and not by_device:
+            norms = self._norms = self.window.look_closer(norms, left)
+        if self._explaining is not None:
             self._explaining.look_at(self.label, self.step + 1, self.window, norms, found_inf)
-        if found_inf != 0.0 or not self.skip_rule.takes_all:
-            self._outcome = self._decide(norms, found_inf)
+        if decides:
+            self._outcome = self._decide(norms, found_inf, by_device)
             if self._outcome.outcome != "applied":
                 return not self._outcome.refused and not self._left_out_cleanly()
         if norms.after is not norms.before and self._loop_clip is not None and norms.clip_known:
             self._look_for_clip_of_loop(self._loop_clip, norms)
         if self._clipping.policy is not None or norms.correction != 1.0:
-            self._norms = self._clipping.clip_(self.window, norms, left)
+            self._unclipped = None if norms.after.total.at_hand else norms
+            self._norms = self._clipping.clip_(self.window, norms, left, self._outcome.spike)
         if sampler is not None:
             sampler.before_step(self._parameters())
         return True
 
     def _look_for_clip_of_loop(self, loop_clip: LoopClip, norms: StepNorms) -> None:
-        limit = loop_clip.limit(norms)
-        if limit is not None:
+        found = loop_clip.limit(norms, self.step + 1)
+        if found is not None:
             self._loop_clip = None
-            tell_clip_of_loop(self._run, self.label, self.step + 1, limit)
+            limit, step = found
+            tell_clip_of_loop(self._run, self.label, step, limit)
 
     def _weigh(self, loss: object) -> None:
         """Checks the number of micro-batches, and weighs them against each other."""
@@ -623,27 +720,29 @@ class OptimizerSteps(Steps):
         if not late and (self.skip_rule.in_a_row or self._outcome is not APPLIED):
             self.skip_rule.note(self._outcome.outcome)
         self._losses = self._losses or self._of_closure
-        pending = self._pending(norms, self.step, estimates=True)
+        pending = self._pending(norms, self.step, estimates=True, unclipped=self._unclipped)
         pending.discarded, self.discarded = self.discarded, 0
+        pending.uncertain, self._uncertain = self._uncertain, []
         pending.beyond_undo, self.passed_over = self.beyond_undo, False
         if self.stale.looks or self.window.nonfinite_count or not norms.before.indices:
             self._look_for_mistakes(norms)
         if self._curvature is not None:
             pending.curvature = self._curvature(self.step, self._outcome.outcome)
-        if late:  # only the device knows the outcome: the rule is told once it has arrived
-            pending.on_outcome = self.skip_rule.note
+        if late:  # only the device knows the outcome
+            self.skip_rule.note_later(self._outcome, pending.transfer)
         joint = self._run.joint_steps
         if joint.several:
             self._run.used.update(self.window.backwards)
             pending.join(joint.of(self.label, self.step))
             joint.close_if_complete()
         self._run.recorder.expect(pending)
+        self._usual_backwards = max(1, len(self.window.arrivals))
         if self._run.replicas.active:
             self._run.replicas.after_step()
         self.window.reset()
         self.weights.sample = self.weights.weight = None
         self._losses = []
-        self._norms = self.units = None
+        self._norms = self._unclipped = self.units = None
         self._on_finished(self)
 
     def _put_back_buffers(self) -> None:
@@ -669,8 +768,10 @@ class OptimizerSteps(Steps):
         tensors = run.table.tensors
         if run.table.is_gone:
             return
-        if self.stale.looks and self.stale.note_step(tensors, self.window.indices):
-            tell_stale(run, self.label, self.step, StaleGradients.ENOUGH)
+        if self.stale.looks:
+            step = self.stale.note_step(tensors, self.window.indices, self.step)
+            if step is not None:
+                tell_stale(run, self.label, step, StaleGradients.ENOUGH)
         if self.window.nonfinite_count and norms.after.norms.at_hand:
             self.stale.note_bad(tensors, norms.after.nonfinite_indices())
         if not (norms.before.indices or run.hooks.arrivals.ended):
@@ -679,41 +780,42 @@ class OptimizerSteps(Steps):
     def end(self) -> None:
         """Closes the open window at the end of the run."""
         self._withdraw()  # the last step may have raised
-        if self.left_out_by_scaler:
-            self.abandon_window(together=False)
-        elif self.window.arrivals:
+        if not self._abandon_if_left_out(together=False) and self.window.arrivals:
             self.discard(at_end=True)
         if self._doubted:
             self._settle_doubts(true=True)
 
     def _only_makes_state(self, optimizer: Optimizer) -> bool:
-        """Returns whether a step changes nothing: all rates and all gradients are zero.
+        """Returns whether a first step changes nothing: all rates and all gradients are zero.
 
         ``torch.distributed.checkpoint`` takes such a step to have the state of an optimizer made.
         """
-        if not has_no_rate(optimizer):
+        if optimizer.state or not has_no_rate(optimizer):
             return False
         gradients = self.window.gradients()[1]
         return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
 
     @property
-    def applied(self) -> bool:
-        """Whether the last step was applied; waits if only the device knows."""
-        return self._outcome.final() == "applied"
+    def outcome(self) -> StepOutcome:
+        """What became of the last step, as far as the host knows."""
+        return self._outcome
 
     def _step_inside_backward(self) -> None:
         refuse_what_needs_all_gradients(self._options.deciding, f", as {self.label} does")
         if not self.window.arrivals:
             self.window.add_unfinished()
 
-    def _decide(self, norms: StepNorms, found_inf: FloatOrDeferred) -> StepOutcome:
-        """Decides whether the step is taken; a fused optimizer may be told to skip it by a flag."""
-        late = not norms.after.total.at_hand
-        by_flag = late and self._fused is not None and self._fused.can_skip
-        if self._explaining is not None:  # the host knows by now
-            by_flag = False
+    def _leaves_to_device(self, norms: StepNorms) -> bool:
+        """Whether the device decides: a fused optimizer is told by a flag to skip the step."""
+        if norms.after.total.at_hand or self._explaining is not None or self.skip_rule.takes_all:
+            return False
+        can_skip = self._fused is not None and self._fused.can_skip
+        return can_skip and self.skip_rule.leaves_to_device()
+
+    def _decide(self, norms: StepNorms, found_inf: FloatOrDeferred, by_device: bool) -> StepOutcome:
+        """Decides whether the step is taken."""
         try:
-            outcome = self.skip_rule.decide(norms, found_inf, by_flag)
+            outcome = self.skip_rule.decide(norms, found_inf, by_device)
         except TooManySkipsError:
             skipped = self.skip_rule.in_a_row
             if self._run.hooks.buffers.restores:
@@ -738,9 +840,10 @@ class OptimizerSteps(Steps):
             self._run.begin()
         entry = self._pending(norms, self.step + 1).entry()
         events = [event for event in entry.events if event.nonfinite]
+        self._run.recorder.receive(wait=True, unsettled=True)  # steps before it come first
         self._run.recorder.note(tuple(events))
         self._run.recorder.flush()
-        self._run.tell_poisoned()
+        self._run.tell_poisoned(wait=True)
         # Should the loop catch the error and throw the gradients away, this is not told again.
         self.window.first_nonfinite, self.window.late_checks = None, []
         return entry.record, events
@@ -766,20 +869,43 @@ class OptimizerSteps(Steps):
     # A GradScaler that has found an overflow does not call optimizer.step() (unless the optimizer
     # is fused), so no step hook runs. The skip shows only in the scaler's next update().
 
-    @property
-    def left_out_by_scaler(self) -> bool:
-        """Whether a scaler skipped the step: it has lowered its scale since the last backward."""
-        return self._scale.lowered_since(self._scale_at_backward)
+    def _abandon_if_left_out(self, together: bool = True) -> bool:
+        """Records the step of the window if a scaler has skipped it; returns whether it has.
 
-    def abandon_window(self, together: bool = True, at_once: bool = False) -> None:
+        This waits for a device only if the scaler was not asked to step this optimizer.
+        """
+        if not self.window.arrivals:
+            return False
+        asked = self._scaler_has_updated() and self._is_among(
+            self._scale.asked_to_step(self._generation)
+        )
+        if not asked and not self._scale.lowered_since(self._scale_at_backward):
+            return False
+        self.abandon_window(together, certain=asked)
+        return True
+
+    def _is_among(self, ids: frozenset[int]) -> bool:
+        return bool(ids) and not ids.isdisjoint(
+            map(id, (self.optimizer, *(member() for member in self._members)))
+        )
+
+    def abandon_window(
+        self, together: bool = True, at_once: bool = False, certain: bool = False
+    ) -> None:
         """Records the step of a window that a scaler skipped without calling the optimizer.
 
         Args:
             together: Whether all ranks call this at once, so that they may communicate.
             at_once: Whether no forward has begun since the step was skipped.
+            certain: Whether the scaler has found an overflow in the gradients of this optimizer.
         """
         norms = self.window.unused_norms(self._scale_at_backward, together)
-        if norms is not None and (self._run.shards is not None or not norms.before.finite):
+        # Parameters that are not watched may have overflowed as well. Only the norms tell.
+        known = certain and not self._foreign and not self.window.is_known
+        whole = self._run.shards is not None or known
+        if norms is not None and (whole or not norms.before.finite):
+            if at_once and self._must_know and self.window.late_checks:
+                norms = self.window.look_closer(norms, 1.0)
             if self._explaining is not None:
                 scale = self._scale_at_backward
                 self._explaining.note_discarded(self.label, self.step + 1, self.window, scale)
@@ -795,7 +921,7 @@ class OptimizerSteps(Steps):
     def _may_be_left_out(self, backward: Backward) -> bool:
         """Whether the scaler may have skipped a step: it has updated, or gradients were reset.
 
-        This check never waits; :attr:`left_out_by_scaler`, which decides, waits on an accelerator.
+        This check never waits; :meth:`_abandon_if_left_out`, which decides, may.
         """
         if not self.window.arrivals:
             return False

@@ -17,7 +17,7 @@ import numpy as np
 from gradwatch.accumulate.noise_scale import NoiseSample, NoiseScaleEstimator
 from gradwatch.hooks.data_parallel import several_ranks
 from gradwatch.measure.deferred import Deferred, FloatOrDeferred, Transfer, resolve
-from gradwatch.measure.norms import FirstNonFinite, LateCheck, Origin, StepNorms
+from gradwatch.measure.norms import FirstNonFinite, LateCheck, Measurement, Origin, StepNorms
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.measure.statistics import NO_SAMPLE, StatisticsSample
 from gradwatch.record.events import (
@@ -29,7 +29,7 @@ from gradwatch.record.events import (
     skipped_event,
 )
 from gradwatch.record.recorder import Entry
-from gradwatch.record.records import Event, Outcome, StepRecord
+from gradwatch.record.records import Event, StepRecord
 from gradwatch.step.skip_rule import StepOutcome
 from gradwatch.step.together import JointStep
 
@@ -48,6 +48,8 @@ class PendingStep:
         micro_batches: Micro-batches in its window.
         weight: Sum of their weights.
         norms: Norms before and after the clip.
+        unclipped: What they are if gradwatch has clipped nothing, as only the device knew: in a
+            step that was skipped, or whose norm was not finite. None if the host knew.
         outcome: Whether it was applied, or why it was skipped.
         first_nonfinite: The first parameter whose gradient was not finite; None if there is none.
         nonfinite_count: The largest number of such parameters in any one measurement.
@@ -64,18 +66,20 @@ class PendingStep:
         curvature: Largest eigenvalue and trace of the Hessian after the step; NaN if not measured.
         thrown_away: Why the step will never come, if its gradients were thrown away; empty for a
             step that has been taken or skipped.
+        only_if_bad: Whether gradients that were thrown away matter only if they were not finite,
+            as something has used them.
         discarded: Windows that were thrown away since the step before.
+        uncertain: Such windows of which it was not known yet whether they were finite.
         backwards: Backwards in its window, which may be more than its micro-batches.
         table: The watched parameters, for their names in events.
         exploding_norm: A norm above this limit is an event; None for no limit.
         estimator: The noise scale estimator that ``noise`` is added to; None for none.
-        on_outcome: Called with the outcome once it has arrived, if only the device knew it; else
-            None.
         beyond_undo: Whether a skipped step has moved the weights nevertheless.
         on_nonfinite: Called with the record if a gradient held a NaN or an Inf; None for nobody.
         by_hand: Whether the loop may have averaged the gradients over ranks by itself.
         can_wait: Whether the record may be made later, together with those of other steps: all
             numbers are on the host and finite.
+        transfer: Copies its numbers to the host; None if they are there.
     """
 
     step: int
@@ -98,30 +102,32 @@ class PendingStep:
     table: ParameterTable
     exploding_norm: float | None
     estimator: NoiseScaleEstimator | None
-    on_outcome: Callable[[Outcome], None] | None = None
     statistics: StatisticsSample = NO_SAMPLE
     curvature: tuple[float, float] = NO_CURVATURE
     thrown_away: str = ""
+    only_if_bad: bool = False
     discarded: int = 0
+    uncertain: Sequence[PendingStep] = ()
     backwards: int = 0
     group_lr: Sequence[FloatOrDeferred] = ()
     beyond_undo: bool = False
     on_nonfinite: Callable[[StepRecord], None] | None = None
     by_hand: bool = False
+    unclipped: StepNorms | None = None
     can_wait: bool = field(init=False)
-    _transfer: Transfer | None = field(init=False)
+    transfer: Transfer | None = field(init=False)
     _entry: Entry | None = field(init=False, default=None)
     _joint: JointStep | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Starts one asynchronous copy of all numbers that are still on a device."""
         awaited = self._awaited()
-        self._transfer = Transfer(awaited) if awaited else None
+        self.transfer = Transfer(awaited) if awaited else None
         self.can_wait = not (awaited or self.nonfinite_count or self.norms.before.overflowed)
 
     def join(self, joint: JointStep) -> None:
         """Says which steps of other optimizers were taken together with this one."""
-        joint.add(self.optimizer, self.norms, self._transfer)
+        joint.add(self.optimizer, self.norms, self.transfer)
         self._joint = joint
 
     @property
@@ -133,16 +139,31 @@ class PendingStep:
         """Returns whether all numbers have arrived; never waits."""
         if self._joint is not None and not self._joint.arrived():
             return False
-        return self._transfer is None or self._transfer.arrived()
+        if self.uncertain:
+            arrived = [one.ready() for one in self.uncertain]  # each is asked
+            if not all(arrived):
+                return False
+        return self.transfer is None or self.transfer.arrived()
+
+    def wait(self) -> None:
+        """Waits until all numbers have arrived."""
+        if self.transfer is not None:
+            self.transfer.wait()
+
+    @property
+    def counts(self) -> bool:
+        """Whether it happened, for gradients that were thrown away; waits for their norm."""
+        if not self.only_if_bad:
+            return True
+        self.wait()
+        return not self.norms.before.finite
 
     def entry(self) -> Entry:
         """Returns the step with its record and events; waits for numbers that have not arrived."""
         if self._entry is None:
-            if self._transfer is not None:
-                self._transfer.wait()
+            self.wait()
             self._entry = self._make_entry()
-            if self.on_outcome is not None:
-                self.on_outcome(self._entry.record.outcome)
+            self.uncertain = ()
             if self.on_nonfinite is not None and self._entry.record.nonfinite_parameters:
                 self.on_nonfinite(self._entry.record)
         elif self._joint is not None:
@@ -157,7 +178,11 @@ class PendingStep:
         # On the CPU nothing has to be copied, and most steps return here.
         if before.total.at_hand and not more and Deferred not in map(type, numbers):
             return []
-        measured = [before, after, *(check.measurement for check in self.late_checks)]
+        whole: tuple[Measurement, ...] = ()
+        if self.unclipped is not None:  # what it was measured in is another number than after
+            _, last, *others = self.unclipped
+            whole, numbers = (last,), [*numbers, *others]
+        measured = [before, after, *whole, *(check.measurement for check in self.late_checks)]
         own = [check.own.norm for check in self.late_checks]
         deferred = [
             *(norms for one in measured for norms in (one.norms, one.total)),
@@ -169,6 +194,9 @@ class PendingStep:
         return [one for one in each_once if not one.at_hand]
 
     def _make_entry(self) -> Entry:
+        applied = self.outcome.final() == "applied"
+        if self.unclipped is not None and not (applied and self.unclipped.after.finite):
+            self.norms = self.unclipped
         if self.by_hand:  # only now have the numbers arrived that tell
             clips = self.norms.coefficient != 1.0
             self.norms = self.norms.averaged(self.micro_batches, clip_known=clips)
@@ -185,8 +213,8 @@ class PendingStep:
         if not norms.untouched:
             factor = norms.after_scale * abs(resolve(norms.coefficient))
             clipped = after.norms.array() * factor
-        events = self._events(record, first)
-        statistics = self.statistics.rows()
+        events = self._events(record, first) if self.counts else ()
+        statistics = self.statistics.rows(applied)
         return Entry(
             record,
             before.indices,
@@ -211,7 +239,8 @@ class PendingStep:
 
     def _record(self, nonfinite_parameters: int) -> StepRecord:
         norms, local = self.norms, self.local
-        eigenvalue, trace = self.curvature
+        outcome = self.outcome.final()
+        eigenvalue, trace = self.curvature if outcome == "applied" else NO_CURVATURE
         return StepRecord(
             step=self.step,
             optimizer=self.optimizer,
@@ -225,7 +254,7 @@ class PendingStep:
             clip_coef=norms.clip_coef,
             clip_threshold=resolve(norms.threshold),
             clipped=norms.clipped,
-            outcome=self.outcome.final(),
+            outcome=outcome,
             nonfinite_parameters=nonfinite_parameters,
             loss=_mean(self.losses),
             lr=resolve(self.lr),
@@ -234,7 +263,7 @@ class PendingStep:
             hessian_eigenvalue=eigenvalue,
             hessian_trace=trace,
             global_step=self.global_step,
-            discarded=self.discarded,
+            discarded=self.discarded + sum(one.counts for one in self.uncertain),
         )
 
     def _add_noise_scale(self, record: StepRecord) -> None:

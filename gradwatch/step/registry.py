@@ -30,7 +30,7 @@ from gradwatch.measure.parameters import optimizer_parameters
 from gradwatch.record.events import dropped_event
 from gradwatch.step.backward_steps import BackwardSteps, EndedWindow
 from gradwatch.step.bad_weights import BadWeights
-from gradwatch.step.mistakes import CERTAIN, MANY, Silence
+from gradwatch.step.mistakes import CERTAIN, MANY, Silence, tell_cut_off, tell_moved
 from gradwatch.step.optimizer_steps import MeasureCurvature, OptimizerSteps
 from gradwatch.step.run import Run
 from gradwatch.step.steps import Steps
@@ -74,7 +74,7 @@ class OptimizerRegistry:
         self._silence = Silence(run)
         self._unowned: BackwardSteps | None = None
         self._discovery: OptimizerDiscovery | None = None
-        self._generation: object = None
+        self._generations: list[object] = []
         self._newest_loss = 0  # the number of its backward
         self._steps: dict[str, int] = {}
         self._controls: dict[str, Any] = {}
@@ -122,15 +122,52 @@ class OptimizerRegistry:
             self._unowned.step = self._steps.get("none", 0)
             self._run.joint_steps.find_more()
         self._run.hooks.attach(watched, self._norm_type, owned=bool(optimizers))
+        self._run.scale.wait()
         if accumulates:
             self._run.hooks.watch_added()
         may_skip = self._options.on_nonfinite == "skip" or self._options.skip_spikes is not None
         self._run.hooks.buffers.attach(may_skip, self._shield, self._is_left_out, self._is_busy)
         if self._forwards is not None:
             self._forwards.attach(self._curvature)
+        # Nothing is watched yet: the model may have been moved since, and may be until it trains.
+        self._run.follow_model = partial(_follow_model, weakref.ref(self))
+        if self.follows_model:
+            self.follow_model()
+            self._run.hooks.before_first_backward(self._run.follow_model)
+
+    @property
+    def follows_model(self) -> bool:
+        """Whether parameters that were replaced can be followed.
+
+        Where every model of a process is watched, the new ones get a watcher of their own.
+        """
+        return self._run.shards is None and self._run.tells_foreign
+
+    def follow_model(self) -> bool:
+        """Goes on with the parameters that the model has now, in place of those that are watched.
+
+        Returns:
+            Whether any was replaced.
+        """
+        run = self._run
+        if not self.follows_model or self._is_busy():
+            return False
+        found = run.hooks.replaced.find(reshaped=not run.hooks.arrivals.ended)
+        if found:
+            dead = run.hooks.exchange(found)
+            run.hooks.replaced.note()
+            for one in (*self.followed, self._unowned):
+                if one is not None:
+                    one.exchange(found)
+            shapes = tuple(tuple(tensor.shape) for tensor in run.table.tensors)
+            run.recorder.reshape(shapes)
+            if dead:
+                tell_cut_off(run, self.steps + 1, dead)
+        return bool(found)
 
     def _is_busy(self) -> bool:
-        return self._curvature is not None and self._curvature.busy
+        busy = self._curvature is not None and self._curvature.busy
+        return busy or self._run.stands_aside()
 
     def _is_left_out(self) -> bool:
         """Returns, once, whether a scaler has left out a step since the last backward.
@@ -139,10 +176,10 @@ class OptimizerRegistry:
         """
         if self._options.on_nonfinite != "skip" or self._run.scale.scaler is None:
             return False
-        generation = self._run.scale.generation()
-        if generation is self._generation:
+        generations = [one.scale.generation() for one in self.followed]
+        if list(map(id, generations)) == list(map(id, self._generations)):
             return False
-        self._generation = generation
+        self._generations = generations
         return any(one.is_left_out for one in self.followed)
 
     def end_discovery(self) -> None:
@@ -157,6 +194,7 @@ class OptimizerRegistry:
         for boundary in list(self._boundaries):
             boundary.remove()
         self._run.hooks.detach()
+        self._run.scale.end()
         if self._forwards is not None:
             self._forwards.stop()  # what is kept may explain the window that is still open
 
@@ -200,10 +238,8 @@ class OptimizerRegistry:
         """Adds a backward that has ended to the window of every optimizer that it concerns."""
         run = self._run
         # A scaler does not step with closures, so one that is at hand then is that of another loop.
-        if not run.scale.looked and not any(one.in_closure for one in self.followed):
-            run.scale.look()
-            for one in self.followed:
-                one.settle_scaler()
+        if run.scale.looks and not any(one.in_closure for one in self.followed):
+            self._look_for_scaler()
         silence = self._silence
         silence.backwards += 1
         silence.others = 0
@@ -221,10 +257,23 @@ class OptimizerRegistry:
         if run.hooks.added.watching:
             self._watch_what_is_added()
         run.hooks.arrivals.on_begin = self._on_begin
+        if run.hooks.before_first is not None:
+            run.hooks.end_before_first_backward()
         # With one optimizer nothing else is held, so the windows need not be asked.
         held = self.followed[0].window.backwards if self.followed else ()
         if self._forwards is not None and len(self._forwards.by_number) > len(held):
             self._forwards.keep_only(self._open_backwards())
+
+    def _look_for_scaler(self) -> None:
+        """Looks for a scaler, until it is certain which one serves each optimizer."""
+        scale = self._run.scale
+        nobodys = self._unowned is not None and self._unowned.window.indices
+        if nobodys or not all(one.scale_is_certain for one in self.followed):
+            scale.look()
+            return
+        scale.end()
+        scalers = [one.scale.scaler for one in self.followed]
+        scale.scaler = next((one for one in scalers if one is not None), None)
 
     def _open_backwards(self) -> set[int]:
         """Returns the numbers of the backwards that a step may still use."""
@@ -310,7 +359,7 @@ class OptimizerRegistry:
             # gives no buffers either.
             self._run.recorder.receive_readable()
             if not self._run.recorder.unread:
-                self._run.tell_poisoned()
+                self._run.tell_poisoned(wait=True)
         if self._forwards is not None:
             self._forwards.let_go()
 
@@ -356,8 +405,13 @@ class OptimizerRegistry:
 
     def _on_other_step(self, optimizer: Optimizer) -> None:
         """Finds out what an optimizer has to do with the model that is about to step."""
+        if self._run.stands_aside():
+            return
         with self._shield:
             indices = self._indices(optimizer)
+            if not indices and self._run.hooks.replaced.seem() and self.follow_model():
+                indices = self._indices(optimizer)
+                tell_moved(self._run, type(optimizer).__name__, self.steps + 1)
             if indices:
                 self._on_found(optimizer, indices)
             else:
@@ -525,16 +579,11 @@ class OptimizerRegistry:
         if self._run.on_first_step:
             self._run.begin()
         if steps.step % LOOK_EVERY in LOOK_AT:
-            self._silence.look_at_model(steps.step)
-            self._run.hooks.buffers.look_again()
-            steps.forget_groups()
-            newest = self._run.hooks.arrivals.ended
-            self._run.used = {number for number in self._run.used if number > newest - MOST_USED}
+            self._look_again(steps)
         unowned = self._unowned
-        if unowned is not None and unowned.window.backwards:
-            arrived = sorted(unowned.window.arrived)
-            self._silence.note_unowned(unowned.window.backwards, arrived, steps.step)
-        if self._run.suspects:
+        if unowned is not None:
+            self._note_unowned(unowned, steps.step)
+        if self._run.doubts_buffers:
             self._run.tell_poisoned()
         if self._run.hooks.buffers.restores and steps.in_time:
             others = (one for one in self.followed if one is not steps)
@@ -545,6 +594,20 @@ class OptimizerRegistry:
             self._watch_what_is_added()
         if steps is self.followed[0] and not self._run.accumulation.fixed:
             self._run.accumulation.next_window(steps.step, self._noise_now)
+
+    def _note_unowned(self, unowned: BackwardSteps, step: int) -> None:
+        if unowned.window.backwards:
+            arrived = sorted(unowned.window.arrived)
+            self._silence.note_unowned(unowned.window.backwards, arrived, step)
+
+    def _look_again(self, steps: OptimizerSteps) -> None:
+        """Looks, after a few of the steps, at what may have changed without a sign."""
+        self.follow_model()
+        self._silence.look_at_model(steps.step)
+        self._run.hooks.buffers.look_again()
+        steps.forget_groups()
+        newest = self._run.hooks.arrivals.ended
+        self._run.used = {number for number in self._run.used if number > newest - MOST_USED}
 
     def _noise_now(self) -> NoiseScale:
         self._run.recorder.receive(wait=True)
@@ -573,6 +636,15 @@ class OptimizerRegistry:
         return Window(
             run.table, list(indices), self._norm_type, run.shards, bad_weights=bad_weights
         )
+
+
+def _follow_model(reference: weakref.ref[OptimizerRegistry]) -> bool:
+    registry = reference()
+    if registry is None:
+        return False
+    with registry._shield:
+        return registry.follow_model()
+    return False
 
 
 def _call_on_gone(reference: weakref.ref[OptimizerRegistry]) -> None:

@@ -36,6 +36,8 @@ from gradwatch.hooks.data_parallel import (
     wrappers_that_hold,
 )
 from gradwatch.hooks.model import ModelHooks, Unhooked
+from gradwatch.measure.devices import in_double
+from gradwatch.measure.gathering import joined
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.record.events import loop_event, same_data_event
 from gradwatch.record.records import Event, EventKind, StepRecord
@@ -482,8 +484,8 @@ class _Sample:
 
     def _read(self) -> Tensor:
         if not self._tensors:
-            return torch.zeros(0)
-        return torch.cat([_elements(one) for one in self._tensors])
+            return torch.zeros(0, dtype=torch.float64, device="cpu")
+        return joined([_elements(one) for one in self._tensors])
 
     def _read_versions(self) -> list[int]:
         return [one._version for one in self._tensors]
@@ -492,4 +494,4 @@ class _Sample:
 def _elements(tensor: Tensor) -> Tensor:
     flat = tensor.detach().reshape(-1)
     some = flat[:: flat.numel() // SAMPLED_ELEMENTS + 1]
-    return (torch.view_as_real(some).reshape(-1) if some.is_complex() else some).double()
+    return in_double(torch.view_as_real(some).reshape(-1) if some.is_complex() else some)

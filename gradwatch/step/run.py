@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 from gradwatch.accumulate.policies import AccumulationPlan
 from gradwatch.errors import warn_safely
 from gradwatch.guard import Stopwatch
+from gradwatch.hooks.buffers import BufferLook
 from gradwatch.hooks.data_parallel import DataParallel, rank
 from gradwatch.hooks.model import ModelHooks
-from gradwatch.hooks.scaler import LossScale
+from gradwatch.hooks.scaler import FoundScale
+from gradwatch.measure.devices import is_capturing
 from gradwatch.measure.parameters import ParameterTable
 from gradwatch.measure.sharded import Shards
 from gradwatch.options import Options
@@ -49,7 +51,7 @@ class Run:
         data_parallel: The ranks that average their gradients; None if there is only one.
         global_step: Maps a step to the step number that loggers use as their x-axis.
         shards: The sharded parameters; None if no parameter is sharded.
-        scale: The loss scale.
+        scale: The loss scale of the newest backward. Each optimizer has its own.
         stopwatch: Measures the time that gradwatch itself takes.
         recorder: Keeps records and events.
         accumulation: How many micro-batches make a step.
@@ -65,6 +67,7 @@ class Run:
         tells_foreign: Whether to tell of an optimizer with parameters that are not watched. Where
             every model of the process is watched, they will be.
         on_first_step: Called by :meth:`begin`, and then forgotten.
+        follow_model: Goes on with the parameters that the model has now, where they were replaced.
     """
 
     def __init__(
@@ -82,11 +85,12 @@ class Run:
         self.data_parallel = data_parallel
         self.global_step = global_step
         self.shards = Shards.of(table.tensors)
-        self.scale = LossScale(options.scaler)
+        self.scale = FoundScale(options.scaler)
         self.stopwatch = Stopwatch()
         self.used: set[int] = set()
         self.other_steps = 0
         self.suspects: list[StepRecord] = []
+        self._looks: list[tuple[StepRecord, BufferLook]] = []
         self.told: set[str] = set()
         self.tells_changes = self.tells_foreign = True
         self.joint_steps = JointSteps(2.0 if options.clip is None else options.clip.norm_type)
@@ -117,6 +121,7 @@ class Run:
             self.replicas.note_record,
             None if self._log is None else self._log.note,
         )
+        self.follow_model: Callable[[], bool] = bool
         self.on_first_step: list[Callable[[], None]] = []
         if any(isinstance(sink, ModelFolder | LateSinks) for sink in options.sinks):
             self.on_first_step.append(self._begin_writing)
@@ -147,21 +152,38 @@ class Run:
         if warn:
             warn_safely(f"gradwatch: {event.message}")
 
+    def stands_aside(self) -> bool:
+        """Returns whether a graph is being captured, of which nothing can be seen."""
+        tensors = self.table.tensors
+        return bool(tensors) and not tensors[0].is_cpu and is_capturing(tensors[0].device)
+
     def suspect(self, record: StepRecord) -> None:
         """Notes a step that held a NaN or Inf, for :meth:`tell_poisoned`."""
         self.suspects.append(record)
 
-    def tell_poisoned(self) -> None:
-        """Tells, once, of buffers that hold a NaN or Inf after a step whose gradients did."""
+    def tell_poisoned(self, *, wait: bool = False) -> None:
+        """Tells, once, of buffers that hold a NaN or Inf after a step whose gradients did.
+
+        Args:
+            wait: Whether to wait for what a device knows; without, it is told after a later step.
+        """
         suspects, self.suspects = self.suspects, []
         if POISONED in self.told:
             return
-        for record in suspects:
-            names = self.hooks.buffers.poisoned()
+        looks = [(record, self.hooks.buffers.look()) for record in suspects]
+        self._looks += [(record, look) for record, look in looks if look is not None]
+        while self._looks and (wait or self._looks[0][1].arrived()):
+            record, look = self._looks.pop(0)
+            names = look.poisoned()
             if names:
                 skips = self.options.on_nonfinite == "skip"
                 self.tell(poisoned_event(record, names, skips), key=POISONED)
-                return
+                self._looks = []
+
+    @property
+    def doubts_buffers(self) -> bool:
+        """Whether :meth:`tell_poisoned` may have something to tell."""
+        return bool(self.suspects or self._looks)
 
     def note(self, event: Event) -> None:
         """Records an event that belongs to no finished step."""

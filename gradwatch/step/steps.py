@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ class Steps(ABC):
         self.step = 0
         self._run = run
         self._options = run.options
-        self._scale = scale
+        self._scale = self._found = scale
         self._sampler = StatisticsSampler.of(
             run.options.statistics, run.options.every, len(run.table), run.shards
         )
@@ -62,8 +62,7 @@ class Steps(ABC):
 
     def add(self, backward: Backward, weight: FloatOrDeferred) -> bool:
         """Adds a backward that has ended; returns whether it gave any gradient to measure."""
-        # Not self._scale: a scaler that is found later was already in use for these gradients.
-        found = self._run.scale
+        found = self._found
         self._generation = None if found.scaler is None else found.generation()
         window = self.window
         if window.arrivals and window.discarded_before(backward):
@@ -88,6 +87,11 @@ class Steps(ABC):
             self.weights_then = WeightSnapshot(self._parameters())
         self._other_steps_then = self._run.other_steps
         return True
+
+    def exchange(self, indices: Iterable[int]) -> None:
+        """Notes that other tensors have taken the place of watched ones in the table."""
+        self.window.exchange(indices)
+        self.weights_then = None
 
     def let_go(self) -> None:
         """Drops the parameters and their gradients, as nothing will come any more.
@@ -125,7 +129,7 @@ class Steps(ABC):
 
     def _scaler_has_updated(self) -> bool:
         before = self._generation
-        return before is not None and before is not self._run.scale.generation()
+        return before is not None and before is not self._found.generation()
 
     def _pending(
         self,
@@ -133,6 +137,7 @@ class Steps(ABC):
         step: int,
         estimates: bool = False,
         discarded: str = "",
+        unclipped: StepNorms | None = None,
     ) -> PendingStep:
         """Collects everything that is known of a step.
 
@@ -141,6 +146,8 @@ class Steps(ABC):
             step: Its number.
             estimates: Whether the step is added to the noise scale estimate.
             discarded: Why the step will never come; empty for a step.
+            unclipped: Its norms if it turns out that gradwatch has clipped nothing; None if that
+                is known.
         """
         window, weights, statistics = self.window, self.weights, NO_SAMPLE
         if self._sampler is not None and not discarded and self._sampler.due(step):
@@ -164,6 +171,7 @@ class Steps(ABC):
             micro_batches=micro_batches,
             weight=weight,
             norms=norms,
+            unclipped=unclipped,
             outcome=self._outcome,
             first_nonfinite=window.first_nonfinite,
             nonfinite_count=window.nonfinite_count,

@@ -79,6 +79,11 @@ class JointSteps:
         self._optimizers = 0
         self._finds_more = False
 
+    @property
+    def any_followed(self) -> bool:
+        """Whether any optimizer is followed."""
+        return self._optimizers > 0
+
     def follow_one_more(self) -> None:
         """Counts an optimizer that is followed from now on."""
         self._optimizers += 1

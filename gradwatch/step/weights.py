@@ -14,7 +14,6 @@ from torch import Tensor
 
 from gradwatch.accumulate.exchangeable import Exchangeability
 from gradwatch.accumulate.noise_scale import (
-    NOT_COMPARABLE,
     MicroBatch,
     NoiseSample,
     NoiseScaleEstimator,
@@ -28,6 +27,8 @@ from gradwatch.hooks.graph import Graph
 from gradwatch.hooks.model import ModelHooks
 from gradwatch.hooks.snapshot import is_looked_at
 from gradwatch.measure.deferred import FloatOrDeferred, as_operand, defer
+from gradwatch.measure.devices import home_of
+from gradwatch.measure.gathering import together
 from gradwatch.measure.norms import Measurement
 from gradwatch.measure.sketch import Sketch, Sketcher
 from gradwatch.step.window import Window
@@ -162,13 +163,14 @@ class WindowWeights:
             if self._backwards.compares:
                 self._backwards.end()
             return losses
-        sums = WindowSums.of(window.noise_norms, losses)
         differ = self._difference(window, ranks)
-        if differ:
-            sums = replace(sums, spread=NOT_COMPARABLE)  # on every rank, once it is summed
-        if ranks is not None:
-            device = window.table.tensors[window.indices[0]].device
-            sums = sums.over_ranks(ranks.sum_, device)
+        if ranks is None:
+            sums = WindowSums.of(window.noise_norms, comparable=not differ)
+        else:
+            device = home_of(window.table.tensors[index] for index in window.indices)
+            sums = WindowSums.over_ranks(
+                window.noise_norms, losses, ranks.sum_, device, comparable=not differ
+            )
             losses = [(_mean_loss(sums), 1.0)] if losses else []
         self.weight = sums.weight
         weight, count = _nonzero(as_operand(sums.weight)), 1 if ranks is None else ranks.ranks
@@ -176,7 +178,8 @@ class WindowWeights:
         if divisor is None:  # the loop has divided its losses itself
             divisor = defer(weight / count)
         else:
-            window.correction = defer(as_operand(divisor) * count / weight)
+            planned, weight = together(divisor, weight)
+            window.correction = defer(planned * count / weight)
         added = _Added(sums, ranks, divisor, scale, units, full_units)
         self.sample, self.silent = self._sample(window, added)
         self.silent = differ or self.silent
@@ -220,7 +223,7 @@ class WindowWeights:
             return None, NOT_ONE_RANK
         if self._reduced != 1:
             return None, REDUCED_EACH
-        return sample_of_rank(own, window.weight, ranks.ranks, scale, units), ""
+        return sample_of_rank(defer(own), window.weight, ranks.ranks, scale, units), ""
 
 
 class _Backwards:
@@ -318,7 +321,8 @@ class _Added:
 
 
 def _mean_loss(sums: WindowSums) -> FloatOrDeferred:
-    return defer(as_operand(sums.loss) / _nonzero(as_operand(sums.weight)))
+    loss, weight = together(sums.loss, sums.weight)
+    return defer(loss / _nonzero(weight))
 
 
 def _nonzero(weight: float | Tensor) -> float | Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import compress, repeat
@@ -26,20 +26,31 @@ from gradwatch.hooks.data_parallel import is_distributed, rank
 from gradwatch.hooks.model import with_freed
 from gradwatch.hooks.scaler import LossScale
 from gradwatch.hooks.snapshot import Direction, GradientSnapshot, Looks
-from gradwatch.measure.deferred import FloatOrDeferred, as_operand, defer, resolve
+from gradwatch.measure.deferred import (
+    Deferred,
+    FloatOrDeferred,
+    Transfer,
+    defer,
+    resolve,
+)
+from gradwatch.measure.devices import exact_dtype
+from gradwatch.measure.gathering import added, are_alike
 from gradwatch.measure.norms import (
     NOT_KNOWN,
     FirstNonFinite,
     LateCheck,
     Measurement,
+    NonFiniteCount,
     Origin,
     OwnNorm,
     StepNorms,
     gradient_norms,
     has_negative_zero,
     measure,
+    nonfinite_counts,
     same_norms,
     total_norm,
+    wide_norms,
 )
 from gradwatch.measure.parameters import ParameterTable, local_part
 from gradwatch.measure.sharded import (
@@ -138,7 +149,7 @@ class Window:
         """Sum of the weights of its micro-batches."""
         if len(self.arrivals) == 1:  # an addition would launch a kernel if the weight is a tensor
             return self.arrivals[0][1]
-        return defer(sum(as_operand(weight) for _, weight in self.arrivals))
+        return defer(added(weight for _, weight in self.arrivals))
 
     @property
     def arrived(self) -> set[int]:
@@ -153,8 +164,8 @@ class Window:
         if len(self._tensors) != len(self.indices):
             self._tensors = [self.table.tensors[index] for index in self.indices]
             self._own = set(self.indices) if self.shares else set()
-            dtypes = {tensor.dtype for tensor in self._tensors}
-            self._dtype = dtypes.pop() if len(dtypes) == 1 else None
+            alike = bool(self._tensors) and are_alike(self._tensors)
+            self._dtype = self._tensors[0].dtype if alike else None
         # Loops in C over all parameters: a Python loop here would cost more than the norms.
         indices, gradients = self.indices, list(map(_grad, self._tensors))
         if any(map(is_, gradients, repeat(None))):
@@ -245,6 +256,14 @@ class Window:
         self.indices, self._tensors = indices, []
         self.share()
 
+    def exchange(self, indices: Iterable[int]) -> None:
+        """Notes that other tensors have taken the place of watched ones in the table."""
+        # A gradient that has not arrived was one that the old tensor had left.
+        left = set(indices).intersection(self.indices).difference(self.arrived)
+        if self.arrivals and left:
+            self.forget(sorted(left))
+        self._tensors, self._snapshot, self._direction = [], None, None
+
     def widen(self, late: Sequence[int]) -> None:
         """Adds gradients of parameters that joined the optimizer after the last backward."""
         before = self._before
@@ -329,9 +348,14 @@ class Window:
     def _left_of(
         self, before: Measurement, rest: Sequence[int], written: Sequence[tuple[int, Tensor]]
     ) -> float:
-        was = before.subset(rest, self.norm_type).total.value()
+        then = before.subset(rest, self.norm_type).total
         there = [gradient for _, gradient in written]
-        left = total_norm(gradient_norms(there, self.norm_type, self._dtype), self.norm_type).item()
+        now = Deferred(
+            total_norm(gradient_norms(there, self.norm_type, self._dtype), self.norm_type)
+        )
+        if waited := [one for one in (then, now) if not one.at_hand]:
+            Transfer(waited).wait()  # for both at once
+        was, left = then.value(), now.value()
         if not math.isfinite(left):
             self._check_written(written)
         if left == 0 != was:
@@ -487,6 +511,99 @@ class Window:
             self.looks.compare_later(norms)
         return norms
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the host knows the norm of the newest backward without a wait."""
+        return self._before is not None and self._before.total.at_hand
+
+    def look_closer_at_newest(self) -> None:
+        """Does what :meth:`look_closer` does for the gradients of the backward that has ended."""
+        before = self._before
+        if before is not None and self.late_checks and not before.total.at_hand:
+            self._before = self.look_closer(StepNorms(before, before), 1.0).before
+            self._measured[-1] = self._before
+
+    def look_closer(self, norms: StepNorms, left: FloatOrDeferred) -> StepNorms:
+        """Finds in late measurements what the host would have found at once on a CPU.
+
+        It waits for the norm of the step. If that is not finite, NaN and Inf are counted as long as
+        the gradients are there, weights are looked at, and a norm beyond float32 is taken again.
+
+        Args:
+            norms: The norms of the step; no weight has changed since they were measured.
+            left: The loss scale by which the gradients are still multiplied.
+
+        Returns:
+            The norms; in float64 if only they were not finite, and not the gradients.
+        """
+        if self.shards is not None or not self.late_checks:
+            return norms
+        if norms.looked and norms.before.total.at_hand:
+            # There was a wait in the backward. In this one the host also learns what the look has
+            # found, so that the next step need not look and wait again.
+            looks = [one.norms for one in (norms.before, norms.after)]
+            numbers = [*looks, norms.before.total, norms.after.total]
+            numbers += [one for one in norms if isinstance(one, Deferred)]
+            waiting = {id(one): one for one in numbers if not one.at_hand}
+            Transfer(list(waiting.values())).wait()
+        if norms.after.finite:
+            return norms
+        indices, gradients = self.gradients()
+        weights = None if self.bad_weights is None else self.bad_weights.measured()
+        counts = Deferred(nonfinite_counts(gradients))
+        self._read_at_once(norms, counts, weights)  # one wait more, whatever is bad
+        rows = [NonFiniteCount(int(nan), int(inf)) for nan, inf in counts.array().tolist()]
+        counted = dict(zip(indices, rows, strict=True))
+        unchanged = norms.untouched
+        if unchanged and not any(rows):
+            return self._taken_again(norms, indices, gradients, left)
+        spoiled = [] if weights is None else BadWeights.with_nan(weights)
+        checks, self.late_checks = self.late_checks, []
+        for check in checks:
+            # The loop's own clip may have made all elements of a bad gradient NaN.
+            kept = unchanged or check.measurement is norms.after
+            bad = check.nonfinite(None, counted if kept else None)
+            self.nonfinite_count = max(self.nonfinite_count, len(bad))
+            if bad and self.first_nonfinite is None:
+                self.first_nonfinite = self._traced(bad, check.micro_batch, lambda: spoiled)
+        return norms
+
+    def _read_at_once(
+        self, norms: StepNorms, counts: Deferred, weights: Measurement | None
+    ) -> None:
+        """Waits for all numbers that tell what is bad in a step, in one copy from each device."""
+        measured = [norms.before, norms.after, *(check.measurement for check in self.late_checks)]
+        numbers = [
+            counts,
+            *(one for part in measured for one in (part.norms, part.total)),
+            *([] if weights is None else [weights.norms]),
+            *(one for one in norms if isinstance(one, Deferred)),
+            *(check.own.norm for check in self.late_checks if check.own.norm is not None),
+        ]
+        waiting = {id(one): one for one in numbers if not one.at_hand}
+        Transfer(list(waiting.values())).wait()
+
+    def _taken_again(
+        self,
+        norms: StepNorms,
+        indices: list[int],
+        gradients: list[Tensor],
+        left: FloatOrDeferred,
+    ) -> StepNorms:
+        """Returns the norms of finite gradients whose norm is beyond float32."""
+        if exact_dtype(gradients[0].device) != torch.float64:
+            return norms
+        self.late_checks = []
+        whole = wide_norms(gradients, self.norm_type)
+        # A scaler that unscales leaves the measurement as it is.
+        if resolve(norms.unit_before) != resolve(left):
+            whole = whole * (resolve(norms.unit_before) / resolve(left))
+        total = total_norm(whole, self.norm_type)
+        measured = Measurement(indices, Deferred(whole), Deferred(total), overflowed=True)
+        return norms._replace(
+            before=measured, after=measured, unit_after=norms.unit_before, looked=False
+        )
+
     def measure_clipped(self, indices: Sequence[int], gradients: list[Tensor]) -> Measurement:
         """Measures gradients (of sharded ones this rank's parts) after a clip by elements or units.
 
@@ -594,16 +711,30 @@ class Window:
         bad = check.nonfinite(gradients)
         self.nonfinite_count = max(self.nonfinite_count, len(bad))
         if bad and self.first_nonfinite is None:
-            self.first_nonfinite = self._traced(bad) if gradients else bad[0]
+            count = self.backward_count
+            known = self.bad_weights
+            spoiled = list[int] if known is None else known.found
+            self.first_nonfinite = self._traced(bad, count, spoiled) if gradients else bad[0]
 
-    def _traced(self, bad: Sequence[FirstNonFinite]) -> FirstNonFinite:
-        """Returns the first of the bad gradients, with its origin if that is not its backward."""
+    def _traced(
+        self,
+        bad: Sequence[FirstNonFinite],
+        count: int,
+        spoiled: Callable[[], Sequence[int]],
+    ) -> FirstNonFinite:
+        """Returns the first of the bad gradients, with its origin if that is not its backward.
+
+        Args:
+            bad: The bad gradients.
+            count: The number of backwards that the window had when they were measured.
+            spoiled: Lists the weights that were bad by then.
+        """
         first, here = bad[0], rank() if self.shards is None else None
         if first.origin is Origin.AFTER and self.arrivals:
             return replace(first, rank=here)
         # While a backward still runs, other optimizers may have spoiled their weights by now.
         ended = len(self.backwards) == len(self.arrivals)
-        weights = self.bad_weights.found() if ended and self.bad_weights is not None else ()
+        weights = spoiled() if ended else ()
         if weights:
             known = first.origin is Origin.BACKWARD
             number = first.micro_batch if known else 0
@@ -613,12 +744,12 @@ class Window:
         if first.origin is not Origin.BACKWARD:
             return first
         stale = [one for one in bad if one.index in self.stale]
-        if stale and self.backward_count == 1:
+        if stale and count == 1:
             return replace(stale[0], origin=Origin.STALE, rank=here)
         if first.rank == -1:  # the order here, and the micro-batch, need not be that of its rank
-            return replace(first, origin=Origin.among(self.backward_count))
+            return replace(first, origin=Origin.among(count))
         # A reduction over ranks also writes into gradients that nothing has arrived at here.
-        if first.index in self.arrivals[-1][0] or is_distributed():
+        if first.index in self.arrivals[count - 1][0] or is_distributed():
             return first
         return replace(first, origin=Origin.AFTER, micro_batch=first.micro_batch - 1, rank=here)
 

@@ -19,6 +19,7 @@ from gradwatch import StepRecord
 from gradwatch.adapters import (
     REDUCTIONS,
     SCALARS,
+    STATISTICS,
     STEP_COLUMNS,
     Reduction,
     StepScalars,
@@ -79,6 +80,7 @@ NONFINITE_MEANING = (
     "away."
 )
 BLOCK_MEANING = "L2 norm over the parameters of this part of the model, before the clip."
+STATISTIC_MEANING = "{meaning}; of the parameter of this part where it is largest in magnitude."
 
 
 @dataclass(slots=True)
@@ -127,6 +129,20 @@ def reduce_scalar(name: str, values: Sequence[float]) -> float:
     """Reduces the values of several steps, oldest first, to the one value that is written."""
     declared = DERIVED_SCALARS.get(name) or SCALARS[name]
     return REDUCTIONS[declared.reduction](values)
+
+
+def reduce_block(name: str, values: Sequence[float]) -> float:
+    """Reduces the values of a block over several steps to the one that is written: the largest."""
+    if name.startswith("blocks/"):
+        return REDUCTIONS["largest"](values)
+    return max(values, key=abs)  # a mean may be negative, and none of them is NaN
+
+
+def statistic_meaning(name: str) -> str:
+    """Returns the description that TensorBoard shows for the values of a statistic."""
+    known = STATISTICS.get(name)
+    meaning = known.meaning if known is not None else name
+    return STATISTIC_MEANING.format(meaning=f"{meaning[:1].upper()}{meaning[1:]}")
 
 
 def norm_spread(norms: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
@@ -218,8 +234,8 @@ class Point:
 class OptimizerSeries:
     """The scalars and block norms of one optimizer: their tags, counters and thinning.
 
-    The first optimizer has the groups ``gradwatch/`` and ``gradwatch_blocks/``. Each further one
-    has its own, such as ``gradwatch-SGD-1/`` and ``gradwatch-SGD-1_blocks/``.
+    The first optimizer has the groups ``gradwatch/``, ``gradwatch_blocks/`` and one for each
+    statistic, ``gradwatch_max/``. Each further one has its own, ``gradwatch-SGD-1_blocks/`` say.
 
     The newest point is held back until the next one arrives. At the end it is written together with
     the rows that still wait in the thinners, so that a step is never spread over two Events.
@@ -236,11 +252,11 @@ class OptimizerSeries:
         """
         name = group_of(label, first="")
         self._group = f"{name}/"
-        self._block_group = f"{name}_blocks/"
+        self._block_group = f"{name}_"  # of the norms, "gradwatch_blocks/", and of the statistics
         self._step_scalars = step_scalars
         self._scalars = StepSeries()
         self._thin_scalars = Thinner(every, reduce_scalar)
-        self._thin_blocks = Thinner(block_every, lambda _, values: REDUCTIONS["largest"](values))
+        self._thin_blocks = Thinner(block_every, reduce_block)
         self._newest: Point | None = None
 
     def add(
@@ -258,7 +274,7 @@ class OptimizerSeries:
             record: The step.
             time: Wall time of the step, in seconds since 1970.
             spread: The row of :func:`norm_spread` for this step.
-            blocks: Block name to norm, for the blocks that had a gradient.
+            blocks: What :class:`~gradwatch.adapters.BlockScalars` has for the step.
             notable: Whether to write the step even if thinning would not.
         """
         scalars = self._scalars.of(record, spread)
@@ -293,8 +309,9 @@ class OptimizerSeries:
 
     def meaning(self, tag: str) -> str:
         """Returns the one-sentence description that TensorBoard shows for a tag."""
-        if tag.startswith(self._block_group):
-            return BLOCK_MEANING
+        if not tag.startswith(self._group):
+            kind = tag.removeprefix(self._block_group).partition("/")[0]
+            return BLOCK_MEANING if kind == "blocks" else statistic_meaning(kind)
         name = tag.removeprefix(self._group)
         if name == NONFINITE_EVENT:
             return NONFINITE_MEANING

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 
 from torch.utils.tensorboard import summary
 
-from gradwatch import Layout, RecordBatch, StepRecord
-from gradwatch.adapters import accumulates
-from gradwatch_tensorboard.blocks import Blocks
+from gradwatch import RecordBatch, StepRecord
+from gradwatch.adapters import BlockScalars, accumulates
 from gradwatch_tensorboard.events import EventText
 from gradwatch_tensorboard.files import event_file
 from gradwatch_tensorboard.matrix import MatrixWriter
@@ -59,6 +58,7 @@ class TensorBoardWriter:
         every: int = 1,
         block_every: int = 10,
         step_scalars: bool = True,
+        blocks: bool = True,
         layout: bool = True,
         heatmap: bool = True,
     ) -> None:
@@ -75,6 +75,7 @@ class TensorBoardWriter:
             block_every: The same for the norms of module blocks, which take most of the space.
             step_scalars: Whether to write the step scalars. Without them only block norms, events,
                 layout and matrix are written.
+            blocks: Whether to write the norms and the statistics of module blocks.
             layout: Whether to write a layout for the Custom Scalars dashboard. A run can have only
                 one, so pass False if you write your own.
             heatmap: Whether to write the data of the Gradients tab: its list of events, and the
@@ -96,7 +97,7 @@ class TensorBoardWriter:
         self._scalar_events = ScalarEvents()
         self._text = EventText()
         self._text_step = -1
-        self._blocks: tuple[Layout, Blocks] | None = None
+        self._blocks = BlockScalars(norms=blocks, statistics=blocks)
         self._matrix: MatrixWriter | None = None
         self._newest_time = 0.0
         self._begun = False
@@ -218,27 +219,20 @@ class TensorBoardWriter:
     def _steps(self, batch: RecordBatch, times: Sequence[float]) -> Iterator[Outgoing]:
         # Without step scalars the percentiles are unused, so pass no parameters to skip the work.
         spreads = norm_spread(batch.norms[:, : None if self._step_scalars else 0]).tolist()
-        blocks = self._blocks_of(batch.layout)
-        block_norms = blocks.norms(batch.norms).tolist()
         eventful = {(event.optimizer, event.step) for event in batch.events}
-        rows = zip(batch.steps, times, spreads, block_norms, strict=True)
-        for record, wall_time, spread, norms in rows:
+        rows = zip(batch.steps, times, spreads, self._blocks.of(batch), strict=True)
+        for record, wall_time, spread, blocks in rows:
             series = self._series_of(record.optimizer)
             before = series.add(
                 record,
                 wall_time,
                 spread,
-                blocks.present(norms),
+                blocks,
                 notable=_is_notable(record) or (record.optimizer, record.step) in eventful,
             )
             yield from self._point(series, before)
         for series in self._series.values():
             yield from self._point(series, series.ready())
-
-    def _blocks_of(self, layout: Layout) -> Blocks:
-        if self._blocks is None or self._blocks[0] != layout:
-            self._blocks = layout, Blocks.of(layout.modules)
-        return self._blocks[1]
 
     def _series_of(self, optimizer: str) -> OptimizerSeries:
         series = self._series.get(optimizer)

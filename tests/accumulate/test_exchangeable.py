@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradwatch
 from gradwatch.accumulate.exchangeable import Exchangeability
-from gradwatch.hooks import graph
+from gradwatch.hooks import callers
 from tests.support.noise import KnownCovariance, draws
 
 WINDOWS = 80
@@ -486,7 +486,7 @@ def test_an_estimate_begins_anew():
 
 def test_without_the_graph_the_numbers_tell(monkeypatch):
     """Where torch does not show the graph, nothing fails, and nothing is refused that is fine."""
-    monkeypatch.setattr(graph, "ENGINE_CODE", None)
+    monkeypatch.setattr(callers, "ENGINE_CODE", None)
     torch.manual_seed(0)
     assert _run(_plain(perceptron())).noise_scale.updates == WINDOWS
     assert not _run(_gan(False)).noise_scale.valid

@@ -54,11 +54,12 @@ def test_steps_to_look_at():
 
 
 def test_memory_is_that_of_the_buffer():
-    """A watcher of 500 tensors holds 4 bytes for each of them and of 1,024 steps, and little more."""
+    """A watcher holds 4 bytes for each parameter and of 1,024 steps, and its hooks and name beside."""
     from benchmarks.scaling.parameters import held_bytes
 
     few, many = held_bytes(10), held_bytes(510)
-    assert (many - few) / 500 == pytest.approx(4 * 1024, rel=0.25)
+    # The hooks of a parameter take 560 bytes in torch alone; names, references and ours as many.
+    assert 4 * 1024 < (many - few) / 500 < 4 * 1024 + 1536
 
 
 def test_operators_of_watch_are_found():

@@ -117,6 +117,7 @@ def test_an_encoding_without_the_characters(tmp_path):
     assert "\\u5bbd" in out
 
 
+@pytest.mark.slow
 def test_follows_a_run_that_is_written(tmp_path):
     """A live training is followed to its last step; Ctrl-C ends it with exit code 0."""
     training = _start(

@@ -36,6 +36,10 @@ class _NoClose:
         pass
 
 
+class _Hourly(CapturingSink):
+    deliver = "hour"
+
+
 class _WriteIsNoMethod(_NoWrite):
     write = 3
 
@@ -137,6 +141,7 @@ BAD: dict[str, Bad] = {
     "sink_without_close": _option(EITHER, "sinks", "close", "_NoClose", sinks=[_NoClose()]),
     "sink_write_is_no_method": _option(EITHER, "sinks", "write", sinks=[_WriteIsNoMethod()]),
     "sink_class_not_object": _option(EITHER, "sinks", "CapturingSink", sinks=[CapturingSink]),
+    "sink_delivered_in_a_way_that_is_none": _option(EITHER, "sinks", "'step'", "_Hourly", sinks=[_Hourly()]),
     "sinks_not_a_sequence": _option(WRONG_TYPE, "sinks", "CapturingSink", sinks=CapturingSink()),
     "sinks_path": _option(EITHER, "sinks", "runs", sinks="runs"),
     "sinks_none": _option(WRONG_TYPE, "sinks", "None", sinks=None),

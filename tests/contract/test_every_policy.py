@@ -1,15 +1,14 @@
 """Every clipping policy in a real run: what it decides is what the weights get and what is recorded."""
 
-import contextlib
 import math
 
 import pytest
 import torch
 
 import gradwatch
-from gradwatch.testing import late_readings
 from tests.support import zoo
 from tests.support.float64 import norms, total
+from tests.support.places import HOST
 
 STEPS = 40
 SPIKED = (12, 30)
@@ -36,13 +35,13 @@ def _optimizer(model, **options):
     return torch.optim.SGD(groups, lr=0.05, **options)
 
 
-def _loss(model, step):
+def _loss(model, step, place=HOST):
     x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
-    return model(x).square().mean() * (100.0 if step in SPIKED else 1.0)
+    return model(place.tensor(x)).square().mean() * (100.0 if step in SPIKED else 1.0)
 
 
-def _train(policy, *, steps=range(STEPS), watcher_state=None, states=None, **options):
-    model = zoo.small()
+def _train(policy, place, *, steps=range(STEPS), watcher_state=None, states=None, **options):
+    model = place.to(zoo.small())
     optimizer = _optimizer(model, **options)
     watcher = gradwatch.watch(model, optimizer, clip=POLICIES[policy]())
     if states is not None:
@@ -50,25 +49,23 @@ def _train(policy, *, steps=range(STEPS), watcher_state=None, states=None, **opt
         optimizer.load_state_dict(states[1])
         watcher.load_state_dict(states[2])
     seen = []
-    with watcher:
+    with place.late(), watcher:
         for step in steps:
             optimizer.zero_grad()
-            _loss(model, step).backward()
-            before = [p.grad.clone() for p in model.parameters()]
+            _loss(model, step, place).backward()
+            before = [p.grad.cpu().clone() for p in model.parameters()]
             optimizer.step()
-            after = [p.grad.clone() for p in model.parameters()]
+            after = [p.grad.cpu().clone() for p in model.parameters()]
             seen.append((before, after))
     states = model.state_dict(), optimizer.state_dict(), watcher.state_dict()
     return watcher.history, seen, states
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["at hand", "late"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_record_is_what_was_done(policy, late):
+def test_the_record_is_what_was_done(policy, place):
     """Norms before and after, in total and per parameter, are those of the gradients themselves."""
     kind = float(getattr(POLICIES[policy](), "norm_type", 2.0))
-    with late_readings() if late else contextlib.nullcontext():
-        history, seen, _ = _train(policy)
+    history, seen, _ = _train(policy, place)
     names = [name for name, _ in zoo.small().named_parameters()]
     rows = history.parameters().set_index(["step", "parameter"])
     for number, (before, after) in enumerate(seen, start=1):
@@ -84,11 +81,10 @@ def test_the_record_is_what_was_done(policy, late):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_number_that_comes_late_changes_no_decision(policy):
+def test_a_number_that_comes_late_changes_no_decision(policy, away):
     """On an accelerator the gradients are clipped as on the CPU."""
-    history, seen, _ = _train(policy)
-    with late_readings():
-        late_history, late_seen, _ = _train(policy)
+    history, seen, _ = _train(policy, HOST)
+    late_history, late_seen, _ = _train(policy, away)
     torch.testing.assert_close(seen, late_seen, rtol=1e-5, atol=1e-8)
     columns = ["grad_norm", "grad_norm_clipped", "clip_coef", "clip_threshold"]
     expected, late = history.steps()[columns], late_history.steps()[columns]
@@ -97,21 +93,21 @@ def test_a_number_that_comes_late_changes_no_decision(policy):
 
 @pytest.mark.parametrize("cut", [1, 4, 13, 31])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_restored_run_decides_the_same(policy, cut):
+def test_a_restored_run_decides_the_same(policy, cut, machine):
     """Stopped and restored at any step, the weights and the records are those of one run."""
-    history, _, (weights, _, _) = _train(policy)
-    _, _, states = _train(policy, steps=range(cut))
-    rest, _, (resumed, _, _) = _train(policy, steps=range(cut, STEPS), states=states)
+    history, _, (weights, _, _) = _train(policy, machine)
+    _, _, states = _train(policy, machine, steps=range(cut))
+    rest, _, (resumed, _, _) = _train(policy, machine, steps=range(cut, STEPS), states=states)
     torch.testing.assert_close(resumed, weights, rtol=0, atol=0)
     columns = ["grad_norm", "clip_coef", "clip_threshold", "outcome"]
     assert rest.steps()[columns].equals(history.steps()[columns].iloc[cut:])
 
 
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name not in UNIT])
-def test_a_fused_optimizer_gets_the_same(policy):
+def test_a_fused_optimizer_gets_the_same(policy, machine):
     """Whether the kernel scales or a pass over the gradients, the weights agree."""
-    _, _, (weights, _, _) = _train(policy)
-    _, _, (fused, _, _) = _train(policy, fused=True)
+    _, _, (weights, _, _) = _train(policy, machine)
+    _, _, (fused, _, _) = _train(policy, machine, fused=True)
     torch.testing.assert_close(fused, weights, rtol=1e-4, atol=1e-6)
 
 
@@ -133,15 +129,15 @@ def test_each_optimizer_has_a_memory_of_its_own():
 
 
 @pytest.mark.parametrize("skip_spikes", ["auto", 8.0])
-def test_spikes_are_left_out(skip_spikes):
+def test_spikes_are_left_out(skip_spikes, machine):
     """A finite outlier is skipped like a NaN: the weights are those of a run without its batch."""
 
     def train(steps, **options):
-        model = zoo.small()
+        model = machine.to(zoo.small())
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         with gradwatch.watch(model, optimizer, **options) as watcher:
             for step in steps:
-                (_loss(model, step) * (1.0 if step != 12 else 0.01)).backward()
+                (_loss(model, step, machine) * (1.0 if step != 12 else 0.01)).backward()
                 optimizer.step()
                 optimizer.zero_grad()
         return watcher.history.steps(), list(model.parameters())
@@ -152,13 +148,12 @@ def test_spikes_are_left_out(skip_spikes):
     assert steps.index[steps["outcome"] == "skipped_policy"].tolist() == [31]
 
 
-@pytest.mark.parametrize("late", [False, True], ids=["at hand", "late"])
-def test_a_rise_that_lasts_is_no_spike(late):
+def test_a_rise_that_lasts_is_no_spike(place):
     """After ten outliers in a row the new level is the usual one, and the run goes on."""
-    x = torch.ones(1, requires_grad=True)
-    optimizer = torch.optim.AdamW([x], fused=late)
+    x = place.tensor(torch.ones(1)).requires_grad_()
+    optimizer = torch.optim.AdamW([x], fused=not place.at_hand)
     with (
-        late_readings() if late else contextlib.nullcontext(),
+        place.late(),
         gradwatch.watch({"x": x}, optimizer, skip_spikes="auto") as watcher,
     ):
         for step in range(90):

@@ -863,6 +863,17 @@ def test_bad_data_under_a_scaler_is_explained(fused, managed):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("policy", ["record", "skip"])
+def test_a_model_whose_buffers_are_followed_can_be_scripted(policy: str) -> None:
+    """So it is before the first backward, and where buffers are copied before each window."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.watch(model, optimizer, on_nonfinite=policy):
+        scripted = torch.jit.script(model)
+    assert scripted(torch.ones(3, 4)).shape == (3, 4)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_a_watched_model_can_be_scripted() -> None:
     """TorchScript compiles the hooks that it finds on a module: it does not find those of ours."""
     torch.manual_seed(0)

@@ -4,9 +4,10 @@
 
 import copy
 import gc
+import math
 import weakref
 from collections.abc import Callable, Iterator
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -644,3 +645,25 @@ def test_batches_are_kept_with_their_targets(tmp_path) -> None:
     tensors = [one for one in leaves if isinstance(one, Tensor)]
     for wanted in (x, target):
         assert any(one.shape == wanted.shape and torch.equal(one, wanted) for one in tensors)
+
+
+def test_the_batch_of_an_adapter_comes_before_what_its_function_leads_to() -> None:
+    """A function that has the whole data set at hand names the example of its batch all the same."""
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = SimpleNamespace(data=[{"x": torch.randn(7), "y": torch.randn(7)} for _ in range(40)])
+    batch = {"x": torch.randn(8, 3), "y": torch.randn(8, 1)}
+    batch["x"][2, 1] = math.nan
+
+    def loss(inputs: Any) -> torch.Tensor:
+        assert trainer.data
+        return (model(inputs["x"]) - inputs["y"]).square().mean()
+
+    watcher = gradwatch.watch(model, optimizer, on_nonfinite="explain")
+    watcher.leave_windows(accumulates=False)
+    with watcher:
+        watcher.note_micro_batch(loss, batch)
+        loss(batch).backward()
+        optimizer.step()
+    (explanation,) = watcher.explanations
+    assert explanation.examples == (2,)

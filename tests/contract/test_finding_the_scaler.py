@@ -87,3 +87,51 @@ def test_none_is_taken_for_steps_with_a_closure():
             optimizer.step(closure)
     assert watcher.history.steps()["grad_norm"].tolist() == pytest.approx([math.sqrt(3)] * 2)
     assert scaler.is_enabled()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_it_is_found_wherever_it_is_kept(fused):
+    """No variable of the loop refers to it: the graph of the loss shows it, from step 1 on."""
+    model = zoo.small()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+    kept = {"of the loop": {"scaler": torch.amp.GradScaler("cpu", init_scale=1024.0)}}
+    with gradwatch.watch(model, optimizer) as watcher:
+        for step in range(STEPS):
+            loss = model(torch.randn(8, 4)).square().mean() * (math.inf if step == 0 else 1)
+            kept["of the loop"]["scaler"].scale(loss).backward()
+            kept["of the loop"]["scaler"].unscale_(optimizer)
+            kept["of the loop"]["scaler"].step(optimizer)
+            kept["of the loop"]["scaler"].update()
+            optimizer.zero_grad()
+    steps = watcher.history.steps()
+    assert steps["outcome"].tolist() == ["skipped_scaler", *["applied"] * (STEPS - 1)]
+    assert steps["loss_scale"].tolist() == [1024.0, *[512.0] * (STEPS - 1)]
+    assert steps["grad_norm"].iloc[1:].max() < 50  # in true units
+
+
+def test_two_scalers_of_one_model():
+    """Each optimizer is recorded with the scaler that steps it."""
+    model = zoo.small()
+    first, *rest = model.parameters()
+    optimizers = [torch.optim.SGD([first], lr=0.0), torch.optim.SGD(rest, lr=0.0)]
+    scalers = [torch.amp.GradScaler("cpu", init_scale=scale) for scale in (64.0, 256.0)]
+    with gradwatch.watch(model, optimizers) as watcher:
+        for _ in range(2):
+            for optimizer, scaler in zip(optimizers, scalers, strict=True):
+                model.zero_grad()
+                scaler.scale(model(torch.ones(8, 4)).square().mean()).backward()
+                scaler.step(optimizer)
+                scaler.update()
+    steps = watcher.history.steps()
+    assert steps["loss_scale"].tolist() == [64.0, 256.0] * 2
+    norms = steps["grad_norm"].tolist()
+    assert norms[:2] == pytest.approx(norms[2:])
+
+
+def test_the_entry_of_the_backward_is_torchs_own_again():
+    """It is wrapped until every optimizer has stepped, or the watcher is closed or dropped."""
+    before = torch.autograd._engine_run_backward
+    _train(False, passed=False)
+    assert torch.autograd._engine_run_backward is before
+    gradwatch.watch(zoo.small()).attach().close()
+    assert torch.autograd._engine_run_backward is before

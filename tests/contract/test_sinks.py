@@ -4,9 +4,10 @@ import warnings
 from typing import Any
 
 import pytest
+import torch
 
 import gradwatch
-from gradwatch.testing import CapturingSink
+from gradwatch.testing import CapturingSink, late_readings
 from tests.support.state import identical, snapshot
 
 from .lives import (
@@ -149,3 +150,81 @@ def test_sinks_and_history_say_the_same() -> None:
     steps = watcher.history.steps()
     for field in ("grad_norm", "grad_norm_clipped", "clip_coef", "lr", "outcome", "micro_batches"):
         assert list(steps[field]) == [getattr(step, field) for step in sink.steps]
+
+
+class _EachStep(CapturingSink):
+    """A sink of a board whose rows must come in step with those of the loop."""
+
+    deliver = "step"
+
+
+def test_a_sink_may_have_each_step_as_it_ends() -> None:
+    """With `deliver = "step"` a step is there when optimizer.step() returns; the others get it later."""
+    case, optimizer = model_and_optimizer()
+    each, together = _EachStep(), CapturingSink()
+    with gradwatch.watch(case.model, optimizer, sinks=[together, each], clip=0.2) as watcher:
+        for number in range(1, 6):
+            case.loss(case.model, case.batch(number)).backward()
+            optimizer.step()
+            assert [step.step for step in each.steps] == list(range(1, number + 1))
+            optimizer.zero_grad()
+        assert not together.steps
+    assert each.steps == together.steps
+    assert [step.grad_norm for step in each.steps] == list(watcher.history.steps()["grad_norm"])
+
+
+@pytest.mark.parametrize("policy", ["record", "skip"])
+def test_events_come_with_their_step(policy: str) -> None:
+    """A sink that has each step by itself gets the event of a NaN in the same batch."""
+    case, optimizer = model_and_optimizer()
+    sink = _EachStep()
+    with gradwatch.watch(case.model, optimizer, sinks=[sink], on_nonfinite=policy):
+        for number in range(3):
+            loss = case.loss(case.model, case.batch(number))
+            (loss * float("nan") if number == 1 else loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    first = next(batch for batch in sink.batches if batch.events)
+    assert [step.step for step in first.steps] == [2]
+    assert "nan" in [event.kind for event in first.events]
+
+
+def test_numbers_of_a_device_come_when_they_have_arrived() -> None:
+    """A step whose numbers are on their way is delivered later, in order, and once; nothing waits."""
+    case, optimizer = model_and_optimizer()
+    sink = _EachStep()
+    with late_readings(2), gradwatch.watch(case.model, optimizer, sinks=[sink]):
+        train(case, optimizer, 2)
+        assert not sink.steps
+        train(case, optimizer, 8)
+        assert 0 < len(sink.steps) < 10
+    assert [step.step for step in sink.steps] == list(range(1, 11))
+
+
+def test_each_step_of_several_optimizers() -> None:
+    """Two optimizers that step in turns are delivered in order, with their joint norm."""
+    case, _ = model_and_optimizer()
+    parameters = list(case.model.parameters())
+    halves = [torch.optim.SGD(parameters[:1], 0.01), torch.optim.SGD(parameters[1:], 0.01)]
+    each, together = _EachStep(), CapturingSink()
+    with gradwatch.watch(case.model, halves, sinks=[each, together]):
+        for number in range(4):
+            case.loss(case.model, case.batch(number)).backward()
+            for optimizer in halves:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert len(each.steps) == 8
+    assert each.steps == together.steps
+
+
+def test_a_sink_with_a_method_called_deliver_is_fine() -> None:
+    """Only a word says how to deliver: a method of that name is the user's own."""
+
+    class Own(CapturingSink):
+        def deliver(self) -> None:
+            raise AssertionError("nobody calls it")
+
+    case, optimizer = model_and_optimizer()
+    with gradwatch.watch(case.model, optimizer, sinks=[sink := Own()]):
+        train(case, optimizer, 3)
+    assert len(sink.batches) == 1

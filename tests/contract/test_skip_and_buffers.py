@@ -378,7 +378,7 @@ def test_a_buffer_has_the_name_that_the_user_knows(wrap):
     with torch.no_grad():
         buffers.attach(False, contextlib.nullcontext(), lambda: False, lambda: False)
         inner["_orig_mod"].running_mean.fill_(math.nan)
-    assert buffers.poisoned() == ["_orig_mod.running_mean"]
+    assert buffers.look().poisoned() == ["_orig_mod.running_mean"]
 
 
 def test_a_mask_of_minus_infinity_is_no_poison():

@@ -281,3 +281,46 @@ def test_a_skipped_first_step_makes_no_state():
         model(torch.ones(1, 2)).sum().backward()
         optimizer.step()
     assert [one["step"] for one in optimizer.state.values()] == [1, 1]
+
+
+class TellsItsClosure(SAM):
+    """Says which evaluation it is, by position and by name, as the SAM of Composer does."""
+
+    @torch.no_grad()
+    def step(self, closure):
+        """Evaluates once without the other ranks, and once with something to write to."""
+        given = iter([((), {"sync": False}), (({},), {})])
+
+        def told():
+            args, kwargs = next(given)
+            return closure(*args, **kwargs)
+
+        return super().step(told)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["record", "skip", "explain"])
+def test_a_closure_is_given_what_its_optimizer_passes(on_nonfinite):
+    """Arguments of a closure reach it, also when it is run again to be explained."""
+    torch.manual_seed(0)
+    net, calls = nn.Linear(3, 1), []
+    optimizer, x = TellsItsClosure(net.parameters()), torch.randn(8, 3)
+
+    def closure(found=None, *, sync=True):
+        calls.append((found, sync))
+        optimizer.zero_grad()
+        loss = net(x).square().mean()
+        if now == 1 and not sync:
+            loss = torch.sqrt(loss - loss.detach())
+        loss.backward()
+        return loss
+
+    with gradwatch.watch(net, optimizer, on_nonfinite=on_nonfinite) as watcher:
+        for now in range(3):
+            before = [p.detach().clone() for p in net.parameters()]
+            optimizer.step(closure)
+            if now == 1 and on_nonfinite != "record":
+                assert identical(before, [p.detach() for p in net.parameters()])
+    assert calls[:2] == calls[-2:] == [(None, False), ({}, True)]
+    assert len(watcher.history.steps()) == 3
+    explained = [(one.origin, one.operation) for one in watcher.explanations]
+    assert explained == ([("operation", "sqrt")] if on_nonfinite == "explain" else [])

@@ -43,6 +43,7 @@ def test_the_buffer_is_bounded_without_an_optimizer() -> None:
     assert list(watcher.history.steps().index) == [8, 9, 10]
 
 
+@pytest.mark.slow
 def test_memory_is_flat() -> None:
     """Four thousand further steps, take no further memory once the buffers are full."""
     x = torch.tensor(2.0, requires_grad=True)
@@ -231,13 +232,16 @@ ADAPTERS = [
     "SCALARS",
     "STATISTICS",
     "STEP_COLUMNS",
+    "BlockScalars",
     "Column",
     "Kind",
+    "LatestTraining",
     "LoggerScalars",
     "Options",
     "Reduction",
     "Scalar",
     "SharedOptions",
+    "SinkQueue",
     "Statistic",
     "StepScalars",
     "accumulate_policy",

@@ -90,3 +90,35 @@ def test_gradients_that_the_loop_averages_by_hand_count(ranks):
     """Also where this rank had none before."""
     for seen in ranks:
         assert seen["by_hand"] == UNUSED
+
+
+class _TwoOutputs(nn.Module):
+    """Returns a loss and an output that the loss leaves out, as language models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(6, 3)
+
+    def forward(self, x):
+        output = self.body(x)
+        return output.square().mean(), output
+
+
+def _explained():
+    torch.manual_seed(0)
+    model = DistributedDataParallel(_TwoOutputs(), find_unused_parameters=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with gradwatch.watch(model, optimizer, explain=True) as watcher:
+        for step in range(4):
+            optimizer.zero_grad()
+            loss, _ = model(torch.randn(8, 6) / (step != 2))
+            loss.backward()
+            optimizer.step()
+    return watcher.history.steps()["micro_batches"].tolist(), len(watcher.explanations)
+
+
+def test_an_output_without_a_gradient_is_no_obstacle_to_explaining():
+    """DDP gives None to the hook of an output that the loss leaves out; the backward goes on."""
+    for micro_batches, explanations in on_ranks(_explained, RANKS):
+        assert micro_batches == [1, 1, 1, 1]
+        assert explanations > 0

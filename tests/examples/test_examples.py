@@ -23,8 +23,11 @@ SCRIPTS = sorted(path.name for path in EXAMPLES.glob("[!_]*.py"))
 FEW = {
     "noise_scale.py": ("--steps", "6"),
     "plain_loop.py": ("--steps", "6"),
+    "train_accelerate.py": ("--steps", "6"),
     "train_ddp.py": ("--steps", "6"),
+    "train_fabric.py": ("--steps", "6"),
     "train_fsdp2.py": ("--steps", "6"),
+    "train_huggingface.py": ("--steps", "6"),
     "train_lightning.py": ("--epochs", "1"),
 }
 RANKED = ("train_ddp.py", "train_fsdp2.py")
@@ -120,6 +123,7 @@ def test_help_names_the_options(script: str, end: Callable[..., Any]) -> None:
     assert all(option in output for option in ("--clip", "--on-nonfinite", "--logdir", "--seed"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", RUNS)
 def test_ends_with_a_table_and_what_to_open(script: str, few: Callable[..., Any]) -> None:
     """A run ends with the closing table, and left event files where it says."""
@@ -207,6 +211,18 @@ def test_a_poisoned_batch_costs_one_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_nan_in_a_loop_of_fabric_is_found(precision: str, tmp_path: Path) -> None:
+    """The poisoned step is skipped, and the example with the NaN named, in mixed precision too."""
+    options = ("--steps", 6, "--poison-step", 3, "--precision", precision, "--logdir", tmp_path)
+    output = run_example("train_fabric.py", *options)
+    assert row(output, "steps") == "6"
+    assert row(output, "skipped") == "1"
+    assert "of the input input (float32, [64, 2]) are NaN, in example 7." in output
+    assert "loss = F.cross_entropy(model(inputs), targets)" in output
+
+
+@pytest.mark.slow
 def test_a_recorded_nan_ruins_the_model(tmp_path: Path) -> None:
     """With ``--on-nonfinite record`` every step after the poisoned one is lost too."""
     output = run_example(
@@ -273,6 +289,20 @@ def test_the_norm_before_the_reduction_tells_the_sick_rank(tmp_path: Path) -> No
     assert seen == ["nan", "skipped_nonfinite", "nan in head.bias, from another rank"]
     assert seen_too == ["nan", "skipped_nonfinite", "nan in head.bias, micro-batch 1"]
     assert "nan nats" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["one process", "two"])
+def test_accelerate_names_the_sick_batch(launcher: tuple[str, ...], tmp_path: Path) -> None:
+    """In one process and in two there is one summary, one event file and one step left out."""
+    options = ("--steps", 6, "--poison-step", 3, "--logdir", tmp_path)
+    result = start_example("train_accelerate.py", *options, launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    assert row(result.stdout, "steps") == "6"
+    assert row(result.stdout, "skipped") == "1"
+    assert result.stdout.count("Next, see every parameter") == 1
+    assert "loss = (model(inputs) - targets).square().mean()" in result.stdout
+    assert len(list(tmp_path.rglob("events.out.tfevents.*"))) == 1
 
 
 @NEEDS_FSDP2

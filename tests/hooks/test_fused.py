@@ -8,16 +8,15 @@ from torch import nn
 
 import gradwatch
 from gradwatch.hooks.optimizer import FusedStep
-from gradwatch.testing import late_readings
 from tests.support import zoo
 
 FUSED = [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad]
 
 
 @pytest.mark.parametrize("kind", FUSED)
-def test_the_fused_ones_listen(kind):
+def test_the_fused_ones_listen(kind, machine):
     """A trial finds that they scale and skip; the optimizer itself is not touched by it."""
-    optimizer = kind(zoo.small().parameters(), lr=0.1, fused=True)
+    optimizer = kind(machine.to(zoo.small()).parameters(), lr=0.1, fused=True)
     state = copy.deepcopy(optimizer.state_dict())
     assert FusedStep(optimizer).can_scale
     assert str(optimizer.state_dict()) == str(state)
@@ -45,12 +44,12 @@ def test_a_state_can_make_it_an_unfused_one():
     assert not fused.can_scale
 
 
-def test_a_momentum_buffer_must_be_there_before_a_skip():
+def test_a_momentum_buffer_must_be_there_before_a_skip(machine):
     """Fused SGD leaves it uninitialised where its first step is skipped."""
-    model = zoo.small()
+    model = machine.to(zoo.small())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
     fused = FusedStep(optimizer)
-    model(torch.ones(2, 4)).sum().backward()
+    model(machine.tensor(torch.ones(2, 4))).sum().backward()
     assert not fused.can_skip
     optimizer.step()
     assert fused.can_skip
@@ -58,18 +57,18 @@ def test_a_momentum_buffer_must_be_there_before_a_skip():
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("kind", FUSED)
-def test_a_clip_makes_no_pass_and_leaves_no_trace(kind, scaled):
+def test_a_clip_makes_no_pass_and_leaves_no_trace(kind, scaled, machine):
     """The weights are those of a clip in place, and no attribute stays on the optimizer."""
 
     def train(watched):
-        model = zoo.small()
+        model = machine.to(zoo.small())
         optimizer = kind(model.parameters(), lr=0.1, fused=True)
-        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=scaled)
+        scaler = torch.amp.GradScaler(machine.type, init_scale=64.0, enabled=scaled)
         options = {"clip": 0.05, "scaler": scaler} if watched else {}
         with gradwatch.watch(model, optimizer, **options) as watcher:
             for step in range(4):
                 x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
-                scaler.scale(model(x).square().mean()).backward()
+                scaler.scale(model(machine.tensor(x)).square().mean()).backward()
                 if not watched:
                     scaler.unscale_(optimizer)
                     nn.utils.clip_grad_norm_(model.parameters(), 0.05)
@@ -87,22 +86,16 @@ def test_a_clip_makes_no_pass_and_leaves_no_trace(kind, scaled):
     assert (steps["grad_norm_clipped"] - 0.05).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_an_attribute_of_the_users_own_stays(late):
+def test_an_attribute_of_the_users_own_stays(place):
     """A grad_scale that the loop has set is multiplied for the step, and is there afterwards."""
-    model = zoo.small()
+    model = place.to(zoo.small())
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
-    own = torch.tensor(2.0)
+    own = place.tensor(torch.tensor(2.0))
     optimizer.grad_scale = own
     before = [p.detach().clone() for p in model.parameters()]
-    if late:
-        with late_readings(), gradwatch.watch(model, optimizer, clip=0.5):
-            model(torch.ones(2, 4)).sum().backward()
-            optimizer.step()
-    else:
-        with gradwatch.watch(model, optimizer, clip=0.5):
-            model(torch.ones(2, 4)).sum().backward()
-            optimizer.step()
+    with place.late(), gradwatch.watch(model, optimizer, clip=0.5):
+        model(place.tensor(torch.ones(2, 4))).sum().backward()
+        optimizer.step()
     moved = torch.stack([(p - b).norm() for p, b in zip(model.parameters(), before, strict=True)])
     assert moved.norm().item() == pytest.approx(0.5, rel=1e-5)
     assert optimizer.grad_scale is own

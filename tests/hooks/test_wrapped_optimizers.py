@@ -1,6 +1,7 @@
 """Which optimizers step for an object that wraps some: what is followed, split up or refused."""
 
 import collections
+import math
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 import gradwatch
 from gradwatch.hooks.optimizer import stepped_by, wrapped_in
+from tests.support import float64
 
 
 class _NoInit(torch.optim.Optimizer):
@@ -147,3 +149,61 @@ def test_a_step_that_failed_does_not_hide_the_next_ones():
             model(torch.ones(4, 3)).sum().backward()
             optimizer.base.step()
     assert len(watcher.history.steps()) == 2
+
+
+class Warmed(torch.optim.Adam):
+    """Adam that sets its rate in its own step, and leaves the rest to its parent."""
+
+    def step(self, closure=None):
+        """Steps as its parent does."""
+        self.param_groups[0]["lr"] *= 0.9
+        return super().step(closure)
+
+
+class Counted(Warmed):
+    """Counts its steps, and fails in one of them."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        """Steps as its parent does, which calls its own."""
+        self.steps += 1
+        loss = super().step(closure)
+        if self.steps == 2:
+            raise OSError
+        return loss
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_step_that_calls_its_parents_is_one_step(named, with_closure):
+    """torch calls the hooks in both methods, once optimizers of both classes have been built."""
+    for parent in (torch.optim.Adam, Warmed):
+        parent([nn.Parameter(torch.ones(1))])
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    optimizer = Counted(model.parameters(), lr=0.01)
+    norms = []
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.randn(8, 4)).square().mean() * (math.nan if now == 3 else 1.0)
+        loss.backward()
+        norms.append(float64.gradient_norm(model))
+        return loss
+
+    with gradwatch.watch(
+        model, optimizer if named else None, clip=0.5, on_nonfinite="skip"
+    ) as watcher:
+        for now in range(5):
+            if not with_closure:
+                closure()
+            try:
+                optimizer.step(*[closure] * with_closure)
+            except OSError:
+                assert now == 1
+                norms.pop()  # no step, and nothing of it is left to the next one
+    steps = watcher.history.steps()
+    assert steps["grad_norm"].tolist() == pytest.approx(norms, nan_ok=True)
+    assert steps["micro_batches"].tolist() == [1] * 4
+    assert [one == "skipped_nonfinite" for one in steps["outcome"]] == [False, False, True, False]

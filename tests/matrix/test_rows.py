@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-EXTRAS = ("lightning", "tensorboard", "plot", "examples")
+EXTRAS = (
+    *("huggingface", "lightning", "mlflow", "prometheus"),
+    *("tensorboard", "wandb", "plot", "examples"),
+)
 
 
 def test_oldest_row_has_the_lower_bounds_of_pyproject():

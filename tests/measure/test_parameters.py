@@ -1,11 +1,13 @@
 """Names of parameters: the user's own, wrappers taken off."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from gradwatch.measure.parameters import ParameterTable
+from gradwatch.measure.parameters import ParameterTable, named_modules
 
 
 class _Tied(nn.Module):
@@ -81,6 +83,61 @@ def test_a_users_submodule_with_the_name_of_a_wrapper_is_one(name: str):
     assert ParameterTable.of(model).names == names
     assert ParameterTable.of(torch.compile(model, backend="eager")).names == names
     assert ParameterTable.of(dict(model.named_parameters())).names == names
+
+
+class _PassesOn(nn.Module):
+    """A wrapper of no known library: what it has not, it has from the module inside."""
+
+    def __init__(self, inner: nn.Module, given: nn.Module | None = None) -> None:
+        super().__init__()
+        self.inner = inner
+        if given is not None:
+            self.given = given
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._modules.get("given") or self._modules["inner"], name)
+
+
+def test_a_wrapper_of_any_library_is_cut_out():
+    """One that passes attributes on to the one module in it adds nothing to names, in any nesting."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    plain = ParameterTable.of(model).names
+    for wrapped in (
+        _PassesOn(model),
+        _PassesOn(_PassesOn(model)),
+        _PassesOn(torch.compile(model, backend="eager")),
+        torch.compile(_PassesOn(model), backend="eager"),
+        _PassesOn(nn.DataParallel(model), given=model),  # as Fabric holds a module
+        nn.Sequential(_PassesOn(model[0]), _PassesOn(model[1])),
+    ):
+        table = ParameterTable.of(wrapped)
+        assert table.names == plain
+        assert table.aliases == ((),) * len(plain)
+        assert [name for name, _, _ in named_modules(wrapped)][-1] == "1.0"
+    assert not [key for key in vars(model) if "gradwatch" in key]  # nothing is left of it
+
+
+def test_a_module_that_only_looks_like_a_wrapper_is_none():
+    """Without passing attributes on, or with parameters or modules of its own, names stay."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def __getattr__(self, name: str) -> Any:
+            return super().__getattr__(name)
+
+    assert ParameterTable.of(Named()).names == ("inner.weight", "inner.bias")
+    more = _PassesOn(nn.Linear(2, 2, bias=False))
+    more.scale = nn.Parameter(torch.ones(1))
+    assert ParameterTable.of(more).names == ("scale", "inner.weight")
+    heads = _PassesOn(nn.Linear(2, 2, bias=False))
+    heads.head = nn.Linear(2, 1, bias=False)
+    assert ParameterTable.of(heads).names == ("inner.weight", "head.weight")
 
 
 def test_no_two_parameters_have_one_name():

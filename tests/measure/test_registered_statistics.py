@@ -60,11 +60,11 @@ def test_of_whole_gradients_and_of_parts():
     register_statistic("negative", NEGATIVE)
     register_statistic("largest", LARGEST)
     gradient = torch.randn(7, 5)
-    whole = {name: row.numpy() for name, row in gradient_rows([gradient], STATISTICS).items()}
+    whole = {name: row.array() for name, row in gradient_rows([gradient], STATISTICS).items()}
     parts = [gradient_rows([part], STATISTICS) for part in gradient.split(3)]
     joined = {
         name: (np.max if name in ("max", "largest") else np.sum)(
-            [p[name].numpy() for p in parts], 0
+            [p[name].array() for p in parts], 0
         )
         for name in parts[0]
     }
@@ -150,7 +150,7 @@ def test_a_measure_may_be_shared():
     share = Statistic(meaning="m", sums=shared, formula=lambda t, s: t["below_zero"] / t["count"])
     register_statistic("shared", share)
     gradient = torch.tensor([-1.0, 2.0, -3.0, 4.0])
-    rows = {name: row.numpy() for name, row in gradient_rows([gradient], STATISTICS).items()}
+    rows = {name: row.array() for name, row in gradient_rows([gradient], STATISTICS).items()}
     taken = statistics_of(("negative", "shared", "mean"), rows, 1.0)
     assert [float(taken[name][0]) for name in taken] == [0.5, 0.5, 0.5]
 

@@ -24,7 +24,7 @@ NAMES = ("max", "mean", "std", "zeros")
 
 
 def _statistics(gradients, unit=1.0):
-    rows = {name: row.numpy() for name, row in gradient_rows(gradients, NAMES).items()}
+    rows = {name: row.array() for name, row in gradient_rows(gradients, NAMES).items()}
     return statistics_of(NAMES, rows, unit)
 
 
@@ -55,8 +55,8 @@ def test_update_ratio():
     before = [torch.tensor([3.0, 4.0]), torch.zeros(2)]
     after = [torch.tensor([3.0, 4.5]), torch.ones(2)]
     rows = {
-        "squared_weights": weight_row(before).numpy(),
-        "squared_update": update_row(before, after).numpy(),
+        "squared_weights": weight_row(before).array(),
+        "squared_update": update_row(before, after).array(),
     }
     taken = statistics_of(("weight_norm", "update_ratio"), rows, 1.0)
     assert taken["update_ratio"][0] == pytest.approx(0.1)
@@ -71,8 +71,8 @@ def test_statistics_of_parts_add_up(seed, sizes):
     whole = np.random.default_rng(seed).normal(loc=3.0, size=sum(sizes) + 1)
     parts = np.split(whole, np.cumsum(sizes))
     rows = [gradient_rows([torch.from_numpy(part)], NAMES) for part in parts]
-    added = {name: sum(row[name].numpy() for row in rows) for name in rows[0]}
-    added["max"] = max(row["max"].numpy() for row in rows)
+    added = {name: sum(row[name].array() for row in rows) for name in rows[0]}
+    added["max"] = max(row["max"].array() for row in rows)
     taken = statistics_of(NAMES, added, 1.0)
     assert taken["mean"][0] == pytest.approx(whole.mean())
     assert taken["std"][0] == pytest.approx(whole.std(), abs=1e-7)
@@ -151,7 +151,7 @@ def test_unset_elements_and_complex_numbers(layout, dtype, monkeypatch):
     )
     register_statistic("smallest", smallest)
     gradient, names = _gradients(dtype)[layout], (*NAMES, "smallest")
-    rows = {name: row.numpy() for name, row in gradient_rows([gradient], names).items()}
+    rows = {name: row.array() for name, row in gradient_rows([gradient], names).items()}
     taken = statistics_of(names, rows, 1.0)
     found = [float(taken[name][0]) for name in names]
     assert found == pytest.approx(_reference(gradient), rel=1e-5, abs=1e-7)
@@ -161,7 +161,7 @@ def test_complex_parts_add_up():
     """The deviation of complex numbers over several parts is that of the whole."""
     whole = torch.randn(9, dtype=torch.complex128) + (3 - 1j)
     rows = [gradient_rows([part], NAMES) for part in whole.split([2, 3, 4])]
-    added = {name: sum(row[name].numpy() for row in rows) for name in rows[0]}
+    added = {name: sum(row[name].array() for row in rows) for name in rows[0]}
     assert statistics_of(NAMES, added, 1.0)["std"][0] == pytest.approx(
         float(whole.std(correction=0))
     )

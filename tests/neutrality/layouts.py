@@ -10,6 +10,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.support.places import HOST, Place
 from tests.support.zoo import units_of
 
 
@@ -26,15 +27,22 @@ class Layout:
         wrap: Makes of the whole model, the same on every rank, what a rank trains.
         micro_batch: Gives the context of a micro-batch, which is the last of its step or not.
         copies: How many consecutive ranks work on the same data.
+        place: What kind of device each rank has.
     """
 
     ranks: int
     wrap: Callable[[nn.Module], nn.Module]
     micro_batch: Callable[[nn.Module, bool], AbstractContextManager[object]] = _at_once
     copies: int = 1
+    place: Place = HOST
 
 
-ALONE = Layout(1, lambda model: model)
+def alone(place: Place) -> Layout:
+    """Return the layout of one process that trains on a device, or on the host."""
+    return Layout(1, place.to, place=place)
+
+
+ALONE = alone(HOST)
 
 HOOKS = {"fp16_hook": default_hooks.fp16_compress_hook}
 

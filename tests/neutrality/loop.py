@@ -79,7 +79,7 @@ class Loop:
         self.precision = {**PRECISIONS, **OF_THE_MODEL}[self.setting["precision"]]
         self.micro_batches = int(self.setting["micro_batches"])
         self.case = make_case(self.setting["model"], rank=rank // layout.copies, dropout=dropout)
-        self.scaler = self.precision.scaler()
+        self.scaler = self.precision.scaler(layout.place.type)
         self.model = layout.wrap(self.precision.cast(self.case.model))
         self.optimizer = make_optimizer(self.setting["optimizer"], self.model.parameters())
         self.watcher = self._watch(options) if watched else None
@@ -142,7 +142,8 @@ class Loop:
     def loss(self, index: int) -> Tensor:
         """Return the loss of one micro-batch."""
         batch = tuple(self.precision.of(tensor) for tensor in self.case.batch(index))
-        with self.precision.forward():
+        batch = tuple(self.layout.place.tensor(tensor) for tensor in batch)
+        with self.precision.forward(self.layout.place.type):
             return self.case.loss(self.model, batch)
 
     def _mean_over_ranks(self, loss: Tensor) -> Tensor:

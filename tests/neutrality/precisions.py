@@ -31,17 +31,17 @@ class Precision:
             return tensor.to(WIDE[self.parameters])
         return tensor.to(self.parameters) if tensor.is_floating_point() else tensor
 
-    def forward(self) -> AbstractContextManager[object]:
-        """Return the context of a forward."""
+    def forward(self, device: str) -> AbstractContextManager[object]:
+        """Return the context of a forward on a type of device."""
         if self.autocast is None:
             return nullcontext()
-        return torch.autocast("cpu", dtype=self.autocast)
+        return torch.autocast(device, dtype=self.autocast)
 
-    def scaler(self) -> torch.amp.GradScaler | None:
+    def scaler(self, device: str) -> torch.amp.GradScaler | None:
         """Return a scaler that overflows in the first steps, and grows again after some."""
         if not self.scaled:
             return None
-        return torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=6)
+        return torch.amp.GradScaler(device, init_scale=2.0**18, growth_interval=6)
 
 
 PRECISIONS = {

@@ -57,7 +57,7 @@ class Bending(Loop):
         def of_model(model):
             random.random()
             np.random.random()
-            with self.precision.forward():
+            with self.precision.forward("cpu"):
                 return self.case.loss(model, batch)
 
         takes_model = self.setting.get("takes") == "the_model"

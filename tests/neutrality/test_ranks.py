@@ -17,6 +17,8 @@ from .ranked_settings import (
     TENSOR_FORBIDDEN,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def _check(setting):
     for seen in on_ranks(compare, layout_of(setting).ranks, setting=setting, steps=STEPS):

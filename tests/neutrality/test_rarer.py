@@ -6,8 +6,10 @@ import pytest
 
 from tests.support.optimizers import CLOSURES, RARER, RARER_WITH_A_CLOSURE
 from tests.support.options import OPTIONS
+from tests.support.places import HOST
 from tests.support.state import differences
 
+from .layouts import alone
 from .loop import Loop
 from .params import every_row
 
@@ -19,8 +21,10 @@ def _rows(**axes):
     return every_row([dict(zip(axes, row, strict=True)) for row in product(*axes.values())])
 
 
-def _check(setting, **options):
-    bare, watched = Loop(setting, watched=False), Loop(setting, watched=True, **options)
+def _check(setting, place, **options):
+    layout = alone(place)
+    bare = Loop(setting, watched=False, layout=layout)
+    watched = Loop(setting, watched=True, layout=layout, **options)
     assert list(differences(bare.run(STEPS), watched.run(STEPS))) == []
     assert watched.steps_seen() == STEPS
 
@@ -29,9 +33,9 @@ def _check(setting, **options):
     "setting",
     _rows(optimizer=[*RARER, *RARER_WITH_A_CLOSURE], watching=["named", "found"]),
 )
-def test_a_rarer_optimizer_trains_alike(setting):
+def test_a_rarer_optimizer_trains_alike(setting, machine):
     """State and returned losses of every other optimizer of torch, told or found, are those of the bare loop."""
-    _check(setting)
+    _check(setting, machine)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -39,7 +43,7 @@ def test_a_rarer_optimizer_trains_alike(setting):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_no_way_of_watching_changes_the_training(options, optimizer):
     """Sinks, failing sinks, statistics, limits and an infinite clip leave a run as it is, closure or not."""
-    _check({"optimizer": optimizer}, **OPTIONS[options]())
+    _check({"optimizer": optimizer}, HOST, **OPTIONS[options]())
 
 
 @pytest.mark.parametrize(
@@ -52,9 +56,9 @@ def test_no_way_of_watching_changes_the_training(options, optimizer):
         zeroing=["to_none", "to_zero"],
     ),
 )
-def test_a_model_in_two_dtypes_trains_alike(setting):
+def test_a_model_in_two_dtypes_trains_alike(setting, machine):
     """So does a model of float32 and bfloat16, accumulated or not, gradients dropped or zeroed."""
-    _check(setting)
+    _check(setting, machine)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch's Adagrad
@@ -69,4 +73,4 @@ def test_a_model_in_two_dtypes_trains_alike(setting):
 )  # fmt: skip
 def test_sparse_gradients_are_left_alike(setting):
     """So do embeddings with sparse gradients, coalesced or not, under every optimizer that takes them."""
-    _check(setting)
+    _check(setting, HOST)

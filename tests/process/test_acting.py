@@ -173,6 +173,12 @@ def stable_baselines(kind: Any, model: Any, optimizer: Any, limit: Any) -> Any:
     return type("PPO", (kind,), {})(policy=model, max_grad_norm=limit)
 
 
+def skorch(kind: Any, model: Any, optimizer: Any, limit: Any) -> Any:
+    """Makes a stand-in of a regressor."""
+    clipping = type("GradientNormClipping", (), {"gradient_clip_value": limit})
+    return kind(module_=model, optimizer_=optimizer, callbacks_=[("clipping", clipping())])
+
+
 def fastai(kind: Any, model: Any, optimizer: Any, limit: Any) -> Any:
     """Makes a stand-in of a callback of a Learner."""
     return kind(learn=SimpleNamespace(model=model), max_norm=limit)
@@ -209,6 +215,11 @@ FRAMEWORKS = [
         "stable_baselines3.common.base_class.BaseAlgorithm",
         stable_baselines,
         r'PPO\(max_grad_norm=0.5\) .* write PPO\(max_grad_norm=float\("inf"\)\)',
+    ),
+    (
+        "skorch.net.NeuralNet",
+        skorch,
+        r"GradientNormClipping\(gradient_clip_value=0.5\) .* or take that callback out of callbacks",
     ),
     (
         "fastai.callback.training.GradientClip",

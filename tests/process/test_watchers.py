@@ -550,6 +550,16 @@ def test_no_more_than_a_hundred_models_of_a_kind_are_watched(monkeypatch):
     assert sum("are not" in one for one in told) == 1
 
 
+def test_what_was_there_before_takes_no_place(monkeypatch):
+    """However many models of its kind an earlier training has left, the one that trains is watched."""
+    monkeypatch.setattr(watchers, "MOST_ALIKE", 3)
+    left = [build() for _ in range(6)]
+    with gradwatch.watch_all() as watching:
+        train(*left[-1], steps=2)
+        train(*build(), steps=1)
+    assert [len(watcher.history.steps()) for watcher in watching.watchers] == [2, 1]
+
+
 def test_models_of_two_threads_are_both_watched():
     """Models of two threads are both watched."""
     seen = {}

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gradwatch import Event, GradwatchWarning, RecordBatch, StepRecord
 from gradwatch.errors import warn_safely
@@ -15,7 +17,7 @@ from gradwatch.record.records import Layout
 from gradwatch.testing import CapturingSink
 
 
-def _take(count):
+def _take(count, events=()):
     steps = [StepRecord(step=i) for i in range(count)]
     empty = np.zeros((count, 0))
     return RecordBatch(Layout((), ()), steps, empty, empty)
@@ -49,7 +51,7 @@ def _numbered(first):
     number = itertools.count(first)
     empty = np.zeros((1, 0))
     events = (Event(1, 1, "nan", "w", "", 1.0, 0, ""),) * 2
-    return lambda _: RecordBatch(
+    return lambda *_: RecordBatch(
         Layout((), ()), [StepRecord(step=next(number))], empty, empty, events=events
     )
 
@@ -278,3 +280,70 @@ def test_a_warning_never_stops_the_training(caplog):
         warnings.simplefilter("error")
         warn_safely("a sink failed")
     assert "a sink failed" in caplog.text
+
+
+class _EachStep(CapturingSink):
+    deliver = "step"
+
+
+class _Buffer:
+    """Steps as a buffer keeps them: of the newest ones, as many as are asked for."""
+
+    def __init__(self):
+        self.steps = []
+
+    def take(self, count, events=()):
+        empty = np.zeros((count, 0))
+        newest = self.steps[len(self.steps) - count :]
+        return RecordBatch(Layout((), ()), newest, empty, empty, events=events)
+
+
+def test_a_sink_may_have_each_step_by_itself():
+    """Beside a sink that gets 64 at once, one with `deliver = "step"` gets each when it is recorded."""
+    each, together, source = _EachStep(), CapturingSink(), _Buffer()
+    hub = SinkHub([together, each], capacity=1000)
+    for number in range(1, FLUSH_STEPS + 3):
+        source.steps.append(StepRecord(step=number))
+        assert hub.add(urgent=False)
+        hub.deliver_due(source.take, urgent=False)
+        assert len(each.steps) == number
+    assert [len(batch.steps) for batch in together.batches] == [FLUSH_STEPS]
+    hub.deliver(source.take)
+    assert each.steps == together.steps == source.steps
+
+
+@given(st.lists(st.sampled_from(["step", "event", "flush"]), max_size=200))
+def test_every_sink_gets_everything_once(calls):
+    """Whatever the order of steps, events and flushes, and however a sink is delivered to."""
+    each, together, source = _EachStep(), CapturingSink(), _Buffer()
+    hub = SinkHub([each, together], capacity=8)
+    events = []
+    for number, call in enumerate(calls):
+        if call == "event":
+            events.append(Event(number, 1, "nan", "w", "", 1.0, 0, ""))
+            hub.note(events[-1:])
+        elif call == "step":
+            source.steps.append(StepRecord(step=number))
+            if hub.add(urgent=False):
+                hub.deliver_due(source.take, urgent=False)
+        else:
+            hub.deliver(source.take)
+    hub.deliver(source.take)
+    for sink in (each, together):
+        assert sink.steps == source.steps
+        assert list(sink.events) == events
+
+
+def test_many_single_steps_wait_for_a_sink_that_fails():
+    """Thousands of batches of one step are kept, the oldest are lost, and their number is told."""
+    bad, source = _Sometimes(*range(1, 100)), _Buffer()
+    bad.deliver = "step"
+    hub = SinkHub([bad], capacity=10)
+    with _told() as told:
+        for number in range(1, 5_001):
+            source.steps.append(StepRecord(step=number))
+            hub.add(urgent=False)
+            hub.deliver_due(source.take, urgent=False)
+        hub.close()
+    assert "Lost: steps 5,000, events 0." in told[-1]
+    assert len(told) == 2

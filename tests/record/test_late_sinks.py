@@ -84,3 +84,18 @@ def test_sinks_that_cannot_be_made_yet_lose_nothing():
     late.write(first)
     late.close()
     assert (len(sink.steps), len(sink.events)) == (1, 1)
+
+
+def test_steps_come_one_by_one_if_a_sink_wants_that():
+    """From the first step on, which has the sinks made, they come as the sinks say."""
+
+    class EachStep(CapturingSink):
+        deliver = "step"
+
+    for sinks, wanted in (([CapturingSink()], "batch"), ([CapturingSink(), EachStep()], "step")):
+        late = LateSinks(lambda sinks=sinks: sinks)
+        assert late.deliver == "batch"
+        late.begin()
+        assert late.deliver == "step"
+        late.write(batch([1]))
+        assert late.deliver == wanted

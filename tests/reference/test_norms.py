@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.neutrality.layouts import ALONE
+from tests.neutrality.layouts import ALONE, alone
 from tests.neutrality.ranked import layout_of
 from tests.support.launch import on_ranks
 
@@ -30,9 +30,9 @@ def _check_on_ranks(setting):
 
 
 @pytest.mark.parametrize("setting", ALONE_RECORDED)
-def test_the_numbers_of_one_process_equal_the_reference(setting):
+def test_the_numbers_of_one_process_equal_the_reference(setting, machine):
     """Norms before and after the clip, coefficients, outcomes and counts are those of the float64 model."""
-    assert disagreements(setting, train(setting, ALONE, STEPS)) == []
+    assert disagreements(setting, train(setting, alone(machine), STEPS)) == []
 
 
 @pytest.mark.parametrize("setting", OTHER_NORMS)
@@ -54,15 +54,15 @@ def test_the_loops_own_clip_is_seen_from_both_sides(setting):
 
 
 @pytest.mark.parametrize("setting", IN_TWO_DTYPES)
-def test_the_numbers_of_two_dtypes_equal_the_reference(setting):
+def test_the_numbers_of_two_dtypes_equal_the_reference(setting, machine):
     """So are those of a model of float32 and bfloat16."""
-    assert disagreements(setting, train(setting, ALONE, STEPS)) == []
+    assert disagreements(setting, train(setting, alone(machine), STEPS)) == []
 
 
 @pytest.mark.parametrize("setting", MANAGED)
-def test_the_numbers_of_a_managed_loop_equal_the_reference(setting):
+def test_the_numbers_of_a_managed_loop_equal_the_reference(setting, machine):
     """Where the watcher runs the backwards and steps, norms are those of the mean over each window."""
-    assert disagreements(setting, train(setting, ALONE, STEPS)) == []
+    assert disagreements(setting, train(setting, alone(machine), STEPS)) == []
 
 
 @pytest.mark.parametrize("setting", DDP_RECORDED)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from tests.neutrality.layouts import alone
 from tests.neutrality.ranked import layout_of
 from tests.support.launch import on_ranks
 
@@ -30,9 +31,9 @@ def _check(seen):
 
 
 @pytest.mark.parametrize("setting", ALONE_SKIPPED)
-def test_one_process_is_as_if_the_step_had_not_been(setting):
+def test_one_process_is_as_if_the_step_had_not_been(setting, machine):
     """Weights and optimizer state are, to the last bit, those of a loop without the bad step."""
-    _check(skip(setting))
+    _check(skip(setting, alone(machine)))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from gradwatch.record.folder import parts
 from . import runs, training
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork()"),
     pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning"),  # pyarrow has threads, idle
 ]

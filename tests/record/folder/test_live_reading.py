@@ -32,6 +32,7 @@ while steps < last:
 """
 
 
+@pytest.mark.slow
 def test_reading_from_another_process(tmp_path, monkeypatch):
     """A reader sees whole prefixes of the run only, each at least as long as the last one."""
     monkeypatch.setattr(parts, "FULL", 300)

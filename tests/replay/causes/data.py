@@ -1,5 +1,6 @@
 """NaN and Inf in the data, the targets, the weights, buffers and constants."""
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -39,6 +40,31 @@ def infinities_of_both_signs():
     x = torch.randn(4, 4)
     x[0, 1], x[2, 3] = INF, -INF
     return Training(Linear(), x, loss=square)
+
+
+@cause(origin="input", argument="x", examples=(3,), loop="input")
+def number_that_is_missing_in_a_deep_copy():
+    """Memory is copied byte by byte, below the operations that tensors of a dtype have."""
+
+    class Model(Linear):
+        def forward(self, x):
+            return self.fc(copy.deepcopy(copy.deepcopy(x)))
+
+    x = torch.randn(4, 4)
+    x[3, 2] = NAN
+    return Training(Model(), x, loss=square)
+
+
+@cause("log", phase="forward", examples=(1,), loop="operation")
+def bad_result_that_is_deeply_copied():
+    """The copy is no place where anything begins."""
+
+    class Model(Linear):
+        def forward(self, x):
+            logs = torch.log(x)  # <- born
+            return self.fc(copy.deepcopy(logs))
+
+    return Training(Model(), batch(1, -1.0, draw=lambda shape: 1 + torch.rand(shape)), loss=square)
 
 
 class Pair(NamedTuple):

@@ -1,7 +1,8 @@
-"""Module blocks: divides a model into a few parts, and computes the gradient norm of each part."""
+"""Module blocks: divides a model into a few parts, and says what the gradients of each part are."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradwatch.adapters import NO_GRADIENT
+from gradwatch.record.records import NO_GRADIENT, Layout, RecordBatch
 
 MAX_BLOCKS = 20
 """The largest number of blocks: more lines cannot be told apart in one chart."""
 
 ROOT = "(root)"
 """The block of parameters that sit directly in the model."""
+
+MODEL = "(model)"
+"""The one block of a model that is not divided."""
 
 _Path = tuple[str, ...]
 
@@ -74,7 +78,7 @@ def _run(path: _Path, level: int, length: int, last: dict[_Path, int]) -> _Path:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """The blocks of one layout, which convert rows of parameter norms to rows of block norms.
+    """The blocks of one layout, which convert rows of its parameters to rows of blocks.
 
     Attributes:
         names: Name of each block, in model order.
@@ -102,6 +106,11 @@ class Blocks:
         order = np.argsort(block, kind="stable")
         return cls(names, order, np.searchsorted(block[order], np.arange(len(names))))
 
+    @classmethod
+    def whole(cls, parameters: int) -> Blocks:
+        """Returns the one block of all parameters, of which there is at least one."""
+        return cls((MODEL,), np.arange(parameters), np.zeros(1, np.intp))
+
     def norms(self, norms: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
         """Returns the root of the sum of squares over the parameters of each block.
 
@@ -124,6 +133,70 @@ class Blocks:
         result[np.logical_and.reduceat(absent, self.starts, axis=1)] = NO_GRADIENT
         return result
 
+    def largest(self, values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+        """Returns, of each block, the value of the parameter where it is largest in magnitude.
+
+        Args:
+            values: float array ``[steps, parameters]``; NaN where there is none.
+
+        Returns:
+            float64 array ``[steps, blocks]``, with the sign of the values; NaN if no parameter of
+            the block has one.
+        """
+        if not self.names:
+            return np.empty((len(values), 0))
+        ordered = values.take(self.order, axis=1).astype(np.float64)
+        known = np.where(np.isnan(ordered), 0.0, ordered)
+        above = np.maximum.reduceat(known, self.starts, axis=1)
+        below = np.minimum.reduceat(known, self.starts, axis=1)
+        result = np.where(-below > above, below, above)
+        result[np.logical_and.reduceat(np.isnan(ordered), self.starts, axis=1)] = np.nan
+        return result
+
     def present(self, row: Sequence[float]) -> dict[str, float]:
         """Maps block names to one row of :meth:`norms`, without blocks that had no gradient."""
         return {n: v for n, v in zip(self.names, row, strict=True) if v != NO_GRADIENT}
+
+
+class BlockScalars:
+    """Turns what was measured of each parameter into a few values per step: one per block.
+
+    The norms of a model that is one block are left out, as they are the norm of the step.
+    """
+
+    def __init__(self, *, norms: bool, statistics: bool) -> None:
+        """Starts without a layout.
+
+        Args:
+            norms: Whether there are norms, ``"blocks/<block>"``: the L2 norm before the clip.
+            statistics: Whether there are further statistics, ``"<statistic>/<block>"``, where they
+                were taken: the value of the parameter of the block where it is largest in
+                magnitude.
+        """
+        self._norms, self._statistics = norms, statistics
+        self._blocks: tuple[Layout, Blocks] | None = None
+
+    def of(self, batch: RecordBatch) -> list[dict[str, float]]:
+        """Returns, for each step of a batch, its values by name."""
+        rows: list[dict[str, float]] = [{} for _ in batch.steps]
+        if not (self._norms or self._statistics):
+            return rows
+        blocks = self._blocks_of(batch.layout)
+        if self._norms and blocks.names:
+            for row, norms in zip(rows, blocks.norms(batch.norms).tolist(), strict=True):
+                row |= {f"blocks/{name}": v for name, v in blocks.present(norms).items()}
+        if self._statistics and batch.statistics:
+            divided = blocks if blocks.names else Blocks.whole(len(batch.layout.names))
+            for statistic, values in batch.statistics.items():
+                for row, largest in zip(rows, divided.largest(values).tolist(), strict=True):
+                    row |= {
+                        f"{statistic}/{name}": value
+                        for name, value in zip(divided.names, largest, strict=True)
+                        if not math.isnan(value)
+                    }
+        return rows
+
+    def _blocks_of(self, layout: Layout) -> Blocks:
+        if self._blocks is None or self._blocks[0] != layout:
+            self._blocks = layout, Blocks.of(layout.modules)
+        return self._blocks[1]

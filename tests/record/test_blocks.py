@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradwatch_tensorboard.blocks import MAX_BLOCKS, ROOT, Blocks, assign_blocks
+from gradwatch import Layout, RecordBatch, StepRecord
+from gradwatch.record.blocks import MAX_BLOCKS, ROOT, Blocks, BlockScalars, assign_blocks
 
 
 def gpt(layers):
@@ -129,3 +130,33 @@ def test_leaves_the_batch_as_it_is():
     norms.flags.writeable = False
     Blocks.of(["a", "b"]).norms(norms)
     assert norms.tolist() == [[3.0, -1.0]]
+
+
+def scalars_of(modules, norms, *, statistics=None):
+    """The rows of some steps of a model."""
+    names = tuple(f"p{index}" for index in range(len(modules)))
+    norms = np.array(norms)
+    batch = RecordBatch(
+        Layout(names, tuple(modules)),
+        [StepRecord(step=index) for index in range(len(norms))],
+        norms,
+        norms,
+        statistics={name: np.array(values) for name, values in (statistics or {}).items()},
+    )
+    return BlockScalars(norms=True, statistics=True).of(batch)
+
+
+def test_a_step_has_its_norms_and_statistics_by_block():
+    """The norm of a block, and of a statistic the value that is largest in magnitude, with its sign."""
+    rows = scalars_of(
+        ["a", "a", "b"],
+        [[3.0, 4.0, 1.0], [3.0, 4.0, -1.0]],
+        statistics={"mean": [[0.5, -2.0, np.nan], [np.nan, np.nan, np.nan]]},
+    )
+    assert rows == [{"blocks/a": 5.0, "blocks/b": 1.0, "mean/a": -2.0}, {"blocks/a": 5.0}]
+
+
+def test_the_statistics_of_one_block_are_those_of_the_model():
+    """Its norm is that of the step, and left out."""
+    rows = scalars_of(["", ""], [[3.0, 4.0]], statistics={"max": [[1.0, np.inf]]})
+    assert rows == [{"max/(model)": np.inf}]
