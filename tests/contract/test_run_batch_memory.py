@@ -111,7 +111,7 @@ REAL = """
     layers = [layer for _ in range(8) for layer in (nn.Linear(64, 64), nn.Tanh())]
     model = nn.Sequential(*layers, nn.Dropout(), nn.Linear(64, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    batches = [torch.randn(BATCH * (1 + 7 * (k % 2)), 64) for k in range(4)]
+    batches, counts = [torch.randn(BATCH * (1 + 7 * (k % 2)), 64) for k in range(4)], []
 
     with gradwatch.watch(model, optimizer, accumulate=2) as watcher:
         if not LIMITED:
@@ -119,12 +119,16 @@ REAL = """
             watcher.load_state_dict({**watcher.state_dict(), "micro_batch_size": size})
         for index, batch in enumerate(batches):
             loss = watcher.run_batch(lambda part: model(part).square().mean(), batch)
-            watcher.step()
+            if watcher.step():
+                counts.append(watcher.last.micro_batches)
             if index == 0 and LIMITED:
-                limit_memory(80 << 20)  # 16 activations of 256 bytes per example, so 4 KiB
+                # An example takes 4 KiB of activations and 1.5 of gradients: 8,192 examples fit with
+                # room to spare, and 16,384 by no means, whatever the allocator adds. At the border
+                # a first micro-batch might fit and the second not, which rounds otherwise.
+                limit_memory(64 << 20)
     events = [event.kind for event in watcher.events]
     print(watcher.micro_batch_size, len(events), set(events) <= {"out_of_memory"})
-    print(loss.item(), watcher.last.grad_norm, watcher.last.micro_batches)
+    print(counts, loss.item(), watcher.last.grad_norm)
     print([p.double().sum().item() for p in model.parameters()], torch.rand(1).item())
 """
 
@@ -140,7 +144,7 @@ def _in_a_process(*arguments: str) -> list[str]:
 def test_training_survives_a_real_lack_of_memory() -> None:
     """With the allocator's own errors a limited run ends with the bits of one that was not."""
     (size, *_), *limited = (line.split(maxsplit=1) for line in _in_a_process("limited"))
-    assert 1 << 10 <= int(size) <= 1 << 14
+    assert int(size) == 1 << 13
     told, *unlimited = (line.split(maxsplit=1) for line in _in_a_process("whole", size))
     assert told == [size, "0 True"]
     assert limited == unlimited
